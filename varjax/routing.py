@@ -2,8 +2,8 @@
 
 Letters: L layers, B sequences, T positions, E experts, K experts per token (slots, best first), R table rows.
 
-`resolve` is the single place that says what a plan means inside a layer. Everything else (the model, the replay of a trace,
-the counters) calls it or reads what it returned.
+`resolve` is the single place that says what a plan means inside a layer. Everything else (the model, the replay
+of a trace, the counters) calls it or reads what it returned.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED means that the plan leaves the token open
+FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED: the plan leaves the token open
 NO_ROW = -1  # the residual row of a token that receives none
 
 
@@ -35,12 +35,12 @@ class Routing:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerRules:
-    """How each layer treats its planned tokens. Array data, so that another policy never recompiles anything."""
+    """How each layer treats its planned tokens. Array data, so that another policy recompiles nothing."""
 
-    gate_ratio: Array  # float32 [L], a slot lighter than this share of the first slot's weight is dropped; 0 = never
-    renormalise: Array  # bool [L], kept weights are rescaled to the sum that they had before anything was dropped
+    gate_ratio: Array  # float32 [L], a slot under this share of slot 0's weight is dropped; 0 = never
+    renormalise: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate
-    weights_from_table: Array  # bool [L], it also supplies their weights; means nothing where the gate chooses
+    weights_from_table: Array  # bool [L], it also supplies their weights; idle where the gate chooses
 
     @classmethod
     def neutral(cls, num_layers: int) -> LayerRules:
@@ -57,7 +57,7 @@ class Plan:
     tier: Array  # int8 [L, B, T], FAST, CACHED or LEARNED
     kept: Array  # int8 [L, B, T], slots that may run in a planned token, 0 to K
     row: Array  # int32 [L, B, T], row of the layer's residual table, NO_ROW where there is none
-    routing: Routing  # [L, B, T, K], what the table or the cache predicts; unused slots where it predicts nothing
+    routing: Routing  # [L, B, T, K], what the table or the cache predicts, if anything
     rules: LayerRules  # [L]
 
     @classmethod
@@ -94,10 +94,11 @@ def top_k(probs: Array, k: int, normalise: bool = True) -> Routing:
 def resolve(probs: Array, k: int, plan: Plan | None, normalise: bool = True) -> tuple[Routing, Array]:
     """What really runs in one layer, given its gate and its plan.
 
-    1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else the gate's
-       top k. The table's experts carry the table's weights or the gate's (divided by their sum if `normalise`).
-    2. In a planned token, slot j is dropped if j >= kept, or if j >= 1 and its weight is under gate_ratio times slot
-       0's. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer renormalises.
+    1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else the
+       gate's top k. The table's experts carry its own weights or the gate's (divided by their sum if `normalise`).
+    2. In a planned token, slot j is dropped if j >= kept, or if j >= 1 and its weight is under gate_ratio times
+       slot 0's. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer
+       renormalises.
     3. The residual row stands in for what was dropped: a token that lost nothing receives none.
 
     An open token gets exactly `top_k(probs, k, normalise)` and no row.
