@@ -2,8 +2,8 @@
 
 Letters: L layers, B sequences, T positions, E experts, K experts per token (slots, best first), R table rows.
 
-`resolve` is the single place that says what a plan means inside a layer. Everything else (the model, the replay
-of a trace, the counters) calls it or reads what it returned.
+`resolve` is the single place that says what a plan means inside a layer. Everything else (the model, the
+replay of a trace, the counters) calls it or reads what it returned.
 """
 
 from __future__ import annotations
@@ -94,11 +94,12 @@ def top_k(probs: Array, k: int, normalise: bool = True) -> Routing:
 def resolve(probs: Array, k: int, plan: Plan | None, normalise: bool = True) -> tuple[Routing, Array]:
     """What really runs in one layer, given its gate and its plan.
 
-    1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else the
-       gate's top k. The table's experts carry its own weights or the gate's (divided by their sum if `normalise`).
-    2. In a planned token, slot j is dropped if j >= kept, or if j >= 1 and its weight is under gate_ratio times
-       slot 0's. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer
-       renormalises.
+    1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else
+       the gate's top k. The table's experts carry the table's weights or the gate's (divided by their sum if
+       `normalise`).
+    2. In a planned token, slot j is dropped if j >= kept, or if j >= 1 and its weight is under gate_ratio
+       times slot 0's. A dropped slot becomes unused. The others keep their weights, or are rescaled if the
+       layer renormalises.
     3. The residual row stands in for what was dropped: a token that lost nothing receives none.
 
     An open token gets exactly `top_k(probs, k, normalise)` and no row.

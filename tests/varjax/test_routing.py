@@ -1,4 +1,4 @@
-"""`resolve` against a slow function that handles one token at a time; open tokens against the plain router."""
+"""`resolve` against a slow function that takes one token at a time; open tokens against the plain router."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def rules_of_every_kind() -> LayerRules:
 
 
 def random_case(seed: int, k: int) -> tuple[np.ndarray, Plan]:
-    """Gate probabilities [L, B, T, E] and a plan of all tiers, all kept counts, full and empty predictions."""
+    """Gate probabilities [L, B, T, E] and a plan: every tier, every kept count, full and empty predictions."""
     rng = np.random.default_rng(seed)
     shape = (len(RULES), BATCH, LENGTH)
     probs = rng.dirichlet(np.full(EXPERTS, 0.7), size=shape).astype(np.float32)
@@ -68,7 +68,7 @@ def slow_resolve(probs, k, normalise, tier, kept, row, experts, weights, rule):
 
 @pytest.fixture(scope="module")
 def resolve_all():
-    """Every layer of a plan in one compiled call: (probs, plan, k, normalise) -> Routing [L, ...], row [L, ...]."""
+    """All layers in one compiled call: (probs, plan, k, normalise) -> Routing [L, ...], row [L, ...]."""
 
     def run(probs, plan, k, normalise):
         return jax.vmap(lambda p, layer: resolve(p, k, layer, normalise))(probs, plan)
