@@ -1,0 +1,273 @@
+"""Context keys: which tokens share a row of a table, and how a row is found without ever being wrong.
+
+Letters: B sequences, T positions, C key width (the longest order), R keys (rows), O orders, S buckets (a power of two),
+W slots per bucket, N tokens of a corpus.
+
+A key of order n is the last n token ids, the current one last. Keys of all orders share one width: int32 [..., C],
+right-aligned, with `ANY` in the leading places that a shorter order does not look at. In a context, `NONE` fills places
+before the start of a sequence; it occurs in no key, so a context that reaches back too far matches nothing.
+
+Keys are exact: the hash only finds the bucket, then the ids themselves are compared. Token ids alone decide what the
+keys are (`count_contexts`), so they are chosen on the host before any model runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+ANY = -1  # a place that the key's order does not look at
+NONE = -2  # no token: before the start of a sequence, or padding
+ABSENT = -1  # the row of a context that is no key
+
+AnyArray = TypeVar("AnyArray", np.ndarray, Array)
+
+
+def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = None) -> Array:
+    """The last `length` ids at every position, its own included.
+
+    Padding, wherever it stands, is skipped and not looked at: a context consists of real tokens only, and reaches back
+    through `recent` into earlier calls. A padded position has no context.
+
+    Args:
+        token_ids: int32 [B, T].
+        recent: int32 [B, >= length - 1], the ids before position 0, the latest last; NONE where there were none.
+        length: ids per context.
+        mask: bool [B, T], True at real tokens; None where there is no padding.
+
+    Returns:
+        int32 [B, T, length], right-aligned; NONE before the start, and in all places of a padded position.
+    """
+    batch, steps = token_ids.shape
+    before = recent.shape[1]
+    if before < length - 1:
+        raise ValueError(
+            f"contexts of {length} ids need {length - 1} recent ids per sequence, got {before}; make `recent` wider"
+        )
+    if mask is None:
+        ids = jnp.concatenate([recent, token_ids], axis=1).astype(jnp.int32)
+        last = jnp.broadcast_to(before + jnp.arange(steps), (batch, steps))
+    else:
+        # Real tokens move together behind `recent`; `last` is where each of them comes to stand.
+        last = before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+        width = before + steps
+        sequence = jnp.arange(batch)[:, None]
+        ids = jnp.concatenate([recent, jnp.full_like(token_ids, NONE)], axis=1).astype(jnp.int32)
+        ids = ids.at[sequence, jnp.where(mask, last, width)].set(token_ids.astype(jnp.int32), mode="drop")
+    places = last[..., None] + jnp.arange(1 - length, 1)
+    windows = jnp.take_along_axis(ids[:, None, :], jnp.maximum(places, 0), axis=2)
+    return windows if mask is None else jnp.where(mask[..., None], windows, NONE)
+
+
+def hash_words(ids: AnyArray) -> AnyArray:
+    """uint32 [...]: MurmurHash3 (32 bit, seed 0) of int32 [..., C] over its last axis; NumPy and JAX agree bit for bit."""
+    words = ids.astype(np.uint32)
+    length = words.shape[-1]
+    state = words[..., :1] * np.uint32(0)  # the axis stays: NumPy warns of wrap-around in scalars only
+    for place in range(length):
+        mixed = _rotate(words[..., place : place + 1] * np.uint32(0xCC9E2D51), 15) * np.uint32(0x1B873593)
+        state = _rotate(state ^ mixed, 13) * np.uint32(5) + np.uint32(0xE6546B64)
+    state = state ^ np.uint32(4 * length)
+    state = (state ^ (state >> np.uint32(16))) * np.uint32(0x85EBCA6B)
+    state = (state ^ (state >> np.uint32(13))) * np.uint32(0xC2B2AE35)
+    return (state ^ (state >> np.uint32(16)))[..., 0]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyIndex:
+    """An exact look-up from key to row. One index holds the keys of all orders; row r is `keys[r]`."""
+
+    buckets: Array  # int32 [S, W], rows of the keys that hash here, ABSENT in free slots
+    keys: Array  # int32 [R, C]
+
+    @classmethod
+    def build(cls, keys: np.ndarray) -> KeyIndex:
+        """Index keys int [R, C], right-aligned, with ANY before the ids of a shorter order. R may be 0.
+
+        Raises:
+            ValueError: not a matrix; an id that is negative or wider than int32; ANY behind an id; a key twice.
+        """
+        keys = _checked_keys(keys)
+        num_keys = len(keys)
+        num_buckets = 1 << max(0, 2 * num_keys - 1).bit_length()  # at most half full: buckets stay short
+        bucket = hash_words(keys) & np.uint32(num_buckets - 1)
+        by_bucket = np.argsort(bucket, kind="stable")
+        ordered = bucket[by_bucket]
+        slot = np.arange(num_keys) - np.searchsorted(ordered, ordered)  # rank within the bucket
+        buckets = np.full((num_buckets, slot.max(initial=0) + 1), ABSENT, np.int32)
+        buckets[ordered, slot] = by_bucket
+        return cls(jnp.asarray(buckets), jnp.asarray(keys))
+
+    def find(self, queries: Array) -> Array:
+        """int32 [...]: the row of each key int32 [..., C], ABSENT where it is none. A pure gather, fit for jit."""
+        num_keys, width = self.keys.shape
+        if queries.shape[-1] != width:
+            raise ValueError(f"this index holds keys of {width} ids, got queries of {queries.shape[-1]}")
+        if num_keys == 0:
+            return jnp.full(queries.shape[:-1], ABSENT, jnp.int32)
+        rows = self.buckets[hash_words(queries) & np.uint32(len(self.buckets) - 1)]  # [..., W]
+        same = jnp.all(self.keys[rows] == queries[..., None, :], axis=-1)
+        return jnp.max(jnp.where(same & (rows != ABSENT), rows, ABSENT), axis=-1)
+
+
+def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Array:
+    """int32 [O, B, T]: for each order, the row of the last ids at each position, ABSENT where they are no key.
+
+    Args:
+        index: keys of any orders, width C.
+        contexts: int32 [B, T, >= max(orders)], from `contexts`.
+        orders: how many of the last ids to look at, each from 1 to C.
+    """
+    width = index.keys.shape[1]
+    longest = min(width, contexts.shape[-1])
+    if not orders or min(orders) < 1 or max(orders) > longest:
+        raise ValueError(
+            f"orders {tuple(orders)} must lie in 1..{longest} (keys have {width} ids, contexts {contexts.shape[-1]})"
+        )
+    padding = [(0, 0)] * (contexts.ndim - 1) + [(width - longest, 0)]
+    recent = jnp.pad(contexts[..., -longest:], padding, constant_values=ANY)
+    seen = np.arange(width) >= width - np.asarray(orders)[:, None]  # [O, C]
+    return index.find(jnp.where(seen[:, None, None, :], recent, ANY))
+
+
+class OrderCount(NamedTuple):
+    """What `count_contexts` saw of one order."""
+
+    order: int
+    distinct: int  # different contexts
+    admitted: int  # of these, keys
+    occurrences: int  # positions with such a context
+    occurrences_admitted: int  # of these, at a key
+
+
+class ContextCounts(NamedTuple):
+    """The admitted keys: by order, then by falling count, then by ids."""
+
+    keys: np.ndarray  # int32 [R, C]
+    counts: np.ndarray  # int64 [R], occurrences
+    orders: tuple[OrderCount, ...]
+
+
+def count_contexts(
+    documents: Iterable[np.ndarray],
+    orders: Sequence[int],
+    min_count: int = 1,
+    max_keys: int | None = None,
+    special_ids: Collection[int] = (),
+) -> ContextCounts:
+    """Choose the keys: count every context of every order and admit the frequent ones.
+
+    No context crosses from one document into the next. Of equally frequent contexts the shorter order is admitted
+    first, then the smaller ids, the current one first; so with orders 1..n, whenever a key is admitted, the key one id
+    shorter is too. Takes about 60 bytes of host memory per token.
+
+    Args:
+        documents: 1-D integer arrays of token ids >= 0.
+        orders: context orders to count; the keys' width C is the largest.
+        min_count: occurrences that a key needs.
+        max_keys: keys to admit at most, over all orders together; None for no bound.
+        special_ids: tokens that route nothing worth knowing (start, padding): no key ends in one.
+
+    Raises:
+        ValueError: a document that is not a 1-D array of ids in int32, or orders, min_count, max_keys out of range.
+    """
+    orders = sorted(set(orders))
+    if not orders or orders[0] < 1 or min_count < 1 or (max_keys is not None and max_keys < 0):
+        raise ValueError(
+            "need at least one order, orders >= 1, min_count >= 1 and max_keys >= 0; "
+            f"got orders {orders}, min_count {min_count}, max_keys {max_keys}"
+        )
+    width = orders[-1]
+    ids, position = _joined(documents)
+    ordinary = ~np.isin(ids, np.fromiter(special_ids, np.int64))
+    vocabulary = int(ids.max(initial=0)) + 1
+
+    keys, counts, occurrences = [], [], []
+    code = np.zeros(len(ids), np.int64)  # equal where the last `order` ids are equal; one more id each round
+    for order in range(1, width + 1):
+        here = np.flatnonzero(ordinary & (position >= order - 1))
+        extended = code[here] * vocabulary + ids[here - (order - 1)]
+        _, first, code[here], count = np.unique(
+            extended, return_index=True, return_inverse=True, return_counts=True
+        )
+        if order in orders:
+            key = np.full((len(count), width), ANY, np.int32)
+            for back in range(order):
+                key[:, width - 1 - back] = ids[here[first] - back]
+            keys.append(key)
+            counts.append(count)
+            occurrences.append(len(here))
+
+    # np.unique sorts by current id, then the one before, ...; the orders follow each other: a stable sort breaks ties.
+    every_key, every_count = np.concatenate(keys), np.concatenate(counts)
+    which = np.repeat(orders, [len(count) for count in counts])
+    frequent = np.argsort(-every_count, kind="stable")[:max_keys]
+    frequent = frequent[every_count[frequent] >= min_count]
+    frequent = frequent[np.argsort(which[frequent], kind="stable")]
+    report = tuple(
+        OrderCount(
+            order=order,
+            distinct=len(counts[i]),
+            admitted=int(np.sum(which[frequent] == order)),
+            occurrences=occurrences[i],
+            occurrences_admitted=int(every_count[frequent][which[frequent] == order].sum()),
+        )
+        for i, order in enumerate(orders)
+    )
+    return ContextCounts(every_key[frequent], every_count[frequent], report)
+
+
+def _rotate(words: AnyArray, bits: int) -> AnyArray:
+    """The uint32 words turned left by `bits`."""
+    return (words << np.uint32(bits)) | (words >> np.uint32(32 - bits))
+
+
+def _checked_keys(keys: np.ndarray) -> np.ndarray:
+    """The keys as int32 [R, C], or the error that says which row is wrong."""
+    keys = np.asarray(keys)
+    if keys.ndim != 2 or keys.shape[1] == 0 or not (np.issubdtype(keys.dtype, np.integer) or keys.size == 0):
+        raise ValueError(f"keys must be integers [R, C] with C >= 1, got {keys.dtype} {list(keys.shape)}")
+    unused = np.logical_and.accumulate(keys == ANY, axis=1)  # the leading ANYs
+    unused[:, -1] = False  # the current id is never one
+    valid = unused | ((keys >= 0) & (keys <= np.iinfo(np.int32).max))
+    if not valid.all():
+        row = int(np.flatnonzero(~valid.all(axis=1))[0])
+        raise ValueError(
+            f"key {row} is {keys[row].tolist()}: ids must be 0 to 2**31 - 1, with {ANY} only before the first id"
+        )
+    keys = keys.astype(np.int32)
+    by_ids = np.lexsort(keys.T)
+    same = np.flatnonzero((keys[by_ids[1:]] == keys[by_ids[:-1]]).all(axis=1))
+    if same.size:
+        first, second = sorted(by_ids[same[0] : same[0] + 2].tolist())
+        raise ValueError(f"key {keys[first].tolist()} stands in rows {first} and {second}; keep one of them")
+    return keys
+
+
+def _joined(documents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [N] ids of all documents in a row, and int64 [N] the position of each in its document."""
+    parts = [np.asarray(document) for document in documents]
+    for number, part in enumerate(parts):
+        if part.ndim != 1 or not (np.issubdtype(part.dtype, np.integer) or part.size == 0):
+            raise ValueError(
+                f"document {number} must be a 1-D array of token ids, got {part.dtype} {list(part.shape)}"
+            )
+    ids = np.concatenate([np.zeros(0, np.int64), *(part.astype(np.int64) for part in parts)])
+    lengths = np.array([len(part) for part in parts], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    position = np.arange(len(ids)) - np.repeat(starts, lengths)
+    bad = np.flatnonzero((ids < 0) | (ids > np.iinfo(np.int32).max))
+    if bad.size:
+        number = int(np.searchsorted(starts, bad[0], side="right")) - 1
+        raise ValueError(
+            f"document {number} holds the id {ids[bad[0]]} at position {position[bad[0]]}: "
+            "ids must be 0 to 2**31 - 1; leave padding out"
+        )
+    return ids, position
