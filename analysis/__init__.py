@@ -1,0 +1,1 @@
+"""What a model's routing does: corpora, collection, traces, hypotheses, quality, certificate and figures."""
