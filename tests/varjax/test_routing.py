@@ -23,7 +23,7 @@ def rules_of_every_kind() -> LayerRules:
 
 
 def random_case(seed: int, k: int) -> tuple[np.ndarray, Plan]:
-    """Gate probabilities [L, B, T, E] and a plan: every tier, every kept count, full and empty predictions."""
+    """Gate probabilities [L, B, T, E]; a plan of all tiers and kept counts, full and empty predictions."""
     rng = np.random.default_rng(seed)
     shape = (len(RULES), BATCH, LENGTH)
     probs = rng.dirichlet(np.full(EXPERTS, 0.7), size=shape).astype(np.float32)

@@ -1,0 +1,208 @@
+"""Round trips, inheritance, presets, and errors that name the field, the value and what is allowed."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from varjax.config import PRESETS, LayerPolicy, VARConfig
+
+numbers = st.floats(0.001, 1e6, allow_nan=False)
+shares = st.floats(0.001, 1.0)
+orders = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
+
+
+@st.composite
+def policies(draw) -> LayerPolicy:
+    residual = draw(st.booleans())
+    choice = draw(st.sampled_from(["gate", "table"]))
+    return LayerPolicy(
+        kept=draw(st.integers(0, 8) if residual else st.none() | st.integers(0, 8)),
+        residual=residual,
+        orders=draw(orders),
+        choice_from=choice,
+        weights_from=draw(st.sampled_from(["gate", "table"])) if choice == "table" else "gate",
+        gate_ratio=draw(st.none() | shares),
+        renormalise=draw(st.booleans()),
+        frequency_threshold=draw(st.none() | st.integers(1, 500)),
+        entropy_threshold=draw(st.none() | numbers),
+    )
+
+
+configs = st.builds(
+    VARConfig,
+    frequency_threshold=st.integers(1, 500),
+    entropy_threshold=numbers,
+    confidence_threshold=shares,
+    cache_size=st.integers(0, 5000),
+    cache_ttl_seconds=numbers,
+    context_window_size=st.integers(1, 8),
+    routing_stats=st.none() | st.text(min_size=1),
+    residuals=st.none() | st.text(min_size=1),
+    enable_var=st.booleans(),
+    max_quality_degradation=numbers,
+    mass_threshold=shares,
+    residual_shrinkage=numbers,
+    default=st.none() | policies(),
+    layers=st.dictionaries(st.integers(0, 47), st.none() | policies(), max_size=4),
+    cache_layers=st.none() | st.lists(st.integers(0, 47), max_size=4).map(tuple),
+)
+
+
+@given(configs)
+def test_json_round_trip(config):
+    again = VARConfig.from_json(config.to_json())
+    assert again == config
+    assert hash(again) == hash(config)
+    assert again.to_json() == config.to_json()
+
+
+def test_save_and_load_leave_one_file(tmp_path):
+    config = VARConfig.aggressive(layers={3: LayerPolicy(kept=0), 1: None})
+    config.save(tmp_path / "runs" / "config.json")
+    assert VARConfig.load(tmp_path / "runs" / "config.json") == config
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["config.json"]
+
+
+def test_layers_inherit_thresholds_and_may_stay_open():
+    config = VARConfig(
+        frequency_threshold=7, entropy_threshold=0.2, layers={2: LayerPolicy(frequency_threshold=9), 0: None}
+    )
+    assert config.policy(0) is None
+    assert (config.policy(1).frequency_threshold, config.policy(1).entropy_threshold) == (7, 0.2)
+    assert (config.policy(2).frequency_threshold, config.policy(2).entropy_threshold) == (9, 0.2)
+
+
+def test_the_cache_serves_listed_layers_that_are_not_left_open():
+    config = VARConfig(layers={0: None}, cache_layers=(0, 2))
+    assert [config.caches(layer) for layer in range(4)] == [False, False, True, False]
+    assert [VARConfig(layers={0: None}).caches(layer) for layer in range(2)] == [False, True]
+    assert not VARConfig(cache_size=0).caches(0)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    config = VARConfig.preset(name, cache_size=10)
+    assert config == getattr(VARConfig, name)(cache_size=10)
+    assert (config.frequency_threshold, config.entropy_threshold, config.confidence_threshold) == {
+        "conservative": (100, 0.3, 0.9),
+        "balanced": (50, 0.5, 0.8),
+        "aggressive": (25, 0.7, 0.7),
+    }[name]
+    assert VARConfig() == VARConfig.balanced()
+
+
+def test_numpy_numbers_are_taken_and_stored_plainly():
+    config = VARConfig(
+        cache_size=np.int64(5), entropy_threshold=np.float32(0.5), frequency_threshold=np.int32(3)
+    )
+    assert VARConfig.from_json(config.to_json()) == config
+    assert (type(config.cache_size), type(config.entropy_threshold)) == (int, float)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("frequency_threshold", 0, "integer of at least 1"),
+        ("frequency_threshold", 50.0, "integer of at least 1"),
+        ("entropy_threshold", -0.1, "finite number of at least 0"),
+        ("entropy_threshold", float("nan"), "finite number"),
+        ("confidence_threshold", 1.5, "at least 0 and at most 1"),
+        ("cache_size", True, "integer of at least 0"),
+        ("cache_ttl_seconds", float("inf"), "finite number"),
+        ("context_window_size", "4", "integer of at least 1"),
+        ("routing_stats", 3, "a path or None"),
+        ("enable_var", 1, "True or False"),
+        ("mass_threshold", 0.0, "above 0 and at most 1"),
+        ("default", {}, "a LayerPolicy or None"),
+        ("layers", {"0": None}, "layer numbers"),
+        ("layers", ((0, None), (0, None)), "each once"),
+        ("layers", 5, "layer numbers"),
+        ("cache_layers", (-1,), "tuple of integers of at least 0 or None"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value_and_range(field, value, expected):
+    with pytest.raises(ValueError) as error:
+        VARConfig(**{field: value})
+    assert f"{field}={value!r}" in str(error.value)
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"kept": -1}, "kept=-1"),
+        ({"kept": None}, "kept=None"),
+        ({"orders": ()}, "orders=()"),
+        ({"orders": (0,)}, "orders=(0,)"),
+        ({"choice_from": "cache"}, "choice_from='cache'"),
+        ({"weights_from": "table"}, "weights_from='table'"),
+        ({"gate_ratio": 0.0}, "gate_ratio=0.0"),
+    ],
+)
+def test_a_bad_policy_is_refused(fields, named):
+    with pytest.raises(ValueError, match="LayerPolicy: ") as error:
+        LayerPolicy(**fields)
+    assert named in str(error.value)
+
+
+def test_all_faults_come_in_one_error():
+    with pytest.raises(ValueError) as error:
+        VARConfig(cache_size=-1, mass_threshold=2.0, enable_var="yes")
+    assert all(name in str(error.value) for name in ("cache_size", "mass_threshold", "enable_var"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"cache_sise": 5}', "did you mean 'cache_size'"),
+        (
+            '{"layers": {"2": {"keep": 1}}}',
+            r"layers\[2\]: LayerPolicy has no field 'keep'; did you mean 'kept'",
+        ),
+        ('{"layers": {"two": null}}', "layer numbers"),
+        ('{"default": 5}', "default: expected an object"),
+        ("[]", "JSON object"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_bad_json_is_explained_and_the_file_named(tmp_path, text, expected):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=expected) as error:
+        VARConfig.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_unknown_override_and_preset():
+    with pytest.raises(ValueError, match="did you mean 'cache_size'"):
+        VARConfig.balanced(cachesize=5)
+    with pytest.raises(ValueError, match="conservative, balanced, aggressive"):
+        VARConfig.preset("bold")
+
+
+def test_from_routing_stats_finds_the_residual_rows_beside_it(tmp_path):
+    stats = tmp_path / "routing_stats.parquet"
+    with pytest.raises(FileNotFoundError, match="collect routing statistics first"):
+        VARConfig.from_routing_stats(stats)
+    stats.write_bytes(b"not a table")
+    with pytest.raises(ValueError, match="not a Parquet file"):
+        VARConfig.from_routing_stats(stats)
+
+    stats.write_bytes(b"PAR1....PAR1")
+    without = VARConfig.from_routing_stats(stats, cache_size=3)
+    assert (without.routing_stats, without.residuals, without.cache_size) == (str(stats), None, 3)
+    assert without.default == LayerPolicy(kept=None, residual=False)
+
+    rows = tmp_path / "routing_stats.residuals.safetensors"
+    rows.write_bytes(b"")
+    with_rows = VARConfig.from_routing_stats(stats)
+    assert with_rows.residuals == str(rows)
+    assert with_rows.default == LayerPolicy()
+
+
+def test_every_field_is_in_the_json():
+    assert set(json.loads(VARConfig().to_json())) == {f.name for f in dataclasses.fields(VARConfig)}

@@ -1,0 +1,343 @@
+"""The settings of VAR: what is looked up, how sure it must be, and what each layer does with the answer.
+
+`VARConfig` holds what concerns the whole model, `LayerPolicy` what one layer does with a planned token. Both
+are frozen, checked when they are made (every fault in one error), and survive a round trip through JSON.
+
+    config = VARConfig.from_routing_stats("results/routing_stats.parquet", cache_size=500)
+    config = VARConfig.balanced(layers={0: LayerPolicy(kept=0), 5: None})    # layer 5 stays with the router
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Source = Literal["gate", "table"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "conservative": dict(frequency_threshold=100, entropy_threshold=0.3, confidence_threshold=0.9),
+    "balanced": dict(frequency_threshold=50, entropy_threshold=0.5, confidence_threshold=0.8),
+    "aggressive": dict(frequency_threshold=25, entropy_threshold=0.7, confidence_threshold=0.7),
+}
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """What one layer does with a token that the table knows.
+
+    Raises:
+        ValueError: naming every field that is out of range, its value and what is allowed.
+    """
+
+    kept: int | None = 1  # experts to run, 0 = look-up only; None = as few as reach VARConfig.mass_threshold
+    residual: bool = True  # add the key's mean of what is left out
+    orders: tuple[int, ...] = (1,)  # context orders that may answer; the longest one with evidence does
+    choice_from: Source = "gate"  # who names the experts
+    weights_from: Source = "gate"  # who weighs the experts that the table named
+    gate_ratio: float | None = None  # drop an expert whose weight is under this share of the first one's
+    renormalise: bool = False  # rescale the kept weights to their former sum
+    frequency_threshold: int | None = None  # occurrences that a key needs; None = VARConfig's
+    entropy_threshold: float | None = None  # nats, most mean gate entropy of a key; None = VARConfig's
+
+    def __post_init__(self) -> None:
+        check = _Check(self)
+        check.integer("kept", 0, optional=True)
+        check.flag("residual")
+        check.integers("orders", 1, optional=False)
+        check.one_of("choice_from", ("gate", "table"))
+        check.one_of("weights_from", ("gate", "table"))
+        check.number("gate_ratio", 0.0, 1.0, above=True, optional=True)
+        check.flag("renormalise")
+        check.integer("frequency_threshold", 1, optional=True)
+        check.number("entropy_threshold", 0.0, optional=True)
+        if self.residual and self.kept is None:
+            check.fault(
+                "kept", "an integer with residual=True: a residual belongs to a fixed number of experts"
+            )
+        if self.weights_from == "table" and self.choice_from == "gate":
+            check.fault("weights_from", "'gate' with choice_from='gate': the table weighs only what it chose")
+        check.finish()
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """The settings of VAR for one model. The defaults are the `balanced` preset.
+
+    Raises:
+        ValueError: naming every field that is out of range, its value and what is allowed.
+    """
+
+    frequency_threshold: int = 50  # occurrences that a key needs before the fast tier answers for it
+    entropy_threshold: float = 0.5  # nats, most mean gate entropy of such a key; ln E and above let all pass
+    confidence_threshold: float = 0.8  # top gate probability from which a learned decision enters the cache
+    cache_size: int = 1000  # contexts that the cached tier remembers; 0 = no cached tier
+    cache_ttl_seconds: float = 60.0  # seconds, age at which a cached decision expires
+    context_window_size: int = 4  # token ids that make a cached context, the current one included
+    routing_stats: str | None = None  # path of the Parquet file that the table is built from
+    residuals: str | None = None  # path of the safetensors file with the residual rows
+    enable_var: bool = True  # False = the plain model, bit for bit
+    max_quality_degradation: float = 0.01  # relative increase of perplexity that is still acceptable
+    mass_threshold: float = (
+        0.9  # share of the predicted gate weight that the kept experts reach if kept is open
+    )
+    residual_shrinkage: float = 5.0  # k0, occurrences that the prior of a residual row weighs
+    default: LayerPolicy | None = field(
+        default_factory=LayerPolicy
+    )  # layers not listed below; None = left open
+    layers: Mapping[int, LayerPolicy | None] | tuple[tuple[int, LayerPolicy | None], ...] = ()  # exceptions
+    cache_layers: tuple[int, ...] | None = (
+        None  # layers that the cached tier may decide; None = all not left open
+    )
+
+    def __post_init__(self) -> None:
+        check = _Check(self)
+        check.integer("frequency_threshold", 1)
+        check.number("entropy_threshold", 0.0)
+        check.number("confidence_threshold", 0.0, 1.0)
+        check.integer("cache_size", 0)
+        check.number("cache_ttl_seconds", 0.0)
+        check.integer("context_window_size", 1)
+        check.path("routing_stats")
+        check.path("residuals")
+        check.flag("enable_var")
+        check.number("max_quality_degradation", 0.0)
+        check.number("mass_threshold", 0.0, 1.0, above=True)
+        check.number("residual_shrinkage", 0.0)
+        check.policy("default")
+        check.policies("layers")
+        check.integers("cache_layers", 0, optional=True)
+        check.finish()
+
+    def policy(self, layer: int) -> LayerPolicy | None:
+        """The policy of one layer with its inherited thresholds filled in; None if the layer is left open."""
+        policy = dict(self.layers).get(layer, self.default)
+        if policy is None:
+            return None
+        own = {name: getattr(policy, name) for name in ("frequency_threshold", "entropy_threshold")}
+        return replace(policy, **{name: getattr(self, name) for name, value in own.items() if value is None})
+
+    def caches(self, layer: int) -> bool:
+        """Whether the cached tier may decide in this layer."""
+        listed = self.cache_layers is None or layer in self.cache_layers
+        return self.cache_size > 0 and listed and self.policy(layer) is not None
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> VARConfig:
+        """`conservative`, `balanced` or `aggressive`, with some fields replaced.
+
+        Raises:
+            ValueError: no preset or no field has that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"no preset is called {name!r}; known presets: {', '.join(PRESETS)}")
+        return cls(**(PRESETS[name] | _known(cls, overrides, "VARConfig")))
+
+    @classmethod
+    def conservative(cls, **overrides: Any) -> VARConfig:
+        """Few tokens are planned: 100 occurrences, 0.3 nats, confidence 0.9."""
+        return cls.preset("conservative", **overrides)
+
+    @classmethod
+    def balanced(cls, **overrides: Any) -> VARConfig:
+        """The defaults: 50 occurrences, 0.5 nats, confidence 0.8."""
+        return cls.preset("balanced", **overrides)
+
+    @classmethod
+    def aggressive(cls, **overrides: Any) -> VARConfig:
+        """Many tokens are planned: 25 occurrences, 0.7 nats, confidence 0.7."""
+        return cls.preset("aggressive", **overrides)
+
+    @classmethod
+    def from_routing_stats(cls, path: str | os.PathLike[str], **overrides: Any) -> VARConfig:
+        """A config for a statistics file, and for the residual rows that lie beside it, if any.
+
+        The rows are looked for in `<stem>.residuals.safetensors` in the same folder. Without them nothing can
+        be added back, so the default policy runs as many experts as reach `mass_threshold`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a Parquet file, or an override is unknown or out of range.
+        """
+        stats = Path(path)
+        if not stats.is_file():
+            raise FileNotFoundError(
+                f"{stats}: no such file; collect routing statistics first, or mend the path"
+            )
+        with stats.open("rb") as file:
+            if file.read(4) != b"PAR1":
+                raise ValueError(
+                    f"{stats}: not a Parquet file; expected what the collection of statistics wrote"
+                )
+        found: dict[str, Any] = {"routing_stats": str(stats)}
+        rows = stats.with_name(f"{stats.stem}.residuals.safetensors")
+        if rows.is_file():
+            found["residuals"] = str(rows)
+        elif overrides.get("residuals") is None:
+            found["default"] = LayerPolicy(kept=None, residual=False)
+        return cls(**(found | _known(cls, overrides, "VARConfig")))
+
+    def to_json(self) -> str:
+        """JSON text with every field, policies as objects, `layers` keyed by layer number."""
+        layers = {str(layer): policy and asdict(policy) for layer, policy in dict(self.layers).items()}
+        return json.dumps(asdict(self) | {"layers": layers}, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> VARConfig:
+        """The inverse of `to_json`; fields that are missing take their defaults.
+
+        Raises:
+            ValueError: not JSON, an unknown field (the nearest known one is named), or a value out of range.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not valid JSON: {error}") from error
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"expected a JSON object with the fields of VARConfig, got {type(data).__name__}"
+            )
+        values = _known(cls, data, "VARConfig")
+        if "default" in values:
+            values["default"] = _policy_from_json(values["default"], "default")
+        if isinstance(values.get("layers"), dict):
+            values["layers"] = tuple(
+                (int(key) if key.isdecimal() else key, _policy_from_json(value, f"layers[{key}]"))
+                for key, value in values["layers"].items()
+            )
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `to_json()`, whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        part.write_text(self.to_json() + "\n", encoding="utf-8")
+        os.replace(part, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VARConfig:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: as `from_json`, with the file named.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+class _Check:
+    """Checks the fields of a config under construction, stores their plain forms and gathers the faults."""
+
+    def __init__(self, config: Any):
+        self.config = config
+        self.faults: list[str] = []
+
+    def fault(self, name: str, expected: str) -> None:
+        self.faults.append(f"{name}={getattr(self.config, name)!r}: expected {expected}")
+
+    def finish(self) -> None:
+        if self.faults:
+            raise ValueError(f"{type(self.config).__name__}: " + "; ".join(self.faults))
+
+    def store(self, name: str, value: Any) -> None:
+        object.__setattr__(self.config, name, value)
+
+    def integer(self, name: str, low: int, optional: bool = False) -> None:
+        value = getattr(self.config, name)
+        if value is None and optional:
+            return
+        if not _is_integer(value) or value < low:
+            self.fault(name, f"an integer of at least {low}" + " or None" * optional)
+        else:
+            self.store(name, int(value))
+
+    def integers(self, name: str, low: int, optional: bool) -> None:
+        value = getattr(self.config, name)
+        if value is None and optional:
+            return
+        if not isinstance(value, tuple | list) or not all(_is_integer(v) and v >= low for v in value):
+            self.fault(name, f"a tuple of integers of at least {low}" + " or None" * optional)
+        elif not value and not optional:
+            self.fault(name, f"at least one integer of at least {low}")
+        else:
+            self.store(name, tuple(sorted({int(v) for v in value})))
+
+    def number(
+        self, name: str, low: float, high: float = math.inf, above: bool = False, optional: bool = False
+    ) -> None:
+        value = getattr(self.config, name)
+        if value is None and optional:
+            return
+        real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or not low <= value <= high or (above and value == low):
+            span = f"{'above' if above else 'of at least'} {low:g}" + f" and at most {high:g}" * (
+                high < math.inf
+            )
+            self.fault(name, f"a finite number {span}" + " or None" * optional)
+        else:
+            self.store(name, float(value))
+
+    def flag(self, name: str) -> None:
+        if not isinstance(getattr(self.config, name), bool):
+            self.fault(name, "True or False")
+
+    def one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self.config, name) not in allowed:
+            self.fault(name, " or ".join(map(repr, allowed)))
+
+    def path(self, name: str) -> None:
+        value = getattr(self.config, name)
+        if value is not None and not isinstance(value, str | os.PathLike):
+            self.fault(name, "a path or None")
+        elif value is not None:
+            self.store(name, os.fspath(value))
+
+    def policy(self, name: str) -> None:
+        if not isinstance(getattr(self.config, name), LayerPolicy | None):
+            self.fault(name, "a LayerPolicy or None")
+
+    def policies(self, name: str) -> None:
+        value = getattr(self.config, name)
+        expected = "layer numbers, each once, with a LayerPolicy or None: {0: LayerPolicy(kept=0), 5: None}"
+        try:
+            pairs = [(k, v) for k, v in (value.items() if isinstance(value, Mapping) else value)]
+        except (TypeError, ValueError):
+            return self.fault(name, expected)
+        valid = all(_is_integer(k) and k >= 0 and isinstance(v, LayerPolicy | None) for k, v in pairs)
+        if not valid or len({k for k, _ in pairs}) < len(pairs):
+            return self.fault(name, expected)
+        self.store(name, tuple((int(k), v) for k, v in sorted(pairs, key=lambda pair: pair[0])))
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """A copy of `values`, once every name in it is a field of `cls`."""
+    names = [f.name for f in fields(cls)]
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where} has no field {name!r}; did you mean {near!r}?")
+    return dict(values)
+
+
+def _policy_from_json(value: Any, where: str) -> LayerPolicy | None:
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object with the fields of LayerPolicy or null, got {value!r}")
+    try:
+        return LayerPolicy(**_known(LayerPolicy, value, "LayerPolicy"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
