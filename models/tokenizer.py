@@ -1,15 +1,16 @@
 """Tokenizers: a byte-level BPE trained on one's own text, and the loading of any that lies beside a model.
 
-Special ids are Mixtral's: `<unk>` 0, `<s>` 1, `</s>` 2. Encoding puts `<s>` in front, as Mixtral's tokenizer does.
+Special ids are Mixtral's: `<unk>` 0, `<s>` 1, `</s>` 2. Encoding puts `<s>` in front, as Mixtral's does.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from varjax.files import replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIAL_TOKENS = (UNK, BOS, EOS)  # in the order of their ids: 0, 1, 2
 
-_FILES = ("tokenizer.json", "tokenizer.model")  # a fast tokenizer, a SentencePiece model
+_FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+# Texts on which conversions go wrong.
+_PROBES = ("Hello world", "  two  spaces\n\t" + 29 * " ", "\u4e2d\u6587 \U00013000")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
@@ -38,19 +41,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, SPECIAL_TOKENS.index(BOS))]
-    )
+    tokenizer.post_processor = _bos_in_front(tokenizer)
     return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: int | None = None) -> None:
-    """Write `tokenizer.json` and the settings by which `transformers.AutoTokenizer` opens it as a fast tokenizer.
+    """Write `tokenizer.json` and the settings by which `transformers.AutoTokenizer` opens it.
 
     `max_length` is the longest text in tokens that the model beside it takes.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "unk_token": UNK,
@@ -64,29 +64,88 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: int 
         "tokenizer.json": tokenizer.to_str(pretty=False),
         "tokenizer_config.json": json.dumps(settings, indent=2, sort_keys=True) + "\n",
     }
-    for name, content in written.items():  # each whole or not at all
-        temporary = folder / f".{name}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, folder / name)
+    for name, content in written.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
 
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that lies in a model's directory, fast or SentencePiece; None if it has none.
+    """The tokenizer that lies in a model's directory, as a fast one; None if it has none.
 
-    Only files of that directory are read; code that it may bring is never run.
+    `tokenizer.json` is preferred; a `tokenizer.model` alone (SentencePiece BPE, as Llama's and Mixtral's) is
+    converted, exactly. Only files of that directory are read; code that it may bring is never run.
 
     Raises:
-      ValueError: there is a tokenizer but it cannot be opened; names the directory and the cause.
+      ValueError: there is a tokenizer but it cannot be opened; names the file and the cause.
     """
     folder = Path(directory)
-    if not any((folder / name).is_file() for name in _FILES):
-        return None
+    if (folder / _FAST).is_file():
+        import transformers
+
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # the library raises many kinds
+            raise ValueError(
+                f"{folder / _FAST}: the tokenizer cannot be opened ({type(error).__name__}: {error}); "
+                "replace it and tokenizer_config.json by the ones published with the model"
+            ) from error
+    if (folder / _SENTENCEPIECE).is_file():
+        return _from_sentencepiece(folder / _SENTENCEPIECE)
+    return None
+
+
+def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
+    """A SentencePiece BPE model as a fast tokenizer with `<s>` in front.
+
+    Written out here because transformers' own conversion, without the settings beside it, gives other ids for
+    runs of spaces and no `<s>`. The result is compared with SentencePiece itself before it is handed out.
+    """
+    import sentencepiece
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the library raises many kinds
+        source = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path}: not a SentencePiece model ({error}); download it again") from error
+    vocab = {source.id_to_piece(i): i for i in range(len(source))}
+    # Every way to make a piece from two, the best-scored piece first. Equal scores (runs of spaces) are
+    # merged from the left by SentencePiece: the longest left part first.
+    merges = []
+    for piece, i in vocab.items():
+        for cut in range(1, len(piece)):
+            left, right = vocab.get(piece[:cut]), vocab.get(piece[cut:])
+            if left is not None and right is not None:
+                merges.append((-source.get_score(i), -cut, left, (piece[:cut], piece[cut:])))
+    fast = Tokenizer(
+        models.BPE(
+            vocab=vocab,
+            merges=[pair for *_, pair in sorted(merges)],
+            unk_token=UNK,
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    space = "\u2581"  # SentencePiece writes a space as a lower one eighth block, and one before the text
+    fast.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    fast.decoder = decoders.Sequence(
+        [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    if any(fast.encode(text).ids != source.encode(text) for text in _PROBES):
         raise ValueError(
-            f"{folder}: the tokenizer cannot be opened ({type(error).__name__}: {error}); "
-            f"replace its {' or '.join(_FILES)} by the ones published with the model"
-        ) from error
+            f"{path}: this kind of SentencePiece model (unigram, or with its own normalisation) cannot be "
+            f"converted exactly; put the model's {_FAST} beside it"
+        )
+    fast.post_processor = _bos_in_front(fast)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        unk_token=UNK,
+        bos_token=BOS,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _bos_in_front(tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )

@@ -1,0 +1,1 @@
+"""The phases as scripts: arguments in, files and a printed summary out."""

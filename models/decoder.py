@@ -1,0 +1,245 @@
+"""The Mixtral decoder: Flax NNX declares its parameters and its per-layer maths, `forward` is a pure function.
+
+Letters: B sequences, T positions of this call, S positions of the cache, L layers, V vocabulary, D hidden size,
+H query heads, G key/value heads, E experts, K experts per token.
+
+Architecture: Jiang et al. 2024 (arXiv 2401.04088); rotary embeddings: Su et al. 2021 (arXiv 2104.09864).
+
+Parameters are a plain dict `{"decoder": ..., "experts": [one entry per layer]}`. The experts stand apart because their
+engine owns their layout (`models.experts`); `Experts` declares their canonical one. Shapes, random initialisation and
+the target of loading all derive from these declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.config import MoEConfig
+from models.experts import Engine, slot_outputs
+from models.kv_cache import KVCache, extend, visible
+from varjax.routing import NO_ROW, Plan, Routing, resolve
+
+Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What one call of the decoder gives."""
+
+    logits: jax.Array  # float32[B, T, V], or [B, 1, V] where only the last position was asked for
+    router_probs: jax.Array  # float32[L, B, T, E], softmax of the gate
+    routing: Routing  # [L, B, T, K], the experts that really ran; E = unused slot
+    kv: KVCache | None  # the cache with this call's positions in it, where one was passed
+    slot_outputs: jax.Array | None  # [len(slot_outputs_of), B, T, K, D], each slot's gate-weighted expert output
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones(size, dtype))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+        return self.weight[...] * y.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key/value heads, rotary positions and an optional sliding window."""
+
+    def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs):
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = linear(config.hidden_size, queries, rngs=rngs)
+        self.k_proj = linear(config.hidden_size, keys, rngs=rngs)
+        self.v_proj = linear(config.hidden_size, keys, rngs=rngs)
+        self.o_proj = linear(queries, config.hidden_size, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        mask: jax.Array,
+        kv: KVCache | None,
+        layer: int,
+    ) -> tuple[jax.Array, KVCache | None]:
+        batch, length, _ = x.shape
+        heads = (batch, length, -1, self.config.head_dim)
+        queries = rotate(self.q_proj(x).reshape(heads), *rotation)
+        keys = rotate(self.k_proj(x).reshape(heads), *rotation)
+        values = self.v_proj(x).reshape(heads)
+        if kv is not None:
+            kv = kv.store(layer, keys, values)
+            keys, values = kv.keys[layer], kv.values[layer]
+        out = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
+        return self.o_proj(out.reshape(batch, length, -1)), kv
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: MoEConfig, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = Attention(config, linear, rngs)
+        self.expert_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.gate = linear(config.hidden_size, config.num_experts, rngs=rngs)
+
+
+class Decoder(nnx.Module):
+    """Everything but the experts."""
+
+    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        linear = partial(nnx.Linear, use_bias=False, param_dtype=dtype, kernel_init=init)
+        embed = partial(nnx.Embed, param_dtype=dtype, embedding_init=init)
+        self.embed = embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.List([DecoderLayer(config, linear, dtype, rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if not config.tie_word_embeddings:
+            self.head = linear(config.hidden_size, config.vocab_size, rngs=rngs)
+
+
+class Expert(nnx.Module):
+    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        inner = (config.hidden_size, config.intermediate_size)
+        self.gate = nnx.Param(init(rngs.params(), inner, dtype))
+        self.up = nnx.Param(init(rngs.params(), inner, dtype))
+        self.down = nnx.Param(init(rngs.params(), inner[::-1], dtype))
+
+
+class Experts(nnx.Module):
+    """The experts of all layers in the canonical layout."""
+
+    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.layers = nnx.List(
+            [
+                nnx.List([Expert(config, dtype, rngs) for _ in range(config.num_experts)])
+                for _ in range(config.num_layers)
+            ]
+        )
+
+
+def init_params(config: MoEConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+    """Random parameters in the canonical layout; under `jax.eval_shape` they cost nothing at any size."""
+    dtype = jnp.dtype(dtype)
+    decoder = nnx.to_pure_dict(nnx.state(Decoder(config, dtype, nnx.Rngs(key))))
+    experts = nnx.to_pure_dict(nnx.state(Experts(config, dtype, nnx.Rngs(jax.random.fold_in(key, 1)))))
+    return {"decoder": decoder, "experts": [experts["layers"][index] for index in range(config.num_layers)]}
+
+
+def prepare(params: Params, engine: Engine) -> Params:
+    """Canonical parameters with the experts in the layout of `engine`."""
+    return {"decoder": params["decoder"], "experts": [engine.prepare(layer) for layer in params["experts"]]}
+
+
+@partial(jax.jit, static_argnames=("config", "engine", "last_logits_only", "slot_outputs_of"))
+def forward(
+    params: Params,
+    token_ids: jax.Array,
+    *,
+    config: MoEConfig,
+    engine: Engine,
+    attention_mask: jax.Array | None = None,
+    kv: KVCache | None = None,
+    plan: Plan | None = None,
+    residuals: tuple[jax.Array, ...] | None = None,
+    last_logits_only: bool = False,
+    slot_outputs_of: tuple[int, ...] = (),
+) -> Output:
+    """Logits and routing of `token_ids`.
+
+    Args:
+        params: parameters prepared for `engine`.
+        token_ids: int32[B, T].
+        attention_mask: bool or int[B, T], true for real tokens; padding may stand on either side. None: all are real.
+        kv: cache with the positions before these ones; None: `token_ids` are the whole text.
+        plan: what is settled before layer 0 (`varjax.plan`); None: the learned router decides everything.
+        residuals: one float32[R, D] per layer, the rows that `plan.row` points to.
+        last_logits_only: compute the head for the last position only.
+        slot_outputs_of: layers whose slots' outputs are wanted (costs their experts a second time).
+    """
+    mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+    if kv is None:
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        seen = visible(positions, positions, mask, config.sliding_window, offset=0)
+    else:
+        kv, positions = extend(kv, mask)
+        offset = kv.length - token_ids.shape[1]
+        seen = visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
+
+    model = nnx.merge(_graph(config), params["decoder"])
+    with jax.named_scope("embed"):
+        x = model.embed(token_ids)
+    rotation = rotary_angles(positions, config, x.dtype)
+    probs, routings, wanted = [], [], []
+    for index, layer in enumerate(model.layers):
+        with jax.named_scope("attention"):
+            attended, kv = layer.attention(layer.input_norm(x), rotation, seen, kv, index)
+            x = x + attended
+        with jax.named_scope("gate"):
+            # The router sees the normalised hidden state inside this block, not the layer's output.
+            flat = layer.expert_norm(x).reshape(-1, config.hidden_size)
+            layer_probs = jax.nn.softmax(layer.gate(flat).astype(jnp.float32), axis=-1)
+            layer_probs = layer_probs.reshape(*token_ids.shape, -1)
+            routing, row = resolve(layer_probs, config.top_k, None if plan is None else plan.layer(index))
+        flat_routing = jax.tree.map(lambda leaf: leaf.reshape(-1, config.top_k), routing)
+        with jax.named_scope("experts"):
+            y = engine.apply(flat, flat_routing, params["experts"][index]).reshape(x.shape)
+        if residuals is not None:
+            with jax.named_scope("residual"):
+                y = y + jnp.where((row != NO_ROW)[..., None], residuals[index][row], 0).astype(y.dtype)
+        if index in slot_outputs_of:
+            slots = slot_outputs(engine, flat, flat_routing, params["experts"][index])
+            wanted.append(slots.reshape(*token_ids.shape, config.top_k, -1))
+        x = x + y
+        probs.append(layer_probs)
+        routings.append(routing)
+    with jax.named_scope("head"):
+        x = model.norm(x[:, -1:] if last_logits_only else x)
+        logits = model.embed.attend(x) if config.tie_word_embeddings else model.head(x)
+    return Output(
+        logits=logits.astype(jnp.float32),
+        router_probs=jnp.stack(probs),
+        routing=jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings),
+        kv=kv,
+        slot_outputs=jnp.stack(wanted) if wanted else None,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """An architecture and the engine that runs its experts: all of `forward` that is not data."""
+
+    config: MoEConfig
+    engine: Engine
+
+    def forward(self, params: Params, token_ids: jax.Array, **options: Any) -> Output:
+        """`forward` with this config and engine; `options` are its keyword arguments."""
+        return forward(params, token_ids, config=self.config, engine=self.engine, **options)
+
+
+def rotary_angles(positions: jax.Array, config: MoEConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [B, T, 1, head_dim] of the rotary angles, computed in float32."""
+    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    angles = positions[..., None].astype(jnp.float32) / config.rope_theta**exponents
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of `x` [B, T, heads, head_dim]: halves are paired, as in Hugging Face's checkpoints."""
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
+
+
+@lru_cache(maxsize=16)
+def _graph(config: MoEConfig) -> Any:
+    """The decoder's structure without values; NNX needs it to give a dict of parameters its methods back."""
+    abstract = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), nnx.Rngs(0)))
+    return nnx.split(abstract)[0]

@@ -1,0 +1,114 @@
+"""Text generation with a key/value cache: one prefill, then one jitted step per token.
+
+Letters: B sequences, T positions, V vocabulary.
+
+What runs the decoder is a `Step`, so that plain and adaptive routing share this loop: the loop owns sampling and the
+end of texts, the step owns the model and whatever it threads through its calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.kv_cache import KVCache
+
+
+class Step(Protocol):
+    """`(kv, carry, ids int32[B, T], mask bool[B, T]) -> (logits float32[B, V] of the last position, kv, carry)`.
+
+    The step jits its own work; `kv` and `carry` are spent by the call.
+    """
+
+    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the most probable one."""
+
+    temperature: float = 0.0
+    top_k: int | None = None  # only the k most probable tokens
+    top_p: float | None = None  # only the most probable tokens that reach this mass (Holtzman et al. 2019)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature}; expected 0 (greedy) or more")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}; expected at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}; expected more than 0 and at most 1")
+
+
+def generate(
+    step: Step,
+    kv: KVCache,
+    carry: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    max_new_tokens: int,
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+    fill_id: int,
+) -> tuple[np.ndarray, Any]:
+    """The loop behind `Model.generate`; see there.
+
+    Args:
+        kv: empty, with room for T + max_new_tokens - 1 positions.
+        end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
+
+    Raises ValueError if a text ends in padding: the next token would follow the padding.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1")
+    if not np.asarray(mask[:, -1]).all():
+        raise ValueError("attention_mask ends in padding; pad on the left, so that each text's last token comes last")
+    key = jax.random.key(sampling.seed)
+    live = jnp.ones(ids.shape[0], bool)
+    pieces = [ids]
+    for index in range(max_new_tokens):
+        logits, kv, carry = step(kv, carry, ids, mask)
+        token, live = _pick(logits, live, jax.random.fold_in(key, index), sampling, end_ids, fill_id)
+        ids, mask = token[:, None], jnp.ones((ids.shape[0], 1), bool)
+        pieces.append(ids)
+        if end_ids and not live.any():
+            break
+    return np.concatenate(pieces, axis=1), carry
+
+
+@partial(jax.jit, static_argnames=("sampling", "end_ids", "fill_id"))
+def _pick(
+    logits: jax.Array,
+    live: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    end_ids: tuple[int, ...],
+    fill_id: int,
+) -> tuple[jax.Array, jax.Array]:
+    """The next token int32[B], and which texts go on after it bool[B]."""
+    token = jnp.where(live, choose(logits, key, sampling), fill_id)
+    ended = jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) if end_ids else jnp.zeros_like(live)
+    return token, live & ~ended
+
+
+def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """int32[B]: the next token of each sequence, from logits float32[B, V]."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
+        smallest = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    if sampling.top_p is not None:
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # the most probable token always stays
+        smallest = jnp.where(before < sampling.top_p, ranked, jnp.inf).min(-1, keepdims=True)
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)

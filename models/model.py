@@ -1,0 +1,168 @@
+"""A loaded checkpoint: architecture, parameters, tokenizer and the engine that runs its experts.
+
+Letters: B sequences, T positions, L layers, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.config import MoEConfig, read_config
+from models.decoder import Network, Output, Params, prepare
+from models.experts import Engine, get_engine
+from models.generation import Sampling, Step, generate
+from models.kv_cache import KVCache
+from models.tokenizer import load_tokenizer
+from models.weights import CheckpointError, load_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A decoder with its parameters. Calling it is pure; nothing inside changes."""
+
+    config: MoEConfig
+    params: Params  # in the layout of `engine`
+    engine: Engine
+    name: str  # the directory or hub id that it came from
+    fingerprint: str  # of the checkpoint's tensors, see `models.weights.load_params`
+    tokenizer: PreTrainedTokenizerBase | None = None
+
+    def __call__(self, input_ids: Any, attention_mask: Any | None = None) -> Output:
+        """Logits [B, T, V] float32 and gate probabilities [L, B, T, E] float32 of whole texts.
+
+        Args:
+            input_ids: integers [B, T]; ids outside the vocabulary raise ValueError.
+            attention_mask: 1 for real tokens, 0 for padding, [B, T]; padding may stand on either side.
+        """
+        ids, mask = self.check_inputs(input_ids, attention_mask)
+        return self.network.forward(self.params, ids, attention_mask=mask)
+
+    @property
+    def network(self) -> Network:
+        """The pure part: what runs on any parameters of this shape. Hashable, so it can be static under jit."""
+        return Network(self.config, self.engine)
+
+    def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
+        """A key/value cache for `capacity` positions, padding included."""
+        dtype = self.params["decoder"]["embed"]["embedding"].dtype
+        return KVCache.empty(self.config, batch_size, capacity, dtype)
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        *,
+        attention_mask: Any | None = None,
+        sampling: Sampling | None = None,
+        step: Step | None = None,
+        carry: Any = None,
+    ) -> tuple[np.ndarray, Any]:
+        """Continue each text; returns int32 [B, T + new] ids and the carry.
+
+        Args:
+            input_ids: integers [B, T], padded on the left where the texts differ in length.
+            max_new_tokens: at most so many; a text that has ended is filled up with its padding (or end) id.
+            attention_mask: 1 for real tokens, 0 for padding, [B, T].
+            sampling: how to choose; None: the most probable token.
+            step: what runs one call of the decoder (`models.generation.Step`); None: the plain model.
+            carry: what `step` threads through its calls, beside the key/value cache.
+        """
+        ids, mask = self.check_inputs(input_ids, attention_mask)
+        batch, length = ids.shape
+        ends = self.config.eos_token_ids
+        fill = self.config.pad_token_id if self.config.pad_token_id is not None else (*ends, 0)[0]
+        kv = self.empty_cache(batch, length + max_new_tokens)
+        chosen = sampling or Sampling()
+        return generate(step or self._step, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
+
+    def _step(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
+        logits, kv = _plain_step(self.params, kv, ids, mask, self.network)
+        return logits, kv, carry
+
+    def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]:
+        """int32 ids and bool mask, [B, T] each; raises ValueError for a wrong shape, dtype or id."""
+        ids = np.asarray(input_ids)
+        if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+            raise ValueError(
+                f"input_ids has shape {ids.shape} and dtype {ids.dtype}; expected integers [B, T], not empty"
+            )
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"input_ids holds {ids.min()} to {ids.max()}; expected ids from 0 to {self.config.vocab_size - 1} "
+                "(is this the model's own tokenizer?)"
+            )
+        mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}")
+        return jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
+
+
+@partial(jax.jit, static_argnames="network", donate_argnames="kv")
+def _plain_step(
+    params: Params, kv: KVCache, ids: jax.Array, mask: jax.Array, network: Network
+) -> tuple[jax.Array, KVCache | None]:
+    out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=True)
+    return out.logits[:, -1], out.kv
+
+
+def load_model(directory_or_hub_id: str | Path, dtype: str = "float32", implementation: str | None = None) -> Model:
+    """Load a Mixtral-format checkpoint from a local directory or the Hugging Face hub.
+
+    Args:
+        directory_or_hub_id: a directory with config.json and safetensors, or a hub id; "reference" is the small model
+            that comes with this package.
+        dtype: "float32" or "bfloat16", of the parameters and the activations.
+        implementation: expert engine, see `models.experts.get_engine`.
+
+    Raises:
+        ConfigError, CheckpointError: the config or the weights cannot be run faithfully.
+        FileNotFoundError: neither a local directory nor a hub id that can be reached.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; choose one of {sorted(DTYPES)}")
+    engine = get_engine(implementation)
+    directory = _resolve_directory(directory_or_hub_id)
+    config = read_config(directory / "config.json")
+    params, fingerprint = load_params(directory, config, DTYPES[dtype])
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return Model(config, prepare(params, engine), engine, str(directory_or_hub_id), fingerprint, tokenizer)
+
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+def _resolve_directory(name: str | Path) -> Path:
+    if name == "reference":
+        return REFERENCE
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).is_absolute() or str(name).count("/") != 1:
+        raise FileNotFoundError(f"{name} is neither a directory nor a hub id (owner/name); check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # Weights as safetensors only: nothing that could run code is fetched.
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(
+            f"{name} is not a local directory and could not be fetched from the hub ({type(error).__name__}: {error}); "
+            "check the name and the network, or download the checkpoint and give its directory"
+        ) from error

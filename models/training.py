@@ -1,0 +1,142 @@
+"""Language-model training of a decoder: one pure step, and a loop that can be killed and resumed.
+
+Letters: B sequences, T positions, L layers, E experts, K experts per token, V vocabulary.
+
+The step is next-token cross entropy plus the load-balancing loss of Switch Transformers (Fedus et al. 2021,
+arXiv 2101.03961, equation 4), taken per layer. Optimiser: AdamW with warm-up and cosine decay (optax). Checkpoints:
+orbax; the data order is a function of the step alone, so a resumed run continues as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+
+from models.config import MoEConfig
+from models.decoder import Params, forward, init_params, prepare
+from models.experts import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides the outcome of a run, beside the architecture and the data."""
+
+    steps: int = 1600
+    batch_size: int = 16  # sequences per step
+    length: int = 256  # tokens per sequence
+    learning_rate: float = 2e-3  # peak
+    warmup_steps: int = 100
+    final_learning_rate: float = 1e-4
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0
+    balance: float = 0.01  # weight of the load-balancing loss
+    seed: int = 0
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    params: Params  # canonical layout, float32
+    optimizer: Any
+    step: jax.Array  # int32[]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainInfo:
+    loss: jax.Array  # float32[], nats per token
+    balance: jax.Array  # float32[], 1 = perfectly even load
+    load: jax.Array  # float32[L, E], share of the assignments
+
+
+def optimizer(train: TrainConfig) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, train.learning_rate, train.warmup_steps, train.steps, train.final_learning_rate
+    )
+
+    def matrices(params: Params) -> Params:
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(train.clip_norm),
+        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=train.weight_decay, mask=matrices),
+    )
+
+
+def init_train_state(config: MoEConfig, train: TrainConfig) -> TrainState:
+    params = init_params(config, jax.random.key(train.seed))
+    return TrainState(params, optimizer(train).init(params), jnp.zeros((), jnp.int32))
+
+
+def make_step(config: MoEConfig, train: TrainConfig, engine: Engine):
+    """A jitted `step(state, tokens int32[B, T + 1]) -> (state, info)` that donates the state."""
+    update = optimizer(train).update
+
+    def objective(params: Params, tokens: jax.Array) -> tuple[jax.Array, TrainInfo]:
+        out = forward(prepare(params, engine), tokens[:, :-1], config=config, engine=engine)
+        nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]).mean()
+        chosen = jax.nn.one_hot(out.routing.experts, config.num_experts).mean(axis=(1, 2, 3))
+        balance = config.num_experts * (chosen * out.router_probs.mean(axis=(1, 2))).sum(-1).mean()
+        return nll + train.balance * balance, TrainInfo(nll, balance, chosen)
+
+    def step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, TrainInfo]:
+        grads, info = jax.grad(objective, has_aux=True)(state.params, tokens)
+        updates, opt_state = update(grads, state.optimizer, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), info
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def pack(documents: list[np.ndarray], length: int) -> np.ndarray:
+    """int32[rows, length + 1]: documents joined end to end and cut, each row sharing its last token with the next."""
+    stream = np.concatenate(documents).astype(np.int32)
+    rows = (len(stream) - 1) // length
+    if rows < 1:
+        raise ValueError(
+            f"the training documents hold {len(stream)} tokens, fewer than one row of {length + 1}; add text"
+        )
+    starts = np.arange(rows)[:, None] * length
+    return stream[starts + np.arange(length + 1)]
+
+
+def batch_of(rows: np.ndarray, step: int, train: TrainConfig) -> np.ndarray:
+    """int32[B, T + 1]: the batch of a step; every row is seen once per epoch, in an order drawn per epoch."""
+    taken = np.arange(step * train.batch_size, (step + 1) * train.batch_size)
+    epochs, places = np.divmod(taken, len(rows))
+    orders = {
+        epoch: np.random.default_rng((train.seed, epoch)).permutation(len(rows)) for epoch in set(epochs.tolist())
+    }
+    return rows[[orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]]
+
+
+def train_steps(
+    config: MoEConfig,
+    train: TrainConfig,
+    engine: Engine,
+    rows: np.ndarray,
+    checkpoints: Path,
+    save_every: int = 200,
+) -> Iterator[tuple[int, TrainState, TrainInfo]]:
+    """Run (or resume from `checkpoints`) and yield `(step, state, info)` after each step.
+
+    The yielded state is donated to the next step: read from it before asking for the next one.
+    """
+    with ocp.CheckpointManager(checkpoints.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
+        state = init_train_state(config, train)
+        if (latest := manager.latest_step()) is not None:
+            state = manager.restore(latest, args=ocp.args.StandardRestore(state))
+        step = make_step(config, train, engine)
+        for index in range(int(state.step), train.steps):
+            state, info = step(state, jnp.asarray(batch_of(rows, index, train)))
+            if (index + 1) % save_every == 0 or index + 1 == train.steps:
+                manager.save(index + 1, args=ocp.args.StandardSave(state))
+                manager.wait_until_finished()
+            yield index + 1, state, info
