@@ -1,21 +1,22 @@
 """Documents, wherever they come from, and their division into splits that no run can mix up.
 
-A document is one whole text. Its id is the SHA-256 of that text, and its split follows from the id alone: the same
-text lands in the same split on every machine, in every order and whatever else the corpus holds.
+A document is one whole text. Its id is the SHA-256 of that text, and its split follows from the id alone: the
+same text lands in the same split on every machine, in every order and whatever else the corpus holds.
 
 `load_documents(dataset)` reads:
 
 | dataset | documents | group |
 |---|---|---|
 | `embedded` | docstrings of the installed packages (`analysis.embedded`), in hash order | package |
-| `*.txt` | parts between lines `<|endofdoc|>`; else WikiText articles (` = Title = `); else the whole file | file stem |
+| `*.txt` | parts between lines `<|endofdoc|>`; else WikiText articles; else the whole file | file stem |
 | `*.jsonl` | the field `text` of every line | field `group`, else file stem |
 | `*.parquet` | the column `text` of every row | column `group`, else file stem |
 | a directory | every such file below it, in order of path; or a `datasets` `save_to_disk` folder | as above |
-| `name[:config[:split]]` | a Hugging Face dataset, streamed (its `train` split unless told otherwise) | see `_hub_rows` |
+| `name[:config[:split]]` | a Hugging Face dataset, streamed (split `train` if not said) | field, or name |
 
-A plain text file without separators is one document on purpose: its paragraphs are not independent of each other, and
-a confidence bound over documents would be wrong if it took them to be.
+A WikiText article starts at a line ` = Title = `. A plain text file without separators is one document on
+purpose: its paragraphs are not independent of each other, and a confidence bound over documents would be
+wrong if it took them to be.
 """
 
 import hashlib
@@ -23,15 +24,16 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 END_OF_DOCUMENT = "<|endofdoc|>"
 
 SPLITS = {"train": 0.80, "tune": 0.04, "calibrate": 0.08, "test": 0.08}
-"""Share of each split. `train` holds what the reference model learnt from and what statistics and tables are built
-from (`build` is another name for it); `tune` chooses settings, `calibrate` certifies them, `test` reports."""
+"""Share of each split. `train` holds what the reference model learnt from and what statistics and tables are
+built from (`build` is another name for it); `tune` chooses settings, `calibrate` certifies them, `test`
+reports."""
 
 _TITLE = re.compile(r"^ ?= (?!=).*(?<!=) = ?$", re.MULTILINE)  # " = Title = ", not " = = Section = = "
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -79,17 +81,15 @@ def load_documents(
     Args:
       dataset: `embedded`, a file, a directory or a Hugging Face dataset `name[:config[:split]]`.
       split: one of `SPLITS`, or `build`, the same as `train`; None takes every document.
-      limit: at most so many documents, the first ones. The embedded corpus comes in hash order, so that a limit is a
-        random sample over its packages; every other corpus keeps its own order.
+      limit: at most so many documents, the first ones. The embedded corpus comes in hash order, so that a
+        limit is a random sample over its packages; every other corpus keeps its own order.
       min_chars: documents with fewer characters, outer white space not counted, are left out.
       text_column: the field that holds the text in JSONL, Parquet and Hugging Face data.
 
     Raises:
       CorpusError: nothing is found there, something in it cannot be read, or no document is left.
     """
-    return list(
-        iter_documents(dataset, split=split, limit=limit, min_chars=min_chars, text_column=text_column)
-    )
+    return list(iter_documents(dataset, split=split, limit=limit, min_chars=min_chars, text_column=text_column))
 
 
 def iter_documents(
@@ -120,13 +120,13 @@ def iter_documents(
     if not found:
         where = f"in its {wanted} split " if wanted else ""
         raise CorpusError(
-            f"{dataset}: no document {where}with at least {min_chars} characters; give a larger corpus, a lower "
-            f"min_chars or another split (in a text file, a line {END_OF_DOCUMENT} separates documents)"
+            f"{dataset}: no document {where}with at least {min_chars} characters; give a larger corpus, a "
+            f"lower min_chars or another split (in a text file, a line {END_OF_DOCUMENT} separates documents)"
         )
 
 
 def corpus_hash(documents: Iterable[Document]) -> str:
-    """SHA-256 over the documents' sorted ids: the same for the same set of texts in any order. [64 hex digits]"""
+    """SHA-256 over the documents' sorted ids: the same for the same texts in any order."""
     return hashlib.sha256("\n".join(sorted(document.id for document in documents)).encode()).hexdigest()
 
 
@@ -188,7 +188,7 @@ def _text_rows(path: Path, text_column: str) -> Iterator[Row]:
 def _articles(text: str) -> list[str]:
     """A WikiText file cut before each top-level title; any other text whole."""
     cuts = [0, *(match.start() for match in _TITLE.finditer(text)), len(text)]
-    return [text[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    return [text[start:end] for start, end in pairwise(cuts)]
 
 
 def _jsonl_rows(path: Path, text_column: str) -> Iterator[Row]:
@@ -214,9 +214,7 @@ def _parquet_rows(path: Path, text_column: str) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if text_column not in names:
-                raise CorpusError(
-                    f"{path}: no column {text_column!r} among {', '.join(names)}; name the text column"
-                )
+                raise CorpusError(f"{path}: no column {text_column!r} among {', '.join(names)}; name the text column")
             columns = [text_column, *({"group"} & set(names))]
             for batch in file.iter_batches(columns=columns):
                 for record in batch.to_pylist():
@@ -239,7 +237,7 @@ def _saved_rows(path: Path, text_column: str) -> Iterator[Row]:
 
 
 def _hub_rows(dataset: str, text_column: str) -> Iterator[Row]:
-    """Rows of a Hugging Face dataset, streamed. Group: its `group` field, SlimPajama's subset, or the name."""
+    """A Hugging Face dataset, streamed. Group: its `group` field, SlimPajama's subset, or its name."""
     import datasets
 
     name, config, hub_split, *rest = [*dataset.split(":"), "", ""]
@@ -249,8 +247,8 @@ def _hub_rows(dataset: str, text_column: str) -> Iterator[Row]:
         stream = datasets.load_dataset(name, config or None, split=hub_split or "train", streaming=True)
     except Exception as error:  # the library raises many kinds, network faults among them
         raise CorpusError(
-            f"{dataset}: neither a file here nor a dataset that can be opened ({type(error).__name__}: {error}); "
-            "check the spelling and the network, or use `embedded`, which needs neither"
+            f"{dataset}: neither a file here nor a dataset that opens ({type(error).__name__}: {error}); "
+            "check the spelling and the network, or use `embedded`, which needs none"
         ) from error
     rows = (_row(record, text_column, f"{dataset}, row {n}", name) for n, record in enumerate(stream))
     return _joined_articles(rows) if "wikitext" in name.lower() else rows

@@ -1,11 +1,12 @@
 """The embedded corpus: the documentation text of the packages that varjax itself needs.
 
-Docstrings are real prose, each one a document, each package a domain: nothing to download, nothing to license. The
-sources are parsed, never imported. Only the distributions named here count, so that the corpus does not change with
-what else is installed; with other versions of these some documents change, and `corpus.corpus_hash` shows it.
+Docstrings are real prose, each one a document, each package a domain: nothing to download, nothing to
+license. The sources are parsed, never imported. Only the distributions named here count, so that the corpus
+does not change with what else is installed; with other versions of these some documents change, and
+`corpus.corpus_hash` shows it.
 
-Copies would make a held-out text a text already learnt (model files in particular repeat each other), so a docstring
-more than half of whose lines have occurred before is left out.
+Copies would make a held-out text a text already learnt (model files in particular repeat each other), so a
+docstring more than half of whose lines have occurred before is left out.
 """
 
 import ast
@@ -16,7 +17,6 @@ import logging
 import os
 import sys
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Iterator
 from importlib import metadata
@@ -25,15 +25,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from analysis.corpus import Document, Row, read_rows
+from varjax.files import replacing
 
 DISTRIBUTIONS = (
     "absl-py", "alembic", "click", "datasets", "etils", "flax", "fonttools", "fsspec", "httpcore2", "httpx2",
-    "huggingface-hub", "humanize", "jax", "jaxlib", "kiwisolver", "mako", "markdown-it-py", "matplotlib", "ml-dtypes",
-    "multiprocess", "numpy", "opt-einsum", "optax", "optuna", "orbax-checkpoint", "packaging", "pandas", "pillow",
-    "protobuf", "pyarrow", "pygments", "pyparsing", "python-dateutil", "pyyaml", "rich", "safetensors", "scipy",
-    "sentencepiece", "sqlalchemy", "tensorstore", "tokenizers", "tqdm", "transformers", "treescope", "typer",
+    "huggingface-hub", "humanize", "jax", "jaxlib", "kiwisolver", "mako", "markdown-it-py", "matplotlib",
+    "ml-dtypes", "multiprocess", "numpy", "opt-einsum", "optax", "optuna", "orbax-checkpoint", "packaging",
+    "pandas", "pillow", "protobuf", "pyarrow", "pygments", "pyparsing", "python-dateutil", "pyyaml", "rich",
+    "safetensors", "scipy", "sentencepiece", "sqlalchemy", "tensorstore", "tokenizers", "tqdm",
+    "transformers", "treescope", "typer",
 )  # fmt: skip
-"""Distributions whose docstrings make the corpus, besides the standard library; those not installed are left out."""
+"""Whose docstrings make the corpus, besides the standard library's; what is not installed is left out."""
 
 MIN_CHARS = 200
 """Shorter docstrings say too little to be a document."""
@@ -114,7 +116,8 @@ def _docstrings(path: Path) -> Iterator[str]:
             text = ast.get_docstring(node, clean=False)
             if text:
                 yield inspect.cleandoc(text)
-        pending.extend(reversed([child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENTS)]))
+        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENTS)]
+        pending.extend(reversed(children))
 
 
 def _cache_file() -> Path:
@@ -130,16 +133,9 @@ def _cache_file() -> Path:
 
 
 def _save(found: list[Row], path: Path) -> None:
-    """Write the cache whole or not at all. Without it the corpus is the same, only slower to get: a warning."""
+    """Keep the result for the next call; where that fails the corpus is only slower to get, so: a warning."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as temporary:
-            try:
-                temporary.writelines(json.dumps({"group": group, "text": text}) + "\n" for text, group in found)
-                temporary.close()
-                os.replace(temporary.name, path)
-            except BaseException:
-                os.unlink(temporary.name)
-                raise
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"group": group, "text": text}) + "\n" for text, group in found)
     except OSError as error:
-        logger.warning("%s: the embedded corpus could not be cached (%s); it is parsed again next time", path, error)
+        logger.warning("%s: the embedded corpus is not cached (%s) and will be parsed again", path, error)

@@ -1,0 +1,57 @@
+# make demo    the whole idea on the embedded corpus and the reference model
+# make test    lint, types and tests
+# Both set up .venv by themselves; they need python3 (3.11 to 3.13) and make. PYTHON=... chooses another interpreter.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?= -q -n 2 --dist loadfile -m "not gpu"
+
+BIN := $(VENV)/bin
+BASE := $(VENV)/.installed-base
+TEST := $(VENV)/.installed-test
+CODE := varjax models analysis profiling tuning experiments tests
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types clean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+	@echo "make lint    ruff, only"
+	@echo "make types   mypy, only"
+	@echo "make format  let ruff format and mend the code"
+	@echo "make clean   remove .venv and every cache"
+
+demo: $(BASE)
+	$(BIN)/python -m experiments.demo
+
+test: lint types
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+lint: $(TEST)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+types: $(TEST)
+	$(BIN)/mypy
+
+format: $(TEST)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is older than pyproject.toml when the requirements may have changed: install again.
+$(BASE): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(TEST): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@ $(BASE)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "varjax needs Python 3.11, 3.12 or 3.13; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
