@@ -72,9 +72,7 @@ def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tupl
     )
 
 
-def insert(
-    cache: ContextCache, contexts: Array, routing: Routing, allowed: Array, now: Array
-) -> ContextCache:
+def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Array, now: Array) -> ContextCache:
     """Stores the allowed decisions, stamped `now`.
 
     Args:
@@ -152,9 +150,7 @@ def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple
     updated = jnp.zeros((num_sets, ways), bool).at[bucket, way].set(True, mode="drop")[bucket]
     age = jnp.where(updated, now, jnp.max(cache.stamp[bucket], axis=-1))  # [N, W]
     number = _iota(ways)
-    older = (age[:, None, :] < age[:, :, None]) | (
-        (age[:, None, :] == age[:, :, None]) & (number < number[:, None])
-    )
+    older = (age[:, None, :] < age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & (number < number[:, None]))
     rank = jnp.sum(older, axis=-1, dtype=jnp.int32)  # [N, W]
 
     chosen = jnp.argmax(rank == turn[:, None], axis=-1).astype(jnp.int32)

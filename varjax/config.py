@@ -19,12 +19,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from varjax.files import replacing
+
 Source = Literal["gate", "table"]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "conservative": dict(frequency_threshold=100, entropy_threshold=0.3, confidence_threshold=0.9),
-    "balanced": dict(frequency_threshold=50, entropy_threshold=0.5, confidence_threshold=0.8),
-    "aggressive": dict(frequency_threshold=25, entropy_threshold=0.7, confidence_threshold=0.7),
+    "conservative": {"frequency_threshold": 100, "entropy_threshold": 0.3, "confidence_threshold": 0.9},
+    "balanced": {"frequency_threshold": 50, "entropy_threshold": 0.5, "confidence_threshold": 0.8},
+    "aggressive": {"frequency_threshold": 25, "entropy_threshold": 0.7, "confidence_threshold": 0.7},
 }
 
 
@@ -57,10 +59,10 @@ class LayerPolicy:
         check.flag("renormalise")
         check.integer("frequency_threshold", 1, optional=True)
         check.number("entropy_threshold", 0.0, optional=True)
+        if self.residual and self.renormalise:
+            check.fault("renormalise", "False with residual=True: kept weights stay, the residual carries the rest")
         if self.residual and self.kept is None:
-            check.fault(
-                "kept", "an integer with residual=True: a residual belongs to a fixed number of experts"
-            )
+            check.fault("kept", "an integer with residual=True: a residual belongs to a fixed number of experts")
         if self.weights_from == "table" and self.choice_from == "gate":
             check.fault("weights_from", "'gate' with choice_from='gate': the table weighs only what it chose")
         check.finish()
@@ -84,17 +86,11 @@ class VARConfig:
     residuals: str | None = None  # path of the safetensors file with the residual rows
     enable_var: bool = True  # False = the plain model, bit for bit
     max_quality_degradation: float = 0.01  # relative increase of perplexity that is still acceptable
-    mass_threshold: float = (
-        0.9  # share of the predicted gate weight that the kept experts reach if kept is open
-    )
+    mass_threshold: float = 0.9  # share of the predicted gate weight that the kept experts reach if kept is open
     residual_shrinkage: float = 5.0  # k0, occurrences that the prior of a residual row weighs
-    default: LayerPolicy | None = field(
-        default_factory=LayerPolicy
-    )  # layers not listed below; None = left open
+    default: LayerPolicy | None = field(default_factory=LayerPolicy)  # layers not listed below; None = left open
     layers: Mapping[int, LayerPolicy | None] | tuple[tuple[int, LayerPolicy | None], ...] = ()  # exceptions
-    cache_layers: tuple[int, ...] | None = (
-        None  # layers that the cached tier may decide; None = all not left open
-    )
+    cache_layers: tuple[int, ...] | None = None  # layers that the cached tier may decide; None = all not left open
 
     def __post_init__(self) -> None:
         check = _Check(self)
@@ -167,14 +163,10 @@ class VARConfig:
         """
         stats = Path(path)
         if not stats.is_file():
-            raise FileNotFoundError(
-                f"{stats}: no such file; collect routing statistics first, or mend the path"
-            )
+            raise FileNotFoundError(f"{stats}: no such file; collect routing statistics first, or mend the path")
         with stats.open("rb") as file:
             if file.read(4) != b"PAR1":
-                raise ValueError(
-                    f"{stats}: not a Parquet file; expected what the collection of statistics wrote"
-                )
+                raise ValueError(f"{stats}: not a Parquet file; expected what the collection of statistics wrote")
         found: dict[str, Any] = {"routing_stats": str(stats)}
         rows = stats.with_name(f"{stats.stem}.residuals.safetensors")
         if rows.is_file():
@@ -200,9 +192,7 @@ class VARConfig:
         except json.JSONDecodeError as error:
             raise ValueError(f"not valid JSON: {error}") from error
         if not isinstance(data, dict):
-            raise ValueError(
-                f"expected a JSON object with the fields of VARConfig, got {type(data).__name__}"
-            )
+            raise ValueError(f"expected a JSON object with the fields of VARConfig, got {type(data).__name__}")
         values = _known(cls, data, "VARConfig")
         if "default" in values:
             values["default"] = _policy_from_json(values["default"], "default")
@@ -215,11 +205,8 @@ class VARConfig:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json()`, whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
-        part.write_text(self.to_json() + "\n", encoding="utf-8")
-        os.replace(part, target)
+        with replacing(Path(path)) as part:
+            part.write_text(self.to_json() + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VARConfig:
@@ -279,9 +266,7 @@ class _Check:
             return
         real = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
         if not real or not low <= value <= high or (above and value == low):
-            span = f"{'above' if above else 'of at least'} {low:g}" + f" and at most {high:g}" * (
-                high < math.inf
-            )
+            span = f"{'above' if above else 'of at least'} {low:g}" + f" and at most {high:g}" * (high < math.inf)
             self.fault(name, f"a finite number {span}" + " or None" * optional)
         else:
             self.store(name, float(value))

@@ -121,18 +121,29 @@ def resolve(probs: Array, k: int, plan: Plan | None, normalise: bool = True) -> 
     candidate = _candidate(probs, learned, planned, plan, normalise)
 
     used = candidate.experts < probs.shape[-1]
-    slot = jnp.arange(k, dtype=jnp.int8)
-    light = (slot >= 1) & (candidate.weights < plan.rules.gate_ratio * candidate.weights[..., :1])
-    dropped = planned & used & ((slot >= plan.kept[..., None]) | light)
-    lost = jnp.any(dropped, axis=-1, keepdims=True)
+    gone = planned & used & dropped(candidate.weights, plan.kept, plan.rules.gate_ratio)
+    lost = jnp.any(gone, axis=-1, keepdims=True)
 
-    experts = jnp.where(dropped, probs.shape[-1], candidate.experts)
-    weights = jnp.where(dropped, 0.0, candidate.weights)
+    experts = jnp.where(gone, probs.shape[-1], candidate.experts)
+    weights = jnp.where(gone, 0.0, candidate.weights)
     rest = jnp.sum(weights, axis=-1, keepdims=True)
     rescale = plan.rules.renormalise & lost & (rest > 0.0)
     scale = jnp.sum(candidate.weights, axis=-1, keepdims=True) / jnp.where(rescale, rest, 1.0)
     weights = jnp.where(rescale, weights * scale, weights)
     return Routing(experts, weights), jnp.where(lost[..., 0], plan.row, NO_ROW)
+
+
+def dropped(weights: Array, kept: Array, gate_ratio: Array) -> Array:
+    """bool [..., K]: the slots that a planned token does without.
+
+    Args:
+        weights: float32 [..., K], of the slots in order.
+        kept: int8 [...], slots that may run.
+        gate_ratio: float32 [...], least weight of a later slot as a share of the first one's; 0 = any.
+    """
+    slot = jnp.arange(weights.shape[-1], dtype=jnp.int8)
+    light = (slot >= 1) & (weights < gate_ratio[..., None] * weights[..., :1])
+    return (slot >= kept[..., None]) | light
 
 
 def _candidate(probs: Array, learned: Routing, planned: Array, plan: Plan, normalise: bool) -> Routing:

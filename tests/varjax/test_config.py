@@ -26,7 +26,7 @@ def policies(draw) -> LayerPolicy:
         choice_from=choice,
         weights_from=draw(st.sampled_from(["gate", "table"])) if choice == "table" else "gate",
         gate_ratio=draw(st.none() | shares),
-        renormalise=draw(st.booleans()),
+        renormalise=draw(st.booleans()) and not residual,
         frequency_threshold=draw(st.none() | st.integers(1, 500)),
         entropy_threshold=draw(st.none() | numbers),
     )
@@ -136,6 +136,7 @@ def test_a_bad_field_is_named_with_its_value_and_range(field, value, expected):
     [
         ({"kept": -1}, "kept=-1"),
         ({"kept": None}, "kept=None"),
+        ({"renormalise": True}, "renormalise=True"),
         ({"orders": ()}, "orders=()"),
         ({"orders": (0,)}, "orders=(0,)"),
         ({"choice_from": "cache"}, "choice_from='cache'"),
