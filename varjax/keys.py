@@ -1,14 +1,15 @@
 """Context keys: which tokens share a row of a table, and how a row is found without ever being wrong.
 
-Letters: B sequences, T positions, C key width (the longest order), R keys (rows), O orders, S buckets (a power of two),
-W slots per bucket, N tokens of a corpus.
+Letters: B sequences, T positions, C key width (the longest order), R keys (rows), O orders, S buckets (a power
+of two), W slots per bucket.
 
-A key of order n is the last n token ids, the current one last. Keys of all orders share one width: int32 [..., C],
-right-aligned, with `ANY` in the leading places that a shorter order does not look at. In a context, `NONE` fills places
-before the start of a sequence; it occurs in no key, so a context that reaches back too far matches nothing.
+A key of order n is the last n token ids, the current one last. Keys of all orders share one width: int32
+[..., C], right-aligned, with `ANY` in the leading places that a shorter order does not look at. In a
+context, `NONE` fills the places before the start of a sequence; no key holds it, so a context that
+reaches back too far matches nothing.
 
-Keys are exact: the hash only finds the bucket, then the ids themselves are compared. Token ids alone decide what the
-keys are (`count_contexts`), so they are chosen on the host before any model runs.
+Keys are exact: the hash only finds the bucket, then the ids themselves are compared. Token ids alone
+decide what the keys are (`count_contexts`), so they are chosen on the host before any model runs.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = None) -> Array:
     """The last `length` ids at every position, its own included.
 
-    Padding, wherever it stands, is skipped and not looked at: a context consists of real tokens only, and reaches back
-    through `recent` into earlier calls. A padded position has no context.
+    Padding is skipped, wherever it stands: a context consists of real tokens only, and reaches back through
+    `recent` into earlier calls. A padded position has no context.
 
     Args:
         token_ids: int32 [B, T].
-        recent: int32 [B, >= length - 1], the ids before position 0, the latest last; NONE where there were none.
+        recent: int32 [B, >= length - 1], ids before position 0, the latest last; NONE where there is none.
         length: ids per context.
         mask: bool [B, T], True at real tokens; None where there is no padding.
 
@@ -48,7 +49,7 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
     before = recent.shape[1]
     if before < length - 1:
         raise ValueError(
-            f"contexts of {length} ids need {length - 1} recent ids per sequence, got {before}; make `recent` wider"
+            f"contexts of {length} ids need {length - 1} recent ids per sequence, `recent` holds {before}: widen it"
         )
     if mask is None:
         ids = jnp.concatenate([recent, token_ids], axis=1).astype(jnp.int32)
@@ -66,7 +67,7 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
 
 
 def hash_words(ids: AnyArray) -> AnyArray:
-    """uint32 [...]: MurmurHash3 (32 bit, seed 0) of int32 [..., C] over its last axis; NumPy and JAX agree bit for bit."""
+    """uint32 [...]: MurmurHash3 (32 bit, seed 0) of the ids int32 [..., C], the same in NumPy and in JAX."""
     words = ids.astype(np.uint32)
     length = words.shape[-1]
     state = words[..., :1] * np.uint32(0)  # the axis stays: NumPy warns of wrap-around in scalars only
@@ -92,7 +93,7 @@ class KeyIndex:
         """Index keys int [R, C], right-aligned, with ANY before the ids of a shorter order. R may be 0.
 
         Raises:
-            ValueError: not a matrix; an id that is negative or wider than int32; ANY behind an id; a key twice.
+            ValueError: not a matrix; an id negative or wider than int32; ANY behind an id; a key twice.
         """
         keys = _checked_keys(keys)
         num_keys = len(keys)
@@ -106,7 +107,7 @@ class KeyIndex:
         return cls(jnp.asarray(buckets), jnp.asarray(keys))
 
     def find(self, queries: Array) -> Array:
-        """int32 [...]: the row of each key int32 [..., C], ABSENT where it is none. A pure gather, fit for jit."""
+        """int32 [...]: the row of each query int32 [..., C], ABSENT where it is no key. A pure gather."""
         num_keys, width = self.keys.shape
         if queries.shape[-1] != width:
             raise ValueError(f"this index holds keys of {width} ids, got queries of {queries.shape[-1]}")
@@ -118,7 +119,7 @@ class KeyIndex:
 
 
 def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Array:
-    """int32 [O, B, T]: for each order, the row of the last ids at each position, ABSENT where they are no key.
+    """int32 [O, B, T]: per order, the row of the last ids at each position, ABSENT where they are no key.
 
     Args:
         index: keys of any orders, width C.
@@ -129,7 +130,7 @@ def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Arra
     longest = min(width, contexts.shape[-1])
     if not orders or min(orders) < 1 or max(orders) > longest:
         raise ValueError(
-            f"orders {tuple(orders)} must lie in 1..{longest} (keys have {width} ids, contexts {contexts.shape[-1]})"
+            f"orders {tuple(orders)} must lie in 1..{longest}; keys hold {width} ids, contexts {contexts.shape[-1]}"
         )
     padding = [(0, 0)] * (contexts.ndim - 1) + [(width - longest, 0)]
     recent = jnp.pad(contexts[..., -longest:], padding, constant_values=ANY)
@@ -164,9 +165,10 @@ def count_contexts(
 ) -> ContextCounts:
     """Choose the keys: count every context of every order and admit the frequent ones.
 
-    No context crosses from one document into the next. Of equally frequent contexts the shorter order is admitted
-    first, then the smaller ids, the current one first; so with orders 1..n, whenever a key is admitted, the key one id
-    shorter is too. Takes about 60 bytes of host memory per token.
+    No context crosses from one document into the next. Of equally frequent contexts the shorter is
+    admitted first, then that with the smaller ids, from the current one backwards. So with orders 1 to n,
+    whenever a key is admitted, the key one id shorter is too. Needs about 60 bytes of host memory per
+    token.
 
     Args:
         documents: 1-D integer arrays of token ids >= 0.
@@ -176,7 +178,7 @@ def count_contexts(
         special_ids: tokens that route nothing worth knowing (start, padding): no key ends in one.
 
     Raises:
-        ValueError: a document that is not a 1-D array of ids in int32, or orders, min_count, max_keys out of range.
+        ValueError: a document that is no 1-D array of ids in int32; orders, min_count, max_keys out of range.
     """
     orders = sorted(set(orders))
     if not orders or orders[0] < 1 or min_count < 1 or (max_keys is not None and max_keys < 0):
@@ -194,9 +196,7 @@ def count_contexts(
     for order in range(1, width + 1):
         here = np.flatnonzero(ordinary & (position >= order - 1))
         extended = code[here] * vocabulary + ids[here - (order - 1)]
-        _, first, code[here], count = np.unique(
-            extended, return_index=True, return_inverse=True, return_counts=True
-        )
+        _, first, code[here], count = np.unique(extended, return_index=True, return_inverse=True, return_counts=True)
         if order in orders:
             key = np.full((len(count), width), ANY, np.int32)
             for back in range(order):
@@ -205,7 +205,7 @@ def count_contexts(
             counts.append(count)
             occurrences.append(len(here))
 
-    # np.unique sorts by current id, then the one before, ...; the orders follow each other: a stable sort breaks ties.
+    # Each order comes sorted by current id, then the one before, ...: a stable sort breaks ties as promised.
     every_key, every_count = np.concatenate(keys), np.concatenate(counts)
     which = np.repeat(orders, [len(count) for count in counts])
     frequent = np.argsort(-every_count, kind="stable")[:max_keys]
@@ -240,7 +240,7 @@ def _checked_keys(keys: np.ndarray) -> np.ndarray:
     if not valid.all():
         row = int(np.flatnonzero(~valid.all(axis=1))[0])
         raise ValueError(
-            f"key {row} is {keys[row].tolist()}: ids must be 0 to 2**31 - 1, with {ANY} only before the first id"
+            f"key {row} is {keys[row].tolist()}: ids must be 0 to 2**31 - 1, with {ANY} only before the first"
         )
     keys = keys.astype(np.int32)
     by_ids = np.lexsort(keys.T)
@@ -256,9 +256,7 @@ def _joined(documents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     parts = [np.asarray(document) for document in documents]
     for number, part in enumerate(parts):
         if part.ndim != 1 or not (np.issubdtype(part.dtype, np.integer) or part.size == 0):
-            raise ValueError(
-                f"document {number} must be a 1-D array of token ids, got {part.dtype} {list(part.shape)}"
-            )
+            raise ValueError(f"document {number} must be a 1-D array of token ids, got {part.dtype} {list(part.shape)}")
     ids = np.concatenate([np.zeros(0, np.int64), *(part.astype(np.int64) for part in parts)])
     lengths = np.array([len(part) for part in parts], np.int64)
     starts = np.cumsum(lengths) - lengths

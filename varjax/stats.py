@@ -1,0 +1,320 @@
+"""Running statistics of router outputs per layer and context key, in memory that does not grow with the text.
+
+Letters: L layers, R rows (keys), C key width, O orders, B sequences, T positions, E experts.
+Units: entropy in nats, of the router's softmax for one token; confidence is its largest probability.
+
+    buffer = init(stats)                                # on the device, float32
+    buffer = update(buffer, rows, probs, mask)          # one batch; jitted, the old buffer is donated
+    buffer, stats = flush(buffer, stats)                # into the host's float64, every 2**16 to 2**18 tokens
+    stats = merge(stats, other_stats)                   # runs, hosts, devices
+
+The device adds up deviations from a value near each row's mean: the mean that the host knows or, in a new
+row, the middle of its first batch (0 for a probability). So neither cancellation in the variance nor the
+length of a sum costs digits; the host joins windows by the pairwise formula of Chan, Golub and LeVeque. A
+GPU adds equal rows of one batch in no fixed order: there two runs agree to float32 rounding within a
+window, and bit for bit only under `--xla_gpu_deterministic_ops=true`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.scipy.special import xlogy
+
+from varjax.keys import ANY
+
+MAX_WINDOW = 2**24  # tokens between flushes: float32 counts are exact up to here
+
+
+@dataclass(frozen=True)
+class Moments:
+    """One quantity over the occurrences of each key. Where there are none, m2 is 0 and the rest NaN."""
+
+    mean: np.ndarray  # float64 [L, R]
+    m2: np.ndarray  # float64 [L, R], sum of squared deviations from the mean
+    min: np.ndarray  # float64 [L, R]
+    max: np.ndarray  # float64 [L, R]
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """What the routers did at each key. Host arrays; row r is `keys[r]`."""
+
+    keys: np.ndarray  # int32 [R, C], as in `varjax.keys`
+    orders: tuple[int, ...]
+    count: np.ndarray  # int64 [L, R], occurrences with a finite router output
+    entropy: Moments
+    confidence: Moments
+    top1_counts: np.ndarray  # int64 [L, R, E], how often each expert came first
+    sum_probs: np.ndarray  # float64 [L, R, E], gate probabilities summed over occurrences
+    nonfinite: np.ndarray  # int64 [L], tokens left out because the router gave NaN or infinity
+    absent: np.ndarray  # int64 [O], tokens whose context of that order is no key
+    tokens: int  # all tokens seen, padding not counted
+    documents: int
+
+    @classmethod
+    def empty(cls, keys: np.ndarray, orders: Sequence[int], num_layers: int, num_experts: int) -> RoutingStats:
+        """No occurrence of any of the keys int32 [R, C]."""
+        shape = (num_layers, len(keys))
+        unknown = np.full(shape, np.nan)
+        nothing = Moments(mean=unknown, m2=np.zeros(shape), min=unknown, max=unknown)
+        return cls(
+            keys=np.asarray(keys, np.int32),
+            orders=tuple(orders),
+            count=np.zeros(shape, np.int64),
+            entropy=nothing,
+            confidence=nothing,
+            top1_counts=np.zeros((*shape, num_experts), np.int64),
+            sum_probs=np.zeros((*shape, num_experts)),
+            nonfinite=np.zeros(num_layers, np.int64),
+            absent=np.zeros(len(orders), np.int64),
+            tokens=0,
+            documents=0,
+        )
+
+    @property
+    def num_experts(self) -> int:
+        return self.sum_probs.shape[-1]
+
+    @property
+    def row_orders(self) -> np.ndarray:
+        """int64 [R]: the order of each key."""
+        return np.sum(self.keys != ANY, axis=1)
+
+    @property
+    def std_entropy(self) -> np.ndarray:
+        """float64 [L, R]: population standard deviation (divided by n), nats; NaN without occurrences."""
+        return self._std(self.entropy)
+
+    @property
+    def std_confidence(self) -> np.ndarray:
+        """float64 [L, R]: population standard deviation (divided by n); NaN without occurrences."""
+        return self._std(self.confidence)
+
+    @property
+    def mean_probs(self) -> np.ndarray:
+        """float64 [L, R, E]: mean gate probabilities; NaN without occurrences."""
+        return self.sum_probs / np.where(self.count > 0, self.count, np.nan)[..., None]
+
+    @property
+    def routing_consistency(self) -> np.ndarray:
+        """float64 [L, R]: share of occurrences with the commonest first choice; NaN without occurrences."""
+        return np.where(self.count > 0, self.top1_counts.max(axis=-1) / _divisor(self.count), np.nan)
+
+    def _std(self, moments: Moments) -> np.ndarray:
+        return np.where(self.count > 0, np.sqrt(moments.m2 / _divisor(self.count)), np.nan)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StatsBuffer:
+    """One window of observations on the device."""
+
+    sums: Array  # float32 [R, L, 5 + 2E], of 1, deviations [2], squared [2], first choice [E], probs [E]
+    lows: Array  # float32 [R, L, 4], least entropy, -entropy, confidence, -confidence; +inf where none
+    centre: Array  # float32 [R, L, 2], what entropy and confidence deviate from; -inf in a row not yet seen
+    centre_probs: Array  # float32 [R, L, E], what is taken from the probabilities before they are summed
+    nonfinite: Array  # int32 [L]
+    absent: Array  # int32 [O]
+    tokens: Array  # int32 []
+
+
+def init(stats: RoutingStats) -> StatsBuffer:
+    """An empty window for the keys, layers and experts of `stats`, around the means known so far."""
+    num_layers, num_rows = stats.count.shape
+    centre = np.stack([stats.entropy.mean.T, stats.confidence.mean.T], axis=-1).astype(np.float32)
+    centre_probs = stats.mean_probs.astype(np.float32).swapaxes(0, 1)
+    return StatsBuffer(
+        sums=jnp.zeros((num_rows, num_layers, 5 + 2 * stats.num_experts), jnp.float32),
+        lows=jnp.full((num_rows, num_layers, 4), jnp.inf, jnp.float32),
+        centre=jnp.asarray(np.nan_to_num(centre, nan=-np.inf)),
+        centre_probs=jnp.asarray(np.nan_to_num(centre_probs)),
+        nonfinite=jnp.zeros(num_layers, jnp.int32),
+        absent=jnp.zeros(len(stats.orders), jnp.int32),
+        tokens=jnp.zeros((), jnp.int32),
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> StatsBuffer:
+    """Add one batch.
+
+    A token counts once for the row of each order, and in each layer for itself: a layer whose
+    probabilities are not all finite is left out and counted in `nonfinite`; the other layers of that
+    token are not touched.
+
+    Args:
+        buffer: donated, not to be used again.
+        rows: int32 [O, B, T], from `find_orders`; negative where there is no key.
+        probs: [L, B, T, E], softmax of the gate over all experts.
+        mask: bool [B, T], False at padding and at tokens to leave out.
+    """
+    num_rows, num_layers, num_experts = buffer.centre_probs.shape
+    num_orders = len(buffer.absent)
+    needed = (num_orders, *mask.shape), (num_layers, *mask.shape, num_experts)
+    if (rows.shape, probs.shape) != needed:
+        raise ValueError(
+            f"a buffer of {num_orders} orders, {num_layers} layers and {num_experts} experts with a mask "
+            f"{mask.shape} needs rows {needed[0]} and probs {needed[1]}, got {rows.shape} and {probs.shape}"
+        )
+    with jax.named_scope("stats_update"):
+        probs = jnp.moveaxis(probs.astype(jnp.float32), 0, 2).reshape(-1, num_layers, num_experts)
+        entropy = jnp.maximum(-jnp.sum(xlogy(probs, probs), axis=-1), 0)  # [B*T, L]
+        confidence = jnp.max(probs, axis=-1)
+        first = jax.nn.one_hot(jnp.argmax(probs, axis=-1), num_experts)
+        values = jnp.stack([entropy, confidence], axis=-1)
+        finite = jnp.all(jnp.isfinite(values), axis=-1, keepdims=True)  # infinity shows in the confidence
+        lows = jnp.stack([entropy, -entropy, confidence, -confidence], axis=-1)
+        lows = jnp.where(finite, lows, jnp.inf)
+
+        sums, least, centre = buffer.sums, buffer.lows, buffer.centre
+        for row in jnp.where(mask & (rows >= 0), rows, num_rows).reshape(num_orders, -1):  # R: dropped
+            least = least.at[row].min(lows, mode="drop")
+            middle = (least[row][..., 0::2] - least[row][..., 1::2]) / 2
+            new = finite & jnp.isneginf(centre[row])
+            centre = centre.at[row].max(jnp.where(new, middle, -jnp.inf), mode="drop")
+            deviation = values - centre[row]
+            parts = (
+                jnp.ones_like(finite, jnp.float32),
+                deviation,
+                jnp.square(deviation),
+                first,
+                probs - buffer.centre_probs[row],
+            )
+            sums = sums.at[row].add(jnp.where(finite, jnp.concatenate(parts, axis=-1), 0), mode="drop")
+        left_out = mask.reshape(-1, 1) & ~finite[..., 0]
+        return replace(
+            buffer,
+            sums=sums,
+            lows=least,
+            centre=centre,
+            nonfinite=buffer.nonfinite + jnp.sum(left_out, axis=0, dtype=jnp.int32),
+            absent=buffer.absent + jnp.sum(mask & (rows < 0), axis=(1, 2), dtype=jnp.int32),
+            tokens=buffer.tokens + jnp.sum(mask, dtype=jnp.int32),
+        )
+
+
+def flush(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> tuple[StatsBuffer, RoutingStats]:
+    """Move the window into the host's statistics. The new buffer equals `init` of the new statistics.
+
+    Args:
+        buffer: a window of at most 2**24 tokens.
+        stats: the statistics so far, for the same keys.
+        documents: how many documents ended in this window.
+    """
+    tokens = int(buffer.tokens)
+    if tokens > MAX_WINDOW:
+        raise ValueError(
+            f"{tokens} tokens since the last flush, but float32 counts only to {MAX_WINDOW}: flush more often"
+        )
+    sums, lows, centre, centre_probs = (
+        np.asarray(values).swapaxes(0, 1).astype(np.float64)  # [L, R, ...]
+        for values in (buffer.sums, buffer.lows, buffer.centre, buffer.centre_probs)
+    )
+    count = sums[..., 0]
+    seen = count > 0
+    top1, probs = np.split(sums[..., 5:], 2, axis=-1)
+    lows[~seen] = np.nan
+
+    def moments(i: int) -> Moments:
+        deviation = sums[..., 1 + i] / _divisor(count)
+        return Moments(
+            mean=np.where(seen, centre[..., i] + deviation, np.nan),
+            m2=np.maximum(sums[..., 3 + i] - count * np.square(deviation), 0),
+            min=lows[..., 2 * i],
+            max=-lows[..., 2 * i + 1],
+        )
+
+    window = RoutingStats(
+        keys=stats.keys,
+        orders=stats.orders,
+        count=count.astype(np.int64),
+        entropy=moments(0),
+        confidence=moments(1),
+        top1_counts=top1.astype(np.int64),
+        sum_probs=count[..., None] * centre_probs + probs,
+        nonfinite=np.asarray(buffer.nonfinite, np.int64),
+        absent=np.asarray(buffer.absent, np.int64),
+        tokens=tokens,
+        documents=documents,
+    )
+    stats = merge(stats, window)
+    return init(stats), stats
+
+
+def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
+    """The statistics of both together, over the union of their keys: those of `a`, then the new ones of `b`.
+
+    Exact up to float64 rounding. A key that only one part admitted carries that part's occurrences alone.
+
+    Raises:
+        ValueError: different orders, layers or experts.
+    """
+    ours, theirs = ((s.orders, len(s.count), s.num_experts) for s in (a, b))
+    if ours != theirs:
+        raise ValueError(
+            "statistics merge only over the same orders, layers and experts; "
+            f"these have (orders, layers, experts) {ours} and {theirs}"
+        )
+    if not np.array_equal(a.keys, b.keys):
+        every = np.concatenate([a.keys, b.keys])
+        _, first, key = np.unique(every, axis=0, return_index=True, return_inverse=True)
+        keys = every[np.sort(first)]
+        rows = np.argsort(np.argsort(first))[key]
+        a, b = _on_rows(a, keys, rows[: len(a.keys)]), _on_rows(b, keys, rows[len(a.keys) :])
+    return RoutingStats(
+        keys=a.keys,
+        orders=a.orders,
+        count=a.count + b.count,
+        entropy=_merged(a.entropy, a.count, b.entropy, b.count),
+        confidence=_merged(a.confidence, a.count, b.confidence, b.count),
+        top1_counts=a.top1_counts + b.top1_counts,
+        sum_probs=a.sum_probs + b.sum_probs,
+        nonfinite=a.nonfinite + b.nonfinite,
+        absent=a.absent + b.absent,
+        tokens=a.tokens + b.tokens,
+        documents=a.documents + b.documents,
+    )
+
+
+def _merged(a: Moments, count_a: np.ndarray, b: Moments, count_b: np.ndarray) -> Moments:
+    """The moments of two samples taken together (Chan, Golub and LeVeque 1979)."""
+    share = count_b / _divisor(count_a + count_b)
+    delta = np.where((count_a > 0) & (count_b > 0), b.mean - a.mean, 0)
+    return Moments(
+        mean=np.where(count_a > 0, a.mean, b.mean) + delta * share,
+        m2=a.m2 + b.m2 + np.square(delta) * count_a * share,
+        min=np.fmin(a.min, b.min),
+        max=np.fmax(a.max, b.max),
+    )
+
+
+def _on_rows(stats: RoutingStats, keys: np.ndarray, rows: np.ndarray) -> RoutingStats:
+    """The same statistics over more keys; row i becomes row rows[i], the other rows are empty."""
+    wide = RoutingStats.empty(keys, stats.orders, len(stats.count), stats.num_experts)
+
+    def moved(old: np.ndarray, blank: np.ndarray) -> np.ndarray:
+        new = blank.copy()
+        new[:, rows] = old
+        return new
+
+    return replace(
+        stats,
+        keys=keys,
+        count=moved(stats.count, wide.count),
+        entropy=Moments(*map(moved, astuple(stats.entropy), astuple(wide.entropy))),
+        confidence=Moments(*map(moved, astuple(stats.confidence), astuple(wide.confidence))),
+        top1_counts=moved(stats.top1_counts, wide.top1_counts),
+        sum_probs=moved(stats.sum_probs, wide.sum_probs),
+    )
+
+
+def _divisor(count: np.ndarray) -> np.ndarray:
+    """The count, or 1 where there is nothing to divide."""
+    return np.maximum(count, 1)
