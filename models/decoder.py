@@ -188,6 +188,11 @@ def forward(
             layer_probs = jax.nn.softmax(layer.gate(flat).astype(jnp.float32), axis=-1)
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             routing, row = resolve(layer_probs, config.top_k, None if plan is None else plan.layer(index))
+            # Padding runs no expert: nobody reads what it would give.
+            real = mask[..., None]
+            routing = Routing(
+                jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0)
+            )
         flat_routing = jax.tree.map(lambda leaf: leaf.reshape(-1, config.top_k), routing)
         with jax.named_scope("experts"):
             y = engine.apply(flat, flat_routing, params["experts"][index]).reshape(x.shape)
