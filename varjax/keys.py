@@ -167,7 +167,7 @@ def count_contexts(
 
     No context crosses from one document into the next. Of equally frequent contexts the shorter is
     admitted first, then that with the smaller ids, from the current one backwards. So with orders 1 to n,
-    whenever a key is admitted, the key one id shorter is too. Needs about 60 bytes of host memory per
+    whenever a key is admitted, the key one id shorter is too. Needs about 110 bytes of host memory per
     token.
 
     Args:

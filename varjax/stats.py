@@ -18,7 +18,7 @@ window, and bit for bit only under `--xla_gpu_deterministic_ops=true`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -174,7 +174,8 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
         lows = jnp.where(finite, lows, jnp.inf)
 
         sums, least, centre = buffer.sums, buffer.lows, buffer.centre
-        for row in jnp.where(mask & (rows >= 0), rows, num_rows).reshape(num_orders, -1):  # R: dropped
+        written = jnp.where(mask & (rows >= 0), rows, num_rows).reshape(num_orders, -1)  # R: nowhere
+        for row in written if num_rows else ():  # JAX cannot gather from no rows at all
             least = least.at[row].min(lows, mode="drop")
             middle = (least[row][..., 0::2] - least[row][..., 1::2]) / 2
             new = finite & jnp.isneginf(centre[row])
@@ -308,8 +309,8 @@ def _on_rows(stats: RoutingStats, keys: np.ndarray, rows: np.ndarray) -> Routing
         stats,
         keys=keys,
         count=moved(stats.count, wide.count),
-        entropy=Moments(*map(moved, astuple(stats.entropy), astuple(wide.entropy))),
-        confidence=Moments(*map(moved, astuple(stats.confidence), astuple(wide.confidence))),
+        entropy=Moments(*map(moved, vars(stats.entropy).values(), vars(wide.entropy).values())),
+        confidence=Moments(*map(moved, vars(stats.confidence).values(), vars(wide.confidence).values())),
         top1_counts=moved(stats.top1_counts, wide.top1_counts),
         sum_probs=moved(stats.sum_probs, wide.sum_probs),
     )
