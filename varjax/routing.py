@@ -146,6 +146,18 @@ def dropped(weights: Array, kept: Array, gate_ratio: Array) -> Array:
     return (slot >= kept[..., None]) | light
 
 
+def slots_for_mass(weights: Array, threshold: Array) -> Array:
+    """int8 [...]: the fewest slots, one at least, that together reach a share of the weight.
+
+    Args:
+        weights: float32 [..., K], best slot first.
+        threshold: float32 [], share of the sum of all K weights.
+    """
+    reached = jnp.cumsum(weights, axis=-1)
+    short = reached < threshold * reached[..., -1:]
+    return jnp.minimum(jnp.sum(short, axis=-1) + 1, weights.shape[-1]).astype(jnp.int8)
+
+
 def _candidate(probs: Array, learned: Routing, planned: Array, plan: Plan, normalise: bool) -> Routing:
     """[..., K]: the decision before anything is dropped. `planned` is bool [..., 1]."""
     named = plan.routing.experts < probs.shape[-1]

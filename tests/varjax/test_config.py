@@ -96,9 +96,7 @@ def test_presets(name):
 
 
 def test_numpy_numbers_are_taken_and_stored_plainly():
-    config = VARConfig(
-        cache_size=np.int64(5), entropy_threshold=np.float32(0.5), frequency_threshold=np.int32(3)
-    )
+    config = VARConfig(cache_size=np.int64(5), entropy_threshold=np.float32(0.5), frequency_threshold=np.int32(3))
     assert VARConfig.from_json(config.to_json()) == config
     assert (type(config.cache_size), type(config.entropy_threshold)) == (int, float)
 

@@ -92,9 +92,7 @@ def test_resolve_equals_the_slow_reference(resolve_all, k, normalise, seed):
         slots = (slots + [None] * k)[:k]
         assert row[at] == expected_row
         assert routing.experts[at].tolist() == [EXPERTS if s is None else s[0] for s in slots]
-        np.testing.assert_allclose(
-            routing.weights[at], [0.0 if s is None else s[1] for s in slots], rtol=2e-6
-        )
+        np.testing.assert_allclose(routing.weights[at], [0.0 if s is None else s[1] for s in slots], rtol=2e-6)
 
 
 @pytest.mark.parametrize("normalise", [True, False])

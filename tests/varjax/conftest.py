@@ -1,0 +1,50 @@
+"""Small random statistics and residuals that several test files build tables from."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from varjax.answers import Answers, Rule
+from varjax.keys import ANY
+from varjax.stats import RoutingStats
+
+VOCABULARY = 4
+
+
+@pytest.fixture(scope="session")
+def random_stats() -> Callable[..., RoutingStats]:
+    """(rng, num_layers, num_experts) -> statistics of 15 of the 20 keys of orders 1 and 2, with gaps."""
+
+    def make(rng: np.random.Generator, num_layers: int, num_experts: int) -> RoutingStats:
+        unigrams = [(ANY, i) for i in range(VOCABULARY)]
+        keys = np.array(unigrams + list(product(range(VOCABULARY), repeat=2)), np.int32)
+        keys = keys[rng.permutation(len(keys))[:15]]
+        stats = RoutingStats.empty(keys, (1, 2), num_layers, num_experts)
+        count = rng.integers(0, 20, size=(num_layers, len(keys)))
+        entropy = np.where(count > 0, rng.random(count.shape), np.nan)
+        probs = rng.dirichlet(np.full(num_experts, 0.3), size=count.shape)
+        return replace(
+            stats,
+            count=count,
+            entropy=replace(stats.entropy, mean=entropy),
+            sum_probs=probs * count[..., None],
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_answers() -> Callable[..., Answers]:
+    """(rng, stats, rules, hidden_size) -> residuals for 10 of the keys of `stats`, in another order."""
+
+    def make(rng: np.random.Generator, stats: RoutingStats, rules: list[Rule], hidden_size: int) -> Answers:
+        keys = stats.keys[rng.permutation(len(stats.keys))[:10]]
+        answers = Answers.empty(keys, rules, hidden_size)
+        count = rng.integers(0, 4, size=answers.count.shape)
+        mean = rng.normal(size=answers.mean.shape) * (count > 0)[..., None]
+        return replace(answers, mean=mean, count=count)
+
+    return make

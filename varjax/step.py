@@ -1,0 +1,217 @@
+"""The tiers at work: `plan` before layer 0, `commit` after the last layer; state in, state out.
+
+Letters: L layers, B sequences, T positions, C ids that a plan looks back at (its own included), E experts, K experts
+per token.
+
+    settings = Settings.of(config, num_layers)
+    state = init(table, config, batch_size)
+    plan_ = plan(table, state, token_ids, now, settings, mask)
+    ...                                                  # the model runs under the plan
+    state = commit(state, plan_, token_ids, routing, router_probs, now, settings, mask)
+
+Both are pure and fit for jit; `commit` is made to have its state donated. Padding (mask False) is open in every layer,
+and neither counted nor remembered. `now` is in seconds on a clock of the caller's that starts near 0: float32 tells
+milliseconds apart for the first hours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from varjax import cache as context_cache
+from varjax.cache import ContextCache
+from varjax.config import VARConfig
+from varjax.keys import NONE, contexts
+from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, Plan, Routing, slots_for_mass
+from varjax.table import RouteTable, fast_plan
+
+TIERS = ("fast", "cached", "learned")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Settings:
+    """What `plan` and `commit` need of a config. Array data, so that other values recompile nothing."""
+
+    ttl: Array  # float32 [], seconds
+    confidence_threshold: Array  # float32 [], top gate probability from which a decision is remembered
+    mass_threshold: Array  # float32 [], share of a cached decision's weight that runs
+    cache_layers: Array  # bool [L], layers that the cached tier may decide
+
+    @classmethod
+    def of(cls, config: VARConfig, num_layers: int) -> Settings:
+        return cls(
+            ttl=jnp.float32(config.cache_ttl_seconds),
+            confidence_threshold=jnp.float32(config.confidence_threshold),
+            mass_threshold=jnp.float32(config.mass_threshold),
+            cache_layers=jnp.array([config.caches(layer) for layer in range(num_layers)]),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Counters:
+    """What happened so far, by layer and tier."""
+
+    tokens: Array  # int32 [L, 3]
+    agreements: Array  # int32 [L, 3], tokens whose predicted first expert was the learned router's
+    active: Array  # int32 [L, 3], experts that ran
+
+    @classmethod
+    def zero(cls, num_layers: int) -> Counters:
+        zero = jnp.zeros((num_layers, len(TIERS)), jnp.int32)
+        return cls(zero, zero, zero)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class VARState:
+    """What one step hands to the next."""
+
+    cache: ContextCache | None  # None: no cached tier
+    recent: Array  # int32 [B, C - 1], the ids before the next position, the latest last; NONE where there are none
+    counters: Counters
+
+
+def init(table: RouteTable, config: VARConfig, batch_size: int) -> VARState:
+    """An empty cache, no recent ids, counters at zero."""
+    cache, longest = None, table.orders[-1]
+    if config.cache_size > 0:
+        window = config.context_window_size
+        cache = context_cache.init(config.cache_size, window, table.num_layers, table.top_k)
+        longest = max(longest, window)
+    recent = jnp.full((batch_size, longest - 1), NONE, jnp.int32)
+    return VARState(cache, recent, Counters.zero(table.num_layers))
+
+
+def begin(state: VARState, batch_size: int | None = None) -> VARState:
+    """New sequences, as many as before unless told: nothing came before them. Cache and counters stay."""
+    batch = state.recent.shape[0] if batch_size is None else batch_size
+    return replace(state, recent=jnp.full((batch, state.recent.shape[1]), NONE, jnp.int32))
+
+
+def plan(
+    table: RouteTable,
+    state: VARState,
+    token_ids: Array,
+    now: Array,
+    settings: Settings,
+    mask: Array | None = None,
+) -> Plan:
+    """[L, B, T]: what the fast tier knows, else what the cached tier remembers; the rest is open.
+
+    A cached decision runs as few experts as reach the mass threshold and has no residual row.
+
+    Args:
+        token_ids: int32 [B, T].
+        now: float32 [], seconds.
+        mask: bool [B, T], False at padding; None where there is none.
+    """
+    with jax.named_scope("plan"):
+        seen = contexts(token_ids, state.recent, state.recent.shape[1] + 1, mask)
+        fast = fast_plan(table, seen)
+        if state.cache is None:
+            return fast
+        window = state.cache.ids.shape[-1]
+        hit, cached = context_cache.lookup(state.cache, seen[..., -window:], now, settings.ttl)
+        hit &= (fast.tier == LEARNED) & settings.cache_layers[:, None, None]
+        kept = slots_for_mass(cached.weights, settings.mass_threshold)
+        return Plan(
+            tier=jnp.where(hit, jnp.int8(CACHED), fast.tier),
+            kept=jnp.where(hit, kept, fast.kept),
+            row=jnp.where(hit, NO_ROW, fast.row),
+            routing=jax.tree.map(lambda ours, theirs: jnp.where(hit[..., None], ours, theirs), cached, fast.routing),
+            rules=fast.rules,
+        )
+
+
+def commit(
+    state: VARState,
+    plan: Plan,
+    token_ids: Array,
+    routing: Routing,
+    router_probs: Array,
+    now: Array,
+    settings: Settings,
+    mask: Array | None = None,
+) -> VARState:
+    """Remember confident learned decisions, move the counters and the recent ids on.
+
+    Args:
+        plan: the plan under which the model ran.
+        token_ids: int32 [B, T], as given to `plan`.
+        routing: [L, B, T, K], what ran.
+        router_probs: float32 [L, B, T, E], softmax of every layer's gate.
+        now: float32 [], seconds, not before any earlier step's.
+        mask: bool [B, T], as given to `plan`.
+    """
+    with jax.named_scope("commit"):
+        seen = contexts(token_ids, state.recent, state.recent.shape[1] + 1, mask)
+        cache = state.cache
+        if cache is not None:
+            sure = jnp.max(router_probs, axis=-1) >= settings.confidence_threshold
+            allowed = (plan.tier == LEARNED) & sure & settings.cache_layers[:, None, None]
+            cache = context_cache.insert(cache, seen[..., -cache.ids.shape[-1] :], routing, allowed, now)
+        real = jnp.ones(token_ids.shape, bool) if mask is None else mask
+        counters = _counted(state.counters, plan, routing, router_probs, real)
+        return VARState(cache, _recent(state.recent, seen, real), counters)
+
+
+def summary(counters: Counters, top_k: int) -> dict[str, Any]:
+    """The counters in shares: over all layers, and per layer under `layers`.
+
+    Each dict holds `tokens` (layers x tokens), the share of each tier under `tiers` (they sum to 1), `hit_rate` (share
+    that was planned), `false_hits` (share of the planned whose predicted first expert was not the learned one),
+    `experts_per_token`, and `experts_share` of the model's K. Without tokens every share is 0.
+    """
+    host = np.stack([counters.tokens, counters.agreements, counters.active]).astype(np.int64)  # [3, L, 3]
+    layers = [_shares(layer, top_k) for layer in host.swapaxes(0, 1)]
+    return {**_shares(host.sum(axis=1), top_k), "layers": layers}
+
+
+def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Array, real: Array) -> Counters:
+    tier = jnp.arange(len(TIERS), dtype=jnp.int8)
+    of_tier = (plan.tier[..., None] == tier) & real[..., None]  # [L, B, T, 3]
+    predicted = plan.routing.experts[..., 0]
+    learned = jnp.argmax(router_probs, axis=-1).astype(jnp.int32)
+    agree = ((predicted == learned) | (plan.tier == LEARNED)).astype(jnp.int32)
+    active = jnp.sum(routing.experts < router_probs.shape[-1], axis=-1, dtype=jnp.int32)
+
+    def total(values: Array) -> Array:
+        return jnp.sum(jnp.where(of_tier, values[..., None], 0), axis=(1, 2), dtype=jnp.int32)
+
+    return Counters(
+        tokens=counters.tokens + jnp.sum(of_tier, axis=(1, 2), dtype=jnp.int32),
+        agreements=counters.agreements + total(agree),
+        active=counters.active + total(active),
+    )
+
+
+def _recent(recent: Array, seen: Array, real: Array) -> Array:
+    """int32 [B, C - 1]: the context at each sequence's last real position without its earliest id."""
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    newest = jnp.take_along_axis(seen, last[:, None, None], axis=1)[:, 0, 1:]
+    return jnp.where(jnp.any(real, axis=1, keepdims=True), newest, recent)
+
+
+def _shares(counts: np.ndarray, top_k: int) -> dict[str, Any]:
+    """From int64 [3, 3]: tokens, agreements and active experts of each tier."""
+    tokens, agreements, active = counts
+    total = max(int(tokens.sum()), 1)
+    planned = int(tokens[[FAST, CACHED]].sum())
+    agreed = int(agreements[[FAST, CACHED]].sum())
+    experts = int(active.sum()) / total
+    return {
+        "tokens": int(tokens.sum()),
+        "tiers": {name: int(count) / total for name, count in zip(TIERS, tokens, strict=True)},
+        "hit_rate": planned / total,
+        "false_hits": (planned - agreed) / max(planned, 1),
+        "experts_per_token": experts,
+        "experts_share": experts / top_k,
+    }
