@@ -11,6 +11,9 @@ BASE := $(VENV)/.installed-base
 TEST := $(VENV)/.installed-test
 CODE := varjax models analysis profiling tuning experiments tests
 
+# Where the interpreter does not run (another machine's .venv, a Python gone), what was installed is void.
+$(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint format types clean
 
@@ -42,7 +45,7 @@ clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# A stamp is older than pyproject.toml when the requirements may have changed: install again.
+# A stamp older than pyproject.toml: the requirements may have changed; install again.
 $(BASE): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
