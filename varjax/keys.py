@@ -224,6 +224,19 @@ def count_contexts(
     return ContextCounts(every_key[frequent], every_count[frequent], report)
 
 
+def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Different rows int [R, C] of keys [N, C], in order of first appearance, and int64 [N]: which of them each is."""
+    if len(keys) == 0:
+        return keys, np.zeros(0, np.int64)
+    by_ids = np.lexsort(keys.T)  # stable: of equal keys the first comes first
+    starts = np.ones(len(keys), bool)
+    starts[1:] = np.any(keys[by_ids[1:]] != keys[by_ids[:-1]], axis=1)
+    first = np.empty(len(keys), np.int64)  # where each key appears first
+    first[by_ids] = by_ids[starts][np.cumsum(starts) - 1]
+    appears = np.sort(by_ids[starts])
+    return keys[appears], np.searchsorted(appears, first)
+
+
 def _rotate(words: AnyArray, bits: int) -> AnyArray:
     """The uint32 words turned left by `bits`."""
     return (words << np.uint32(bits)) | (words >> np.uint32(32 - bits))
@@ -243,11 +256,10 @@ def _checked_keys(keys: np.ndarray) -> np.ndarray:
             f"key {row} is {keys[row].tolist()}: ids must be 0 to 2**31 - 1, with {ANY} only before the first"
         )
     keys = keys.astype(np.int32)
-    by_ids = np.lexsort(keys.T)
-    same = np.flatnonzero((keys[by_ids[1:]] == keys[by_ids[:-1]]).all(axis=1))
-    if same.size:
-        first, second = sorted(by_ids[same[0] : same[0] + 2].tolist())
-        raise ValueError(f"key {keys[first].tolist()} stands in rows {first} and {second}; keep one of them")
+    different, place = distinct(keys)
+    if len(different) < len(keys):
+        second = int(np.flatnonzero(place < np.arange(len(keys)))[0])
+        raise ValueError(f"key {keys[second].tolist()} stands in rows {place[second]} and {second}; keep one of them")
     return keys
 
 

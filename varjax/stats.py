@@ -27,7 +27,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.special import xlogy
 
-from varjax.keys import ANY
+from varjax.keys import ANY, distinct
 
 MAX_WINDOW = 2**24  # tokens between flushes: float32 counts are exact up to here
 
@@ -264,10 +264,7 @@ def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
             f"these have (orders, layers, experts) {ours} and {theirs}"
         )
     if not np.array_equal(a.keys, b.keys):
-        every = np.concatenate([a.keys, b.keys])
-        _, first, key = np.unique(every, axis=0, return_index=True, return_inverse=True)
-        keys = every[np.sort(first)]
-        rows = np.argsort(np.argsort(first))[key]
+        keys, rows = distinct(np.concatenate([a.keys, b.keys]))
         a, b = _on_rows(a, keys, rows[: len(a.keys)]), _on_rows(b, keys, rows[len(a.keys) :])
     return RoutingStats(
         keys=a.keys,
