@@ -30,7 +30,7 @@ CONFIG = MoEConfig(
     num_experts=8,
     top_k=2,
     rope_theta=1e4,
-    max_position_embeddings=2048,
+    max_position_embeddings=256,
 )
 
 

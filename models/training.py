@@ -29,11 +29,11 @@ from models.experts import Engine
 class TrainConfig:
     """Everything that decides the outcome of a run, beside the architecture and the data."""
 
-    steps: int = 1600
+    steps: int = 1000
     batch_size: int = 16  # sequences per step
     length: int = 256  # tokens per sequence
-    learning_rate: float = 2e-3  # peak
-    warmup_steps: int = 100
+    learning_rate: float = 3e-3  # peak
+    warmup_steps: int = 80
     final_learning_rate: float = 1e-4
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0

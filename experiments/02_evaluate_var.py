@@ -1,0 +1,134 @@
+"""Phase 2: evaluate the plain model or VAR on held-out documents, and compare two evaluations.
+
+  --mode baseline                          the plain model
+  --mode var --routing_stats S             a preset, a --var_config, or a policy found with --search_policy
+  --compare A.json B.json                  two results side by side, with the published criteria
+
+Writes a JSON result, and a Parquet file of per-document losses beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from analysis import figures
+from analysis.comparison import read_result, report
+from analysis.policy import Search, search
+from analysis.provenance import hash_json, provenance, write_json
+from analysis.quality import score, var_runner
+from experiments.arguments import load, load_encoded, parser, run
+from models import Model
+from profiling.throughput import measure
+from varjax import VARConfig, VARModel
+from varjax.config import PRESETS
+from varjax.model import read_files
+from varjax.step import summary
+
+
+def main() -> None:
+    arguments = parser(__doc__, "results/phase2/result.json")
+    arguments.formatter_class = argparse.RawDescriptionHelpFormatter
+    arguments.add_argument("--mode", choices=["baseline", "var"], help="what to evaluate")
+    arguments.add_argument("--routing_stats", type=Path, help="routing_stats.parquet of phase 1")
+    arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds (balanced)")
+    arguments.add_argument("--var_config", type=Path, help="a VARConfig as JSON; overrides --preset")
+    arguments.add_argument(
+        "--search_policy",
+        action="store_true",
+        help="find per-layer policies under the loss budget on the tune split first; written as *.var_config.json",
+    )
+    arguments.add_argument("--tune_samples", type=int, default=200, help="documents for --search_policy (200)")
+    arguments.add_argument("--split", default="test", help="documents to score; 'all' for every one (test)")
+    arguments.add_argument("--stride", type=int, default=None, help="tokens between windows (max_length)")
+    arguments.add_argument("--no_throughput", action="store_true", help="leave the timing out")
+    arguments.add_argument("--repeats", type=int, default=15, help="timed repeats of each side (15)")
+    arguments.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results to compare")
+    args = arguments.parse_args()
+    if args.compare:
+        compare(*args.compare, args.output)
+    elif args.mode == "var" and not (args.routing_stats or args.var_config):
+        arguments.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
+    elif args.mode:
+        evaluate(args)
+    else:
+        arguments.error("say what to do: --mode baseline, --mode var or --compare A B")
+
+
+def compare(base: Path, other: Path, output: Path) -> None:
+    text, fields = report(read_result(base), read_result(other))
+    print(text)
+    write_json(output, fields | {"provenance": provenance()})
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    model, documents, origin = load(args, None if args.split == "all" else args.split)
+    config, found = choose_config(args, model)
+    var_model = VARModel(model, config)
+    reading = {"batch_size": args.batch_size, "max_length": args.max_length}
+    scores, state = score(var_runner(var_model), var_model.init(), documents, stride=args.stride, **reading)
+
+    name = args.output.stem
+    scores.save(args.output.parent / f"{name}.documents.parquet")
+    result: dict[str, Any] = {
+        "mode": args.mode,
+        **scores.summary(),
+        "documents_file": f"{name}.documents.parquet",
+        "experts_per_token": float(model.config.top_k),
+    }
+    if state is not None:
+        shares = summary(state.counters, model.config.top_k)
+        result |= {key: shares[key] for key in ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")}
+        config.save(args.output.with_suffix(".var_config.json"))
+    if not args.no_throughput:
+        result["throughput"] = measure(var_model, documents, repeats=args.repeats, **reading)
+    if found is not None:
+        result["policy_search"] = dataclasses.asdict(found) | {"config": None}
+        figure = figures.quality_against_experts(
+            frontier(found), config.max_quality_degradation, f"Tuning documents ({args.tune_samples} at most)"
+        )
+        figures.save(figure, args.output.parent, f"{name}_frontier")
+    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_json(config))
+    write_json(args.output, result)
+
+    print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
+    if state is not None:
+        print(var_model.summary(state))
+    print(f"written to {args.output}")
+
+
+def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Search | None]:
+    """The config that the arguments ask for, and the search that found it, if one did."""
+    if args.mode == "baseline":
+        return VARConfig(enable_var=False), None
+    if args.var_config:
+        config = VARConfig.load(args.var_config)
+        if args.routing_stats:
+            here = VARConfig.from_routing_stats(args.routing_stats)
+            config = dataclasses.replace(config, routing_stats=here.routing_stats, residuals=here.residuals)
+    else:
+        config = VARConfig.from_routing_stats(args.routing_stats, **PRESETS[args.preset])
+    if not args.search_policy:
+        return config, None
+    stats, answers = read_files(model, config)
+    if answers is None:
+        raise ValueError(f"{args.routing_stats}: no residual rows beside it; run 01_routing_analysis.py --residuals")
+    tuning, _ = load_encoded(model, args.dataset, "tune", args.tune_samples)
+    reading = {"batch_size": args.batch_size, "max_length": args.max_length}
+    found = search(model, stats, answers, tuning, config, **reading)
+    return found.config, found
+
+
+def frontier(found: Search) -> dict[str, list[tuple[float, float]]]:
+    """The search's measurements as series of (experts per token, change of perplexity)."""
+    return {
+        "one layer, one rule": [(point.experts_per_token, point.degradation) for point in found.single],
+        "layers together": [(point.experts_per_token, point.degradation) for point in found.path],
+        "chosen": [(found.chosen.experts_per_token, found.chosen.degradation)],
+    }
+
+
+if __name__ == "__main__":
+    run(main)

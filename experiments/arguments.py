@@ -1,0 +1,59 @@
+"""What the phase scripts share: their common arguments, the loading of model and documents, one way to fail."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from analysis.batches import Encoded, encode
+from analysis.corpus import corpus_hash, load_documents
+from models import Model, load_model
+
+
+def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that every phase takes."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--model", default="reference", help="directory, hub id, or 'reference' (comes with varjax)")
+    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
+    made.add_argument("--implementation", default=None, help="expert engine; see models.experts")
+    made.add_argument(
+        "--dataset",
+        default="embedded",
+        help="'embedded', a .txt, .jsonl or .parquet file, a directory of such, or a datasets name[:config[:split]]",
+    )
+    made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")
+    made.add_argument("--output", type=Path, default=Path(default_output), help="file or directory to write")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
+    made.add_argument("--max_length", type=int, default=256, help="tokens per window, the most context a token gets")
+    return made
+
+
+def load(args: argparse.Namespace, split: str | None) -> tuple[Model, list[Encoded], dict[str, Any]]:
+    """The model, the documents of a split in its token ids, and what a result file says of both."""
+    model = load_model(args.model, args.dtype, args.implementation)
+    documents, data = load_encoded(model, args.dataset, split, args.num_samples)
+    origin = {"model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}, "data": data}
+    return model, documents, origin
+
+
+def load_encoded(
+    model: Model, dataset: str, split: str | None, limit: int | None
+) -> tuple[list[Encoded], dict[str, Any]]:
+    """The documents of a split in the model's token ids, and what a result file says of them."""
+    texts = load_documents(dataset, split=split, limit=limit)
+    data = {"dataset": dataset, "split": split, "documents": len(texts), "sha256": corpus_hash(texts)}
+    return encode(texts, model.tokenizer, model.config), data
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; bad input ends in its one message instead of a traceback."""
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

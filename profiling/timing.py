@@ -1,0 +1,59 @@
+"""Timing that can be believed: warm-up, finished work, interleaved repeats, paired ratios.
+
+Machines drift, so two things are compared only within one run, round by round: each round times every callable once, in
+an order that is drawn anew, and a ratio is taken inside the round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """Median of paired ratios and its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def compare(
+    callables: Mapping[str, Callable[[], Any]], repeats: int = 15, warmup: int = 2, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Seconds of each callable in each round, name -> float64 [repeats].
+
+    Args:
+        callables: each returns what it computed, so that it can be waited for.
+        repeats: rounds that count.
+        warmup: rounds before, which also compile.
+        seed: of the order within the rounds.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: expected at least 1")
+    rng = np.random.default_rng(seed)
+    names = list(callables)
+    seconds = {name: np.empty(repeats) for name in names}
+    for index in range(-warmup, repeats):
+        for position in rng.permutation(len(names)):
+            name = names[position]
+            start = time.perf_counter()
+            jax.block_until_ready(callables[name]())
+            if index >= 0:
+                seconds[name][index] = time.perf_counter() - start
+    return seconds
+
+
+def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, samples: int = 2000, seed: int = 0) -> Ratio:
+    """Median over rounds of numerator / denominator, float64 [repeats] each, with a bootstrap over rounds."""
+    ratios = numerator / denominator
+    rng = np.random.default_rng(seed)
+    draws = np.median(ratios[rng.integers(0, len(ratios), (samples, len(ratios)))], axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Ratio(float(np.median(ratios)), float(low), float(high))

@@ -1,0 +1,29 @@
+"""Verifiable Adaptive Routing: look up what a Mixture-of-Experts router would do, and what its experts would say.
+
+The core, free of any model: settings (`VARConfig`), context keys, routing statistics, residual answers, the table, the
+context cache, and the pure functions `plan` and `commit` around a forward pass. `VARModel` puts them around a model.
+"""
+
+from varjax.config import LayerPolicy, VARConfig
+from varjax.model import VARModel, build_table
+from varjax.routing import CACHED, FAST, LEARNED, Plan, Routing
+from varjax.stats import RoutingStats
+from varjax.step import VARState, commit, plan
+from varjax.table import RouteTable
+
+__all__ = [
+    "CACHED",
+    "FAST",
+    "LEARNED",
+    "LayerPolicy",
+    "Plan",
+    "RouteTable",
+    "Routing",
+    "RoutingStats",
+    "VARConfig",
+    "VARModel",
+    "VARState",
+    "build_table",
+    "commit",
+    "plan",
+]

@@ -1,0 +1,259 @@
+"""A model with adaptive routing around it: load, configure, call.
+
+Letters: L layers, B sequences, T positions, K experts per token.
+
+    var_model = VARModel(model, VARConfig.from_routing_stats("results/routing_stats.parquet"))
+    state = var_model.init(batch_size=1)
+    out, state = var_model(input_ids, state)
+
+The model is known by a protocol only (`RoutedModel`); nothing of it is changed, and nothing here holds state: what the
+cache learnt and the counters counted is in the `VARState` that the caller passes in and gets back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax import answersfile, statsfile, step
+from varjax.answers import Answers
+from varjax.config import VARConfig
+from varjax.routing import Plan, Routing
+from varjax.stats import RoutingStats
+from varjax.step import Settings, VARState
+from varjax.table import RouteTable, build
+
+
+class Network(Protocol):
+    """The pure part of a model; hashable, because it is static under jit."""
+
+    def forward(self, params: Any, token_ids: jax.Array, **options: Any) -> Any:
+        """An output with `logits`, `router_probs`, `routing` and `kv`; see `models.decoder.forward`."""
+
+
+class RoutedModel(Protocol):
+    """What VARModel needs of a model; `models.Model` is one."""
+
+    @property
+    def config(self) -> Any: ...  # with num_layers, num_experts, top_k
+
+    @property
+    def params(self) -> Any: ...
+
+    @property
+    def fingerprint(self) -> str: ...  # tells checkpoints apart
+
+    @property
+    def network(self) -> Network: ...
+
+    def empty_cache(self, batch_size: int, capacity: int) -> Any: ...
+
+    def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]: ...
+
+    def generate(
+        self,
+        input_ids: Any,
+        max_new_tokens: int,
+        *,
+        attention_mask: Any | None = None,
+        sampling: Any | None = None,
+        step: Any | None = None,
+        carry: Any = None,
+    ) -> tuple[np.ndarray, Any]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VAROutput:
+    """What one call gives."""
+
+    logits: jax.Array  # float32 [B, T, V]
+    router_probs: jax.Array  # float32 [L, B, T, E]
+    routing: Routing  # [L, B, T, K], the experts that ran; E = unused slot
+    plan: Plan | None  # [L, B, T], what was settled before layer 0; None with VAR switched off
+    kv: Any  # the key/value cache, where one was passed
+
+
+class VARModel:
+    """A model under a VARConfig. Immutable after construction."""
+
+    def __init__(
+        self,
+        model: RoutedModel,
+        config: VARConfig,
+        *,
+        table: RouteTable | None = None,
+        clock: Callable[[], float] | None = None,
+    ):
+        """Build the table that `config` describes from its statistics and residual files.
+
+        Args:
+            model: a loaded model.
+            config: with `routing_stats` set, unless `table` is given or VAR is switched off.
+            table: a table built before (`varjax.build_table`).
+            clock: seconds; None: the time since now.
+
+        Raises:
+            ValueError: the files belong to another model, or do not fit it.
+        """
+        started = time.monotonic()
+        self.model, self.config = model, config
+        self.clock = clock or (lambda: time.monotonic() - started)
+        self.table = None
+        if config.enable_var:
+            self.table = build_table(model, config) if table is None else table
+        self.settings = Settings.of(config, model.config.num_layers)
+
+    def init(self, batch_size: int = 1) -> VARState | None:
+        """The state before the first call; None with VAR switched off."""
+        return None if self.table is None else step.init(self.table, self.config, batch_size)
+
+    def __call__(
+        self, input_ids: Any, state: VARState | None, attention_mask: Any | None = None
+    ) -> tuple[VAROutput, VARState | None]:
+        """Whole texts, each from its beginning; the cached tier carries over from call to call.
+
+        Args:
+            input_ids: integers [B, T].
+            state: from `init` or the call before; spent by this call.
+            attention_mask: 1 for real tokens, 0 for padding, [B, T].
+        """
+        ids, mask = self.model.check_inputs(input_ids, attention_mask)
+        if state is not None:
+            state = step.begin(state, batch_size=ids.shape[0])
+        return self.advance(state, ids, mask)
+
+    def advance(
+        self, state: VARState | None, ids: jax.Array, mask: jax.Array, kv: Any = None, last_logits_only: bool = False
+    ) -> tuple[VAROutput, VARState | None]:
+        """The next int32 [B, T] ids of the sequences that `state` and `kv` have seen so far; both are spent."""
+        options = {"kv": kv, "last_logits_only": last_logits_only, "network": self.model.network}
+        if self.table is None or state is None:
+            return _plain(self.model.params, ids, mask, **options), state
+        now = jnp.float32(self.clock())
+        return routed_forward(self.model.params, self.table, state, ids, mask, now, self.settings, **options)
+
+    def generate(
+        self,
+        input_ids: Any,
+        state: VARState | None,
+        max_new_tokens: int,
+        *,
+        attention_mask: Any | None = None,
+        sampling: Any | None = None,
+    ) -> tuple[np.ndarray, VARState | None]:
+        """Continue each text under VAR; returns int32 [B, T + new] ids and the state.
+
+        The arguments are those of `models.Model.generate`; `state` is spent by this call.
+        """
+
+        def run(kv: Any, state: VARState | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
+            out, state = self.advance(state, ids, mask, kv, last_logits_only=True)
+            return out.logits[:, -1], out.kv, state
+
+        if state is not None:
+            state = step.begin(state, batch_size=np.shape(input_ids)[0])
+        options = {"attention_mask": attention_mask, "sampling": sampling}
+        return self.model.generate(input_ids, max_new_tokens, step=run, carry=state, **options)
+
+    def summary(self, state: VARState | None) -> str:
+        """Share per tier and layer, hits and experts per token so far, as a table to print."""
+        if state is None:
+            return "VAR is switched off: the learned router decides everything."
+        return format_summary(step.summary(state.counters, self.model.config.top_k))
+
+
+@partial(jax.jit, static_argnames=("network", "last_logits_only"), donate_argnames=("state", "kv"))
+def routed_forward(
+    params: Any,
+    table: RouteTable,
+    state: VARState,
+    ids: jax.Array,
+    mask: jax.Array,
+    now: jax.Array,
+    settings: Settings,
+    *,
+    kv: Any,
+    network: Network,
+    last_logits_only: bool = False,
+) -> tuple[VAROutput, VARState]:
+    """plan, forward, commit: one pure step. `state` and `kv` are donated."""
+    plan = step.plan(table, state, ids, now, settings, mask)
+    out = network.forward(
+        params,
+        ids,
+        attention_mask=mask,
+        kv=kv,
+        plan=plan,
+        residuals=table.residuals,
+        last_logits_only=last_logits_only,
+    )
+    state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)
+    return VAROutput(out.logits, out.router_probs, out.routing, plan, out.kv), state
+
+
+@partial(jax.jit, static_argnames=("network", "last_logits_only"), donate_argnames="kv")
+def _plain(
+    params: Any, ids: jax.Array, mask: jax.Array, *, kv: Any, network: Network, last_logits_only: bool
+) -> VAROutput:
+    out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=last_logits_only)
+    return VAROutput(out.logits, out.router_probs, out.routing, None, out.kv)
+
+
+def build_table(model: RoutedModel, config: VARConfig) -> RouteTable:
+    """The table that `config`'s files describe, checked against the model that they were collected from.
+
+    Raises ValueError naming the file at fault.
+    """
+    stats, answers = read_files(model, config)
+    return build(stats, config, model.config.top_k, answers)
+
+
+def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Answers | None]:
+    """The statistics and residuals that `config` names. Raises ValueError if they are another model's."""
+    if config.routing_stats is None:
+        raise ValueError(
+            "VARConfig.routing_stats is not set, so there is nothing to look up; "
+            "make the config with VARConfig.from_routing_stats(path)"
+        )
+    stats, meta = statsfile.read(config.routing_stats)
+    _check_origin(config.routing_stats, meta, model)
+    shape = (len(stats.count), stats.num_experts)
+    if shape != (model.config.num_layers, model.config.num_experts):
+        raise ValueError(
+            f"{config.routing_stats}: statistics of {shape[0]} layers and {shape[1]} experts, but the model has "
+            f"{model.config.num_layers} and {model.config.num_experts}; collect them with this model"
+        )
+    if config.residuals is None:
+        return stats, None
+    answers, meta = answersfile.read(config.residuals)
+    _check_origin(config.residuals, meta, model)
+    return stats, answers
+
+
+def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:
+    origin = meta.get("fingerprint")
+    if origin is not None and origin != model.fingerprint:
+        raise ValueError(
+            f"{path}: fingerprint {origin[:12]}… is of another model ({meta.get('model', 'unnamed')}), this one has "
+            f"{model.fingerprint[:12]}…; collect the statistics with this model"
+        )
+
+
+def format_summary(shares: dict[str, Any]) -> str:
+    """`step.summary` as a table for people."""
+    lines = [f"{'layer':>7}{'fast':>8}{'cached':>8}{'learned':>9}{'false hits':>12}{'experts/token':>15}"]
+    for name, row in [*enumerate(shares["layers"]), ("all", shares)]:
+        fast, cached, learned = (row["tiers"][tier] for tier in step.TIERS)
+        lines.append(
+            f"{name:>7}{fast:>8.1%}{cached:>8.1%}{learned:>9.1%}{row['false_hits']:>12.1%}"
+            f"{row['experts_per_token']:>15.2f}"
+        )
+    return "\n".join(lines)
