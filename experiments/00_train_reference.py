@@ -6,18 +6,26 @@ A killed run continues from its last checkpoint when the same command is given a
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from analysis.corpus import load_documents
-from models.config import MoEConfig
+from analysis.batches import Encoded, batches, encode
+from analysis.corpus import corpus_hash, load_documents
+from analysis.ngram_baselines import ngram_losses
+from analysis.provenance import provenance, write_json
+from analysis.quality import plain_runner, score
+from experiments.arguments import run
+from models import Model, MoEConfig, load_model
 from models.experts import get_engine
-from models.training import TrainConfig, pack, train_steps
+from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from models.training import TrainConfig, pack, restore, train_steps
 from models.weights import save_params
+from varjax.files import replacing
 
 CONFIG = MoEConfig(
     vocab_size=4096,
@@ -47,27 +55,98 @@ def main() -> None:
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     args = parser.parse_args()
 
-    train = TrainConfig(
-        steps=args.steps,
-        batch_size=args.batch_size,
-        length=args.length,
-        learning_rate=args.learning_rate,
-        seed=args.seed,
-    )
-    tokenizer = Tokenizer.from_file(str(args.output / "tokenizer.json"))
-    documents = load_documents("embedded", split="train")
-    encoded = tokenizer.encode_batch([document.text for document in documents])
-    rows = pack([np.array([*item.ids, 2], np.int32) for item in encoded], train.length)
-    engine = get_engine()
-    print(f"{len(documents)} documents, {rows.shape[0]} rows of {train.length} tokens")
-    steps = train_steps(CONFIG, train, engine, rows, args.checkpoints, args.save_every)
+    train = TrainConfig(args.steps, args.batch_size, args.length, args.learning_rate, seed=args.seed)
+    texts = load_documents("embedded", split="train")
+    if load_tokenizer(args.output) is None:
+        tokenizer = train_bpe((text.text for text in texts), CONFIG.vocab_size)
+        save_tokenizer(tokenizer, args.output, CONFIG.max_position_embeddings)
+    documents = encode(texts, load_tokenizer(args.output), CONFIG)
+    (end,) = CONFIG.eos_token_ids
+    rows = pack([np.append(document.ids, end) for document in documents], train.length)
+    print(f"{len(documents):,} documents, {rows.shape[0]:,} rows of {train.length} tokens")
+    steps = train_steps(CONFIG, train, get_engine(), rows, args.checkpoints, args.save_every)
     with tqdm(steps, total=train.steps, unit="step", mininterval=10) as bar:
-        for index, state, info in bar:
+        for index, _, info in bar:
             if index % 20 == 0:
                 bar.set_postfix(loss=f"{float(info.loss):.3f}", balance=f"{float(info.balance):.3f}", step=index)
-            if index == train.steps:
-                save_params(args.output, jax.device_get(state.params), CONFIG, dtype="bfloat16")
+    save_params(args.output, restore(CONFIG, train, args.checkpoints).params, CONFIG, dtype="bfloat16")
+    write_card(args.output, train, documents, corpus_hash(texts), seen=train.steps * train.batch_size * train.length)
+
+
+def write_card(directory: Path, train: TrainConfig, documents: list[Encoded], data_hash: str, seen: int) -> None:
+    """Evaluate the saved model on the test split and describe it in `card.json` and `README.md`."""
+    model = load_model(directory)
+    texts = load_documents("embedded", split="test")
+    held_out = encode(texts, model.tokenizer, model.config)
+    scores, _ = score(plain_runner(model), None, held_out, batch_size=train.batch_size, max_length=train.length)
+    card: dict[str, Any] = {
+        "fingerprint": model.fingerprint,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
+        "training": {**vars(train), "tokens_seen": seen, "documents": len(documents), "data_sha256": data_hash},
+        "test": {"documents": len(texts), "data_sha256": corpus_hash(texts), **scores.summary()},
+        "nats_per_token": {"model": scores.nll_per_token, **ngram_losses(documents, held_out, CONFIG.vocab_size)},
+        "expert_load": expert_load(model, held_out, train).tolist(),
+        "provenance": provenance(seed=train.seed),
+    }
+    write_json(directory / "card.json", card)
+    with replacing(directory / "README.md") as temporary:
+        temporary.write_text(card_text(card))
+    print(card_text(card))
+
+
+def expert_load(model: Model, documents: list[Encoded], train: TrainConfig) -> np.ndarray:
+    """float64 [L, E]: share of the assignments that each expert gets."""
+    load = np.zeros((model.config.num_layers, model.config.num_experts + 1))
+    for batch in batches(documents, train.batch_size, train.length):
+        experts = np.asarray(model(batch.ids, batch.mask).routing.experts)
+        for layer, chosen in enumerate(experts):
+            load[layer] += np.bincount(chosen.ravel(), minlength=load.shape[1])
+    used = load[:, :-1]  # the last column counts the unused slots of padding
+    return used / used.sum(axis=1, keepdims=True)
+
+
+def card_text(card: dict[str, Any]) -> str:
+    """The model card, Markdown."""
+    training, test = card["training"], card["test"]
+    perplexity = {name: math.exp(nats) for name, nats in card["nats_per_token"].items()}
+    loads = "\n".join(
+        f"| {layer} | " + " | ".join(f"{share:.1%}" for share in row) + " |"
+        for layer, row in enumerate(card["expert_load"])
+    )
+    experts = CONFIG.num_experts
+    return f"""# The reference model
+
+A small Mixtral for trying varjax without a download: {card["parameters"] / 1e6:.1f} million parameters,
+{CONFIG.num_layers} layers, hidden size {CONFIG.hidden_size}, {experts} experts of size {CONFIG.intermediate_size},
+{CONFIG.top_k} per token, a byte-level BPE of {CONFIG.vocab_size} entries, contexts of up to
+{CONFIG.max_position_embeddings} tokens. `transformers.MixtralForCausalLM` opens it as well. It knows the prose of
+Python documentation and nothing else; it is for studying routing, not for use.
+
+- **Data**: the embedded corpus (docstrings of installed packages), its train split: {training["documents"]:,}
+  documents, SHA-256 `{training["data_sha256"]}`.
+- **Training**: `experiments/00_train_reference.py`, {training["steps"]:,} steps of {training["batch_size"]} x
+  {training["length"]} tokens ({training["tokens_seen"] / 1e6:.1f} million in all), AdamW with peak learning rate
+  {training["learning_rate"]:g}, load-balancing weight {training["balance"]:g}, seed {training["seed"]}, on a
+  {card["provenance"]["device"]}.
+- **Fingerprint**: `{card["fingerprint"]}`.
+
+Held out (the test split: {test["documents"]:,} documents, {test["tokens"]:,} tokens, windows of {test["max_length"]}):
+
+| | nats per token | perplexity per token |
+|---|---|---|
+| this model | {card["nats_per_token"]["model"]:.3f} | {perplexity["model"]:.1f} |
+| bigram, absolute discounting | {card["nats_per_token"]["bigram"]:.3f} | {perplexity["bigram"]:.1f} |
+| unigram | {card["nats_per_token"]["unigram"]:.3f} | {perplexity["unigram"]:.1f} |
+
+{test["bits_per_byte"]:.3f} bits per byte. Share of the assignments by layer and expert:
+
+| layer | {" | ".join(map(str, range(experts)))} |
+|---|{"---|" * experts}
+{loads}
+
+Weights and tokenizer: MIT, as varjax. The corpus stays with the packages that it comes from.
+"""
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

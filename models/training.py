@@ -117,22 +117,21 @@ def batch_of(rows: np.ndarray, step: int, train: TrainConfig) -> np.ndarray:
     return rows[[orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]]
 
 
+def restore(config: MoEConfig, train: TrainConfig, checkpoints: Path) -> TrainState:
+    """The newest state in `checkpoints`, or the initial one if there is none yet."""
+    with _manager(checkpoints) as manager:
+        return _newest(manager, config, train)
+
+
 def train_steps(
-    config: MoEConfig,
-    train: TrainConfig,
-    engine: Engine,
-    rows: np.ndarray,
-    checkpoints: Path,
-    save_every: int = 200,
+    config: MoEConfig, train: TrainConfig, engine: Engine, rows: np.ndarray, checkpoints: Path, save_every: int = 200
 ) -> Iterator[tuple[int, TrainState, TrainInfo]]:
     """Run (or resume from `checkpoints`) and yield `(step, state, info)` after each step.
 
     The yielded state is donated to the next step: read from it before asking for the next one.
     """
-    with ocp.CheckpointManager(checkpoints.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
-        state = init_train_state(config, train)
-        if (latest := manager.latest_step()) is not None:
-            state = manager.restore(latest, args=ocp.args.StandardRestore(state))
+    with _manager(checkpoints) as manager:
+        state = _newest(manager, config, train)
         step = make_step(config, train, engine)
         for index in range(int(state.step), train.steps):
             state, info = step(state, jnp.asarray(batch_of(rows, index, train)))
@@ -140,3 +139,13 @@ def train_steps(
                 manager.save(index + 1, args=ocp.args.StandardSave(state))
                 manager.wait_until_finished()
             yield index + 1, state, info
+
+
+def _manager(checkpoints: Path) -> ocp.CheckpointManager:
+    return ocp.CheckpointManager(checkpoints.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
+
+
+def _newest(manager: ocp.CheckpointManager, config: MoEConfig, train: TrainConfig) -> TrainState:
+    state = init_train_state(config, train)
+    latest = manager.latest_step()
+    return state if latest is None else manager.restore(latest, args=ocp.args.StandardRestore(state))

@@ -1,0 +1,77 @@
+"""The whole idea in a few minutes: statistics, presets, a policy under a loss budget, and the comparison.
+
+Runs the phase scripts on the reference model and the embedded corpus, each command printed before it runs. Tables are
+built on the build split, the policy is chosen on the tune split, and everything is reported on the test split.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from analysis import figures
+from analysis.comparison import degradation, read_result
+from varjax.config import PRESETS
+
+HERE, OUT = Path(__file__).parent, Path("results/demo")
+BUILD_SAMPLES, TEST_SAMPLES = "3000", "300"
+POLICY = "policy"
+
+
+def main() -> None:
+    started = time.monotonic()
+    stats = str(OUT / "routing_stats.parquet")
+    script("01_routing_analysis.py", "--num_samples", BUILD_SAMPLES, "--output", str(OUT))
+    evaluate("baseline", "--mode", "baseline")
+    for preset in PRESETS:
+        evaluate(preset, "--mode", "var", "--routing_stats", stats, "--preset", preset)
+    evaluate(POLICY, "--mode", "var", "--routing_stats", stats, "--search_policy")
+    script(
+        "02_evaluate_var.py",
+        *("--compare", str(OUT / "baseline.json"), str(OUT / f"{POLICY}.json")),
+        *("--output", str(OUT / "comparison.json")),
+    )
+    overview()
+    print(f"\n{time.monotonic() - started:.0f} s; files and figures in {OUT}/")
+
+
+def evaluate(name: str, *arguments: str) -> None:
+    script("02_evaluate_var.py", *arguments, "--num_samples", TEST_SAMPLES, "--output", str(OUT / f"{name}.json"))
+
+
+def script(name: str, *arguments: str) -> None:
+    """Run one phase script as a user would; stop with its exit status if it fails."""
+    print(f"\n$ python experiments/{shlex.join([name, *arguments])}", flush=True)
+    done = subprocess.run([sys.executable, str(HERE / name), *arguments], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def overview() -> None:
+    """All settings side by side, printed and drawn."""
+    base = read_result(OUT / "baseline.json")
+    points = {"plain model": [(base.fields["experts_per_token"], 0.0)]}
+    print(
+        f"\n{'':14}{'perplexity':>11}{'experts':>9}{'fast':>7}{'cached':>8}{'learned':>9}{'prefill':>10}{'decode':>9}"
+    )
+    for name in (*PRESETS, POLICY):
+        result = read_result(OUT / f"{name}.json")
+        change, fields = degradation(base, result), result.fields
+        tiers, speedup = fields["tiers"], fields["throughput"]["speedup"]
+        points[name] = [(fields["experts_per_token"], change.value)]
+        print(
+            f"{name:14}{change.value:>+11.2%}{fields['experts_per_token']:>9.2f}"
+            f"{tiers['fast']:>7.0%}{tiers['cached']:>8.0%}{tiers['learned']:>9.0%}"
+            f"{speedup['prefill']['value']:>9.2f}x{speedup['decode']['value']:>8.2f}x"
+        )
+    bound = json.loads((OUT / f"{POLICY}.var_config.json").read_text())["max_quality_degradation"]
+    caption = f"Held-out documents ({base.fields['tokens']:,} tokens of {base.fields['documents']:,} documents)"
+    figures.save(figures.quality_against_experts(points, bound, caption), OUT, "quality_experts")
+
+
+if __name__ == "__main__":
+    main()
