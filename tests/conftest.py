@@ -1,5 +1,6 @@
 """Every test runs on the CPU (unless JAX_PLATFORMS says otherwise) and under strict dtype promotion."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,7 +8,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 
 import jax
+import numpy as np
 import pytest
+
+from analysis.batches import Encoded, encode
+from analysis.corpus import load_documents
+from models import Model, MoEConfig, load_model
+from models.decoder import init_params
+from models.tokenizer import save_tokenizer, train_bpe
+from models.weights import save_params
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -19,3 +28,52 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real data (../shared/data) is not here")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory) -> Path:
+    """160 short documents in JSONL, sentences over a small vocabulary: frequent tokens and bigrams, two groups."""
+    rng = np.random.default_rng(0)
+    nouns, verbs = ("router", "expert", "token", "layer", "table"), ("finds", "keeps", "drops", "meets")
+    path = tmp_path_factory.mktemp("corpus") / "sentences.jsonl"
+    with path.open("w") as file:
+        for index in range(160):
+            sentences = [
+                f"the {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(rng.integers(1, 6))
+            ]
+            json.dump({"text": f"{index}: " + " ".join(sentences), "group": "ab"[index % 2]}, file)
+            file.write("\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_directory(tmp_path_factory, corpus_file) -> Path:
+    """A random tiny Mixtral on disk, with a tokenizer of 300 entries trained on `corpus_file`."""
+    folder = tmp_path_factory.mktemp("model")
+    texts = [json.loads(line)["text"] for line in corpus_file.read_text().splitlines()]
+    save_tokenizer(train_bpe(texts, 300), folder, max_length=64)
+    config = MoEConfig(
+        vocab_size=300,
+        hidden_size=24,
+        intermediate_size=32,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        num_experts=4,
+        top_k=2,
+        initializer_range=0.3,
+    )
+    save_params(folder, init_params(config, jax.random.key(0)), config)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def saved_model(model_directory) -> Model:
+    return load_model(model_directory)
+
+
+@pytest.fixture(scope="session")
+def documents(saved_model, corpus_file) -> list[Encoded]:
+    """The documents of `corpus_file` in the ids of `saved_model`."""
+    return encode(load_documents(corpus_file), saved_model.tokenizer, saved_model.config)

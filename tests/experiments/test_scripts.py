@@ -1,0 +1,80 @@
+"""The phase scripts as a user runs them: in order, on a tiny model, and with what users get wrong."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from varjax import VARConfig
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """`script(name, *arguments)`: run it in this process."""
+
+    def run(name: str, *arguments: object) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+    return run
+
+
+def test_phases_one_and_two(script, model_directory, corpus_file, tmp_path, capsys):
+    common = ("--model", model_directory, "--dataset", corpus_file, "--max_length", 16, "--batch_size", 4)
+    script("01_routing_analysis.py", *common, "--output", tmp_path, "--min_count", 3)
+    stats = tmp_path / "routing_stats.parquet"
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"routing_stats.parquet", "routing_stats.residuals.safetensors", "frequency_entropy.pdf"} <= written
+
+    evaluate = (*common, "--split", "all", "--repeats", 2)
+    script("02_evaluate_var.py", *evaluate, "--mode", "baseline", "--output", tmp_path / "baseline.json")
+    script(
+        "02_evaluate_var.py",
+        *(*evaluate, "--mode", "var", "--routing_stats", stats, "--search_policy"),
+        *("--output", tmp_path / "var.json"),
+    )
+    baseline, var = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("baseline", "var"))
+    assert sum(var["tiers"].values()) == pytest.approx(1)
+    assert 0 <= var["experts_per_token"] <= baseline["experts_per_token"] == 2
+    assert var["tokens"] == baseline["tokens"]
+    for phase in ("prefill", "decode"):
+        assert var["throughput"][f"{phase}_tokens_per_second"] > 0
+    assert var["provenance"]["model"]["fingerprint"] == baseline["provenance"]["model"]["fingerprint"]
+    assert VARConfig.load(tmp_path / "var.var_config.json").routing_stats == str(stats)
+
+    capsys.readouterr()
+    script(
+        "02_evaluate_var.py",
+        *("--compare", tmp_path / "baseline.json", tmp_path / "var.json", "--output", tmp_path / "comparison.json"),
+    )
+    assert "perplexity degradation" in capsys.readouterr().out
+    assert json.loads((tmp_path / "comparison.json").read_text())["documents"] == baseline["documents"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "baseline", "--model", "no/such/directory"), "neither a directory nor a hub id"),
+        (("--mode", "baseline", "--dataset", "no_such_file.txt"), "no_such_file.txt"),
+        (("--mode", "var", "--routing_stats", "no_such_file.parquet"), "no_such_file.parquet"),
+        (("--compare", "no_such_a.json", "no_such_b.json"), "no_such_a.json does not exist"),
+    ],
+)
+def test_bad_input_ends_in_one_message(script, model_directory, corpus_file, tmp_path, arguments, message):
+    defaults = ("--model", model_directory, "--dataset", corpus_file, "--output", tmp_path / "out.json")
+    with pytest.raises(SystemExit) as stop:
+        script("02_evaluate_var.py", *defaults, *arguments)
+    assert message in str(stop.value) and str(stop.value).startswith("error: ")
+    assert not list(tmp_path.iterdir())  # nothing half written
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("[0-9]*.py")))
+def test_help(script, name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(name, "--help")
+    assert stop.value.code == 0
+    assert "--output" in capsys.readouterr().out
