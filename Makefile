@@ -15,13 +15,14 @@ CODE := varjax models analysis profiling tuning experiments tests
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types clean
+.PHONY: help demo test lint format types docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
 	@echo "make lint    ruff, only"
 	@echo "make types   mypy, only"
 	@echo "make format  let ruff format and mend the code"
+	@echo "make docs    the documentation as HTML, into build/site"
 	@echo "make clean   remove .venv and every cache"
 
 demo: $(BASE)
@@ -40,6 +41,10 @@ types: $(TEST)
 format: $(TEST)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+docs: $(BASE)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/mkdocs build --strict --site-dir build/site
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
