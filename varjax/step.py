@@ -65,8 +65,7 @@ class Counters:
 
     @classmethod
     def zero(cls, num_layers: int) -> Counters:
-        zero = jnp.zeros((num_layers, len(TIERS)), jnp.int32)
-        return cls(zero, zero, zero)
+        return cls(*(jnp.zeros((num_layers, len(TIERS)), jnp.int32) for _ in range(3)))  # each can be donated
 
 
 @jax.tree_util.register_dataclass

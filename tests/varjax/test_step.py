@@ -1,0 +1,200 @@
+"""Plan and commit over whole streams: tiers, precedence, padding, chunks, counters, no recompilation."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from varjax.config import LayerPolicy, VARConfig
+from varjax.keys import NONE
+from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, resolve
+from varjax.step import Counters, Settings, begin, commit, init, plan, summary
+from varjax.table import build, fast_plan
+
+LAYERS, EXPERTS, TOP_K = 3, 5, 2
+CONFIG = VARConfig(
+    frequency_threshold=10,
+    entropy_threshold=0.6,
+    confidence_threshold=0.5,
+    cache_size=64,
+    cache_ttl_seconds=10.0,
+    context_window_size=3,
+    mass_threshold=0.7,
+    default=LayerPolicy(kept=1, residual=False, orders=(1, 2)),
+    cache_layers=(1, 2),
+)
+SETTINGS = Settings.of(CONFIG, LAYERS)
+
+plan_jit = jax.jit(plan)
+commit_jit = jax.jit(commit, donate_argnums=0)
+
+
+@pytest.fixture(scope="module")
+def table(random_stats):
+    return build(random_stats(np.random.default_rng(8), LAYERS, EXPERTS), CONFIG, TOP_K, keep_shapes=True)
+
+
+def router(token_ids: np.ndarray) -> np.ndarray:
+    """Gate probabilities float32 [L, B, T, E] that depend on the token alone: some sure, some not."""
+    by_token = np.random.default_rng(1).dirichlet(np.full(EXPERTS, 0.4), size=(LAYERS, 16))
+    return by_token[:, token_ids].astype(np.float32)
+
+
+def run_step(table, state, token_ids, now, mask=None, how=SETTINGS):
+    """One step with a model that is nothing but routers -> plan, what ran, state."""
+    token_ids = jnp.asarray(token_ids, jnp.int32)
+    probs = jnp.asarray(router(np.asarray(token_ids)))
+    planned = plan_jit(table, state, token_ids, jnp.float32(now), how, mask)
+    routing = jax.vmap(lambda p, layer: resolve(p, TOP_K, layer)[0])(probs, planned)
+    state = commit_jit(state, planned, token_ids, routing, probs, jnp.float32(now), how, mask)
+    return jax.tree.map(np.asarray, planned), jax.tree.map(np.asarray, routing), state
+
+
+def test_what_was_learned_with_confidence_is_remembered_with_enough_experts(table):
+    ids = np.array([[8, 9, 10, 11, 12, 13, 14, 15]])  # the table knows none of them
+    sure = router(ids).max(-1) >= CONFIG.confidence_threshold
+    first, learned, state = run_step(table, init(table, CONFIG, 1), ids, 0.0)
+    assert (first.tier == LEARNED).all()
+
+    second, _, state = run_step(table, begin(state), ids, 9.0)
+    expected = sure & np.array([False, True, True])[:, None, None]  # layer 0 is not cached
+    expected[:, :, :2] = False  # contexts that reach back before the start
+    assert expected.any() and not expected[1:, :, 2:].all()
+    np.testing.assert_array_equal(second.tier, np.where(expected, CACHED, LEARNED))
+    assert (second.row == NO_ROW).all()
+    for at in np.argwhere(expected):
+        at = tuple(at)
+        np.testing.assert_array_equal(second.routing.experts[at], learned.experts[at])
+        np.testing.assert_array_equal(second.routing.weights[at], learned.weights[at])
+        assert second.kept[at] == (1 if learned.weights[at][0] >= CONFIG.mass_threshold else 2)
+    assert (second.kept[~expected] == TOP_K).all()
+    assert (second.routing.experts[~expected] == EXPERTS).all()
+
+    third, _, state = run_step(table, begin(state), ids, 10.0)  # a cached decision does not renew itself
+    assert (third.tier == LEARNED).all()
+
+
+def test_fast_wins_over_cached(table):
+    ids = np.array([[0, 1, 2, 3, 0, 1, 2, 3]])
+    without_table = replace(table, eligible=jnp.zeros_like(table.eligible))
+    _, _, state = run_step(without_table, init(table, CONFIG, 1), ids, 0.0)
+    only_cached, _, state = run_step(without_table, begin(state), ids, 1.0)
+    both, _, _ = run_step(table, begin(state), ids, 2.0)
+    fast = np.asarray(fast_plan(table, jnp.asarray(contexts_of(ids, 2))).tier) == FAST
+    cached = only_cached.tier == CACHED
+    assert (fast & cached).any() and (~fast & cached).any()
+    np.testing.assert_array_equal(both.tier, np.where(fast, FAST, np.where(cached, CACHED, LEARNED)))
+
+
+def contexts_of(ids: np.ndarray, length: int) -> np.ndarray:
+    padded = np.concatenate([np.full((len(ids), length - 1), NONE), ids], axis=1)
+    return np.stack([padded[:, i : i + ids.shape[1]] for i in range(length)], axis=-1).astype(np.int32)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_padding_changes_nothing_wherever_it_stands(table, seed):
+    """The same sequence in one piece, and in two pieces with padding left, right and in between."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 6, size=(1, 8))
+    whole, _, state = run_step(table, init(table, CONFIG, 1), ids, 0.0)
+
+    pieces = []
+    piecewise = init(table, CONFIG, 1)
+    no_cache = Settings.of(replace(CONFIG, cache_layers=()), LAYERS)
+    for start in (0, 4):
+        place = np.sort(rng.permutation(8)[:4])
+        token_ids, mask = rng.integers(0, 6, size=(1, 8)), np.zeros((1, 8), bool)
+        token_ids[0, place], mask[0, place] = ids[0, start : start + 4], True
+        part, _, piecewise = run_step(table, piecewise, token_ids, 0.0, mask, no_cache)
+        assert (part.tier[:, ~mask] == LEARNED).all()
+        pieces.append(jax.tree.map(lambda leaf, place=place: leaf[:, :, place], replace(part, rules=None)))
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts, axis=2), *pieces)
+    for ours, theirs in zip(jax.tree.leaves(joined), jax.tree.leaves(replace(whole, rules=None)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(piecewise.recent, ids[:, -2:])
+    for ours, theirs in zip(jax.tree.leaves(piecewise.counters), jax.tree.leaves(state.counters), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_padding_is_not_remembered_and_an_empty_row_keeps_its_past(table):
+    ids = np.arange(16).reshape(2, 8)
+    _, _, state = run_step(table, init(table, CONFIG, 2), ids, 0.0, np.arange(8) < np.array([[8], [5]]))
+    np.testing.assert_array_equal(state.recent, [[6, 7], [11, 12]])
+    remembered = set(map(tuple, np.asarray(state.cache.ids).reshape(-1, 3).tolist())) - {(NONE,) * 3}
+    assert remembered and remembered <= {(i, i + 1, i + 2) for i in (*range(6), 8, 9, 10)}
+
+    _, _, state = run_step(table, state, ids, 1.0, np.zeros((2, 8), bool))
+    np.testing.assert_array_equal(state.recent, [[6, 7], [11, 12]])
+    assert int(state.counters.tokens.sum()) == LAYERS * 13
+    np.testing.assert_array_equal(begin(state, batch_size=3).recent, np.full((3, 2), NONE))
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_counters_equal_a_slow_count(table, seed):
+    rng = np.random.default_rng(seed)
+    state = init(table, CONFIG, 2)
+    tokens, agreements, active = np.zeros((3, LAYERS, 3), int)
+    for now in range(3):
+        ids, mask = rng.integers(0, 6, size=(2, 8)), rng.random((2, 8)) < 0.8
+        planned, routing, state = run_step(table, state, ids, float(now), mask)
+        best = router(ids).argmax(-1)
+        for l, (b, t) in ((l, at) for l in range(LAYERS) for at in np.argwhere(mask)):
+            tier = planned.tier[l, b, t]
+            tokens[l, tier] += 1
+            agreements[l, tier] += tier == LEARNED or planned.routing.experts[l, b, t, 0] == best[l, b, t]
+            active[l, tier] += (routing.experts[l, b, t] < EXPERTS).sum()
+    np.testing.assert_array_equal(state.counters.tokens, tokens)
+    np.testing.assert_array_equal(state.counters.agreements, agreements)
+    np.testing.assert_array_equal(state.counters.active, active)
+
+    shares = summary(state.counters, TOP_K)
+    for part in [shares, *shares["layers"]]:
+        assert sum(part["tiers"].values()) == pytest.approx(1)
+        assert part["hit_rate"] == pytest.approx(1 - part["tiers"]["learned"])
+        assert part["experts_per_token"] == pytest.approx(part["experts_share"] * TOP_K)
+    assert shares["tokens"] == tokens.sum()
+    planned_tokens = tokens[:, :2].sum()
+    assert shares["false_hits"] == pytest.approx(1 - agreements[:, :2].sum() / max(planned_tokens, 1))
+    assert shares["experts_per_token"] == pytest.approx(active.sum() / tokens.sum())
+
+
+def test_a_summary_before_the_first_token():
+    shares = summary(Counters.zero(LAYERS), TOP_K)
+    assert (shares["tokens"], shares["hit_rate"], shares["experts_per_token"]) == (0, 0.0, 0.0)
+    assert shares["tiers"] == {"fast": 0.0, "cached": 0.0, "learned": 0.0}
+    assert len(shares["layers"]) == LAYERS
+
+
+def test_without_a_cache_there_are_two_tiers(table):
+    config = replace(CONFIG, cache_size=0)
+    state = init(table, config, 1)
+    assert state.cache is None
+    assert state.recent.shape == (1, 1)  # the table looks back two ids
+    ids, how = np.array([[0, 1, 2, 3, 3, 2, 1, 0]]), Settings.of(config, LAYERS)
+    for now in range(2):
+        planned, _, state = run_step(table, begin(state), ids, float(now), None, how)
+        assert set(np.unique(planned.tier)) == {FAST, LEARNED}
+
+
+def test_the_second_step_and_another_policy_compile_nothing(random_stats):
+    stats = random_stats(np.random.default_rng(8), LAYERS, EXPERTS)
+    others = [
+        replace(CONFIG, default=LayerPolicy(kept=0, residual=False, gate_ratio=0.4)),
+        replace(CONFIG, frequency_threshold=2, confidence_threshold=0.9, mass_threshold=0.5, cache_ttl_seconds=1.0),
+        replace(CONFIG, layers={0: None}, cache_layers=None),
+    ]
+    state = init(build(stats, CONFIG, TOP_K, keep_shapes=True), CONFIG, 1)
+    ids = np.array([[0, 1, 9, 3, 11, 8, 9, 2]])
+    compiled = None
+    for now, config in enumerate([CONFIG, CONFIG, *others]):
+        how = Settings.of(config, LAYERS)
+        _, _, state = run_step(build(stats, config, TOP_K, keep_shapes=True), state, ids, float(now), None, how)
+        sizes = (plan_jit._cache_size(), commit_jit._cache_size())
+        assert compiled in (None, sizes)
+        compiled = sizes
