@@ -3,7 +3,7 @@
 Letters: L layers, R rows (keys) of the table, O orders, B sequences, T positions, C ids per context, E experts, K
 experts per token, D hidden size.
 
-    table = build(stats, config, top_k, answers)      # on the host, once
+    table = build(stats, config, k, answers)          # on the host, once
     plan = fast_plan(table, contexts)                 # pure, fit for jit
 
 A policy is array data. Tables built from the same statistics and answers with `keep_shapes=True` have equal shapes
@@ -22,7 +22,7 @@ from jax import Array
 from varjax.answers import Answers, Rule, residual_rows
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ABSENT, KeyIndex, find_orders
-from varjax.routing import FAST, LEARNED, NO_ROW, LayerRules, Plan, Routing, slots_for_mass
+from varjax.routing import FAST, LEARNED, NO_ROW, LayerRules, Plan, Routing, slots_for_mass, top_k
 from varjax.stats import RoutingStats
 
 
@@ -86,7 +86,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
 def build(
     stats: RoutingStats,
     config: VARConfig,
-    top_k: int,
+    k: int,
     answers: Answers | None = None,
     normalise: bool = True,
     keep_shapes: bool = False,
@@ -98,7 +98,7 @@ def build(
 
     Args:
         stats: what the routers did at each key.
-        top_k: K of the model.
+        k: experts per token in the model.
         answers: residuals, over the same keys or some of them.
         normalise: as in `routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
         keep_shapes: keep every row and every layer that has residuals, whatever the policy wants.
@@ -109,7 +109,7 @@ def build(
     if len(stats.keys) == 0:
         raise ValueError("the statistics hold no key at all; collect them over more text or admit rarer contexts")
     policies = [config.policy(layer) for layer in range(len(stats.count))]
-    _check_policies(config, policies, stats, top_k, answers)
+    _check_policies(config, policies, stats, k, answers)
 
     own_row = np.full(len(stats.keys), ABSENT)  # where each key lies in the answers
     if answers is not None:
@@ -119,7 +119,7 @@ def build(
     if len(rows) == 0:
         rows = np.array([0])  # not eligible, but there must be something to gather from
 
-    routing = _mean_routing(stats, rows, top_k, normalise)
+    routing = _mean_routing(stats, rows, k, normalise)
     asked = {order for policy in policies if policy is not None for order in policy.orders}
     return RouteTable(
         index=KeyIndex.build(stats.keys[rows]),
@@ -138,7 +138,7 @@ def _check_policies(
     config: VARConfig,
     policies: list[LayerPolicy | None],
     stats: RoutingStats,
-    top_k: int,
+    k: int,
     answers: Answers | None,
 ) -> None:
     named = {*dict(config.layers), *(config.cache_layers or ())}
@@ -150,8 +150,8 @@ def _check_policies(
     for layer, policy in enumerate(policies):
         if policy is None:
             continue
-        if policy.kept is not None and policy.kept > top_k:
-            faults.append(f"layer {layer}: kept={policy.kept}, but the model runs only {top_k} experts per token")
+        if policy.kept is not None and policy.kept > k:
+            faults.append(f"layer {layer}: kept={policy.kept}, but the model runs only {k} experts per token")
         strange = sorted(set(policy.orders) - set(stats.orders))
         if strange:
             faults.append(f"layer {layer}: orders {strange} are not in the statistics, which have {stats.orders}")
@@ -185,20 +185,16 @@ def _eligible(
     return admitted
 
 
-def _mean_routing(stats: RoutingStats, rows: np.ndarray, top_k: int, normalise: bool) -> Routing:
+def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool) -> Routing:
     """[L, R, K]: the top K of the mean gate probabilities; unused slots where a layer never saw the key."""
-    shape = (len(stats.count), len(rows), top_k)
-    experts = np.full(shape, stats.num_experts, np.int32)
-    weights = np.zeros(shape, np.float32)
-    for layer in range(len(stats.count)):  # one at a time: [L, R, E] in float64 is large
-        count = stats.count[layer, rows]
-        seen = count > 0
-        probs = stats.sum_probs[layer, rows[seen]] / count[seen, None]
-        best = np.argsort(-probs, axis=-1, kind="stable")[:, :top_k]
-        weight = np.take_along_axis(probs, best, axis=-1)
-        experts[layer, seen] = best
-        weights[layer, seen] = weight / weight.sum(axis=-1, keepdims=True) if normalise else weight
-    return Routing(jnp.asarray(experts), jnp.asarray(weights))
+    layers = []
+    for count, sum_probs in zip(stats.count, stats.sum_probs, strict=True):  # [L, R, E] at once could be large
+        seen = count[rows, None] > 0
+        mean = sum_probs[rows] / np.where(seen, count[rows, None], 1)
+        best = top_k(jnp.asarray(np.where(seen, mean, 1.0), jnp.float32), k, normalise)
+        unused = Routing.unused(best.experts.shape, stats.num_experts)
+        layers.append(jax.tree.map(lambda leaf, none, seen=seen: jnp.where(seen, leaf, none), best, unused))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def _kept(policies: list[LayerPolicy | None], routing: Routing, mass_threshold: float) -> np.ndarray:
