@@ -126,8 +126,7 @@ Python documentation and nothing else; it is for studying routing, not for use.
   documents, SHA-256 `{training["data_sha256"]}`.
 - **Training**: `experiments/00_train_reference.py`, {training["steps"]:,} steps of {training["batch_size"]} x
   {training["length"]} tokens ({training["tokens_seen"] / 1e6:.1f} million in all), AdamW with peak learning rate
-  {training["learning_rate"]:g}, load-balancing weight {training["balance"]:g}, seed {training["seed"]}, on a
-  {card["provenance"]["device"]}.
+  {training["learning_rate"]:g}, load-balancing weight {training["balance"]:g}, seed {training["seed"]}.
 - **Fingerprint**: `{card["fingerprint"]}`.
 
 Held out (the test split: {test["documents"]:,} documents, {test["tokens"]:,} tokens, windows of {test["max_length"]}):
