@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 from tqdm import tqdm
 
 from analysis.batches import Encoded
@@ -22,6 +23,7 @@ from analysis.quality import Scores, plain_runner, score, var_runner
 from models import Model
 from varjax.answers import Answers, Rule
 from varjax.config import LayerPolicy, VARConfig
+from varjax.keys import ANY
 from varjax.model import VARModel
 from varjax.stats import RoutingStats
 from varjax.step import summary
@@ -47,7 +49,7 @@ class Search:
     path: tuple[Measured, ...]  # prefixes that were measured, by falling number of experts
 
 
-def candidate_rules(num_layers: int, top_k: int, gate_ratios: Sequence[float] = (0.4, 0.6, 0.8)) -> tuple[Rule, ...]:
+def candidate_rules(num_layers: int, top_k: int, gate_ratios: Sequence[float] = (0.5, 0.7, 0.9)) -> tuple[Rule, ...]:
     """The rules whose residuals are worth collecting: 0 to K - 1 experts kept, and all K under each gate ratio."""
     kept = [(count, 0.0) for count in range(top_k)]
     return tuple(Rule(layer, *rule) for layer in range(num_layers) for rule in kept + [(top_k, r) for r in gate_ratios])
@@ -81,6 +83,7 @@ def search(
     scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
     plain, _ = scoring(plain_runner(model), None)
     bar = tqdm(unit="policy", disable=not progress, desc="policies")
+    orders = tuple(np.unique((answers.keys != ANY).sum(axis=1)).tolist())  # those that have residuals
 
     def config_of(rules: Sequence[Rule]) -> VARConfig:
         entropy = math.log(model.config.num_experts) * 1.001  # any key may answer: the residual carries the rest
@@ -88,7 +91,7 @@ def search(
             rule.layer: LayerPolicy(
                 kept=rule.kept,
                 gate_ratio=rule.gate_ratio or None,
-                orders=stats.orders,
+                orders=orders,
                 frequency_threshold=frequency_threshold,
                 entropy_threshold=entropy,
             )

@@ -31,7 +31,8 @@ def main() -> None:
     arguments.add_argument(
         "--residuals", action=argparse.BooleanOptionalAction, default=True, help="second pass: residual rows"
     )
-    arguments.add_argument("--residual_orders", type=int, nargs="+", default=(1,), help="orders that get residual rows")
+    arguments.add_argument("--residual_orders", type=int, nargs="+", default=(1, 2), help="orders that get them")
+    arguments.add_argument("--residual_min_count", type=int, default=15, help="occurrences that such a key needs")
     args = arguments.parse_args()
 
     split = None if args.split == "all" else args.split
@@ -55,7 +56,8 @@ def main() -> None:
     strings = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) if model.tokenizer else None
     statsfile.write(args.output / "routing_stats.parquet", stats, meta, strings)
     if args.residuals:
-        answerable = np.isin(stats.row_orders, args.residual_orders)
+        often = stats.count.max(axis=0) >= args.residual_min_count
+        answerable = np.isin(stats.row_orders, args.residual_orders) & often
         rules = candidate_rules(model.config.num_layers, model.config.top_k)
         orders = tuple(sorted(args.residual_orders))
         answers = collect_answers(model, documents, stats.keys[answerable], orders, rules, **reading)

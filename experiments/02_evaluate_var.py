@@ -40,7 +40,7 @@ def main() -> None:
         action="store_true",
         help="find per-layer policies under the loss budget on the tune split first; written as *.var_config.json",
     )
-    arguments.add_argument("--tune_samples", type=int, default=200, help="documents for --search_policy (200)")
+    arguments.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy (120)")
     arguments.add_argument("--split", default="test", help="documents to score; 'all' for every one (test)")
     arguments.add_argument("--stride", type=int, default=None, help="tokens between windows (max_length)")
     arguments.add_argument("--no_throughput", action="store_true", help="leave the timing out")

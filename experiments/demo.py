@@ -18,7 +18,7 @@ from analysis.comparison import degradation, read_result
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")
-BUILD_SAMPLES, TEST_SAMPLES = "3000", "300"
+BUILD_SAMPLES, TEST_SAMPLES = "3000", "250"
 POLICY = "policy"
 
 
