@@ -115,19 +115,23 @@ def update(sums: AnswerSums, rows: Array, slot_outputs: Array, routing: Routing,
     if len(slot_outputs) != len(sums.layers):
         raise ValueError(f"need the slot outputs of layers {sums.layers}, got {len(slot_outputs)} layers")
     num_rows, hidden_size = sums.total.shape[1:]
+    top_k = slot_outputs.shape[-2]
     rows = jnp.where(mask & (rows >= 0), rows, num_rows).reshape(len(rows), -1)  # R: written nowhere
     total, count, nonfinite = sums.total, sums.count, sums.nonfinite
     with jax.named_scope("answers_update"):
+        outputs = slot_outputs.reshape(len(sums.layers), -1, top_k, hidden_size).astype(jnp.float32)
+        finite = jnp.all(jnp.isfinite(outputs), axis=-1)  # [A, B*T, K]
         for p, rule in enumerate(sums.rules):
-            outputs = slot_outputs[sums.layers.index(rule.layer)].astype(jnp.float32)
-            drop = dropped(routing.weights[rule.layer], jnp.int8(rule.kept), jnp.float32(rule.gate_ratio))
-            left_out = jnp.sum(jnp.where(drop[..., None], outputs, 0.0), axis=-2).reshape(-1, hidden_size)
-            lost = jnp.any(drop, axis=-1).reshape(-1)
-            finite = jnp.all(jnp.isfinite(left_out), axis=-1)
-            nonfinite = nonfinite.at[p].add(jnp.sum(lost & ~finite & mask.reshape(-1), dtype=jnp.int32))
-            for row in jnp.where(lost & finite, rows, num_rows):
+            a = sums.layers.index(rule.layer)
+            weights = routing.weights[rule.layer].reshape(-1, top_k)
+            drop = dropped(weights, jnp.int8(rule.kept), jnp.float32(rule.gate_ratio))
+            lost = jnp.any(drop, axis=-1)
+            sound = jnp.all(finite[a] | ~drop, axis=-1)
+            left_out = jnp.sum(jnp.where(drop[..., None], outputs[a], 0.0), axis=-2)
+            for row in jnp.where(lost & sound, rows, num_rows):
                 total = total.at[p, row].add(left_out, mode="drop")
                 count = count.at[p, row].add(1, mode="drop")
+            nonfinite = nonfinite.at[p].add(jnp.sum(lost & ~sound & mask.reshape(-1), dtype=jnp.int32))
     return replace(sums, total=total, count=count, nonfinite=nonfinite)
 
 
@@ -135,13 +139,12 @@ def flush(sums: AnswerSums, answers: Answers) -> tuple[AnswerSums, Answers]:
     """Moves the window into the host's means."""
     fresh = np.asarray(sums.count, np.int64)
     count = answers.count + fresh
-    surplus = np.asarray(sums.total, np.float64) - fresh[..., None] * answers.mean
-    answers = replace(
-        answers,
-        mean=answers.mean + surplus / np.maximum(count, 1)[..., None],
-        count=count,
-        nonfinite=answers.nonfinite + np.asarray(sums.nonfinite, np.int64),
-    )
+    total = np.asarray(sums.total)
+    mean = np.empty(answers.mean.shape)
+    for p, old in enumerate(answers.mean):  # rule by rule: all of them at once would fill the memory with temporaries
+        mean[p] = old + (total[p] - fresh[p, :, None] * old) / np.maximum(count[p], 1)[:, None]
+    nonfinite = answers.nonfinite + np.asarray(sums.nonfinite, np.int64)
+    answers = replace(answers, mean=mean, count=count, nonfinite=nonfinite)
     return init(answers), answers
 
 
