@@ -74,12 +74,12 @@ def search(
         stats, answers: from documents other than these.
         documents: the tuning documents; whoever reports the result must do so on others.
         base: the config whose layer policies are to be replaced; its cached tier is left out of the search.
-        budget: relative change of perplexity; None: 80 % of `base.max_quality_degradation`, since the tuning
+        budget: relative change of perplexity; None: 90 % of `base.max_quality_degradation`, since the tuning
             documents flatter what was chosen on them.
         frequency_threshold: occurrences that a key needs.
         batch_size, max_length: as in `analysis.quality.score`.
     """
-    budget = 0.8 * base.max_quality_degradation if budget is None else budget
+    budget = 0.9 * base.max_quality_degradation if budget is None else budget
     scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
     plain, _ = scoring(plain_runner(model), None)
     bar = tqdm(unit="policy", disable=not progress, desc="policies")

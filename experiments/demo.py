@@ -18,7 +18,7 @@ from analysis.comparison import degradation, read_result
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")
-BUILD_SAMPLES, TEST_SAMPLES = "3000", "250"
+BUILD_SAMPLES, TEST_SAMPLES = "2000", "200"
 POLICY = "policy"
 
 
@@ -40,7 +40,8 @@ def main() -> None:
 
 
 def evaluate(name: str, *arguments: str) -> None:
-    script("02_evaluate_var.py", *arguments, "--num_samples", TEST_SAMPLES, "--output", str(OUT / f"{name}.json"))
+    brief = ("--num_samples", TEST_SAMPLES, "--tune_samples", "100", "--repeats", "11")
+    script("02_evaluate_var.py", *arguments, *brief, "--output", str(OUT / f"{name}.json"))
 
 
 def script(name: str, *arguments: str) -> None:

@@ -125,7 +125,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
         known["eos_token_id"] = tuple(known["eos_token_id"])
     config = MoEConfig(**known)
     _check(config, source)
-    return config
+    return dataclasses.replace(config, rope_theta=float(config.rope_theta), rms_norm_eps=float(config.rms_norm_eps))
 
 
 def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
@@ -146,31 +146,45 @@ def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
     }
 
 
-def _rope_theta(fields: Mapping[str, Any], source: str) -> float:
+def _rope_theta(fields: Mapping[str, Any], source: str) -> Any:
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise ConfigError(f"{source}: the rotary settings are {rope!r}; expected an object or null")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConfigError(f"{source}: rope_type is {kind!r}; only 'default' rotary embeddings are supported")
-    theta = rope.get("rope_theta", fields.get("rope_theta", MoEConfig.rope_theta))
-    return float(theta)
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(
+            f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported"
+        )
+    return rope.get("rope_theta", fields.get("rope_theta", MoEConfig.rope_theta))
 
 
 def _check(config: MoEConfig, source: str) -> None:
-    sizes = {name: getattr(config, name) for name in (*_REQUIRED, "num_kv_heads", "head_dim")}
-    for name, value in sizes.items():
+    """Raise ConfigError naming every field with a value that cannot be."""
+    faults = []
+    for name in (*_REQUIRED, "num_kv_heads", "head_dim", "sliding_window"):
+        value = getattr(config, name)
+        if value is None and name == "sliding_window":
+            continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{source}: {_HF_NAMES[name]} is {value!r}; expected a positive integer")
-    if config.top_k > config.num_experts:
-        raise ConfigError(
-            f"{source}: num_experts_per_tok is {config.top_k} but num_local_experts is {config.num_experts}; "
-            "a token cannot use more experts than there are"
-        )
-    if config.num_heads % config.num_kv_heads:
-        raise ConfigError(
-            f"{source}: num_key_value_heads is {config.num_kv_heads}, which does not divide "
-            f"num_attention_heads {config.num_heads}"
-        )
-    if config.head_dim % 2:
-        raise ConfigError(f"{source}: head_dim is {config.head_dim}; rotary embeddings need an even number")
-    if config.sliding_window is not None and config.sliding_window < 1:
-        raise ConfigError(f"{source}: sliding_window is {config.sliding_window}; expected null or at least 1")
+            faults.append(f"{_HF_NAMES[name]} is {value!r}, expected a positive integer")
+    for name in ("rope_theta", "rms_norm_eps"):
+        value = getattr(config, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            faults.append(f"{name} is {value!r}, expected a positive number")
+    if not faults:
+        if config.top_k > config.num_experts:
+            faults.append(
+                f"num_experts_per_tok is {config.top_k} but num_local_experts is {config.num_experts}, "
+                "a token cannot use more experts than there are"
+            )
+        if config.num_heads % config.num_kv_heads:
+            faults.append(
+                f"num_key_value_heads is {config.num_kv_heads}, expected a divisor of "
+                f"num_attention_heads {config.num_heads}"
+            )
+        if config.head_dim % 2:
+            faults.append(f"head_dim is {config.head_dim}, expected an even number for rotary embeddings")
+    if faults:
+        raise ConfigError(f"{source}: {'; '.join(faults)}; restore the file that belongs to the weights")

@@ -13,6 +13,8 @@ the target of loading all derive from these declarations.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
 
@@ -78,7 +80,8 @@ class Attention(nnx.Module):
         if kv is not None:
             kv = kv.store(layer, keys, values)
             keys, values = kv.keys[layer], kv.values[layer]
-        out = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
+        with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with float32 on the way
+            out = jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
         return self.o_proj(out.reshape(batch, length, -1)), kv
 
 
@@ -105,21 +108,23 @@ class Decoder(nnx.Module):
 
 
 class Expert(nnx.Module):
-    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MoEConfig, dtype: jnp.dtype, keys: Iterator[jax.Array]):
         init = nnx.initializers.normal(config.initializer_range)
         inner = (config.hidden_size, config.intermediate_size)
-        self.gate = nnx.Param(init(rngs.params(), inner, dtype))
-        self.up = nnx.Param(init(rngs.params(), inner, dtype))
-        self.down = nnx.Param(init(rngs.params(), inner[::-1], dtype))
+        self.gate = nnx.Param(init(next(keys), inner, dtype))
+        self.up = nnx.Param(init(next(keys), inner, dtype))
+        self.down = nnx.Param(init(next(keys), inner[::-1], dtype))
 
 
 class Experts(nnx.Module):
     """The experts of all layers in the canonical layout."""
 
-    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MoEConfig, dtype: jnp.dtype, key: jax.Array):
+        # Not nnx.Rngs: under a trace each of its draws costs more than the last, minutes for a large model.
+        keys = (jax.random.fold_in(key, index) for index in itertools.count())
         self.layers = nnx.List(
             [
-                nnx.List([Expert(config, dtype, rngs) for _ in range(config.num_experts)])
+                nnx.List([Expert(config, dtype, keys) for _ in range(config.num_experts)])
                 for _ in range(config.num_layers)
             ]
         )
@@ -129,7 +134,7 @@ def init_params(config: MoEConfig, key: jax.Array, dtype: Any = jnp.float32) -> 
     """Random parameters in the canonical layout; under `jax.eval_shape` they cost nothing at any size."""
     dtype = jnp.dtype(dtype)
     decoder = nnx.to_pure_dict(nnx.state(Decoder(config, dtype, nnx.Rngs(key))))
-    experts = nnx.to_pure_dict(nnx.state(Experts(config, dtype, nnx.Rngs(jax.random.fold_in(key, 1)))))
+    experts = nnx.to_pure_dict(nnx.state(Experts(config, dtype, jax.random.fold_in(key, 1))))
     return {"decoder": decoder, "experts": [experts["layers"][index] for index in range(config.num_layers)]}
 
 
@@ -173,7 +178,7 @@ def forward(
         offset = kv.length - token_ids.shape[1]
         seen = visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
 
-    model = nnx.merge(_graph(config), params["decoder"])
+    model = nnx.merge(_graph(config, params["decoder"]["embed"]["embedding"].dtype), params["decoder"])
     with jax.named_scope("embed"):
         x = model.embed(token_ids)
     rotation = rotary_angles(positions, config, x.dtype)
@@ -190,9 +195,7 @@ def forward(
             routing, row = resolve(layer_probs, config.top_k, None if plan is None else plan.layer(index))
             # Padding runs no expert: nobody reads what it would give.
             real = mask[..., None]
-            routing = Routing(
-                jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0)
-            )
+            routing = Routing(jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0))
         flat_routing = jax.tree.map(lambda leaf: leaf.reshape(-1, config.top_k), routing)
         with jax.named_scope("experts"):
             y = engine.apply(flat, flat_routing, params["experts"][index]).reshape(x.shape)
@@ -244,7 +247,8 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 @lru_cache(maxsize=16)
-def _graph(config: MoEConfig) -> Any:
+def _graph(config: MoEConfig, dtype: jnp.dtype) -> Any:
     """The decoder's structure without values; NNX needs it to give a dict of parameters its methods back."""
-    abstract = nnx.eval_shape(lambda: Decoder(config, jnp.dtype(jnp.float32), nnx.Rngs(0)))
+    # Of the parameters' own dtype: an embedding keeps its dtype as part of the structure.
+    abstract = nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0)))
     return nnx.split(abstract)[0]

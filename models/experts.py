@@ -63,8 +63,9 @@ def _apply_reference(x: jax.Array, routing: Routing, params: tuple[dict[str, jax
         up = jnp.dot(x, expert["up"], preferred_element_type=jnp.float32)
         hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
         y = jnp.dot(hidden, expert["down"], preferred_element_type=jnp.float32)
-        weight = jnp.where(routing.experts == index, routing.weights, 0).sum(-1)
-        out += weight[:, None].astype(jnp.float32) * y
+        chosen = routing.experts == index
+        weight = jnp.where(chosen, routing.weights, 0).sum(-1, keepdims=True).astype(jnp.float32)
+        out += jnp.where(chosen.any(-1, keepdims=True), weight * y, 0)
     return out.astype(x.dtype)
 
 

@@ -3,7 +3,7 @@
 `_TABLE` maps each parameter of the canonical tree (`models.decoder`) to its published name; the ledger, derived from
 the declared shapes, says which tensors a checkpoint must hold. Every tensor of the files must match exactly one row:
 missing, surplus and misshapen ones are all named in one error before anything is read. Linear kernels are stored
-transposed, [in, out] here and [out, in] on disk.
+transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one file at a time.
 
 Format: https://huggingface.co/docs/safetensors; sharded checkpoints carry a `model.safetensors.index.json`.
 """
@@ -13,8 +13,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,9 @@ _TABLE = {
     "decoder/norm/weight": ("model.norm.weight", False),
     "decoder/head/kernel": ("lm_head.weight", True),
 }
+_STORED = ("F32", "BF16", "F16")  # safetensors' names of the dtypes that hold weights; others hold quantised ones
+# What decides the maths beside the tensors and is not seen in their shapes.
+_MATHS = ("num_heads", "num_kv_heads", "head_dim", "top_k", "rope_theta", "rms_norm_eps", "sliding_window")
 
 
 class CheckpointError(ValueError):
@@ -78,23 +83,24 @@ def load_params(directory: Path, config: MoEConfig, dtype: Any = jnp.float32) ->
     """Canonical parameters of the checkpoint in `directory`, and its fingerprint.
 
     Tensors travel one at a time, so the host never holds more than the parameters and one tensor. The fingerprint is a
-    SHA-256 over every tensor's name, shape and a sample of its stored values: it tells checkpoints apart, whatever
-    directory they lie in and whatever dtype they are loaded in.
+    SHA-256 of every tensor's name, shape and stored bytes and of what the config adds to their maths: it tells models
+    apart, wherever they lie, however they are sharded and whatever dtype they are loaded in. The same weights stored
+    in another dtype are another checkpoint.
 
-    Raises CheckpointError naming every missing, surplus or misshapen tensor, or the first unreadable or non-finite one.
+    Raises CheckpointError naming every missing, surplus, repeated or misshapen tensor, or the first unreadable or
+    non-finite one.
     """
     expected = ledger(config)
-    files = _locate_tensors(directory)
-    _check_ledger(directory, expected, files)
+    files = _locate_tensors(directory, expected)
     params: Params = {"decoder": {}, "experts": [{} for _ in range(config.num_layers)]}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr([getattr(config, field) for field in _MATHS]).encode())
     for name in sorted(expected):
         entry, tensor = expected[name], _read(files[name], name)
-        _add_to_fingerprint(digest, name, tensor)
-        # Minimum and maximum carry a NaN or an infinity along, without a mask as large as the tensor.
-        if not (np.isfinite(tensor.min()) and np.isfinite(tensor.max())):
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+        digest.update(tensor.reshape(-1).view(np.uint8))
+        array, finite = _place(tensor, entry.transposed, jnp.dtype(dtype))
+        if not finite:
             raise CheckpointError(f"{files[name]}: {name} holds NaN or infinite values; fetch or save the file again")
-        array = jnp.asarray(np.ascontiguousarray(tensor.T if entry.transposed else tensor), dtype)
         _insert(params, entry.path, array)
     return params, digest.hexdigest()
 
@@ -104,76 +110,91 @@ def save_params(
 ) -> None:
     """Write canonical parameters and `config.json` so that this library and transformers open the directory.
 
-    Each file is written whole or not at all; the config comes last. More than `shard_bytes` go into numbered shards.
+    More than `shard_bytes` go into numbered shards. No file takes its place before all are written: an interrupted
+    call leaves the directory as it was. A checkpoint that was there before is replaced, its other shards removed.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     entries = ledger(config)
-    itemsize = jnp.dtype(dtype).itemsize
-    shards: list[list[str]] = [[]]
+    sizes = {name: math.prod(entry.shape) * jnp.dtype(dtype).itemsize for name, entry in entries.items()}
+    shards = _shards(sizes, shard_bytes)
+    with ExitStack() as files:  # files take their places in reverse order: the config comes last
+
+        def write(name: str) -> Path:
+            return files.enter_context(replacing(directory / name))
+
+        write("config.json").write_text(json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+            write(INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        for file, names in shards.items():
+            tensors = {name: _to_disk(_lookup(params, entries[name].path), entries[name], dtype) for name in names}
+            save_file(tensors, write(file), metadata={"format": "pt"})
+    # What is left of an earlier checkpoint would be read in place of this one.
+    written = {*shards, *([INDEX_FILE] if len(shards) > 1 else [])}
+    for path in [directory / SINGLE_FILE, directory / INDEX_FILE, *directory.glob("model-*-of-*.safetensors")]:
+        if path.name not in written:
+            path.unlink(missing_ok=True)
+
+
+def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """File name -> its tensors, in order, each file of at most `limit` bytes or one tensor."""
+    groups: list[list[str]] = [[]]
     filled = 0
-    for name, entry in entries.items():
-        size = int(np.prod(entry.shape)) * itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append([])
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
             filled = 0
-        shards[-1].append(name)
+        groups[-1].append(name)
         filled += size
-    weight_map = {}
-    for index, names in enumerate(shards):
-        file = SINGLE_FILE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _to_disk(_lookup(params, entries[name].path), entries[name], dtype) for name in names}
-        with replacing(directory / file) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(int(np.prod(entry.shape)) * itemsize for entry in entries.values())
-        _write_json(directory / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(directory / "config.json", config_to_hf(config, dtype))
+    if len(groups) == 1:
+        return {SINGLE_FILE: groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(fields, indent=2) + "\n")
-
-
-def _locate_tensors(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file, from the index or the single file."""
-    index = directory / INDEX_FILE
-    if index.exists():
-        try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise CheckpointError(f"{index} has no readable weight_map ({error!r}); fetch the file again") from None
-        files = {directory / file for file in weight_map.values()}
-    else:
-        files = {directory / SINGLE_FILE}
-    absent = sorted(str(file) for file in files if not file.exists())
-    if absent:
-        raise CheckpointError(
-            f"{directory}: weight file(s) missing: {', '.join(absent)}; fetch them (safetensors only)"
-        )
-    return {name: file for file in sorted(files) for name in _names(file)}
-
-
-def _names(file: Path) -> list[str]:
-    with _open(file) as tensors:
-        return list(tensors.keys())
-
-
-def _check_ledger(directory: Path, expected: dict[str, Entry], files: dict[str, Path]) -> None:
-    faults = [f"missing {name}" for name in expected if name not in files]
-    faults += [f"surplus {name} in {files[name].name}" for name in files if name not in expected]
-    for file in sorted(set(files.values())):
+def _locate_tensors(directory: Path, expected: dict[str, Entry]) -> dict[str, Path]:
+    """Tensor name -> file, after every tensor of every file has found its row in the ledger."""
+    located: dict[str, Path] = {}
+    faults = []
+    for file in _files(directory):
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
-                shape = tuple(tensors.get_slice(name).get_shape())
-                if name in expected and shape != expected[name].shape:
+                stored = tensors.get_slice(name)
+                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                if name not in expected:
+                    faults.append(f"surplus {name} in {file.name}")
+                elif name in located:
+                    faults.append(f"{name} is in {located[name].name} and again in {file.name}")
+                elif shape != expected[name].shape:
                     faults.append(f"{name} in {file.name} has shape {shape}, expected {expected[name].shape}")
+                elif dtype not in _STORED:
+                    faults.append(f"{name} in {file.name} is stored as {dtype}, expected one of {', '.join(_STORED)}")
+                located[name] = file
+    faults += [f"missing {name}" for name in expected if name not in located]
     if faults:
         shown = "\n  ".join(faults[:20]) + (f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise CheckpointError(
             f"{directory}: the tensors do not match config.json; fix it or fetch the checkpoint again:\n  {shown}"
         )
+    return located
+
+
+def _files(directory: Path) -> list[Path]:
+    """The weight files: those of the index, or the single one."""
+    index = directory / INDEX_FILE
+    names = {SINGLE_FILE}
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            if not all(name == Path(name).name for name in names):
+                raise ValueError("a file outside the directory")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} has no readable weight_map ({error!r}); fetch the file again") from None
+    absent = sorted(name for name in names if not (directory / name).exists())
+    if absent:
+        raise CheckpointError(
+            f"{directory}: weight file(s) missing: {', '.join(absent)}; fetch them (safetensors only)"
+        )
+    return [directory / name for name in sorted(names)]
 
 
 @contextmanager
@@ -191,11 +212,11 @@ def _read(file: Path, name: str) -> np.ndarray:
         return tensors.get_tensor(name)
 
 
-def _add_to_fingerprint(digest: Any, name: str, tensor: np.ndarray) -> None:
-    flat = tensor.reshape(-1)
-    sample = np.ascontiguousarray(flat[:: max(1, flat.size // 1024)])
-    digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-    digest.update(sample.view(np.uint8))
+@partial(jax.jit, static_argnums=(1, 2))
+def _place(stored: np.ndarray, transposed: bool, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """A stored tensor in the canonical layout on the device, and whether all of it is finite; in one pass."""
+    array = (stored.T if transposed else stored).astype(dtype)
+    return array, jnp.isfinite(array).all()
 
 
 def _to_disk(array: jax.Array, entry: Entry, dtype: str) -> np.ndarray:

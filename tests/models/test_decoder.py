@@ -1,0 +1,197 @@
+"""The decoder against itself (cache, padding, open plan) and, under a plan, against slow NumPy in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, LayerRules, Plan, Routing
+
+CLOSE = {"rtol": 0, "atol": 2e-5}
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_prefill_and_decode_equal_the_whole_forward(make_model, padded_texts, window):
+    model = make_model(sliding_window=window)
+    ids, mask = padded_texts("left")
+    whole = model(ids, mask)
+    kv = model.empty_cache(*ids.shape)
+    parts, start = [], 0
+    for length in (6, 1, 1, 1, 1, 1):
+        piece = slice(start, start + length)
+        out = model.network.forward(model.params, jnp.asarray(ids[:, piece]), attention_mask=mask[:, piece], kv=kv)
+        parts.append(out)
+        kv, start = out.kv, start + length
+    real = mask.astype(bool)
+    logits = jnp.concatenate([out.logits for out in parts], axis=1)
+    probs = jnp.concatenate([out.router_probs for out in parts], axis=2)
+    np.testing.assert_allclose(logits[real], whole.logits[real], **CLOSE)
+    np.testing.assert_allclose(probs[:, real], whole.router_probs[:, real], **CLOSE)
+    assert int(kv.length) == ids.shape[1]
+    np.testing.assert_array_equal(kv.mask, real)
+
+
+def test_last_logits_only_computes_the_same_last_logits(tiny_model, padded_texts):
+    ids, mask = padded_texts("left")
+    last = tiny_model.network.forward(tiny_model.params, jnp.asarray(ids), attention_mask=mask, last_logits_only=True)
+    assert last.logits.shape == (3, 1, tiny_model.config.vocab_size)
+    np.testing.assert_allclose(last.logits[:, 0], tiny_model(ids, mask).logits[:, -1], **CLOSE)
+
+
+def test_padding_changes_nothing_and_runs_nothing(tiny_model, padded_texts):
+    ids, mask = padded_texts("left")
+    text = ids[1][mask[1] == 1]
+    alone = tiny_model(text[None])
+    for side in ("left", "right"):
+        ids, mask = padded_texts(side)
+        ids = np.where(mask == 1, ids, 7)  # whatever ids the padding has
+        together, real = tiny_model(ids, mask), mask == 1
+        np.testing.assert_allclose(together.logits[1, real[1]], alone.logits[0], **CLOSE)
+        np.testing.assert_allclose(together.router_probs[:, 1, real[1]], alone.router_probs[:, 0], **CLOSE)
+        np.testing.assert_array_equal(together.routing.experts[:, 1, real[1]], alone.routing.experts[:, 0])
+        np.testing.assert_array_equal(together.routing.experts[:, ~real], tiny_model.config.num_experts)
+        np.testing.assert_array_equal(together.routing.weights[:, ~real], 0)
+
+
+def test_an_open_plan_is_the_plain_model_bit_for_bit(tiny_model, padded_texts):
+    ids, mask = padded_texts("left")
+    config = tiny_model.config
+    plan = Plan.open(config.num_layers, *ids.shape, config.top_k, config.num_experts)
+    plain = tiny_model.network.forward(tiny_model.params, jnp.asarray(ids), attention_mask=mask)
+    opened = tiny_model.network.forward(tiny_model.params, jnp.asarray(ids), attention_mask=mask, plan=plan)
+    jax.tree.map(np.testing.assert_array_equal, plain, opened)
+
+
+# --- under a plan ----------------------------------------------------------------------------------------------------
+
+RESIDUAL_ROWS = 5
+
+
+@pytest.fixture(scope="module")
+def planned(make_model, padded_texts):
+    """A model of 3 layers, each with a rule of its own, a random plan and residuals; ids without padding."""
+    model = make_model(num_layers=3)
+    config = model.config
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, (2, 9), dtype=np.int32)
+    shape = (config.num_layers, *ids.shape)
+    experts = np.argsort(rng.random((*shape, config.num_experts)))[..., : config.top_k]
+    plan = Plan(
+        tier=jnp.asarray(rng.choice([FAST, CACHED, LEARNED], shape), jnp.int8),
+        kept=jnp.asarray(rng.integers(0, config.top_k + 1, shape), jnp.int8),
+        row=jnp.asarray(rng.integers(NO_ROW, RESIDUAL_ROWS, shape), jnp.int32),
+        routing=Routing(
+            jnp.asarray(experts, jnp.int32), jnp.asarray(rng.dirichlet(np.ones(config.top_k), shape), jnp.float32)
+        ),
+        rules=LayerRules(
+            gate_ratio=jnp.array([0.0, 0.8, 0.0], jnp.float32),
+            renormalise=jnp.zeros(3, bool),
+            choice_from_table=jnp.array([False, False, True]),
+            weights_from_table=jnp.array([False, False, True]),
+        ),
+    )
+    residuals = tuple(jnp.asarray(rng.normal(size=(RESIDUAL_ROWS, config.hidden_size)), jnp.float32) for _ in range(3))
+    return model, ids, plan, residuals
+
+
+def test_a_plan_does_what_it_says(planned):
+    model, ids, plan, residuals = planned
+    wanted = (0, 2)
+    out = model.network.forward(model.params, jnp.asarray(ids), plan=plan, residuals=residuals, slot_outputs_of=wanted)
+    for row in range(len(ids)):
+        of_row = jax.tree.map(lambda leaf, row=row: leaf[:, row] if leaf.ndim > 1 else leaf, plan)
+        logits, experts, weights, slots = slow_forward(model, ids[row], of_row, residuals)
+        np.testing.assert_array_equal(out.routing.experts[:, row], experts)
+        np.testing.assert_allclose(out.routing.weights[:, row], weights, **CLOSE)
+        np.testing.assert_allclose(out.slot_outputs[:, row], slots[list(wanted)], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(out.logits[row], logits, rtol=0, atol=2e-4)
+    active = np.asarray(out.routing.experts) < model.config.num_experts
+    assert 0 < active.sum() < active.size  # something was dropped, something was not
+    assert np.asarray(plan.row)[~active.all(-1)].max() >= 0  # and residuals stood in
+
+
+def slow_forward(model, ids, plan, residuals):
+    """One text, one token and one slot at a time where the plan is concerned; float64 throughout.
+
+    Returns logits [T, V]; experts, weights [L, T, K] and slot outputs [L, T, K, D] of what ran.
+    """
+    config = model.config
+    params = jax.tree.map(functools.partial(np.asarray, dtype=np.float64), model.params)
+    decoder, length = params["decoder"], len(ids)
+    shape = (config.num_layers, length, config.top_k)
+    experts, weights = np.full(shape, config.num_experts), np.zeros(shape)
+    slots = np.zeros((*shape, config.hidden_size))
+    x = decoder["embed"]["embedding"][ids]
+    for index in range(config.num_layers):
+        layer = decoder["layers"][index]
+        x = x + slow_attention(slow_norm(x, layer["input_norm"], config), layer["attention"], config)
+        inputs = slow_norm(x, layer["expert_norm"], config)
+        for token in range(length):
+            for slot, (expert, weight) in enumerate(
+                slow_slots(inputs[token] @ layer["gate"]["kernel"], plan, index, token)
+            ):
+                if expert is None:
+                    continue
+                gate, up, down = (params["experts"][index][expert][name] for name in ("gate", "up", "down"))
+                inner = inputs[token] @ gate
+                output = (inner / (1 + np.exp(-inner)) * (inputs[token] @ up)) @ down
+                experts[index, token, slot], weights[index, token, slot] = expert, weight
+                slots[index, token, slot] = weight * output
+            x[token] += slots[index, token].sum(0)
+            row = int(plan.row[index, token])
+            lost = (experts[index, token] == config.num_experts).any()
+            if plan.tier[index, token] != LEARNED and lost and row != NO_ROW:
+                x[token] += np.asarray(residuals[index][row], np.float64)
+    return slow_norm(x, decoder["norm"], config) @ decoder["head"]["kernel"], experts, weights, slots
+
+
+def slow_slots(logits, plan, index, token):
+    """(expert, weight) of each slot of one token, (None, 0) where nothing runs."""
+    probs = np.exp(logits - logits.max())
+    probs /= probs.sum()
+    k = plan.routing.experts.shape[-1]
+    best = np.argsort(-probs)[:k]
+    chosen = list(zip(best.tolist(), probs[best] / probs[best].sum(), strict=True))
+    if plan.tier[index, token] == LEARNED:
+        return chosen
+    if plan.rules.choice_from_table[index]:  # and the weights too, in this plan
+        chosen = list(
+            zip(plan.routing.experts[index, token].tolist(), plan.routing.weights[index, token].tolist(), strict=True)
+        )
+    ratio, kept = float(plan.rules.gate_ratio[index]), int(plan.kept[index, token])
+    return [
+        (None, 0) if slot >= kept or (slot and weight < ratio * chosen[0][1]) else (expert, weight)
+        for slot, (expert, weight) in enumerate(chosen)
+    ]
+
+
+def slow_norm(x, params, config):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + config.rms_norm_eps) * params["weight"]
+
+
+def slow_attention(x, params, config):
+    size, length = config.head_dim, len(x)
+    per_group = config.num_heads // config.num_kv_heads
+    queries, keys, values = (x @ params[name]["kernel"] for name in ("q_proj", "k_proj", "v_proj"))
+    frequencies = config.rope_theta ** (-np.arange(0, size, 2) / size)
+
+    def turned(row, position):
+        pairs = (row[: size // 2] + 1j * row[size // 2 :]) * np.exp(1j * position * frequencies)
+        return np.concatenate([pairs.real, pairs.imag])
+
+    out = np.zeros(queries.shape)
+    for head in range(config.num_heads):
+        mine, group = slice(head * size, (head + 1) * size), head // per_group
+        shared = slice(group * size, (group + 1) * size)
+        for query in range(length):
+            scores = np.array(
+                [
+                    turned(queries[query, mine], query) @ turned(keys[key, shared], key) / np.sqrt(size)
+                    for key in range(query + 1)
+                ]
+            )
+            shares = np.exp(scores - scores.max())
+            out[query, mine] = shares / shares.sum() @ values[: query + 1, shared]
+    return out @ params["o_proj"]["kernel"]

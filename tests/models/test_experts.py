@@ -1,0 +1,152 @@
+"""One conformance suite for all expert engines: against a slow loop over tokens in float64."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.experts import ENGINES, get_engine, slot_outputs
+from varjax.routing import Routing
+
+HIDDEN, SIZE, EXPERTS, SLOTS = 8, 12, 4, 2
+ROWS = 13  # not a multiple of any block
+
+
+@pytest.fixture(params=sorted(ENGINES))
+def engine(request):
+    return get_engine(request.param)
+
+
+def random_experts(rng, num_experts=EXPERTS, dtype=jnp.float32):
+    shapes = {"gate": (HIDDEN, SIZE), "up": (HIDDEN, SIZE), "down": (SIZE, HIDDEN)}
+    return {
+        index: {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+        for index in range(num_experts)
+    }
+
+
+def random_routing(rng, rows, slots=SLOTS, num_experts=EXPERTS, used=None, unused_share=0.3) -> Routing:
+    """[N, K]: experts out of `used`, repeated ones included; unused slots stand anywhere."""
+    pool = np.arange(num_experts) if used is None else np.asarray(used, int)
+    experts = rng.choice(pool, (rows, slots)) if len(pool) else np.full((rows, slots), num_experts)
+    experts = np.where(rng.random(experts.shape) < unused_share, num_experts, experts)
+    weights = np.where(experts < num_experts, rng.random(experts.shape), 0)
+    return Routing(jnp.asarray(experts, jnp.int32), jnp.asarray(weights, jnp.float32))
+
+
+def random_rows(rng, rows, dtype=jnp.float32):
+    return jnp.asarray(rng.normal(size=(rows, HIDDEN)), dtype)
+
+
+def slow(x, routing, experts) -> np.ndarray:
+    """float64[N, D], one assignment after the other."""
+    x, weights = np.asarray(x, np.float64), np.asarray(routing.weights, np.float64)
+    out = np.zeros(x.shape)
+    for token, slot in np.ndindex(*weights.shape):
+        expert = int(routing.experts[token, slot])
+        if expert < len(experts):
+            gate, up, down = (np.asarray(experts[expert][name], np.float64) for name in ("gate", "up", "down"))
+            inner = x[token] @ gate
+            out[token] += weights[token, slot] * ((inner / (1 + np.exp(-inner)) * (x[token] @ up)) @ down)
+    return out
+
+
+def check(engine, apply, x, routing, experts, atol=1e-4) -> None:
+    """`apply` is the engine's, jitted."""
+    out = apply(x, routing, engine.prepare(experts))
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    np.testing.assert_allclose(np.asarray(out, np.float64), slow(x, routing, experts), rtol=0, atol=atol)
+
+
+def test_every_pattern_of_empty_experts_and_nothing_compiles_twice(engine):
+    rng = np.random.default_rng(0)
+    experts, traces = random_experts(rng), []
+
+    @jax.jit
+    def apply(*args):
+        traces.append(None)
+        return engine.apply(*args)
+
+    for size in range(EXPERTS + 1):
+        for used in itertools.combinations(range(EXPERTS), size):  # none at all comes first
+            check(engine, apply, random_rows(rng, ROWS), random_routing(rng, ROWS, used=used), experts)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "slots", "num_experts"),
+    [(1, 2, 4), (1, 1, 4), (70, 2, 4), (301, 2, 4), (5, 3, 1), (19, 8, 64)],
+    ids=["one-token", "one-slot", "medium-blocks", "large-blocks", "one-expert", "many-experts"],
+)
+def test_shapes(engine, rows, slots, num_experts):
+    rng = np.random.default_rng(1)
+    experts = random_experts(rng, num_experts)
+    apply = jax.jit(engine.apply) if num_experts < 64 else engine.apply  # so much unrolled code compiles for long
+    for unused_share in (0.0, 0.5):
+        routing = random_routing(rng, rows, slots, num_experts, unused_share=unused_share)
+        check(engine, apply, random_rows(rng, rows), routing, experts)
+
+
+def test_one_expert_in_several_slots_counts_each_time(engine):
+    rng = np.random.default_rng(2)
+    experts, x = random_experts(rng), random_rows(rng, ROWS)
+    twice = Routing(jnp.full((ROWS, 2), 3, jnp.int32), jnp.full((ROWS, 2), 0.5, jnp.float32))
+    once = Routing(jnp.tile(jnp.array([[4, 3]], jnp.int32), (ROWS, 1)), jnp.tile(jnp.array([[0.0, 1.0]]), (ROWS, 1)))
+    apply = jax.jit(engine.apply)
+    check(engine, apply, x, twice, experts)
+    check(engine, apply, x, once, experts)
+    np.testing.assert_allclose(slow(x, twice, experts), slow(x, once, experts))
+
+
+def test_an_unused_slot_adds_nothing_whatever_its_weight_or_the_other_rows_hold(engine):
+    rng = np.random.default_rng(3)
+    experts, x = random_experts(rng), random_rows(rng, ROWS).at[0].set(jnp.inf)
+    routing = random_routing(rng, ROWS)
+    routing = Routing(routing.experts.at[0].set(EXPERTS), routing.weights.at[0].set(7.0))
+    out = np.asarray(jax.jit(engine.apply)(x, routing, engine.prepare(experts)))
+    np.testing.assert_array_equal(out[0], 0)
+    np.testing.assert_allclose(out[1:], slow(x[1:], jax.tree.map(lambda leaf: leaf[1:], routing), experts), atol=1e-4)
+
+
+def test_bfloat16_stays_bfloat16(engine):
+    rng = np.random.default_rng(4)
+    experts, x = random_experts(rng, dtype=jnp.bfloat16), random_rows(rng, ROWS, jnp.bfloat16)
+    routing = random_routing(rng, ROWS)
+    largest = np.abs(slow(x, routing, experts)).max()
+    check(engine, jax.jit(engine.apply), x, routing, experts, atol=0.02 * largest)
+
+
+@pytest.mark.parametrize("rows", [1, ROWS, 301])
+@pytest.mark.parametrize("engine", sorted(ENGINES.keys() - {"reference"}), indirect=True)
+def test_gradients_are_those_of_the_reference(engine, rows):
+    rng = np.random.default_rng(5)
+    experts, x, routing = random_experts(rng), random_rows(rng, rows), random_routing(rng, rows)
+    pull = random_rows(rng, rows)
+
+    def gradients(engine):
+        def objective(x, weights, experts):
+            return (engine.apply(x, Routing(routing.experts, weights), engine.prepare(experts)) * pull).sum()
+
+        return jax.jit(jax.grad(objective, argnums=(0, 1, 2)))(x, routing.weights, experts)
+
+    for ours, reference in zip(*map(jax.tree.leaves, map(gradients, (engine, get_engine("reference")))), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * float(jnp.abs(reference).max()))
+
+
+def test_slot_outputs_are_the_summands(engine):
+    rng = np.random.default_rng(6)
+    experts, x, routing = random_experts(rng), random_rows(rng, ROWS), random_routing(rng, ROWS)
+    params = engine.prepare(experts)
+    slots = jax.jit(lambda *args: slot_outputs(engine, *args))(x, routing, params)
+    np.testing.assert_allclose(slots.sum(1), slow(x, routing, experts), atol=1e-4)
+    for slot in range(SLOTS):
+        alone = jax.tree.map(lambda leaf, slot=slot: leaf[:, slot : slot + 1], routing)
+        np.testing.assert_allclose(slots[:, slot], slow(x, alone, experts), atol=1e-4)
+    np.testing.assert_array_equal(np.asarray(slots)[np.asarray(routing.experts) == EXPERTS], 0)
+
+
+def test_an_unknown_engine_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'magic' is not an expert engine; choose one of \['blocks', 'reference'\]"):
+        get_engine("magic")

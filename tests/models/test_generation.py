@@ -1,0 +1,121 @@
+"""Generation: what is sampled, when a text ends, what is compiled, and which inputs are refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import Sampling
+from models.generation import choose, generate
+from models.model import _plain_step
+
+PROMPT = np.array([[3, 4, 5], [6, 7, 8]])
+END, OTHER_END, FILL = 2, 9, 0
+
+
+def drawn(logits, sampling, count=4000) -> np.ndarray:
+    """Share of each token among `count` draws from one row of logits."""
+    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    tokens = jax.jit(choose, static_argnums=2)(rows, jax.random.key(0), sampling)
+    return np.bincount(tokens, minlength=len(logits)) / count
+
+
+LOGITS = np.log([0.05, 0.4, 0.1, 0.25, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("sampling", "probs"),
+    [
+        (Sampling(), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=1.0), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (Sampling(temperature=0.5), np.array([0.05, 0.4, 0.1, 0.25, 0.2]) ** 2 / 0.275),
+        (Sampling(temperature=1.0, top_k=2), [0, 0.4 / 0.65, 0, 0.25 / 0.65, 0]),
+        (Sampling(temperature=1.0, top_k=99), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        (Sampling(temperature=1.0, top_p=0.7), [0, 0.4 / 0.85, 0, 0.25 / 0.85, 0.2 / 0.85]),
+        (Sampling(temperature=1.0, top_p=0.01), [0, 1, 0, 0, 0]),
+        (Sampling(temperature=1.0, top_p=1.0), [0.05, 0.4, 0.1, 0.25, 0.2]),
+        # the nucleus is taken of what top_k left: 0.4 / 0.65 reaches 0.6 alone
+        (Sampling(temperature=1.0, top_k=2, top_p=0.6), [0, 1, 0, 0, 0]),
+    ],
+)
+def test_sampling_follows_the_stated_distribution(sampling, probs):
+    shares = drawn(LOGITS, sampling)
+    np.testing.assert_allclose(shares, probs, atol=0.035)  # over 4 standard errors
+    assert (shares[np.asarray(probs) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("fault", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_impossible_sampling_is_refused_by_name(fault):
+    with pytest.raises(ValueError, match=next(iter(fault))):
+        Sampling(**fault)
+
+
+def test_generation_is_reproducible_by_seed_and_compiles_once(tiny_model):
+    def run(seed: int, prompt=PROMPT):
+        sampling = Sampling(temperature=1.0, seed=seed)
+        return tiny_model.generate(prompt, 12, sampling=sampling)[0]
+
+    before = _plain_step._cache_size()
+    first = run(0)
+    assert _plain_step._cache_size() == before + 2  # one prefill, one decode step for all tokens
+    assert (first.shape, first.dtype) == ((2, 15), np.int32)
+    np.testing.assert_array_equal(first[:, :3], PROMPT)
+    np.testing.assert_array_equal(run(0), first)
+    assert (run(1) != first).any()
+    run(0, PROMPT + 1)
+    assert _plain_step._cache_size() == before + 2
+
+
+def scripted(*tokens_of_rows):
+    """A step that says these tokens, one per call and row, and counts its calls in the carry."""
+    script = np.asarray(tokens_of_rows)
+
+    def step(kv, carry, ids, mask):
+        return jax.nn.one_hot(script[:, carry], 11), kv, carry + 1
+
+    return step
+
+
+def continued(step, steps, ends=(END, OTHER_END)):
+    mask = jnp.ones(PROMPT.shape, bool)
+    tokens, calls = generate(step, None, 0, jnp.asarray(PROMPT), mask, steps, Sampling(), ends, FILL)
+    return tokens[:, PROMPT.shape[1] :].tolist(), calls
+
+
+def test_a_text_ends_with_any_end_id_and_is_filled():
+    step = scripted([5, END, 5, 5, 5], [7, 7, 7, OTHER_END, 7])
+    assert continued(step, 5) == ([[5, END, FILL, FILL], [7, 7, 7, OTHER_END]], 4)  # all ended: no fifth call
+    assert continued(step, 3) == ([[5, END, FILL], [7, 7, 7]], 3)
+
+
+def test_without_end_ids_every_token_is_generated():
+    assert continued(scripted([END, 5], [5, END]), 2, ends=()) == ([[END, 5], [5, END]], 2)
+
+
+@pytest.mark.parametrize(("pad", "fill"), [(1, 1), (None, END)])
+def test_a_model_fills_with_its_padding_id_or_else_its_end_id(tiny_model, pad, fill):
+    config = dataclasses.replace(tiny_model.config, eos_token_id=(END, OTHER_END), pad_token_id=pad)
+    model = dataclasses.replace(tiny_model, config=config)
+    tokens, calls = model.generate(PROMPT, 4, step=scripted([END, 5, 5], [5, 5, OTHER_END]), carry=0)
+    np.testing.assert_array_equal(tokens[:, 3:], [[END, fill, fill], [5, 5, OTHER_END]])
+    assert calls == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"input_ids": [3, 4]}, r"shape \(2,\) and dtype int64; expected integers \[B, T\]"),
+        ({"input_ids": [[0.5]]}, "dtype float64; expected integers"),
+        ({"input_ids": np.zeros((1, 0), int)}, "not empty"),
+        ({"input_ids": [[3, 61]]}, "holds 3 to 61; expected ids from 0 to 60"),
+        ({"input_ids": [[-1, 3]]}, "holds -1 to 3; expected ids from 0 to 60"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\).*\(1, 2\)"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[1, 0]]}, "ends in padding; pad on the left"),
+        ({"input_ids": [[3, 4]], "max_new_tokens": 0}, "max_new_tokens=0; expected at least 1"),
+    ],
+)
+def test_bad_inputs_are_refused(tiny_model, arguments, named):
+    with pytest.raises(ValueError, match=named):
+        tiny_model.generate(**({"max_new_tokens": 1} | arguments))

@@ -1,0 +1,173 @@
+"""The decoder against transformers, on random checkpoints that together use every feature of the format."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from models import load_model
+from models.config import read_config
+from models.model import REFERENCE
+from models.weights import save_params
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)  # the matrices are tiny; a second thread only waits
+
+VOCAB, NEW = 61, 64
+LOGITS, GATES = 2e-4, 1e-5  # largest difference allowed in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    layers: int
+    hidden: int
+    heads: tuple[int, int]  # of queries, of keys and values
+    experts: tuple[int, int]  # all, and per token
+    head_dim: int | None = None  # None: hidden / query heads
+    theta: float = 1e6
+    eps: float = 1e-5
+    window: int | None = None
+    tied: bool = False
+    old_style: bool = False  # rope_theta and torch_dtype in config.json
+    shard: str = "1GB"  # largest file
+
+
+CASES = {
+    "as-published": Case(1, 16, (4, 2), (4, 2), old_style=True),
+    "every-head-its-own": Case(1, 16, (2, 2), (3, 1), theta=1e4, eps=1e-6),
+    "one-key-head": Case(3, 16, (4, 1), (2, 1), head_dim=6, shard="6KB"),
+    "window": Case(2, 24, (4, 2), (4, 2), window=4, theta=500.0, old_style=True),
+    "window-beyond-the-prompt": Case(1, 16, (2, 1), (4, 4), head_dim=12, window=20, shard="6KB"),
+    "tied": Case(1, 16, (4, 4), (4, 2), head_dim=2, tied=True, eps=1e-3),
+    "tied-sharded-old": Case(1, 32, (4, 2), (5, 3), tied=True, old_style=True, shard="12KB"),
+    "many-experts": Case(1, 16, (2, 2), (16, 4), head_dim=10, theta=1e5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One checkpoint, opened on both sides."""
+
+    case: Case
+    theirs: "transformers.MixtralForCausalLM"
+    directory: object
+
+
+@pytest.fixture(scope="module", params=CASES.values(), ids=CASES.keys())
+def pair(request, tmp_path_factory) -> Pair:
+    case = request.param
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=case.hidden,
+        intermediate_size=40,
+        num_hidden_layers=case.layers,
+        num_attention_heads=case.heads[0],
+        num_key_value_heads=case.heads[1],
+        head_dim=case.head_dim,
+        num_local_experts=case.experts[0],
+        num_experts_per_tok=case.experts[1],
+        rms_norm_eps=case.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": case.theta},
+        sliding_window=case.window,
+        tie_word_embeddings=case.tied,
+        eos_token_id=None,
+        initializer_range=0.4,  # the usual 0.02 gives logits so close together that rounding decides
+    )
+    theirs = transformers.MixtralForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, tensor in theirs.named_parameters():
+            if "norm" in name:  # all ones by default, which hides a norm in the wrong place
+                tensor.uniform_(0.5, 1.5)
+    directory = tmp_path_factory.mktemp("checkpoint")
+    theirs.save_pretrained(directory, max_shard_size=case.shard)
+    if case.old_style:
+        file = directory / "config.json"
+        fields = json.loads(file.read_text())
+        fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
+        fields["torch_dtype"] = fields.pop("dtype")
+        file.write_text(json.dumps(fields))
+    return Pair(case, theirs, directory)
+
+
+@pytest.fixture(scope="module")
+def ours(pair):
+    return load_model(pair.directory)
+
+
+def logits_of(theirs, ids, mask) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B, T, V] and gate probabilities [L, B, T, E] of transformers."""
+    with torch.no_grad():
+        out = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask), output_router_logits=True)
+    gates = torch.stack(out.router_logits).float().softmax(-1)
+    return out.logits.float().numpy(), gates.reshape(len(gates), *ids.shape, -1).numpy()
+
+
+def test_the_config_is_read_as_written(pair):
+    config, case = read_config(pair.directory / "config.json"), pair.case
+    assert (config.rope_theta, config.rms_norm_eps) == (case.theta, case.eps)
+    assert (config.num_kv_heads, config.sliding_window) == (case.heads[1], case.window)
+    assert (config.head_dim, config.tie_word_embeddings) == (pair.theirs.model.layers[0].self_attn.head_dim, case.tied)
+    assert (pair.directory / "model.safetensors.index.json").exists() == (case.shard != "1GB")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_and_gate_probabilities(pair, ours, padded_texts, side):
+    ids, mask = padded_texts(side)
+    logits, gates = logits_of(pair.theirs, ids, mask)
+    out = ours(ids, mask)
+    real = mask.astype(bool)
+    np.testing.assert_allclose(np.asarray(out.logits)[real], logits[real], rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(np.asarray(out.router_probs)[:, real], gates[:, real], rtol=0, atol=GATES)
+
+
+def test_greedy_tokens(pair, ours, padded_texts):
+    ids, mask = padded_texts("left")
+    with torch.no_grad():
+        theirs = pair.theirs.generate(
+            torch.tensor(ids),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    tokens, _ = ours.generate(ids, NEW, attention_mask=mask)
+    np.testing.assert_array_equal(tokens, theirs.numpy())
+
+
+def test_transformers_opens_what_is_saved_here(pair, ours, padded_texts, tmp_path):
+    save_params(tmp_path, ours.params, ours.config, shard_bytes=8_000)
+    reopened = transformers.MixtralForCausalLM.from_pretrained(tmp_path).eval()
+    ids, mask = padded_texts("left")
+    for saved, original in zip(logits_of(reopened, ids, mask), logits_of(pair.theirs, ids, mask), strict=True):
+        np.testing.assert_array_equal(saved, original)
+    again = load_model(tmp_path)
+    assert (again.config, again.fingerprint) == (ours.config, ours.fingerprint)
+
+
+@pytest.mark.parametrize("pair", [CASES["as-published"], CASES["tied"]], ids=["as-published", "tied"], indirect=True)
+def test_bfloat16_is_near_float32(pair, ours, padded_texts):
+    """8 bits of mantissa: the RMS difference of the logits stays under a tenth of their spread in these tiny models."""
+    ids, mask = padded_texts("left")
+    rounded = load_model(pair.directory, dtype="bfloat16")
+    out = rounded(ids, mask)
+    exact = np.asarray(ours(ids, mask).logits)[mask.astype(bool)]
+    error = np.asarray(out.logits)[mask.astype(bool)] - exact
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(rounded.params)} == {"bfloat16"}
+    assert (out.logits.dtype, out.router_probs.dtype) == (np.float32, np.float32)
+    assert np.sqrt(np.mean(error**2)) < 0.1 * exact.std()
+
+
+@pytest.mark.skipif(not (REFERENCE / "model.safetensors").exists(), reason="the reference model is not trained yet")
+def test_the_reference_model_opens_in_transformers():
+    theirs = transformers.MixtralForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
+    ours = load_model("reference")
+    ids = np.asarray([ours.tokenizer("The router chooses two experts for each token.").input_ids])
+    logits, gates = logits_of(theirs, ids, np.ones_like(ids))
+    out = ours(ids)
+    np.testing.assert_allclose(np.asarray(out.logits), logits, rtol=0, atol=LOGITS)
+    np.testing.assert_allclose(np.asarray(out.router_probs), gates, rtol=0, atol=GATES)

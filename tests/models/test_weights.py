@@ -1,0 +1,295 @@
+"""Checkpoints in and out: the published Mixtral's ledger, every fault named in one error, whole or nothing, memory."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from models import CheckpointError, ConfigError, load_model
+from models.config import config_to_hf, read_config
+from models.decoder import init_params
+from models.tokenizer import save_tokenizer, train_bpe
+from models.weights import ledger, load_params, save_params
+
+HEAD, NORM, QUERIES = "lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_config):
+    return init_params(tiny_config, jax.random.key(0))
+
+
+@pytest.fixture
+def checkpoint(tiny_config, tiny_params, tmp_path):
+    """A good checkpoint in one file, for a test to spoil."""
+    save_params(tmp_path / "checkpoint", tiny_params, tiny_config)
+    return tmp_path / "checkpoint"
+
+
+def edit(directory, name="model.safetensors", **changes) -> None:
+    """Replace tensors of a weight file; None takes one away. Dots in names are written as in `HEAD` above."""
+    tensors = load_file(directory / name) | changes
+    save_file({key: value for key, value in tensors.items() if value is not None}, directory / name)
+
+
+def edit_config(directory, **changes) -> None:
+    fields = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(fields))
+
+
+def same(left, right) -> bool:
+    return jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), left, right))
+
+
+# --- the published Mixtral -------------------------------------------------------------------------------------------
+
+
+def test_the_published_mixtral_maps_one_to_one(shared_data):
+    config = read_config(shared_data / "mixtral" / "config.json")
+    published = {
+        name: tuple(shape)
+        for name, shape in json.loads((shared_data / "mixtral" / "tensor_shapes.json").read_text()).items()
+    }
+    entries = ledger(config)
+    assert {name: entry.shape for name, entry in entries.items()} == published
+    assert (len(published), sum(map(math.prod, published.values()))) == (995, 46_702_792_704)
+
+    declared = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    leaves = {
+        tuple(key.key if hasattr(key, "key") else key.idx for key in path): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(declared)
+    }
+    back = {entry.path: entry.shape[::-1] if entry.transposed else entry.shape for entry in entries.values()}
+    assert back == leaves  # every leaf has one published tensor
+    assert len(back) == len(entries)  # and no two tensors share one
+
+
+# --- there and back --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_loaded(checkpoint, tiny_config, tiny_params):
+    assert read_config(checkpoint / "config.json") == tiny_config
+    params, _ = load_params(checkpoint, tiny_config)
+    assert jax.tree.structure(params) == jax.tree.structure(tiny_params)
+    assert same(params, tiny_params)
+
+
+def test_the_fingerprint_knows_the_model_and_nothing_else(checkpoint, tiny_config, tiny_params, tmp_path):
+    def fingerprint(directory=checkpoint, config=tiny_config, dtype=jnp.float32) -> str:
+        return load_params(directory, config, dtype)[1]
+
+    original = fingerprint()
+    assert fingerprint(dtype=jnp.bfloat16) == original
+    save_params(tmp_path / "sharded", tiny_params, tiny_config, shard_bytes=4_000)
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    assert fingerprint(tmp_path / "sharded") == original
+    assert fingerprint(config=dataclasses.replace(tiny_config, initializer_range=0.02)) == original
+
+    assert fingerprint(config=dataclasses.replace(tiny_config, top_k=1)) != original
+    last_value = np.asarray(load_file(checkpoint / "model.safetensors")[EXPERT]).copy()
+    last_value[-1, -1] += 1e-3
+    edit(checkpoint, **{EXPERT: last_value})
+    assert fingerprint() != original
+
+
+def test_a_smaller_checkpoint_replaces_a_sharded_one(tiny_config, tiny_params, tmp_path):
+    save_params(tmp_path, jax.tree.map(jnp.zeros_like, tiny_params), tiny_config, shard_bytes=4_000)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save_params(tmp_path, tiny_params, tiny_config)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert same(load_params(tmp_path, tiny_config)[0], tiny_params)
+
+
+def test_an_interrupted_save_leaves_what_was_there(checkpoint, tiny_config, tiny_params, monkeypatch):
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    calls = []
+
+    def full_disk(tensors, path, metadata):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError("No space left on device")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr("models.weights.save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_params(checkpoint, jax.tree.map(jnp.zeros_like, tiny_params), tiny_config, shard_bytes=4_000)
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def truncate(directory) -> None:
+    content = (directory / "model.safetensors").read_bytes()
+    (directory / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def not_finite(value, dtype):
+    def spoil(directory):
+        tensor = np.ones(16, dtype)
+        tensor[7] = value
+        edit(directory, **{NORM: tensor})
+
+    return spoil
+
+
+def write_index(content: str):
+    return lambda directory: (directory / "model.safetensors.index.json").write_text(content)
+
+
+def repeat_in_a_second_file(directory) -> None:
+    save_file({NORM: np.ones(16, np.float32)}, directory / "b.safetensors")
+    weight_map = {HEAD: "model.safetensors", NORM: "b.safetensors"}
+    write_index(json.dumps({"weight_map": weight_map}))(directory)
+
+
+WEIGHT_FAULTS = {
+    "missing": (lambda d: edit(d, **{HEAD: None}), [f"missing {HEAD}", "fetch the checkpoint again"]),
+    "surplus": (lambda d: edit(d, extra=np.ones(2)), ["surplus extra in model.safetensors"]),
+    "misshapen": (
+        lambda d: edit(d, **{QUERIES: np.ones((16, 24), np.float32)}),
+        [QUERIES, "model.safetensors", "(16, 24)", "expected (24, 16)"],
+    ),
+    "quantised": (lambda d: edit(d, **{NORM: np.ones(16, np.int8)}), [NORM, "stored as I8", "expected one of F32"]),
+    "several": (
+        lambda d: edit(d, extra=np.ones(2), **{HEAD: None, NORM: np.ones(3, np.float32), EXPERT: None}),
+        [f"missing {HEAD}", f"missing {EXPERT}", "surplus extra", f"{NORM} in model.safetensors has shape (3,)"],
+    ),
+    "repeated": (repeat_in_a_second_file, [f"{NORM} is in b.safetensors and again in model.safetensors"]),
+    "truncated": (truncate, ["model.safetensors", "truncated", "fetch the file again"]),
+    "not-a-number": (not_finite(np.nan, np.float32), ["model.safetensors", NORM, "NaN or infinite"]),
+    "infinite": (not_finite(-np.inf, np.float32), ["model.safetensors", NORM, "NaN or infinite"]),
+    "not-a-number-bf16": (not_finite(np.nan, jnp.bfloat16), [NORM, "NaN or infinite"]),
+    "infinite-f16": (not_finite(np.inf, np.float16), [NORM, "NaN or infinite"]),
+    "no-file": (lambda d: (d / "model.safetensors").unlink(), ["missing: model.safetensors", "fetch"]),
+    "missing-shards": (
+        write_index('{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}'),
+        ["missing: x.safetensors, y.safetensors", "fetch"],
+    ),
+    "index-not-json": (write_index("{"), ["model.safetensors.index.json", "weight_map", "fetch the file again"]),
+    "index-without-map": (write_index("{}"), ["model.safetensors.index.json", "weight_map"]),
+    "index-a-list": (write_index('{"weight_map": ["x"]}'), ["model.safetensors.index.json", "weight_map"]),
+    "index-leads-outside": (write_index('{"weight_map": {"a": "../x"}}'), ["index.json", "outside the directory"]),
+}
+
+
+@pytest.mark.parametrize(("spoil", "named"), WEIGHT_FAULTS.values(), ids=WEIGHT_FAULTS.keys())
+def test_weight_faults_are_named(checkpoint, spoil, named):
+    spoil(checkpoint)
+    with pytest.raises(CheckpointError) as caught:
+        load_model(checkpoint)
+    for words in (str(checkpoint), *named):
+        assert words in str(caught.value)
+
+
+CONFIG_FAULTS = {
+    "architecture": ({"model_type": "llama"}, ["model_type is 'llama'", "'mixtral'"]),
+    "missing-fields": ({"vocab_size": None, "num_local_experts": None}, ["vocab_size, num_local_experts", "add them"]),
+    "rope-scaling": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type is 'yarn'", "'default'"]),
+    "rope-scaling-old": (
+        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        ["rope_type is 'linear'"],
+    ),
+    "partial-rope": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        ["partial_rotary_factor is 0.5"],
+    ),
+    "rope-not-an-object": ({"rope_parameters": "default"}, ["rotary settings are 'default'", "expected an object"]),
+    "activation": ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
+    "quantised": ({"quantization_config": {"bits": 4}}, ["quantization_config is {'bits': 4}", "only None"]),
+    "more-chosen-than-there": ({"num_experts_per_tok": 9}, ["num_experts_per_tok is 9", "num_local_experts is 4"]),
+    "heads": ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "divisor", "num_attention_heads 4"]),
+    "odd-head": ({"head_dim": 5}, ["head_dim is 5", "even"]),
+    "several": (
+        {"hidden_size": 0, "sliding_window": "all", "rms_norm_eps": -1.0, "rope_parameters": {"rope_theta": "big"}},
+        ["hidden_size is 0", "sliding_window is 'all'", "rms_norm_eps is -1.0", "rope_theta is 'big'", "restore"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), CONFIG_FAULTS.values(), ids=CONFIG_FAULTS.keys())
+def test_config_faults_are_named(checkpoint, changes, named):
+    edit_config(checkpoint, **changes)
+    with pytest.raises(ConfigError) as caught:
+        load_model(checkpoint)
+    for words in (str(checkpoint / "config.json"), *named):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "named"), [(None, "does not exist"), ("{", "not valid JSON"), ("[]", "JSON list")])
+def test_an_unreadable_config_is_named(checkpoint, content, named):
+    file = checkpoint / "config.json"
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(ConfigError, match=named) as caught:
+        load_model(checkpoint)
+    assert str(file) in str(caught.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused(checkpoint):
+    save_tokenizer(train_bpe(["some text"], vocab_size=300), checkpoint)
+    with pytest.raises(CheckpointError, match=r"tokenizer has \d+ entries but config\.json says vocab_size 61"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "no-such-directory", "a/b/c"])
+def test_what_is_neither_directory_nor_hub_id_is_refused(name):
+    with pytest.raises(FileNotFoundError, match=r"neither a directory nor a hub id \(owner/name\)"):
+        load_model(name)
+
+
+def test_a_hub_id_out_of_reach_is_named():
+    with pytest.raises(FileNotFoundError, match=r"no-such-owner/no-such-model is not a local directory and could not"):
+        load_model("no-such-owner/no-such-model")
+
+
+@pytest.mark.parametrize(("option", "choices"), [({"dtype": "int8"}, "bfloat16"), ({"implementation": "x"}, "blocks")])
+def test_an_unknown_option_is_answered_with_the_choices(checkpoint, option, choices):
+    with pytest.raises(ValueError, match=choices):
+        load_model(checkpoint, **option)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+_PEAK = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    import jax, jax.numpy as jnp
+    from models.config import read_config
+    from models.weights import load_params
+
+    def kilobytes(field):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(field)).split()[1])
+
+    def load(directory):
+        return load_params(Path(directory), read_config(Path(directory) / "config.json"), jnp.dtype(sys.argv[3]))[0]
+
+    load(sys.argv[1])  # what the runtime takes for itself belongs to the baseline
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = kilobytes("VmRSS")
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(load(sys.argv[2])))
+    print((kilobytes("VmHWM") - before) * 1024 / size)
+""")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_takes_at_most_1_4_times_the_parameters_of_host_memory(checkpoint, tiny_config, tmp_path, dtype):
+    sizes = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "num_experts": 16}
+    config = dataclasses.replace(tiny_config, **sizes)
+    tensors = {name: np.full(entry.shape, 0.5, jnp.bfloat16) for name, entry in ledger(config).items()}
+    assert 200e6 < sum(tensor.nbytes for tensor in tensors.values()) < 300e6
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
+    command = [sys.executable, "-c", _PEAK, checkpoint, tmp_path, dtype]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(done.stdout) <= 1.4
