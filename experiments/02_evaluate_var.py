@@ -48,7 +48,8 @@ def main() -> None:
     arguments.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results to compare")
     args = arguments.parse_args()
     if args.compare:
-        compare(*args.compare, args.output)
+        base, other = args.compare
+        compare(base, other, args.output)
     elif args.mode == "var" and not (args.routing_stats or args.var_config):
         arguments.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
     elif args.mode:

@@ -11,7 +11,7 @@ computes every branch.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,11 +99,14 @@ def _swiglu(expert: Expert, x: jax.Array) -> jax.Array:
     return jnp.dot(hidden, expert["down"], preferred_element_type=jnp.float32)
 
 
-def _forward(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]):
+_Saved = tuple[jax.Array, Routing, tuple[Expert, ...]]
+
+
+def _forward(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]) -> tuple[jax.Array, _Saved]:
     return apply_blocks(x, routing, experts), (x, routing, experts)
 
 
-def _backward(saved: tuple[jax.Array, Routing, tuple[Expert, ...]], out_grad: jax.Array):
+def _backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
     """Gradients by recomputation, one expert after the other: only its own weight gradients travel through its loop."""
     x, routing, experts = saved
     num_slots = routing.experts.shape[1]
@@ -116,7 +119,7 @@ def _backward(saved: tuple[jax.Array, Routing, tuple[Expert, ...]], out_grad: ja
     expert_grads = []
     for index, expert in enumerate(experts):
 
-        def run_block(block: jax.Array, carry, index=index, expert=expert):
+        def run_block(block: jax.Array, carry: Any, index: int = index, expert: Expert = expert) -> Any:
             x_grad, weight_grad, grads = carry
             start = layout.starts[index] + block * rows
             assignments = lax.dynamic_slice(layout.order, (start,), (rows,))
@@ -139,7 +142,7 @@ def _backward(saved: tuple[jax.Array, Routing, tuple[Expert, ...]], out_grad: ja
     active = routing.experts < len(experts)
     weight_grad = jnp.where(active, weight_grad[ranks], 0).astype(routing.weights.dtype)
     x_grad = jnp.where(active[..., None], x_grad[ranks], 0).sum(1).astype(x.dtype)
-    no_grad = np.zeros(routing.experts.shape, jax.dtypes.float0)
+    no_grad: Any = np.zeros(routing.experts.shape, jax.dtypes.float0)  # what JAX wants for integers
     return x_grad, Routing(no_grad, weight_grad), tuple(expert_grads)
 
 

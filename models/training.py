@@ -10,7 +10,7 @@ orbax; the data order is a function of the step alone, so a resumed run continue
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,9 @@ def init_train_state(config: MoEConfig, train: TrainConfig) -> TrainState:
     return TrainState(params, optimizer(train).init(params), jnp.zeros((), jnp.int32))
 
 
-def make_step(config: MoEConfig, train: TrainConfig, engine: Engine):
+def make_step(
+    config: MoEConfig, train: TrainConfig, engine: Engine
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, TrainInfo]]:
     """A jitted `step(state, tokens int32[B, T + 1]) -> (state, info)` that donates the state."""
     update = optimizer(train).update
 

@@ -97,7 +97,7 @@ def load_params(directory: Path, config: MoEConfig, dtype: Any = jnp.float32) ->
     for name in sorted(expected):
         entry, tensor = expected[name], _read(files[name], name)
         digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(np.uint8))
+        digest.update(memoryview(tensor.reshape(-1).view(np.uint8)))
         array, finite = _place(tensor, entry.transposed, jnp.dtype(dtype))
         if not finite:
             raise CheckpointError(f"{files[name]}: {name} holds NaN or infinite values; fetch or save the file again")
@@ -213,7 +213,7 @@ def _read(file: Path, name: str) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _place(stored: np.ndarray, transposed: bool, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+def _place(stored: Any, transposed: bool, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """A stored tensor in the canonical layout on the device, and whether all of it is finite; in one pass."""
     array = (stored.T if transposed else stored).astype(dtype)
     return array, jnp.isfinite(array).all()
