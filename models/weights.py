@@ -97,7 +97,7 @@ def load_params(directory: Path, config: MoEConfig, dtype: Any = jnp.float32) ->
     for name in sorted(expected):
         entry, tensor = expected[name], _read(files[name], name)
         digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(np.uint8)))
+        digest.update(tensor.reshape(-1).view(np.uint8).data)
         array, finite = _place(tensor, entry.transposed, jnp.dtype(dtype))
         if not finite:
             raise CheckpointError(f"{files[name]}: {name} holds NaN or infinite values; fetch or save the file again")
