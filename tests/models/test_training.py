@@ -65,7 +65,7 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(config, rows, uninter
 
 
 def test_the_blocks_engine_has_the_gradients_of_the_reference(tiny_config):
-    config = dataclasses.replace(tiny_config, num_layers=1)
+    config = dataclasses.replace(tiny_config, num_layers=1, num_experts=2)
     params = init_params(config, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, config.vocab_size)
 
