@@ -7,6 +7,7 @@ built on the build split, the policy is chosen on the tune split, and everything
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -47,7 +48,9 @@ def evaluate(name: str, *arguments: str) -> None:
 def script(name: str, *arguments: str) -> None:
     """Run one phase script as a user would; stop with its exit status if it fails."""
     print(f"\n$ python experiments/{shlex.join([name, *arguments])}", flush=True)
-    done = subprocess.run([sys.executable, str(HERE / name), *arguments], check=False)
+    # transformers would remark in every script that it found no PyTorch; only its tokenizers are needed here.
+    quiet = os.environ | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+    done = subprocess.run([sys.executable, str(HERE / name), *arguments], check=False, env=quiet)
     if done.returncode:
         sys.exit(done.returncode)
 
