@@ -19,7 +19,7 @@ from analysis.comparison import degradation, read_result
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")
-BUILD_SAMPLES, TEST_SAMPLES = "2000", "200"
+BUILD_SAMPLES, TEST_SAMPLES = "1800", "200"
 POLICY = "policy"
 
 
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def evaluate(name: str, *arguments: str) -> None:
-    brief = ("--num_samples", TEST_SAMPLES, "--tune_samples", "100", "--repeats", "11")
+    brief = ("--num_samples", TEST_SAMPLES, "--tune_samples", "80", "--repeats", "11")
     script("02_evaluate_var.py", *arguments, *brief, "--output", str(OUT / f"{name}.json"))
 
 
