@@ -37,7 +37,7 @@ def apply_blocks(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]) ->
 
     Products accumulate in float32; the result has the dtype of `x`. Differentiable in `x`, the weights and the experts.
     """
-    branches = [partial(_swiglu, expert) for expert in experts]
+    branches: list[Branch] = [partial(_swiglu, expert) for expert in experts]
     slots = _one_token(x, routing, branches) if len(x) == 1 else _many_tokens(x, routing, branches)
     active = (routing.experts < len(experts))[..., None]
     weighted = jnp.where(active, slots * routing.weights[..., None].astype(jnp.float32), 0)
