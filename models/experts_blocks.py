@@ -69,7 +69,7 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.
 
         return lax.fori_loop(0, last_block[-1], run_block, sorted_out)
 
-    # The tails first: a tail may write rubbish past its expert's last row, and whatever block owns those rows runs later.
+    # The tails first: one may write rubbish past its expert's last row, and the block that owns those rows runs later.
     whole = by_expert.counts // rows
     rest = by_expert.counts - whole * rows
     sorted_out = jnp.zeros((by_expert.order.shape[0], x.shape[1]), jnp.float32)
