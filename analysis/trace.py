@@ -1,0 +1,277 @@
+"""Routing traces: which experts each token got, in a file that can be studied without the model.
+
+Letters: N tokens, D documents, L layers, E experts, K experts per token.
+
+The file is Parquet, version 1, one row per token; the tokens of a document stand together and in order.
+
+| column | type | what |
+|---|---|---|
+| `document` | string | id of the document (of traces recorded here: SHA-256 of its text) |
+| `group` | string | the domain it belongs to |
+| `position` | int32 | place in the document; after a gap a context begins anew |
+| `token_id` | int32 | |
+| `token_str` | string | its text, null where it is not known |
+| `experts` | list of L * K int16 | layer by layer the chosen experts, best first if `ranked` |
+| `probs` | list of L * K float32 | their probabilities; no such column where they are not known |
+
+The schema's metadata holds JSON under `varjax_trace`: `version`, `num_layers`, `num_experts`, `top_k`, `ranked`,
+`probs_over` (`all`: softmax over all E experts; `chosen`: over the K chosen; null: no probabilities), and about the
+origin `model`, `revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from varjax.files import replacing
+
+VERSION = 1
+ORIGIN = ("model", "revision", "dtype", "tokenizer", "phase")
+_HEADER = b"varjax_trace"
+_ROW_GROUP = 1 << 16  # tokens
+
+
+class TraceError(ValueError):
+    """A trace that cannot be read or does not fit together: names file, column and mend."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """N tokens and what the router chose for each. Host arrays.
+
+    Raises:
+        TraceError: the arrays do not fit together; every fault is named.
+    """
+
+    token_id: np.ndarray  # int32 [N]
+    document: np.ndarray  # int32 [N], index into `document_ids`; equal ones stand together
+    position: np.ndarray  # int32 [N], rising within a document
+    experts: np.ndarray  # int16 [N, L, K]
+    probs: np.ndarray | None  # float32 [N, L, K], falling; None: not known
+    document_ids: tuple[str, ...]  # [D]
+    groups: tuple[str, ...]  # [D]
+    num_experts: int
+    ranked: bool = True  # the experts stand best first; always so where there are probabilities
+    probs_over: Literal["all", "chosen"] | None = "all"
+    token_strings: Mapping[int, str] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)  # model, revision, dtype, tokenizer, phase, ...
+
+    def __post_init__(self) -> None:
+        faults = list(_faults(self))
+        if faults:
+            raise TraceError("; ".join(faults))
+
+    @property
+    def num_layers(self) -> int:
+        return self.experts.shape[1]
+
+    @property
+    def top_k(self) -> int:
+        return self.experts.shape[2]
+
+    def of(self, documents: np.ndarray) -> Trace:
+        """The tokens of some documents, bool [D]; the list of documents stays as it is."""
+        rows = documents[self.document]
+        probs = None if self.probs is None else self.probs[rows]
+        columns = {name: getattr(self, name)[rows] for name in ("token_id", "document", "position", "experts")}
+        return replace(self, probs=probs, **columns)
+
+    def begins(self) -> np.ndarray:
+        """bool [N]: no token of this document stands directly before."""
+        begins = np.ones(len(self.token_id), bool)
+        follows = (self.document[1:] == self.document[:-1]) & (self.position[1:] == self.position[:-1] + 1)
+        begins[1:] = ~follows
+        return begins
+
+    def contexts(self, order: int) -> np.ndarray:
+        """int64 [N]: equal where the last `order` ids are equal, from 0 on; -1 where there are not so many."""
+        begins = self.begins()
+        since = np.arange(len(begins)) - np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
+        code = np.zeros(len(begins), np.int64)
+        vocabulary = int(self.token_id.max(initial=0)) + 1
+        for back in range(order):
+            here = np.flatnonzero(since >= back)
+            code[here] = np.unique(code[here] * vocabulary + self.token_id[here - back], return_inverse=True)[1]
+        return np.where(since >= order - 1, code, -1)
+
+    def build_documents(self, share: float = 0.7) -> np.ndarray:
+        """bool [D]: the documents that tables are built on; the others score them. By a hash of the id alone."""
+        place = [int(hashlib.sha256(one.encode()).hexdigest()[:12], 16) / 16**12 for one in self.document_ids]
+        return np.array(place) < share
+
+
+def write(path: str | Path, trace: Trace) -> None:
+    """Write the whole trace or nothing."""
+    with writing(path, replace(trace.of(np.zeros(len(trace.document_ids), bool)))) as add:
+        add(trace)
+
+
+@contextmanager
+def writing(path: str | Path, like: Trace) -> Iterator[Any]:
+    """`with writing(path, like) as add: add(trace); ...`: a file in parts, whole or not at all.
+
+    Args:
+        like: any trace with the same layers, experts, kind of probabilities and origin.
+    """
+    header = {
+        **like.origin,
+        "version": VERSION,
+        "num_layers": like.num_layers,
+        "num_experts": like.num_experts,
+        "top_k": like.top_k,
+        "ranked": like.ranked,
+        "probs_over": like.probs_over,
+    }
+    schema = _schema(like).with_metadata({_HEADER: json.dumps(header, allow_nan=False)})
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as file:
+
+        def add(part: Trace) -> None:
+            file.write_table(_table(part, schema), row_group_size=_ROW_GROUP)
+
+        yield add
+
+
+def read(path: str | Path) -> Trace:
+    """The trace in a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TraceError: not a trace, another version, or figures that cannot be; names the file and the column.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; record or import a trace first, or mend the path")
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise TraceError(f"{path}: not a readable Parquet file ({error}); write the trace anew") from error
+    if not is_trace(table.schema):
+        raise TraceError(f"{path}: no routing trace (its metadata has no {_HEADER.decode()}); give a trace file")
+    header = json.loads(table.schema.metadata[_HEADER])
+    if header.get("version") != VERSION:
+        raise TraceError(f"{path}: trace version {header.get('version')}, this varjax reads {VERSION}; record it anew")
+    try:
+        return _trace(table, header)
+    except (KeyError, ValueError, pa.ArrowException) as error:
+        raise TraceError(f"{path}: {error}; record or import the trace anew") from error
+
+
+def is_trace(schema: pa.Schema) -> bool:
+    """Whether a Parquet file with this schema says that it is a trace."""
+    return _HEADER in (schema.metadata or {})
+
+
+def _faults(trace: Trace) -> Iterable[str]:
+    n, shape = len(trace.token_id), trace.experts.shape
+    if len(shape) != 3 or shape[0] != n:
+        yield f"experts has shape {list(shape)}, expected [{n}, layers, experts per token]"
+        return
+    for name in ("document", "position"):
+        if getattr(trace, name).shape != (n,):
+            yield f"{name} has shape {list(getattr(trace, name).shape)}, expected [{n}]"
+            return
+    if len(trace.document_ids) != len(trace.groups):
+        yield f"{len(trace.document_ids)} document ids but {len(trace.groups)} groups"
+    if (trace.probs is None) != (trace.probs_over is None):
+        yield f"probs_over is {trace.probs_over!r} but probs is {'missing' if trace.probs is None else 'there'}"
+    if trace.probs is not None and trace.probs.shape != shape:
+        yield f"probs has shape {list(trace.probs.shape)}, expected that of experts, {list(shape)}"
+    if n == 0:
+        return
+    if trace.token_id.min() < 0:
+        yield "token_id holds a negative id"
+    if trace.experts.min() < 0 or trace.experts.max() >= trace.num_experts:
+        yield f"experts holds {trace.experts.min()} to {trace.experts.max()}, expected 0 to {trace.num_experts - 1}"
+    if trace.document.min() < 0 or trace.document.max() >= len(trace.document_ids):
+        yield f"document holds an index outside its {len(trace.document_ids)} documents"
+    same = trace.document[1:] == trace.document[:-1]
+    if 1 + int(np.sum(~same)) != len(np.unique(trace.document)):
+        yield "document: the tokens of a document do not stand together"
+    if np.any(same & (trace.position[1:] <= trace.position[:-1])):
+        yield "position does not rise within a document"
+    ordered = np.sort(trace.experts, axis=-1)
+    if np.any(ordered[..., 1:] == ordered[..., :-1]):
+        yield "experts names an expert twice for one token"
+    if trace.probs is not None and trace.probs.shape == shape:
+        if not np.all((trace.probs >= 0) & (trace.probs <= 1 + 1e-3)):  # NaN fails too
+            yield "probs holds what is no probability"
+        elif np.any(trace.probs[..., 1:] > trace.probs[..., :-1]):
+            yield "probs does not fall: sort each token's experts by probability"
+
+
+def _schema(trace: Trace) -> pa.Schema:
+    size = trace.num_layers * trace.top_k
+    text = pa.dictionary(pa.int32(), pa.string())
+    columns = [
+        ("document", text),
+        ("group", text),
+        ("position", pa.int32()),
+        ("token_id", pa.int32()),
+        ("token_str", text),
+        ("experts", pa.list_(pa.int16(), size)),
+    ]
+    if trace.probs is not None:
+        columns.append(("probs", pa.list_(pa.float32(), size)))
+    return pa.schema(columns)
+
+
+def _table(trace: Trace, schema: pa.Schema) -> pa.Table:
+    different, which = np.unique(trace.token_id, return_inverse=True)
+    texts = pa.array([trace.token_strings.get(one) for one in different.tolist()], pa.string())
+    columns = {
+        "document": pa.array(trace.document_ids, pa.string()).take(pa.array(trace.document)),
+        "group": pa.array(trace.groups, pa.string()).take(pa.array(trace.document)),
+        "position": trace.position,
+        "token_id": trace.token_id,
+        "token_str": texts.take(pa.array(which)),
+        "experts": pa.FixedSizeListArray.from_arrays(
+            trace.experts.astype(np.int16).ravel(), trace.num_layers * trace.top_k
+        ),
+    }
+    if trace.probs is not None:
+        columns["probs"] = pa.FixedSizeListArray.from_arrays(
+            trace.probs.astype(np.float32).ravel(), trace.num_layers * trace.top_k
+        )
+    return pa.table(columns).cast(schema)
+
+
+def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
+    shape = (len(table), header["num_layers"], header["top_k"])
+
+    def lists(name: str, dtype: type) -> np.ndarray:
+        flat = table[name].combine_chunks().flatten()
+        return np.asarray(flat.to_numpy(zero_copy_only=False), dtype).reshape(shape)
+
+    document = table["document"].cast(pa.string()).combine_chunks().dictionary_encode()  # in order of appearance
+    ids = document.dictionary.to_pylist()
+    index = document.indices.to_numpy(zero_copy_only=False).astype(np.int32)
+    first = np.unique(index, return_index=True)[1]
+    groups = table["group"].cast(pa.string()).take(pa.array(first)).to_pylist()
+    token_id = table["token_id"].to_numpy().astype(np.int32)
+    different, at = np.unique(token_id, return_index=True)
+    texts = table["token_str"].cast(pa.string()).take(pa.array(at)).to_pylist()
+    known = {"version", "num_layers", "num_experts", "top_k", "ranked", "probs_over"}
+    return Trace(
+        token_id=token_id,
+        document=index,
+        position=table["position"].to_numpy().astype(np.int32),
+        experts=lists("experts", np.int16),
+        probs=lists("probs", np.float32) if header["probs_over"] else None,
+        document_ids=tuple(ids),
+        groups=tuple(groups),
+        num_experts=header["num_experts"],
+        ranked=header["ranked"],
+        probs_over=header["probs_over"],
+        token_strings={i: text for i, text in zip(different.tolist(), texts, strict=True) if text is not None},
+        origin={name: value for name, value in header.items() if name not in known},
+    )
