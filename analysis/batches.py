@@ -4,14 +4,16 @@ Letters: B rows of a batch, T positions.
 
 A document is cut into windows of at most `max_length` tokens, `stride` tokens apart; each of its tokens after the first
 is scored exactly once, in the first window that reaches it. Windows are padded to one of a few lengths, so that a run
-compiles a few programs and short documents do not pay for long ones.
+compiles a few programs and short documents do not pay for long ones. Documents may come from a stream: no more of them
+is held than the windows that wait for their batch to fill.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from models.config import MoEConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_TOGETHER = 256  # documents that the tokenizer gets at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +50,15 @@ class Batch:
     documents: np.ndarray  # int32 [B], index of the row's document, -1 for filling
 
 
+class Window(NamedTuple):
+    """One stretch of a document."""
+
+    ids: np.ndarray  # int32 [size], or one more: the id that follows
+    size: int  # tokens that are read
+    seen: int  # of these, the first ones that an earlier window has read
+    document: int  # its index
+
+
 def encode(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase | None, config: MoEConfig
 ) -> list[Encoded]:
@@ -53,75 +67,89 @@ def encode(
     Raises:
         CorpusError: no tokenizer, no document left, or ids that the model does not have.
     """
+    return list(iter_encode(documents, tokenizer, config))
+
+
+def iter_encode(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase | None, config: MoEConfig
+) -> Iterator[Encoded]:
+    """`encode`, lazily: some hundred documents are held at a time."""
     if tokenizer is None:
         raise CorpusError("the model has no tokenizer; put its tokenizer.json or tokenizer.model beside config.json")
-    kept = list(documents)
-    texts = [document.text for document in kept]
-    rows = tokenizer(texts, verbose=False)["input_ids"] if texts else []
-    encoded = [
-        Encoded(np.asarray(ids, np.int32), doc.id, doc.group, len(doc.text.split()), len(doc.text.encode()))
-        for doc, ids in zip(kept, rows, strict=True)
-        if len(ids) > 1
-    ]
-    if not encoded:
+    read = found = 0
+    documents = iter(documents)
+    while part := list(islice(documents, _TOGETHER)):
+        read += len(part)
+        rows = tokenizer([document.text for document in part], verbose=False)["input_ids"]
+        for document, row in zip(part, rows, strict=True):
+            if len(row) < 2:
+                continue
+            found += 1
+            ids = np.asarray(row, np.int32)
+            if ids.max() >= config.vocab_size:
+                raise CorpusError(
+                    f"the tokenizer gives id {ids.max()} but the model's vocab_size is {config.vocab_size}"
+                )
+            yield Encoded(ids, document.id, document.group, len(document.text.split()), len(document.text.encode()))
+    if not found:
         raise CorpusError(
-            f"none of the {len(kept)} documents holds two tokens; choose another dataset, split or number of samples"
+            f"none of the {read} documents holds two tokens; choose another dataset, split or number of samples"
         )
-    largest = max(int(document.ids.max()) for document in encoded)
-    if largest >= config.vocab_size:
-        raise CorpusError(f"the tokenizer gives id {largest} but the model's vocab_size is {config.vocab_size}")
-    return encoded
+
+
+def windows(documents: Iterable[Encoded], max_length: int, stride: int | None = None) -> Iterator[Window]:
+    """The windows of every document, in order; see `batches` for the arguments."""
+    stride = max_length if stride is None else stride
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"stride={stride}: expected 1 to max_length {max_length}")
+    for index, document in enumerate(documents):
+        seen = 0
+        for start in range(0, len(document.ids), stride):
+            end = min(start + max_length, len(document.ids))
+            yield Window(document.ids[start : end + 1], end - start, seen - start, index)
+            seen = end
+            if end == len(document.ids):
+                break
 
 
 def batches(
-    documents: Sequence[Encoded], batch_size: int, max_length: int, stride: int | None = None
+    documents: Iterable[Encoded], batch_size: int, max_length: int, stride: int | None = None
 ) -> Iterator[Batch]:
-    """Every window of every document, shortest lengths first, in the documents' order within a length.
+    """Every window of every document, each in the first batch of its length that fills up; unfilled ones come last.
 
     Args:
+        documents: read once, as far as the batches need it.
         batch_size: rows of a batch at `max_length`; shorter windows come in proportionally more rows.
         max_length: tokens of the longest window.
         stride: tokens from one window's start to the next; None: `max_length`, no overlap.
     """
     if batch_size < 1 or max_length < 2:
         raise ValueError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
-    stride = max_length if stride is None else stride
-    if not 1 <= stride <= max_length:
-        raise ValueError(f"stride={stride}: expected 1 to max_length {max_length}")
     lengths = sorted({-(-max_length // 4), -(-max_length // 2), max_length})
-    buckets: dict[int, list[tuple[int, int, int, int]]] = {length: [] for length in lengths}
-    for index, document in enumerate(documents):
-        seen = 0
-        for start in range(0, len(document.ids), stride):
-            end = min(start + max_length, len(document.ids))
-            length = next(length for length in lengths if end - start <= length)
-            buckets[length].append((index, start, end, seen))
-            seen = end
-            if end == len(document.ids):
-                break
-    for length, windows in buckets.items():
-        rows = batch_size * (max_length // length)
-        for first in range(0, len(windows), rows):
-            yield _fill(documents, windows[first : first + rows], rows, length)
+    rows = {length: batch_size * (max_length // length) for length in lengths}
+    waiting: dict[int, list[Window]] = {length: [] for length in lengths}
+    for window in windows(documents, max_length, stride):
+        length = next(length for length in lengths if window.size <= length)
+        waiting[length].append(window)
+        if len(waiting[length]) == rows[length]:
+            yield _fill(waiting[length], rows[length], length)
+            waiting[length] = []
+    for length, left in waiting.items():
+        if left:
+            yield _fill(left, rows[length], length)
 
 
-def num_batches(documents: Sequence[Encoded], batch_size: int, max_length: int, stride: int | None = None) -> int:
-    """How many batches `batches` will give, for a progress bar."""
-    return sum(1 for _ in batches(documents, batch_size, max_length, stride))
-
-
-def _fill(documents: Sequence[Encoded], windows: Sequence[tuple[int, int, int, int]], rows: int, length: int) -> Batch:
+def _fill(together: list[Window], rows: int, length: int) -> Batch:
     ids, targets = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     mask, scored, fresh = (np.zeros((rows, length), bool) for _ in range(3))
     owners = np.full(rows, -1, np.int32)
-    for row, (index, start, end, seen) in enumerate(windows):
-        whole, size = documents[index].ids, end - start
-        owners[row] = index
-        ids[row, :size] = whole[start:end]
+    for row, window in enumerate(together):
+        size, following = window.size, window.ids[1:]
+        owners[row] = window.document
+        ids[row, :size] = window.ids[:size]
         mask[row, :size] = True
-        fresh[row, seen - start : size] = True
-        following = whole[start + 1 : end + 1]
+        fresh[row, window.seen : size] = True
         targets[row, : len(following)] = following
-        # Position t predicts token start + t + 1; a window scores those that no earlier one could.
-        scored[row, max(seen - start, 0) : len(following)] = True
+        # Position t predicts the token after it; a window scores those that no earlier one could.
+        scored[row, window.seen : len(following)] = True
     return Batch(ids, mask, targets, scored, fresh, owners)

@@ -22,6 +22,7 @@ wrong if it took them to be.
 import hashlib
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
@@ -37,6 +38,7 @@ reports."""
 
 _TITLE = re.compile(r"^ ?= (?!=).*(?<!=) = ?$", re.MULTILINE)  # " = Title = ", not " = = Section = = "
 _SUFFIXES = (".txt", ".jsonl", ".parquet")
+_REMEMBERED = 1 << 20  # documents, some 150 MB of their ids
 _HASH_DIGITS = 12  # of 64; the *last* ones choose the split, so that sorting by id does not sort by split
 
 Row = tuple[str, str]  # text, group
@@ -100,7 +102,10 @@ def iter_documents(
     min_chars: int = 1,
     text_column: str = "text",
 ) -> Iterator[Document]:
-    """`load_documents`, lazily: for corpora larger than memory. A text that occurs twice is given once."""
+    """`load_documents`, lazily: for corpora larger than memory.
+
+    A text that occurs twice is given once, if fewer than a million others stand between.
+    """
     wanted = "train" if split == "build" else split
     if wanted is not None and wanted not in SPLITS:
         raise CorpusError(f"split {split!r} is not known; choose one of build, {', '.join(SPLITS)} or None")
@@ -144,10 +149,13 @@ def _rows(dataset: str | Path, text_column: str) -> Iterator[Row]:
 
 
 def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
-    seen: set[str] = set()
+    """Without those that stood among the last million before them: memory stays bounded in a stream of any length."""
+    seen: OrderedDict[str, None] = OrderedDict()  # the oldest first
     for document in documents:
         if document.id not in seen:
-            seen.add(document.id)
+            seen[document.id] = None
+            if len(seen) > _REMEMBERED:
+                seen.popitem(last=False)
             yield document
 
 

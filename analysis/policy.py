@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -49,10 +49,12 @@ class Search:
     path: tuple[Measured, ...]  # prefixes that were measured, by falling number of experts
 
 
-def candidate_rules(num_layers: int, top_k: int, gate_ratios: Sequence[float] = (0.5, 0.65, 0.8)) -> tuple[Rule, ...]:
+def candidate_rules(
+    layers: Iterable[int], top_k: int, gate_ratios: Sequence[float] = (0.5, 0.65, 0.8)
+) -> tuple[Rule, ...]:
     """The rules whose residuals are worth collecting: 0 to K - 1 experts kept, and all K under each gate ratio."""
     kept = [(count, 0.0) for count in range(top_k)]
-    return tuple(Rule(layer, *rule) for layer in range(num_layers) for rule in kept + [(top_k, r) for r in gate_ratios])
+    return tuple(Rule(layer, *rule) for layer in layers for rule in kept + [(top_k, r) for r in gate_ratios])
 
 
 def search(

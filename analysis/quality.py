@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.batches import Encoded, batches, num_batches
+from analysis.batches import Encoded, batches
 from models import Model
 from varjax.files import replacing
 from varjax.model import VARModel
@@ -105,9 +105,8 @@ def score(
         stride: tokens between windows; None: `max_length`.
     """
     nll, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
-    total = num_batches(documents, batch_size, max_length, stride)
-    bar = tqdm(batches(documents, batch_size, max_length, stride), total=total, unit="batch", disable=not progress)
-    for batch in bar:
+    read = tqdm(documents, unit="document", disable=not progress)
+    for batch in batches(read, batch_size, max_length, stride):
         logits, carry = run(carry, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
         losses = np.asarray(token_nll(logits, jnp.asarray(batch.targets), jnp.asarray(batch.scored)), np.float64)
         owned = batch.documents >= 0

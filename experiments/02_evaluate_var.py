@@ -30,21 +30,20 @@ from varjax.step import summary
 
 def main() -> None:
     arguments = parser(__doc__, "results/phase2/result.json")
-    arguments.formatter_class = argparse.RawDescriptionHelpFormatter
     arguments.add_argument("--mode", choices=["baseline", "var"], help="what to evaluate")
     arguments.add_argument("--routing_stats", type=Path, help="routing_stats.parquet of phase 1")
-    arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds (balanced)")
+    arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
     arguments.add_argument("--var_config", type=Path, help="a VARConfig as JSON; overrides --preset")
     arguments.add_argument(
         "--search_policy",
         action="store_true",
         help="find per-layer policies under the loss budget on the tune split first; written as *.var_config.json",
     )
-    arguments.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy (120)")
-    arguments.add_argument("--split", default="test", help="documents to score; 'all' for every one (test)")
-    arguments.add_argument("--stride", type=int, default=None, help="tokens between windows (max_length)")
+    arguments.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
+    arguments.add_argument("--split", default="test", help="documents to score; 'all' for every one")
+    arguments.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
     arguments.add_argument("--no_throughput", action="store_true", help="leave the timing out")
-    arguments.add_argument("--repeats", type=int, default=15, help="timed repeats of each side (15)")
+    arguments.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
     arguments.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results to compare")
     args = arguments.parse_args()
     if args.compare:

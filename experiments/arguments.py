@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from analysis.batches import Encoded, encode
-from analysis.corpus import corpus_hash, load_documents
+from analysis.batches import Encoded
+from analysis.encoded_corpus import EncodedCorpus
 from models import Model, load_model
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and every default."""
 
 
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
     """A parser with the arguments that every phase takes."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
     made.add_argument("--model", default="reference", help="directory, hub id, or 'reference' (comes with varjax)")
     made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
     made.add_argument("--implementation", default=None, help="expert engine; see models.experts")
@@ -44,9 +48,8 @@ def load_encoded(
     model: Model, dataset: str, split: str | None, limit: int | None
 ) -> tuple[list[Encoded], dict[str, Any]]:
     """The documents of a split in the model's token ids, and what a result file says of them."""
-    texts = load_documents(dataset, split=split, limit=limit)
-    data = {"dataset": dataset, "split": split, "documents": len(texts), "sha256": corpus_hash(texts)}
-    return encode(texts, model.tokenizer, model.config), data
+    corpus = EncodedCorpus(dataset, split, limit, model.tokenizer, model.config)
+    return list(corpus), corpus.about
 
 
 def run(main: Callable[[], None]) -> None:

@@ -54,10 +54,14 @@ class Model:
         """The pure part: what runs on any parameters of this shape. Hashable, so it can be static under jit."""
         return Network(self.config, self.engine)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of the parameters and the activations."""
+        return self.params["decoder"]["embed"]["embedding"].dtype
+
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
         """A key/value cache for `capacity` positions, padding included."""
-        dtype = self.params["decoder"]["embed"]["embedding"].dtype
-        return KVCache.empty(self.config, batch_size, capacity, dtype)
+        return KVCache.empty(self.config, batch_size, capacity, self.dtype)
 
     def generate(
         self,

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 
 from varjax.config import LayerPolicy
-from varjax.keys import ANY, KeyIndex
+from varjax.keys import ANY, KeyIndex, distinct
 from varjax.routing import Routing, dropped
 
 
@@ -45,16 +45,18 @@ class Rule(NamedTuple):
         return cls(layer, policy.kept, policy.gate_ratio or 0.0)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Answers:
     """The mean of what each rule leaves out, at each key. Host arrays; row r is `keys[r]`."""
 
     keys: np.ndarray  # int32 [R, C], as in `varjax.keys`
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] = field(metadata={"static": True})
     mean: np.ndarray  # float64 or float32 [P, R, D]; 0 where there are no occurrences
     count: np.ndarray  # int64 [P, R], occurrences where the rule dropped something
     nonfinite: np.ndarray  # int64 [P], occurrences left out because an expert gave NaN or infinity
-    distilled: bool = False  # the rows were trained: they are used as they are, not shrunk
+    # The rows were trained: they are used as they are, not shrunk.
+    distilled: bool = field(default=False, metadata={"static": True})
 
     @classmethod
     def empty(cls, keys: np.ndarray, rules: Sequence[Rule], hidden_size: int) -> Answers:
@@ -136,7 +138,13 @@ def update(sums: AnswerSums, rows: Array, slot_outputs: Array, routing: Routing,
 
 
 def flush(sums: AnswerSums, answers: Answers) -> tuple[AnswerSums, Answers]:
-    """Moves the window into the host's means."""
+    """Move the window into the host's means, and begin the next one."""
+    answers = absorb(sums, answers)
+    return init(answers), answers
+
+
+def absorb(sums: AnswerSums, answers: Answers) -> Answers:
+    """The host's means with a window in them. Windows of several devices are absorbed one after the other."""
     fresh = np.asarray(sums.count, np.int64)
     count = answers.count + fresh
     total = np.asarray(sums.total)
@@ -144,8 +152,30 @@ def flush(sums: AnswerSums, answers: Answers) -> tuple[AnswerSums, Answers]:
     for p, old in enumerate(answers.mean):  # rule by rule: all of them at once would fill the memory with temporaries
         mean[p] = old + (total[p] - fresh[p, :, None] * old) / np.maximum(count[p], 1)[:, None]
     nonfinite = answers.nonfinite + np.asarray(sums.nonfinite, np.int64)
-    answers = replace(answers, mean=mean, count=count, nonfinite=nonfinite)
-    return init(answers), answers
+    return replace(answers, mean=mean, count=count, nonfinite=nonfinite)
+
+
+def merge(a: Answers, b: Answers) -> Answers:
+    """The means of both together, over the union of their keys: those of `a`, then the new ones of `b`.
+
+    Raises:
+        ValueError: different rules or hidden sizes, or rows that were distilled.
+    """
+    ours, theirs = ((answers.rules, answers.mean.shape[-1], answers.distilled) for answers in (a, b))
+    if ours != theirs or a.distilled:
+        raise ValueError(
+            "answers merge only over the same rules and hidden size, and not when distilled; "
+            f"these have (rules, hidden size, distilled) {ours} and {theirs}"
+        )
+    keys, place = distinct(np.concatenate([a.keys, b.keys]))
+    count = np.zeros((len(a.rules), len(keys)), np.int64)
+    mean = np.zeros((*count.shape, a.mean.shape[-1]))
+    for part, rows in ((a, place[: len(a.keys)]), (b, place[len(a.keys) :])):
+        count[:, rows] += part.count
+        for p in range(len(a.rules)):  # rule by rule: all at once would fill the memory with temporaries
+            share = (part.count[p] / np.maximum(count[p, rows], 1))[:, None]
+            mean[p, rows] += share * (part.mean[p] - mean[p, rows])
+    return replace(a, keys=keys, mean=mean, count=count, nonfinite=a.nonfinite + b.nonfinite)
 
 
 def residual_rows(answers: Answers, rule: Rule, shrinkage: float) -> np.ndarray:

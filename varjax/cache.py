@@ -72,6 +72,19 @@ def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tupl
     )
 
 
+def age(cache: ContextCache, contexts: Array, now: Array) -> Array:
+    """float32 [L, B, T]: seconds since each layer's decision was made, expired or not; infinite where there is none.
+
+    Args:
+        contexts: int32 [B, T, C], from `keys.contexts`.
+        now: float32 [], seconds on the clock that `insert` was given.
+    """
+    bucket = _bucket(cache, contexts)
+    way, present = _find(cache, bucket, contexts)
+    since = jnp.where(present[..., None], now - cache.stamp[bucket, way], jnp.inf)
+    return jnp.moveaxis(since, -1, 0)
+
+
 def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Array, now: Array) -> ContextCache:
     """Stores the allowed decisions, stamped `now`.
 

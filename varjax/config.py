@@ -168,7 +168,7 @@ class VARConfig:
             if file.read(4) != b"PAR1":
                 raise ValueError(f"{stats}: not a Parquet file; expected what the collection of statistics wrote")
         found: dict[str, Any] = {"routing_stats": str(stats)}
-        rows = stats.with_name(f"{stats.stem}.residuals.safetensors")
+        rows = residuals_beside(stats)
         if rows.is_file():
             found["residuals"] = str(rows)
         elif overrides.get("residuals") is None:
@@ -219,6 +219,11 @@ class VARConfig:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def residuals_beside(stats: Path) -> Path:
+    """Where the residual rows that belong to a statistics file are kept."""
+    return stats.with_name(f"{stats.stem}.residuals.safetensors")
 
 
 class _Check:

@@ -14,7 +14,7 @@ decide what the keys are (`count_contexts`), so they are chosen on the host befo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -26,6 +26,8 @@ from jax import Array
 ANY = -1  # a place that the key's order does not look at
 NONE = -2  # no token: before the start of a sequence, or padding
 ABSENT = -1  # the row of a context that is no key
+
+_CHUNK = 1 << 19  # tokens that are counted at once
 
 AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 
@@ -142,10 +144,11 @@ class OrderCount(NamedTuple):
     """What `count_contexts` saw of one order."""
 
     order: int
-    distinct: int  # different contexts
+    distinct: int  # different contexts; at most so many where `undercount` is not 0
     admitted: int  # of these, keys
     occurrences: int  # positions with such a context
-    occurrences_admitted: int  # of these, at a key
+    occurrences_admitted: int  # of these, at a key; at least so many where `undercount` is not 0
+    undercount: int  # by how much a count may be too low, because rare contexts were forgotten; 0: exact
 
 
 class ContextCounts(NamedTuple):
@@ -162,13 +165,18 @@ def count_contexts(
     min_count: int = 1,
     max_keys: int | None = None,
     special_ids: Collection[int] = (),
+    capacity: int = 1 << 22,
 ) -> ContextCounts:
     """Choose the keys: count every context of every order and admit the frequent ones.
 
     No context crosses from one document into the next. Of equally frequent contexts the shorter is
     admitted first, then that with the smaller ids, from the current one backwards. So with orders 1 to n,
-    whenever a key is admitted, the key one id shorter is too. Needs about 110 bytes of host memory per
-    token.
+    whenever a key is admitted, the key one id shorter is too, as long as all counts are exact.
+
+    The documents may be a stream of any length. Where an order shows more different contexts than `capacity`,
+    the rarest are forgotten, as in lossy counting (Manku and Motwani 2002): what is left was counted since it
+    last came in, so its count is too low by `undercount` at most, and never too high. Host memory: about 12 + 4 C
+    bytes per order and context held, and 60 MB for the documents that are being counted.
 
     Args:
         documents: 1-D integer arrays of token ids >= 0.
@@ -176,52 +184,99 @@ def count_contexts(
         min_count: occurrences that a key needs.
         max_keys: keys to admit at most, over all orders together; None for no bound.
         special_ids: tokens that route nothing worth knowing (start, padding): no key ends in one.
+        capacity: different contexts of one order that are held.
 
     Raises:
-        ValueError: a document that is no 1-D array of ids in int32; orders, min_count, max_keys out of range.
+        ValueError: a document that is no 1-D array of ids in int32; orders, min_count, max_keys, capacity out of range.
     """
     orders = sorted(set(orders))
-    if not orders or orders[0] < 1 or min_count < 1 or (max_keys is not None and max_keys < 0):
+    if not orders or orders[0] < 1 or min_count < 1 or (max_keys is not None and max_keys < 0) or capacity < 1:
         raise ValueError(
-            "need at least one order, orders >= 1, min_count >= 1 and max_keys >= 0; "
-            f"got orders {orders}, min_count {min_count}, max_keys {max_keys}"
+            "need at least one order, orders >= 1, min_count >= 1, max_keys >= 0 and capacity >= 1; "
+            f"got orders {orders}, min_count {min_count}, max_keys {max_keys}, capacity {capacity}"
         )
-    width = orders[-1]
-    ids, position = _joined(documents)
-    ordinary = ~np.isin(ids, np.fromiter(special_ids, np.int64))
-    vocabulary = int(ids.max(initial=0)) + 1
-
-    keys, counts, occurrences = [], [], []
-    code = np.zeros(len(ids), np.int64)  # equal where the last `order` ids are equal; one more id each round
-    for order in range(1, width + 1):
-        here = np.flatnonzero(ordinary & (position >= order - 1))
-        extended = code[here] * vocabulary + ids[here - (order - 1)]
-        _, first, code[here], count = np.unique(extended, return_index=True, return_inverse=True, return_counts=True)
-        if order in orders:
-            key = np.full((len(count), width), ANY, np.int32)
-            for back in range(order):
-                key[:, width - 1 - back] = ids[here[first] - back]
-            keys.append(key)
-            counts.append(count)
-            occurrences.append(len(here))
+    special = np.fromiter(special_ids, np.int64)
+    tallies = [_Tally.empty(order) for order in orders]
+    for ids, position in _chunks(documents):
+        fresh = _occurring(ids, position, ~np.isin(ids, special), orders)
+        tallies = [tally.with_chunk(*found, capacity) for tally, found in zip(tallies, fresh, strict=True)]
 
     # Each order comes sorted by current id, then the one before, ...: a stable sort breaks ties as promised.
-    every_key, every_count = np.concatenate(keys), np.concatenate(counts)
-    which = np.repeat(orders, [len(count) for count in counts])
+    every_key = np.concatenate([_widened(tally.keys, orders[-1]) for tally in tallies])
+    every_count = np.concatenate([tally.counts for tally in tallies])
+    which = np.repeat(orders, [len(tally.counts) for tally in tallies])
     frequent = np.argsort(-every_count, kind="stable")[:max_keys]
     frequent = frequent[every_count[frequent] >= min_count]
     frequent = frequent[np.argsort(which[frequent], kind="stable")]
     report = tuple(
         OrderCount(
             order=order,
-            distinct=len(counts[i]),
+            distinct=len(tally.counts) + tally.forgotten,
             admitted=int(np.sum(which[frequent] == order)),
-            occurrences=occurrences[i],
+            occurrences=tally.occurrences,
             occurrences_admitted=int(every_count[frequent][which[frequent] == order].sum()),
+            undercount=tally.undercount,
         )
-        for i, order in enumerate(orders)
+        for order, tally in zip(orders, tallies, strict=True)
     )
     return ContextCounts(every_key[frequent], every_count[frequent], report)
+
+
+class _Tally(NamedTuple):
+    """The contexts of one order counted so far, by current id, then the one before, ..."""
+
+    keys: np.ndarray  # int32 [n, order]
+    counts: np.ndarray  # int64 [n]
+    occurrences: int
+    undercount: int
+    forgotten: int  # contexts; one that came back and was forgotten again counts twice
+
+    @classmethod
+    def empty(cls, order: int) -> _Tally:
+        return cls(np.zeros((0, order), np.int32), np.zeros(0, np.int64), 0, 0, 0)
+
+    def with_chunk(self, keys: np.ndarray, counts: np.ndarray, capacity: int) -> _Tally:
+        """With the different contexts int32 [m, order] of one chunk and their counts int64 [m]."""
+        occurrences = self.occurrences + int(counts.sum())
+        if len(self.keys):
+            keys, counts = np.concatenate([self.keys, keys]), np.concatenate([self.counts, counts])
+            by_ids = np.lexsort(keys.T)
+            keys, counts = keys[by_ids], counts[by_ids]
+            starts = np.flatnonzero(np.append(True, np.any(keys[1:] != keys[:-1], axis=1)))
+            keys, counts = keys[starts], np.add.reduceat(counts, starts)
+        if len(counts) <= capacity:
+            return self._replace(keys=keys, counts=counts, occurrences=occurrences)
+        # The largest count that does not fit goes, with all that are equal to it.
+        bar = int(np.partition(counts, len(counts) - capacity - 1)[len(counts) - capacity - 1])
+        left = counts > bar
+        forgotten = self.forgotten + int(np.sum(~left))
+        return _Tally(keys[left], counts[left], occurrences, self.undercount + bar, forgotten)
+
+
+def _occurring(
+    ids: np.ndarray, position: np.ndarray, ordinary: np.ndarray, orders: Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Per order, the different contexts int32 [n, order] of one chunk, by current id first, and their counts int64 [n].
+
+    Args:
+        ids: int64 [N].
+        position: int64 [N], of each in its document.
+        ordinary: bool [N], False where no key may end.
+    """
+    vocabulary = int(ids.max(initial=0)) + 1
+    code = np.zeros(len(ids), np.int64)  # equal where the last `order` ids are equal; one more id each round
+    for order in range(1, orders[-1] + 1):
+        here = np.flatnonzero(ordinary & (position >= order - 1))
+        extended = code[here] * vocabulary + ids[here - (order - 1)]
+        _, first, code[here], count = np.unique(extended, return_index=True, return_inverse=True, return_counts=True)
+        if order in orders:
+            last = here[first]
+            yield np.stack([ids[last - back] for back in range(order)][::-1], axis=1).astype(np.int32), count
+
+
+def _widened(keys: np.ndarray, width: int) -> np.ndarray:
+    """int32 [n, width]: keys [n, order] with ANY in front."""
+    return np.pad(keys, ((0, 0), (width - keys.shape[1], 0)), constant_values=ANY)
 
 
 def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -263,21 +318,34 @@ def _checked_keys(keys: np.ndarray) -> np.ndarray:
     return keys
 
 
-def _joined(documents: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [N] ids of all documents in a row, and int64 [N] the position of each in its document."""
-    parts = [np.asarray(document) for document in documents]
-    for number, part in enumerate(parts):
-        if part.ndim != 1 or not (np.issubdtype(part.dtype, np.integer) or part.size == 0):
-            raise ValueError(f"document {number} must be a 1-D array of token ids, got {part.dtype} {list(part.shape)}")
-    ids = np.concatenate([np.zeros(0, np.int64), *(part.astype(np.int64) for part in parts)])
-    lengths = np.array([len(part) for part in parts], np.int64)
-    starts = np.cumsum(lengths) - lengths
-    position = np.arange(len(ids)) - np.repeat(starts, lengths)
-    bad = np.flatnonzero((ids < 0) | (ids > np.iinfo(np.int32).max))
-    if bad.size:
-        number = int(np.searchsorted(starts, bad[0], side="right")) - 1
+def _chunks(documents: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Some whole documents at a time: int64 [N] their ids in a row, and int64 [N] the positions in their documents."""
+    together: list[np.ndarray] = []
+    waiting = 0
+    for number, document in enumerate(documents):
+        together.append(_checked_document(number, np.asarray(document)))
+        waiting += len(together[-1])
+        if waiting >= _CHUNK:
+            yield _joined(together)
+            together, waiting = [], 0
+    if waiting:
+        yield _joined(together)
+
+
+def _joined(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return np.concatenate(documents), np.concatenate([np.arange(len(document)) for document in documents])
+
+
+def _checked_document(number: int, document: np.ndarray) -> np.ndarray:
+    """The document as int64 [n], or the error that says what is wrong with it."""
+    if document.ndim != 1 or not (np.issubdtype(document.dtype, np.integer) or document.size == 0):
         raise ValueError(
-            f"document {number} holds the id {ids[bad[0]]} at position {position[bad[0]]}: "
+            f"document {number} must be a 1-D array of token ids, got {document.dtype} {list(document.shape)}"
+        )
+    bad = np.flatnonzero((document < 0) | (document > np.iinfo(np.int32).max))
+    if bad.size:
+        raise ValueError(
+            f"document {number} holds the id {document[bad[0]]} at position {bad[0]}: "
             "ids must be 0 to 2**31 - 1; leave padding out"
         )
-    return ids, position
+    return document.astype(np.int64)

@@ -18,7 +18,7 @@ window, and bit for bit only under `--xla_gpu_deterministic_ops=true`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -32,6 +32,7 @@ from varjax.keys import ANY, distinct
 MAX_WINDOW = 2**24  # tokens between flushes: float32 counts are exact up to here
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
     """One quantity over the occurrences of each key. Where there are none, m2 is 0 and the rest NaN."""
@@ -42,12 +43,13 @@ class Moments:
     max: np.ndarray  # float64 [L, R]
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class RoutingStats:
     """What the routers did at each key. Host arrays; row r is `keys[r]`."""
 
     keys: np.ndarray  # int32 [R, C], as in `varjax.keys`
-    orders: tuple[int, ...]
+    orders: tuple[int, ...] = field(metadata={"static": True})
     count: np.ndarray  # int64 [L, R], occurrences with a finite router output
     entropy: Moments
     confidence: Moments
@@ -202,7 +204,13 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
 
 
 def flush(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> tuple[StatsBuffer, RoutingStats]:
-    """Move the window into the host's statistics. The new buffer equals `init` of the new statistics.
+    """Move the window into the host's statistics, and begin the next one; see `absorb`."""
+    stats = absorb(buffer, stats, documents)
+    return init(stats), stats
+
+
+def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> RoutingStats:
+    """The host's statistics with a window in them. Windows of several devices are absorbed one after the other.
 
     Args:
         buffer: a window of at most 2**24 tokens.
@@ -245,8 +253,7 @@ def flush(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> tuple
         tokens=tokens,
         documents=documents,
     )
-    stats = merge(stats, window)
-    return init(stats), stats
+    return merge(stats, window)
 
 
 def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
@@ -281,6 +288,25 @@ def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
     )
 
 
+def spread(stats: RoutingStats, layers: Sequence[int], num_layers: int) -> RoutingStats:
+    """Statistics of some layers as those of the whole model; the other layers have no occurrences.
+
+    Args:
+        layers: the model's layer of each layer of `stats`.
+    """
+    wide = RoutingStats.empty(stats.keys, stats.orders, num_layers, stats.num_experts)
+
+    def placed(some: np.ndarray, every: np.ndarray) -> np.ndarray:
+        every = every.copy()
+        every[np.asarray(layers)] = some
+        return every
+
+    by_layer = ("count", "entropy", "confidence", "top1_counts", "sum_probs", "nonfinite")
+    return replace(
+        stats, **{name: jax.tree.map(placed, getattr(stats, name), getattr(wide, name)) for name in by_layer}
+    )
+
+
 def _merged(a: Moments, count_a: np.ndarray, b: Moments, count_b: np.ndarray) -> Moments:
     """The moments of two samples taken together (Chan, Golub and LeVeque 1979)."""
     share = count_b / _divisor(count_a + count_b)
@@ -306,8 +332,8 @@ def _on_rows(stats: RoutingStats, keys: np.ndarray, rows: np.ndarray) -> Routing
         stats,
         keys=keys,
         count=moved(stats.count, wide.count),
-        entropy=Moments(*map(moved, vars(stats.entropy).values(), vars(wide.entropy).values())),
-        confidence=Moments(*map(moved, vars(stats.confidence).values(), vars(wide.confidence).values())),
+        entropy=jax.tree.map(moved, stats.entropy, wide.entropy),
+        confidence=jax.tree.map(moved, stats.confidence, wide.confidence),
         top1_counts=moved(stats.top1_counts, wide.top1_counts),
         sum_probs=moved(stats.sum_probs, wide.sum_probs),
     )

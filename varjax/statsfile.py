@@ -165,6 +165,16 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
     return stats, {**file.meta, "filled": file.filled, "rows_with_nan": int(missing.sum())}
 
 
+def token_strings(path: str | os.PathLike[str]) -> dict[int, str]:
+    """The text of each id that a file which `read` accepts has one for."""
+    if "token_str" not in pq.read_schema(path).names:
+        return {}
+    table = pq.read_table(path, columns=["token_id", "token_str"])
+    different, first = np.unique(table["token_id"].to_numpy(), return_index=True)
+    texts = table["token_str"].take(pa.array(first)).to_pylist()
+    return {int(i): text for i, text in zip(different, texts, strict=True) if text is not None}
+
+
 class _File:
     """An open file. Its columns come out checked; what is not in it is filled, and the filling noted in `filled`."""
 

@@ -4,7 +4,9 @@ import pytest
 
 from analysis.answer_collection import collect_answers
 from analysis.batches import batches
+from analysis.checkpoints import CheckpointMismatchError, Checkpoints
 from analysis.collection import KeySettings, choose_keys, collect
+from analysis.encoded_corpus import EncodedCorpus
 from models.experts import slot_outputs
 from varjax.answers import Rule
 from varjax.keys import ANY
@@ -86,3 +88,59 @@ def test_slot_outputs_are_the_layers_output(saved_model):
     slots = slot_outputs(saved_model.engine, x, routing, saved_model.params["experts"][0])
     together = saved_model.engine.apply(x, routing, saved_model.params["experts"][0])
     np.testing.assert_allclose(slots.sum(1), together, rtol=1e-5, atol=1e-6)
+
+
+def test_chosen_layers_equal_those_of_the_whole(saved_model, documents, keys, whole):
+    one = collect(saved_model, documents, keys, layers=(1,), **READING)
+    np.testing.assert_array_equal(one.count[1], whole.count[1])
+    np.testing.assert_array_equal(one.sum_probs[1], whole.sum_probs[1])
+    assert not one.count[0].any() and np.isnan(one.entropy.mean[0]).all()
+    with pytest.raises(ValueError, match="0 to 1"):
+        collect(saved_model, documents, keys, layers=(1, 2), **READING)
+
+
+def test_a_stream_that_is_read_anew_equals_a_list(saved_model, documents, corpus_file, keys, whole):
+    corpus = EncodedCorpus(str(corpus_file), None, None, saved_model.tokenizer, saved_model.config)
+    settings = KeySettings(orders=(1, 2), min_count=3)
+    np.testing.assert_array_equal(choose_keys(saved_model, corpus, 16, settings).keys, keys.keys)
+    streamed = collect(saved_model, corpus, keys, **READING)
+    np.testing.assert_array_equal(streamed.sum_probs, whole.sum_probs)
+    assert streamed.documents == len(documents) == corpus.about["documents"]
+    assert corpus.about["tokens"] == sum(len(document.ids) for document in documents)
+
+
+def test_resumed_statistics_are_bit_for_bit_those_of_one_run(saved_model, documents, keys, tmp_path):
+    reading = {**READING, "save_tokens": 700}
+    uninterrupted = collect(saved_model, documents, keys, **reading)
+
+    def broken_off(after):
+        for index, document in enumerate(documents):
+            if index == after:
+                raise KeyboardInterrupt
+            yield document
+
+    for after in (60, 100):
+        with Checkpoints(tmp_path, {"run": 1}) as saved, pytest.raises(KeyboardInterrupt):
+            collect(saved_model, broken_off(after), keys, checkpoints=saved, **reading)
+    with Checkpoints(tmp_path, {"run": 1}) as saved:
+        assert saved.newest(uninterrupted)[0] > 0
+        resumed = collect(saved_model, documents, keys, checkpoints=saved, **reading)
+    jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path):
+    with Checkpoints(tmp_path, {"data": "a", "orders": (1, 2)}) as saved:
+        saved.save(3, {"x": np.arange(3.0), "n": 5})
+    with Checkpoints(tmp_path, {"data": "a", "orders": (1, 2)}) as saved:
+        step, value = saved.newest({"x": np.zeros(1), "n": 0})
+        assert (step, value["x"].tolist(), value["n"]) == (3, [0, 1, 2], 5)
+    with (
+        Checkpoints(tmp_path, {"data": "b", "orders": (1, 2)}) as saved,
+        pytest.raises(CheckpointMismatchError, match="'data': 'a'.*'data': 'b'.*--output"),
+    ):
+        saved.newest({"x": np.zeros(1), "n": 0})
+
+
+def test_no_frequent_context_is_one_clear_error(saved_model, documents):
+    with pytest.raises(ValueError, match="lower min_count"):
+        choose_keys(saved_model, documents[:2], 16, KeySettings(min_count=1000))

@@ -13,7 +13,7 @@ READING = {"batch_size": 4, "max_length": 16, "progress": False}
 
 
 def test_candidates_name_every_way_to_do_with_less():
-    rules = candidate_rules(2, top_k=2, gate_ratios=(0.5,))
+    rules = candidate_rules(range(2), top_k=2, gate_ratios=(0.5,))
     assert rules == tuple(Rule(layer, *rest) for layer in (0, 1) for rest in ((0, 0.0), (1, 0.0), (2, 0.5)))
 
 
@@ -29,7 +29,7 @@ def test_steps_walk_the_lower_hull_by_price():
 
 def test_prefixes_lie_on_the_frontier_when_layers_add_up():
     rng = np.random.default_rng(0)
-    rules = candidate_rules(3, 2, gate_ratios=(0.5,))
+    rules = candidate_rules(range(3), 2, gate_ratios=(0.5,))
     saved = {rule: (2 - rule.kept + (0.4 if rule.gate_ratio else 0)) / 3 for rule in rules}
     loss = {rule: saved[rule] * rng.uniform(0.5, 2) for rule in rules}
     steps = _steps([Measured((rule,), loss[rule], 2 - saved[rule]) for rule in rules], 3, 2)
@@ -46,7 +46,7 @@ def found(saved_model, documents):
     build, tune = documents[:120], documents[120:]
     keys = choose_keys(saved_model, build, 16, KeySettings(orders=(1,), min_count=3))
     stats = collect(saved_model, build, keys, **READING)
-    rules = candidate_rules(saved_model.config.num_layers, saved_model.config.top_k, gate_ratios=(0.6,))
+    rules = candidate_rules(range(saved_model.config.num_layers), saved_model.config.top_k, gate_ratios=(0.6,))
     answers = collect_answers(saved_model, build, stats.keys, (1,), rules, **READING)
 
     def run(budget):

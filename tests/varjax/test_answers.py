@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from varjax import answersfile
-from varjax.answers import Answers, Rule, flush, init, parents, residual_rows, shrink, update
+from varjax.answers import Answers, Rule, flush, init, merge, parents, residual_rows, shrink, update
 from varjax.config import LayerPolicy
 from varjax.keys import ANY
 from varjax.routing import FAST, LayerRules, Plan, Routing, resolve
@@ -64,6 +64,32 @@ def test_means_equal_the_slow_loop_however_the_windows_fall(seed, windows):
     np.testing.assert_array_equal(answers.count, count)
     np.testing.assert_array_equal(answers.nonfinite, nonfinite)
     np.testing.assert_allclose(answers.mean * count[..., None], total, atol=1e-5)
+
+
+def test_merged_parts_equal_the_whole():
+    rng = np.random.default_rng(7)
+    first, second = ([random_batch(rng) for _ in range(2)] for _ in range(2))
+
+    def collected(batches, keys):
+        answers = Answers.empty(keys, RULES, HIDDEN)
+        sums = init(answers)
+        for batch in batches:
+            sums = update(sums, *batch)
+        return flush(sums, answers)[1]
+
+    whole, parts = collected(first + second, KEYS), [collected(part, KEYS) for part in (first, second)]
+    merged = merge(*parts)
+    np.testing.assert_array_equal(merged.count, whole.count)
+    np.testing.assert_array_equal(merged.nonfinite, whole.nonfinite)
+    np.testing.assert_allclose(merged.mean, whole.mean, atol=1e-6)
+    # A key that one part does not have keeps the other's mean.
+    fewer = Answers(KEYS[:4], RULES, parts[1].mean[:, :4], parts[1].count[:, :4], parts[1].nonfinite)
+    mixed = merge(fewer, parts[0])
+    np.testing.assert_array_equal(mixed.keys, KEYS)
+    np.testing.assert_allclose(mixed.mean[:, 4:], parts[0].mean[:, 4:])
+    np.testing.assert_allclose(mixed.mean[:, :4], merged.mean[:, :4])
+    with pytest.raises(ValueError, match="same rules"):
+        merge(parts[0], Answers.empty(KEYS, RULES[:2], HIDDEN))
 
 
 def test_a_residual_is_what_the_plan_of_its_policy_leaves_out():

@@ -142,6 +142,18 @@ def test_each_layer_expires_by_itself():
     assert hits(cache, 5, 18.0) == [False, False]
 
 
+def test_the_age_of_a_decision_is_that_of_its_layer_and_goes_on_after_the_ttl():
+    def ages(value, now):
+        return context_cache.age(cache, single(value)[0], jnp.float32(now))[:, 0, 0].tolist()
+
+    cache = context_cache.init(4, LENGTH, LAYERS, TOP_K)
+    cache = insert(cache, *single(5, (True, False)), jnp.float32(3.0))
+    assert ages(5, 4.0) == [1.0, np.inf]  # nothing was decided in layer 1
+    cache = insert(cache, *single(5, (False, True)), jnp.float32(8.0))
+    assert ages(5, 23.0) == [20.0, 15.0]
+    assert ages(6, 23.0) == [np.inf, np.inf]
+
+
 def test_a_full_set_evicts_its_oldest_way():
     cache = context_cache.init(4, LENGTH, LAYERS, TOP_K)  # one set
     for now, value in enumerate([1, 2, 3, 4, 1, 5]):  # 1 is refreshed before 5 comes

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from varjax import keys as keys_module
 from varjax.keys import ABSENT, ANY, NONE, KeyIndex, contexts, count_contexts, find_orders, hash_words
 
 SMALL_IDS = st.integers(0, 4)  # few ids, so that contexts repeat
@@ -234,3 +235,32 @@ def test_bad_documents_are_refused(document, message):
 def test_bad_counting_settings_are_refused(settings):
     with pytest.raises(ValueError, match="at least one order"):
         count_contexts([], **({"orders": (1,)} | settings))
+
+
+@settings(deadline=None)
+@given(documents=st.lists(st.lists(st.integers(0, 3), max_size=12), max_size=8), chunk=st.integers(1, 12))
+def test_counting_in_chunks_changes_nothing(documents, chunk):
+    arrays = [np.array(document, np.int64) for document in documents]
+    whole = count_contexts(arrays, (1, 3), min_count=2, max_keys=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys_module, "_CHUNK", chunk)
+        parts = count_contexts(iter(arrays), (1, 3), min_count=2, max_keys=7)
+    np.testing.assert_array_equal(parts.keys, whole.keys)
+    np.testing.assert_array_equal(parts.counts, whole.counts)
+    assert parts.orders == whole.orders
+
+
+@settings(deadline=None)
+@given(ids=st.lists(st.integers(0, 30), min_size=1, max_size=200), capacity=st.integers(1, 8))
+def test_a_bounded_count_is_never_too_high_and_at_most_undercount_too_low(ids, capacity):
+    arrays = np.array_split(np.array(ids), 1 + len(ids) // 10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keys_module, "_CHUNK", 10)
+        got = count_contexts(arrays, (1,), capacity=capacity)
+    (order,) = got.orders
+    true = np.bincount(ids, minlength=31)
+    assert len(got.keys) <= capacity
+    counted = np.zeros_like(true)
+    counted[got.keys[:, 0]] = got.counts
+    assert (counted <= true).all() and (true - counted <= order.undercount).all()
+    assert order.occurrences == len(ids) and order.distinct >= len(set(ids))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varjax.keys import ANY
-from varjax.stats import MAX_WINDOW, Moments, RoutingStats, flush, init, merge, update
+from varjax.stats import MAX_WINDOW, Moments, RoutingStats, flush, init, merge, spread, update
 
 LAYERS, EXPERTS, BATCH, LENGTH = 2, 3, 2, 5
 ORDERS = (1, 2)
@@ -239,3 +239,12 @@ def test_a_window_beyond_exact_counts_is_refused():
     buffer = replace(init(EMPTY), tokens=jnp.int32(MAX_WINDOW + 1))
     with pytest.raises(ValueError, match="flush more often"):
         flush(buffer, EMPTY)
+
+
+def test_spread_puts_layers_where_they_belong():
+    some = oracle(batches(3))
+    wide = spread(some, (1, 3), 5)
+    np.testing.assert_array_equal(wide.count[[1, 3]], some.count)
+    np.testing.assert_array_equal(wide.entropy.mean[[1, 3]], some.entropy.mean)
+    assert not wide.count[[0, 2, 4]].any() and np.isnan(wide.confidence.max[[0, 2, 4]]).all()
+    assert (wide.tokens, wide.orders) == (some.tokens, some.orders)
