@@ -34,6 +34,7 @@ class KeySettings:
     orders: tuple[int, ...] = (1, 2, 3)  # context lengths in tokens, the current one included
     min_count: int = 5  # occurrences that a key needs
     max_keys: int | None = 50_000  # over all orders together: the most frequent ones
+    capacity: int = 1 << 20  # different contexts of one order that are counted at a time: what memory depends on
 
 
 def choose_keys(
@@ -57,7 +58,9 @@ def choose_keys(
         return chosen[1]
     rows = (window.ids[: window.size] for window in windows(documents, max_length))
     special = model.config.special_token_ids
-    keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special)
+    keys = count_contexts(
+        rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity
+    )
     if len(keys.keys) == 0:
         raise ValueError(
             f"none of the contexts of {settings.orders} tokens occurs {settings.min_count} times; "

@@ -1,6 +1,6 @@
-"""Figures of the phases, as PNG and PDF, readable in greyscale.
+"""Figures that the phases share, as PNG and PDF, readable in greyscale.
 
-Letters: L layers, R keys.
+Letters: L layers.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -18,9 +19,8 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from varjax.files import replacing
-from varjax.stats import RoutingStats
 
-_MARKERS = "os^Dv<>ph*"
+MARKERS = "os^Dv<>ph*"
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -35,57 +35,42 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     return written
 
 
-def frequency_against_entropy(stats: RoutingStats) -> Figure:
-    """Mean gate entropy of each token id over its frequency, one panel per layer."""
-    layers = len(stats.count)
-    ones = stats.row_orders == 1
-    columns = min(layers, 4)
-    rows = -(-layers // columns)
+def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) -> tuple[Figure, list[Any]]:
+    """A figure with so many panels, about as wide as a page, and their axes; more panels are smaller ones.
+
+    Args:
+        width: inches of a panel, if there are few.
+        height: inches of a panel, if there are few.
+        shared: passed on to `plt.subplots`, such as `sharey=True`.
+    """
+    columns = min(number, max(4, math.ceil(math.sqrt(1.5 * number))))
+    rows = math.ceil(number / columns)
+    scale = 1.0 if columns <= 4 else max(4 / columns, 0.55)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(3.0 * columns, 2.6 * rows), sharex=True, sharey=True, squeeze=False
+        rows, columns, figsize=(width * scale * columns, height * scale * rows), squeeze=False, **shared
     )
-    for layer, axis in enumerate(axes.flat):
-        if layer >= layers:
-            axis.set_visible(False)
-            continue
-        seen = ones & (stats.count[layer] > 0)
-        axis.scatter(
-            stats.count[layer, seen], stats.entropy.mean[layer, seen], s=3, c="0.25", alpha=0.4, rasterized=True
-        )
-        axis.axhline(math.log(stats.num_experts), color="0.6", linewidth=0.8, linestyle=":")
-        axis.axhline(0.5, color="0.0", linewidth=0.8, linestyle="--")
-        axis.set(xscale="log", title=f"layer {layer}")
-    figure.supxlabel("occurrences of the token id")
-    figure.supylabel("mean gate entropy [nats]")
-    figure.suptitle(f"Frequency and gate entropy — {_size(stats)}\ndashed: 0.5 nats; dotted: ln {stats.num_experts}")
-    figure.tight_layout()
-    return figure
+    for axis in axes.flat[number:]:
+        axis.set_visible(False)
+    for axis in axes.flat:
+        axis.tick_params(labelsize=max(10 * scale, 6))
+        axis.title.set_fontsize(max(11 * scale, 7))
+    return figure, list(axes.flat[:number])
 
 
-def entropy_distribution(stats: RoutingStats) -> Figure:
-    """Share of occurrences whose token id has at most a given mean gate entropy, by layer."""
-    figure, axis = plt.subplots(figsize=(5.2, 3.6))
-    ones = stats.row_orders == 1
-    for layer in range(len(stats.count)):
-        seen = ones & (stats.count[layer] > 0)
-        entropy, weight = stats.entropy.mean[layer, seen], stats.count[layer, seen]
-        order = np.argsort(entropy)
-        shade = str(0.7 * layer / max(len(stats.count) - 1, 1))
-        share = np.cumsum(weight[order]) / weight.sum()
-        style = {"color": shade, "marker": _MARKERS[layer % len(_MARKERS)], "markevery": 0.1, "markersize": 4}
-        axis.plot(entropy[order], share, label=f"layer {layer}", **style)
-    for threshold in (0.5, 1.0, 1.5):
-        axis.axvline(threshold, color="0.6", linewidth=0.8, linestyle="--")
-    most = f"ln {stats.num_experts} = {math.log(stats.num_experts):.2f}"
-    axis.set(
-        xlabel=f"mean gate entropy of the token id [nats], at most {most}",
-        ylabel="share of occurrences",
-        title=f"Gate entropy — {_size(stats)}",
-        xlim=(0, None),
-        ylim=(0, 1),
-    )
-    axis.legend(fontsize="small")
-    return figure
+def shade(index: int, number: int) -> str:
+    """A grey from black to light for one of a number of lines."""
+    return str(0.7 * index / max(number - 1, 1))
+
+
+def heat_map(axis: Any, values: np.ndarray, numbers: str = "", **settings: Any) -> Any:
+    """Values [rows, columns] as greys, dark is high; with `numbers`, such as ".0%", each cell says its value."""
+    image = axis.imshow(values, cmap="Greys", aspect="auto", interpolation="nearest", **settings)
+    if numbers:
+        for (row, column), value in np.ndenumerate(values):
+            dark = np.isfinite(value) and image.norm(value) > 0.55
+            said = format(value, numbers) if np.isfinite(value) else ""
+            axis.text(column, row, said, ha="center", va="center", fontsize=7, color="1" if dark else "0")
+    return image
 
 
 def quality_against_experts(series: Mapping[str, Sequence[tuple[float, float]]], budget: float, caption: str) -> Figure:
@@ -99,15 +84,11 @@ def quality_against_experts(series: Mapping[str, Sequence[tuple[float, float]]],
     figure, axis = plt.subplots(figsize=(5.2, 3.6))
     for index, (name, points) in enumerate(series.items()):
         experts, change = np.array(sorted(points)).T
-        shade = str(0.6 * index / max(len(series) - 1, 1))
+        grey = str(0.6 * index / max(len(series) - 1, 1))
         line = "-" if len(points) > 1 else ""
-        axis.plot(experts, 100 * change, line, color=shade, marker=_MARKERS[index % len(_MARKERS)], label=name)
+        axis.plot(experts, 100 * change, line, color=grey, marker=MARKERS[index % len(MARKERS)], label=name)
     axis.axhline(100 * budget, color="0.6", linewidth=0.8, linestyle="--")
     axis.axhline(0, color="0.8", linewidth=0.8)
     axis.set(xlabel="experts run per token and layer", ylabel="change of perplexity [%]", title=caption)
     axis.legend(fontsize="small")
     return figure
-
-
-def _size(stats: RoutingStats) -> str:
-    return f"{stats.tokens:,} tokens of {stats.documents:,} documents"

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from analysis.batches import Encoded, batches
@@ -37,7 +37,9 @@ Total = TypeVar("Total")  # a pytree of host arrays
 
 def data_mesh() -> Mesh:
     """All devices of this process along one axis, `data`."""
-    return jax.make_mesh((jax.local_device_count(),), ("data",), devices=jax.local_devices())
+    return jax.make_mesh(
+        (jax.local_device_count(),), ("data",), devices=jax.local_devices(), axis_types=(AxisType.Auto,)
+    )
 
 
 def own_share(documents: Iterable[Encoded]) -> Iterable[Encoded]:

@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from varjax.files import replacing
@@ -38,6 +40,7 @@ from varjax.files import replacing
 VERSION = 1
 ORIGIN = ("model", "revision", "dtype", "tokenizer", "phase")
 _HEADER = b"varjax_trace"
+_LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over")  # of the header, not the origin
 _ROW_GROUP = 1 << 16  # tokens
 
 
@@ -112,30 +115,29 @@ class Trace:
 
 def write(path: str | Path, trace: Trace) -> None:
     """Write the whole trace or nothing."""
-    with writing(path, replace(trace.of(np.zeros(len(trace.document_ids), bool)))) as add:
+    with writing(path, trace) as add:
         add(trace)
 
 
 @contextmanager
-def writing(path: str | Path, like: Trace) -> Iterator[Any]:
+def writing(path: str | Path, like: Trace) -> Iterator[Callable[[Trace], None]]:
     """`with writing(path, like) as add: add(trace); ...`: a file in parts, whole or not at all.
+
+    No document may be in two parts. Documents of which no token is added leave no mark in the file.
 
     Args:
         like: any trace with the same layers, experts, kind of probabilities and origin.
+
+    Raises:
+        TraceError: on `add` of a part that is unlike it.
     """
-    header = {
-        **like.origin,
-        "version": VERSION,
-        "num_layers": like.num_layers,
-        "num_experts": like.num_experts,
-        "top_k": like.top_k,
-        "ranked": like.ranked,
-        "probs_over": like.probs_over,
-    }
-    schema = _schema(like).with_metadata({_HEADER: json.dumps(header, allow_nan=False)})
+    layout = _layout(like)
+    schema = _schema(like).with_metadata({_HEADER: json.dumps({**like.origin, **layout}, allow_nan=False)})
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as file:
 
         def add(part: Trace) -> None:
+            if _layout(part) != layout:
+                raise TraceError(f"{path}: this part has {_layout(part)}, expected {layout} as in the parts before")
             file.write_table(_table(part, schema), row_group_size=_ROW_GROUP)
 
         yield add
@@ -157,12 +159,9 @@ def read(path: str | Path) -> Trace:
         raise TraceError(f"{path}: not a readable Parquet file ({error}); write the trace anew") from error
     if not is_trace(table.schema):
         raise TraceError(f"{path}: no routing trace (its metadata has no {_HEADER.decode()}); give a trace file")
-    header = json.loads(table.schema.metadata[_HEADER])
-    if header.get("version") != VERSION:
-        raise TraceError(f"{path}: trace version {header.get('version')}, this varjax reads {VERSION}; record it anew")
     try:
-        return _trace(table, header)
-    except (KeyError, ValueError, pa.ArrowException) as error:
+        return _trace(table, _header(table.schema))
+    except (ValueError, pa.ArrowException) as error:
         raise TraceError(f"{path}: {error}; record or import the trace anew") from error
 
 
@@ -173,7 +172,7 @@ def is_trace(schema: pa.Schema) -> bool:
 
 def _faults(trace: Trace) -> Iterable[str]:
     n, shape = len(trace.token_id), trace.experts.shape
-    if len(shape) != 3 or shape[0] != n:
+    if len(shape) != 3 or shape[0] != n or 0 in shape[1:]:
         yield f"experts has shape {list(shape)}, expected [{n}, layers, experts per token]"
         return
     for name in ("document", "position"):
@@ -182,10 +181,14 @@ def _faults(trace: Trace) -> Iterable[str]:
             return
     if len(trace.document_ids) != len(trace.groups):
         yield f"{len(trace.document_ids)} document ids but {len(trace.groups)} groups"
+    if len(set(trace.document_ids)) < len(trace.document_ids):
+        yield "document_ids names a document twice"
     if (trace.probs is None) != (trace.probs_over is None):
         yield f"probs_over is {trace.probs_over!r} but probs is {'missing' if trace.probs is None else 'there'}"
     if trace.probs is not None and trace.probs.shape != shape:
         yield f"probs has shape {list(trace.probs.shape)}, expected that of experts, {list(shape)}"
+    if trace.probs is not None and not trace.ranked:
+        yield "ranked is False but there are probabilities: sort each token's experts by them"
     if n == 0:
         return
     if trace.token_id.min() < 0:
@@ -207,6 +210,33 @@ def _faults(trace: Trace) -> Iterable[str]:
             yield "probs holds what is no probability"
         elif np.any(trace.probs[..., 1:] > trace.probs[..., :-1]):
             yield "probs does not fall: sort each token's experts by probability"
+
+
+def _layout(trace: Trace) -> dict[str, Any]:
+    """What the header says beside the origin."""
+    shape = {"num_layers": trace.num_layers, "num_experts": trace.num_experts, "top_k": trace.top_k}
+    return {"version": VERSION, **shape, "ranked": trace.ranked, "probs_over": trace.probs_over}
+
+
+def _header(schema: pa.Schema) -> dict[str, Any]:
+    """The checked header of a file."""
+    header = json.loads(schema.metadata[_HEADER])
+    if not isinstance(header, dict) or header.get("version") != VERSION:
+        version = header.get("version") if isinstance(header, dict) else None
+        raise TraceError(f"trace version {version}, this varjax reads {VERSION}")
+    for name in ("num_layers", "num_experts", "top_k"):
+        value = header.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise TraceError(f"metadata {name} is {value!r}, expected a whole number of at least 1")
+    if not isinstance(header.get("ranked"), bool):
+        raise TraceError(f"metadata ranked is {header.get('ranked')!r}, expected true or false")
+    if header.get("probs_over", "") not in ("all", "chosen", None):
+        raise TraceError(f"metadata probs_over is {header.get('probs_over')!r}, expected 'all', 'chosen' or null")
+    columns = {"document", "group", "position", "token_id", "token_str", "experts", *["probs"] * bool(header["probs_over"])}
+    missing = sorted(columns - set(schema.names))
+    if missing:
+        raise TraceError(f"no column {', '.join(missing)}")
+    return header
 
 
 def _schema(trace: Trace) -> pa.Schema:
@@ -246,32 +276,44 @@ def _table(trace: Trace, schema: pa.Schema) -> pa.Table:
 
 
 def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
-    shape = (len(table), header["num_layers"], header["top_k"])
+    def numbers(name: str, kind: pa.DataType) -> np.ndarray:
+        return _whole_column(name, table[name]).cast(kind).to_numpy()
 
-    def lists(name: str, dtype: type) -> np.ndarray:
-        flat = table[name].combine_chunks().flatten()
-        return np.asarray(flat.to_numpy(zero_copy_only=False), dtype).reshape(shape)
+    def lists(name: str, kind: pa.DataType) -> np.ndarray:
+        flat = _whole_column(name, pc.list_flatten(_whole_column(name, table[name])))
+        shape = (len(table), header["num_layers"], header["top_k"])
+        if len(flat) != math.prod(shape):
+            raise TraceError(f"column {name} holds {len(flat)} figures, expected {shape[1]} * {shape[2]} per token")
+        return flat.cast(kind).to_numpy().reshape(shape)
 
-    document = table["document"].cast(pa.string()).combine_chunks().dictionary_encode()  # in order of appearance
-    ids = document.dictionary.to_pylist()
-    index = document.indices.to_numpy(zero_copy_only=False).astype(np.int32)
+    def texts(name: str) -> pa.ChunkedArray:
+        return table[name].cast(pa.string())
+
+    document = pc.dictionary_encode(_whole_column("document", texts("document"))).unify_dictionaries()
+    ids = document.chunk(0).dictionary.to_pylist() if len(table) else []  # in order of appearance
+    index = np.concatenate([chunk.indices.to_numpy() for chunk in document.chunks] or [np.zeros(0)]).astype(np.int32)
     first = np.unique(index, return_index=True)[1]
-    groups = table["group"].cast(pa.string()).take(pa.array(first)).to_pylist()
-    token_id = table["token_id"].to_numpy().astype(np.int32)
+    token_id = numbers("token_id", pa.int32())
     different, at = np.unique(token_id, return_index=True)
-    texts = table["token_str"].cast(pa.string()).take(pa.array(at)).to_pylist()
-    known = {"version", "num_layers", "num_experts", "top_k", "ranked", "probs_over"}
+    strings = zip(different.tolist(), texts("token_str").take(pa.array(at)).to_pylist(), strict=True)
     return Trace(
         token_id=token_id,
         document=index,
-        position=table["position"].to_numpy().astype(np.int32),
-        experts=lists("experts", np.int16),
-        probs=lists("probs", np.float32) if header["probs_over"] else None,
+        position=numbers("position", pa.int32()),
+        experts=lists("experts", pa.int16()),
+        probs=lists("probs", pa.float32()) if header["probs_over"] else None,
         document_ids=tuple(ids),
-        groups=tuple(groups),
+        groups=tuple(_whole_column("group", texts("group")).take(pa.array(first)).to_pylist()),
         num_experts=header["num_experts"],
         ranked=header["ranked"],
         probs_over=header["probs_over"],
-        token_strings={i: text for i, text in zip(different.tolist(), texts, strict=True) if text is not None},
-        origin={name: value for name, value in header.items() if name not in known},
+        token_strings={i: text for i, text in strings if text is not None},
+        origin={name: value for name, value in header.items() if name not in _LAYOUT},
     )
+
+
+def _whole_column(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same column, once nothing is missing in it."""
+    if column.null_count:
+        raise TraceError(f"column {name} misses {column.null_count} values")
+    return column

@@ -1,65 +1,152 @@
-"""What collecting statistics costs on top of the forward pass that it needs anyway.
+"""What collecting routing statistics costs beside the forward pass that it needs anyway.
 
     python -m profiling.collection_bench [--model reference]
 
-Both sides compute the gate probabilities and neither the head, which nobody asks for; the difference is the look-up of
-the keys and the update of the sums. The move to the host, once per 131,072 tokens, is timed apart and spread over them.
+By default on a model of 100 million random parameters: what is timed does not depend on their values. In one run, round
+by round: the forward pass (without its head, which nobody asks for), the same with statistics, the update alone, and a
+Python loop over tokens that keeps the same figures. The host's share (tokenising, counting keys, moving sums to the
+host) is timed apart, per token.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.batches import batches, encode
-from analysis.collection import FLUSH_TOKENS, KeySettings, choose_keys, collect_step
+from analysis.batches import batches, iter_encode
+from analysis.collection import KeySettings, choose_keys, collect_step, find_rows
 from analysis.corpus import load_documents
-from models import load_model
-from models.decoder import Params
+from analysis.passes import FLUSH_TOKENS, data_mesh, on_all_devices, per_device
+from models import Model, MoEConfig, load_model
+from models.decoder import Params, init_params, prepare
+from models.experts import get_engine
 from profiling.timing import compare, paired_ratio
 from varjax import stats
 from varjax.keys import KeyIndex
 from varjax.stats import RoutingStats
 
+LOOP_TOKENS = 64  # of a batch, for the Python loop: it is slow
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="reference", help="directory, hub id or 'reference'")
-    parser.add_argument("--num_samples", type=int, default=1500, help="documents that choose the keys")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--model", default="random", help="directory, hub id, 'reference' or 'random' (the default)")
+    parser.add_argument("--num_samples", type=int, default=1500, help="documents that choose the keys (1500)")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds (9)")
     args = parser.parse_args()
 
-    model = load_model(args.model)
-    documents = encode(load_documents("embedded", split="build", limit=args.num_samples), model.tokenizer, model.config)
-    keys = choose_keys(model, documents, 256, KeySettings())
+    model = random_model() if args.model == "random" else load_model(args.model)
+    texts = load_documents("embedded", split="build", limit=args.num_samples)
+    documents, reading = timed(lambda: list(iter_encode(texts, model.tokenizer, model.config)))
+    tokens = sum(len(document.ids) for document in documents)
+    keys, counting = timed(lambda: choose_keys(model, documents, 256, KeySettings()))
     full = next(batch for batch in batches(documents, 8, 256) if batch.ids.shape[1] == 256)
     ids, mask = jnp.asarray(full.ids), jnp.asarray(full.mask)
 
-    orders = tuple(count.order for count in keys.orders)
-    empty = RoutingStats.empty(keys.keys, orders, model.config.num_layers, model.config.num_experts)
-    index, special = KeyIndex.build(keys.keys), jnp.asarray(model.config.special_token_ids, jnp.int32)
-    buffer = [stats.init(empty)]
+    mesh, orders = data_mesh(), tuple(count.order for count in keys.orders)
+    layers = tuple(range(model.config.num_layers))
+    empty = RoutingStats.empty(keys.keys, orders, len(layers), model.config.num_experts)
+    special = jnp.asarray(model.config.special_token_ids, jnp.int32)
+    shared = on_all_devices((KeyIndex.build(keys.keys), special, model.params), mesh)
+    windows = [per_device(stats.init(empty), mesh)]
 
     def collecting() -> jax.Array:
-        buffer[0] = collect_step(buffer[0], index, special, model.params, ids, mask, model.network, orders)
-        return buffer[0].tokens
+        windows[0] = collect_step(windows[0], *shared, ids, mask, model.network, orders, layers, mesh)
+        return windows[0].tokens
 
     @jax.jit
     def forward_only(params: Params) -> jax.Array:
         return model.network.forward(params, ids, attention_mask=mask).router_probs
 
-    seconds = compare({"collecting": collecting, "forward": lambda: forward_only(model.params)}, args.repeats)
-    ratio = paired_ratio(seconds["collecting"], seconds["forward"])
-    start = time.perf_counter()
-    stats.flush(buffer[0], empty)
-    flush = (time.perf_counter() - start) * ids.size / FLUSH_TOKENS / float(np.median(seconds["forward"]))
+    probs = forward_only(model.params)
+    rows = jax.jit(find_rows, static_argnames="orders")(shared[0], ids, mask, orders)
+    window = [stats.init(empty)]
+
+    def updating() -> jax.Array:
+        window[0] = stats.update(window[0], rows, probs, mask)
+        return window[0].tokens
+
+    host_rows, host_probs = np.asarray(rows[:, 0, :LOOP_TOKENS]), np.asarray(probs[:, 0, :LOOP_TOKENS])
+    sides: dict[str, Callable[[], object]] = {
+        "with statistics": collecting,
+        "forward": lambda: forward_only(model.params),
+        "update": updating,
+        "loop": lambda: python_loop(host_rows, host_probs),
+    }
+    seconds = compare(sides, args.repeats)
+    _, flushing = timed(lambda: jax.block_until_ready(stats.init(stats.absorb(window[0], empty))))
+    size = ids.size
+    forward = float(np.median(seconds["forward"])) / size
+    both = paired_ratio(seconds["with statistics"], seconds["forward"])
+    loop = paired_ratio(seconds["loop"] / LOOP_TOKENS, seconds["update"] / size)
+    # The text is read and tokenised once for the keys and once for the model; the model would need it once anyway.
+    host = {"reading again": reading / tokens, "counting keys": counting / tokens, "moving": flushing / FLUSH_TOKENS}
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,} parameters, {len(layers)} layers")
     print(f"{len(keys.keys):,} keys of orders {orders}, batch {ids.shape[0]} x {ids.shape[1]}")
-    print(f"forward {np.median(seconds['forward']) * 1e3:.1f} ms")
-    print(f"with statistics {ratio.value:.3f}x [{ratio.low:.3f}, {ratio.high:.3f}], flush {flush:+.3f}x on average")
+    print(f"forward             {forward * size * 1e3:9.1f} ms a batch")
+    print(f"with statistics     {both.value:9.3f}x [{both.low:.3f}, {both.high:.3f}]")
+    print(f"update alone        {np.median(seconds['update']) * 1e3:9.1f} ms a batch")
+    for name, cost in host.items():
+        print(f"{name:20}{cost / forward:+9.3f}x")
+    print(f"in all              {both.value + sum(host.values()) / forward:9.3f}x")
+    print(f"Python loop         {loop.value:9.0f}x the update's time per token [{loop.low:.0f}, {loop.high:.0f}]")
+
+
+def random_model() -> Model:
+    """A Mixtral of 100 million random parameters with the reference model's tokenizer."""
+    reference = load_model("reference")
+    config = MoEConfig(
+        vocab_size=reference.config.vocab_size,
+        hidden_size=512,
+        intermediate_size=960,
+        num_layers=8,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        num_experts=8,
+        top_k=2,
+    )
+    engine = get_engine()
+    params = prepare(init_params(config, jax.random.key(0)), engine)
+    return Model(config, params, engine, "random", "none", reference.tokenizer)
+
+
+def python_loop(rows: np.ndarray, probs: np.ndarray) -> dict[tuple[int, int], list]:
+    """The figures of `varjax.stats`, token by token (rows int32 [O, T], probs float32 [L, T, E])."""
+    found: dict[tuple[int, int], list] = {}
+    for token in range(rows.shape[1]):
+        for layer, p in enumerate(probs[:, token]):
+            entropy, confidence, first = float(-(p * np.log(p)).sum()), float(p.max()), int(p.argmax())
+            for row in rows[:, token]:
+                if row < 0:
+                    continue
+                key = layer, int(row)
+                if key not in found:
+                    blank = [0.0, 0.0, math.inf, -math.inf]  # mean, m2, min, max
+                    found[key] = [0, [*blank], [*blank], np.zeros(len(p), int), np.zeros(len(p))]
+                one = found[key]
+                one[0] += 1
+                for moments, value in ((one[1], entropy), (one[2], confidence)):
+                    delta = value - moments[0]
+                    moments[0] += delta / one[0]
+                    moments[1] += delta * (value - moments[0])
+                    moments[2], moments[3] = min(moments[2], value), max(moments[3], value)
+                one[3][first] += 1
+                one[4] += p
+    return found
+
+
+def timed(call: Callable) -> tuple:
+    """What it returns, and the seconds it took."""
+    start = time.perf_counter()
+    found = call()
+    return found, time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def count_contexts(
     min_count: int = 1,
     max_keys: int | None = None,
     special_ids: Collection[int] = (),
-    capacity: int = 1 << 22,
+    capacity: int = 1 << 20,
 ) -> ContextCounts:
     """Choose the keys: count every context of every order and admit the frequent ones.
 

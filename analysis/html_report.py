@@ -1,0 +1,101 @@
+"""A report as one self-contained HTML page: pictures inside, a small stylesheet, no scripts, no links to elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+
+from analysis.report import FigureNote, Report, Section, Table
+from varjax.files import replacing
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #111 }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #bbb; padding-top: 1rem }
+.scroll { overflow-x: auto; max-height: 34rem; overflow-y: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
+caption { text-align: left; font-weight: 600; padding: .3rem 0 }
+th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child { text-align: left } thead th { position: sticky; top: 0; background: #fff }
+table.words td { white-space: normal; text-align: left; vertical-align: top }
+.verdict { font-weight: 700; border: 1px solid #111; padding: 0 .4rem } .PASS { background: #111; color: #fff }
+figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto } figcaption { font-size: 14px; max-width: 60rem }
+"""
+
+
+def write_html(path: str | Path, report: Report, folder: str | Path) -> None:
+    """Write the page, whole or not at all; the PNG of each figure that the report names is looked for in `folder`.
+
+    A figure that does not lie there is left out of the page.
+    """
+    names = (note.name for section in report.sections for note in section.figures)
+    files = {name: Path(folder) / f"{name}.png" for name in names}
+    images = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    with replacing(path) as temporary:
+        temporary.write_text(page(report, images), encoding="utf-8")
+
+
+def page(report: Report, images: Mapping[str, bytes]) -> str:
+    """The page as text.
+
+    Args:
+        images: name of a figure -> its PNG.
+    """
+    overview = "".join(
+        f'<tr><td><a href="#{escape(one.name)}">{escape(one.title)}</a></td><td>{_badge(one.verdict)}</td>'
+        f"<td>{escape(one.outcome)}</td></tr>"
+        for one in report.sections
+    )
+    facts = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in report.facts)
+    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    sections = "\n".join(_section(section, images) for section in report.sections)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(report.title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{escape(report.title)}</h1>
+<table class="words">{facts}</table>
+<h2>Results</h2>
+<table class="words">{overview}</table>
+{sections}
+<h2>For all of the above</h2>
+<ul>{notes}</ul>
+</body>
+</html>
+"""
+
+
+def _section(section: Section, images: Mapping[str, bytes]) -> str:
+    words = "".join(f"<p>{escape(one)}</p>" for one in section.words)
+    figures = "".join(_figure(note, images[note.name]) for note in section.figures if note.name in images)
+    tables = "".join(map(_table, section.tables))
+    return (
+        f'<h2 id="{escape(section.name)}">{escape(section.title)}</h2>'
+        f"<p>{_badge(section.verdict)} {escape(section.outcome)}</p>{words}{figures}{tables}"
+    )
+
+
+def _figure(note: FigureNote, png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return (
+        f'<figure><img alt="{escape(note.title)}" src="data:image/png;base64,{data}"><figcaption>'
+        f"<b>{escape(note.title)}.</b> {escape(note.read)} <b>When it misleads:</b> {escape(note.lies)}"
+        "</figcaption></figure>"
+    )
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(column.name)}</th>" for column in table.columns)
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.cells())
+    caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
+    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _badge(verdict: str) -> str:
+    return f'<span class="verdict {escape(verdict.split()[0])}">{escape(verdict)}</span>'

@@ -1,0 +1,334 @@
+"""Replaying a VARConfig against a routing trace, without the model.
+
+Letters: N tokens replayed, S steps, T tokens per step, L layers, E experts, K experts per token, A age buckets.
+
+    python -m analysis.replay --trace trace.parquet --preset balanced --output results/replay
+
+The documents of the trace are split by a hash of their ids. On one part the table is built, from statistics taken off
+the trace; through the others goes the real thing, `varjax.step.plan` and `commit`, one document after the other, `step`
+tokens at a time; the router's own decision is the trace's. What depends on hidden states is not there: no residual rows
+and no logits, so nothing here says what the plans cost in quality. The clock is the trace's: `seconds_per_token` for
+every token replayed, in one stream; a server that interleaves many texts sees other ages and evictions.
+
+How to read the figures of a tier (all of them over tokens and layers that it decided):
+
+- share: of all tokens. The documents that score are other documents, but of the same domains as those that built the
+  table; text of another kind finds fewer keys.
+- agreement: its first expert is the router's first. false hits: 1 - agreement. Says how well the *choice* is foretold;
+  a layer whose gate chooses (`choice_from="gate"`) takes no harm from a false hit.
+- recall: share of the router's K experts among the predicted K; K / E is what chance gets. kept: share of the
+  predicted experts that the plan keeps which the router chose too: what a prefetch of those would have used.
+- mass: share of the chosen experts' probability that falls on predicted ones. Near 1 says little where the
+  probabilities are flat and K is large.
+- experts: those that run per token. It counts the work, not the time.
+- unlimited: what the cached tier would decide with no bound on size or age, after the same fast tier. Where it is
+  hardly above the cached share, a larger cache gains nothing. Its entries are the oldest there are, so its agreement is
+  usually the worse one: age makes decisions false.
+
+All of it is teacher-forced: the ids are those of the trace, whatever the plans would have done to the text. Generated
+text (phase `decode`) repeats itself more than prose does, and flatters every cache. A look-up sees earlier steps only:
+with a long step, as in prefill, repetitions inside a step are lost; a step of one token is decoding. Layers and tokens
+of one document depend on each other: count documents, not tokens, when judging how sure a figure is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis import trace_import
+from analysis.provenance import hash_json, provenance, write_json
+from analysis.replay_steps import Sums, run_steps, unlimited_cache
+from analysis.trace import Trace, TraceError
+from analysis.trace_statistics import trace_statistics
+from varjax.config import PRESETS, LayerPolicy, VARConfig
+from varjax.routing import CACHED, FAST
+from varjax.stats import RoutingStats
+from varjax.step import TIERS
+from varjax.table import build
+
+MAX_KEYS = 50_000  # of the table
+_MAX_CELLS = 1 << 26  # keys x layers x experts, of the statistics: about 1 GB
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a config would have decided on a trace."""
+
+    config: VARConfig  # as applied
+    notes: tuple[str, ...]  # what could not be applied, and what figures rest on
+    origin: dict[str, Any]  # of the trace
+    build_documents: int
+    build_tokens: int
+    documents: int
+    tokens: int
+    keys: int  # of the table
+    step: int  # tokens
+    seconds_per_token: float
+    ranked: bool  # False: agreement means nothing
+    has_probs: bool  # False: mass means nothing
+    num_experts: int
+    top_k: int
+    age_edges: np.ndarray  # int64 [A], tokens, where each age bucket begins; the last has no end
+    sums: Sums
+    unlimited: np.ndarray  # int64 [L], decisions of a cache without bounds
+    unlimited_agreements: np.ndarray  # int64 [L]
+
+    def rates(self, layer: int | None = None) -> dict[str, Any]:
+        """The figures of one layer, or of all together, in shares; None where there is nothing to divide or judge."""
+        at = vars(self.sums) | {"unlimited": self.unlimited, "unlimited_agreements": self.unlimited_agreements}
+        at = {name: values.sum(axis=0) if layer is None else values[layer] for name, values in at.items()}
+        total = int(at["tokens"].sum())
+
+        def agreement(agreed: Any, of: Any) -> float | None:
+            return _ratio(agreed, of) if self.ranked else None
+
+        tiers = {}
+        for tier in (FAST, CACHED):
+            tokens = at["tokens"][tier]
+            tiers[TIERS[tier]] = {
+                "agreement": agreement(at["agreements"][tier], tokens),
+                "recall": _ratio(at["recalled"][tier], tokens * self.top_k),
+                "kept": _ratio(at["kept_chosen"][tier], at["kept"][tier]),
+                "mass": _ratio(at["mass"][tier], tokens) if self.has_probs else None,
+                "experts_per_token": _ratio(at["active"][tier], tokens),
+            }
+        return {
+            "shares": {name: _ratio(count, total) for name, count in zip(TIERS, at["tokens"], strict=True)},
+            **tiers,
+            "experts_per_token": _ratio(at["active"].sum(), total),
+            "unlimited_cache": {
+                "share": _ratio(at["unlimited"], total),
+                "agreement": agreement(at["unlimited_agreements"], at["unlimited"]),
+            },
+            "false_hits_by_age": [
+                {"from_tokens": int(edge), "decisions": int(n), "false_hits": rate if rate is None else 1 - rate}
+                for edge, n, rate in zip(
+                    self.age_edges, at["aged"], map(agreement, at["aged_agreements"], at["aged"]), strict=True
+                )
+            ],
+        }
+
+
+def replay(
+    trace: Trace,
+    config: VARConfig,
+    *,
+    build_share: float = 0.7,
+    step: int = 64,
+    seconds_per_token: float = 0.01,
+) -> Replay:
+    """What `config` would have decided on the documents of `trace` that its table is not built on.
+
+    Args:
+        config: its `routing_stats` and `residuals` are not read: the table comes from the trace.
+        build_share: share of the documents that the table is built on.
+        step: tokens between a look-up and the commit of what was learned; steps end with their document.
+        seconds_per_token: the clock; 0.01 is a stream of 100 tokens per second.
+
+    Raises:
+        TraceError: the trace has too few documents for both parts.
+        ValueError: a setting out of range, VAR switched off, or a policy that does not fit the trace.
+    """
+    if step < 1 or not 0 < seconds_per_token < math.inf or not 0 < build_share < 1:
+        raise ValueError(
+            f"step={step}, seconds_per_token={seconds_per_token}, build_share={build_share}: "
+            "expected at least 1, above 0, and between 0 and 1"
+        )
+    config, notes = applicable(config, trace)
+    judged = with_stand_ins(trace)
+    building = trace.build_documents(build_share)
+    ours, theirs = judged.of(building), judged.of(~building)
+    if not len(ours.token_id) or not len(theirs.token_id):
+        raise TraceError(
+            f"{len(np.unique(trace.document))} documents with tokens, of which {len(np.unique(ours.document))} build "
+            f"the table at build_share={build_share}: both parts need one; give more documents or another share"
+        )
+    stats, more = table_statistics(ours, config)
+    table = build(stats, config, trace.top_k)
+    edges = _age_edges(step, min(config.cache_ttl_seconds / seconds_per_token, len(theirs.token_id)))
+    sums, tier = run_steps(theirs, table, config, step, seconds_per_token, edges)
+    unlimited, unlimited_agreements = unlimited_cache(theirs, tier == FAST, config, step)
+    return Replay(
+        config=config,
+        notes=(*notes, *more),
+        origin=dict(trace.origin),
+        build_documents=len(np.unique(ours.document)),
+        build_tokens=len(ours.token_id),
+        documents=len(np.unique(theirs.document)),
+        tokens=len(theirs.token_id),
+        keys=int(np.sum(np.any(np.asarray(table.eligible), axis=0))),
+        step=step,
+        seconds_per_token=seconds_per_token,
+        ranked=trace.ranked,
+        has_probs=trace.probs is not None,
+        num_experts=trace.num_experts,
+        top_k=trace.top_k,
+        age_edges=edges,
+        sums=sums,
+        unlimited=unlimited,
+        unlimited_agreements=unlimited_agreements,
+    )
+
+
+def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
+    """The config as far as a trace can carry it out, and what had to give way or is judged by less than the whole gate.
+
+    Raises:
+        ValueError: VAR is switched off in the config.
+    """
+    if not config.enable_var:
+        raise ValueError("enable_var is False: every token stays with the router, there is nothing to replay")
+    notes = []
+    if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
+        notes.append("residual rows are left out (residual=False): a trace has no expert outputs")
+        config = _with_policies(config, lambda policy: replace(policy, residual=False))
+    if trace.probs is None:
+        notes.append(
+            "the trace has no probabilities: entropy, confidence, gate-ratio and mass thresholds are lifted, and the "
+            "table ranks experts by how often " + ("and how early " if trace.ranked else "") + "they were chosen"
+        )
+        config = _with_policies(config, lambda policy: replace(policy, entropy_threshold=None, gate_ratio=None))
+        lifted = math.log(trace.num_experts) + 1
+        config = replace(config, entropy_threshold=lifted, confidence_threshold=0.0, mass_threshold=1.0)
+    elif trace.probs_over == "chosen":
+        notes.append(
+            f"probabilities are over the {trace.top_k} chosen experts: entropy is at most ln {trace.top_k} = "
+            f"{math.log(trace.top_k):.2f} nats and confidence at least 1/{trace.top_k}; thresholds pass more than they "
+            "would on the whole gate"
+        )
+    else:
+        notes.append(
+            f"the trace has the {trace.top_k} chosen experts' probabilities: confidence is exact, entropy a lower bound"
+        )
+    if not trace.ranked:
+        notes.append("the experts are not ranked: there is no agreement, and no false hit, only recall")
+    return config, notes
+
+
+def with_stand_ins(trace: Trace) -> Trace:
+    """The trace, with probabilities where it has none: falling evenly with the rank, or equal where there is no rank."""
+    if trace.probs is not None:
+        return trace
+    weight = np.arange(trace.top_k, 0, -1) if trace.ranked else np.ones(trace.top_k)
+    probs = np.broadcast_to((weight / weight.sum()).astype(np.float32), trace.experts.shape)
+    return replace(trace, probs=probs, probs_over="chosen", ranked=True)
+
+
+def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, list[str]]:
+    """The statistics that `config`'s table needs, and what is to be said about them."""
+    policies = [policy for policy in map(config.policy, range(trace.num_layers)) if policy is not None]
+    orders = sorted({order for policy in policies for order in policy.orders}) or [1]
+    least = min((policy.frequency_threshold or 1 for policy in policies), default=1)
+    max_keys = min(MAX_KEYS, _MAX_CELLS // (trace.num_layers * trace.num_experts))
+    stats = trace_statistics(trace, orders, least, max_keys)
+    if len(stats.keys) == max_keys:
+        return stats, [f"the table holds the {max_keys:,} most frequent keys only"]
+    if len(stats.keys) == 0:  # a table needs a row; this one is not frequent enough for any layer
+        note = f"no context occurs {least} times in the documents that build the table: the fast tier is empty"
+        return trace_statistics(trace, orders, 1, 1), [note]
+    return stats, []
+
+
+def _with_policies(config: VARConfig, change: Callable[[LayerPolicy], LayerPolicy]) -> VARConfig:
+    changed = {layer: policy and change(policy) for layer, policy in dict(config.layers).items()}
+    return replace(config, default=config.default and change(config.default), layers=changed)
+
+
+def _age_edges(step: int, horizon: float) -> np.ndarray:
+    """int64 [A]: 0, one step, and its doubles up to the tokens that an entry can live."""
+    edges = [0, step]
+    while edges[-1] * 2 < horizon:
+        edges.append(edges[-1] * 2)
+    return np.array(edges, np.int64)
+
+
+def _ratio(part: Any, whole: Any) -> float | None:
+    return float(part) / float(whole) if whole else None
+
+
+def report(found: Replay) -> str:
+    """The figures as a table to print; how to read them is said at the top of this module."""
+    lines = [
+        f"{found.origin.get('model', 'a trace')}: {found.tokens:,} tokens of {found.documents:,} documents, table of "
+        f"{found.keys:,} keys from {found.build_tokens:,} tokens of {found.build_documents:,} others",
+        f"steps of {found.step} tokens, {found.seconds_per_token:g} s per token; chance recall "
+        f"{found.top_k / found.num_experts:.0%}",
+        *(f"note: {note}" for note in found.notes),
+        "",
+        f"{'':7}{'fast':^40}{'cached':^40}{'':9}{'':9}{'unlimited cache':^16}",
+        f"{'layer':>7}" + f"{'share':>8}{'agree':>8}{'recall':>8}{'kept':>8}{'mass':>8}" * 2 + f"{'learned':>9}"
+        f"{'experts':>9}{'share':>8}{'agree':>8}",
+    ]
+    for layer in (*range(len(found.sums.tokens)), None):
+        rates = found.rates(layer)
+        row = "all" if layer is None else str(layer)
+        cells = [
+            value
+            for tier in TIERS[:2]
+            for value in (rates["shares"][tier], *(rates[tier][name] for name in ("agreement", "recall", "kept", "mass")))
+        ]
+        lines.append(
+            f"{row:>7}{''.join(map(_percent, cells))}{rates['shares']['learned']:>9.1%}"
+            f"{rates['experts_per_token']:>9.2f}{''.join(map(_percent, rates['unlimited_cache'].values()))}"
+        )
+    lines += ["", f"{'age of a cached decision':>27}{'decisions':>12}{'false hits':>12}"]
+    for bucket in found.rates()["false_hits_by_age"]:
+        tokens = bucket["from_tokens"]
+        age = f"from {tokens:,} tokens, {tokens * found.seconds_per_token:.4g} s"
+        lines.append(f"{age:>27}{bucket['decisions']:>12,}{_percent(bucket['false_hits']):>12}")
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    return f"{'–':>8}" if value is None else f"{value:>8.1%}"
+
+
+def fields_of(found: Replay) -> dict[str, Any]:
+    """What is saved: the settings, and `rates` of all layers together and of each."""
+    plain = {name: value for name, value in vars(found).items() if name not in ("config", "sums", "age_edges")}
+    plain = {name: value for name, value in plain.items() if not name.startswith("unlimited")}
+    return {**plain, **found.rates(), "layers": [found.rates(layer) for layer in range(len(found.sums.tokens))]}
+
+
+def main() -> None:
+    from analysis.figures import save
+    from analysis.replay_figures import false_hits_by_age, tiers_by_layer
+
+    parser = argparse.ArgumentParser(
+        description="Replay a VARConfig against a routing trace.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--trace", type=Path, required=True, help="a trace file, or a foreign .npz (trace_import)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--config", type=Path, help="JSON of a VARConfig")
+    which.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
+    parser.add_argument("--output", type=Path, default=Path("results/replay"), help="directory to write")
+    parser.add_argument("--build_share", type=float, default=0.7, help="share of the documents that build the table")
+    parser.add_argument("--step", type=int, default=64, help="tokens between a look-up and its commit")
+    parser.add_argument("--seconds_per_token", type=float, default=0.01, help="the clock that ages the cache")
+    args = parser.parse_args()
+    try:
+        config = VARConfig.load(args.config) if args.config else VARConfig.preset(args.preset)
+        settings = {name: getattr(args, name) for name in ("build_share", "step", "seconds_per_token")}
+        found = replay(trace_import.load(args.trace), config, **settings)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(report(found))
+    applied = json.loads(found.config.to_json())
+    origin = provenance(trace=str(args.trace), config=applied, config_sha256=hash_json(applied), **settings)
+    write_json(args.output / "replay.json", {**fields_of(found), "provenance": origin})
+    save(tiers_by_layer(found), args.output, "replay_tiers")
+    save(false_hits_by_age(found), args.output, "replay_false_hits")
+    print(f"\nwritten to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

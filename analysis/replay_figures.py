@@ -1,0 +1,74 @@
+"""Figures of a replay; how to read their quantities is said in `analysis.replay`.
+
+Letters: L layers, A age buckets.
+"""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")  # files only: no window, no display
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from analysis.replay import Replay
+from varjax.step import TIERS
+
+_SHADES = ("0.25", "0.6", "0.9")  # of the tiers, fast first
+
+
+def tiers_by_layer(found: Replay) -> Figure:
+    """Who decides in each layer, and how well the fast and the cached tier foretell the router's choice."""
+    layers = [found.rates(layer) for layer in range(len(found.sums.tokens))]
+    figure, (shares, quality) = plt.subplots(2, 1, figsize=(6.4, 6.0), sharex=True)
+    bottom = np.zeros(len(layers))
+    for tier, shade in zip(TIERS, _SHADES, strict=True):
+        height = np.array([rates["shares"][tier] for rates in layers])
+        shares.bar(range(len(layers)), height, bottom=bottom, color=shade, edgecolor="0.0", linewidth=0.4, label=tier)
+        bottom += height
+    # The unlimited cache comes after the same fast tier.
+    bound = [rates["shares"]["fast"] + rates["unlimited_cache"]["share"] for rates in layers]
+    shares.plot(range(len(layers)), bound, "k_", markersize=10, label="fast + unlimited cache")
+    shares.set(ylabel="share of the tokens", ylim=(0, 1), title=_caption(found))
+    shares.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.02))
+
+    lines = (("agreement", "-"), ("recall", ":"))
+    for tier, shade, marker in zip(TIERS[:2], _SHADES, "os", strict=False):
+        for name, style in lines:
+            values = np.array([rates[tier][name] for rates in layers], float)  # None becomes NaN, and is not drawn
+            if np.isfinite(values).any():
+                label = f"{tier}, {name}"
+                quality.plot(values, style, color=shade, marker=marker, markersize=4, label=label)
+    chance = found.top_k / found.num_experts
+    quality.axhline(chance, color="0.6", linewidth=0.8, linestyle="--", label="recall by chance")
+    quality.set(xlabel="layer", ylabel="first expert, all experts foretold", ylim=(0, 1.02))
+    quality.xaxis.set_major_locator(MaxNLocator(integer=True))
+    quality.legend(fontsize="small", ncols=2)
+    for axis in (shares, quality):
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    return figure
+
+
+def false_hits_by_age(found: Replay) -> Figure:
+    """False hits of the cached tier by the age of the decision, in each layer. Blank: fewer than 20 decisions."""
+    decisions = found.sums.aged
+    enough = (decisions >= 20) & found.ranked
+    rate = np.where(enough, 1 - found.sums.aged_agreements / np.maximum(decisions, 1), np.nan)
+    figure, axis = plt.subplots(figsize=(6.4, 1.8 + 0.16 * len(decisions)))
+    top = max(0.01, float(np.max(rate, where=enough, initial=0)))
+    image = axis.imshow(rate, cmap="Greys", vmin=0, vmax=top, aspect="auto", origin="lower")
+    figure.colorbar(image, ax=axis, label="false hits", format=PercentFormatter(1))
+    edges = [f"{edge:,}" for edge in found.age_edges]
+    axis.set_xticks(range(len(edges)), edges, rotation=45, ha="right")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True))
+    unit = f"age of the decision, from [tokens of {found.seconds_per_token:g} s]"
+    axis.set(xlabel=unit, ylabel="layer", title=_caption(found))
+    return figure
+
+
+def _caption(found: Replay) -> str:
+    name = found.origin.get("model", "a trace")
+    return f"Replay on {name} — {found.tokens:,} tokens of {found.documents:,} documents"

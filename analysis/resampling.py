@@ -1,0 +1,183 @@
+"""How sure a figure is: bootstrap over documents, permutation within documents, a band for a whole family of figures.
+
+Letters: N tokens, D documents, S bootstrap draws, P permutations, O rows (context orders, experts, ...), L layers.
+
+Tokens of one document depend on each other, documents do not: intervals draw documents, never tokens. The permutation
+null shuffles routing among the tokens *within* each document, all layers together. It keeps every expert's load and
+every document's preferences, and breaks the link to the token's place and id. It also breaks the likeness of
+neighbours, so the band says what routing without any order within a document would give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+LEVEL = 0.95  # of every interval and band
+MIN_PERMUTATIONS = 19  # the fewest whose extremes can bound 95 %
+_DRAWN = 1 << 25  # floats that one block of draws may take
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure per row (context order, or something else) and layer, with its uncertainty. NaN: not measured."""
+
+    name: str  # "agreement", "recall", "mass", "coverage", "conditional_entropy", ...
+    unit: str  # "share", "nats", "ratio"
+    value: np.ndarray  # float64 [O, L]
+    low: np.ndarray  # float64 [O, L], 95 % percentile bootstrap over documents; NaN if there is only one
+    high: np.ndarray  # float64 [O, L]
+    null: np.ndarray | None = None  # float64 [O, L], mean under the permutation null; None where no null applies
+    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95 % band: all O x L lie inside with 95 %
+    null_high: np.ndarray | None = None
+    p: np.ndarray | None = None  # float64 [O, L], family-wise permutation p value (max-T over the family)
+
+
+def measure(
+    name: str,
+    unit: str,
+    value: np.ndarray,
+    interval: tuple[np.ndarray, np.ndarray],
+    permuted: np.ndarray | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Measure:
+    """A figure with its interval and, if there are permutations, its null and band.
+
+    Args:
+        value: [O, L].
+        interval: low and high, [O, L] each.
+        permuted: [P, O, L], the same figures under the null; None or P = 0: no null.
+        limits: the least and the most that the figure can be; the band does not pass them.
+    """
+    if permuted is None or len(permuted) == 0:
+        return Measure(name, unit, value, *interval)
+    return Measure(name, unit, value, *interval, *against_null(value, permuted, limits))
+
+
+def document_sums(values: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """float64 [D, ...]: sums of values [N, ...] over the tokens of each document that has any.
+
+    Args:
+        document: [N], equal ones stand together.
+    """
+    return np.add.reduceat(np.asarray(values, np.float64), _starts(document), axis=0)
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray], *sums: np.ndarray, samples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval of `statistic(*sums over documents)`, documents drawn with replacement.
+
+    Args:
+        statistic: takes the total of each of `sums`, with the draws in front, [S, ...]; returns [S, ...]. It may
+            divide nothing by nothing: such draws are left out.
+        sums: [D, ...] each, sums over the tokens of each document.
+
+    Returns:
+        Low and high; NaN where there is only one document, or no draw has a figure.
+    """
+    rng = np.random.default_rng(seed)
+    documents = len(sums[0])
+    flat = [one.reshape(documents, -1) for one in sums]
+    block = max(1, min(samples, _DRAWN // max(documents, *(one.shape[1] for one in flat))))
+    parts = []
+    for start in range(0, samples, block):
+        size = min(block, samples - start)
+        weights = rng.multinomial(documents, np.full(documents, 1 / documents), size).astype(np.float64)
+        totals = [(weights @ one).reshape(size, *whole.shape[1:]) for one, whole in zip(flat, sums, strict=True)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts.append(statistic(*totals))
+    draws = np.concatenate(parts)
+    if documents == 1:
+        draws = np.full_like(draws, np.nan)
+    missing = ~np.isfinite(draws).any(axis=0)
+    draws[:, missing] = 0  # nanquantile warns where there is nothing
+    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return np.where(missing, np.nan, low), np.where(missing, np.nan, high)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """float64, NaN where the denominator is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(denominator > 0, numerator / denominator, np.nan)
+
+
+def ratio_with_interval(
+    numerator: np.ndarray, denominator: np.ndarray, samples: int, seed: int
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """`sum(numerator) / sum(denominator)` over documents and its interval; both arguments [D, ...]."""
+    interval = bootstrap(ratio, numerator, denominator, samples=samples, seed=seed)
+    return ratio(numerator.sum(axis=0), denominator.sum(axis=0)), interval
+
+
+def permutation(document: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64 [N]: a random order of the tokens in which each stays within its document.
+
+    Args:
+        document: [N], equal ones stand together.
+    """
+    starts = np.zeros(len(document))
+    starts[_starts(document)[1:]] = 1
+    return np.argsort(np.cumsum(starts) + rng.random(len(document)))
+
+
+def check_permutations(permutations: int) -> None:
+    """Raises ValueError for a number of permutations that no 95 % band can be made of."""
+    if permutations != 0 and permutations < MIN_PERMUTATIONS:
+        raise ValueError(
+            f"permutations is {permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
+            "fewer cannot make a 95 % band"
+        )
+
+
+def against_null(
+    value: np.ndarray, permuted: np.ndarray, limits: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Null mean, family-wise band (low, high) and p value of each figure, all as `value`.
+
+    Single-step max-T (Westfall & Young 1993), two-sided: every figure is studentised by the mean and the standard
+    deviation of its permutations, each permutation by those of the *other* ones. So a permutation is judged just as the
+    data are, by a spread that it did not help to set, and the level holds with few permutations as well.
+    p is at least 1 / (P + 1): 0.025 with 39 permutations.
+
+    Args:
+        value: [...]; figures that are NaN stay out of the family.
+        permuted: [P, ...], P >= 19.
+        limits: the least and the most that a figure can be.
+    """
+    count = len(permuted)
+    null = permuted.mean(axis=0)
+    deviation, distance = permuted - null, value - null
+    rounding = 1e-12 * np.maximum(np.abs(null), 1e-3)  # figures that no permutation changes differ by this much
+    deviation = np.where(np.abs(deviation) <= rounding, 0, deviation)
+    distance = np.where(np.abs(distance) <= rounding, 0, distance)
+    square = np.sum(deviation**2, axis=0)
+    spread = np.sqrt(square / (count - 1))
+    away = deviation * count / (count - 1)  # from the mean of the others
+    others = square - deviation * away
+    others = np.sqrt(np.where(others <= 1e-12 * square, 0, others) / (count - 2))
+
+    family = np.isfinite(value) & np.isfinite(null)
+    largest = np.max(_scaled(away, others), axis=tuple(range(1, permuted.ndim)), where=family, initial=0)
+    critical = np.sort(largest)[math.ceil(LEVEL * (count + 1) - 1e-9) - 1]
+    score = _scaled(distance, spread)
+    p = (1 + np.sum(largest.reshape(-1, *[1] * value.ndim) >= score, axis=0)) / (count + 1)
+    if np.isfinite(critical):
+        low, high = np.clip([null - critical * spread, null + critical * spread], *limits)
+    else:  # some figure hardly ever moves: the permutations bound nothing
+        low, high = np.full_like(null, limits[0]), np.full_like(null, limits[1])
+    return tuple(np.where(family, one, np.nan) for one in (null, low, high, p))  # type: ignore[return-value]
+
+
+def _scaled(distance: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """|distance| / spread; 0 where there is no distance, infinite where there is one but no spread."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(distance == 0, 0.0, np.abs(distance) / spread)
+
+
+def _starts(document: np.ndarray) -> np.ndarray:
+    """int64 [D]: the first token of each document that has any."""
+    return np.flatnonzero(np.r_[True, document[1:] != document[:-1]])

@@ -1,0 +1,110 @@
+"""Tokenise datasets once and keep them on disk, for runs that then read token ids as they are.
+
+Each dataset becomes a folder OUTPUT/NAME-SPLIT; give that folder as --dataset to the other scripts. A folder that
+already holds what is asked for is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from analysis.corpus import SPLITS, CorpusError, iter_documents
+from analysis.preparation import prepare
+from analysis.prepared import Manifest, Request, is_prepared, read_manifest
+from experiments.arguments import run
+from models.model import REFERENCE
+from models.tokenizer import load_tokenizer
+
+DATASETS = {
+    "c4": "allenai/c4:en",
+    "wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "wikitext103": "Salesforce/wikitext:wikitext-103-raw-v1",
+    "slimpajama": "DKYoon/SlimPajama-6B:",  # a sample in Parquet; the whole, cerebras/SlimPajama-627B, comes and goes
+}
+"""Short names; `:SPLIT` after one chooses the hub's own split."""
+
+
+def main() -> None:
+    known = "; ".join(f"{short} = {name.rstrip(':')}" for short, name in DATASETS.items())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument(
+        "--dataset",
+        nargs="+",
+        default=["embedded"],
+        help="one or several of: 'embedded'; a .txt, .jsonl or .parquet file or a directory of such; a datasets "
+        f"name[:config[:split]]; or a short name, which may be followed by :split as in wikitext2:test ({known})",
+    )
+    parser.add_argument(
+        *("--model", "--tokenizer"),
+        default="reference",
+        metavar="DIR",
+        help="model directory whose tokenizer is used (its weights are not needed), or 'reference' (comes with varjax)",
+    )
+    parser.add_argument(
+        "--split",
+        default="all",
+        choices=["all", "build", *SPLITS],
+        help="documents to keep, by a hash of their text, whatever splits the dataset itself has",
+    )
+    parser.add_argument("--num_samples", type=int, default=None, help="documents of each at most; none: all")
+    parser.add_argument("--max_tokens", type=int, default=None, help="stop a dataset after so many tokens; none: never")
+    parser.add_argument("--output", type=Path, default=Path("prepared"), help="directory for the folders")
+    parser.add_argument("--overwrite", action="store_true", help="make anew what is there already")
+    args = parser.parse_args()
+
+    directory = REFERENCE if args.model == "reference" else Path(args.model)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is no directory; give a model's directory (experiments/download_models.py fetches one)"
+        )
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise CorpusError(f"{directory} holds no tokenizer; put the model's tokenizer.json or tokenizer.model there")
+
+    split = None if args.split == "all" else args.split
+    folders = {name: args.output / folder_name(name, split) for name in dict.fromkeys(args.dataset)}
+    if len(set(folders.values())) < len(folders):
+        raise CorpusError(f"two of {', '.join(folders)} would get the same folder; prepare them with another --output")
+    for name, folder in folders.items():
+        request = Request(full_name(name), split, args.num_samples, args.max_tokens)
+        if is_prepared(folder) and not args.overwrite:
+            manifest = read_manifest(folder)
+            if not manifest.answers(request, tokenizer):
+                raise CorpusError(
+                    f"{folder} holds another request's or another tokenizer's documents ({manifest.request}); "
+                    "choose another --output, or replace them with --overwrite"
+                )
+            print(f"{folder} was made for this on {manifest.provenance['time_utc']}: left as it is (--overwrite)")
+        else:
+            documents = iter_documents(request.dataset, split=split, limit=request.num_samples)
+            manifest = prepare(documents, tokenizer, folder, request, overwrite=args.overwrite)
+        print(summary(manifest, folder))
+
+
+def full_name(dataset: str) -> str:
+    """The dataset as `analysis.corpus` knows it."""
+    short, colon, hub_split = dataset.partition(":")
+    return f"{DATASETS[short]}{colon}{hub_split}".rstrip(":") if short in DATASETS else dataset
+
+
+def folder_name(dataset: str, split: str | None) -> str:
+    """A file's stem, a directory's name, or the name on the hub without its signs; and the split."""
+    path = Path(dataset)
+    name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else dataset
+    return re.sub(r"[^\w.-]+", "-", name) + (f"-{split}" if split else "")
+
+
+def summary(manifest: Manifest, folder: Path) -> str:
+    return (
+        f"{manifest.request.dataset}, split {manifest.request.split or 'all'}\n"
+        f"  documents    {manifest.documents:,} ({manifest.left_out:,} more had no two tokens)\n"
+        f"  tokens       {manifest.tokens:,} ({manifest.min_length:,} to {manifest.max_length:,} a document)\n"
+        f"  bytes/token  {manifest.bytes / manifest.tokens:.2f}\n"
+        f"  written to   {folder}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,174 @@
+"""The check that a model directory is whole: files, tensors, index, tokenizer. No network is needed.
+
+A directory that `models.download` made holds in `varjax_download.json` what the hub said of its files; their contents
+are then compared with that too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from models.config import read_config
+from models.tokenizer import load_tokenizer
+from models.weights import INDEX_FILE, CheckpointError, _files, _locate_tensors, ledger
+
+RECORD = "varjax_download.json"
+_BLOCK = 1 << 22  # bytes hashed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class RemoteFile:
+    """One file as the hub describes it."""
+
+    name: str
+    size: int  # bytes
+    sha256: str | None = None  # of files in large storage, hexadecimal
+    git_sha1: str | None = None  # of the others: SHA-1 of `blob SIZE\\0` and the contents
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What `verify` found in a directory that is whole."""
+
+    directory: Path
+    files: int  # that hold weights
+    tensors: int
+    parameters: int
+    bytes: int  # of the tensors
+    hashed: int  # files whose contents were compared with what the hub says; 0 where that is not known
+    tokenizer: int | None  # its entries; None: there is none
+
+
+def verify(directory: Path, progress: bool = True) -> Verified:
+    """Check a model directory without a network.
+
+    Every weight file must be as long as its header says; each tensor of the architecture must be there, once, with its
+    shape, in the shard that the index names; the index's total size must be theirs; the tokenizer must open and fit
+    the vocabulary. With a record of the hub's (`RECORD`) sizes and contents of all files are compared too.
+
+    Raises:
+        ConfigError, CheckpointError, ValueError: it is not whole; names every fault of one kind.
+    """
+    recorded = _read_record(directory)
+    if damaged := damage(directory, recorded, progress):
+        raise CheckpointError(f"{directory}: {'; '.join(damaged.values())}; delete what is named and download it again")
+    return check_structure(directory, hashed=len(recorded))
+
+
+def _read_record(directory: Path) -> tuple[RemoteFile, ...]:
+    """What the hub said of the files in a directory; nothing if it was not fetched by `download`."""
+    path = directory / RECORD
+    if not path.exists():
+        return ()
+    try:
+        return tuple(RemoteFile(**file) for file in json.loads(path.read_text())["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error!r}); delete it to verify without it") from None
+
+
+def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict[str, str]:
+    """Name -> what is wrong, of the files that are not as the hub describes them."""
+    faults = {}
+    sizes = {file: _size(directory / file.name) for file in files}
+    total = sum(file.size for file, size in sizes.items() if size == file.size)
+    with tqdm(total=total, desc="comparing", unit="B", unit_scale=True, disable=not progress or not files) as bar:
+        for file, size in sizes.items():
+            if size is None:
+                faults[file.name] = f"{file.name} is missing"
+            elif size != file.size:
+                faults[file.name] = f"{file.name} has {size:,} bytes, the hub says {file.size:,}"
+            elif not _same_contents(directory / file.name, file, bar):
+                faults[file.name] = f"{file.name} is damaged: its hash is not the hub's"
+    return faults
+
+
+def _same_contents(path: Path, file: RemoteFile, bar: tqdm) -> bool:
+    known = file.sha256 or file.git_sha1
+    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+            bar.update(len(block))
+    return known is None or digest.hexdigest() == known
+
+
+def check_structure(directory: Path, hashed: int) -> Verified:
+    """What `verify` says, contents apart."""
+    config = read_config(directory / "config.json")
+    expected = ledger(config)
+    files = _files(directory)
+    sizes = _tensor_sizes(files)
+    _locate_tensors(directory, expected)
+    if (directory / INDEX_FILE).exists():
+        _check_index(directory / INDEX_FILE, sizes)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return Verified(
+        directory,
+        files=len(files),
+        tensors=len(expected),
+        parameters=sum(math.prod(entry.shape) for entry in expected.values()),
+        bytes=sum(size for tensors in sizes.values() for size in tensors.values()),
+        hashed=hashed,
+        tokenizer=None if tokenizer is None else len(tokenizer),
+    )
+
+
+def _tensor_sizes(files: list[Path]) -> dict[str, dict[str, int]]:
+    """File name -> tensor -> bytes, by the headers; every file must be as long as its header says."""
+    sizes, faults = {}, []
+    for file in files:
+        length = file.stat().st_size
+        try:
+            with file.open("rb") as opened:
+                header_length = int.from_bytes(opened.read(8), "little")
+                if length < 8 + header_length:
+                    raise ValueError(f"{length:,} bytes do not hold its header")
+                header = json.loads(opened.read(header_length))
+            places = {name: about["data_offsets"] for name, about in header.items() if name != "__metadata__"}
+            sizes[file.name] = {name: end - start for name, (start, end) in places.items()}
+            stated = 8 + header_length + max((end for _, end in places.values()), default=0)
+            if length != stated:
+                raise ValueError(f"{length:,} bytes, its header says {stated:,}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            faults.append(f"{file.name} is truncated or not safetensors ({error})")
+    if faults:
+        raise CheckpointError(f"{files[0].parent}: {'; '.join(faults)}; delete what is named and download it again")
+    return sizes
+
+
+def _check_index(path: Path, sizes: dict[str, dict[str, int]]) -> None:
+    """Every tensor must lie in the file that the index names, and all together be as large as it says."""
+    index = json.loads(path.read_text())
+    found = {tensor: file for file, tensors in sizes.items() for tensor in tensors}
+    named = index["weight_map"]
+    faults = [
+        f"{tensor} is in {found.get(tensor, 'no file')}, the index says {named.get(tensor, 'nothing of it')}"
+        for tensor in sorted(found.keys() | named.keys())
+        if found.get(tensor) != named.get(tensor)
+    ]
+    total = sum(size for tensors in sizes.values() for size in tensors.values())
+    about = index.get("metadata")
+    stated = about.get("total_size") if isinstance(about, dict) else None
+    if stated not in (None, total):
+        faults.append(f"the tensors have {total:,} bytes, the index says total_size {stated}")
+    if faults:
+        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise CheckpointError(
+            f"{path}: {'; '.join(faults[:10])}{more}; download the index and the files it names again"
+        )
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
