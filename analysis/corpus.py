@@ -14,6 +14,8 @@ same text lands in the same split on every machine, in every order and whatever 
 | a directory | every such file below it, in order of path; or a `datasets` `save_to_disk` folder | as above |
 | `name[:config[:split]]` | a Hugging Face dataset, streamed (split `train` if not said) | field, or name |
 
+`analysis.encoded_corpus` also reads what `experiments/prepare_datasets.py` has tokenised.
+
 A WikiText article starts at a line ` = Title = `. A plain text file without separators is one document on
 purpose: its paragraphs are not independent of each other, and a confidence bound over documents would be
 wrong if it took them to be.
@@ -62,12 +64,25 @@ class Document:
     @property
     def split(self) -> str:
         """The split that the text belongs to, by its hash."""
-        place = int(self.id[-_HASH_DIGITS:], 16) / 16**_HASH_DIGITS  # uniform in [0, 1)
-        for name, share in SPLITS.items():
-            place -= share
-            if place < 0:
-                return name
-        return name  # the shares' rounding error
+        return split_of(self.id)
+
+
+def split_of(document_id: str) -> str:
+    """The split of the document with this id."""
+    place = int(document_id[-_HASH_DIGITS:], 16) / 16**_HASH_DIGITS  # uniform in [0, 1)
+    for name, share in SPLITS.items():
+        place -= share
+        if place < 0:
+            return name
+    return name  # the shares' rounding error
+
+
+def known_split(split: str | None) -> str | None:
+    """The name under which `SPLITS` has a split; None is every document. Raises CorpusError for any other."""
+    wanted = "train" if split == "build" else split
+    if wanted is not None and wanted not in SPLITS:
+        raise CorpusError(f"split {split!r} is not known; choose one of build, {', '.join(SPLITS)} or None")
+    return wanted
 
 
 def load_documents(
@@ -106,9 +121,7 @@ def iter_documents(
 
     A text that occurs twice is given once, if fewer than a million others stand between.
     """
-    wanted = "train" if split == "build" else split
-    if wanted is not None and wanted not in SPLITS:
-        raise CorpusError(f"split {split!r} is not known; choose one of build, {', '.join(SPLITS)} or None")
+    wanted = known_split(split)
     if limit is not None and limit < 1:
         raise CorpusError(f"limit must be at least 1 or None for all documents, not {limit}")
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.batches import Encoded, iter_encode
-from analysis.corpus import iter_documents
+from analysis.corpus import CorpusError, iter_documents, known_split, split_of
+from analysis.prepared import is_prepared, open_prepared
 from models.config import MoEConfig
 
 if TYPE_CHECKING:
@@ -27,7 +30,8 @@ class EncodedCorpus:
     ):
         """
         Args:
-            dataset, split, limit: as in `analysis.corpus.load_documents`.
+            dataset: a prepared folder (`analysis.prepared`), or as in `analysis.corpus.load_documents`.
+            split, limit: as in `analysis.corpus.load_documents`.
             tokenizer, config: as in `analysis.batches.encode`.
         """
         self.request: dict[str, Any] = {"dataset": dataset, "split": split, "limit": limit}
@@ -36,10 +40,33 @@ class EncodedCorpus:
 
     def __iter__(self) -> Iterator[Encoded]:
         """The documents. Raises CorpusError if there are none, or they cannot be read."""
+        prepared = is_prepared(Path(self.request["dataset"]).expanduser())
         documents = tokens = 0
         digest = hashlib.sha256()  # over the ids in their order
-        for document in iter_encode(iter_documents(**self.request), self._tokenizer, self._config):
+        for document in self._prepared() if prepared else self._tokenised():
             documents, tokens = documents + 1, tokens + len(document.ids)
             digest.update(bytes.fromhex(document.id))
             yield document
         self.about = self.request | {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
+
+    def _tokenised(self) -> Iterator[Encoded]:
+        return iter_encode(iter_documents(**self.request), self._tokenizer, self._config)
+
+    def _prepared(self) -> Iterator[Encoded]:
+        folder, split, limit = self.request.values()
+        documents = open_prepared(Path(folder).expanduser(), self._tokenizer)
+        if documents.manifest.max_id >= self._config.vocab_size:
+            raise CorpusError(
+                f"{folder} holds the id {documents.manifest.max_id} but the model's vocab_size is "
+                f"{self._config.vocab_size}; prepare the dataset with this model's tokenizer"
+            )
+        wanted, found = known_split(split), 0
+        fitting = (document for document in documents if wanted in (None, split_of(document.id)))
+        for document in islice(fitting, limit):
+            found += 1
+            yield document
+        if not found:
+            raise CorpusError(
+                f"{folder} holds no document of the split {split}; it was prepared with the split "
+                f"{documents.manifest.request.split or 'all'}: prepare another or choose another --split"
+            )

@@ -22,8 +22,10 @@ How to read the figures of a tier (all of them over tokens and layers that it de
   probabilities are flat and K is large.
 - experts: those that run per token. It counts the work, not the time.
 - unlimited: what the cached tier would decide with no bound on size or age, after the same fast tier. Where it is
-  hardly above the cached share, a larger cache gains nothing. Its entries are the oldest there are, so its agreement is
-  usually the worse one: age makes decisions false.
+  hardly above the cached share, a larger cache gains nothing.
+- false hits by age of the decision: each bucket holds other contexts, not one decision as it ages. Young decisions are
+  repetitions inside a document, old ones mostly of what many documents share, such as the fixed words of a prompt, and
+  these may well be the truer ones. Buckets with few decisions say nothing.
 
 All of it is teacher-forced: the ids are those of the trace, whatever the plans would have done to the text. Generated
 text (phase `decode`) repeats itself more than prose does, and flatters every cache. A look-up sees earlier steps only:
@@ -37,8 +39,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +47,13 @@ import numpy as np
 
 from analysis import trace_import
 from analysis.provenance import hash_json, provenance, write_json
+from analysis.replay_inputs import applicable, table_statistics, with_stand_ins
 from analysis.replay_steps import Sums, run_steps, unlimited_cache
 from analysis.trace import Trace, TraceError
-from analysis.trace_statistics import trace_statistics
-from varjax.config import PRESETS, LayerPolicy, VARConfig
+from varjax.config import PRESETS, VARConfig
 from varjax.routing import CACHED, FAST
-from varjax.stats import RoutingStats
 from varjax.step import TIERS
 from varjax.table import build
-
-MAX_KEYS = 50_000  # of the table
-_MAX_CELLS = 1 << 26  # keys x layers x experts, of the statistics: about 1 GB
 
 
 @dataclass(frozen=True)
@@ -179,70 +176,6 @@ def replay(
     )
 
 
-def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
-    """The config as far as a trace can carry it out, and what had to give way or is judged by less than the whole gate.
-
-    Raises:
-        ValueError: VAR is switched off in the config.
-    """
-    if not config.enable_var:
-        raise ValueError("enable_var is False: every token stays with the router, there is nothing to replay")
-    notes = []
-    if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
-        notes.append("residual rows are left out (residual=False): a trace has no expert outputs")
-        config = _with_policies(config, lambda policy: replace(policy, residual=False))
-    if trace.probs is None:
-        notes.append(
-            "the trace has no probabilities: entropy, confidence, gate-ratio and mass thresholds are lifted, and the "
-            "table ranks experts by how often " + ("and how early " if trace.ranked else "") + "they were chosen"
-        )
-        config = _with_policies(config, lambda policy: replace(policy, entropy_threshold=None, gate_ratio=None))
-        lifted = math.log(trace.num_experts) + 1
-        config = replace(config, entropy_threshold=lifted, confidence_threshold=0.0, mass_threshold=1.0)
-    elif trace.probs_over == "chosen":
-        notes.append(
-            f"probabilities are over the {trace.top_k} chosen experts: entropy is at most ln {trace.top_k} = "
-            f"{math.log(trace.top_k):.2f} nats and confidence at least 1/{trace.top_k}; thresholds pass more than they "
-            "would on the whole gate"
-        )
-    else:
-        notes.append(
-            f"the trace has the {trace.top_k} chosen experts' probabilities: confidence is exact, entropy a lower bound"
-        )
-    if not trace.ranked:
-        notes.append("the experts are not ranked: there is no agreement, and no false hit, only recall")
-    return config, notes
-
-
-def with_stand_ins(trace: Trace) -> Trace:
-    """The trace, with probabilities where it has none: falling evenly with the rank, or equal where there is no rank."""
-    if trace.probs is not None:
-        return trace
-    weight = np.arange(trace.top_k, 0, -1) if trace.ranked else np.ones(trace.top_k)
-    probs = np.broadcast_to((weight / weight.sum()).astype(np.float32), trace.experts.shape)
-    return replace(trace, probs=probs, probs_over="chosen", ranked=True)
-
-
-def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, list[str]]:
-    """The statistics that `config`'s table needs, and what is to be said about them."""
-    policies = [policy for policy in map(config.policy, range(trace.num_layers)) if policy is not None]
-    orders = sorted({order for policy in policies for order in policy.orders}) or [1]
-    least = min((policy.frequency_threshold or 1 for policy in policies), default=1)
-    max_keys = min(MAX_KEYS, _MAX_CELLS // (trace.num_layers * trace.num_experts))
-    stats = trace_statistics(trace, orders, least, max_keys)
-    if len(stats.keys) == max_keys:
-        return stats, [f"the table holds the {max_keys:,} most frequent keys only"]
-    if len(stats.keys) == 0:  # a table needs a row; this one is not frequent enough for any layer
-        note = f"no context occurs {least} times in the documents that build the table: the fast tier is empty"
-        return trace_statistics(trace, orders, 1, 1), [note]
-    return stats, []
-
-
-def _with_policies(config: VARConfig, change: Callable[[LayerPolicy], LayerPolicy]) -> VARConfig:
-    changed = {layer: policy and change(policy) for layer, policy in dict(config.layers).items()}
-    return replace(config, default=config.default and change(config.default), layers=changed)
-
-
 def _age_edges(step: int, horizon: float) -> np.ndarray:
     """int64 [A]: 0, one step, and its doubles up to the tokens that an entry can live."""
     edges = [0, step]
@@ -255,13 +188,16 @@ def _ratio(part: Any, whole: Any) -> float | None:
     return float(part) / float(whole) if whole else None
 
 
+_COLUMNS = ("agreement", "recall", "kept", "mass")
+
+
 def report(found: Replay) -> str:
     """The figures as a table to print; how to read them is said at the top of this module."""
     lines = [
         f"{found.origin.get('model', 'a trace')}: {found.tokens:,} tokens of {found.documents:,} documents, table of "
         f"{found.keys:,} keys from {found.build_tokens:,} tokens of {found.build_documents:,} others",
         f"steps of {found.step} tokens, {found.seconds_per_token:g} s per token; chance recall "
-        f"{found.top_k / found.num_experts:.0%}",
+        f"{found.top_k / found.num_experts:.1%}",
         *(f"note: {note}" for note in found.notes),
         "",
         f"{'':7}{'fast':^40}{'cached':^40}{'':9}{'':9}{'unlimited cache':^16}",
@@ -274,12 +210,17 @@ def report(found: Replay) -> str:
         cells = [
             value
             for tier in TIERS[:2]
-            for value in (rates["shares"][tier], *(rates[tier][name] for name in ("agreement", "recall", "kept", "mass")))
+            for value in (
+                rates["shares"][tier],
+                *(rates[tier][name] for name in ("agreement", "recall", "kept", "mass")),
+            )
         ]
         lines.append(
             f"{row:>7}{''.join(map(_percent, cells))}{rates['shares']['learned']:>9.1%}"
             f"{rates['experts_per_token']:>9.2f}{''.join(map(_percent, rates['unlimited_cache'].values()))}"
         )
+    if not found.sums.aged.any():
+        return "\n".join(lines)
     lines += ["", f"{'age of a cached decision':>27}{'decisions':>12}{'false hits':>12}"]
     for bucket in found.rates()["false_hits_by_age"]:
         tokens = bucket["from_tokens"]
@@ -304,7 +245,8 @@ def main() -> None:
     from analysis.replay_figures import false_hits_by_age, tiers_by_layer
 
     parser = argparse.ArgumentParser(
-        description="Replay a VARConfig against a routing trace.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Replay a VARConfig against a routing trace.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--trace", type=Path, required=True, help="a trace file, or a foreign .npz (trace_import)")
     which = parser.add_mutually_exclusive_group()

@@ -53,7 +53,7 @@ def tiers_by_layer(found: Replay) -> Figure:
 
 
 def false_hits_by_age(found: Replay) -> Figure:
-    """False hits of the cached tier by the age of the decision, in each layer. Blank: fewer than 20 decisions."""
+    """False hits of the cached tier by the age of the decision, in each layer. Hatched: fewer than 20 decisions."""
     decisions = found.sums.aged
     enough = (decisions >= 20) & found.ranked
     rate = np.where(enough, 1 - found.sums.aged_agreements / np.maximum(decisions, 1), np.nan)
@@ -62,6 +62,7 @@ def false_hits_by_age(found: Replay) -> Figure:
     image = axis.imshow(rate, cmap="Greys", vmin=0, vmax=top, aspect="auto", origin="lower")
     figure.colorbar(image, ax=axis, label="false hits", format=PercentFormatter(1))
     edges = [f"{edge:,}" for edge in found.age_edges]
+    axis.patch.set(hatch="xxx", edgecolor="0.8")  # shows where there is nothing
     axis.set_xticks(range(len(edges)), edges, rotation=45, ha="right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     unit = f"age of the decision, from [tokens of {found.seconds_per_token:g} s]"
@@ -71,4 +72,4 @@ def false_hits_by_age(found: Replay) -> Figure:
 
 def _caption(found: Replay) -> str:
     name = found.origin.get("model", "a trace")
-    return f"Replay on {name} — {found.tokens:,} tokens of {found.documents:,} documents"
+    return f"Replay on {name}\n{found.tokens:,} tokens of {found.documents:,} documents"

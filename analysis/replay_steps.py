@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import jax
@@ -106,6 +107,7 @@ def unlimited_cache(trace: Trace, fast: np.ndarray, config: VARConfig, step: int
         fast: bool [N, L], what the fast tier decides, and the cached tier does not.
         step: tokens per step.
     """
+    assert trace.probs is not None
     layers = np.array([config.caches(layer) for layer in range(trace.num_layers)])
     code, first = trace.contexts(config.context_window_size), trace.experts[..., 0]
     open_ = ~fast & layers & (code >= 0)[:, None]
@@ -113,7 +115,7 @@ def unlimited_cache(trace: Trace, fast: np.ndarray, config: VARConfig, step: int
     source = np.full((int(code.max(initial=-1)) + 1, trace.num_layers), -1, np.int32)  # the token that decided
     decisions, agreements = np.zeros((2, trace.num_layers), np.int64)
     starts = np.append(np.flatnonzero(_places(trace, step)[1] == 0), len(code))
-    for begin, end in zip(starts[:-1], starts[1:], strict=True) if layers.any() and len(source) else ():
+    for begin, end in pairwise(starts) if layers.any() and len(source) else ():
         here, ours = slice(begin, end), code[begin:end]
         held = source[ours]  # where there is no context, of no meaning
         hit = open_[here] & (held >= 0)

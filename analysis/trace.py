@@ -232,7 +232,15 @@ def _header(schema: pa.Schema) -> dict[str, Any]:
         raise TraceError(f"metadata ranked is {header.get('ranked')!r}, expected true or false")
     if header.get("probs_over", "") not in ("all", "chosen", None):
         raise TraceError(f"metadata probs_over is {header.get('probs_over')!r}, expected 'all', 'chosen' or null")
-    columns = {"document", "group", "position", "token_id", "token_str", "experts", *["probs"] * bool(header["probs_over"])}
+    columns = {
+        "document",
+        "group",
+        "position",
+        "token_id",
+        "token_str",
+        "experts",
+        *["probs"] * bool(header["probs_over"]),
+    }
     missing = sorted(columns - set(schema.names))
     if missing:
         raise TraceError(f"no column {', '.join(missing)}")

@@ -20,13 +20,13 @@ The foreign form is two files of one name, to be imitated by whoever has a route
 |---|---|
 | `num_layers`, `num_experts`, `top_k` | L, E, K |
 | `ranked` | optional, without `probs`: whether the experts stand best first; false if not said |
-| `probs_over` | optional: `"all"`, softmax over all E experts, or `"chosen"`, over the K; if not said, `"chosen"` where all \
-sums over K are 1 to within 0.01, else `"all"` |
+| `probs_over` | optional: `"all"`, softmax over all E experts, or `"chosen"`, over the K; else found out (below) |
 | `document_group` | optional, D strings: the domain of each document; else all are of one group, NAME |
 | `document_id` | optional, D different strings; else the document's number |
 | `token_strings` | optional, a list of strings |
 | `model`, `revision`, `dtype`, `tokenizer`, `phase` | optional, where the trace comes from |
 
+Probabilities are taken to be over the chosen where all their sums over K are 1 to within 0.01, else over all experts.
 Experts come out best first where there are probabilities. Tokens may come in any order of documents, and of positions
 where these are given. Object arrays would need pickle and are refused.
 """

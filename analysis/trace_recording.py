@@ -3,8 +3,8 @@
 Letters: B sequences, T positions, L layers, E experts, K experts per token.
 
 What is written is the learned router's own choice: its K experts, best first, with their probabilities in the softmax
-over all E experts, not divided by their sum. Special tokens (begin, end, padding) route but are not written, as they are
-not counted in statistics; the positions of the others keep the gap. A document longer than `max_length` is read in
+over all E experts, not divided by their sum. Special tokens (begin, end, padding) route but are not written, as they
+are not counted in statistics; the positions of the others keep the gap. A document longer than `max_length` is read in
 windows without a past, while its positions in the trace go on.
 """
 
@@ -158,7 +158,7 @@ def _parts(documents: Iterable[Encoded]) -> Iterator[list[Encoded]]:
 def _read(
     model: Model, part: list[Encoded], batch_size: int, max_length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Experts int16 and probabilities float32 [N, L, K] and bool [N], all finite, for the tokens of documents in a row."""
+    """Experts int16, probabilities float32 [N, L, K] and whether all are finite, bool [N], of documents in a row."""
     # Each window goes in as a document of its own: batches come by length, and this says where a row belongs.
     pieces = [
         dataclasses.replace(document, ids=document.ids[start : start + max_length])

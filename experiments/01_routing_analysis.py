@@ -94,7 +94,9 @@ def collect(args: argparse.Namespace) -> None:
         stats = merge_files([folder / STATS for folder in folders], args.output / STATS, about)
     if args.trace_tokens:
         reading = {"batch_size": args.batch_size, "max_length": args.max_length}
-        record(model, corpus, args.output / TRACE, max_tokens=args.trace_tokens, **reading)
+        unsound = record(model, corpus, args.output / TRACE, max_tokens=args.trace_tokens, **reading)
+        if unsound:
+            print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
     print_keys(keys, settings)
     present(args.output, stats)
 

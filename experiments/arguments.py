@@ -26,7 +26,8 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     made.add_argument(
         "--dataset",
         default="embedded",
-        help="'embedded', a .txt, .jsonl or .parquet file, a directory of such, or a datasets name[:config[:split]]",
+        help="'embedded', a .txt, .jsonl or .parquet file, a directory of such or of prepare_datasets.py, "
+        "or a datasets name[:config[:split]]",
     )
     made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")
     made.add_argument("--output", type=Path, default=Path(default_output), help="file or directory to write")

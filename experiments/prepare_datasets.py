@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from analysis.corpus import SPLITS, CorpusError, iter_documents
 from analysis.preparation import prepare
@@ -16,6 +17,9 @@ from analysis.prepared import Manifest, Request, is_prepared, read_manifest
 from experiments.arguments import run
 from models.model import REFERENCE
 from models.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DATASETS = {
     "c4": "allenai/c4:en",
@@ -67,20 +71,39 @@ def main() -> None:
     folders = {name: args.output / folder_name(name, split) for name in dict.fromkeys(args.dataset)}
     if len(set(folders.values())) < len(folders):
         raise CorpusError(f"two of {', '.join(folders)} would get the same folder; prepare them with another --output")
-    for name, folder in folders.items():
-        request = Request(full_name(name), split, args.num_samples, args.max_tokens)
-        if is_prepared(folder) and not args.overwrite:
-            manifest = read_manifest(folder)
-            if not manifest.answers(request, tokenizer):
-                raise CorpusError(
-                    f"{folder} holds another request's or another tokenizer's documents ({manifest.request}); "
-                    "choose another --output, or replace them with --overwrite"
-                )
-            print(f"{folder} was made for this on {manifest.provenance['time_utc']}: left as it is (--overwrite)")
-        else:
+    requests = {
+        folder: Request(full_name(name), split, args.num_samples, args.max_tokens) for name, folder in folders.items()
+    }
+    # What is in the way is said before the first dataset takes its hours.
+    there = (
+        {} if args.overwrite else {folder: already(folder, request, tokenizer) for folder, request in requests.items()}
+    )
+    for folder, request in requests.items():
+        manifest = there.get(folder)
+        if manifest is None:
             documents = iter_documents(request.dataset, split=split, limit=request.num_samples)
             manifest = prepare(documents, tokenizer, folder, request, overwrite=args.overwrite)
-        print(summary(manifest, folder))
+            print(f"{folder}: written")
+        else:
+            print(f"{folder}: made on {manifest.provenance['time_utc']} for this, left as it is (see --overwrite)")
+        print(summary(manifest))
+
+
+def already(folder: Path, request: Request, tokenizer: PreTrainedTokenizerBase) -> Manifest | None:
+    """What is there, if it is what is asked for; None if nothing is there.
+
+    Raises:
+        CorpusError: something else is there.
+    """
+    if not is_prepared(folder):
+        return None
+    manifest = read_manifest(folder)
+    if not manifest.answers(request, tokenizer):
+        raise CorpusError(
+            f"{folder} holds what another request or another tokenizer gave ({manifest.request}); choose another "
+            "--output, or replace it with --overwrite"
+        )
+    return manifest
 
 
 def full_name(dataset: str) -> str:
@@ -96,13 +119,12 @@ def folder_name(dataset: str, split: str | None) -> str:
     return re.sub(r"[^\w.-]+", "-", name) + (f"-{split}" if split else "")
 
 
-def summary(manifest: Manifest, folder: Path) -> str:
+def summary(manifest: Manifest) -> str:
     return (
-        f"{manifest.request.dataset}, split {manifest.request.split or 'all'}\n"
+        f"  dataset      {manifest.request.dataset}, split {manifest.request.split or 'all'}\n"
         f"  documents    {manifest.documents:,} ({manifest.left_out:,} more had no two tokens)\n"
         f"  tokens       {manifest.tokens:,} ({manifest.min_length:,} to {manifest.max_length:,} a document)\n"
-        f"  bytes/token  {manifest.bytes / manifest.tokens:.2f}\n"
-        f"  written to   {folder}"
+        f"  bytes/token  {manifest.bytes / manifest.tokens:.2f}"
     )
 
 

@@ -109,7 +109,7 @@ BAD_ARRAYS = {
     r"array position has shape \[39\]": lambda v: v | {"position": v["position"][1:]},
     r"array token has shape \[40, 1\]": lambda v: v | {"token": v["token"][:, None]},
     "array document holds -1": lambda v: v | {"document": v["document"] - 1},
-    r"experts has shape \[40, 1, 3\], expected \[40, 2, 3\] by log\.json": lambda v: v | {"experts": v["experts"][:, :1]},
+    r"experts has shape \[40, 1, 3\], expected \[40, 2, 3\]": lambda v: v | {"experts": v["experts"][:, :1]},
     r"probs has shape \[40, 2, 2\]": lambda v: v | {"probs": v["probs"][..., :2]},
     "experts holds 9, expected 0 to 7": lambda v: v | {"experts": v["experts"] + np.uint8(2)},
     "no probability": lambda v: v | {"probs": v["probs"] - np.float16(0.5)},
