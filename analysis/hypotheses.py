@@ -143,7 +143,7 @@ def frequency_entropy(stats: RoutingStats) -> Correlation:
         if not reason:
             rho[layer] = np.clip(np.corrcoef(rankdata(frequency), rankdata(entropy))[0, 1], -1, 1)
             freedom = len(used) - 2
-            t = np.abs(rho[layer]) * np.sqrt(freedom / max(1 - rho[layer] ** 2, np.finfo(float).tiny))
+            t = np.abs(rho[layer]) * np.sqrt(freedom / max(1 - rho[layer] ** 2, 1e-15))
             p[layer] = 2 * stdtr(freedom, -t)
     keys = np.array([len(used) for used, _ in rows])
     inside = np.clip(rho, -1 + 1e-12, 1 - 1e-12)
@@ -210,7 +210,7 @@ def coverage(stats: RoutingStats) -> Coverage:
 
     # Tokens at ids that are no key are counted as ids of their own, seen once.
     squares = np.square(known.astype(np.float64)).sum(axis=1) + whole - known.sum(axis=1)
-    effective = np.square(whole) / np.maximum(squares, 1)
+    effective = np.maximum(np.square(whole) / np.maximum(squares, 1), 1)
     keys, left_out = np.array([len(used) for used, _ in rows]), tuple(out for _, out in rows)
     presets = {}
     for name, preset in PRESETS.items():

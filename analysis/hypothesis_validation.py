@@ -161,7 +161,7 @@ def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
     if found.coverage.presets["balanced"].testable.any():
         yield "fast_path_coverage", routing_figures.fast_path_coverage(found.coverage, stats)
     if found.trace is not None:
-        yield from trace_figures.draw(found.trace).items()
+        yield from trace_figures.draw(found.trace)
 
 
 def open_source(path: Path) -> Source:
@@ -206,7 +206,10 @@ def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, An
         save(figure, folder, name)
     with replacing(folder / "hypotheses.txt") as temporary:
         temporary.write_text(text(said), encoding="utf-8")
-    write_json(folder / "hypotheses.json", {**fields(said), "trace_measures": found.trace, "provenance": about})
+    saved = {**fields(said), "provenance": about}
+    if found.trace is not None and not isinstance(found.trace.load, str):
+        saved["expert_load"] = found.trace.load.share  # of every expert: too wide for a table
+    write_json(folder / "hypotheses.json", saved)
     write_html(folder / "hypotheses.html", said, folder)
 
 

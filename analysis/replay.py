@@ -55,6 +55,8 @@ from varjax.routing import CACHED, FAST
 from varjax.step import TIERS
 from varjax.table import build
 
+_COLUMNS = ("agreement", "recall", "kept", "mass")  # of a planned tier in the report
+
 
 @dataclass(frozen=True)
 class Replay:
@@ -186,9 +188,6 @@ def _age_edges(step: int, horizon: float) -> np.ndarray:
 
 def _ratio(part: Any, whole: Any) -> float | None:
     return float(part) / float(whole) if whole else None
-
-
-_COLUMNS = ("agreement", "recall", "kept", "mass")
 
 
 def report(found: Replay) -> str:

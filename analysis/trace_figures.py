@@ -5,7 +5,7 @@ Letters: L layers, O context orders, E experts. Every figure says how many token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,6 +19,22 @@ from analysis.figures import heat_map
 from analysis.predictability import Predictability
 from analysis.repetition import Repetition
 from analysis.resampling import Measure
+from analysis.trace_findings import TraceFindings
+
+
+def draw(found: TraceFindings) -> Iterator[tuple[str, Figure]]:
+    """The name and the figure of everything that was found, one after the other."""
+    size = f"{found.tokens:,} tokens, {found.documents:,} documents"
+    if not isinstance(found.predictability, str):
+        yield "predictability", predictability_by_layer(found.predictability)
+    if not isinstance(found.choice_entropy, str):
+        yield "choice_entropy", choice_entropy_by_layer(found.choice_entropy)
+    if not isinstance(found.repetition, str):
+        yield "repetition", repetition_by_layer(found.repetition, size)
+    if not isinstance(found.load, str):
+        yield "expert_load", expert_load(found.load)
+    if not isinstance(found.co_activation, str):
+        yield "co_activation", co_activation_ratios(found.co_activation, size)
 
 
 def predictability_by_layer(found: Predictability) -> Figure:
@@ -61,8 +77,8 @@ def choice_entropy_by_layer(found: ChoiceEntropy) -> Figure:
     return figure
 
 
-def repetition_by_layer(found: Repetition) -> Figure:
-    """A panel per kind of repetition."""
+def repetition_by_layer(found: Repetition, size: str) -> Figure:
+    """A panel per kind of repetition; `size` says how many tokens and documents."""
     figure, axes = _grid(1, len(found.measures))
     for axis, (name, measure) in zip(axes.flat, found.measures.items(), strict=True):
         against_null(axis, measure, 0)
@@ -72,8 +88,8 @@ def repetition_by_layer(found: Repetition) -> Figure:
     figure.supxlabel("layer")
     axes[0, 0].set_ylabel("share of consecutive pairs")
     figure.suptitle(
-        f"Repetition — {found.pairs:,} pairs\ndots: observed; dashed and grey: shuffled within documents; dotted: "
-        "uniform"
+        f"Repetition — {found.pairs:,} pairs; {size}\n"
+        "dots: observed; dashed and grey: shuffled within documents; dotted: uniform"
     )
     figure.tight_layout()
     return figure
@@ -93,10 +109,11 @@ def expert_load(found: Load) -> Figure:
     return figure
 
 
-def co_activation_ratios(found: CoActivation, layers: int = 4) -> Figure:
+def co_activation_ratios(found: CoActivation, size: str, layers: int = 4) -> Figure:
     """How much more often than by load two experts are chosen together, in layers spread over the depth.
 
     Args:
+        size: how many tokens and documents, for the caption.
         layers: how many panels at most.
     """
     shown = np.unique(np.linspace(0, len(found.share) - 1, layers).round().astype(int))
@@ -110,7 +127,7 @@ def co_activation_ratios(found: CoActivation, layers: int = 4) -> Figure:
             ticks.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("expert")
     figure.colorbar(image, ax=list(axes.flat), label="log2(share / expected)", extend="both")
-    figure.suptitle("Co-activation of experts", y=1.02)
+    figure.suptitle(f"Co-activation of experts — {size}", y=1.04)
     return figure
 
 
@@ -130,15 +147,3 @@ def against_null(axis: Any, measure: Measure, row: int) -> None:
 def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     size = (max(3.2 * columns, 5.5), 2.2 * rows + 1.0)
     return plt.subplots(rows, columns, figsize=size, sharex=True, sharey="row", squeeze=False)
-
-
-def draw(found: Any) -> dict[str, Figure]:
-    """Every figure of `analysis.trace_findings.TraceFindings` that was found, by the name of its file."""
-    makers: Sequence[tuple[str, str, Any]] = (
-        ("predictability", "predictability", predictability_by_layer),
-        ("choice_entropy", "choice_entropy", choice_entropy_by_layer),
-        ("repetition", "repetition", repetition_by_layer),
-        ("expert_load", "load", expert_load),
-        ("co_activation", "co_activation", co_activation_ratios),
-    )
-    return {name: make(getattr(found, of)) for name, of, make in makers if not isinstance(getattr(found, of), str)}

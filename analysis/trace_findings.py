@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
+
 from analysis.choice_entropy import ChoiceEntropy, conditional_entropy
 from analysis.co_activation import CoActivation, co_activation
 from analysis.expert_load import Load, load
@@ -44,6 +46,8 @@ class Settings:
 class TraceFindings:
     """What a trace says; a text in place of a finding is why it cannot be had."""
 
+    tokens: int
+    documents: int
     predictability: Predictability | str
     choice_entropy: ChoiceEntropy | str
     repetition: Repetition | str
@@ -61,6 +65,8 @@ def examine_trace(trace: Trace, settings: Settings, progress: bool = False) -> T
     permuted = drawn | {"permutations": settings.permutations, "progress": progress}
     by_key = permuted | {"min_count": settings.min_count}
     return TraceFindings(
+        tokens=len(trace.token_id),
+        documents=len(np.unique(trace.document)),
         predictability=_or_why(lambda: predictability(trace, settings.orders, **by_key)),
         choice_entropy=_or_why(lambda: conditional_entropy(trace, settings.orders, **by_key)),
         repetition=_or_why(lambda: repetition(trace, **permuted)),

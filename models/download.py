@@ -93,8 +93,8 @@ def check_disk(remote: Remote, directory: Path) -> int:
 def download(remote: Remote, directory: Path, progress: bool = True) -> Verified:
     """Fetch a checkpoint into `directory`, which appears when it is whole; take up what an earlier call has fetched.
 
-    A directory that already holds the checkpoint is only verified. One that lacks some of its files is completed. One
-    with files of those names and other contents is refused, and nothing in it is touched.
+    A directory that already holds the checkpoint is only verified. One that lacks some of its files is completed, and
+    has the hidden name meanwhile. One with other files is refused, and nothing in it is touched.
 
     Raises:
         DownloadError: the network, the repository, the disk or a damaged file; what is whole is kept for the next call.
@@ -125,7 +125,8 @@ def _take_up(remote: Remote, target: Path, partial: Path, progress: bool) -> Non
         target.rmdir()
         return
     present = [file for file in remote.files if (target / file.name).is_file()]
-    if not present:
+    strangers = {path.name for path in target.glob("*.safetensors")} - {file.name for file in remote.files}
+    if strangers or not present:
         raise DownloadError(f"{target} holds other files; choose a directory of its own for {remote.repo} (--output)")
     if damaged := damage(target, present, progress):
         raise DownloadError(

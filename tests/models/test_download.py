@@ -1,4 +1,4 @@
-"""Fetching and verifying checkpoints: a stubbed hub on a local folder; each kind of damage named; whole or not there."""
+"""Fetching and verifying checkpoints: a stubbed hub on a local folder; each damage named; whole or not there."""
 
 import hashlib
 import json
@@ -127,7 +127,8 @@ def spoil_header(folder) -> None:
 
 
 def move_a_tensor(index) -> None:
-    index["weight_map"]["model.norm.weight"] = "model-00001-of-00004.safetensors"
+    places = index["weight_map"]
+    (places["model.norm.weight"],) = {places["model.embed_tokens.weight"]} - {places["model.norm.weight"]}
 
 
 def change_a_shape(folder) -> None:
@@ -148,7 +149,10 @@ FAULTS = {
     "lengthened": (lengthen, ["model-00002-of", "its header says"]),
     "header": (spoil_header, ["model-00002-of", "truncated or not safetensors"]),
     "shard-missing": (lambda d: shards(d)[1].unlink(), ["missing: model-00002-of", "fetch"]),
-    "elsewhere": (edit_index(lambda i: move_a_tensor(i)), [INDEX, "model.norm.weight is in", "00001-of-00004"]),
+    "elsewhere": (
+        edit_index(move_a_tensor),
+        [INDEX, "model.norm.weight is in model-", "the index says model-00001-of"],
+    ),
     "not-named": (
         edit_index(lambda i: i["weight_map"].pop("model.norm.weight")),
         [INDEX, "model.norm.weight is in", "the index says nothing of it"],
@@ -270,12 +274,15 @@ def test_other_peoples_directories_are_left_alone(hub, tmp_path, model_directory
     remote = look_up("owner/name")
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "notes.txt").write_text("mine")
-    shutil.copytree(model_directory, tmp_path / "another")
+    shutil.copytree(model_directory, tmp_path / "same_config")
+    shutil.copytree(hub.folder, tmp_path / "same_names")
+    flip(shards(tmp_path / "same_names")[0])
     (tmp_path / "file").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in (
         ("notes", "holds other files"),
-        ("another", r"is not owner/name at commit 0123456789ab: .*choose another --output"),
+        ("same_config", "holds other files"),
+        ("same_names", r"is not owner/name at commit 0123456789ab: .*choose another --output"),
         ("file", "is a file"),
     ):
         with pytest.raises(DownloadError, match=message):

@@ -1,0 +1,245 @@
+"""The validation as a command and as a library: own files, files of others, traces, and what is wrong with them."""
+
+import json
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from analysis import hypothesis_validation, trace
+from analysis.hypothesis_validation import examine, main, open_source, report, trace_source, validate
+from analysis.report import Report, text
+from analysis.trace import Trace
+from analysis.trace_findings import Settings
+from varjax import statsfile
+
+OPTIONS = ("--permutations", "19", "--samples", "20", "--min_count", "3", "--orders", "1", "2")
+SETTINGS = Settings(orders=(1, 2), min_count=3, permutations=19, samples=20)
+
+
+def small_trace(tokens=1200, layers=2, probs=True, seed=0) -> Trace:
+    """30 documents over 40 ids; in layer 0 the id names its expert nine times of ten, elsewhere nothing does."""
+    rng = np.random.default_rng(seed)
+    ids = np.minimum(rng.geometric(0.08, tokens) - 1, 39)
+    rest = np.argsort(rng.random((tokens, layers, 4)), axis=-1)
+    own = np.where(rng.random(tokens) < 0.9, ids % 4, rest[:, 0, 0])
+    rest[:, 0] = np.where(rest[:, 0] == own[:, None], rest[:, 0, :1], rest[:, 0])
+    rest[:, 0, 0] = own
+    first = rng.uniform(0.5, 1, (tokens, layers))
+    return Trace(
+        token_id=ids.astype(np.int32),
+        document=np.repeat(np.arange(30), tokens // 30).astype(np.int32),
+        position=np.tile(np.arange(tokens // 30), 30).astype(np.int32),
+        experts=rest[..., :2].astype(np.int16),
+        probs=np.stack([first, 1 - first], axis=-1).astype(np.float32) if probs else None,
+        document_ids=tuple(f"document {i}" for i in range(30)),
+        groups=("g",) * 30,
+        num_experts=4,
+        probs_over="chosen" if probs else None,
+        token_strings={0: " the\n", 1: "<b>"},
+        origin={"model": "tiny"},
+    )
+
+
+def verdicts(said: Report) -> dict[str, str]:
+    return {section.name: section.verdict for section in said.sections}
+
+
+@pytest.fixture(scope="module")
+def trace_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "some_trace.parquet"
+    trace.write(path, small_trace())
+    return path
+
+
+@pytest.fixture
+def own_file(tmp_path) -> Path:
+    """Statistics of the small trace in the format of this project."""
+    source = trace_source(small_trace())
+    statsfile.write(tmp_path / "in" / "routing_stats.parquet", source.stats, {"model": "tiny"}, source.strings)
+    return tmp_path / "in" / "routing_stats.parquet"
+
+
+@pytest.fixture
+def others_file(tmp_path) -> Path:
+    """The single-layer layout: no layer, no experts but the commonest; two ids with NaN, one of them frequent."""
+    rng = np.random.default_rng(1)
+    frequency = np.sort(rng.geometric(0.01, 60))[::-1] + 1
+    entropy = np.clip(1.4 - 0.15 * np.log(frequency) + rng.normal(0, 0.02, 60), 0, None)
+    entropy[[0, 5]] = np.nan
+    table = {
+        "token_id": np.arange(100, 160),
+        "token_str": [f"t{i}" for i in range(60)],
+        "frequency": frequency,
+        "mean_entropy": entropy,
+        "std_entropy": np.full(60, 0.1),
+        "mean_confidence": np.full(60, 0.5),
+        "std_confidence": np.full(60, 0.1),
+        "routing_consistency": np.where(np.isnan(entropy), np.nan, 0.7),
+        "top_expert": rng.integers(0, 8, 60),
+        "min_entropy": np.zeros(60),
+        "max_entropy": np.full(60, 2.0),
+    }
+    pq.write_table(pa.table(table), tmp_path / "single_layer.parquet")
+    return tmp_path / "single_layer.parquet"
+
+
+def test_the_command_writes_and_prints_everything(trace_file, tmp_path, capsys):
+    main(["--input", str(trace_file), "--output", str(tmp_path), *OPTIONS])
+    figures = {"frequency_entropy", "entropy_distribution", "routing_consistency", "token_experts"}
+    figures |= {"fast_path_coverage", "predictability", "choice_entropy", "repetition", "expert_load", "co_activation"}
+    expected = {f"{name}.{kind}" for name in figures for kind in ("png", "pdf")}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == expected | {f"hypotheses.{kind}" for kind in ("txt", "json", "html")}
+
+    said = (tmp_path / "hypotheses.txt").read_text()
+    assert said in capsys.readouterr().out
+    assert "of 2 layers" in said and "Holm" in said and "ln 2" in said and "chosen experts only" in said
+    saved = json.loads((tmp_path / "hypotheses.json").read_text())
+    assert saved["provenance"]["files"]["input"]["path"] == str(trace_file)
+    assert len(saved["provenance"]["files"]["input"]["sha256"]) == 64
+    assert saved["provenance"]["settings"]["orders"] == [1, 2]
+    rows = saved["sections"]["predictability"]["tables"][1]["rows"]
+    assert [row["verdict"] for row in rows] == ["PASS", "FAIL"]  # only layer 0 follows the ids
+    assert saved["sections"]["predictability"]["verdict"] == "FAIL"
+    assert np.shape(saved["expert_load"]["value"]) == (4, 2)
+    page = (tmp_path / "hypotheses.html").read_text()
+    assert page.count("<img") == len(figures) and "http" not in page
+
+
+def test_statistics_alone_need_a_trace_for_the_rest(own_file, tmp_path, capsys):
+    main(["--input", str(own_file), "--output", str(tmp_path / "out")])
+    saved = json.loads((tmp_path / "out" / "hypotheses.json").read_text())["sections"]
+    for name in ("predictability", "choice_entropy", "repetition", "load", "co_activation"):
+        assert saved[name]["verdict"] == "not measured" and "needs a trace" in saved[name]["outcome"]
+    assert saved["paired"]["verdict"] == "not measured"
+    assert saved["consistency"]["verdict"] == "reported"
+
+
+def test_a_trace_beside_the_statistics_is_used(own_file, trace_file, tmp_path):
+    (own_file.parent / hypothesis_validation.TRACE_FILE).write_bytes(trace_file.read_bytes())
+    main(["--input", str(own_file), "--output", str(tmp_path / "out"), *OPTIONS])
+    saved = json.loads((tmp_path / "out" / "hypotheses.json").read_text())
+    assert saved["sections"]["predictability"]["verdict"] == "FAIL"
+    assert set(saved["provenance"]["files"]) == {"input", "trace"}
+
+
+def test_statistics_and_a_trace_give_the_same_tests(own_file):
+    from_file = open_source(own_file)
+    from_trace = trace_source(small_trace())
+    one, other = (validate(source.stats, source.meta, strings=source.strings) for source in (from_file, from_trace))
+    for name in ("zipf", "consistency"):
+        mine, theirs = ([s for s in r.sections if s.name == name][0] for r in (one, other))
+        assert mine.outcome == theirs.outcome
+
+
+def test_a_file_of_others_with_nan(others_file, tmp_path):
+    source = open_source(others_file)
+    assert source.meta["rows_with_nan"] == 2
+    found = examine(source.stats, source.meta, strings=source.strings)
+    said = text(report(found))
+    assert "rows with NaN" in said and "'t0' (id 100), 't5' (id 105)" in said
+    assert "0 of 1 layers" in said or "1 of 1 layers" in said
+    assert "estimated" in said and "not in the file" in said
+    assert verdicts(report(found))["frequency_entropy"] == "PASS"  # planted
+    assert found.correlation.rho.keys[0] == found.consistency.keys[0, 0] == 58
+    main(["--input", str(others_file), "--output", str(tmp_path / "out")])
+
+
+def test_two_runs(own_file, tmp_path):
+    source = open_source(own_file)
+    entropy = source.stats.entropy
+    moved = replace(
+        source.stats, entropy=replace(entropy, mean=entropy.mean + np.linspace(0.05, 0.1, 40)[: len(source.stats.keys)])
+    )
+    second = tmp_path / "second.parquet"
+    statsfile.write(second, moved, {})
+    main(["--input", str(own_file), "--output", str(tmp_path / "out"), "--compare", str(second)])
+    paired = json.loads((tmp_path / "out" / "hypotheses.json").read_text())["sections"]["paired"]
+    assert paired["verdict"] == "reported"
+    assert "entropy 2 of 2, confidence 0 of 2, consistency 0 of 2" in paired["outcome"]
+    assert str(second) in paired["words"][0]
+
+
+def test_a_trace_without_probabilities_is_not_testable_where_it_needs_them():
+    source = trace_source(small_trace(probs=False))
+    said = report(examine(source.stats, source.meta, trace=source.trace, settings=SETTINGS))
+    found = verdicts(said)
+    assert [found[name] for name in ("frequency_entropy", "entropy", "coverage")] == ["not testable"] * 3
+    assert found["consistency"] == found["repetition"] == "reported" and found["predictability"] == "FAIL"
+    assert "0 of 40 token ids with a known entropy" in text(said)
+
+
+def test_what_a_trace_cannot_answer_is_said():
+    one = small_trace()
+    alone = replace(one.of(np.arange(30) == 0), document_ids=one.document_ids)
+    source = trace_source(alone)
+    said = report(examine(source.stats, source.meta, trace=alone, settings=SETTINGS))
+    section = next(section for section in said.sections if section.name == "predictability")
+    assert section.verdict == "not testable" and "one side of the split" in section.outcome
+
+
+def test_without_permutations_nothing_is_above_a_band():
+    source = trace_source(small_trace())
+    settings = Settings(orders=(1,), min_count=3, permutations=0, samples=20)
+    found = examine(source.stats, source.meta, trace=source.trace, settings=settings)
+    said = report(found)
+    assert verdicts(said)["predictability"] == "reported" and "no permutations" in text(said)
+    for _, figure in hypothesis_validation.draw(found):
+        plt.close(figure)
+
+
+def test_no_rows_at_all(tmp_path):
+    source = trace_source(small_trace().of(np.zeros(30, bool)))
+    found = examine(source.stats, source.meta)
+    assert set(verdicts(report(found)).values()) == {"not testable", "not measured"}
+    assert list(hypothesis_validation.draw(found)) == []
+
+
+def test_criteria_pass_only_if_every_testable_layer_does():
+    source = trace_source(small_trace(layers=3))
+    stats = source.stats
+    count = stats.count.copy()
+    count[2] = 0  # a layer that was not collected
+    mean = stats.entropy.mean.copy()
+    mean[0], mean[1] = 0.1, 0.1
+    sure = replace(stats, count=count, entropy=replace(stats.entropy, mean=mean))
+    section = next(s for s in validate(sure, {}).sections if s.name == "entropy")
+    assert section.verdict == "PASS" and section.outcome.endswith("2 of 3 layers (1 not testable)")
+    mean[1] = 1.0
+    section = next(s for s in validate(sure, {}).sections if s.name == "entropy")
+    assert section.verdict == "FAIL" and section.outcome.endswith("1 of 3 layers (1 not testable)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--input", "missing.parquet"), "missing.parquet: no such file"),
+        (("--input", "text.parquet"), "text.parquet: not a readable Parquet file"),
+        (("--input", "own", "--trace", "own"), "no routing trace"),
+        (("--input", "own", "--compare", "missing.parquet"), "missing.parquet: no such file"),
+        (("--input", "own", "--permutations", "5"), "permutations is 5"),
+        (("--input", "own", "--orders", "0"), "give one or more context lengths"),
+        (("--input", "own", "--samples", "0"), "samples is 0; give at least 1"),
+    ],
+)
+def test_bad_input_ends_in_one_message(own_file, tmp_path, arguments, message):
+    (tmp_path / "text.parquet").write_text("no Parquet")
+    paths = {"own": str(own_file), **{name: str(tmp_path / name) for name in ("missing.parquet", "text.parquet")}}
+    with pytest.raises(SystemExit) as stop:
+        main([*(paths.get(one, one) for one in arguments), "--output", str(tmp_path / "out")])
+    assert message in str(stop.value) and str(stop.value).startswith("error: ")
+    assert not (tmp_path / "out").exists()  # nothing half written
+
+
+def test_it_runs_by_its_path(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hypothesis_validation.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(hypothesis_validation.__file__, run_name="__main__")
+    assert stop.value.code == 0 and "--compare" in capsys.readouterr().out

@@ -1,0 +1,340 @@
+"""Replay against a slow one in plain Python, against routing whose truth is known, and on a part of the real trace."""
+
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from analysis import replay_steps
+from analysis import trace as trace_file
+from analysis.replay import fields_of, main, replay, report
+from analysis.replay_steps import gate, unlimited_cache
+from analysis.trace import Trace, TraceError
+from analysis.trace_import import import_npz
+from varjax.config import LayerPolicy, VARConfig
+from varjax.routing import CACHED, FAST, LEARNED, resolve
+
+LAYERS, TOP_K, EXPERTS = 2, 2, 6
+SECONDS = 0.5  # per token
+CONFIG = VARConfig(
+    frequency_threshold=12,
+    entropy_threshold=0.63,
+    confidence_threshold=0.7,
+    cache_size=4096,  # nothing is evicted
+    cache_ttl_seconds=40.0,
+    context_window_size=3,
+    mass_threshold=0.75,
+    default=LayerPolicy(kept=None, residual=False, orders=(1, 2)),
+)
+
+
+def random_trace(seed: int = 0, documents: int = 24, vocabulary: int = 5, noise: float = 0.3, **changes) -> Trace:
+    """Routing that depends on the last two ids, and on chance; positions with gaps."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(10, 50, documents)
+    document = np.repeat(np.arange(documents, dtype=np.int32), lengths)
+    tokens = len(document)
+    token = rng.integers(0, vocabulary, tokens).astype(np.int32)
+    by_context = rng.dirichlet(np.full(EXPERTS, 0.3), (vocabulary, vocabulary, LAYERS))
+    probs = (1 - noise) * by_context[token, np.roll(token, 1)] + noise * rng.dirichlet(
+        np.full(EXPERTS, 0.3), (tokens, LAYERS)
+    )
+    experts = np.argsort(-probs, axis=-1)[..., :TOP_K]
+    probs = np.take_along_axis(probs, experts, axis=-1)
+    fields = {
+        "token_id": token,
+        "document": document,
+        "position": np.cumsum(rng.choice([1, 3], tokens, p=[0.95, 0.05])).astype(np.int32),
+        "experts": experts.astype(np.int16),
+        "probs": (probs / probs.sum(axis=-1, keepdims=True)).astype(np.float32),
+        "document_ids": tuple(f"text {i}" for i in range(documents)),
+        "groups": ("g",) * documents,
+        "num_experts": EXPERTS,
+        "probs_over": "chosen",
+        "origin": {"model": "dice"},
+    }
+    return Trace(**(fields | changes))
+
+
+def pieces(trace: Trace):
+    """The tokens of each stretch without a gap: (first token, ids)."""
+    starts = [*np.flatnonzero(trace.begins()), len(trace.token_id)]
+    return [(a, trace.token_id[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+
+
+def slow_table(trace: Trace, config: VARConfig):
+    """{(layer, context): (experts, kept)} of the contexts that may answer."""
+    rows = defaultdict(list)
+    for begin, ids in pieces(trace):
+        for at in range(len(ids)):
+            for order in (1, 2):
+                if at >= order - 1:
+                    rows[tuple(ids[at + 1 - order : at + 1])].append(begin + at)
+    table = {}
+    for layer in range(LAYERS):
+        for context, tokens in rows.items():
+            probs = trace.probs[tokens, layer].astype(float)
+            entropy = float(np.mean(-np.sum(probs * np.log(probs), axis=-1)))
+            if len(tokens) < config.frequency_threshold or entropy > config.entropy_threshold:
+                continue
+            mean = np.zeros(EXPERTS)
+            for chosen, p in zip(trace.experts[tokens, layer], probs, strict=True):
+                mean[chosen] += p / len(tokens)
+            best = np.argsort(-mean, kind="stable")[:TOP_K].tolist()
+            first = mean[best[0]] / mean[best].sum()
+            table[layer, context] = best, 1 if first >= config.mass_threshold else 2
+    return table
+
+
+def slow_replay(trace: Trace, config: VARConfig, step: int):
+    """Per token and layer: tier, predicted experts, kept, and the age of a cached decision in tokens."""
+    building = trace.build_documents(0.7)
+    table, scored = slow_table(trace.of(building), config), trace.of(~building)
+    decisions = {}  # (layer, context) -> (token clock, experts, first weight)
+    out = []
+    for begin, ids in pieces(scored):
+        for start in range(0, len(ids), step):
+            learned = {}
+            now = begin + start
+            for at in range(start, min(start + step, len(ids))):
+                window = tuple(ids[at - 2 : at + 1]) if at >= 2 else None
+                confident = {}
+                for layer in range(LAYERS):
+                    experts = scored.experts[begin + at, layer].tolist()
+                    probs = scored.probs[begin + at, layer]
+                    known = [c for c in (tuple(ids[at - 1 : at + 1]), (ids[at],)) if (layer, c) in table]
+                    known = [c for c in known if len(c) <= at + 1]
+                    held = decisions.get((layer, window))
+                    if known:
+                        out.append((FAST, *table[layer, known[0]], None))
+                    elif held and (now - held[0]) * SECONDS < config.cache_ttl_seconds:
+                        kept = 1 if held[2] >= config.mass_threshold else 2
+                        out.append((CACHED, held[1], kept, now - held[0]))
+                    else:
+                        out.append((LEARNED, [], TOP_K, None))
+                        if probs[0] >= np.float32(config.confidence_threshold) and window:
+                            confident[layer] = now, experts, probs[0] / probs.sum()
+                if confident:
+                    learned[window] = confident  # of equal contexts the last counts
+            decisions |= {(layer, w): d for w, several in learned.items() for layer, d in several.items()}
+    return scored, out
+
+
+@pytest.mark.parametrize(("seed", "step"), [(0, 8), (1, 1), (2, 64)])
+def test_the_replay_equals_a_slow_one(seed, step):
+    trace = random_trace(seed)
+    found = replay(trace, CONFIG, step=step, seconds_per_token=SECONDS)
+    scored, expected = slow_replay(trace, CONFIG, step)
+    sums = {name: np.zeros((LAYERS, 3)) for name in ("tokens", "active", "agreements", "recalled", "mass", "kept")}
+    sums["kept_chosen"] = np.zeros((LAYERS, 3))
+    aged, aged_agreements = np.zeros((2, LAYERS, len(found.age_edges)))
+    for n, (tier, predicted, kept, age) in enumerate(expected):
+        token, layer = divmod(n, LAYERS)
+        chosen, probs = scored.experts[token, layer].tolist(), scored.probs[token, layer]
+        agrees = tier == LEARNED or predicted[0] == chosen[0]
+        caught = [p for e, p in zip(chosen, probs, strict=True) if e in predicted]
+        sums["tokens"][layer, tier] += 1
+        sums["active"][layer, tier] += kept
+        sums["agreements"][layer, tier] += agrees
+        sums["recalled"][layer, tier] += len(caught)
+        sums["mass"][layer, tier] += sum(caught) / probs.sum()
+        sums["kept"][layer, tier] += min(kept, len(predicted))
+        sums["kept_chosen"][layer, tier] += len(set(predicted[:kept]) & set(chosen))
+        if tier == CACHED:
+            bucket = max(i for i, edge in enumerate(found.age_edges) if age >= edge)
+            aged[layer, bucket] += 1
+            aged_agreements[layer, bucket] += agrees
+    assert (sums["tokens"] > 0).all() and found.tokens == len(scored.token_id)
+    for name, values in sums.items():
+        np.testing.assert_allclose(getattr(found.sums, name), values, rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(found.sums.aged, aged)
+    np.testing.assert_array_equal(found.sums.aged_agreements, aged_agreements)
+
+
+@pytest.mark.parametrize(("step", "eligible"), [(1, True), (3, True), (7, False), (64, False)])
+def test_an_unlimited_cache_is_one_that_neither_evicts_nor_expires(step, eligible):
+    thresholds = {} if eligible else {"frequency_threshold": 10_000}
+    config = replace(CONFIG, cache_ttl_seconds=1e9, cache_layers=(1,) if step == 7 else None, **thresholds)
+    found = replay(random_trace(3), config, step=step, seconds_per_token=SECONDS)
+    np.testing.assert_array_equal(found.unlimited, found.sums.tokens[:, CACHED])
+    np.testing.assert_array_equal(found.unlimited_agreements, found.sums.agreements[:, CACHED])
+    assert found.unlimited[1] > 100 and (found.unlimited_agreements < found.unlimited)[1]
+    assert (found.sums.tokens[:, FAST] > 0).any() == eligible
+
+    small = replay(random_trace(3), replace(config, cache_size=4, cache_ttl_seconds=20.0), step=step)
+    np.testing.assert_array_equal(small.unlimited, found.unlimited)
+    assert small.sums.tokens[1, CACHED] < small.unlimited[1]
+
+
+def test_without_a_cached_tier_there_is_no_unlimited_one():
+    trace = random_trace(0)
+    hits, agreements = unlimited_cache(trace, np.zeros((len(trace.token_id), LAYERS), bool), without_cache(CONFIG), 8)
+    assert hits.tolist() == agreements.tolist() == [0, 0]
+    assert not replay(trace, without_cache(CONFIG), step=8).sums.tokens[:, CACHED].any()
+
+
+def without_cache(config: VARConfig) -> VARConfig:
+    return replace(config, cache_size=0)
+
+
+def settled_trace(kind: str) -> Trace:
+    """The token alone decides the experts, in every layer."""
+    choice = {"probs": None, "probs_over": None} if kind != "probs" else {}
+    trace = random_trace(0, ranked=kind != "unranked", **choice)
+    rng = np.random.default_rng(1)
+    by_token = rng.permuted(np.tile(np.arange(EXPERTS), (5, LAYERS, 1)), axis=-1)[..., :TOP_K]
+    return replace(trace, experts=by_token[trace.token_id].astype(np.int16))
+
+
+@pytest.mark.parametrize("kind", ["probs", "ranked", "unranked"])
+def test_settled_routing_is_foretold_entirely(kind):
+    config = replace(CONFIG, frequency_threshold=1, entropy_threshold=9.0, mass_threshold=1.0)
+    found = replay(settled_trace(kind), config, step=16)
+    assert found.keys == 5 + 25
+    for layer in (None, 0, 1):
+        rates = found.rates(layer)
+        assert rates["shares"] == {"fast": 1.0, "cached": 0.0, "learned": 0.0}
+        assert rates["fast"]["agreement"] == (None if kind == "unranked" else 1.0)
+        assert rates["fast"]["recall"] == rates["fast"]["kept"] == 1.0
+        assert rates["fast"]["mass"] == (pytest.approx(1) if kind == "probs" else None)
+        assert rates["cached"]["agreement"] is None and rates["experts_per_token"] == TOP_K
+
+    cached = replay(settled_trace(kind), replace(config, frequency_threshold=10_000), step=16)
+    assert any("the fast tier is empty" in note for note in cached.notes)
+    rates = cached.rates()
+    assert rates["shares"]["fast"] == 0 and rates["shares"]["cached"] > 0.1
+    assert rates["cached"]["agreement"] == (None if kind == "unranked" else 1.0)
+    assert rates["cached"]["recall"] == 1.0
+    wrong = [bucket["false_hits"] for bucket in rates["false_hits_by_age"] if bucket["decisions"]]
+    assert wrong and set(wrong) == {None if kind == "unranked" else 0.0}
+
+
+def test_thresholds_that_a_trace_cannot_judge_are_lifted():
+    strict = replace(CONFIG, entropy_threshold=0.0, confidence_threshold=1.0, mass_threshold=0.1)
+    strict = replace(strict, layers={1: LayerPolicy(kept=1, gate_ratio=1.0, entropy_threshold=0.1)})
+    judged = replay(settled_trace("probs"), strict, step=16)
+    assert judged.keys == 0 and not judged.sums.tokens[:, CACHED].any()
+    lifted = replay(settled_trace("ranked"), strict, step=16)
+    assert lifted.rates()["shares"]["fast"] == 1.0
+    assert [lifted.rates(layer)["experts_per_token"] for layer in (0, 1)] == [2.0, 1.0]
+    assert (lifted.config.mass_threshold, lifted.config.confidence_threshold) == (1.0, 0.0)
+
+
+NOTES = {
+    "residual rows are left out": ({}, {"default": LayerPolicy()}),
+    "over the 2 chosen experts: entropy is at most ln 2 = 0.69": ({}, {}),
+    "confidence is exact, entropy a lower bound": ({"probs_over": "all"}, {}),
+    "no probabilities: .* lifted, .* how often and how early they": ({"probs": None, "probs_over": None}, {}),
+    "not ranked: there is no agreement": ({"probs": None, "probs_over": None, "ranked": False}, {}),
+    "no context occurs 10000 times": ({}, {"frequency_threshold": 10_000}),
+}
+
+
+@pytest.mark.parametrize("note", NOTES)
+def test_what_gave_way_is_said(note):
+    of_trace, of_config = NOTES[note]
+    found = replay(random_trace(0, **of_trace), replace(CONFIG, **of_config), step=8)
+    assert any(re.search(note, one) for one in found.notes)
+    assert all(one in report(found) for one in found.notes)
+
+
+def test_a_gate_that_says_what_the_trace_says():
+    experts = jnp.asarray([[[4, 1, 3], [0, 5, 2]], [[2, 0, 1], [5, 4, 3]]], jnp.int16)
+    probs = jnp.asarray([[[0.5, 0.25, 0.25], [1.0, 0.0, 0.0]], [[0.125] * 3, [0.5, 0.25, 0.125]]], jnp.float32)
+    for over_all in (False, True):
+        full = gate(experts, probs, EXPERTS, over_all)
+        assert full.shape == (2, 2, EXPERTS)
+        routing, _ = resolve(full, 3, None)
+        np.testing.assert_array_equal(routing.experts, np.moveaxis(np.asarray(experts), 1, 0))
+        np.testing.assert_array_equal(full.max(axis=-1), np.asarray(probs)[..., 0].T)  # confidence is exact
+        others = np.sort(np.asarray(full), axis=-1)[..., :3]
+        rest = np.array([[0.0, 0.125], [0.0, 0.125 / 3]]) if over_all else np.zeros((2, 2))
+        np.testing.assert_allclose(others, np.broadcast_to(rest[..., None], others.shape), rtol=1e-5)
+
+
+def test_many_steps_and_a_second_replay_compile_once():
+    trace = random_trace(5, documents=30)
+    before = replay_steps._advance._cache_size()
+    first = replay(trace, CONFIG, step=2)  # several hundred steps
+    assert replay_steps._advance._cache_size() == before + 1
+    second = replay(trace, replace(CONFIG, confidence_threshold=0.6), step=2)
+    assert replay_steps._advance._cache_size() == before + 1
+    assert second.sums.tokens[:, CACHED].sum() > first.sums.tokens[:, CACHED].sum()
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "error", "message"),
+    [
+        (replace(CONFIG, enable_var=False), {}, ValueError, "nothing to replay"),
+        (CONFIG, {"step": 0}, ValueError, "step=0"),
+        (CONFIG, {"seconds_per_token": math.inf}, ValueError, "seconds_per_token=inf"),
+        (CONFIG, {"build_share": 1.0}, ValueError, r"build_share=1\.0"),
+        (CONFIG, {"build_share": 1e-9}, TraceError, "24 documents with tokens, of which 0 build"),
+        (replace(CONFIG, layers={7: None}), {}, ValueError, "layer 7: the statistics have only layers 0 to 1"),
+        (replace(CONFIG, default=LayerPolicy(kept=3)), {}, ValueError, "runs only 2 experts"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(config, settings, error, message):
+    with pytest.raises(error, match=message):
+        replay(random_trace(0), config, **settings)
+
+
+def run_main(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["replay", *map(str, arguments)])
+    main()
+
+
+def test_the_command_writes_report_numbers_and_figures(tmp_path, monkeypatch, capsys):
+    trace_file.write(tmp_path / "trace.parquet", random_trace(0))
+    CONFIG.save(tmp_path / "config.json")
+    given = ("--trace", tmp_path / "trace.parquet", "--config", tmp_path / "config.json", "--step", 8)
+    run_main(monkeypatch, *given, "--output", tmp_path / "out")
+    printed = capsys.readouterr().out
+    found = replay(random_trace(0), CONFIG, step=8)
+    assert report(found) in printed and "dice: " in printed
+    saved = json.loads((tmp_path / "out" / "replay.json").read_text())
+    assert {name: saved[name] for name in fields_of(found)} == json.loads(json.dumps(fields_of(found)))
+    assert saved["provenance"]["config"] == json.loads(CONFIG.to_json())
+    assert len(saved["layers"]) == LAYERS and saved["notes"]
+    names = {"replay_tiers.png", "replay_tiers.pdf", "replay_false_hits.png", "replay_false_hits.pdf", "replay.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+
+
+def test_a_trace_without_ranks_is_drawn_too(tmp_path, monkeypatch, capsys):
+    trace_file.write(tmp_path / "trace.parquet", settled_trace("unranked"))
+    run_main(monkeypatch, "--trace", tmp_path / "trace.parquet", "--preset", "aggressive", "--output", tmp_path / "out")
+    assert "the experts are not ranked" in capsys.readouterr().out
+
+
+def test_bad_input_ends_in_one_message(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"error: .*none\.parquet: no such file"):
+        run_main(monkeypatch, "--trace", tmp_path / "none.parquet", "--output", tmp_path)
+
+
+def test_a_part_of_the_real_trace(shared_data):
+    """What is known of gpt-oss-20b: the first layer is foretold far better than the middle, longer contexts better."""
+    whole = import_npz(shared_data / "traces" / "gpt_oss_20b.npz")
+    some = whole.of(np.arange(615) < 200)
+    chosen = [0, 12]
+    some = replace(some, experts=some.experts[:, chosen], probs=some.probs[:, chosen])
+    config = VARConfig(frequency_threshold=10, entropy_threshold=9.0, context_window_size=3, confidence_threshold=0.3)
+    by_order = {}
+    for order in (1, 2):
+        policy = LayerPolicy(kept=2, residual=False, orders=(order,))
+        by_order[order] = replay(some, replace(config, default=policy))
+        assert by_order[order].tokens + by_order[order].build_tokens == len(some.token_id)
+    first, middle = (by_order[1].rates(layer) for layer in (0, 1))
+    assert 0.6 < first["shares"]["fast"] < 0.8
+    assert 0.75 < first["fast"]["agreement"] < 0.95 and first["fast"]["mass"] > 0.85
+    assert 0.3 < middle["fast"]["agreement"] < 0.6
+    for layer in (0, 1):
+        shorter, longer = (by_order[order].rates(layer) for order in (1, 2))
+        assert longer["fast"]["agreement"] > shorter["fast"]["agreement"]
+        assert longer["shares"]["fast"] < shorter["shares"]["fast"]
+        assert shorter["unlimited_cache"]["share"] >= shorter["shares"]["cached"] > 0
