@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from analysis.batches import Encoded
 from analysis.checkpoints import Checkpoints
 from analysis.collection import find_rows
+from analysis.encoding import Encoded
 from analysis.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, own_share, run_pass
 from models import Model
 from models.decoder import Network, Params

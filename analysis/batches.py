@@ -1,4 +1,4 @@
-"""Documents as token ids, and the batches in which a model reads them.
+"""The batches in which a model reads documents.
 
 Letters: B rows of a batch, T positions.
 
@@ -12,30 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from analysis.corpus import CorpusError, Document
-from models.config import MoEConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-_TOGETHER = 256  # documents that the tokenizer gets at once
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoded:
-    """One document in token ids."""
-
-    ids: np.ndarray  # int32 [n], the begin id in front where the tokenizer puts one
-    id: str  # SHA-256 of the text
-    group: str
-    words: int  # white-space separated, the unit of word perplexity
-    bytes: int  # of the text in UTF-8, the unit of bits per byte
+from analysis.encoding import Encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,44 +38,6 @@ class Window(NamedTuple):
     size: int  # tokens that are read
     seen: int  # of these, the first ones that an earlier window has read
     document: int  # its index
-
-
-def encode(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase | None, config: MoEConfig
-) -> list[Encoded]:
-    """Tokenise documents; those without two tokens have nothing to predict and are left out.
-
-    Raises:
-        CorpusError: no tokenizer, no document left, or ids that the model does not have.
-    """
-    return list(iter_encode(documents, tokenizer, config))
-
-
-def iter_encode(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase | None, config: MoEConfig
-) -> Iterator[Encoded]:
-    """`encode`, lazily: some hundred documents are held at a time."""
-    if tokenizer is None:
-        raise CorpusError("the model has no tokenizer; put its tokenizer.json or tokenizer.model beside config.json")
-    read = found = 0
-    documents = iter(documents)
-    while part := list(islice(documents, _TOGETHER)):
-        read += len(part)
-        rows = tokenizer([document.text for document in part], verbose=False)["input_ids"]
-        for document, row in zip(part, rows, strict=True):
-            if len(row) < 2:
-                continue
-            found += 1
-            ids = np.asarray(row, np.int32)
-            if ids.max() >= config.vocab_size:
-                raise CorpusError(
-                    f"the tokenizer gives id {ids.max()} but the model's vocab_size is {config.vocab_size}"
-                )
-            yield Encoded(ids, document.id, document.group, len(document.text.split()), len(document.text.encode()))
-    if not found:
-        raise CorpusError(
-            f"none of the {read} documents holds two tokens; choose another dataset, split or number of samples"
-        )
 
 
 def windows(documents: Iterable[Encoded], max_length: int, stride: int | None = None) -> Iterator[Window]:

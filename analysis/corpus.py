@@ -271,8 +271,23 @@ def _hub_rows(dataset: str, text_column: str) -> Iterator[Row]:
             f"{dataset}: neither a file here nor a dataset that opens ({type(error).__name__}: {error}); "
             "check the spelling and the network, or use `embedded`, which needs none"
         ) from error
-    rows = (_row(record, text_column, f"{dataset}, row {n}", name) for n, record in enumerate(stream))
+    records = enumerate(_unbroken(stream, dataset))
+    rows = (_row(record, text_column, f"{dataset}, row {number}", name) for number, record in records)
     return _joined_articles(rows) if "wikitext" in name.lower() else rows
+
+
+def _unbroken(stream: Iterable[dict[str, Any]], dataset: str) -> Iterator[dict[str, Any]]:
+    """The records; a stream that breaks off ends in a CorpusError."""
+    read = 0
+    try:
+        for record in stream:
+            yield record
+            read += 1
+    except Exception as error:  # the library raises many kinds, network faults among them
+        raise CorpusError(
+            f"{dataset}: reading stopped after {read:,} rows ({type(error).__name__}: {error}); "
+            "check the network and run this again"
+        ) from error
 
 
 def _joined_articles(rows: Iterable[Row]) -> Iterator[Row]:

@@ -8,8 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.batches import Encoded, iter_encode
 from analysis.corpus import CorpusError, iter_documents, known_split, split_of
+from analysis.encoding import Encoded, iter_encode
 from analysis.prepared import is_prepared, open_prepared
 from models.config import MoEConfig
 

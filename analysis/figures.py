@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from varjax.files import replacing
 
 MARKERS = "os^Dv<>ph*"
+_NARROWEST = 5.2  # inches; a caption must fit
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -47,7 +48,11 @@ def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) 
     rows = math.ceil(number / columns)
     scale = 1.0 if columns <= 4 else max(4 / columns, 0.55)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(width * scale * columns, height * scale * rows), squeeze=False, **shared
+        rows,
+        columns,
+        figsize=(max(width * scale * columns, _NARROWEST), height * scale * rows),
+        squeeze=False,
+        **shared,
     )
     for axis in axes.flat[number:]:
         axis.set_visible(False)

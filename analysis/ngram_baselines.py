@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.batches import Encoded
+from analysis.encoding import Encoded
 
 DISCOUNT = 0.75  # absolute discounting (Ney, Essen and Kneser 1994)
 

@@ -23,8 +23,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from analysis.batches import Encoded, batches
+from analysis.batches import batches
 from analysis.checkpoints import Checkpoints
+from analysis.encoding import Encoded
 
 SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
 FLUSH_TOKENS = 1 << 18  # device sums are moved to the host's float64 this often

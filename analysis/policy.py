@@ -18,7 +18,7 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from analysis.batches import Encoded
+from analysis.encoding import Encoded
 from analysis.quality import Scores, plain_runner, score, var_runner
 from models import Model
 from varjax.answers import Answers, Rule

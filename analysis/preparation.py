@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from analysis.batches import Encoded
 from analysis.corpus import CorpusError, Document
+from analysis.encoding import Encoded, tokenised
 from analysis.prepared import (
     MANIFEST,
     SCHEMA,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 SHARD_TOKENS = 1 << 26  # a shard is closed when it holds so many: 256 MiB of ids
 _BATCH_TOKENS = 1 << 18  # one record batch: 1 MiB of ids
-# What the tokenizer gets at once: it holds some hundred bytes a token while it works.
-_TOGETHER, _TOGETHER_CHARS = 512, 1 << 20
 
 
 def prepare(
@@ -68,14 +66,14 @@ def prepare(
         raise CorpusError(f"max_tokens must be at least 1 or None for all tokens, not {request.max_tokens}")
     target = Path(folder).resolve()
     _check_place(target, overwrite)
-    source = _readable(documents, request.dataset)
+    source = iter(documents)
     first = list(islice(source, 1))  # a dataset that cannot be reached leaves no trace on the disk
     try:
         with _appearing(target) as temporary:
             counts = Counter[str]()
             with tqdm(total=request.max_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
-                encoded = _encode(chain(first, source), tokenizer, request.max_tokens, counts, bar)
-                shards = tuple(_write(temporary, encoded))
+                kept = _kept(tokenised(chain(first, source), tokenizer), request.max_tokens, counts, bar)
+                shards = tuple(_write(temporary, kept))
             if not shards:
                 raise CorpusError(
                     f"{request.dataset}: none of the {counts['left out']} documents holds two tokens; "
@@ -92,70 +90,22 @@ def prepare(
                 **_totals(table),
             )
             write_json(temporary / MANIFEST, manifest)
-    except OSError as error:  # what reading the documents raises has become a CorpusError
+    except OSError as error:
         raise CorpusError(f"{folder}: cannot be written ({error}); free some space or choose another folder") from error
     return manifest
 
 
-def _readable(documents: Iterable[Document], dataset: str) -> Iterator[Document]:
-    """The documents; a stream that breaks off, as a hub's can, ends in a CorpusError."""
-    read = 0
-    try:
-        for document in documents:
-            yield document
-            read += 1
-    except CorpusError:
-        raise
-    except Exception as error:  # the libraries raise many kinds, network faults among them
-        raise CorpusError(
-            f"{dataset}: reading stopped after {read:,} documents ({type(error).__name__}: {error}); "
-            "check the network or the file and run this again"
-        ) from error
-
-
-def _encode(
-    documents: Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int | None,
-    counts: Counter[str],
-    bar: tqdm,
-) -> Iterator[Encoded]:
+def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[str], bar: tqdm) -> Iterator[Encoded]:
     """The documents with two tokens or more, to the one that reaches `max_tokens`; the others are counted."""
-    for part in _parts(documents):
-        sizes = [_utf8_bytes(document) for document in part]
-        rows = tokenizer([document.text for document in part], verbose=False, return_attention_mask=False)["input_ids"]
-        for document, size, row in zip(part, sizes, rows, strict=True):
-            if len(row) < 2:
-                counts["left out"] += 1
-                continue
-            yield Encoded(np.asarray(row, np.int32), document.id, document.group, len(document.text.split()), size)
-            bar.update(len(row))
-            counts["tokens"] += len(row)
-            if max_tokens is not None and counts["tokens"] >= max_tokens:
-                return
-
-
-def _parts(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """The documents in lists of at most `_TOGETHER`, or of so many characters."""
-    part: list[Document] = []
-    chars = 0
     for document in documents:
-        part.append(document)
-        chars += len(document.text)
-        if len(part) == _TOGETHER or chars >= _TOGETHER_CHARS:
-            yield part
-            part, chars = [], 0
-    if part:
-        yield part
-
-
-def _utf8_bytes(document: Document) -> int:
-    try:
-        return len(document.text.encode())
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"a document of {document.group} (SHA-256 {document.id}) is no Unicode text ({error}); mend or remove it"
-        ) from None
+        if len(document.ids) < 2:
+            counts["left out"] += 1
+            continue
+        yield document
+        bar.update(len(document.ids))
+        counts["tokens"] += len(document.ids)
+        if max_tokens is not None and counts["tokens"] >= max_tokens:
+            return
 
 
 def _write(folder: Path, documents: Iterator[Encoded]) -> Iterator[Shard]:

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, overload
 
 import pyarrow as pa
 
-from analysis.batches import Encoded
 from analysis.corpus import CorpusError
+from analysis.encoding import Encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.batches import Encoded, batches
+from analysis.batches import batches
+from analysis.encoding import Encoded
 from models import Model
 from varjax.files import replacing
 from varjax.model import VARModel

@@ -55,6 +55,7 @@ from varjax.routing import CACHED, FAST
 from varjax.step import TIERS
 from varjax.table import build
 
+_AGE_BUCKETS = 18  # up to one step, then each twice as long; the last has no end
 _COLUMNS = ("agreement", "recall", "kept", "mass")  # of a planned tier in the report
 
 
@@ -113,6 +114,7 @@ class Replay:
                 for edge, n, rate in zip(
                     self.age_edges, at["aged"], map(agreement, at["aged_agreements"], at["aged"]), strict=True
                 )
+                if n
             ],
         }
 
@@ -152,8 +154,8 @@ def replay(
             f"the table at build_share={build_share}: both parts need one; give more documents or another share"
         )
     stats, more = table_statistics(ours, config)
-    table = build(stats, config, trace.top_k)
-    edges = _age_edges(step, min(config.cache_ttl_seconds / seconds_per_token, len(theirs.token_id)))
+    table = build(stats, config, trace.top_k, keep_shapes=True)  # another policy recompiles nothing
+    edges = np.append(0, step << np.arange(_AGE_BUCKETS - 1))
     sums, tier = run_steps(theirs, table, config, step, seconds_per_token, edges)
     unlimited, unlimited_agreements = unlimited_cache(theirs, tier == FAST, config, step)
     return Replay(
@@ -176,14 +178,6 @@ def replay(
         unlimited=unlimited,
         unlimited_agreements=unlimited_agreements,
     )
-
-
-def _age_edges(step: int, horizon: float) -> np.ndarray:
-    """int64 [A]: 0, one step, and its doubles up to the tokens that an entry can live."""
-    edges = [0, step]
-    while edges[-1] * 2 < horizon:
-        edges.append(edges[-1] * 2)
-    return np.array(edges, np.int64)
 
 
 def _ratio(part: Any, whole: Any) -> float | None:

@@ -54,14 +54,15 @@ def tiers_by_layer(found: Replay) -> Figure:
 
 def false_hits_by_age(found: Replay) -> Figure:
     """False hits of the cached tier by the age of the decision, in each layer. Hatched: fewer than 20 decisions."""
-    decisions = found.sums.aged
+    buckets = 1 + int(np.max(np.flatnonzero(found.sums.aged.any(axis=0)), initial=0))  # up to the last with any
+    decisions, agreed = found.sums.aged[:, :buckets], found.sums.aged_agreements[:, :buckets]
     enough = (decisions >= 20) & found.ranked
-    rate = np.where(enough, 1 - found.sums.aged_agreements / np.maximum(decisions, 1), np.nan)
+    rate = np.where(enough, 1 - agreed / np.maximum(decisions, 1), np.nan)
     figure, axis = plt.subplots(figsize=(6.4, 1.8 + 0.16 * len(decisions)))
     top = max(0.01, float(np.max(rate, where=enough, initial=0)))
     image = axis.imshow(rate, cmap="Greys", vmin=0, vmax=top, aspect="auto", origin="lower")
     figure.colorbar(image, ax=axis, label="false hits", format=PercentFormatter(1))
-    edges = [f"{edge:,}" for edge in found.age_edges]
+    edges = [f"{edge:,}" for edge in found.age_edges[:buckets]]
     axis.patch.set(hatch="xxx", edgecolor="0.8")  # shows where there is nothing
     axis.set_xticks(range(len(edges)), edges, rotation=45, ha="right")
     axis.yaxis.set_major_locator(MaxNLocator(integer=True))

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from analysis.batches import Encoded, batches
+from analysis.batches import batches
+from analysis.encoding import Encoded
 from analysis.provenance import hash_json
 from analysis.trace import Trace, TraceError, writing
 from models import Model

@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from analysis.batches import Encoded, batches, encode
+from analysis.batches import batches
 from analysis.corpus import corpus_hash, load_documents
+from analysis.encoding import Encoded, encode
 from analysis.ngram_baselines import ngram_losses
 from analysis.provenance import provenance, write_json
 from analysis.quality import plain_runner, score

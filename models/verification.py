@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from models.config import read_config
 from models.tokenizer import load_tokenizer
-from models.weights import INDEX_FILE, CheckpointError, _files, _locate_tensors, ledger
+from models.weights import INDEX_FILE, CheckpointError, ledger, locate_tensors, tensor_files
 
 RECORD = "varjax_download.json"
 _BLOCK = 1 << 22  # bytes hashed at once
@@ -103,9 +103,9 @@ def check_structure(directory: Path, hashed: int) -> Verified:
     """What `verify` says, contents apart."""
     config = read_config(directory / "config.json")
     expected = ledger(config)
-    files = _files(directory)
+    files = tensor_files(directory)
     sizes = _tensor_sizes(files)
-    _locate_tensors(directory, expected)
+    locate_tensors(directory, expected)
     if (directory / INDEX_FILE).exists():
         _check_index(directory / INDEX_FILE, sizes)
     tokenizer = load_tokenizer(directory)

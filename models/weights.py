@@ -91,7 +91,7 @@ def load_params(directory: Path, config: MoEConfig, dtype: Any = jnp.float32) ->
     non-finite one.
     """
     expected = ledger(config)
-    files = _locate_tensors(directory, expected)
+    files = locate_tensors(directory, expected)
     params: Params = {"decoder": {}, "experts": [{} for _ in range(config.num_layers)]}
     digest = hashlib.sha256(repr([getattr(config, field) for field in _MATHS]).encode())
     for name in sorted(expected):
@@ -151,11 +151,11 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def _locate_tensors(directory: Path, expected: dict[str, Entry]) -> dict[str, Path]:
+def locate_tensors(directory: Path, expected: dict[str, Entry]) -> dict[str, Path]:
     """Tensor name -> file, after every tensor of every file has found its row in the ledger."""
     located: dict[str, Path] = {}
     faults = []
-    for file in _files(directory):
+    for file in tensor_files(directory):
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
                 stored = tensors.get_slice(name)
@@ -178,7 +178,7 @@ def _locate_tensors(directory: Path, expected: dict[str, Entry]) -> dict[str, Pa
     return located
 
 
-def _files(directory: Path) -> list[Path]:
+def tensor_files(directory: Path) -> list[Path]:
     """The weight files: those of the index, or the single one."""
     index = directory / INDEX_FILE
     names = {SINGLE_FILE}

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.batches import Encoded, batches, encode
+from analysis.batches import batches
 from analysis.corpus import CorpusError, Document
+from analysis.encoding import Encoded, encode
 from models import MoEConfig
 
 

@@ -136,7 +136,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path):
         assert (step, value["x"].tolist(), value["n"]) == (3, [0, 1, 2], 5)
     with (
         Checkpoints(tmp_path, {"data": "b", "orders": (1, 2)}) as saved,
-        pytest.raises(CheckpointMismatchError, match="'data': 'a'.*'data': 'b'.*--output"),
+        pytest.raises(CheckpointMismatchError, match=r"'data': 'a'.*'data': 'b'.*--output"),
     ):
         saved.newest({"x": np.zeros(1), "n": 0})
 

@@ -5,13 +5,14 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import embedded
+from analysis import corpus, embedded
 from analysis.corpus import SPLITS, CorpusError, Document, corpus_hash, iter_documents, load_documents
 
 TEXTS = ["The first document.\n\nTwo paragraphs.", "The second.", "Ein drittes, größeres Dokument."]
@@ -218,3 +219,23 @@ def test_near_copies_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "_standard_library", lambda: iter(files))
     monkeypatch.setattr(embedded, "DISTRIBUTIONS", ())
     assert [group for _, group in embedded.extract()] == ["a"]
+
+
+def test_a_streamed_dataset_is_read_as_it_comes_and_a_stream_that_breaks_off_is_explained(monkeypatch):
+    def stream(name, config, *, split, streaming):
+        assert (name, config, split, streaming) == ("owner/articles", "en", "validation", True)
+        yield from ({"text": text, "meta": {"redpajama_set_name": "Books"}} for text in TEXTS)
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    documents = iter_documents("owner/articles:en:validation")
+    assert [next(documents) for _ in TEXTS] == [Document(text, "Books") for text in TEXTS]
+    with pytest.raises(CorpusError, match=r"owner/articles.*stopped after 3 rows \(ConnectionError: reset by peer\)"):
+        next(documents)
+
+
+def test_a_text_that_comes_again_is_given_once_while_it_is_remembered(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", ["a", "b", "a", "c", "d", "a"])
+    assert [document.text for document in iter_documents(path)] == ["a", "b", "c", "d"]
+    monkeypatch.setattr(corpus, "_REMEMBERED", 2)
+    assert [document.text for document in iter_documents(path)] == ["a", "b", "c", "d", "a"]

@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.batches import encode
 from analysis.corpus import CorpusError, iter_documents, load_documents
 from analysis.encoded_corpus import EncodedCorpus
+from analysis.encoding import encode
 from analysis.preparation import prepare
 from analysis.prepared import Request
 

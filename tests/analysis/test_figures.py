@@ -70,7 +70,7 @@ def test_save_writes_png_and_pdf_and_closes_the_figure(tmp_path):
     assert not plt.fignum_exists(figure.number)
 
 
-@pytest.mark.parametrize(("number", "widest"), [(1, 3), (4, 12), (24, 13), (48, 20)])
+@pytest.mark.parametrize(("number", "widest"), [(1, 5.2), (4, 12), (24, 13), (48, 20)])
 def test_panels_fit_a_page(number, widest):
     figure, axes = panels(number)
     assert len(axes) == number and figure.get_size_inches()[0] <= widest

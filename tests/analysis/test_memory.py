@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.batches import Encoded
 from analysis.collection import KeySettings, choose_keys, collect
+from analysis.encoding import Encoded
 from varjax import keys as keys_module
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
