@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from varjax.files import replacing
 
 MARKERS = "os^Dv<>ph*"
-_NARROWEST = 5.2  # inches; a caption must fit
+_LEAST = (5.2, 3.6)  # inches; captions must fit
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -50,7 +50,7 @@ def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) 
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(max(width * scale * columns, _NARROWEST), height * scale * rows),
+        figsize=(max(width * scale * columns, _LEAST[0]), max(height * scale * rows, _LEAST[1])),
         squeeze=False,
         **shared,
     )

@@ -102,7 +102,8 @@ def correlation_section(found: Correlation, kind: EntropyKind, name: Name) -> Se
         outcome,
         (
             "Spearman's rho of a token id's frequency and its mean gate entropy. Interval of Bonett and Wright "
-            "(2000) over ids; documents are not known in a statistics file.",
+            "(2000) over ids; documents are not known in a statistics file. Published is the bound on rho alone; "
+            "that p must be small as well keeps a layer with few ids from passing by chance.",
             *kind.caution,
             *reasons(rho.untestable),
             *left_out_words(rho.left_out, "mean entropy", name),
@@ -340,7 +341,10 @@ def reasons(untestable: Sequence[str]) -> list[str]:
     said = []
     for reason in different:
         layers = [str(layer) for layer, one in enumerate(untestable) if one == reason]
-        said.append(f"Not testable, layer{'s' * (len(layers) > 1)} {', '.join(layers)}: {reason}.")
+        where = f"layer{'s' * (len(layers) > 1)} {', '.join(layers)}"
+        if len(layers) == len(untestable) > 1:
+            where = "every layer"
+        said.append(f"Not testable, {where}: {reason}.")
     return said
 
 

@@ -27,6 +27,9 @@ How to read the figures of a tier (all of them over tokens and layers that it de
   repetitions inside a document, old ones mostly of what many documents share, such as the fixed words of a prompt, and
   these may well be the truer ones. Buckets with few decisions say nothing.
 
+Two drawings come with it: `replay_tiers` (shares, agreement and recall by layer) and `replay_false_hits` (by layer and
+age, hatched where fewer than 20 decisions would be compared).
+
 All of it is teacher-forced: the ids are those of the trace, whatever the plans would have done to the text. Generated
 text (phase `decode`) repeats itself more than prose does, and flatters every cache. A look-up sees earlier steps only:
 with a long step, as in prefill, repetitions inside a step are lost; a step of one token is decoding. Layers and tokens
@@ -36,6 +39,7 @@ of one document depend on each other: count documents, not tokens, when judging 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -201,12 +205,7 @@ def report(found: Replay) -> str:
         rates = found.rates(layer)
         row = "all" if layer is None else str(layer)
         cells = [
-            value
-            for tier in TIERS[:2]
-            for value in (
-                rates["shares"][tier],
-                *(rates[tier][name] for name in ("agreement", "recall", "kept", "mass")),
-            )
+            value for tier in TIERS[:2] for value in (rates["shares"][tier], *(rates[tier][name] for name in _COLUMNS))
         ]
         lines.append(
             f"{row:>7}{''.join(map(_percent, cells))}{rates['shares']['learned']:>9.1%}"
@@ -258,11 +257,17 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print(report(found))
     applied = json.loads(found.config.to_json())
-    origin = provenance(trace=str(args.trace), config=applied, config_sha256=hash_json(applied), **settings)
+    hashes: dict[str, Any] = {"trace_sha256": _file_hash(args.trace), "config_sha256": hash_json(applied)}
+    origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
     write_json(args.output / "replay.json", {**fields_of(found), "provenance": origin})
     save(tiers_by_layer(found), args.output, "replay_tiers")
     save(false_hits_by_age(found), args.output, "replay_false_hits")
     print(f"\nwritten to {args.output}")
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Letters: L layers, A age buckets.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import matplotlib
 
 matplotlib.use("Agg")  # files only: no window, no display
@@ -14,8 +16,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis.replay import Replay
 from varjax.step import TIERS
+
+if TYPE_CHECKING:
+    from analysis.replay import Replay
 
 _SHADES = ("0.25", "0.6", "0.9")  # of the tiers, fast first
 

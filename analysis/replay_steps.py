@@ -227,7 +227,9 @@ def _measured(plan: Plan, given: _Steps, age: Array, age_edges: Array, num_exper
     caught, right = jnp.any(same, axis=-2), jnp.any(same, axis=-1)
     whole = jnp.sum(probs, axis=-1)
     share = jnp.sum(jnp.where(caught, probs, 0), axis=-1) / jnp.where(whole > 0, whole, 1)
-    keeps = (jnp.arange(predicted.shape[-1], dtype=plan.kept.dtype) < plan.kept[:, 0, :, None]) & (predicted < num_experts)
+    keeps = (jnp.arange(predicted.shape[-1], dtype=plan.kept.dtype) < plan.kept[:, 0, :, None]) & (
+        predicted < num_experts
+    )
     of_tier = (tier[..., None] == jnp.arange(len(TIERS), dtype=tier.dtype)) & given.mask[0, :, None]  # [L, T, 3]
 
     def total(values: Array) -> Array:

@@ -65,10 +65,9 @@ def choice_entropy_by_layer(found: ChoiceEntropy) -> Figure:
     for column, (axis, order) in enumerate(zip(axes.flat, found.orders, strict=True)):
         against_null(axis, found.measures["conditional_entropy"], column)
         axis.plot(layers, found.unconditional.value[0], color="0.5", linestyle=":", linewidth=1)
-        axis.set_ylim(0, None)
         axis.set_title(f"order {order}: {found.measures['coverage'].value[column, 0]:.0%} of tokens", fontsize="medium")
     figure.supxlabel("layer")
-    axes[0, 0].set_ylabel("entropy [nats]")
+    axes[0, 0].set(ylabel="entropy [nats]", ylim=(0, None))  # of all panels, once all are drawn
     figure.suptitle(
         f"H(first choice | last n ids) — {found.tokens:,} tokens, {found.documents:,} documents\n"
         "dots: observed; dashed and grey: shuffled within documents; dotted: no ids"
@@ -79,7 +78,7 @@ def choice_entropy_by_layer(found: ChoiceEntropy) -> Figure:
 
 def repetition_by_layer(found: Repetition, size: str) -> Figure:
     """A panel per kind of repetition; `size` says how many tokens and documents."""
-    figure, axes = _grid(1, len(found.measures))
+    figure, axes = _grid(1, len(found.measures), sharey=False)
     for axis, (name, measure) in zip(axes.flat, found.measures.items(), strict=True):
         against_null(axis, measure, 0)
         axis.axhline(found.uniform[name], color="0.5", linestyle=":", linewidth=1)
@@ -144,6 +143,6 @@ def against_null(axis: Any, measure: Measure, row: int) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    size = (max(3.2 * columns, 5.5), 2.2 * rows + 1.0)
-    return plt.subplots(rows, columns, figsize=size, sharex=True, sharey="row", squeeze=False)
+def _grid(rows: int, columns: int, sharey: str | bool = "row") -> tuple[Figure, np.ndarray]:
+    size = (max(3.2 * columns, 5.5), 2.2 * rows + 1.3)
+    return plt.subplots(rows, columns, figsize=size, sharex=True, sharey=sharey, squeeze=False)

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,13 +21,14 @@ from analysis.trace import Trace, TraceError
 from analysis.trace_import import import_npz
 from varjax.config import LayerPolicy, VARConfig
 from varjax.routing import CACHED, FAST, LEARNED, resolve
+from varjax.table import build
 
 LAYERS, TOP_K, EXPERTS = 2, 2, 6
 SECONDS = 0.5  # per token
 CONFIG = VARConfig(
     frequency_threshold=12,
-    entropy_threshold=0.5,
-    confidence_threshold=0.7,
+    entropy_threshold=0.6,
+    confidence_threshold=0.6,
     cache_size=4096,  # nothing is evicted
     cache_ttl_seconds=40.0,
     context_window_size=3,
@@ -35,7 +37,7 @@ CONFIG = VARConfig(
 )
 
 
-def random_trace(seed: int = 1, documents: int = 90, vocabulary: int = 5, noise: float = 0.2, **changes) -> Trace:
+def random_trace(seed: int = 1, documents: int = 130, vocabulary: int = 5, noise: float = 0.3, **changes) -> Trace:
     """Routing that depends on the last two ids, and on chance; positions with gaps."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(10, 50, documents)
@@ -66,7 +68,7 @@ def random_trace(seed: int = 1, documents: int = 90, vocabulary: int = 5, noise:
 def pieces(trace: Trace):
     """The tokens of each stretch without a gap: (first token, ids)."""
     starts = [*np.flatnonzero(trace.begins()), len(trace.token_id)]
-    return [(a, trace.token_id[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    return [(a, trace.token_id[a:b].tolist()) for a, b in pairwise(starts)]
 
 
 def slow_table(trace: Trace, config: VARConfig):
@@ -127,9 +129,9 @@ def slow_replay(trace: Trace, config: VARConfig, step: int):
     return scored, out
 
 
-@pytest.mark.parametrize(("seed", "step"), [(1, 8), (1, 1), (2, 64)])
-def test_the_replay_equals_a_slow_one(seed, step):
-    trace = random_trace(seed)
+@pytest.mark.parametrize("step", [8, 1])
+def test_the_replay_equals_a_slow_one(step):
+    trace = random_trace(1)
     found = replay(trace, CONFIG, step=step, seconds_per_token=SECONDS)
     scored, expected = slow_replay(trace, CONFIG, step)
     sums = {name: np.zeros((LAYERS, 3)) for name in ("tokens", "active", "agreements", "recalled", "mass", "kept")}
@@ -152,6 +154,7 @@ def test_the_replay_equals_a_slow_one(seed, step):
             aged[layer, bucket] += 1
             aged_agreements[layer, bucket] += agrees
     assert (sums["tokens"] > 0).all() and found.tokens == len(scored.token_id)
+    assert (sums["agreements"] < sums["tokens"])[:, :2].any(axis=0).all() and (aged > 0).sum() > 4
     for name, values in sums.items():
         np.testing.assert_allclose(getattr(found.sums, name), values, rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(found.sums.aged, aged)
@@ -193,33 +196,31 @@ def settled_trace(kind: str) -> Trace:
 
 @pytest.mark.parametrize("kind", ["probs", "ranked", "unranked"])
 def test_settled_routing_is_foretold_entirely(kind):
-    config = replace(CONFIG, frequency_threshold=1, entropy_threshold=9.0, mass_threshold=1.0)
-    found = replay(settled_trace(kind), config, step=16)
+    """Layer 0 by the table, layer 1, where no key is frequent enough, by the cache."""
+    policy = CONFIG.default
+    rare = replace(policy, frequency_threshold=10_000)
+    config = replace(CONFIG, entropy_threshold=9.0, mass_threshold=1.0, layers={1: rare})
+    found = replay(settled_trace(kind), config, step=8)
     assert found.keys == 5 + 25
-    for layer in (None, 0, 1):
-        rates = found.rates(layer)
-        assert rates["shares"] == {"fast": 1.0, "cached": 0.0, "learned": 0.0}
-        assert rates["fast"]["agreement"] == (None if kind == "unranked" else 1.0)
-        assert rates["fast"]["recall"] == rates["fast"]["kept"] == 1.0
-        assert rates["fast"]["mass"] == (pytest.approx(1) if kind == "probs" else None)
-        assert rates["cached"]["agreement"] is None and rates["experts_per_token"] == TOP_K
-
-    cached = replay(settled_trace(kind), replace(config, frequency_threshold=10_000), step=16)
-    assert any("the fast tier is empty" in note for note in cached.notes)
-    rates = cached.rates()
-    assert rates["shares"]["fast"] == 0 and rates["shares"]["cached"] > 0.1
-    assert rates["cached"]["agreement"] == (None if kind == "unranked" else 1.0)
-    assert rates["cached"]["recall"] == 1.0
-    wrong = [bucket["false_hits"] for bucket in rates["false_hits_by_age"]]
+    fast, cached = found.rates(0), found.rates(1)
+    assert fast["shares"] == {"fast": 1.0, "cached": 0.0, "learned": 0.0}
+    assert cached["shares"]["fast"] == 0.0 and cached["shares"]["cached"] > 0.05
+    for rates in (fast["fast"], cached["cached"], found.rates()["fast"]):
+        assert rates["agreement"] == (None if kind == "unranked" else 1.0)
+        assert rates["recall"] == rates["kept"] == 1.0
+        assert rates["mass"] == (pytest.approx(1) if kind == "probs" else None)
+        assert rates["experts_per_token"] == TOP_K
+    assert fast["cached"]["agreement"] is None and fast["experts_per_token"] == TOP_K
+    wrong = [bucket["false_hits"] for bucket in cached["false_hits_by_age"]]
     assert wrong and set(wrong) == {None if kind == "unranked" else 0.0}
 
 
 def test_thresholds_that_a_trace_cannot_judge_are_lifted():
     strict = replace(CONFIG, entropy_threshold=0.0, confidence_threshold=1.0, mass_threshold=0.1)
     strict = replace(strict, layers={1: LayerPolicy(kept=1, gate_ratio=1.0, entropy_threshold=0.1)})
-    judged = replay(settled_trace("probs"), strict, step=16)
+    judged = replay(settled_trace("probs"), strict, step=8)
     assert judged.keys == 0 and not judged.sums.tokens[:, CACHED].any()
-    lifted = replay(settled_trace("ranked"), strict, step=16)
+    lifted = replay(settled_trace("ranked"), strict, step=8)
     assert lifted.rates()["shares"]["fast"] == 1.0
     assert [lifted.rates(layer)["experts_per_token"] for layer in (0, 1)] == [2.0, 1.0]
     assert (lifted.config.mass_threshold, lifted.config.confidence_threshold) == (1.0, 0.0)
@@ -240,7 +241,8 @@ def test_what_gave_way_is_said(note):
     of_trace, of_config = NOTES[note]
     trace = random_trace(1, **of_trace)
     config, notes = applicable(replace(CONFIG, **of_config), trace)
-    _, more = table_statistics(with_stand_ins(trace), config)
+    stats, more = table_statistics(with_stand_ins(trace), config)
+    build(stats, config, TOP_K)  # which needs a key, even where no context is frequent enough
     assert any(re.search(note, one) for one in notes + more)
     assert not any(policy.residual for policy in (config.policy(0), config.policy(1)))
 
@@ -266,13 +268,14 @@ def test_a_gate_that_says_what_the_trace_says():
 
 
 def test_many_steps_and_another_policy_compile_once():
-    trace, step = random_trace(1, vocabulary=4), 2  # several hundred steps
+    trace, step = random_trace(1), 8
     before = replay_steps._advance._cache_size()
     first = replay(trace, CONFIG, step=step)
-    assert replay_steps._advance._cache_size() == before + 1
-    changes = {"confidence_threshold": 0.6, "cache_ttl_seconds": 1e9, "layers": {1: LayerPolicy(kept=1, orders=(2,))}}
+    compiled = replay_steps._advance._cache_size()
+    assert first.tokens > step * replay_steps._AT_ONCE and compiled <= before + 1
+    changes = {"confidence_threshold": 0.5, "cache_ttl_seconds": 1e9, "layers": {1: LayerPolicy(kept=1, orders=(2,))}}
     second = replay(trace, replace(CONFIG, **changes), step=step)
-    assert replay_steps._advance._cache_size() == before + 1
+    assert replay_steps._advance._cache_size() == compiled
     assert second.sums.tokens[:, CACHED].sum() > first.sums.tokens[:, CACHED].sum()
 
 
@@ -283,7 +286,7 @@ def test_many_steps_and_another_policy_compile_once():
         (CONFIG, {"step": 0}, ValueError, "step=0"),
         (CONFIG, {"seconds_per_token": math.inf}, ValueError, "seconds_per_token=inf"),
         (CONFIG, {"build_share": 1.0}, ValueError, r"build_share=1\.0"),
-        (CONFIG, {"build_share": 1e-9}, TraceError, "90 documents with tokens, of which 0 build"),
+        (CONFIG, {"build_share": 1e-9}, TraceError, "130 documents with tokens, of which 0 build"),
         (replace(CONFIG, layers={7: None}), {}, ValueError, "layer 7: the statistics have only layers 0 to 1"),
         (replace(CONFIG, default=LayerPolicy(kept=3)), {}, ValueError, "runs only 2 experts"),
     ],
@@ -316,7 +319,9 @@ def test_the_command_writes_report_numbers_and_figures(tmp_path, monkeypatch, ca
 
 def test_a_trace_without_ranks_is_drawn_too(tmp_path, monkeypatch, capsys):
     trace_file.write(tmp_path / "trace.parquet", settled_trace("unranked"))
-    run_main(monkeypatch, "--trace", tmp_path / "trace.parquet", "--preset", "aggressive", "--output", tmp_path / "out")
+    CONFIG.save(tmp_path / "config.json")
+    given = ("--trace", tmp_path / "trace.parquet", "--config", tmp_path / "config.json", "--step", 8)
+    run_main(monkeypatch, *given, "--output", tmp_path / "out")
     assert "the experts are not ranked" in capsys.readouterr().out
 
 
