@@ -2,8 +2,8 @@
 
     python -m analysis.hypothesis_validation --input results/phase1/routing_stats.parquet --output results/hypotheses
 
-Reads routing statistics (`varjax.statsfile`), a routing trace (`analysis.trace`) or a NumPy trace
-(`analysis.trace_import`); writes hypotheses.txt, .json and .html and the figures as PNG and PDF into --output, and
+Reads routing statistics (`varjax.statsfile`), a routing trace (`analysis.traces.trace`) or a NumPy trace
+(`analysis.traces.importing`); writes hypotheses.txt, .json and .html and the figures as PNG and PDF into --output, and
 prints the text. From a trace alone the statistics are computed as well. A FAIL is a result: the command ends well.
 """
 
@@ -22,20 +22,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
-from analysis import hypotheses, routing_figures, trace_figures
-from analysis import hypothesis_sections as sections
-from analysis import trace as traces
-from analysis.consistency import Consistency, consistency
 from analysis.figures import save
 from analysis.html_report import write_html
-from analysis.paired_runs import PairedMeasure, compare
+from analysis.hypotheses import criteria as hypotheses
+from analysis.hypotheses import statistics_figures as routing_figures
+from analysis.hypotheses import statistics_sections as sections
+from analysis.hypotheses import trace_figures
+from analysis.hypotheses.consistency import Consistency, consistency
+from analysis.hypotheses.paired_runs import PairedMeasure, compare
+from analysis.hypotheses.trace_findings import Settings, TraceFindings, examine_trace
+from analysis.hypotheses.trace_sections import trace_sections
 from analysis.provenance import provenance, write_json
 from analysis.report import Report, fields, text
-from analysis.trace import Trace
-from analysis.trace_findings import Settings, TraceFindings, examine_trace
-from analysis.trace_import import import_npz
-from analysis.trace_sections import trace_sections
-from analysis.trace_statistics import trace_statistics
+from analysis.traces import trace as traces
+from analysis.traces.importing import import_npz
+from analysis.traces.statistics import trace_statistics
+from analysis.traces.trace import Trace
 from varjax import statsfile
 from varjax.files import replacing
 from varjax.stats import RoutingStats

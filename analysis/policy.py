@@ -18,8 +18,8 @@ from functools import partial
 import numpy as np
 from tqdm import tqdm
 
-from analysis.encoding import Encoded
 from analysis.quality import Scores, plain_runner, score, var_runner
+from analysis.text.encoding import Encoded
 from models import Model
 from varjax.answers import Answers, Rule
 from varjax.config import LayerPolicy, VARConfig

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.batches import batches
-from analysis.encoding import Encoded
+from analysis.text.batches import batches
+from analysis.text.encoding import Encoded
 from models import Model
 from varjax.files import replacing
 from varjax.model import VARModel

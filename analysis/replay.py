@@ -49,11 +49,11 @@ from typing import Any
 
 import numpy as np
 
-from analysis import trace_import
 from analysis.provenance import hash_json, provenance, write_json
-from analysis.replay_inputs import applicable, table_statistics, with_stand_ins
-from analysis.replay_steps import Sums, run_steps, unlimited_cache
-from analysis.trace import Trace, TraceError
+from analysis.traces import importing
+from analysis.traces.replay_inputs import applicable, table_statistics, with_stand_ins
+from analysis.traces.replay_steps import Sums, run_steps, unlimited_cache
+from analysis.traces.trace import Trace, TraceError
 from varjax.config import PRESETS, VARConfig
 from varjax.routing import CACHED, FAST
 from varjax.step import TIERS
@@ -234,7 +234,7 @@ def fields_of(found: Replay) -> dict[str, Any]:
 
 def main() -> None:
     from analysis.figures import save
-    from analysis.replay_figures import false_hits_by_age, tiers_by_layer
+    from analysis.traces.replay_figures import false_hits_by_age, tiers_by_layer
 
     parser = argparse.ArgumentParser(
         description="Replay a VARConfig against a routing trace.",
@@ -252,7 +252,7 @@ def main() -> None:
     try:
         config = VARConfig.load(args.config) if args.config else VARConfig.preset(args.preset)
         settings = {name: getattr(args, name) for name in ("build_share", "step", "seconds_per_token")}
-        found = replay(trace_import.load(args.trace), config, **settings)
+        found = replay(importing.load(args.trace), config, **settings)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     print(report(found))

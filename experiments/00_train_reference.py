@@ -14,12 +14,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from analysis.batches import batches
-from analysis.corpus import corpus_hash, load_documents
-from analysis.encoding import Encoded, encode
-from analysis.ngram_baselines import ngram_losses
 from analysis.provenance import provenance, write_json
 from analysis.quality import plain_runner, score
+from analysis.text.batches import batches
+from analysis.text.corpus import corpus_hash, load_documents
+from analysis.text.encoding import Encoded, encode
+from analysis.text.ngram_baselines import ngram_losses
 from experiments.arguments import run
 from models import Model, MoEConfig, load_model
 from models.experts import get_engine

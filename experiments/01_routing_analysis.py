@@ -18,13 +18,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from analysis import figures, routing_figures
-from analysis.collection import KeySettings
-from analysis.encoded_corpus import EncodedCorpus
-from analysis.merging import merge_files
+from analysis import figures
+from analysis.collection.merging import merge_files
+from analysis.collection.run import STATS, Settings, analyse
+from analysis.collection.statistics import KeySettings
+from analysis.hypotheses import statistics_figures
 from analysis.provenance import provenance, write_json
-from analysis.routing_analysis import STATS, Settings, analyse
-from analysis.trace_recording import record
+from analysis.text.encoded_corpus import EncodedCorpus
+from analysis.traces.recording import record
 from experiments.arguments import parser, run
 from models import load_model
 from varjax.keys import ContextCounts
@@ -117,8 +118,8 @@ def print_keys(keys: ContextCounts, settings: Settings) -> None:
 
 def present(output: Path, stats: RoutingStats) -> None:
     """The summary, printed and written, and the figures."""
-    figures.save(routing_figures.frequency_against_entropy(stats), output, "frequency_entropy")
-    figures.save(routing_figures.entropy_distribution(stats), output, "entropy_distribution")
+    figures.save(statistics_figures.frequency_against_entropy(stats), output, "frequency_entropy")
+    figures.save(statistics_figures.entropy_distribution(stats), output, "entropy_distribution")
     rows = summarise(stats)
     write_json(output / "routing_summary.json", {"layers": rows, "provenance": provenance()})
     print(f"\n{stats.tokens:,} tokens of {stats.documents:,} documents; over occurrences of token ids:")

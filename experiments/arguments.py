@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from analysis.encoded_corpus import EncodedCorpus
-from analysis.encoding import Encoded
+from analysis.text.encoded_corpus import EncodedCorpus
+from analysis.text.encoding import Encoded
 from models import Model, load_model
 
 

@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.corpus import SPLITS, CorpusError, iter_documents
-from analysis.preparation import prepare
-from analysis.prepared import Manifest, Request, is_prepared, read_manifest
+from analysis.text.corpus import SPLITS, CorpusError, iter_documents
+from analysis.text.preparation import prepare
+from analysis.text.prepared import Manifest, Request, is_prepared, read_manifest
 from experiments.arguments import run
 from models.model import REFERENCE
 from models.tokenizer import load_tokenizer
@@ -107,7 +107,7 @@ def already(folder: Path, request: Request, tokenizer: PreTrainedTokenizerBase) 
 
 
 def full_name(dataset: str) -> str:
-    """The dataset as `analysis.corpus` knows it."""
+    """The dataset as `analysis.text.corpus` knows it."""
     short, colon, hub_split = dataset.partition(":")
     return f"{DATASETS[short]}{colon}{hub_split}".rstrip(":") if short in DATASETS else dataset
 

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.batches import batches
-from analysis.collection import KeySettings, choose_keys, collect_step, find_rows
-from analysis.corpus import load_documents
-from analysis.encoding import iter_encode
-from analysis.passes import FLUSH_TOKENS, data_mesh, on_all_devices, per_device
+from analysis.collection.passes import FLUSH_TOKENS, data_mesh, on_all_devices, per_device
+from analysis.collection.statistics import KeySettings, choose_keys, collect_step, find_rows
+from analysis.text.batches import batches
+from analysis.text.corpus import load_documents
+from analysis.text.encoding import iter_encode
 from models import Model, MoEConfig, load_model
 from models.decoder import Params, init_params, prepare
 from models.experts import get_engine

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.encoding import Encoded
+from analysis.text.encoding import Encoded
 from profiling.timing import compare, paired_ratio
 from varjax.config import VARConfig
 from varjax.model import VARModel

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.corpus import load_documents
-from analysis.encoding import Encoded, encode
+from analysis.text.corpus import load_documents
+from analysis.text.encoding import Encoded, encode
 from models import Model, MoEConfig, load_model
 from models.decoder import init_params
 from models.tokenizer import save_tokenizer, train_bpe

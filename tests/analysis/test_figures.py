@@ -6,11 +6,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from analysis import routing_figures, trace_figures
-from analysis.consistency import consistency
+from analysis.estimators.resampling import Measure
 from analysis.figures import heat_map, panels, quality_against_experts, save
-from analysis.hypotheses import coverage
-from analysis.resampling import Measure
+from analysis.hypotheses import statistics_figures, trace_figures
+from analysis.hypotheses.consistency import consistency
+from analysis.hypotheses.criteria import coverage
 from varjax.stats import Moments, RoutingStats
 
 
@@ -43,11 +43,11 @@ def words(figure) -> str:
 def test_figures_of_statistics(layers, tmp_path):
     stats = statistics(layers)
     figures = {
-        "frequency": routing_figures.frequency_against_entropy(stats),
-        "entropy": routing_figures.entropy_distribution(stats),
-        "consistency": routing_figures.consistency_by_decile(consistency(stats, samples=5), stats),
-        "coverage": routing_figures.fast_path_coverage(coverage(stats), stats),
-        "experts": routing_figures.token_experts(stats, {0: "a $x$ \n b"}),
+        "frequency": statistics_figures.frequency_against_entropy(stats),
+        "entropy": statistics_figures.entropy_distribution(stats),
+        "consistency": statistics_figures.consistency_by_decile(consistency(stats, samples=5), stats),
+        "coverage": statistics_figures.fast_path_coverage(coverage(stats), stats),
+        "experts": statistics_figures.token_experts(stats, {0: "a $x$ \n b"}),
     }
     for name, figure in figures.items():
         assert f"{stats.tokens:,} tokens, 7 documents" in words(figure), name
@@ -100,4 +100,4 @@ def test_a_measure_outside_its_own_interval_is_drawn():
     [(" the", "·the"), ("Ġthe", "Ġthe"), ("\n\t", "\\n\\t"), ("日", "\\u65e5"), ("▁a", "▁a"), ("$x$", "$x$")],
 )
 def test_tokens_become_labels_of_one_line(text, label):
-    assert routing_figures.readable(text) == label
+    assert statistics_figures.readable(text) == label

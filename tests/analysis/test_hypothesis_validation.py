@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import hypothesis_validation, trace
+from analysis import hypothesis_validation
+from analysis.hypotheses.trace_findings import Settings
 from analysis.hypothesis_validation import examine, main, open_source, report, trace_source, validate
 from analysis.report import Report, text
-from analysis.trace import Trace
-from analysis.trace_findings import Settings
+from analysis.traces import trace
+from analysis.traces.trace import Trace
 from varjax import statsfile
 
 OPTIONS = ("--permutations", "19", "--samples", "20", "--min_count", "3", "--orders", "1", "2")

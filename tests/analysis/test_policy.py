@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from analysis.answer_collection import collect_answers
-from analysis.collection import KeySettings, choose_keys, collect
+from analysis.collection.answers import collect_answers
+from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.policy import Measured, _prefix, _steps, candidate_rules, search
 from varjax.answers import Rule
 from varjax.config import VARConfig

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis import replay_inputs, replay_steps
-from analysis import trace as trace_file
 from analysis.replay import fields_of, main, replay, report
-from analysis.replay_inputs import applicable, table_statistics, with_stand_ins
-from analysis.replay_steps import gate, unlimited_cache
-from analysis.trace import Trace, TraceError
-from analysis.trace_import import import_npz
+from analysis.traces import replay_inputs, replay_steps
+from analysis.traces import trace as trace_file
+from analysis.traces.importing import import_npz
+from analysis.traces.replay_inputs import applicable, table_statistics, with_stand_ins
+from analysis.traces.replay_steps import gate, unlimited_cache
+from analysis.traces.trace import Trace, TraceError
 from varjax.config import LayerPolicy, VARConfig
 from varjax.routing import CACHED, FAST, LEARNED, resolve
 from varjax.table import build

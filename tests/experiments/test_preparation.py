@@ -10,8 +10,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.hf_api import RepoSibling
 
-from analysis.corpus import load_documents
-from analysis.prepared import open_prepared, read_manifest
+from analysis.text.corpus import load_documents
+from analysis.text.prepared import open_prepared, read_manifest
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"

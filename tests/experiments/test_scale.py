@@ -70,7 +70,7 @@ def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp
     for _ in range(3):
         process = start(command(tmp_path))
         # `keys` is the first checkpoint; from then on the run may die at any time.
-        while process.poll() is None and not list(tmp_path.glob("checkpoints/keys/0")):
+        while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/keys/0")):
             time.sleep(0.01)
         time.sleep(moment.uniform(0, 4))
         process.send_signal(signal.SIGKILL)
@@ -81,7 +81,7 @@ def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp
     ours, theirs = load_file(tmp_path / ROWS), load_file(whole / ROWS)
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
-    assert not (tmp_path / "checkpoints").exists()
+    assert not (tmp_path / "routing_checkpoints").exists()
 
 
 def assert_equal_up_to_rounding(one: Path, other: Path) -> None:
@@ -142,7 +142,7 @@ def test_runs_merged_equal_one(command, whole, tmp_path):
 
 def test_a_run_is_not_resumed_with_other_settings(command, tmp_path):
     process = start(command(tmp_path))
-    while process.poll() is None and not list(tmp_path.glob("checkpoints/keys/0")):
+    while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/keys/0")):
         time.sleep(0.01)
     process.kill()
     process.communicate()

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.answer_collection import collect_answers
-from analysis.collection import KeySettings, choose_keys, collect
+from analysis.collection.answers import collect_answers
+from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, statsfile
 from varjax.answers import Rule

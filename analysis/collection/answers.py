@@ -1,0 +1,95 @@
+"""Phase 2's second pass: what each rule would leave out, averaged at each key (the residual rows).
+
+Letters: G devices, R keys, D hidden size.
+
+The layers run in full, so the means are taken where the model usually lives. Which rules are worth collecting is a
+choice of the policy search (`analysis.policy`); which keys, of the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from analysis.collection.checkpoints import Checkpoints
+from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, own_share, run_pass
+from analysis.collection.statistics import find_rows
+from analysis.text.encoding import Encoded
+from models import Model
+from models.decoder import Network, Params
+from varjax import answers
+from varjax.answers import Answers, AnswerSums, Rule
+from varjax.keys import KeyIndex
+
+
+def collect_answers(
+    model: Model,
+    documents: Iterable[Encoded],
+    keys: np.ndarray,
+    orders: tuple[int, ...],
+    rules: Sequence[Rule],
+    *,
+    batch_size: int = 8,
+    max_length: int = 256,
+    checkpoints: Checkpoints | None = None,
+    save_tokens: int = SAVE_TOKENS,
+    progress: bool = True,
+) -> Answers:
+    """The mean of what each rule drops, at each key.
+
+    Args:
+        keys: int32 [R, C], rows of the answers; memory is `len(rules) * R * D` float32 on each device.
+        orders: the context orders among the keys.
+        rules: layer, experts kept and gate ratio of each.
+        batch_size, max_length, checkpoints, save_tokens, progress: as in `analysis.collection.statistics.collect`.
+    """
+    mesh = data_mesh()
+    special = jnp.asarray(model.config.special_token_ids, jnp.int32)
+    shared = on_all_devices((KeyIndex.build(keys), special, model.params), mesh)
+
+    def step(windows: AnswerSums, ids: jax.Array, mask: jax.Array) -> AnswerSums:
+        return _step(windows, *shared, ids, mask, model.network, orders, mesh)
+
+    found, _ = run_pass(
+        Answers.empty(keys, rules, model.config.hidden_size),
+        own_share(documents),
+        begin=answers.init,
+        step=step,
+        absorb=answers.absorb,
+        mesh=mesh,
+        batch_size=batch_size,
+        max_length=max_length,
+        checkpoints=checkpoints,
+        save_tokens=save_tokens,
+        progress=progress,
+    )
+    return found
+
+
+@partial(jax.jit, static_argnames=("network", "orders", "mesh"), donate_argnums=0)
+def _step(
+    windows: AnswerSums,
+    index: KeyIndex,
+    special: jax.Array,
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    network: Network,
+    orders: tuple[int, ...],
+    mesh: Mesh,
+) -> AnswerSums:
+    """One batch [G * B, T] through the model and into the windows [G, ...] of the devices."""
+
+    def step(
+        window: AnswerSums, index: KeyIndex, special: jax.Array, params: Params, ids: jax.Array, mask: jax.Array
+    ) -> AnswerSums:
+        out = network.forward(params, ids, attention_mask=mask, slot_outputs_of=window.layers)
+        rows = find_rows(index, ids, mask, orders)
+        return answers.update(window, rows, out.slot_outputs, out.routing, mask & ~jnp.isin(ids, special))
+
+    return on_each_device(step, mesh, shared=3)(windows, index, special, params, ids, mask)

@@ -1,0 +1,147 @@
+"""A pass of the model over documents: sums on the devices, totals on the host, checkpoints on the way.
+
+Letters: G devices, B sequences, T positions.
+
+Every device runs its own rows of a batch and adds to its own window of sums; the host absorbs the windows one after
+the other. So devices never wait for each other inside a step, and the result is that of one device up to rounding.
+Several hosts (`jax.distributed`) each read their share of the documents (`own_share`) and write results of their own.
+
+The result depends on when windows are moved to the host, so that follows from the documents alone, and a checkpoint is
+written only there: a resumed pass repeats exactly what an uninterrupted one does. It reads the documents from the start
+again, without running the model on those that are done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from analysis.collection.checkpoints import Checkpoints
+from analysis.text.batches import batches
+from analysis.text.encoding import Encoded
+
+SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
+FLUSH_TOKENS = 1 << 18  # device sums are moved to the host's float64 this often
+SAVE_TOKENS = 1 << 21  # tokens between checkpoints
+
+T = TypeVar("T")
+Window = TypeVar("Window")  # a pytree of device arrays
+Total = TypeVar("Total")  # a pytree of host arrays
+
+
+def data_mesh() -> Mesh:
+    """All devices of this process along one axis, `data`."""
+    return jax.make_mesh(
+        (jax.local_device_count(),), ("data",), devices=jax.local_devices(), axis_types=(AxisType.Auto,)
+    )
+
+
+def own_share(documents: Iterable[Encoded]) -> Iterable[Encoded]:
+    """Every P-th document, where P processes read together; all of them where there is one."""
+    if jax.process_count() == 1:
+        return documents
+    return _Share(documents)
+
+
+def on_all_devices(tree: T, mesh: Mesh) -> T:
+    """Every array whole on each device."""
+    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
+
+
+def per_device(tree: Window, mesh: Mesh) -> Window:
+    """[G, ...]: a copy of every array on each device, behind a leading axis."""
+    devices = mesh.devices.size
+    return jax.device_put(
+        jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *leaf.shape)), tree), NamedSharding(mesh, SPLIT)
+    )
+
+
+def on_each_device(step: Callable[..., Window], mesh: Mesh, shared: int) -> Callable[..., Window]:
+    """`step(window, *shared, ids, mask) -> window` as a function of windows [G, ...] and whole batches [G * B, T].
+
+    Args:
+        shared: how many arguments after the first every device needs whole.
+    """
+
+    def local(windows: Window, *arguments: jax.Array) -> Window:
+        window = step(jax.tree.map(lambda leaf: leaf[0], windows), *arguments)
+        return jax.tree.map(lambda leaf: leaf[None], window)
+
+    specs = (SPLIT, *[WHOLE] * shared, SPLIT, SPLIT)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+
+
+def run_pass(
+    total: Total,
+    documents: Iterable[Encoded],
+    *,
+    begin: Callable[[Total], Window],
+    step: Callable[[Window, jax.Array, jax.Array], Window],
+    absorb: Callable[[Window, Total], Total],
+    mesh: Mesh,
+    batch_size: int,
+    max_length: int,
+    checkpoints: Checkpoints | None = None,
+    save_tokens: int = SAVE_TOKENS,
+    progress: bool = True,
+) -> tuple[Total, int]:
+    """Read all documents; the total, and how many documents are in it.
+
+    Args:
+        total: nothing counted yet.
+        documents: in the same order whenever they are read.
+        begin: an empty window of one device.
+        step: adds a batch, ids int32 and mask bool [G * B, T], to the windows [G, ...], which are donated.
+        absorb: the total with one device's window in it.
+        batch_size: rows per device and batch at `max_length`.
+        checkpoints: where to resume from and to save to; None for a pass that starts anew.
+        save_tokens: tokens between checkpoints.
+        progress: show a bar on standard error.
+    """
+    place = partial(jax.device_put, device=NamedSharding(mesh, SPLIT))
+    done, total = (checkpoints and checkpoints.newest(total)) or (0, total)
+    windows = per_device(begin(total), mesh)
+    read_documents = unmoved = unsaved = 0
+    flush_tokens = min(FLUSH_TOKENS, save_tokens)
+    with tqdm(documents, unit="document", disable=not progress) as read:
+        for number, batch in enumerate(batches(read, batch_size * mesh.devices.size, max_length), start=1):
+            read_documents = max(read_documents, 1 + int(batch.documents.max()))
+            if number <= done:
+                continue
+            windows = step(windows, place(batch.ids), place(batch.mask))
+            unmoved += int(batch.mask.sum())
+            if unmoved < flush_tokens:
+                continue
+            total = _absorbed(windows, total, absorb)
+            windows = per_device(begin(total), mesh)
+            unmoved, unsaved = 0, unsaved + unmoved
+            if checkpoints and unsaved >= save_tokens:
+                checkpoints.save(number, total)
+                unsaved = 0
+    return _absorbed(windows, total, absorb), read_documents
+
+
+def _absorbed(windows: Window, total: Total, absorb: Callable[[Window, Total], Total]) -> Total:
+    """The total with the windows [G, ...] of all devices in it, in the order of the mesh."""
+    leaves, structure = jax.tree.flatten(windows)
+    shards = [sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0) for leaf in leaves]
+    for parts in zip(*shards, strict=True):
+        total = absorb(jax.tree.unflatten(structure, [part.data[0] for part in parts]), total)
+    return total
+
+
+class _Share:
+    """Every P-th document, as often as it is read."""
+
+    def __init__(self, documents: Iterable[Encoded]):
+        self.documents = documents
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return islice(self.documents, jax.process_index(), None, jax.process_count())

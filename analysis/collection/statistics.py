@@ -1,0 +1,159 @@
+"""Phase 1's pass over a corpus: the routing statistics of every layer and context key.
+
+Letters: G devices, L layers, B sequences, T positions, O orders, E experts.
+
+Token ids alone decide which keys are kept (`varjax.keys.count_contexts`), so the keys are chosen before the model runs
+and the devices work on arrays of a fixed size, whatever the corpus holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from analysis.collection.checkpoints import Checkpoints
+from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, own_share, run_pass
+from analysis.text.batches import windows
+from analysis.text.encoding import Encoded
+from models import Model
+from models.decoder import Network, Params
+from varjax import stats
+from varjax.keys import NONE, ContextCounts, KeyIndex, OrderCount, contexts, count_contexts, find_orders
+from varjax.stats import RoutingStats, StatsBuffer
+
+
+@dataclasses.dataclass(frozen=True)
+class KeySettings:
+    """Which keys are worth a row."""
+
+    orders: tuple[int, ...] = (1, 2, 3)  # context lengths in tokens, the current one included
+    min_count: int = 5  # occurrences that a key needs
+    max_keys: int | None = 50_000  # over all orders together: the most frequent ones
+    capacity: int = 1 << 20  # different contexts of one order that are counted at a time: what memory depends on
+
+
+def choose_keys(
+    model: Model,
+    documents: Iterable[Encoded],
+    max_length: int,
+    settings: KeySettings,
+    checkpoints: Checkpoints | None = None,
+) -> ContextCounts:
+    """The keys of a corpus, counted over the same windows that the model will read.
+
+    Args:
+        checkpoints: where the keys are kept once they are chosen, and taken from if they are there.
+
+    Raises:
+        ValueError: no context is frequent enough to be a key.
+    """
+    nothing = ContextCounts(np.zeros(1), np.zeros(1), tuple(OrderCount(*[0] * 6) for _ in set(settings.orders)))
+    chosen = checkpoints and checkpoints.newest(nothing)
+    if chosen:
+        return chosen[1]
+    rows = (window.ids[: window.size] for window in windows(documents, max_length))
+    special = model.config.special_token_ids
+    keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)
+    if len(keys.keys) == 0:
+        raise ValueError(
+            f"none of the contexts of {settings.orders} tokens occurs {settings.min_count} times; "
+            "give more documents or a lower min_count"
+        )
+    if checkpoints:
+        checkpoints.save(0, keys)
+    return keys
+
+
+def collect(
+    model: Model,
+    documents: Iterable[Encoded],
+    keys: ContextCounts,
+    *,
+    layers: Sequence[int] | None = None,
+    batch_size: int = 8,
+    max_length: int = 256,
+    checkpoints: Checkpoints | None = None,
+    save_tokens: int = SAVE_TOKENS,
+    progress: bool = True,
+) -> RoutingStats:
+    """The statistics of `model` over `documents`, on the keys that `choose_keys` found.
+
+    Runs on all devices of this process; of several processes each reads its share of the documents.
+
+    Args:
+        layers: those to collect; None: all. The others have no occurrences.
+        batch_size: rows per device and batch at `max_length`.
+        max_length: tokens per window.
+        checkpoints: where to resume from and to save to; None for a pass that starts anew.
+        save_tokens: tokens between checkpoints.
+        progress: show a bar on standard error.
+
+    Raises:
+        ValueError: a layer that the model does not have.
+    """
+    num_layers = model.config.num_layers
+    chosen = tuple(range(num_layers)) if layers is None else tuple(sorted(set(layers)))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
+        raise ValueError(f"layers {list(chosen)}: expected some of 0 to {num_layers - 1}, the layers of the model")
+    orders, mesh = tuple(count.order for count in keys.orders), data_mesh()
+    special = jnp.asarray(model.config.special_token_ids, jnp.int32)
+    shared = on_all_devices((KeyIndex.build(keys.keys), special, model.params), mesh)
+
+    def step(windows: StatsBuffer, ids: jax.Array, mask: jax.Array) -> StatsBuffer:
+        return collect_step(windows, *shared, ids, mask, model.network, orders, chosen, mesh)
+
+    found, read = run_pass(
+        RoutingStats.empty(keys.keys, orders, len(chosen), model.config.num_experts),
+        own_share(documents),
+        begin=stats.init,
+        step=step,
+        absorb=stats.absorb,
+        mesh=mesh,
+        batch_size=batch_size,
+        max_length=max_length,
+        checkpoints=checkpoints,
+        save_tokens=save_tokens,
+        progress=progress,
+    )
+    return stats.spread(dataclasses.replace(found, documents=read), chosen, num_layers)
+
+
+@partial(jax.jit, static_argnames=("network", "orders", "layers", "mesh"), donate_argnums=0)
+def collect_step(
+    windows: StatsBuffer,
+    index: KeyIndex,
+    special: jax.Array,
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    network: Network,
+    orders: tuple[int, ...],
+    layers: tuple[int, ...],
+    mesh: Mesh,
+) -> StatsBuffer:
+    """One batch [G * B, T] through the model and into the windows [G, ...] of the devices.
+
+    Special tokens (int32 [S]) route but do not count.
+    """
+
+    def step(
+        window: StatsBuffer, index: KeyIndex, special: jax.Array, params: Params, ids: jax.Array, mask: jax.Array
+    ) -> StatsBuffer:
+        probs = network.forward(params, ids, attention_mask=mask).router_probs
+        rows = find_rows(index, ids, mask, orders)
+        return stats.update(window, rows, probs[jnp.array(layers)], mask & ~jnp.isin(ids, special))
+
+    return on_each_device(step, mesh, shared=3)(windows, index, special, params, ids, mask)
+
+
+def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[int, ...]) -> jax.Array:
+    """int32 [O, B, T]: the key rows of whole windows, which begin without a past."""
+    length = max(orders)
+    recent = jnp.full((ids.shape[0], length - 1), NONE, jnp.int32)
+    return find_orders(index, contexts(ids, recent, length, mask), orders)

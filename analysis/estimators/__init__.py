@@ -1,0 +1,1 @@
+"""What a trace says of routing: estimators on held-out documents, with intervals and permutation nulls."""

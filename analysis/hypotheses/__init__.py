@@ -1,0 +1,1 @@
+"""The published hypotheses, tested: criteria, their sections of the report and their figures."""

@@ -1,0 +1,98 @@
+"""The batches in which a model reads documents.
+
+Letters: B rows of a batch, T positions.
+
+A document is cut into windows of at most `max_length` tokens, `stride` tokens apart; each of its tokens after the first
+is scored exactly once, in the first window that reaches it. Windows are padded to one of a few lengths, so that a run
+compiles a few programs and short documents do not pay for long ones. Documents may come from a stream: no more of them
+is held than the windows that wait for their batch to fill.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.text.encoding import Encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Windows side by side. Rows that fill up the last batch hold padding only."""
+
+    ids: np.ndarray  # int32 [B, T]
+    mask: np.ndarray  # bool [B, T], real tokens
+    targets: np.ndarray  # int32 [B, T], the token that follows
+    scored: np.ndarray  # bool [B, T], whether its loss counts here
+    fresh: np.ndarray  # bool [B, T], real, and in no earlier window: what statistics count
+    documents: np.ndarray  # int32 [B], index of the row's document, -1 for filling
+
+
+class Window(NamedTuple):
+    """One stretch of a document."""
+
+    ids: np.ndarray  # int32 [size], or one more: the id that follows
+    size: int  # tokens that are read
+    seen: int  # of these, the first ones that an earlier window has read
+    document: int  # its index
+
+
+def windows(documents: Iterable[Encoded], max_length: int, stride: int | None = None) -> Iterator[Window]:
+    """The windows of every document, in order; see `batches` for the arguments."""
+    stride = max_length if stride is None else stride
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"stride={stride}: expected 1 to max_length {max_length}")
+    for index, document in enumerate(documents):
+        seen = 0
+        for start in range(0, len(document.ids), stride):
+            end = min(start + max_length, len(document.ids))
+            yield Window(document.ids[start : end + 1], end - start, seen - start, index)
+            seen = end
+            if end == len(document.ids):
+                break
+
+
+def batches(
+    documents: Iterable[Encoded], batch_size: int, max_length: int, stride: int | None = None
+) -> Iterator[Batch]:
+    """Every window of every document, each in the first batch of its length that fills up; unfilled ones come last.
+
+    Args:
+        documents: read once, as far as the batches need it.
+        batch_size: rows of a batch at `max_length`; shorter windows come in proportionally more rows.
+        max_length: tokens of the longest window.
+        stride: tokens from one window's start to the next; None: `max_length`, no overlap.
+    """
+    if batch_size < 1 or max_length < 2:
+        raise ValueError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
+    lengths = sorted({-(-max_length // 4), -(-max_length // 2), max_length})
+    rows = {length: batch_size * (max_length // length) for length in lengths}
+    waiting: dict[int, list[Window]] = {length: [] for length in lengths}
+    for window in windows(documents, max_length, stride):
+        length = next(length for length in lengths if window.size <= length)
+        waiting[length].append(window)
+        if len(waiting[length]) == rows[length]:
+            yield _fill(waiting[length], rows[length], length)
+            waiting[length] = []
+    for length, left in waiting.items():
+        if left:
+            yield _fill(left, rows[length], length)
+
+
+def _fill(together: list[Window], rows: int, length: int) -> Batch:
+    ids, targets = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    mask, scored, fresh = (np.zeros((rows, length), bool) for _ in range(3))
+    owners = np.full(rows, -1, np.int32)
+    for row, window in enumerate(together):
+        size, following = window.size, window.ids[1:]
+        owners[row] = window.document
+        ids[row, :size] = window.ids[:size]
+        mask[row, :size] = True
+        fresh[row, window.seen : size] = True
+        targets[row, : len(following)] = following
+        # Position t predicts the token after it; a window scores those that no earlier one could.
+        scored[row, window.seen : len(following)] = True
+    return Batch(ids, mask, targets, scored, fresh, owners)

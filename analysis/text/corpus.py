@@ -1,0 +1,316 @@
+"""Documents, wherever they come from, and their division into splits that no run can mix up.
+
+A document is one whole text. Its id is the SHA-256 of that text, and its split follows from the id alone: the
+same text lands in the same split on every machine, in every order and whatever else the corpus holds.
+
+`load_documents(dataset)` reads:
+
+| dataset | documents | group |
+|---|---|---|
+| `embedded` | docstrings of the installed packages (`analysis.text.embedded`), in hash order | package |
+| `*.txt` | parts between lines `<|endofdoc|>`; else WikiText articles; else the whole file | file stem |
+| `*.jsonl` | the field `text` of every line | field `group`, else file stem |
+| `*.parquet` | the column `text` of every row | column `group`, else file stem |
+| a directory | every such file below it, in order of path; or a `datasets` `save_to_disk` folder | as above |
+| `name[:config[:split]]` | a Hugging Face dataset, streamed (split `train` if not said) | field, or name |
+
+`analysis.text.encoded_corpus` also reads what `experiments/prepare_datasets.py` has tokenised.
+
+A WikiText article starts at a line ` = Title = `. A plain text file without separators is one document on
+purpose: its paragraphs are not independent of each other, and a confidence bound over documents would be
+wrong if it took them to be.
+"""
+
+import hashlib
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+END_OF_DOCUMENT = "<|endofdoc|>"
+
+SPLITS = {"train": 0.80, "tune": 0.04, "calibrate": 0.08, "test": 0.08}
+"""Share of each split. `train` holds what the reference model learnt from and what statistics and tables are
+built from (`build` is another name for it); `tune` chooses settings, `calibrate` certifies them, `test`
+reports."""
+
+_TITLE = re.compile(r"^ ?= (?!=).*(?<!=) = ?$", re.MULTILINE)  # " = Title = ", not " = = Section = = "
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_REMEMBERED = 1 << 20  # documents, some 150 MB of their ids
+_HASH_DIGITS = 12  # of 64; the *last* ones choose the split, so that sorting by id does not sort by split
+
+Row = tuple[str, str]  # text, group
+
+
+class CorpusError(ValueError):
+    """A corpus cannot be read: says which file (and line or field) is at fault and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One whole text."""
+
+    text: str
+    group: str  # the domain it belongs to: a package, a file, a subset of a dataset
+    id: str = field(init=False)  # 64 hexadecimal digits, SHA-256 of the text's UTF-8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "id", hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest())
+
+    @property
+    def split(self) -> str:
+        """The split that the text belongs to, by its hash."""
+        return split_of(self.id)
+
+
+def split_of(document_id: str) -> str:
+    """The split of the document with this id."""
+    place = int(document_id[-_HASH_DIGITS:], 16) / 16**_HASH_DIGITS  # uniform in [0, 1)
+    for name, share in SPLITS.items():
+        place -= share
+        if place < 0:
+            return name
+    return name  # the shares' rounding error
+
+
+def known_split(split: str | None) -> str | None:
+    """The name under which `SPLITS` has a split; None is every document. Raises CorpusError for any other."""
+    wanted = "train" if split == "build" else split
+    if wanted is not None and wanted not in SPLITS:
+        raise CorpusError(f"split {split!r} is not known; choose one of build, {', '.join(SPLITS)} or None")
+    return wanted
+
+
+def load_documents(
+    dataset: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    min_chars: int = 1,
+    text_column: str = "text",
+) -> list[Document]:
+    """The documents of a dataset (see the module's table), as a list; `iter_documents` gives them one by one.
+
+    Args:
+      dataset: `embedded`, a file, a directory or a Hugging Face dataset `name[:config[:split]]`.
+      split: one of `SPLITS`, or `build`, the same as `train`; None takes every document.
+      limit: at most so many documents, the first ones. The embedded corpus comes in hash order, so that a
+        limit is a random sample over its packages; every other corpus keeps its own order.
+      min_chars: documents with fewer characters, outer white space not counted, are left out.
+      text_column: the field that holds the text in JSONL, Parquet and Hugging Face data.
+
+    Raises:
+      CorpusError: nothing is found there, something in it cannot be read, or no document is left.
+    """
+    return list(iter_documents(dataset, split=split, limit=limit, min_chars=min_chars, text_column=text_column))
+
+
+def iter_documents(
+    dataset: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    min_chars: int = 1,
+    text_column: str = "text",
+) -> Iterator[Document]:
+    """`load_documents`, lazily: for corpora larger than memory.
+
+    A text that occurs twice is given once, if fewer than a million others stand between.
+    """
+    wanted = known_split(split)
+    if limit is not None and limit < 1:
+        raise CorpusError(f"limit must be at least 1 or None for all documents, not {limit}")
+
+    documents = (Document(text, group) for text, group in _rows(dataset, text_column))
+    fitting = (
+        document
+        for document in _distinct(documents)
+        if len(document.text.strip()) >= max(min_chars, 1) and wanted in (None, document.split)
+    )
+    found = 0
+    for document in islice(fitting, limit):
+        found += 1
+        yield document
+    if not found:
+        where = f"in its {wanted} split " if wanted else ""
+        raise CorpusError(
+            f"{dataset}: no document {where}with at least {min_chars} characters; give a larger corpus, a "
+            f"lower min_chars or another split (in a text file, a line {END_OF_DOCUMENT} separates documents)"
+        )
+
+
+def corpus_hash(documents: Iterable[Document]) -> str:
+    """SHA-256 over the documents' sorted ids: the same for the same texts in any order."""
+    return hashlib.sha256("\n".join(sorted(document.id for document in documents)).encode()).hexdigest()
+
+
+def _rows(dataset: str | Path, text_column: str) -> Iterator[Row]:
+    if dataset == "embedded":
+        from analysis.text import embedded
+
+        return embedded.rows()
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return _directory_rows(path, text_column)
+    if path.is_file() or path.suffix in _SUFFIXES or str(dataset).startswith((".", "/", "~")):
+        return read_rows(path, text_column)
+    return _hub_rows(str(dataset), text_column)
+
+
+def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
+    """Without those that stood among the last million before them: memory stays bounded in a stream of any length."""
+    seen: OrderedDict[str, None] = OrderedDict()  # the oldest first
+    for document in documents:
+        if document.id not in seen:
+            seen[document.id] = None
+            if len(seen) > _REMEMBERED:
+                seen.popitem(last=False)
+            yield document
+
+
+def read_rows(path: Path, text_column: str = "text") -> Iterator[Row]:
+    """(text, group) of every document in one .txt, .jsonl or .parquet file."""
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such file; check the path (a Hugging Face dataset is named owner/name)")
+    readers = {".txt": _text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise CorpusError(f"{path}: a corpus file ends in {', '.join(_SUFFIXES)}; convert it to one of these")
+    return readers[path.suffix](path, text_column)
+
+
+def _directory_rows(path: Path, text_column: str) -> Iterator[Row]:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from _saved_rows(path, text_column)
+        return
+    files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+    if not files:
+        raise CorpusError(f"{path}: the directory holds no file ending in {', '.join(_SUFFIXES)}; add one")
+    for file in files:
+        yield from read_rows(file, text_column)
+
+
+def _text_rows(path: Path, text_column: str) -> Iterator[Row]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CorpusError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
+    if re.search(rf"^{re.escape(END_OF_DOCUMENT)}\s*$", text, re.MULTILINE):
+        parts = re.split(rf"^{re.escape(END_OF_DOCUMENT)}\s*$", text, flags=re.MULTILINE)
+    else:
+        parts = _articles(text)
+    for part in parts:
+        yield part.strip("\n"), path.stem
+
+
+def _articles(text: str) -> list[str]:
+    """A WikiText file cut before each top-level title; any other text whole."""
+    cuts = [0, *(match.start() for match in _TITLE.finditer(text)), len(text)]
+    return [text[start:end] for start, end in pairwise(cuts)]
+
+
+def _jsonl_rows(path: Path, text_column: str) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                record = json.loads(line)
+            except ValueError as error:  # malformed JSON, or not UTF-8
+                raise CorpusError(f"{where}: not a JSON object ({error}); mend or remove the line") from error
+            if not isinstance(record, dict):
+                raise CorpusError(f'{where}: expected an object such as {{"{text_column}": "..."}}')
+            yield _row(record, text_column, where, path.stem)
+
+
+def _parquet_rows(path: Path, text_column: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if text_column not in names:
+                raise CorpusError(f"{path}: no column {text_column!r} among {', '.join(names)}; name the text column")
+            columns = [text_column, *({"group"} & set(names))]
+            for batch in file.iter_batches(columns=columns):
+                for record in batch.to_pylist():
+                    yield _row(record, text_column, str(path), path.stem)
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}: not a readable Parquet file ({error}); write it again") from error
+
+
+def _saved_rows(path: Path, text_column: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise CorpusError(f"{path}: not a readable `save_to_disk` dataset ({error}); save it again") from error
+    parts = saved.values() if isinstance(saved, datasets.DatasetDict) else [saved]
+    for part in parts:
+        for number, record in enumerate(part):
+            yield _row(record, text_column, f"{path}, row {number}", path.name)
+
+
+def _hub_rows(dataset: str, text_column: str) -> Iterator[Row]:
+    """A Hugging Face dataset, streamed. Group: its `group` field, SlimPajama's subset, or its name."""
+    import datasets
+
+    name, config, hub_split, *rest = [*dataset.split(":"), "", ""]
+    if not name or any(rest):
+        raise CorpusError(f"{dataset}: a Hugging Face dataset is named name, name:config or name:config:split")
+    try:
+        stream = datasets.load_dataset(name, config or None, split=hub_split or "train", streaming=True)
+    except Exception as error:  # the library raises many kinds, network faults among them
+        raise CorpusError(
+            f"{dataset}: neither a file here nor a dataset that opens ({type(error).__name__}: {error}); "
+            "check the spelling and the network, or use `embedded`, which needs none"
+        ) from error
+    records = enumerate(_unbroken(stream, dataset))
+    rows = (_row(record, text_column, f"{dataset}, row {number}", name) for number, record in records)
+    return _joined_articles(rows) if "wikitext" in name.lower() else rows
+
+
+def _unbroken(stream: Iterable[dict[str, Any]], dataset: str) -> Iterator[dict[str, Any]]:
+    """The records; a stream that breaks off ends in a CorpusError."""
+    read = 0
+    try:
+        for record in stream:
+            yield record
+            read += 1
+    except Exception as error:  # the library raises many kinds, network faults among them
+        raise CorpusError(
+            f"{dataset}: reading stopped after {read:,} rows ({type(error).__name__}: {error}); "
+            "check the network and run this again"
+        ) from error
+
+
+def _joined_articles(rows: Iterable[Row]) -> Iterator[Row]:
+    """WikiText on the hub holds one *line* a row: joined again into articles."""
+    lines: list[str] = []
+    group = ""
+    for line, group in rows:
+        if lines and _TITLE.match(line.rstrip("\n")):
+            yield "".join(lines), group
+            lines = []
+        lines.append(line if line.endswith("\n") else line + "\n")
+    if lines:
+        yield "".join(lines), group
+
+
+def _row(record: dict[str, Any], text_column: str, where: str, group: str) -> Row:
+    text = record.get(text_column)
+    if not isinstance(text, str):
+        fault = f"is {type(text).__name__}, not text" if text_column in record else "is missing"
+        raise CorpusError(
+            f"{where}: the field {text_column!r} {fault} (fields: {', '.join(map(str, record))}); "
+            "name the field that holds the text"
+        )
+    meta = record.get("meta")
+    subset = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
+    return text, str(record.get("group") or subset or group)

@@ -1,0 +1,141 @@
+"""The embedded corpus: the documentation text of the packages that varjax itself needs.
+
+Docstrings are real prose, each one a document, each package a domain: nothing to download, nothing to
+license. The sources are parsed, never imported. Only the distributions named here count, so that the corpus
+does not change with what else is installed; with other versions of these some documents change, and
+`corpus.corpus_hash` shows it.
+
+Copies would make a held-out text a text already learnt (model files in particular repeat each other), so a
+docstring more than half of whose lines have occurred before is left out.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import logging
+import os
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from tqdm import tqdm
+
+from analysis.text.corpus import Document, Row, read_rows
+from varjax.files import replacing
+
+DISTRIBUTIONS = (
+    "absl-py", "alembic", "click", "datasets", "etils", "flax", "fonttools", "fsspec", "httpcore2", "httpx2",
+    "huggingface-hub", "humanize", "jax", "jaxlib", "kiwisolver", "mako", "markdown-it-py", "matplotlib",
+    "ml-dtypes", "multiprocess", "numpy", "opt-einsum", "optax", "optuna", "orbax-checkpoint", "packaging",
+    "pandas", "pillow", "protobuf", "pyarrow", "pygments", "pyparsing", "python-dateutil", "pyyaml", "rich",
+    "safetensors", "scipy", "sentencepiece", "sqlalchemy", "tensorstore", "tokenizers", "tqdm",
+    "transformers", "treescope", "typer",
+)  # fmt: skip
+"""Whose docstrings make the corpus, besides the standard library's; what is not installed is left out."""
+
+MIN_CHARS = 200
+"""Shorter docstrings say too little to be a document."""
+
+_FORMAT = 1  # raise it when the rules below change, so that caches are built anew
+_SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "__pycache__"}
+_MIN_LINE = 20  # characters; shorter lines ("Parameters", "-------") recur everywhere and tell no copy
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+
+logger = logging.getLogger(__name__)
+
+
+def rows() -> Iterator[Row]:
+    """(text, group) of every document, in the order of their hashes: any first n are a random sample.
+
+    The first call parses some 4,000 files (about a minute) and keeps the result in the user's cache folder
+    (`$XDG_CACHE_HOME/varjax`, else `~/.cache/varjax`) under a name that holds the versions' hash.
+    """
+    cache = _cache_file()
+    if not cache.is_file():
+        documents = sorted((Document(text, group) for text, group in extract()), key=lambda one: one.id)
+        found = [(one.text, one.group) for one in documents]
+        _save(found, cache)
+        return iter(found)
+    return read_rows(cache)
+
+
+def extract() -> Iterator[Row]:
+    """(text, group) of every document, parsed from the sources, in order of package, path and line."""
+    seen_lines: set[str] = set()
+    files = [*_standard_library(), *(file for name in DISTRIBUTIONS for file in _distribution(name))]
+    for path, group in tqdm(files, desc="embedded corpus", unit="file", disable=None, leave=False):
+        for text in _docstrings(path):
+            if len(text) < MIN_CHARS:
+                continue
+            lines = {line.strip() for line in text.splitlines() if len(line.strip()) >= _MIN_LINE}
+            copied = len(lines & seen_lines) > len(lines) / 2
+            seen_lines |= lines
+            if lines and not copied:
+                yield text, group
+
+
+def _standard_library() -> Iterator[tuple[Path, str]]:
+    root = sysconfig.get_paths()["stdlib"]
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED_FOLDERS)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                yield Path(folder, name), "python"
+
+
+def _distribution(name: str) -> Iterator[tuple[Path, str]]:
+    """The distribution's own source files, by its installation record; group: the top-level package."""
+    try:
+        recorded = metadata.files(name) or []
+    except metadata.PackageNotFoundError:
+        return
+    for file in sorted(recorded, key=lambda one: one.parts):
+        inside = file.suffix == ".py" and ".." not in file.parts
+        if inside and _SKIPPED_FOLDERS.isdisjoint(file.parts):
+            yield Path(str(file.locate())), file.parts[0].removesuffix(".py")
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    """The cleaned docstrings of one source file, in order of line; none if it cannot be read or parsed."""
+    try:
+        source = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # other people's invalid escape sequences
+            tree = ast.parse(source)
+    except (OSError, SyntaxError, ValueError):
+        return
+    pending: list[ast.AST] = [tree]
+    while pending:  # depth first; expressions hold no docstrings, and skipping them saves most of the time
+        node = pending.pop()
+        if isinstance(node, _DOCUMENTED):
+            text = ast.get_docstring(node, clean=False)
+            if text:
+                yield inspect.cleandoc(text)
+        children = [child for child in ast.iter_child_nodes(node) if isinstance(child, _STATEMENTS)]
+        pending.extend(reversed(children))
+
+
+def _cache_file() -> Path:
+    versions: dict[str, str | None] = {"format": str(_FORMAT), "python": sys.version.split()[0]}
+    for name in DISTRIBUTIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    key = hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "varjax" / f"embedded-{key}.jsonl"
+
+
+def _save(found: list[Row], path: Path) -> None:
+    """Keep the result for the next call; where that fails the corpus is only slower to get, so: a warning."""
+    try:
+        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"group": group, "text": text}) + "\n" for text, group in found)
+    except OSError as error:
+        logger.warning("%s: the embedded corpus is not cached (%s) and will be parsed again", path, error)

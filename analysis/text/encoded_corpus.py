@@ -1,0 +1,72 @@
+"""A corpus in token ids, read from its source as often as it is asked for: nothing of it stays in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.text.corpus import CorpusError, iter_documents, known_split, split_of
+from analysis.text.encoding import Encoded, iter_encode
+from analysis.text.prepared import is_prepared, open_prepared
+from models.config import MoEConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class EncodedCorpus:
+    """The documents of a split of a dataset, in an order that does not change."""
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str | None,
+        limit: int | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        config: MoEConfig,
+    ):
+        """
+        Args:
+            dataset: a prepared folder (`analysis.text.prepared`), or as in `analysis.text.corpus.load_documents`.
+            split, limit: as in `analysis.text.corpus.load_documents`.
+            tokenizer, config: as in `analysis.text.batches.encode`.
+        """
+        self.request: dict[str, Any] = {"dataset": dataset, "split": split, "limit": limit}
+        self.about: dict[str, Any] = self.request  # what a result file says: more once it has been read to the end
+        self._tokenizer, self._config = tokenizer, config
+
+    def __iter__(self) -> Iterator[Encoded]:
+        """The documents. Raises CorpusError if there are none, or they cannot be read."""
+        prepared = is_prepared(Path(self.request["dataset"]).expanduser())
+        documents = tokens = 0
+        digest = hashlib.sha256()  # over the ids in their order
+        for document in self._prepared() if prepared else self._tokenised():
+            documents, tokens = documents + 1, tokens + len(document.ids)
+            digest.update(bytes.fromhex(document.id))
+            yield document
+        self.about = self.request | {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
+
+    def _tokenised(self) -> Iterator[Encoded]:
+        return iter_encode(iter_documents(**self.request), self._tokenizer, self._config)
+
+    def _prepared(self) -> Iterator[Encoded]:
+        folder, split, limit = self.request.values()
+        documents = open_prepared(Path(folder).expanduser(), self._tokenizer)
+        if documents.manifest.max_id >= self._config.vocab_size:
+            raise CorpusError(
+                f"{folder} holds the id {documents.manifest.max_id} but the model's vocab_size is "
+                f"{self._config.vocab_size}; prepare the dataset with this model's tokenizer"
+            )
+        wanted, found = known_split(split), 0
+        fitting = (document for document in documents if wanted in (None, split_of(document.id)))
+        for document in islice(fitting, limit):
+            found += 1
+            yield document
+        if not found:
+            raise CorpusError(
+                f"{folder} holds no document of the split {split}; it was prepared with the split "
+                f"{documents.manifest.request.split or 'all'}: prepare another or choose another --split"
+            )

@@ -1,0 +1,189 @@
+"""Recording the routing trace of a model over documents.
+
+Letters: B sequences, T positions, L layers, E experts, K experts per token.
+
+What is written is the learned router's own choice: its K experts, best first, with their probabilities in the softmax
+over all E experts, not divided by their sum. Special tokens (begin, end, padding) route but are not written, as they
+are not counted in statistics; the positions of the others keep the gap. A document longer than `max_length` is read in
+windows without a past, while its positions in the trace go on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from analysis.provenance import hash_json
+from analysis.text.batches import batches
+from analysis.text.encoding import Encoded
+from analysis.traces.trace import Trace, TraceError, writing
+from models import Model
+from models.decoder import Network, Params
+
+TOGETHER = 1 << 16  # tokens whose decisions are held at once: some 400 bytes each in Mixtral-8x7B
+
+
+def record(
+    model: Model,
+    documents: Iterable[Encoded],
+    path: str | Path,
+    *,
+    batch_size: int,
+    max_length: int,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> int:
+    """Write the trace of `model` over `documents` to `path`, whole or not at all.
+
+    Args:
+        documents: each text once; may be a stream.
+        batch_size: rows per batch at `max_length`.
+        max_length: tokens per window.
+        max_tokens: tokens to read at most, special ones included; the last document is cut there. None: all.
+        progress: show a bar on standard error.
+
+    Returns:
+        How many tokens were left out because a router gave NaN or infinity in some layer. Say so where it is not 0.
+
+    Raises:
+        TraceError: a document comes twice, or nothing is left to write.
+        ValueError: a size that cannot be.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected at least 1, or None for all tokens")
+    strings = {}
+    if model.tokenizer is not None:
+        texts = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
+        strings = {token: text for token, text in enumerate(texts) if text is not None}
+    special = np.asarray(model.config.special_token_ids, np.int32)
+    empty = dataclasses.replace(_nothing(model), token_strings=strings)
+    left_out = written = 0
+    with (
+        tqdm(unit="token", unit_scale=True, total=max_tokens, disable=not progress) as bar,
+        writing(path, empty) as add,
+    ):
+        for part in _parts(_limited(_distinct(documents), max_tokens)):
+            experts, probs, finite = _read(model, part, batch_size, max_length)
+            ids = np.concatenate([document.ids for document in part])
+            ordinary = ~np.isin(ids, special)
+            keep = ordinary & finite
+            add(
+                dataclasses.replace(
+                    empty,
+                    token_id=ids[keep],
+                    document=np.repeat(np.arange(len(part), dtype=np.int32), [len(one.ids) for one in part])[keep],
+                    position=np.concatenate([np.arange(len(one.ids), dtype=np.int32) for one in part])[keep],
+                    experts=experts[keep],
+                    probs=probs[keep],
+                    document_ids=tuple(document.id for document in part),
+                    groups=tuple(document.group for document in part),
+                )
+            )
+            left_out += int(np.sum(ordinary & ~finite))
+            written += int(np.sum(keep))
+            bar.update(len(ids))
+        if not written:
+            raise TraceError(
+                f"{path}: no token to write, {left_out} left out with a router that gave NaN or infinity; "
+                "give more documents, or mend the model's weights or dtype"
+            )
+    return left_out
+
+
+def _nothing(model: Model) -> Trace:
+    """The header of the model's traces, without a token."""
+    config = model.config
+    shape = (0, config.num_layers, config.top_k)
+    origin = {
+        "model": model.name,
+        "revision": model.fingerprint,
+        "dtype": str(model.params["decoder"]["embed"]["embedding"].dtype),
+        "tokenizer": None if model.tokenizer is None else hash_json(model.tokenizer.get_vocab()),
+        "phase": "prefill",
+    }
+    none = np.zeros(0, np.int32)
+    return Trace(
+        token_id=none,
+        document=none,
+        position=none,
+        experts=np.zeros(shape, np.int16),
+        probs=np.zeros(shape, np.float32),
+        document_ids=(),
+        groups=(),
+        num_experts=config.num_experts,
+        origin=origin,
+    )
+
+
+def _distinct(documents: Iterable[Encoded]) -> Iterator[Encoded]:
+    seen: set[str] = set()
+    for document in documents:
+        if document.id in seen:
+            raise TraceError(f"document {document.id} comes twice; give each text once")
+        seen.add(document.id)
+        yield document
+
+
+def _limited(documents: Iterable[Encoded], max_tokens: int | None) -> Iterator[Encoded]:
+    left = max_tokens
+    for document in documents:
+        if left is not None:
+            document = dataclasses.replace(document, ids=document.ids[:left])
+            left -= len(document.ids)
+        yield document
+        if left == 0:
+            return
+
+
+def _parts(documents: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+    """Whole documents together, `TOGETHER` tokens or somewhat more."""
+    part: list[Encoded] = []
+    tokens = 0
+    for document in documents:
+        part.append(document)
+        tokens += len(document.ids)
+        if tokens >= TOGETHER:
+            yield part
+            part, tokens = [], 0
+    if part:
+        yield part
+
+
+def _read(
+    model: Model, part: list[Encoded], batch_size: int, max_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Experts int16, probabilities float32 [N, L, K] and whether all are finite, bool [N], of documents in a row."""
+    # Each window goes in as a document of its own: batches come by length, and this says where a row belongs.
+    pieces = [
+        dataclasses.replace(document, ids=document.ids[start : start + max_length])
+        for document in part
+        for start in range(0, len(document.ids), max_length)
+    ]
+    ends = np.cumsum([len(piece.ids) for piece in pieces])
+    shape = (int(ends[-1]), model.config.num_layers, model.config.top_k)
+    experts, probs, finite = np.zeros(shape, np.int16), np.zeros(shape, np.float32), np.zeros(shape[0], bool)
+    for batch in batches(pieces, batch_size, max_length):
+        found = _decisions(model.params, jnp.asarray(batch.ids), jnp.asarray(batch.mask), model.network)
+        rows, places = np.nonzero(batch.mask)
+        token = ends[batch.documents[rows]] - batch.mask.sum(axis=1)[rows] + places
+        experts[token], probs[token], finite[token] = (np.asarray(one)[rows, places] for one in found)
+    return experts, probs, finite
+
+
+@partial(jax.jit, static_argnames="network")
+def _decisions(
+    params: Params, ids: jax.Array, mask: jax.Array, network: Network
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Experts int16 and probabilities float32 [B, T, L, K], best first, and bool [B, T]: every layer's are finite."""
+    out = network.forward(params, ids, attention_mask=mask)
+    experts = jnp.minimum(out.routing.experts, out.router_probs.shape[-1] - 1)  # padding runs none
+    probs = jnp.take_along_axis(out.router_probs, experts, axis=-1)
+    finite = jnp.all(jnp.isfinite(out.router_probs), axis=(0, 3))
+    return jnp.moveaxis(experts.astype(jnp.int16), 0, 2), jnp.moveaxis(probs, 0, 2), finite

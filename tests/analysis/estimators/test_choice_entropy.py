@@ -1,0 +1,169 @@
+import math
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis.estimators.choice_entropy import PRIOR, conditional_entropy, grassberger
+from analysis.traces.trace import Trace
+
+
+def make_trace(token_id, first, num_experts, length=100, **fields):
+    """Documents of `length` tokens each; one layer per column of the first choices [N, L]."""
+    tokens = len(token_id)
+    documents = -(-tokens // length)
+    return Trace(
+        token_id=np.asarray(token_id, np.int32),
+        document=(np.arange(tokens) // length).astype(np.int32),
+        position=(np.arange(tokens) % length).astype(np.int32),
+        experts=np.stack([first, (first + 1) % num_experts], axis=-1).astype(np.int16),
+        probs=None,
+        document_ids=tuple(f"document {i}" for i in range(documents)),
+        groups=("g",) * documents,
+        num_experts=num_experts,
+        probs_over=None,
+        **fields,
+    )
+
+
+def zipf_ids(rng, tokens, vocabulary):
+    weight = 1 / np.arange(1.0, vocabulary + 1)
+    return rng.choice(vocabulary, tokens, p=weight / weight.sum())
+
+
+def draw(rng, distribution):
+    """One choice per row of distributions [N, E]."""
+    return (rng.random((len(distribution), 1)) > distribution.cumsum(axis=-1)[:, :-1]).sum(axis=-1)
+
+
+def entropy(distribution):
+    return -np.sum(distribution * np.log(np.maximum(distribution, 1e-300)), axis=-1)
+
+
+def test_grassbergers_numbers_follow_their_recursion():
+    g = grassberger(41)
+    assert g[1] == pytest.approx(-np.euler_gamma - math.log(2))
+    assert g[2] == pytest.approx(2 - np.euler_gamma - math.log(2))
+    np.testing.assert_allclose(g[3::2], g[2:-1:2])
+    np.testing.assert_allclose(g[4::2] - g[2:-2:2], 2 / (np.arange(1, 20) * 2 + 1))
+
+
+@pytest.mark.parametrize("num_experts", [8, 32])
+def test_the_correction_comes_near_a_known_entropy_that_plug_in_misses(num_experts):
+    rng = np.random.default_rng(num_experts)
+    ids = np.sort(rng.integers(0, 300, 9000))[rng.permutation(9000)]  # about 30 occurrences each
+    distribution = rng.dirichlet(np.full(num_experts, 0.3), 300)
+    trace = make_trace(ids, draw(rng, distribution[ids])[:, None], num_experts)
+    found = conditional_entropy(trace, (1,), permutations=0, samples=200, progress=False)
+    truth = entropy(distribution)[ids].mean()
+    plug_in, corrected = (found.measures[name].value[0, 0] for name in ("plug_in", "conditional_entropy"))
+    assert truth - plug_in > 0.05
+    assert abs(truth - corrected) < 0.25 * (truth - plug_in)
+    cross = found.measures["cross_entropy"]
+    assert cross.value[0, 0] > truth  # never flatters, and ...
+    assert cross.value[0, 0] < found.unconditional.value[0, 0]  # ... knows more than the load
+    low, high = found.measures["conditional_entropy"].low[0, 0], found.measures["conditional_entropy"].high[0, 0]
+    assert low < corrected < high and high - low < 0.1
+
+
+def test_independent_routing_is_explained_by_nothing():
+    outside = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        first = draw(rng, np.tile(1 / np.arange(1.0, 17), (6000, 1)) / np.sum(1 / np.arange(1.0, 17))).reshape(-1, 2)
+        found = conditional_entropy(
+            make_trace(zipf_ids(rng, 3000, 200), first, 16), (1, 2), permutations=19, samples=10, progress=False
+        )
+        explained = found.measures["explained"]
+        assert np.all(np.abs(explained.value) < 0.1)
+        np.testing.assert_allclose(explained.null, 0)
+        families = [found.measures[name] for name in ("plug_in", "conditional_entropy", "cross_entropy")]
+        outside += any(np.any((m.value < m.null_low) | (m.value > m.null_high)) for m in families)
+        # Plug-in calls the little evidence of bigrams knowledge; its null shows it.
+        assert np.all(found.unconditional.value - found.measures["plug_in"].null > 0.05)
+    assert outside <= 6  # three families that leave their bands with 5 % each: 7 of 20 or more with 2 %
+
+
+def test_routing_by_the_last_two_ids_is_explained_by_two():
+    rng = np.random.default_rng(1)
+    ids = zipf_ids(rng, 30_000, 12)
+    share = np.bincount(ids) / len(ids)
+    function = rng.integers(0, 8, (12, 12))  # [previous, current]
+    first = function[np.roll(ids, 1), ids]
+    found = conditional_entropy(
+        make_trace(ids, first[:, None], 8), (2, 1), permutations=19, samples=100, progress=False
+    )
+    assert found.orders == (1, 2)
+    mixture = np.stack([np.bincount(function[:, one], share, 8) for one in range(12)])
+    h = found.measures["conditional_entropy"]
+    assert h.value[0, 0] == pytest.approx(share @ entropy(mixture), abs=0.01)
+    assert h.value[1, 0] == pytest.approx(0, abs=0.005)
+    assert found.measures["plug_in"].value[1, 0] == 0
+    assert found.unconditional.value[0, 0] == pytest.approx(entropy(np.bincount(first) / len(first)), abs=0.001)
+    explained = found.measures["explained"]
+    assert explained.value[1, 0] > 0.99 and explained.p[1, 0] == 1 / 20
+    assert explained.value[0, 0] == pytest.approx(1 - h.value[0, 0] / h.null[0, 0])
+    assert explained.low[0, 0] < explained.value[0, 0] < explained.high[0, 0]
+
+
+def test_figures_are_those_of_dictionaries():
+    rng = np.random.default_rng(2)
+    ids, min_count = zipf_ids(rng, 3000, 15), 8
+    trace = make_trace(ids, draw(rng, rng.dirichlet(np.ones(6), 15)[ids])[:, None], 6)
+    found = conditional_entropy(trace, (1, 2), min_count=min_count, permutations=0, samples=10, progress=False)
+    build = trace.build_documents()[trace.document]
+    g = grassberger(3000)
+    for row, order in enumerate((1, 2)):
+        every, inside = defaultdict(Counter), defaultdict(Counter)
+        tokens = []
+        for i in range(len(ids)):
+            if trace.position[i] >= order - 1:
+                key, expert = tuple(ids[i - order + 1 : i + 1]), int(trace.experts[i, 0, 0])
+                tokens.append((i, key, expert))
+                every[key][expert] += 1
+                inside[key][expert] += build[i]
+        known = [(key, e) for _, key, e in tokens if sum(every[key].values()) >= min_count]
+        plug_in = np.mean([math.log(sum(every[key].values()) / every[key][e]) for key, e in known])
+        corrected = np.mean([math.log(sum(every[key].values())) - g[every[key][e]] for key, e in known])
+        load = Counter(trace.experts[build, 0, 0].tolist())
+        marginal = {e: (load[e] + 0.5) / (build.sum() + 3) for e in range(6)}
+        loss = [
+            -math.log((inside[key][e] + PRIOR * marginal[e]) / (sum(inside[key].values()) + PRIOR))
+            for i, key, e in tokens
+            if not build[i] and sum(inside[key].values()) >= min_count
+        ]
+        values = [found.measures[name].value[row, 0] for name in ("plug_in", "conditional_entropy", "cross_entropy")]
+        np.testing.assert_allclose(values, [plug_in, corrected, np.mean(loss)])
+        assert found.measures["coverage"].value[row, 0] == pytest.approx(len(known) / len(ids))
+
+
+def test_one_document_has_neither_intervals_nor_a_cross_entropy():
+    rng = np.random.default_rng(3)
+    trace = make_trace(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 2)), 4, length=500)
+    found = conditional_entropy(trace, (1,), permutations=19, samples=10, progress=False)
+    assert np.isnan(found.measures["cross_entropy"].value).all()
+    entropy = found.measures["conditional_entropy"]
+    assert np.isnan([entropy.low, entropy.high]).all()
+    assert np.isfinite([entropy.value, entropy.null_low, entropy.p]).all()
+
+
+def test_constant_routing_leaves_nothing_to_explain():
+    trace = make_trace(np.zeros(4096, int), np.zeros((4096, 1), int), 4)
+    found = conditional_entropy(trace, (1,), permutations=19, samples=10, progress=False)
+    assert found.measures["plug_in"].value[0, 0] == 0
+    assert found.measures["conditional_entropy"].value[0, 0] == pytest.approx(0, abs=1e-3)
+    assert found.measures["conditional_entropy"].p[0, 0] == 1
+
+
+def test_errors():
+    rng = np.random.default_rng(4)
+    trace = make_trace(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 1)), 4)
+    with pytest.raises(ValueError, match=r"not ranked.*record the trace with probabilities"):
+        conditional_entropy(replace(trace, ranked=False))
+    with pytest.raises(ValueError, match="no context of 1, 3 ids occurs 501 times; give a longer trace"):
+        conditional_entropy(trace, (1, 3), min_count=501)
+    with pytest.raises(ValueError, match="permutations is 18"):
+        conditional_entropy(trace, permutations=18)
+    one = replace(trace, ranked=False, experts=trace.experts[..., :1])  # one expert needs no ranking
+    assert conditional_entropy(one, (1,), permutations=0, samples=10).measures["plug_in"].value[0, 0] > 1

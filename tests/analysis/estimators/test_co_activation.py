@@ -1,0 +1,108 @@
+from itertools import combinations
+from math import prod
+
+import numpy as np
+import pytest
+
+from analysis.estimators.co_activation import co_activation, expected_shares
+from analysis.traces.trace import Trace
+
+
+def make_trace(experts, num_experts, length=50):
+    """Documents of `length` tokens each; experts [N, L, K]."""
+    tokens = len(experts)
+    documents = -(-tokens // length)
+    return Trace(
+        token_id=np.zeros(tokens, np.int32),
+        document=(np.arange(tokens) // length).astype(np.int32),
+        position=(np.arange(tokens) % length).astype(np.int32),
+        experts=np.asarray(experts, np.int16),
+        probs=None,
+        document_ids=tuple(f"document {i}" for i in range(documents)),
+        groups=("g",) * documents,
+        num_experts=num_experts,
+        probs_over=None,
+    )
+
+
+def sets_with(weights, top_k):
+    """Every set of K experts and its probability, proportional to the product of the weights."""
+    sets = list(combinations(range(len(weights)), top_k))
+    p = np.array([prod(weights[e] for e in one) for one in sets])
+    return sets, p / p.sum()
+
+
+def pairs_of(sets, p, num_experts):
+    share = np.zeros((num_experts, num_experts))
+    for one, probability in zip(sets, p, strict=True):
+        share[np.ix_(one, one)] += probability
+    return share
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(5, 2), (7, 3), (8, 4), (6, 5), (4, 4)])
+def test_expected_shares_are_those_of_all_sets_enumerated(num_experts, top_k):
+    rng = np.random.default_rng(num_experts)
+    for spread in (0.3, 2.0):
+        share = pairs_of(*sets_with(np.exp(rng.normal(0, spread, num_experts)), top_k), num_experts)
+        np.testing.assert_allclose(expected_shares(np.diagonal(share), top_k), share, atol=1e-6)
+
+
+def test_two_experts_make_a_hollow_symmetric_matrix_of_products():
+    load = np.array([0.7, 0.5, 0.4, 0.3, 0.1])
+    expected = expected_shares(load, 2)
+    np.testing.assert_allclose(expected.sum(axis=-1), 2 * load, atol=1e-6)  # (K - 1) load, and the diagonal
+    a, b, c, d = 0, 1, 2, 3  # w_a w_b * w_c w_d = w_a w_c * w_b w_d
+    assert expected[a, b] * expected[c, d] == pytest.approx(expected[a, c] * expected[b, d], rel=1e-5)
+
+
+def test_experts_that_are_always_or_never_chosen():
+    load = np.array([1.0, 0.0, 0.5, 0.3, 0.2])
+    expected = expected_shares(load, 2)
+    np.testing.assert_allclose(expected[0], load)
+    np.testing.assert_array_equal(expected[1], 0)
+    assert np.all(expected[2:, 2:] == np.diag(load[2:]))  # one place is left: no two of these together
+    with pytest.raises(ValueError, match="add up to 2"):
+        expected_shares(np.array([0.2, 0.2, 0.2]), 2)
+
+
+def test_routing_by_load_alone_has_ratios_of_one():
+    rng = np.random.default_rng(0)
+    sets, p = sets_with([8, 4, 2, 1, 1, 1], 3)
+    experts = np.array(sets)[rng.choice(len(sets), 40_000, p=p)][:, None]
+    found = co_activation(make_trace(experts, 6), samples=200)
+    off_diagonal = ~np.eye(6, dtype=bool)
+    np.testing.assert_allclose(found.ratio[0][off_diagonal], 1, atol=0.12)
+    assert np.isnan(found.ratio[0][~off_diagonal]).all()
+    covered = (found.strength.low <= 1) & (found.strength.high >= 1)
+    assert covered.sum() >= 7  # of the ten that came out strongest
+
+
+def test_a_bound_pair_comes_first_with_an_interval():
+    rng = np.random.default_rng(1)
+    sets, p = sets_with(np.ones(8), 2)
+    p[sets.index((2, 5))] = 0.3
+    experts = np.array(sets)[rng.choice(len(sets), (5000, 2), p=p / p.sum())]
+    experts[:, 1] = experts[:, 1, ::-1]  # the order within a token does not matter
+    found = co_activation(make_trace(experts, 8), pairs=3, samples=200)
+    assert found.strongest.shape == (2, 3, 2) and found.strongest[:, 0].tolist() == [[2, 5], [2, 5]]
+    assert np.all(found.strength.low[0] > 1.5) and np.all(found.strength.low[0] < found.strength.value[0])
+    np.testing.assert_allclose(found.strength.value[0], found.ratio[:, 2, 5])
+    np.testing.assert_allclose(found.share, found.share.swapaxes(1, 2))
+    chosen = np.array([np.isin(experts[:, 0], [2]).any(-1), np.isin(experts[:, 0], [5]).any(-1)])
+    assert found.share[0, 2, 5] == pytest.approx(chosen.all(axis=0).mean())
+    assert found.share[0, 2, 2] == pytest.approx(chosen[0].mean())
+
+
+def test_pairs_that_are_hardly_expected_are_not_listed():
+    experts = np.tile([[[0, 1]], [[0, 2]], [[1, 2]]], (100, 1, 1))
+    experts[0] = [[3, 4]]
+    found = co_activation(make_trace(experts, 5), pairs=5, min_expected=20, samples=10)
+    assert sorted(found.strongest[0, :3].tolist()) == [[0, 1], [0, 2], [1, 2]]
+    assert np.all(found.strongest[0, 3:] == -1) and np.isnan(found.strength.value[3:]).all()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="K = 1, which makes no pairs"):
+        co_activation(make_trace(np.zeros((10, 1, 1)), 4))
+    with pytest.raises(ValueError, match="the trace has no token"):
+        co_activation(make_trace([[[0, 1]]], 4).of(np.array([False])))

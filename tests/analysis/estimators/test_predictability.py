@@ -1,0 +1,222 @@
+import json
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis.estimators.predictability import known_keys, predictability
+from analysis.traces.trace import Trace
+
+
+def ids_of(rng, tokens, vocabulary, zipf=1.0):
+    weight = np.arange(1.0, vocabulary + 1) ** -zipf
+    return rng.choice(vocabulary, tokens, p=weight / weight.sum()).astype(np.int32)
+
+
+def make_trace(token_id, experts, num_experts, length=100, probs=None, **fields):
+    """Documents of `length` tokens each; experts [N, L, K]."""
+    tokens = len(token_id)
+    documents = -(-tokens // length)
+    return Trace(
+        token_id=np.asarray(token_id, np.int32),
+        document=(np.arange(tokens) // length).astype(np.int32),
+        position=(np.arange(tokens) % length).astype(np.int32),
+        experts=np.asarray(experts, np.int16),
+        probs=probs,
+        document_ids=tuple(f"document {i}" for i in range(documents)),
+        groups=("g",) * documents,
+        num_experts=num_experts,
+        probs_over=None if probs is None else "all",
+        **fields,
+    )
+
+
+def random_experts(rng, tokens, layers, num_experts, top_k):
+    return rng.random((tokens, layers, num_experts)).argsort(axis=-1)[..., :top_k]
+
+
+def random_trace(seed, num_experts=8, tokens=3000, layers=2, top_k=2, vocabulary=200):
+    rng = np.random.default_rng(seed)
+    probs = -np.sort(-rng.random((tokens, layers, top_k)).astype(np.float32) / top_k, axis=-1)
+    experts = random_experts(rng, tokens, layers, num_experts, top_k)
+    return make_trace(ids_of(rng, tokens, vocabulary), experts, num_experts, probs=probs)
+
+
+@pytest.mark.parametrize("num_experts", [8, 64])
+def test_independent_routing_lies_within_the_band(num_experts):
+    outside = Counter()
+    for seed in range(25):
+        found = predictability(random_trace(seed, num_experts), (1, 2), permutations=19, samples=10, progress=False)
+        for name in ("agreement", "recall", "mass"):
+            rows = found.measures[name], found.longest[name]
+            outside[name] += any(np.any((m.value < m.null_low) | (m.value > m.null_high)) for m in rows)
+    # Each family leaves its band with 5 %: 5 of 25 or more with 0.7 %.
+    assert all(count <= 4 for count in outside.values()), outside
+
+
+def test_documents_with_preferences_of_their_own_lie_within_the_band_too():
+    rng = np.random.default_rng(1)
+    tokens, length = 6000, 100
+    ids = ids_of(rng, tokens, 50) + 50 * (np.arange(tokens) // length % 2)  # two kinds of documents: ids ...
+    favourite = (np.arange(tokens) // length % 2)[:, None]  # ... and favourite expert
+    first = np.where(rng.random((tokens, 1)) < 0.6, favourite, rng.integers(0, 8, (tokens, 1)))
+    found = predictability(make_trace(ids, first[..., None], 8), permutations=39, samples=10, progress=False)
+    agreement = found.measures["agreement"]
+    assert agreement.value.min() > 0.5  # far above 1 / 8, but not because of the tokens
+    assert np.all((agreement.null_low <= agreement.value) & (agreement.value <= agreement.null_high))
+
+
+def test_routing_by_the_last_two_ids_is_found_and_one_id_knows_what_theory_says():
+    rng = np.random.default_rng(2)
+    vocabulary, num_experts = 12, 8
+    ids = ids_of(rng, 60_000, vocabulary)
+    share = np.bincount(ids) / len(ids)
+    function = rng.integers(0, num_experts, (vocabulary, vocabulary))  # [previous, current]
+    first = function[np.roll(ids, 1), ids]
+    first[::100] = 0  # a document's first token has no previous one
+    experts = np.stack([first, (first + 1) % num_experts], axis=-1)[:, None]
+    found = predictability(
+        make_trace(ids, experts, num_experts), (1, 2, 3), permutations=19, samples=50, progress=False
+    )
+    agreement, recall = found.measures["agreement"].value[:, 0], found.measures["recall"].value[:, 0]
+    # One id: the previous ids mix; the table knows the expert with the most of them behind it.
+    mixture = np.stack([np.bincount(function[:, one], share, num_experts) for one in range(vocabulary)])
+    assert agreement[0] == pytest.approx(share @ mixture.max(axis=-1), abs=0.01)
+    assert agreement[1] > 0.999 and recall[1] > 0.999 and agreement[2] > 0.99
+    assert np.all(found.measures["agreement"].p == 1 / 20)
+    # Where the longest key is known it is right; the first token of each document has only itself.
+    assert found.longest["agreement"].value[0, 0] > 0.985
+    assert found.longest["coverage"].value[0, 0] == 1
+
+
+def slow_scores(trace, layer, order, min_count):
+    """Key -> evidence in dictionaries; (agreement, recall, mass) of every held-out token that is known."""
+    build = trace.build_documents()
+    first, chosen, history = defaultdict(Counter), defaultdict(Counter), []
+    scores, held_out = {}, []
+    for token in range(len(trace.token_id)):
+        document, position = trace.document[token], trace.position[token]
+        if not history or history[-1][:2] != (document, position - 1):
+            history = []
+        history.append((document, position, trace.token_id[token]))
+        key = tuple(entry[2] for entry in history[-order:])
+        if len(key) < order:
+            held_out += [] if build[document] else [(token, None)]
+            continue
+        if not build[document]:
+            held_out.append((token, key))
+            continue
+        first[key][trace.experts[token, layer, 0]] += 1
+        for expert, prob in zip(trace.experts[token, layer], trace.probs[token, layer], strict=True):
+            chosen[key][expert] += float(prob / trace.probs[token, layer].sum())
+    for token, key in held_out:
+        if key is None or sum(first[key].values()) < min_count:
+            continue
+        experts = trace.experts[token, layer]
+        best = min(first[key], key=lambda e: (-first[key][e], e))
+        members = sorted(chosen[key], key=lambda e: (-chosen[key][e], e))[: trace.top_k]
+        probs = trace.probs[token, layer]
+        inside = [expert in members for expert in experts]
+        scores[token] = best == experts[0], np.mean(inside), np.dot(inside, probs) / np.sum(probs)
+    return scores, len(held_out)
+
+
+def compare(trace, min_count, tolerance):
+    found = predictability(trace, (1, 2, 3), min_count=min_count, permutations=0, samples=20, progress=False)
+    for layer in range(trace.num_layers):
+        longest = {}
+        for row, order in enumerate(found.orders):
+            scores, held_out = slow_scores(trace, layer, order, min_count)
+            longest |= scores
+            assert found.held_out_tokens == held_out
+            assert found.measures["coverage"].value[row, layer] == pytest.approx(len(scores) / held_out)
+            slow = np.mean(list(scores.values()), axis=0)
+            fast = [found.measures[name].value[row, layer] for name in ("agreement", "recall", "mass")]
+            np.testing.assert_allclose(fast, slow, atol=tolerance)
+        fast = [found.longest[name].value[0, layer] for name in ("agreement", "recall", "mass")]
+        np.testing.assert_allclose(fast, np.mean(list(longest.values()), axis=0), atol=tolerance)
+        assert found.longest["coverage"].value[0, layer] == pytest.approx(len(longest) / held_out)
+    return found
+
+
+def test_scores_are_those_of_dictionaries():
+    trace = random_trace(3, tokens=4000, vocabulary=15)
+    gaps = replace(trace, position=trace.position + (trace.position > 40) * 7)  # contexts begin anew after a gap
+    found = compare(gaps, 5, 1e-6)
+    assert found.build_tokens + found.held_out_tokens == 4000
+    assert found.build_documents + found.held_out_documents == 40
+
+
+def test_real_routing_scores_as_dictionaries_say(shared_data):
+    path = shared_data / "traces" / "gpt_oss_20b.npz"
+    header = json.loads(path.with_suffix(".json").read_text())
+    with np.load(path) as file:
+        rows = file["document"] < 250
+        columns = {name: file[name][rows] for name in ("token", "document", "position", "experts", "probs")}
+    trace = Trace(
+        token_id=columns["token"],
+        document=columns["document"],
+        position=columns["position"],
+        experts=columns["experts"][:, [0, 12]].astype(np.int16),
+        probs=columns["probs"][:, [0, 12]].astype(np.float32),
+        document_ids=tuple(f"document {i}" for i in range(250)),
+        groups=tuple(header["document_group"][:250]),
+        num_experts=header["num_experts"],
+        probs_over="chosen",
+    )
+    found = compare(trace, 10, 0.01)
+    agreement = found.measures["agreement"].value
+    assert np.all(np.diff(agreement[:, 0]) > -0.02) and agreement[0, 0] > 0.8  # the first layer is foretold well,
+    assert np.all(agreement[:, 1] < agreement[:, 0])  # the middle one less
+
+
+def test_what_a_trace_does_not_say_is_left_out():
+    trace = random_trace(4)
+    quick = dict(permutations=0, samples=10, progress=False)
+    assert list(predictability(trace, **quick).measures) == ["coverage", "agreement", "recall", "mass"]
+    bare = replace(trace, probs=None, probs_over=None, ranked=False)
+    assert list(predictability(bare, **quick).measures) == ["coverage", "recall"]
+    one = replace(bare, experts=trace.experts[..., :1])  # one expert is the first, whatever the trace says
+    found = predictability(one, **quick)
+    np.testing.assert_array_equal(found.measures["agreement"].value, found.measures["recall"].value)
+
+
+def test_an_order_that_no_document_reaches_has_no_figures_and_no_coverage():
+    found = predictability(random_trace(5), (101, 1, 1), permutations=19, samples=10, progress=False)
+    assert found.orders == (1, 101)
+    assert np.all(found.measures["coverage"].value[1] == 0)
+    agreement = found.measures["agreement"]
+    for array in (agreement.value, agreement.low, agreement.null, agreement.null_low, agreement.p):
+        assert np.isnan(array[1]).all() and np.isfinite(array[0]).all()
+    np.testing.assert_array_equal(found.longest["agreement"].value[0], agreement.value[0])
+
+
+def test_a_seed_repeats_the_figures():
+    trace = random_trace(6)
+    first, second, other = (
+        predictability(trace, permutations=19, samples=50, seed=seed, progress=False) for seed in (0, 0, 1)
+    )
+    for name in ("low", "null_high", "p"):
+        one, same, different = (getattr(found.measures["recall"], name) for found in (first, second, other))
+        np.testing.assert_array_equal(one, same)
+        assert not np.array_equal(one, different, equal_nan=True) or name == "p"
+
+
+def test_known_keys():
+    contexts = np.array([3, 3, 0, -1, 3, 0, 5])
+    counted = np.array([True, True, True, True, False, False, True])
+    np.testing.assert_array_equal(known_keys(contexts, counted, 2), [0, 0, -1, -1, 0, -1, -1])
+    np.testing.assert_array_equal(known_keys(contexts, counted, 1), [1, 1, 0, -1, 1, 0, 2])
+
+
+def test_errors():
+    trace = random_trace(7)
+    with pytest.raises(ValueError, match="1 documents are all on one side"):
+        predictability(trace.of(np.arange(30) == 0))
+    with pytest.raises(
+        ValueError, match=r"no context of 1, 2 ids occurs 5000 times in the build documents; .*min_count"
+    ):
+        predictability(trace, (1, 2), min_count=5000)
+    with pytest.raises(ValueError, match="permutations is 3"):
+        predictability(trace, permutations=3)

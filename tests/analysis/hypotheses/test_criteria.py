@@ -1,0 +1,201 @@
+"""The tests on statistics find what was planted, and say so where they can find nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from analysis.hypotheses.criteria import (
+    ENTROPIES,
+    GRID_ENTROPIES,
+    GRID_FREQUENCIES,
+    PERCENTILES,
+    coverage,
+    entropy_distribution,
+    frequency_entropy,
+    holm,
+    wilson,
+    zipf,
+)
+from varjax.config import PRESETS
+from varjax.stats import Moments, RoutingStats
+
+
+def statistics(count, entropy, experts=4, **fields) -> RoutingStats:
+    """Statistics of single ids with counts and mean entropies [L, R]; expert 0 always comes first."""
+    count, entropy = np.atleast_2d(count), np.atleast_2d(np.asarray(entropy, float))
+    keys = np.arange(count.shape[1])[:, None]
+    empty = RoutingStats.empty(keys, (1,), len(count), experts)
+    known = np.where(count > 0, entropy, np.nan)
+    top1 = empty.top1_counts.copy()
+    top1[..., 0] = count
+    given = {"tokens": int(count.sum(axis=1).max()), "documents": 3}
+    made = replace(empty, count=count, top1_counts=top1, sum_probs=top1.astype(float))
+    return replace(made, entropy=Moments(known, empty.entropy.m2, known, known), **given | fields)
+
+
+def test_zipf_finds_a_planted_exponent():
+    frequency = np.rint(1e7 * np.arange(1, 2001) ** -1.3).astype(int)
+    found = zipf(statistics(frequency, np.ones(2000)))
+    assert found.slope == pytest.approx(-1.3, abs=1e-3) and found.r_squared > 0.99999
+    assert found.low < 1.3 < found.high and found.ranks == 2000
+    assert found.least_frequency == frequency[-1]
+
+
+def test_zipf_interval_covers_the_exponent_of_random_frequencies():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        found = zipf(statistics(np.rint(1000 * rng.pareto(1.0, 300) + 1000).astype(int), np.ones(300)))
+        covered += found.low <= 1 <= found.high
+    assert covered >= 180  # 190 expected
+
+
+def test_zipf_leaves_rare_ids_out_and_needs_different_ones():
+    rare = statistics([*range(10, 30), *[1] * 50], np.ones(70))
+    assert zipf(rare).ranks == 20
+    assert "every token id occurs 12 times" in zipf(statistics([12] * 20, np.ones(20))).untestable
+    assert "9 token ids with 10 or more" in zipf(statistics([*range(11, 20), 1], np.ones(10))).untestable
+
+
+def test_rho_is_spearmans_and_a_planted_one_passes():
+    rng = np.random.default_rng(1)
+    count = rng.integers(1, 40, (2, 500))
+    noise = rng.normal(0, 0.2, 500)
+    stats = statistics(count, [2 - 0.05 * count[0] + noise, 1 + rng.random(500)])
+    found = frequency_entropy(stats)
+    for layer in range(2):
+        oracle = scipy_stats.spearmanr(count[layer], stats.entropy.mean[layer])
+        assert found.rho.value[layer] == pytest.approx(oracle.statistic)
+        assert found.p[layer] == pytest.approx(oracle.pvalue, rel=1e-6)
+        assert found.rho.low[layer] < found.rho.value[layer] < found.rho.high[layer]
+    assert found.passed.tolist() == [True, False]
+    assert found.rho.keys.tolist() == [500, 500]
+
+
+def test_interval_of_rho_covers_the_truth():
+    rng = np.random.default_rng(2)
+    rho = 6 / np.pi * np.arcsin(-0.6 / 2)  # Spearman's of a normal pair with correlation -0.6
+    covered = 0
+    for _ in range(200):
+        x, y = rng.multivariate_normal([0, 0], [[1, -0.6], [-0.6, 1]], 150).T
+        found = frequency_entropy(statistics(np.rint(1e6 * np.exp(x)).astype(int) + 1, y + 10)).rho
+        covered += found.low[0] <= rho <= found.high[0]
+    assert covered >= 180
+
+
+def test_a_strong_rho_of_few_ids_is_no_pass_without_a_small_p():
+    count = np.array([5, 4, 3, 2, 1, 6, 7, 8, 9, 10])
+    entropy = np.array([1, 2, 9, 4, 5, 0, 3, 8, 7, 0.5])
+    found = frequency_entropy(statistics(count, entropy))
+    assert found.rho.value[0] < 0 and found.p[0] > 0.05 and not found.passed[0]
+
+
+def test_perfect_order_has_a_finite_p_and_interval():
+    found = frequency_entropy(statistics(np.arange(1, 21), np.arange(20, 0, -1)))
+    assert found.rho.value[0] == pytest.approx(-1) and found.p[0] < 1e-10 and np.isfinite(found.rho.high[0])
+    assert found.passed[0]
+
+
+def test_entropy_shares_by_ids_and_by_occurrences():
+    count = np.array([1000, *[1] * 19])
+    entropy = np.array([0.2, *[0.4] * 4, *[1.2] * 15])
+    found = entropy_distribution(statistics(count, entropy))
+    assert found.low_ids.value[0] == pytest.approx(5 / 20)
+    assert found.low_occurrences.value[0] == pytest.approx(1004 / 1019)
+    assert found.shares_ids[0] == pytest.approx([0.25, 0.25, 1]) and ENTROPIES == (0.5, 1.0, 1.5)
+    assert found.ids[0, PERCENTILES.index(50)] == 1.2 and found.occurrences[0, PERCENTILES.index(50)] == 0.2
+    assert found.mean[0] == pytest.approx((200 + 1.6 + 18) / 1019)
+    assert not found.passed[0]  # judged on ids, as published
+    # one id makes nearly all occurrences: they are worth about one draw
+    assert found.low_occurrences.high[0] - found.low_occurrences.low[0] > 0.7
+
+
+def test_the_entropy_criterion_wants_more_than_thirty_percent():
+    half = np.repeat([0.3, 1.0], 50)
+    assert entropy_distribution(statistics(np.full(100, 9), half)).passed[0]
+    exactly = np.repeat([0.3, 1.0], [30, 70])
+    assert not entropy_distribution(statistics(np.full(100, 9), exactly)).passed[0]
+
+
+def test_coverage_counts_occurrences_of_all_tokens():
+    count = np.array([[100, 60, 30, 5]])
+    found = coverage(statistics(count, [[0.25, 0.45, 0.65, 0.1]], tokens=400))
+    balanced = found.presets["balanced"]
+    assert balanced.value[0] == pytest.approx(160 / 400)  # 205 tokens at ids that are no key count as well
+    assert not found.passed[0]  # more than 40 %, not 40 %
+    assert found.presets["conservative"].value[0] == pytest.approx(100 / 400)
+    assert found.presets["aggressive"].value[0] == pytest.approx(190 / 400)
+    assert set(found.presets) == set(PRESETS)
+    f, h = GRID_FREQUENCIES.index(50), GRID_ENTROPIES.index(0.5)
+    assert found.grid[0, f, h] == balanced.value[0]
+    assert np.all(np.diff(found.grid, axis=1) <= 0) and np.all(np.diff(found.grid, axis=2) >= 0)
+
+
+def test_keys_with_nan_are_left_out_of_what_needs_them_and_named():
+    rng = np.random.default_rng(3)
+    count, entropy = rng.integers(20, 99, 60), rng.random(60)
+    whole = statistics(count, entropy)
+    holes = entropy.copy()
+    holes[[4, 9]] = np.nan
+    stats = statistics(count, holes)
+    rest = np.delete(np.arange(60), [4, 9])
+    without = statistics(count[rest], entropy[rest])
+
+    found = frequency_entropy(stats)
+    assert found.rho.left_out[0].tolist() == [4, 9] and found.rho.keys[0] == 58
+    assert found.rho.value[0] == frequency_entropy(without).rho.value[0]
+    shares = entropy_distribution(stats)
+    assert shares.low_ids.value[0] == entropy_distribution(without).low_ids.value[0]
+    assert zipf(stats) == zipf(whole)  # frequencies are all there
+    covered = coverage(stats)
+    assert covered.unknown[0] == pytest.approx(count[[4, 9]].sum() / count.sum())
+    assert covered.presets["aggressive"].left_out[0].tolist() == [4, 9]
+
+
+@pytest.mark.parametrize(
+    ("count", "entropy", "reason"),
+    [
+        (np.zeros(20, int), np.ones(20), "no rows"),
+        (np.arange(1, 6), np.arange(5), "5 of 5 token ids, at least 10 needed"),
+        (np.arange(1, 21), np.full(20, np.nan), "0 of 20 token ids with a known entropy"),
+        (np.full(20, 3), np.arange(20), "every frequency is 3"),
+        (np.arange(1, 21), np.full(20, 0.25), "every mean entropy is 0.25"),
+    ],
+)
+def test_what_cannot_be_tested_says_why(count, entropy, reason):
+    found = frequency_entropy(statistics(count, entropy))
+    assert reason in found.rho.untestable[0]
+    assert np.isnan(found.rho.value[0]) and np.isnan(found.p_holm[0]) and not found.passed[0]
+    for function in (zipf, entropy_distribution, coverage):
+        function(statistics(count, entropy))  # no crash, no warning
+
+
+def test_a_layer_without_rows_leaves_the_others_alone():
+    rng = np.random.default_rng(4)
+    count, entropy = rng.integers(1, 99, 50), rng.random(50)
+    alone = frequency_entropy(statistics(count, entropy))
+    both = frequency_entropy(statistics([np.zeros(50, int), count], [entropy, entropy]))
+    assert both.rho.value[1] == alone.rho.value[0] and both.p_holm[1] == alone.p_holm[0]
+    assert both.rho.testable.tolist() == [False, True]
+
+
+def test_no_keys_at_all():
+    stats = statistics(np.zeros((2, 0), int), np.zeros((2, 0)))
+    assert not frequency_entropy(stats).rho.testable.any() and not coverage(stats).presets["balanced"].testable.any()
+    assert "0 token ids" in zipf(stats).untestable
+
+
+def test_holm_steps_down_and_skips_what_was_not_tested():
+    assert holm(np.array([0.01, 0.04, np.nan, 0.03])) == pytest.approx([0.03, 0.06, np.nan, 0.06], nan_ok=True)
+    assert holm(np.array([0.6, 0.7])).tolist() == [1, 1]
+    assert len(holm(np.array([]))) == 0
+
+
+def test_wilson_against_scipy_and_at_its_ends():
+    for hits, number in ((3, 40), (0, 25), (25, 25)):
+        oracle = scipy_stats.binomtest(hits, number).proportion_ci(method="wilson")
+        low, high = wilson(np.array([hits / number]), np.array([number]))
+        assert (low[0], high[0]) == pytest.approx(tuple(oracle), abs=1e-12)
+        assert low[0] <= hits / number <= high[0]

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from analysis.text.batches import batches
+from analysis.text.corpus import CorpusError, Document
+from analysis.text.encoding import Encoded, encode
+from models import MoEConfig
+
+
+def encoded(ids) -> Encoded:
+    return Encoded(np.asarray(ids, np.int32), id=str(len(ids)), group="g", words=1, bytes=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6),
+    batch_size=st.integers(1, 3),
+    max_length=st.integers(2, 12),
+    data=st.data(),
+)
+def test_each_token_is_read_and_scored_once(lengths, batch_size, max_length, data):
+    stride = data.draw(st.integers(1, max_length))
+    documents = [encoded(1000 * index + np.arange(length)) for index, length in enumerate(lengths)]
+    scored: list[int] = []
+    fresh: list[int] = []
+    made = list(batches(documents, batch_size, max_length, stride))
+    for batch in made:
+        scored += batch.targets[batch.scored].tolist()
+        fresh += batch.ids[batch.fresh].tolist()
+        # A target is the id that follows, and only real tokens are read.
+        np.testing.assert_array_equal(batch.targets[batch.scored], batch.ids[batch.scored] + 1)
+        assert not (batch.scored & ~batch.mask).any() and not (batch.fresh & ~batch.mask).any()
+        assert not batch.mask[batch.documents < 0].any()
+    assert sorted(scored) == sorted(int(i) for d in documents for i in d.ids[1:])
+    assert sorted(fresh) == sorted(int(i) for d in documents for i in d.ids)
+
+
+def test_few_shapes_whatever_the_lengths():
+    documents = [encoded(range(length)) for length in range(2, 70)]
+    shapes = {batch.ids.shape for batch in batches(documents, 4, 32)}
+    assert shapes == {(4, 32), (8, 16), (16, 8)}
+
+
+@pytest.mark.parametrize("arguments", [(0, 8, None), (1, 1, None), (1, 8, 9), (1, 8, 0)])
+def test_impossible_sizes_are_refused(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        list(batches([encoded(range(5))], *arguments))
+
+
+def test_encode_refuses_what_cannot_be_scored(saved_model):
+    config, tokenizer = saved_model.config, saved_model.tokenizer
+    with pytest.raises(CorpusError, match=r"tokenizer\.json"):
+        encode([Document("text", "g")], None, config)
+    with pytest.raises(CorpusError, match="two tokens"):
+        encode([], tokenizer, config)
+    small = MoEConfig(**{**vars(config), "vocab_size": 5})
+    with pytest.raises(CorpusError, match="vocab_size is 5"):
+        encode([Document("the router", "g")], tokenizer, small)
