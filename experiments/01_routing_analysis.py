@@ -46,7 +46,7 @@ def main() -> None:
         "--residuals", action=argparse.BooleanOptionalAction, default=True, help="second pass: residual rows"
     )
     arguments.add_argument(
-        "--residual_orders", type=int, nargs="+", default=defaults.residual_orders, help="orders that get them"
+        "--residual_orders", type=int, nargs="+", default=None, help="orders that get them; none: 1 and 2"
     )
     arguments.add_argument(
         "--residual_min_count",
@@ -75,10 +75,12 @@ def collect(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.dtype, args.implementation)
     split = None if args.split == "all" else args.split
     corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
+    orders = tuple(sorted(set(args.orders)))
+    answered = args.residual_orders or set(Settings().residual_orders) & set(orders)
     settings = Settings(
-        keys=KeySettings(tuple(sorted(set(args.orders))), args.min_count, args.max_keys),
+        keys=KeySettings(orders, args.min_count, args.max_keys),
         layers=args.layers and tuple(sorted(set(args.layers))),
-        residual_orders=tuple(sorted(set(args.residual_orders))) if args.residuals else (),
+        residual_orders=tuple(sorted(set(answered))) if args.residuals else (),
         residual_min_count=args.residual_min_count,
         batch_size=args.batch_size,
         max_length=args.max_length,

@@ -150,3 +150,9 @@ def test_a_run_is_not_resumed_with_other_settings(command, tmp_path):
     output, _ = other.communicate(timeout=300)
     assert other.returncode == 1
     assert "belong to a run with" in output and "--output" in output
+
+
+def test_residual_rows_need_their_order(command, tmp_path):
+    process = start(command(tmp_path, "--orders", "1", "--residual_orders", "2"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "error: residual orders [2] are not among the orders (1,)" in output

@@ -29,6 +29,7 @@ def test_phases_one_and_two(script, model_directory, corpus_file, tmp_path, caps
     stats = tmp_path / "routing_stats.parquet"
     written = {path.name for path in tmp_path.iterdir()}
     assert {"routing_stats.parquet", "routing_stats.residuals.safetensors", "frequency_entropy.pdf"} <= written
+    assert "routing_trace.parquet" in written and "routing_checkpoints" not in written
 
     evaluate = (*common, "--split", "all", "--repeats", 2)
     script("02_evaluate_var.py", *evaluate, "--mode", "baseline", "--output", tmp_path / "baseline.json")

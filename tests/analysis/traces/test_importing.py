@@ -92,7 +92,7 @@ def test_texts_groups_and_ids(tmp_path):
 
 def test_the_command_writes_a_trace_file(tmp_path, monkeypatch, capsys):
     source = stored(tmp_path, arrays())
-    monkeypatch.setattr(sys, "argv", ["trace_import", str(source), str(tmp_path / "out" / "log.parquet")])
+    monkeypatch.setattr(sys, "argv", ["importing", str(source), str(tmp_path / "out" / "log.parquet")])
     main()
     assert "40 tokens of 4 documents, 2 layers, 3 of 8 experts, probabilities over chosen" in capsys.readouterr().out
     ours, theirs = load(tmp_path / "out" / "log.parquet"), load(source)
