@@ -6,30 +6,13 @@ import numpy as np
 import pytest
 
 from analysis.estimators.choice_entropy import PRIOR, conditional_entropy, grassberger
-from analysis.traces.trace import Trace
+from tests.synthetic_traces import make_trace, zipf_ids
 
 
-def make_trace(token_id, first, num_experts, length=100, **fields):
-    """Documents of `length` tokens each; one layer per column of the first choices [N, L]."""
-    tokens = len(token_id)
-    documents = -(-tokens // length)
-    return Trace(
-        token_id=np.asarray(token_id, np.int32),
-        document=(np.arange(tokens) // length).astype(np.int32),
-        position=(np.arange(tokens) % length).astype(np.int32),
-        experts=np.stack([first, (first + 1) % num_experts], axis=-1).astype(np.int16),
-        probs=None,
-        document_ids=tuple(f"document {i}" for i in range(documents)),
-        groups=("g",) * documents,
-        num_experts=num_experts,
-        probs_over=None,
-        **fields,
-    )
-
-
-def zipf_ids(rng, tokens, vocabulary):
-    weight = 1 / np.arange(1.0, vocabulary + 1)
-    return rng.choice(vocabulary, tokens, p=weight / weight.sum())
+def with_firsts(token_id, first, num_experts, length=100):
+    """One layer per column of the first choices [N, L]; the second choice is the next expert."""
+    experts = np.stack([first, (first + 1) % num_experts], axis=-1)
+    return make_trace(experts, num_experts, token_id=token_id, length=length)
 
 
 def draw(rng, distribution):
@@ -54,7 +37,7 @@ def test_the_correction_comes_near_a_known_entropy_that_plug_in_misses(num_exper
     rng = np.random.default_rng(num_experts)
     ids = np.sort(rng.integers(0, 300, 9000))[rng.permutation(9000)]  # about 30 occurrences each
     distribution = rng.dirichlet(np.full(num_experts, 0.3), 300)
-    trace = make_trace(ids, draw(rng, distribution[ids])[:, None], num_experts)
+    trace = with_firsts(ids, draw(rng, distribution[ids])[:, None], num_experts)
     found = conditional_entropy(trace, (1,), permutations=0, samples=200, progress=False)
     truth = entropy(distribution)[ids].mean()
     plug_in, corrected = (found.measures[name].value[0, 0] for name in ("plug_in", "conditional_entropy"))
@@ -73,7 +56,7 @@ def test_independent_routing_is_explained_by_nothing():
         rng = np.random.default_rng(seed)
         first = draw(rng, np.tile(1 / np.arange(1.0, 17), (6000, 1)) / np.sum(1 / np.arange(1.0, 17))).reshape(-1, 2)
         found = conditional_entropy(
-            make_trace(zipf_ids(rng, 3000, 200), first, 16), (1, 2), permutations=19, samples=10, progress=False
+            with_firsts(zipf_ids(rng, 3000, 200), first, 16), (1, 2), permutations=19, samples=10, progress=False
         )
         explained = found.measures["explained"]
         assert np.all(np.abs(explained.value) < 0.1)
@@ -92,7 +75,7 @@ def test_routing_by_the_last_two_ids_is_explained_by_two():
     function = rng.integers(0, 8, (12, 12))  # [previous, current]
     first = function[np.roll(ids, 1), ids]
     found = conditional_entropy(
-        make_trace(ids, first[:, None], 8), (2, 1), permutations=19, samples=100, progress=False
+        with_firsts(ids, first[:, None], 8), (2, 1), permutations=19, samples=100, progress=False
     )
     assert found.orders == (1, 2)
     mixture = np.stack([np.bincount(function[:, one], share, 8) for one in range(12)])
@@ -110,7 +93,7 @@ def test_routing_by_the_last_two_ids_is_explained_by_two():
 def test_figures_are_those_of_dictionaries():
     rng = np.random.default_rng(2)
     ids, min_count = zipf_ids(rng, 3000, 15), 8
-    trace = make_trace(ids, draw(rng, rng.dirichlet(np.ones(6), 15)[ids])[:, None], 6)
+    trace = with_firsts(ids, draw(rng, rng.dirichlet(np.ones(6), 15)[ids])[:, None], 6)
     found = conditional_entropy(trace, (1, 2), min_count=min_count, permutations=0, samples=10, progress=False)
     build = trace.build_documents()[trace.document]
     g = grassberger(3000)
@@ -140,7 +123,7 @@ def test_figures_are_those_of_dictionaries():
 
 def test_one_document_has_neither_intervals_nor_a_cross_entropy():
     rng = np.random.default_rng(3)
-    trace = make_trace(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 2)), 4, length=500)
+    trace = with_firsts(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 2)), 4, length=500)
     found = conditional_entropy(trace, (1,), permutations=19, samples=10, progress=False)
     assert np.isnan(found.measures["cross_entropy"].value).all()
     entropy = found.measures["conditional_entropy"]
@@ -149,7 +132,7 @@ def test_one_document_has_neither_intervals_nor_a_cross_entropy():
 
 
 def test_constant_routing_leaves_nothing_to_explain():
-    trace = make_trace(np.zeros(4096, int), np.zeros((4096, 1), int), 4)
+    trace = with_firsts(np.zeros(4096, int), np.zeros((4096, 1), int), 4)
     found = conditional_entropy(trace, (1,), permutations=19, samples=10, progress=False)
     assert found.measures["plug_in"].value[0, 0] == 0
     assert found.measures["conditional_entropy"].value[0, 0] == pytest.approx(0, abs=1e-3)
@@ -158,7 +141,7 @@ def test_constant_routing_leaves_nothing_to_explain():
 
 def test_errors():
     rng = np.random.default_rng(4)
-    trace = make_trace(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 1)), 4)
+    trace = with_firsts(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 1)), 4)
     with pytest.raises(ValueError, match=r"not ranked.*record the trace with probabilities"):
         conditional_entropy(replace(trace, ranked=False))
     with pytest.raises(ValueError, match="no context of 1, 3 ids occurs 501 times; give a longer trace"):

@@ -5,24 +5,7 @@ import numpy as np
 import pytest
 
 from analysis.estimators.co_activation import co_activation, expected_shares
-from analysis.traces.trace import Trace
-
-
-def make_trace(experts, num_experts, length=50):
-    """Documents of `length` tokens each; experts [N, L, K]."""
-    tokens = len(experts)
-    documents = -(-tokens // length)
-    return Trace(
-        token_id=np.zeros(tokens, np.int32),
-        document=(np.arange(tokens) // length).astype(np.int32),
-        position=(np.arange(tokens) % length).astype(np.int32),
-        experts=np.asarray(experts, np.int16),
-        probs=None,
-        document_ids=tuple(f"document {i}" for i in range(documents)),
-        groups=("g",) * documents,
-        num_experts=num_experts,
-        probs_over=None,
-    )
+from tests.synthetic_traces import make_trace
 
 
 def sets_with(weights, top_k):

@@ -2,29 +2,12 @@ import numpy as np
 import pytest
 
 from analysis.estimators.expert_load import assignments, load
-from analysis.traces.trace import Trace
-
-
-def make_trace(experts, num_experts, length=50):
-    """Documents of `length` tokens each, the last index first; experts [N, L, K]."""
-    tokens = len(experts)
-    documents = -(-tokens // length)
-    return Trace(
-        token_id=np.zeros(tokens, np.int32),
-        document=(documents - 1 - np.arange(tokens) // length).astype(np.int32),
-        position=(np.arange(tokens) % length).astype(np.int32),
-        experts=np.asarray(experts, np.int16),
-        probs=None,
-        document_ids=tuple(f"document {i}" for i in range(documents)),
-        groups=("g",) * documents,
-        num_experts=num_experts,
-        probs_over=None,
-    )
+from tests.synthetic_traces import make_trace
 
 
 def test_even_load():
     experts = np.stack([np.arange(800) % 4, (np.arange(800) + 2) % 4], axis=-1)[:, None]
-    found = load(make_trace(experts, 4), samples=20)
+    found = load(make_trace(experts, 4, last_first=True), samples=20)
     np.testing.assert_allclose(found.share.value, 0.25)
     np.testing.assert_allclose([found.imbalance.value, found.evenness.value], 1)
     assert found.unused.tolist() == [0] and found.documents == 16 and found.tokens == 800
@@ -33,7 +16,7 @@ def test_even_load():
 def test_one_expert_for_all():
     experts = np.zeros((100, 2, 1))
     experts[::2, 1] = 3
-    found = load(make_trace(experts, 4), samples=20)
+    found = load(make_trace(experts, 4, last_first=True), samples=20)
     np.testing.assert_allclose(found.share.value, [[1, 0.5], [0, 0], [0, 0], [0, 0.5]])
     np.testing.assert_allclose(found.imbalance.value, [[4, 2]])
     np.testing.assert_allclose(found.evenness.value, [[0, 0.5]], atol=1e-12)

@@ -7,29 +7,7 @@ import pytest
 
 from analysis.estimators.predictability import known_keys, predictability
 from analysis.traces.trace import Trace
-
-
-def ids_of(rng, tokens, vocabulary, zipf=1.0):
-    weight = np.arange(1.0, vocabulary + 1) ** -zipf
-    return rng.choice(vocabulary, tokens, p=weight / weight.sum()).astype(np.int32)
-
-
-def make_trace(token_id, experts, num_experts, length=100, probs=None, **fields):
-    """Documents of `length` tokens each; experts [N, L, K]."""
-    tokens = len(token_id)
-    documents = -(-tokens // length)
-    return Trace(
-        token_id=np.asarray(token_id, np.int32),
-        document=(np.arange(tokens) // length).astype(np.int32),
-        position=(np.arange(tokens) % length).astype(np.int32),
-        experts=np.asarray(experts, np.int16),
-        probs=probs,
-        document_ids=tuple(f"document {i}" for i in range(documents)),
-        groups=("g",) * documents,
-        num_experts=num_experts,
-        probs_over=None if probs is None else "all",
-        **fields,
-    )
+from tests.synthetic_traces import make_trace, zipf_ids
 
 
 def random_experts(rng, tokens, layers, num_experts, top_k):
@@ -40,7 +18,7 @@ def random_trace(seed, num_experts=8, tokens=3000, layers=2, top_k=2, vocabulary
     rng = np.random.default_rng(seed)
     probs = -np.sort(-rng.random((tokens, layers, top_k)).astype(np.float32) / top_k, axis=-1)
     experts = random_experts(rng, tokens, layers, num_experts, top_k)
-    return make_trace(ids_of(rng, tokens, vocabulary), experts, num_experts, probs=probs)
+    return make_trace(experts, num_experts, token_id=zipf_ids(rng, tokens, vocabulary), probs=probs, length=100)
 
 
 @pytest.mark.parametrize("num_experts", [8, 64])
@@ -58,10 +36,12 @@ def test_independent_routing_lies_within_the_band(num_experts):
 def test_documents_with_preferences_of_their_own_lie_within_the_band_too():
     rng = np.random.default_rng(1)
     tokens, length = 6000, 100
-    ids = ids_of(rng, tokens, 50) + 50 * (np.arange(tokens) // length % 2)  # two kinds of documents: ids ...
+    ids = zipf_ids(rng, tokens, 50) + 50 * (np.arange(tokens) // length % 2)  # two kinds of documents: ids ...
     favourite = (np.arange(tokens) // length % 2)[:, None]  # ... and favourite expert
     first = np.where(rng.random((tokens, 1)) < 0.6, favourite, rng.integers(0, 8, (tokens, 1)))
-    found = predictability(make_trace(ids, first[..., None], 8), permutations=39, samples=10, progress=False)
+    found = predictability(
+        make_trace(first[..., None], 8, token_id=ids, length=100), permutations=39, samples=10, progress=False
+    )
     agreement = found.measures["agreement"]
     assert agreement.value.min() > 0.5  # far above 1 / 8, but not because of the tokens
     assert np.all((agreement.null_low <= agreement.value) & (agreement.value <= agreement.null_high))
@@ -70,14 +50,18 @@ def test_documents_with_preferences_of_their_own_lie_within_the_band_too():
 def test_routing_by_the_last_two_ids_is_found_and_one_id_knows_what_theory_says():
     rng = np.random.default_rng(2)
     vocabulary, num_experts = 12, 8
-    ids = ids_of(rng, 60_000, vocabulary)
+    ids = zipf_ids(rng, 60_000, vocabulary)
     share = np.bincount(ids) / len(ids)
     function = rng.integers(0, num_experts, (vocabulary, vocabulary))  # [previous, current]
     first = function[np.roll(ids, 1), ids]
     first[::100] = 0  # a document's first token has no previous one
     experts = np.stack([first, (first + 1) % num_experts], axis=-1)[:, None]
     found = predictability(
-        make_trace(ids, experts, num_experts), (1, 2, 3), permutations=19, samples=50, progress=False
+        make_trace(experts, num_experts, token_id=ids, length=100),
+        (1, 2, 3),
+        permutations=19,
+        samples=50,
+        progress=False,
     )
     agreement, recall = found.measures["agreement"].value[:, 0], found.measures["recall"].value[:, 0]
     # One id: the previous ids mix; the table knows the expert with the most of them behind it.
