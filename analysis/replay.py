@@ -240,7 +240,7 @@ def main() -> None:
         description="Replay a VARConfig against a routing trace.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--trace", type=Path, required=True, help="a trace file, or a foreign .npz (analysis.traces.importing)")
+    parser.add_argument("--trace", type=Path, required=True, help="a trace file, or a foreign .npz")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config", type=Path, help="JSON of a VARConfig")
     which.add_argument("--preset", choices=sorted(PRESETS), default="balanced")

@@ -59,11 +59,14 @@ def analyse(
         The statistics, and the keys with their counts over all documents.
 
     Raises:
-        ValueError: no key, a layer that does not exist, residual rows of an order that is not collected, or `folder` holds the checkpoints of another run.
+        ValueError: no key, a layer that does not exist, residual rows of an order that is not collected, or `folder`
+            holds the checkpoints of another run.
     """
     strange = sorted(set(settings.residual_orders) - set(settings.keys.orders))
     if strange:
-        raise ValueError(f"residual orders {strange} are not among the orders {settings.keys.orders}; collect those too")
+        raise ValueError(
+            f"residual orders {strange} are not among the orders {settings.keys.orders}; collect those too"
+        )
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}
     run = {
         "model": about,
