@@ -3,9 +3,9 @@
 Letters: B sequences, T positions, L layers, E experts, K experts per token.
 
 What is written is the learned router's own choice: its K experts, best first, with their probabilities in the softmax
-over all E experts, not divided by their sum. Special tokens (begin, end, padding) route but are not written, as they
-are not counted in statistics; the positions of the others keep the gap. A document longer than `max_length` is read in
-windows without a past, while its positions in the trace go on.
+over all E experts, not divided by their sum, and the entropy of that softmax. Special tokens (begin, end, padding)
+route but are not written, as they are not counted in statistics; the positions of the others keep the gap. A document
+longer than `max_length` is read in windows without a past, while its positions in the trace go on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import xlogy
 from tqdm import tqdm
 
 from analysis.provenance import hash_json
@@ -70,7 +71,7 @@ def record(
         writing(path, empty) as add,
     ):
         for part in _parts(_limited(_distinct(documents), max_tokens)):
-            experts, probs, finite = _read(model, part, batch_size, max_length)
+            experts, probs, entropy, finite = _read(model, part, batch_size, max_length)
             ids = np.concatenate([document.ids for document in part])
             ordinary = ~np.isin(ids, special)
             keep = ordinary & finite
@@ -82,6 +83,7 @@ def record(
                     position=np.concatenate([np.arange(len(one.ids), dtype=np.int32) for one in part])[keep],
                     experts=experts[keep],
                     probs=probs[keep],
+                    entropy=entropy[keep],
                     document_ids=tuple(document.id for document in part),
                     groups=tuple(document.group for document in part),
                 )
@@ -104,7 +106,7 @@ def _nothing(model: Model) -> Trace:
     origin = {
         "model": model.name,
         "revision": model.fingerprint,
-        "dtype": str(model.params["decoder"]["embed"]["embedding"].dtype),
+        "dtype": model.dtype.name,
         "tokenizer": None if model.tokenizer is None else hash_json(model.tokenizer.get_vocab()),
         "phase": "prefill",
     }
@@ -118,6 +120,7 @@ def _nothing(model: Model) -> Trace:
         document_ids=(),
         groups=(),
         num_experts=config.num_experts,
+        entropy=np.zeros(shape[:2], np.float32),
         origin=origin,
     )
 
@@ -158,8 +161,9 @@ def _parts(documents: Iterable[Encoded]) -> Iterator[list[Encoded]]:
 
 def _read(
     model: Model, part: list[Encoded], batch_size: int, max_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Experts int16, probabilities float32 [N, L, K] and whether all are finite, bool [N], of documents in a row."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of documents in a row: experts int16, probabilities float32 [N, L, K], gate entropy float32 [N, L], and bool [N]:
+    all are finite."""
     # Each window goes in as a document of its own: batches come by length, and this says where a row belongs.
     pieces = [
         dataclasses.replace(document, ids=document.ids[start : start + max_length])
@@ -168,22 +172,27 @@ def _read(
     ]
     ends = np.cumsum([len(piece.ids) for piece in pieces])
     shape = (int(ends[-1]), model.config.num_layers, model.config.top_k)
-    experts, probs, finite = np.zeros(shape, np.int16), np.zeros(shape, np.float32), np.zeros(shape[0], bool)
+    experts, probs = np.zeros(shape, np.int16), np.zeros(shape, np.float32)
+    entropy, finite = np.zeros(shape[:2], np.float32), np.zeros(shape[0], bool)
     for batch in batches(pieces, batch_size, max_length):
         found = _decisions(model.params, jnp.asarray(batch.ids), jnp.asarray(batch.mask), model.network)
         rows, places = np.nonzero(batch.mask)
         token = ends[batch.documents[rows]] - batch.mask.sum(axis=1)[rows] + places
-        experts[token], probs[token], finite[token] = (np.asarray(one)[rows, places] for one in found)
-    return experts, probs, finite
+        for values, one in zip((experts, probs, entropy, finite), found, strict=True):
+            values[token] = np.asarray(one)[rows, places]
+    return experts, probs, entropy, finite
 
 
 @partial(jax.jit, static_argnames="network")
 def _decisions(
     params: Params, ids: jax.Array, mask: jax.Array, network: Network
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Experts int16 and probabilities float32 [B, T, L, K], best first, and bool [B, T]: every layer's are finite."""
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Experts int16 and probabilities float32 [B, T, L, K], best first; entropy float32 [B, T, L]; bool [B, T]: all
+    layers' are finite."""
     out = network.forward(params, ids, attention_mask=mask)
     experts = jnp.minimum(out.routing.experts, out.router_probs.shape[-1] - 1)  # padding runs none
     probs = jnp.take_along_axis(out.router_probs, experts, axis=-1)
+    entropy = jnp.maximum(-jnp.sum(xlogy(out.router_probs, out.router_probs), axis=-1), 0)
     finite = jnp.all(jnp.isfinite(out.router_probs), axis=(0, 3))
-    return jnp.moveaxis(experts.astype(jnp.int16), 0, 2), jnp.moveaxis(probs, 0, 2), finite
+    by_token = (jnp.moveaxis(one, 0, 2) for one in (experts.astype(jnp.int16), probs, entropy))
+    return *by_token, finite

@@ -46,9 +46,10 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
             f"{math.log(trace.top_k):.2f} nats and confidence at least 1/{trace.top_k}; thresholds pass more than they "
             "would on the whole gate"
         )
-    else:
+    elif trace.entropy is None:
         notes.append(
-            f"the trace has the {trace.top_k} chosen experts' probabilities: confidence is exact, entropy a lower bound"
+            f"the trace has the {trace.top_k} chosen experts' probabilities: confidence is exact, entropy is the least "
+            "that they allow; entropy thresholds pass more than they would on the whole gate"
         )
     if not trace.ranked:
         notes.append("the experts are not ranked: there is no agreement, and no false hit, only recall")

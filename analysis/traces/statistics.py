@@ -2,9 +2,9 @@
 
 Letters: N tokens, R keys, C key width, L layers, K experts per token, E experts. Entropy in nats.
 
-A trace holds the probabilities of the K chosen experts only. What is computed from them is what they say: where they
-are over the chosen (`probs_over`), entropy is at most ln K and confidence at least 1/K; where they are over all
-experts, entropy is a lower bound (the E - K others are missing) and confidence is exact.
+Gate entropy is the trace's own where it has it. Otherwise it is what the K chosen experts' probabilities say
+(`gate_entropy`): where they are over the chosen, that of the chosen alone, at most ln K; where they are over all
+experts, a lower bound. Confidence is exact where they are over all, and at least 1/K where over the chosen.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def trace_statistics(
 ) -> RoutingStats:
     """The statistics of every layer and context key of a trace; the keys are those that `count_contexts` admits.
 
-    Entropy is over the probabilities that the trace has, confidence the first of them; without probabilities both, and
-    the mean probabilities, are NaN.
+    Confidence is the first of the trace's probabilities; without them it and the mean probabilities are NaN, and so is
+    entropy if the trace does not have it.
 
     Args:
         orders: context orders, each >= 1.
@@ -52,11 +52,11 @@ def trace_statistics(
         here = here[np.argsort(row[here], kind="stable")]  # the occurrences of a key together
         for layer in range(trace.num_layers):
             top1[layer] += _per_expert(row[here], trace.experts[here, layer, :1], None, top1.shape[1:])
+            figures["entropy"][layer].add(row[here], gate_entropy(trace, layer)[here])
             if trace.probs is None:
                 continue
             probs = trace.probs[here, layer].astype(np.float64)
             sums[layer] += _per_expert(row[here], trace.experts[here, layer], probs, sums.shape[1:])
-            figures["entropy"][layer].add(row[here], np.maximum(entr(probs).sum(axis=-1), 0))
             figures["confidence"][layer].add(row[here], probs[:, 0])
     if trace.probs is None:
         sums[:] = np.nan
@@ -71,6 +71,24 @@ def trace_statistics(
         entropy=_moments(figures["entropy"]),
         confidence=_moments(figures["confidence"]),
     )
+
+
+def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
+    """float64 [N]: entropy of one layer's gate in nats; NaN where the trace says nothing of it.
+
+    From the probabilities p of the K chosen among all E, it is the least that it can be: each of the others is at most
+    p_K, so the missing mass r adds at least -r ln p_K.
+    """
+    if trace.entropy is not None:
+        return trace.entropy[:, layer].astype(np.float64)
+    if trace.probs is None:
+        return np.full(len(trace.token_id), np.nan)
+    probs = trace.probs[:, layer].astype(np.float64)
+    known = entr(probs).sum(axis=-1)
+    if trace.probs_over == "all":
+        missing = np.maximum(1 - probs.sum(axis=-1), 0)
+        known += missing * -np.log(np.maximum(probs[:, -1], np.finfo(np.float32).tiny))
+    return np.maximum(known, 0)
 
 
 def key_rows(trace: Trace, keys: np.ndarray, order: int) -> np.ndarray:

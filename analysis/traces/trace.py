@@ -13,10 +13,12 @@ The file is Parquet, version 1, one row per token; the tokens of a document stan
 | `token_str` | string | its text, null where it is not known |
 | `experts` | list of L * K int16 | layer by layer the chosen experts, best first if `ranked` |
 | `probs` | list of L * K float32 | their probabilities; no such column where they are not known |
+| `entropy` | list of L float32 | nats, of the gate's softmax over all E experts; no such column where it is not known |
 
 The schema's metadata holds JSON under `varjax_trace`: `version`, `num_layers`, `num_experts`, `top_k`, `ranked`,
-`probs_over` (`all`: softmax over all E experts; `chosen`: over the K chosen; null: no probabilities), and about the
-origin `model`, `revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows.
+`probs_over` (`all`: softmax over all E experts; `chosen`: over the K chosen; null: no probabilities), `entropy` (true
+if there is such a column), and about the origin `model`, `revision`, `dtype`, `tokenizer`, `phase` (`prefill` or
+`decode`) and whatever else the writer knows.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from varjax.files import replacing
 VERSION = 1
 ORIGIN = ("model", "revision", "dtype", "tokenizer", "phase")
 _HEADER = b"varjax_trace"
-_LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over")  # of the header, not the origin
+_LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over", "entropy")  # not of the origin
 _ROW_GROUP = 1 << 16  # tokens
 
 
@@ -66,6 +68,7 @@ class Trace:
     num_experts: int
     ranked: bool = True  # the experts stand best first; always so where there are probabilities
     probs_over: Literal["all", "chosen"] | None = "all"
+    entropy: np.ndarray | None = None  # float32 [N, L], nats, of the gate over all experts; None: not known
     token_strings: Mapping[int, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)  # model, revision, dtype, tokenizer, phase, ...
 
@@ -85,9 +88,9 @@ class Trace:
     def of(self, documents: np.ndarray) -> Trace:
         """The tokens of some documents, bool [D]; the list of documents stays as it is."""
         rows = documents[self.document]
-        probs = None if self.probs is None else self.probs[rows]
-        columns = {name: getattr(self, name)[rows] for name in ("token_id", "document", "position", "experts")}
-        return replace(self, probs=probs, **columns)
+        columns = ("token_id", "document", "position", "experts", "probs", "entropy")
+        known = {name: getattr(self, name) for name in columns if getattr(self, name) is not None}
+        return replace(self, **{name: values[rows] for name, values in known.items()})
 
     def begins(self) -> np.ndarray:
         """bool [N]: no token of this document stands directly before."""
@@ -187,6 +190,9 @@ def _faults(trace: Trace) -> Iterable[str]:
         yield f"probs_over is {trace.probs_over!r} but probs is {'missing' if trace.probs is None else 'there'}"
     if trace.probs is not None and trace.probs.shape != shape:
         yield f"probs has shape {list(trace.probs.shape)}, expected that of experts, {list(shape)}"
+    if trace.entropy is not None and trace.entropy.shape != shape[:2]:
+        yield f"entropy has shape {list(trace.entropy.shape)}, expected {list(shape[:2])}"
+        return
     if trace.probs is not None and not trace.ranked:
         yield "ranked is False but there are probabilities: sort each token's experts by them"
     if n == 0:
@@ -202,6 +208,9 @@ def _faults(trace: Trace) -> Iterable[str]:
         yield "document: the tokens of a document do not stand together"
     if np.any(same & (trace.position[1:] <= trace.position[:-1])):
         yield "position does not rise within a document"
+    most = math.log(trace.num_experts) + 1e-3
+    if trace.entropy is not None and not np.all((trace.entropy >= -1e-3) & (trace.entropy <= most)):  # NaN fails too
+        yield f"entropy holds figures outside 0 to ln {trace.num_experts} nats"
     ordered = np.sort(trace.experts, axis=-1)
     if np.any(ordered[..., 1:] == ordered[..., :-1]):
         yield "experts names an expert twice for one token"
@@ -215,7 +224,8 @@ def _faults(trace: Trace) -> Iterable[str]:
 def _layout(trace: Trace) -> dict[str, Any]:
     """What the header says beside the origin."""
     shape = {"num_layers": trace.num_layers, "num_experts": trace.num_experts, "top_k": trace.top_k}
-    return {"version": VERSION, **shape, "ranked": trace.ranked, "probs_over": trace.probs_over}
+    known = {"ranked": trace.ranked, "probs_over": trace.probs_over, "entropy": trace.entropy is not None}
+    return {"version": VERSION, **shape, **known}
 
 
 def _header(schema: pa.Schema) -> dict[str, Any]:
@@ -230,6 +240,8 @@ def _header(schema: pa.Schema) -> dict[str, Any]:
             raise TraceError(f"metadata {name} is {value!r}, expected a whole number of at least 1")
     if not isinstance(header.get("ranked"), bool):
         raise TraceError(f"metadata ranked is {header.get('ranked')!r}, expected true or false")
+    if not isinstance(header.get("entropy", False), bool):
+        raise TraceError(f"metadata entropy is {header['entropy']!r}, expected true or false")
     if header.get("probs_over", "") not in ("all", "chosen", None):
         raise TraceError(f"metadata probs_over is {header.get('probs_over')!r}, expected 'all', 'chosen' or null")
     columns = {
@@ -240,6 +252,7 @@ def _header(schema: pa.Schema) -> dict[str, Any]:
         "token_str",
         "experts",
         *["probs"] * bool(header["probs_over"]),
+        *["entropy"] * header.get("entropy", False),
     }
     missing = sorted(columns - set(schema.names))
     if missing:
@@ -260,6 +273,8 @@ def _schema(trace: Trace) -> pa.Schema:
     ]
     if trace.probs is not None:
         columns.append(("probs", pa.list_(pa.float32(), size)))
+    if trace.entropy is not None:
+        columns.append(("entropy", pa.list_(pa.float32(), trace.num_layers)))
     return pa.schema(columns)
 
 
@@ -272,14 +287,13 @@ def _table(trace: Trace, schema: pa.Schema) -> pa.Table:
         "position": trace.position,
         "token_id": trace.token_id,
         "token_str": texts.take(pa.array(which)),
-        "experts": pa.FixedSizeListArray.from_arrays(
-            trace.experts.astype(np.int16).ravel(), trace.num_layers * trace.top_k
-        ),
     }
-    if trace.probs is not None:
-        columns["probs"] = pa.FixedSizeListArray.from_arrays(
-            trace.probs.astype(np.float32).ravel(), trace.num_layers * trace.top_k
-        )
+    for name, kind in (("experts", np.int16), ("probs", np.float32), ("entropy", np.float32)):
+        values = getattr(trace, name)
+        if values is not None:
+            columns[name] = pa.FixedSizeListArray.from_arrays(
+                values.astype(kind).ravel(), schema.field(name).type.list_size
+            )
     return pa.table(columns).cast(schema)
 
 
@@ -287,12 +301,14 @@ def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
     def numbers(name: str, kind: pa.DataType) -> np.ndarray:
         return _whole_column(name, table[name]).cast(kind).to_numpy()
 
-    def lists(name: str, kind: pa.DataType) -> np.ndarray:
+    def lists(name: str, kind: pa.DataType, *inner: int) -> np.ndarray:
         flat = _whole_column(name, pc.list_flatten(_whole_column(name, table[name])))
-        shape = (len(table), header["num_layers"], header["top_k"])
-        if len(flat) != math.prod(shape):
-            raise TraceError(f"column {name} holds {len(flat)} figures, expected {shape[1]} * {shape[2]} per token")
-        return flat.cast(kind).to_numpy().reshape(shape)
+        if len(flat) != len(table) * math.prod(inner):
+            wanted = " * ".join(map(str, inner))
+            raise TraceError(f"column {name} holds {len(flat)} figures, expected {wanted} per token")
+        return flat.cast(kind).to_numpy().reshape(len(table), *inner)
+
+    layers, chosen = header["num_layers"], (header["num_layers"], header["top_k"])
 
     def texts(name: str) -> pa.ChunkedArray:
         return table[name].cast(pa.string())
@@ -308,8 +324,9 @@ def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
         token_id=token_id,
         document=index,
         position=numbers("position", pa.int32()),
-        experts=lists("experts", pa.int16()),
-        probs=lists("probs", pa.float32()) if header["probs_over"] else None,
+        experts=lists("experts", pa.int16(), *chosen),
+        probs=lists("probs", pa.float32(), *chosen) if header["probs_over"] else None,
+        entropy=lists("entropy", pa.float32(), layers) if header.get("entropy", False) else None,
         document_ids=tuple(ids),
         groups=tuple(_whole_column("group", texts("group")).take(pa.array(first)).to_pylist()),
         num_experts=header["num_experts"],

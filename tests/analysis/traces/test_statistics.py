@@ -2,11 +2,13 @@
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import entr
 
-from analysis.traces.statistics import key_rows, trace_statistics
+from analysis.traces.statistics import gate_entropy, key_rows, trace_statistics
 from analysis.traces.trace import Trace, TraceError
 
 
@@ -44,6 +46,30 @@ def occurrences(one: Trace, order: int) -> dict[tuple[int, ...], list[int]]:
     return found
 
 
+def least_entropy(probs) -> float:
+    """What the chosen experts' probabilities leave over, spread as evenly as no smaller entropy allows."""
+    return -sum(p * math.log(p) for p in probs) - max(1 - sum(probs), 0) * math.log(probs[-1])
+
+
+@pytest.mark.parametrize("num_experts", [4, 64])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 50.0])
+def test_gate_entropy_is_never_above_the_truth_and_near_it_for_a_flat_gate(num_experts, sharpness):
+    rng = np.random.default_rng(0)
+    gate = -np.sort(-rng.dirichlet(np.full(num_experts, sharpness), (300, 2)), axis=-1)
+    truth = entr(gate).sum(axis=-1)
+    given = trace(probs=False, num_experts=num_experts)
+    bound = replace(given, probs=gate[..., :2].astype(np.float32), probs_over="all")
+    for layer in range(2):
+        least = gate_entropy(bound, layer)
+        assert (least <= truth[:, layer] + 1e-5).all()
+        assert (least >= entr(gate[:, layer, :2]).sum(axis=-1) - 1e-5).all()
+        if sharpness == 50:
+            assert least.mean() > 0.85 * truth[:, layer].mean()
+        known = replace(bound, entropy=truth.astype(np.float32))
+        np.testing.assert_allclose(gate_entropy(known, layer), truth[:, layer], rtol=1e-6)
+        assert np.isnan(gate_entropy(given, layer)).all()
+
+
 def test_statistics_equal_a_dictionary():
     one = trace()
     stats = trace_statistics(one, (1, 2), min_count=4)
@@ -53,7 +79,7 @@ def test_statistics_equal_a_dictionary():
     for row, key in enumerate(keys):
         at = oracle[key]
         for layer in range(2):
-            entropy = [-sum(p * math.log(p) for p in probs) for probs in one.probs[at, layer].astype(float)]
+            entropy = [least_entropy(probs) for probs in one.probs[at, layer].astype(float)]
             confidence = one.probs[at, layer, 0].astype(float)
             assert stats.count[layer, row] == len(at)
             for moments, std, values in (

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import entr
 
 from analysis.traces import recording as trace_recording
 from analysis.traces import trace as trace_file
@@ -46,10 +47,11 @@ def assert_equal(ours: Trace, theirs: Trace) -> None:
     for name in ("token_id", "position", "experts"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
         assert getattr(ours, name).dtype == getattr(theirs, name).dtype
-    if theirs.probs is None:
-        assert ours.probs is None
-    else:
-        np.testing.assert_array_equal(ours.probs, theirs.probs)
+    for name in ("probs", "entropy"):
+        if getattr(theirs, name) is None:
+            assert getattr(ours, name) is None
+        else:
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     for names in ("document_ids", "groups"):
         ours_by_token, theirs_by_token = (np.array(getattr(t, names))[t.document].tolist() for t in (ours, theirs))
         assert ours_by_token == theirs_by_token
@@ -64,6 +66,7 @@ def assert_equal(ours: Trace, theirs: Trace) -> None:
         {"probs": None, "probs_over": None},
         {"probs": None, "probs_over": None, "ranked": False},
         {"probs_over": "chosen", "origin": {}},
+        {"entropy": np.random.default_rng(0).random((60, LAYERS)).astype(np.float32)},
     ],
 )
 def test_a_trace_comes_back_from_its_file(tmp_path, changes):
@@ -169,6 +172,8 @@ FAULTS = {
     "do not stand together": lambda t: changed(t, "document", 0, 3),
     "position does not rise": lambda t: changed(t, "position", 1, t.position[0]),
     "an expert twice": lambda t: changed(t, "experts", (4, 1), 2),
+    "entropy has shape": lambda t: {"entropy": t.probs[..., 0, 0]},
+    "entropy holds figures outside 0 to ln 5": lambda t: {"entropy": np.full(t.probs.shape[:2], 1.7)},
     "no probability": lambda t: changed(t, "probs", (4, 1, 1), np.nan),
     "probs does not fall": lambda t: {"probs": t.probs[..., ::-1]},
 }
@@ -233,6 +238,8 @@ SPOILED = {
     "metadata num_layers is 0": lambda t: with_header(t, num_layers=0),
     "metadata top_k is 'two'": lambda t: with_header(t, top_k="two"),
     "metadata ranked is None": lambda t: with_header(t, ranked=None),
+    "metadata entropy is 'yes'": lambda t: with_header(t, entropy="yes"),
+    "no column entropy": lambda t: with_header(t, entropy=True),
     "metadata probs_over is 'some'": lambda t: with_header(t, probs_over="some"),
     "no column group, probs": lambda t: t.drop_columns(["group", "probs"]),
     r"experts holds 360 figures, expected 2 \* 2 per token": lambda t: with_header(t, num_layers=2),
@@ -306,6 +313,7 @@ def test_a_recorded_trace_is_what_the_model_says(recorded, saved_model, document
         best = np.argsort(-probs, axis=-1)[..., :2]
         np.testing.assert_array_equal(recorded.experts[rows], best)
         np.testing.assert_allclose(recorded.probs[rows], np.take_along_axis(probs, best, axis=-1), rtol=1e-4)
+        np.testing.assert_allclose(recorded.entropy[rows], entr(probs).sum(axis=-1), rtol=1e-4)
 
 
 def test_a_recorded_trace_says_where_it_comes_from(recorded, saved_model):
