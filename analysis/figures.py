@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from varjax.files import replacing
 
 MARKERS = "os^Dv<>ph*"
-_LEAST = (5.2, 3.6)  # inches; captions must fit
+_CAPTIONS = 1.2  # inches above and below panels
+_LEAST = (5.2, 4.6)  # inches of a figure of panels; captions, and the label at its side, must fit
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
@@ -44,13 +45,13 @@ def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) 
         height: inches of a panel, if there are few.
         shared: passed on to `plt.subplots`, such as `sharey=True`.
     """
-    columns = min(number, max(4, math.ceil(math.sqrt(1.5 * number))))
-    rows = math.ceil(number / columns)
+    rows = max(1, round(math.sqrt(number / 1.5)))
+    columns = math.ceil(number / rows)
     scale = 1.0 if columns <= 4 else max(4 / columns, 0.55)
     figure, axes = plt.subplots(
         rows,
         columns,
-        figsize=(max(width * scale * columns, _LEAST[0]), max(height * scale * rows, _LEAST[1])),
+        figsize=(max(width * scale * columns, _LEAST[0]), max(height * scale * rows + _CAPTIONS, _LEAST[1])),
         squeeze=False,
         **shared,
     )
@@ -59,6 +60,8 @@ def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) 
     for axis in axes.flat:
         axis.tick_params(labelsize=max(10 * scale, 6))
         axis.title.set_fontsize(max(11 * scale, 7))
+    for axis in axes.flat[max(number - columns, 0) : number]:
+        axis.tick_params(labelbottom=True)  # shared axes have labels in the last row alone, which may not be full
     return figure, list(axes.flat[:number])
 
 

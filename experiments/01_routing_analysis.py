@@ -2,8 +2,8 @@
 
 Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
 figures. A killed run continues from its last checkpoint when the same command is given again. Runs on all devices of
-the machine; on several machines, start it on each with --coordinator, --num_processes and --process_id, and one
---output that all of them see.
+the machine; several machines divide the documents: start it on each, with --num_processes P, --process_id 0 to P - 1
+and one --output that all of them see.
 
   --merge A B ...    collect nothing: put the outputs of several finished runs together
 """
@@ -14,24 +14,22 @@ import argparse
 import math
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from analysis import figures
 from analysis.collection.merging import merge_files
-from analysis.collection.run import STATS, Settings, analyse
+from analysis.collection.passes import Share
+from analysis.collection.run import STATS, TRACE, Settings, analyse, finish
 from analysis.collection.statistics import KeySettings
 from analysis.hypotheses import statistics_figures
 from analysis.provenance import provenance, write_json
-from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.traces.recording import record
-from experiments.arguments import parser, run
+from experiments.arguments import open_corpus, parser, run
 from models import load_model
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
 
-TRACE = "routing_trace.parquet"
+GIB = 1 << 30
 
 
 def main() -> None:
@@ -56,25 +54,30 @@ def main() -> None:
     )
     arguments.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
     arguments.add_argument("--save_tokens", type=int, default=defaults.save_tokens, help="tokens between checkpoints")
-    arguments.add_argument("--coordinator", help="HOST:PORT of process 0, where several run together")
-    arguments.add_argument("--num_processes", type=int, help="how many run together")
-    arguments.add_argument("--process_id", type=int, help="which of them this one is, from 0")
+    arguments.add_argument(
+        "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of residual sums per device"
+    )
+    arguments.add_argument("--num_processes", type=int, default=1, help="how many divide the documents among them")
+    arguments.add_argument("--process_id", type=int, default=0, help="which of them this one is, from 0")
     arguments.add_argument("--merge", type=Path, nargs="+", metavar="A", help="outputs to put together")
     args = arguments.parse_args()
     if args.merge:
-        paths = [path / STATS if path.is_dir() else path for path in args.merge]
-        present(args.output, merge_files(paths, args.output / STATS, {"provenance": provenance(seed=args.seed)}))
-        return
-    if args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    collect(args)
+        merge(args)
+    else:
+        collect(args)
+
+
+def merge(args: argparse.Namespace) -> None:
+    paths = [path / STATS if path.is_dir() else path for path in args.merge]
+    stats, without = merge_files(paths, args.output / STATS, {"provenance": provenance(seed=args.seed)})
+    (args.output / TRACE).unlink(missing_ok=True)  # that of other statistics, if any
+    if without:
+        print(f"no residual rows: there are none beside {', '.join(map(str, without))}")
+    present(args.output, stats)
 
 
 def collect(args: argparse.Namespace) -> None:
     """This process's share of the run; the first process writes what all of them found."""
-    model = load_model(args.model, args.dtype, args.implementation)
-    split = None if args.split == "all" else args.split
-    corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
     orders = tuple(sorted(set(args.orders)))
     answered = args.residual_orders or set(Settings().residual_orders) & set(orders)
     settings = Settings(
@@ -82,29 +85,30 @@ def collect(args: argparse.Namespace) -> None:
         layers=args.layers and tuple(sorted(set(args.layers))),
         residual_orders=tuple(sorted(set(answered))) if args.residuals else (),
         residual_min_count=args.residual_min_count,
+        residual_bytes=int(args.residual_gib * GIB),
         batch_size=args.batch_size,
         max_length=args.max_length,
         save_tokens=args.save_tokens,
     )
-    processes, this = jax.process_count(), jax.process_index()
-    folders = [args.output / f"process-{i}" for i in range(processes)] if processes > 1 else [args.output]
-    stats, keys = analyse(model, corpus, folders[this], settings, seed=args.seed, progress=this == 0)
-    if processes > 1:
-        multihost_utils.sync_global_devices("all parts are written")
-        if this > 0:
-            return
-        about = {"provenance": provenance(seed=args.seed, data=corpus.about)}
-        stats = merge_files([folder / STATS for folder in folders], args.output / STATS, about)
+    share = Share(args.process_id, args.num_processes)
+    model = load_model(args.model, args.dtype, args.implementation)
+    corpus = open_corpus(model, args, args.split)
+    found = analyse(model, corpus, args.output, settings, share=share, seed=args.seed)
+    if found is None:
+        return
     if args.trace_tokens:
         reading = {"batch_size": args.batch_size, "max_length": args.max_length}
         unsound = record(model, corpus, args.output / TRACE, max_tokens=args.trace_tokens, **reading)
         if unsound:
             print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
-    print_keys(keys, settings)
-    present(args.output, stats)
+    print_keys(found.keys)
+    if settings.residual_orders:
+        print(f"residual rows for {found.answered:,} of the {found.answerable:,} keys that are frequent enough")
+    present(args.output, found.stats)
+    finish(args.output)
 
 
-def print_keys(keys: ContextCounts, settings: Settings) -> None:
+def print_keys(keys: ContextCounts) -> None:
     """How much of the text the keys cover."""
     print("keys:")
     for order in keys.orders:
@@ -114,8 +118,6 @@ def print_keys(keys: ContextCounts, settings: Settings) -> None:
             f"  order {order.order}: {order.admitted:,} of {order.distinct:,} contexts, "
             f"{share:.1%} of occurrences{about}"
         )
-    if settings.residual_orders and keys.counts.max() < settings.residual_min_count:
-        print(f"  no key occurs {settings.residual_min_count} times: no residual rows")
 
 
 def present(output: Path, stats: RoutingStats) -> None:

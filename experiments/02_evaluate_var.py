@@ -64,7 +64,7 @@ def compare(base: Path, other: Path, output: Path) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    model, documents, origin = load(args, None if args.split == "all" else args.split)
+    model, documents, origin = load(args, args.split)
     config, found = choose_config(args, model)
     var_model = VARModel(model, config)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
@@ -115,7 +115,7 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
     stats, answers = read_files(model, config)
     if answers is None:
         raise ValueError(f"{args.routing_stats}: no residual rows beside it; run 01_routing_analysis.py --residuals")
-    tuning, _ = load_encoded(model, args.dataset, "tune", args.tune_samples)
+    tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
     found = search(model, stats, answers, tuning, config, **reading)
     return found.config, found

@@ -29,6 +29,7 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
         help="'embedded', a .txt, .jsonl or .parquet file, a directory of such or of prepare_datasets.py, "
         "or a datasets name[:config[:split]]",
     )
+    made.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
     made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")
     made.add_argument("--output", type=Path, default=Path(default_output), help="file or directory to write")
     made.add_argument("--seed", type=int, default=0)
@@ -37,27 +38,34 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     return made
 
 
-def load(args: argparse.Namespace, split: str | None) -> tuple[Model, list[Encoded], dict[str, Any]]:
+def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], dict[str, Any]]:
     """The model, the documents of a split in its token ids, and what a result file says of both."""
     model = load_model(args.model, args.dtype, args.implementation)
-    documents, data = load_encoded(model, args.dataset, split, args.num_samples)
+    documents, data = load_encoded(model, args, split, args.num_samples)
     origin = {"model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}, "data": data}
     return model, documents, origin
 
 
 def load_encoded(
-    model: Model, dataset: str, split: str | None, limit: int | None
+    model: Model, args: argparse.Namespace, split: str, limit: int | None
 ) -> tuple[list[Encoded], dict[str, Any]]:
-    """The documents of a split in the model's token ids, and what a result file says of them."""
-    corpus = EncodedCorpus(dataset, split, limit, model.tokenizer, model.config)
+    """At most `limit` documents of a split in the model's token ids, and what a result file says of them."""
+    corpus = open_corpus(model, args, split, limit)
     return list(corpus), corpus.about
+
+
+def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int | None = None) -> EncodedCorpus:
+    """The documents of a split ('all': every one), to be read as often as needed; None: at most --num_samples."""
+    wanted = None if split == "all" else split
+    limit = args.num_samples if limit is None else limit
+    return EncodedCorpus(args.dataset, wanted, limit, model.tokenizer, model.config, args.text_column)
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script; bad input ends in its one message instead of a traceback."""
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

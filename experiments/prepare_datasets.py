@@ -52,6 +52,7 @@ def main() -> None:
         choices=["all", "build", *SPLITS],
         help="documents to keep, by a hash of their text, whatever splits the dataset itself has",
     )
+    parser.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
     parser.add_argument("--num_samples", type=int, default=None, help="documents of each at most; none: all")
     parser.add_argument("--max_tokens", type=int, default=None, help="stop a dataset after so many tokens; none: never")
     parser.add_argument("--output", type=Path, default=Path("prepared"), help="directory for the folders")
@@ -72,7 +73,8 @@ def main() -> None:
     if len(set(folders.values())) < len(folders):
         raise CorpusError(f"two of {', '.join(folders)} would get the same folder; prepare them with another --output")
     requests = {
-        folder: Request(full_name(name), split, args.num_samples, args.max_tokens) for name, folder in folders.items()
+        folder: Request(full_name(name), split, args.num_samples, args.max_tokens, args.text_column)
+        for name, folder in folders.items()
     }
     # What is in the way is said before the first dataset takes its hours.
     there = (
@@ -81,7 +83,9 @@ def main() -> None:
     for folder, request in requests.items():
         manifest = there.get(folder)
         if manifest is None:
-            documents = iter_documents(request.dataset, split=split, limit=request.num_samples)
+            documents = iter_documents(
+                request.dataset, split=split, limit=request.num_samples, text_column=request.text_column
+            )
             manifest = prepare(documents, tokenizer, folder, request, overwrite=args.overwrite)
             print(f"{folder}: written")
         else:

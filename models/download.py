@@ -79,7 +79,8 @@ def check_disk(remote: Remote, directory: Path) -> int:
         DownloadError: what is still to fetch does not fit there.
     """
     partial = _partial(remote, directory.resolve())
-    here = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    places = (partial, directory.resolve())  # what an earlier call has begun, and what lies there whole
+    here = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
     existing = next(path for path in partial.parents if path.exists())
     free, needed = shutil.disk_usage(existing).free, max(remote.size - here, 0)
     if needed > free:

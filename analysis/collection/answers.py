@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from analysis.collection.checkpoints import Checkpoints
-from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, own_share, run_pass
+from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, run_pass
 from analysis.collection.statistics import find_rows
 from analysis.text.encoding import Encoded
 from models import Model
@@ -43,7 +43,8 @@ def collect_answers(
     """The mean of what each rule drops, at each key.
 
     Args:
-        keys: int32 [R, C], rows of the answers; memory is `len(rules) * R * D` float32 on each device.
+        keys: int32 [R, C], rows of the answers; memory is `len(rules) * R * D` float32 on each device, and
+            twice that in float64 on the host.
         orders: the context orders among the keys.
         rules: layer, experts kept and gate ratio of each.
         batch_size, max_length, checkpoints, save_tokens, progress: as in `analysis.collection.statistics.collect`.
@@ -57,10 +58,11 @@ def collect_answers(
 
     found, _ = run_pass(
         Answers.empty(keys, rules, model.config.hidden_size),
-        own_share(documents),
+        documents,
         begin=answers.init,
         step=step,
         absorb=answers.absorb,
+        name="residual rows",
         mesh=mesh,
         batch_size=batch_size,
         max_length=max_length,

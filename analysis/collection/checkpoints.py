@@ -1,7 +1,7 @@
-"""Checkpoints of a long pass, so that a killed run ends as if it had never stopped.
+"""Checkpoints of a long run, so that a killed one ends as if it had never stopped.
 
 A checkpoint is a pytree of host arrays and whole numbers with the number of batches that are in it, written by orbax:
-one that was not finished is never read. The checkpoints of a folder belong to one run, told by what decides its result.
+one that was not finished is never read. A folder of checkpoints belongs to one run, told by what decides its result.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from varjax.files import replacing
+
 T = TypeVar("T")
 
 
@@ -22,50 +24,56 @@ class CheckpointMismatchError(ValueError):
     """The checkpoints in a folder belong to another run: says what differs and what to do."""
 
 
-class Checkpoints:
-    """The checkpoints of one pass in one folder; a context manager."""
+def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `note` noted beside this run; None if there is nothing.
 
-    def __init__(self, folder: Path, run: Mapping[str, Any]):
-        """
-        Args:
-            folder: made if it does not exist.
-            run: what JSON can hold and what decides the result: model, data, settings.
-        """
-        self.folder = folder.resolve()
-        self.run = json.loads(json.dumps(run))  # as it will come back: tuples are lists
-        here = jax.process_index()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=1,
-            create=False,
-            # Every process keeps checkpoints of its own and waits for none.
-            multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=here, active_processes={here}, barrier_sync_key_prefix=f"process{here}"
-            ),
+    Args:
+        run: what JSON can hold and what decides the result: model, data, settings.
+
+    Raises:
+        CheckpointMismatchError: another run's note lies there.
+    """
+    if not path.exists():
+        return None
+    noted = json.loads(path.read_text())
+    there, here = (dict(_leaves(one)) for one in (noted["run"], json.loads(json.dumps(run))))
+    different = [
+        f"{name} = {there.get(name)} (here {here.get(name)})"
+        for name in dict.fromkeys([*there, *here])
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        raise CheckpointMismatchError(
+            f"{path.parent} holds the checkpoints of a run with {', '.join(different)}; give the same arguments to "
+            "resume it, another --output to keep it, or delete that folder to begin anew"
         )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+    return noted["beside"]
+
+
+def note(path: Path, run: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+    """Note which run the checkpoints beside `path` belong to, and what a resumed one has to know."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({"run": run, "beside": beside}, indent=2) + "\n")
+
+
+class Checkpoints:
+    """The checkpoints of one pass; a context manager."""
+
+    def __init__(self, folder: Path):
+        """`folder` is made if it does not exist."""
+        options = ocp.CheckpointManagerOptions(max_to_keep=1)
+        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def newest(self, like: T) -> tuple[int, T] | None:
         """The number of batches in the newest checkpoint, and its value; None if there is none.
 
         Args:
             like: any value of the same structure; its arrays may have other shapes.
-
-        Raises:
-            CheckpointMismatchError: the folder belongs to another run.
         """
         step = self._manager.latest_step()
         if step is None:
             return None
-        about = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-        different = sorted(name for name in {*about, *self.run} if about.get(name) != self.run.get(name))
-        if different:
-            there, here = ({name: run.get(name) for name in different} for run in (about, self.run))
-            raise CheckpointMismatchError(
-                f"{self.folder}: the checkpoints there belong to a run with {there}, this one has {here}; "
-                "give the same arguments to resume, another --output, or delete the folder to begin anew"
-            )
-        saved = self._manager.restore(step, args=ocp.args.Composite(value=ocp.args.StandardRestore()))["value"]
+        saved = self._manager.restore(step, args=ocp.args.StandardRestore())
         leaves, structure = jax.tree.flatten(like)
         restored = [int(saved[str(i)]) if np.ndim(leaf) == 0 else saved[str(i)] for i, leaf in enumerate(leaves)]
         return step, jax.tree.unflatten(structure, restored)
@@ -77,8 +85,7 @@ class Checkpoints:
             value: a pytree of arrays, none of them empty, and whole numbers.
         """
         leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(value))}
-        parts = {"value": ocp.args.StandardSave(leaves), "run": ocp.args.JsonSave(self.run)}
-        self._manager.save(batches, args=ocp.args.Composite(**parts))
+        self._manager.save(batches, args=ocp.args.StandardSave(leaves))
         self._manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
@@ -86,3 +93,10 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self._manager.close()
+
+
+def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Every value that is no object, under its path."""
+    if not isinstance(tree, dict):
+        return [(name, tree)]
+    return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{name}.{key}".lstrip("."))]

@@ -10,10 +10,10 @@ from typing import Any
 from varjax import answers, answersfile, stats, statsfile
 from varjax.config import residuals_beside
 
-SAME = ("fingerprint", "top_k", "vocab_size")  # what the parts' models must agree in
+SAME = ("fingerprint", "top_k", "vocab_size", "layers")  # what the parts must agree in
 
 
-def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> stats.RoutingStats:
+def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> tuple[stats.RoutingStats, list[Path]]:
     """Write the statistics of all parts together, and their residual rows if every part has some.
 
     Counts are exact, moments up to float64 rounding. A key that only some parts admitted carries those parts'
@@ -23,6 +23,9 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> s
         paths: statistics files, at least two.
         output: the statistics file to write; residual rows go beside it.
         about: added to the metadata.
+
+    Returns:
+        The statistics, and the parts that lack residual rows: unless there are none, none were written.
 
     Raises:
         ValueError: the parts are of different models, or their orders, layers, experts or rules differ.
@@ -36,22 +39,24 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> s
             if meta.get(name) != metas[0].get(name):
                 raise ValueError(
                     f"{path}: {name} is {meta.get(name)}, but {metas[0].get(name)} in {paths[0]}; "
-                    "only statistics of the same model merge"
+                    "only statistics of the same layers of the same model merge"
                 )
+    without = [path for path in paths if not residuals_beside(path).is_file()]
+    rows = [] if without else [answersfile.read(residuals_beside(path))[0] for path in paths]
     try:
         together = reduce(stats.merge, (part for part, _ in read))
+        answered = reduce(answers.merge, rows) if rows else None
     except ValueError as error:
         raise ValueError(f"{', '.join(map(str, paths))}: {error}") from error
+
     strings = reduce(dict.__or__, (statsfile.token_strings(path) for path in paths))
     meta = {name: metas[0][name] for name in ("model", *SAME) if name in metas[0]} | about
-    meta["filled"] = reduce(dict.__or__, (part["filled"] for part in metas))
     meta["merged"] = [
         {"file": str(path), "provenance": part.get("provenance")} for path, part in zip(paths, metas, strict=True)
     ]
-    statsfile.write(output, together, meta, strings)
-
-    rows = [residuals_beside(path) for path in paths]
-    if all(path.is_file() for path in rows):
-        parts = [answersfile.read(path)[0] for path in rows]
-        answersfile.write(residuals_beside(output), reduce(answers.merge, parts), meta)
-    return together
+    residuals_beside(output).unlink(missing_ok=True)  # those of other statistics, if any
+    filled = reduce(dict.__or__, (part["filled"] for part in metas))
+    statsfile.write(output, together, meta | {"filled": filled}, strings)
+    if answered is not None:
+        answersfile.write(residuals_beside(output), answered, meta)
+    return together, without

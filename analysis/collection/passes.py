@@ -4,7 +4,7 @@ Letters: G devices, B sequences, T positions.
 
 Every device runs its own rows of a batch and adds to its own window of sums; the host absorbs the windows one after
 the other. So devices never wait for each other inside a step, and the result is that of one device up to rounding.
-Several hosts (`jax.distributed`) each read their share of the documents (`own_share`) and write results of their own.
+Processes on several hosts each take their share of the documents (`Share`) and write results of their own.
 
 The result depends on when windows are moved to the host, so that follows from the documents alone, and a checkpoint is
 written only there: a resumed pass repeats exactly what an uninterrupted one does. It reads the documents from the start
@@ -14,6 +14,7 @@ again, without running the model on those that are done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -36,18 +37,39 @@ Window = TypeVar("Window")  # a pytree of device arrays
 Total = TypeVar("Total")  # a pytree of host arrays
 
 
+@dataclass(frozen=True)
+class Share:
+    """Every P-th document, for one of P processes that divide a corpus among them."""
+
+    index: int = 0
+    of: int = 1  # P
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.of:
+            raise ValueError(f"process {self.index} of {self.of}: expected a process from 0 to {self.of - 1}")
+
+    def documents(self, every: Iterable[Encoded]) -> Iterable[Encoded]:
+        """Those of the share, as often as they are read. All are read; the model runs on these alone."""
+        return every if self.of == 1 else _Part(every, self)
+
+
+EVERY_DOCUMENT = Share()
+
+
+@dataclass(frozen=True)
+class _Part:
+    every: Iterable[Encoded]
+    share: Share
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return islice(self.every, self.share.index, None, self.share.of)
+
+
 def data_mesh() -> Mesh:
     """All devices of this process along one axis, `data`."""
     return jax.make_mesh(
         (jax.local_device_count(),), ("data",), devices=jax.local_devices(), axis_types=(AxisType.Auto,)
     )
-
-
-def own_share(documents: Iterable[Encoded]) -> Iterable[Encoded]:
-    """Every P-th document, where P processes read together; all of them where there is one."""
-    if jax.process_count() == 1:
-        return documents
-    return _Share(documents)
 
 
 def on_all_devices(tree: T, mesh: Mesh) -> T:
@@ -85,6 +107,7 @@ def run_pass(
     begin: Callable[[Total], Window],
     step: Callable[[Window, jax.Array, jax.Array], Window],
     absorb: Callable[[Window, Total], Total],
+    name: str,
     mesh: Mesh,
     batch_size: int,
     max_length: int,
@@ -100,6 +123,7 @@ def run_pass(
         begin: an empty window of one device.
         step: adds a batch, ids int32 and mask bool [G * B, T], to the windows [G, ...], which are donated.
         absorb: the total with one device's window in it.
+        name: what the bar says.
         batch_size: rows per device and batch at `max_length`.
         checkpoints: where to resume from and to save to; None for a pass that starts anew.
         save_tokens: tokens between checkpoints.
@@ -110,7 +134,7 @@ def run_pass(
     windows = per_device(begin(total), mesh)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
-    with tqdm(documents, unit="document", disable=not progress) as read:
+    with tqdm(documents, desc=name, unit="document", disable=not progress) as read:
         for number, batch in enumerate(batches(read, batch_size * mesh.devices.size, max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:
@@ -120,6 +144,7 @@ def run_pass(
             if unmoved < flush_tokens:
                 continue
             total = _absorbed(windows, total, absorb)
+            del windows  # their memory is that of the next ones
             windows = per_device(begin(total), mesh)
             unmoved, unsaved = 0, unsaved + unmoved
             if checkpoints and unsaved >= save_tokens:
@@ -133,15 +158,5 @@ def _absorbed(windows: Window, total: Total, absorb: Callable[[Window, Total], T
     leaves, structure = jax.tree.flatten(windows)
     shards = [sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0) for leaf in leaves]
     for parts in zip(*shards, strict=True):
-        total = absorb(jax.tree.unflatten(structure, [part.data[0] for part in parts]), total)
+        total = absorb(jax.tree.unflatten(structure, [np.asarray(part.data)[0] for part in parts]), total)
     return total
-
-
-class _Share:
-    """Every P-th document, as often as it is read."""
-
-    def __init__(self, documents: Iterable[Encoded]):
-        self.documents = documents
-
-    def __iter__(self) -> Iterator[Encoded]:
-        return islice(self.documents, jax.process_index(), None, jax.process_count())

@@ -1,106 +1,231 @@
 """Phase 1 as one resumable run: choose the keys, collect their statistics, collect the residual rows of some of them.
 
-What is finished is on disk; a run that was killed repeats nothing but what came after its last checkpoint, and ends
-with the same result.
+What is finished is on disk: a run that was killed repeats only what came after its last checkpoint, and ends with the
+same result. Of several processes each runs the model on its share of the documents and writes a part; the first one
+merges them. They never talk, so they need no coordinator: they meet in a folder that all of them see, may begin and end
+at different times, and one that was killed is started again by itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from analysis.collection.answers import collect_answers
-from analysis.collection.checkpoints import Checkpoints
-from analysis.collection.passes import SAVE_TOKENS
+from analysis.collection.checkpoints import Checkpoints, note, resumed
+from analysis.collection.merging import merge_files
+from analysis.collection.passes import EVERY_DOCUMENT, SAVE_TOKENS, Share
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.policy import candidate_rules
 from analysis.provenance import provenance
+from analysis.text.corpus import CorpusError
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import Model
 from varjax import answersfile, statsfile
 from varjax.config import residuals_beside
-from varjax.keys import ContextCounts
+from varjax.keys import ContextCounts, OrderCount
 from varjax.stats import RoutingStats
 
-STATS = "routing_stats.parquet"
+STATS, TRACE = "routing_stats.parquet", "routing_trace.parquet"
+WORK = "routing_checkpoints"  # the folder inside the output; removed by `finish`
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the result of a run, beside the model and the documents."""
+    """What decides the result of a run, beside the model and the documents.
+
+    Raises:
+        ValueError: naming every field that is out of range.
+    """
 
     keys: KeySettings = dataclasses.field(default_factory=KeySettings)
     layers: tuple[int, ...] | None = None  # to collect statistics of; None: all
     residual_orders: tuple[int, ...] = (1, 2)  # context orders that get residual rows; (): none does
     residual_min_count: int = 15  # occurrences that a key with a residual row needs
+    residual_bytes: int = 1 << 32  # of residual sums on each device: where they are more, the rarer keys get none
     batch_size: int = 8  # rows per device and batch at `max_length`
     max_length: int = 256  # tokens per window
     save_tokens: int = SAVE_TOKENS  # tokens between checkpoints
 
+    def __post_init__(self) -> None:
+        least = {"residual_min_count": 1, "residual_bytes": 0, "batch_size": 1, "max_length": 2, "save_tokens": 1}
+        faults = [
+            f"{name}={getattr(self, name)}: expected at least {bound}"
+            for name, bound in least.items()
+            if getattr(self, name) < bound
+        ]
+        strange = sorted(set(self.residual_orders) - set(self.keys.orders))
+        if strange:
+            faults.append(f"residual orders {strange} are not among the orders {self.keys.orders}; collect those too")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+    def layers_of(self, model: Model) -> tuple[int, ...]:
+        """The layers to collect. Raises ValueError for one that the model does not have."""
+        every = range(model.config.num_layers)
+        chosen = tuple(every) if self.layers is None else tuple(sorted(set(self.layers)))
+        if not chosen or not set(chosen) <= set(every):
+            raise ValueError(f"layers {list(chosen)}: expected some of 0 to {len(every) - 1}, the layers of the model")
+        return chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """What a run found."""
+
+    stats: RoutingStats  # of all processes together
+    keys: ContextCounts  # with their counts over all documents
+    answered: int  # keys that got residual rows
+    answerable: int  # keys that were frequent enough for them
+
 
 def analyse(
-    model: Model, corpus: EncodedCorpus, folder: Path, settings: Settings, *, seed: int = 0, progress: bool = True
-) -> tuple[RoutingStats, ContextCounts]:
-    """Write `routing_stats.parquet` and, if asked for, its residual rows into `folder`.
+    model: Model,
+    corpus: EncodedCorpus,
+    output: Path,
+    settings: Settings,
+    *,
+    share: Share = EVERY_DOCUMENT,
+    seed: int = 0,
+    progress: bool = True,
+) -> Analysis | None:
+    """Write `routing_stats.parquet` and, if asked for, its residual rows into `output`.
 
-    The checkpoints lie in `folder/routing_checkpoints` and are removed at the end. Of several processes each reads its
-    share of the documents, into a folder of its own; the keys are those of all documents.
+    Checkpoints lie in `output/routing_checkpoints` until `finish` is called.
 
     Args:
+        share: of the documents, where several processes divide them; the first one waits for the others' parts.
         seed: noted in the provenance; nothing here is drawn.
         progress: show bars on standard error.
 
     Returns:
-        The statistics, and the keys with their counts over all documents.
+        None in all processes but the first.
 
     Raises:
-        ValueError: no key, a layer that does not exist, residual rows of an order that is not collected, or `folder`
-            holds the checkpoints of another run.
+        ValueError: no key, a layer that does not exist, or `output` holds the checkpoints of another run.
+        CorpusError: the documents are not those that a resumed run began with.
     """
-    strange = sorted(set(settings.residual_orders) - set(settings.keys.orders))
-    if strange:
-        raise ValueError(
-            f"residual orders {strange} are not among the orders {settings.keys.orders}; collect those too"
-        )
+    layers = settings.layers_of(model)
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}
     run = {
-        "model": about,
+        "model": about | {"implementation": model.engine.name},
         "data": corpus.request,
         "settings": dataclasses.asdict(settings),
-        "devices": [jax.process_count(), jax.local_device_count()],
+        "processes": share.of,
+        "devices": jax.local_device_count(),
     }
-    checkpoints = folder / "routing_checkpoints"
+    works = [output / WORK / f"process-{index}" for index in range(share.of)]
+    work, alone = works[share.index], share.of == 1
     reading: dict[str, Any] = {name: getattr(settings, name) for name in ("batch_size", "max_length", "save_tokens")}
     reading["progress"] = progress
 
-    with Checkpoints(checkpoints / "keys", run) as saved:
-        keys = choose_keys(model, corpus, settings.max_length, settings.keys, saved)
-    with Checkpoints(checkpoints / "statistics", run) as saved:
-        stats = collect(model, corpus, keys, layers=settings.layers, checkpoints=saved, **reading)
+    keys, noted = _keys(model, corpus, settings, work, run, progress)
+    order = np.sum(keys.keys >= 0, axis=1)
+    answerable = np.isin(order, settings.residual_orders) & (keys.counts >= settings.residual_min_count)
+    rules = candidate_rules(layers, model.config.top_k)
+    room = settings.residual_bytes // (4 * len(rules) * model.config.hidden_size)
+    answered = _most_frequent(answerable, keys.counts, room)
+
+    documents, folder = share.documents(corpus), output if alone else work
     meta = {
         "model": model.name,
         "fingerprint": model.fingerprint,
         "top_k": model.config.top_k,
         "vocab_size": model.config.vocab_size,
-        "provenance": provenance(seed=seed, model=about, data=corpus.about, settings=run["settings"]),
+        "layers": list(layers),
     }
-    strings = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) if model.tokenizer else None
-    statsfile.write(folder / STATS, stats, meta, strings)
+    origin = {"provenance": provenance(seed=seed, model=about, data=noted, settings=run["settings"])}
 
-    often = keys.counts >= settings.residual_min_count
-    answerable = keys.keys[np.isin(stats.row_orders, settings.residual_orders) & often]
-    if len(answerable):
-        layers = range(model.config.num_layers) if settings.layers is None else settings.layers
-        rules = candidate_rules(layers, model.config.top_k)
-        with Checkpoints(checkpoints / "residuals", run) as saved:
+    def statistics() -> None:
+        with Checkpoints(work / "statistics") as saved:
+            stats = collect(model, documents, keys, layers=layers, checkpoints=saved, **reading)
+        _check_same(corpus.about, noted, work)
+        strings = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) if model.tokenizer else None
+        for companion in (residuals_beside(folder / STATS), folder / TRACE):
+            companion.unlink(missing_ok=True)  # of other statistics, that a former run left here
+        statsfile.write(folder / STATS, stats, meta | origin, strings)
+
+    def residuals() -> None:
+        with Checkpoints(work / "residuals") as saved:
+            orders = settings.residual_orders
             answers = collect_answers(
-                model, corpus, answerable, settings.residual_orders, rules, checkpoints=saved, **reading
+                model, documents, keys.keys[answered], orders, rules, checkpoints=saved, **reading
             )
-        answersfile.write(residuals_beside(folder / STATS), answers, meta)
-    shutil.rmtree(checkpoints)
-    return stats, keys
+        _check_same(corpus.about, noted, work)
+        answersfile.write(residuals_beside(folder / STATS), answers, meta | origin)
+
+    _once(work / "statistics.done", statistics)
+    if len(answered):
+        _once(work / "residuals.done", residuals)
+    _once(work / "part.done", lambda: None)
+    if share.index > 0:
+        return None
+    if not alone:
+        _wait([path / "part.done" for path in works], progress)
+        merge_files([path / STATS for path in works], output / STATS, origin)
+    stats, _ = statsfile.read(output / STATS)
+    return Analysis(stats, keys, len(answered), int(answerable.sum()))
+
+
+def finish(output: Path) -> None:
+    """Remove the checkpoints: everything that the run had to write is written."""
+    shutil.rmtree(output / WORK)
+
+
+def _keys(
+    model: Model, corpus: EncodedCorpus, settings: Settings, work: Path, run: dict[str, Any], progress: bool
+) -> tuple[ContextCounts, dict[str, Any]]:
+    """The keys, and what the documents were that they were counted in; from the disk if the run got so far."""
+    noted = resumed(work / "run.json", run)
+    if noted is not None:
+        with Checkpoints(work / "keys") as saved:
+            chosen = saved.newest(_no_keys(settings.keys))
+        if chosen is not None:
+            return chosen[1], noted
+    keys = choose_keys(model, corpus, settings.max_length, settings.keys, progress=progress)
+    note(work / "run.json", run, corpus.about)
+    with Checkpoints(work / "keys") as saved:
+        saved.save(0, keys)
+    return keys, corpus.about
+
+
+def _no_keys(settings: KeySettings) -> ContextCounts:
+    """Of the structure that a checkpoint of keys has."""
+    return ContextCounts(np.zeros(1), np.zeros(1), tuple(OrderCount(*[0] * 6) for _ in set(settings.orders)))
+
+
+def _check_same(now: dict[str, Any], before: dict[str, Any], work: Path) -> None:
+    if now != before:
+        raise CorpusError(
+            f"the documents have changed since this run began: {now} now, {before} before; "
+            f"delete {work.parent} to begin anew"
+        )
+
+
+def _once(done: Path, make: Callable[[], None]) -> None:
+    """Make what is not made yet, and note it in the file `done`."""
+    if not done.exists():
+        make()
+        done.touch()
+
+
+def _most_frequent(wanted: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
+    """int64 [n]: the wanted rows bool [R], at most so many, the most frequent ones; in their order."""
+    rows = np.flatnonzero(wanted)
+    return np.sort(rows[np.argsort(-counts[rows], kind="stable")[:most]])
+
+
+def _wait(files: list[Path], progress: bool) -> None:
+    """Until all of the files are there: the other processes' parts."""
+    with tqdm(total=len(files), desc="parts", unit="process", disable=not progress) as bar:
+        while (there := sum(file.exists() for file in files)) < len(files):
+            bar.update(there - bar.n)
+            time.sleep(0.5)

@@ -14,17 +14,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
 from analysis.collection.checkpoints import Checkpoints
-from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, own_share, run_pass
+from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, run_pass
 from analysis.text.batches import windows
 from analysis.text.encoding import Encoded
 from models import Model
 from models.decoder import Network, Params
 from varjax import stats
-from varjax.keys import NONE, ContextCounts, KeyIndex, OrderCount, contexts, count_contexts, find_orders
+from varjax.keys import NONE, ContextCounts, KeyIndex, contexts, count_contexts, find_orders
 from varjax.stats import RoutingStats, StatsBuffer
 
 
@@ -34,39 +34,35 @@ class KeySettings:
 
     orders: tuple[int, ...] = (1, 2, 3)  # context lengths in tokens, the current one included
     min_count: int = 5  # occurrences that a key needs
-    max_keys: int | None = 50_000  # over all orders together: the most frequent ones
+    max_keys: int | None = 50_000  # over all orders together: the most frequent ones; None: no bound
     capacity: int = 1 << 20  # different contexts of one order that are counted at a time: what memory depends on
+
+    def __post_init__(self) -> None:
+        at_least_one = {"min_count": self.min_count, "max_keys": self.max_keys, "capacity": self.capacity}
+        faults = [f"{name}={value}" for name, value in at_least_one.items() if value is not None and value < 1]
+        if not self.orders or min(self.orders) < 1:
+            faults.append(f"orders={self.orders}")
+        if faults:
+            raise ValueError(f"{', '.join(faults)}: expected at least 1, and at least one order")
 
 
 def choose_keys(
-    model: Model,
-    documents: Iterable[Encoded],
-    max_length: int,
-    settings: KeySettings,
-    checkpoints: Checkpoints | None = None,
+    model: Model, documents: Iterable[Encoded], max_length: int, settings: KeySettings, *, progress: bool = False
 ) -> ContextCounts:
     """The keys of a corpus, counted over the same windows that the model will read.
-
-    Args:
-        checkpoints: where the keys are kept once they are chosen, and taken from if they are there.
 
     Raises:
         ValueError: no context is frequent enough to be a key.
     """
-    nothing = ContextCounts(np.zeros(1), np.zeros(1), tuple(OrderCount(*[0] * 6) for _ in set(settings.orders)))
-    chosen = checkpoints and checkpoints.newest(nothing)
-    if chosen:
-        return chosen[1]
-    rows = (window.ids[: window.size] for window in windows(documents, max_length))
-    special = model.config.special_token_ids
-    keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)
+    with tqdm(documents, desc="keys", unit="document", disable=not progress) as read:
+        rows = (window.ids[: window.size] for window in windows(read, max_length))
+        special = model.config.special_token_ids
+        keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)
     if len(keys.keys) == 0:
         raise ValueError(
             f"none of the contexts of {settings.orders} tokens occurs {settings.min_count} times; "
             "give more documents or a lower min_count"
         )
-    if checkpoints:
-        checkpoints.save(0, keys)
     return keys
 
 
@@ -84,23 +80,18 @@ def collect(
 ) -> RoutingStats:
     """The statistics of `model` over `documents`, on the keys that `choose_keys` found.
 
-    Runs on all devices of this process; of several processes each reads its share of the documents.
+    Runs on all devices of this process.
 
     Args:
-        layers: those to collect; None: all. The others have no occurrences.
+        layers: those to collect, ascending; None: all. The others have no occurrences.
         batch_size: rows per device and batch at `max_length`.
         max_length: tokens per window.
         checkpoints: where to resume from and to save to; None for a pass that starts anew.
         save_tokens: tokens between checkpoints.
         progress: show a bar on standard error.
-
-    Raises:
-        ValueError: a layer that the model does not have.
     """
     num_layers = model.config.num_layers
-    chosen = tuple(range(num_layers)) if layers is None else tuple(sorted(set(layers)))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= num_layers:
-        raise ValueError(f"layers {list(chosen)}: expected some of 0 to {num_layers - 1}, the layers of the model")
+    chosen = tuple(range(num_layers)) if layers is None else tuple(layers)
     orders, mesh = tuple(count.order for count in keys.orders), data_mesh()
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)
     shared = on_all_devices((KeyIndex.build(keys.keys), special, model.params), mesh)
@@ -110,10 +101,11 @@ def collect(
 
     found, read = run_pass(
         RoutingStats.empty(keys.keys, orders, len(chosen), model.config.num_experts),
-        own_share(documents),
+        documents,
         begin=stats.init,
         step=step,
         absorb=stats.absorb,
+        name="statistics",
         mesh=mesh,
         batch_size=batch_size,
         max_length=max_length,

@@ -11,13 +11,21 @@ times or more in the build part; what share of their tokens that is, is the cove
 |---|---|
 | `coverage` | share of all held-out tokens that have a known key; the same in every layer, no null |
 | `agreement` | share of tokens whose first choice is the predicted one; only where the experts are ranked |
+| `agreement_of_shortest` | the same by the shortest order's table, at the keys of the longer order |
 | `recall` | share of the chosen experts that are among the K predicted |
 | `mass` | share of the chosen experts' probability that the K predicted catch; only where probabilities are known |
+
+Orders look at different tokens: a long context that is frequent is an easy one. `agreement` rises with the order even
+where the added ids say nothing; what they add is its distance from `agreement_of_shortest`, at the same tokens (of
+unranked experts `recall_of_shortest`). `longest` takes each token by its longest known key. It covers the same tokens
+as the shortest order, because who knows the last three ids knows the last one.
 
 Probabilities count as shares of the chosen experts' sum, whether the trace's are over all experts or over the chosen.
 Tables score their own documents too well (a bigram seen once is never wrong there), so nothing is scored on the build
 part. The null shuffles routing among each document's tokens, builds the tables anew and scores them anew: what is above
-the band is due to the token ids, not to the load of the experts or to what the documents are about.
+the band is not due to the load of the experts or to what the documents are about. It is due to the token ids, but for
+one thing: the null also breaks the likeness of neighbours. Where routing persists from token to token and ids come in
+bursts, a table can pass the band a little though no id decides anything.
 """
 
 from __future__ import annotations
@@ -66,6 +74,8 @@ def predictability(
     progress: bool = True,
 ) -> Predictability:
     """Coverage, agreement, recall and mass on held-out documents, each but coverage against the permutation null.
+
+    Without a ranking of the experts there is no agreement.
 
     A band and its p values hold for all figures of one measure together, the row of the longest keys included. The
     intervals draw held-out documents and keep the tables as they are.
@@ -159,7 +169,9 @@ class _Scored:
     def sums(self, keys: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
         """name -> float64 [D, O + 1, L]: the scores of tables from the build part, summed over each document."""
         names = ["agreement"] * self.ranked + ["recall"] + ["mass"] * (self.shares is not None)
-        sums = {name: np.empty((len(self.tokens), len(keys) + 1, len(self.experts))) for name in names}
+        judged = names[0]
+        of_shortest = f"{judged}_of_shortest"
+        sums = {name: np.empty((len(self.tokens), len(keys) + 1, len(self.experts))) for name in [*names, of_shortest]}
         split = []  # per order: tokens of the build part, their keys, places in the held-out part, their keys
         for key in keys:
             rows = self.build[key[self.build] >= 0]
@@ -174,8 +186,14 @@ class _Scored:
                     alone = np.zeros(len(self.held_out))
                     alone[places] = longest[name][places] = scores[name]
                     sums[name][:, row, layer] = document_sums(alone, self.document)
+                    if row == 0 and name == judged:
+                        shortest = alone
+                there = np.zeros(len(self.held_out))
+                there[places] = shortest[places]  # a token with a known key has a known shorter one
+                sums[of_shortest][:, row, layer] = document_sums(there, self.document)
             for name in names:
                 sums[name][:, -1, layer] = document_sums(longest[name], self.document)
+            sums[of_shortest][:, -1, layer] = sums[judged][:, 0, layer]
         return sums
 
     def _table(self, layer: int, rows: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

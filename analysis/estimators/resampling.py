@@ -2,10 +2,19 @@
 
 Letters: N tokens, D documents, S bootstrap draws, P permutations, O rows (context orders, experts, ...), L layers.
 
-Tokens of one document depend on each other, documents do not: intervals draw documents, never tokens. The permutation
-null shuffles routing among the tokens *within* each document, all layers together. It keeps every expert's load and
-every document's preferences, and breaks the link to the token's place and id. It also breaks the likeness of
-neighbours, so the band says what routing without any order within a document would give.
+Tokens of one document depend on each other, documents do not: intervals draw documents, never tokens. Few documents say
+too little of how documents differ, and a percentile interval of them is too narrow. Simulated (ratios over documents of
+50 to 400 tokens, each with a rate of its own; nominal 95 %), it held the truth in so many cases:
+
+| documents | 2 | 5 | 8 | 10 | 12 | 20 | 40 |
+|---|---|---|---|---|---|---|---|
+| held | 0.49 | 0.82 | 0.87 | 0.88 | 0.90 | 0.92 | 0.94 |
+
+A figure over fewer than `MIN_DOCUMENTS` documents therefore has no interval (NaN).
+
+The permutation null shuffles routing among the tokens *within* each document, all layers together. It keeps every
+expert's load and every document's preferences, and breaks the link to the token's place and id. It also breaks the
+likeness of neighbours, so the band says what routing without any order within a document would give.
 """
 
 from __future__ import annotations
@@ -18,6 +27,8 @@ import numpy as np
 
 LEVEL = 0.95  # of every interval and band
 MIN_PERMUTATIONS = 19  # the fewest whose extremes can bound 95 %
+MIN_DOCUMENTS = 10  # a figure over fewer has no interval
+MIN_DIFFERENT = 5  # permuted values of a figure, for a spread that can be trusted
 _DRAWN = 1 << 25  # floats that one block of draws may take
 
 
@@ -28,10 +39,10 @@ class Measure:
     name: str  # "agreement", "recall", "mass", "coverage", "conditional_entropy", ...
     unit: str  # "share", "nats", "ratio"
     value: np.ndarray  # float64 [O, L]
-    low: np.ndarray  # float64 [O, L], 95 % percentile bootstrap over documents; NaN if there is only one
+    low: np.ndarray  # float64 [O, L], 95 % percentile bootstrap over documents; NaN if they are fewer than 10
     high: np.ndarray  # float64 [O, L]
     null: np.ndarray | None = None  # float64 [O, L], mean under the permutation null; None where no null applies
-    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95 % band: all O x L lie inside with 95 %
+    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95 % band; see `against_null`
     null_high: np.ndarray | None = None
     p: np.ndarray | None = None  # float64 [O, L], family-wise permutation p value (max-T over the family)
 
@@ -77,7 +88,7 @@ def bootstrap(
         sums: [D, ...] each, sums over the tokens of each document.
 
     Returns:
-        Low and high; NaN where there is only one document, or no draw has a figure.
+        Low and high; NaN where there are fewer than `MIN_DOCUMENTS` documents, or no draw has a figure.
     """
     rng = np.random.default_rng(seed)
     documents = len(sums[0])
@@ -91,7 +102,7 @@ def bootstrap(
         with np.errstate(invalid="ignore", divide="ignore"):
             parts.append(statistic(*totals))
     draws = np.concatenate(parts)
-    if documents == 1:
+    if documents < MIN_DOCUMENTS:
         draws = np.full_like(draws, np.nan)
     missing = ~np.isfinite(draws).any(axis=0)
     draws[:, missing] = 0  # nanquantile warns where there is nothing
@@ -108,8 +119,13 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
 def ratio_with_interval(
     numerator: np.ndarray, denominator: np.ndarray, samples: int, seed: int
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """`sum(numerator) / sum(denominator)` over documents and its interval; both arguments [D, ...]."""
-    interval = bootstrap(ratio, numerator, denominator, samples=samples, seed=seed)
+    """`sum(numerator) / sum(denominator)` over documents and its interval; both arguments [D, ...].
+
+    A figure is over the documents whose denominator is not 0.
+    """
+    low, high = bootstrap(ratio, numerator, denominator, samples=samples, seed=seed)
+    few = np.sum(denominator > 0, axis=0) < MIN_DOCUMENTS
+    interval = np.where(few, np.nan, low), np.where(few, np.nan, high)
     return ratio(numerator.sum(axis=0), denominator.sum(axis=0)), interval
 
 
@@ -143,6 +159,10 @@ def against_null(
     data are, by a spread that it did not help to set, and the level holds with few permutations as well.
     p is at least 1 / (P + 1): 0.025 with 39 permutations.
 
+    A figure that hardly ever moves (fewer than `MIN_DIFFERENT` different values in its permutations) has no spread that
+    can be trusted, and would widen everybody's band. It is judged alone: its band is the range that was seen, its p the
+    rank of its distance from the mean, and neither is family-wise.
+
     Args:
         value: [...]; figures that are NaN stay out of the family.
         permuted: [P, ...], P >= 19.
@@ -150,32 +170,27 @@ def against_null(
     """
     count = len(permuted)
     null = permuted.mean(axis=0)
-    deviation, distance = permuted - null, value - null
     rounding = 1e-12 * np.maximum(np.abs(null), 1e-3)  # figures that no permutation changes differ by this much
-    deviation = np.where(np.abs(deviation) <= rounding, 0, deviation)
-    distance = np.where(np.abs(distance) <= rounding, 0, distance)
-    square = np.sum(deviation**2, axis=0)
+    measured = np.isfinite(value) & np.isfinite(null)
+    different = 1 + np.sum(np.diff(np.sort(permuted, axis=0), axis=0) > rounding, axis=0)
+    family = measured & (different >= MIN_DIFFERENT)
+
+    deviation, distance = permuted - null, np.abs(value - null)
+    square = np.where(family, np.sum(deviation**2, axis=0), 1)
     spread = np.sqrt(square / (count - 1))
     away = deviation * count / (count - 1)  # from the mean of the others
-    others = square - deviation * away
-    others = np.sqrt(np.where(others <= 1e-12 * square, 0, others) / (count - 2))
-
-    family = np.isfinite(value) & np.isfinite(null)
-    largest = np.max(_scaled(away, others), axis=tuple(range(1, permuted.ndim)), where=family, initial=0)
+    others = np.where(family, np.maximum(square - deviation * away, 1e-12 * square), 1)  # not below 0 by rounding
+    others = np.sqrt(others / (count - 2))
+    largest = np.max(np.abs(away) / others, axis=tuple(range(1, permuted.ndim)), where=family, initial=0)
     critical = np.sort(largest)[math.ceil(LEVEL * (count + 1) - 1e-9) - 1]
-    score = _scaled(distance, spread)
-    p = (1 + np.sum(largest.reshape(-1, *[1] * value.ndim) >= score, axis=0)) / (count + 1)
-    if np.isfinite(critical):
-        low, high = np.clip([null - critical * spread, null + critical * spread], *limits)
-    else:  # some figure hardly ever moves: the permutations bound nothing
-        low, high = np.full_like(null, limits[0]), np.full_like(null, limits[1])
-    return tuple(np.where(family, one, np.nan) for one in (null, low, high, p))  # type: ignore[return-value]
 
-
-def _scaled(distance: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """|distance| / spread; 0 where there is no distance, infinite where there is one but no spread."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(distance == 0, 0.0, np.abs(distance) / spread)
+    as_far = largest.reshape(-1, *[1] * value.ndim) >= distance / spread
+    as_far_alone = np.abs(deviation) >= distance - rounding
+    p = (1 + np.sum(np.where(family, as_far, as_far_alone), axis=0)) / (count + 1)
+    low = np.where(family, null - critical * spread, permuted.min(axis=0) - rounding)
+    high = np.where(family, null + critical * spread, permuted.max(axis=0) + rounding)
+    low, high = np.clip([low, high], *limits)
+    return tuple(np.where(measured, one, np.nan) for one in (null, low, high, p))  # type: ignore[return-value]
 
 
 def _starts(document: np.ndarray) -> np.ndarray:

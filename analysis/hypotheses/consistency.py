@@ -23,7 +23,7 @@ DECILES = 10
 
 @dataclass(frozen=True)
 class Consistency:
-    """Mean consistency by group, with 95 % intervals over token ids, and the mean under the null."""
+    """Mean consistency by group, with 95 % intervals, and the mean under the null."""
 
     groups: tuple[str, ...]  # [G]
     value: np.ndarray  # float64 [L, G]
@@ -42,6 +42,8 @@ def consistency(
     stats: RoutingStats, first_choices_known: bool = True, samples: int = 100, seed: int = 0
 ) -> Consistency:
     """Consistency per layer: all ids, all occurrences, the most frequent ids, and deciles of ids by frequency.
+
+    Intervals treat token ids as independent; `analysis.hypotheses.document_intervals` makes those over documents.
 
     Args:
         first_choices_known: False where `top1_counts` names the commonest choice only; the layer's shares are then

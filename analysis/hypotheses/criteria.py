@@ -5,7 +5,8 @@ Units: nats. Intervals and p values are two-sided, at 95 %; NaN stands where a l
 
 A statistics file knows keys, not documents. So intervals treat token ids as independent draws; where shares are of
 occurrences, their effective number (Kish: the square of the summed weights over the sum of squares) is used. Real
-occurrences come in documents and depend on each other: these intervals are too narrow rather than too wide.
+occurrences come in documents and depend on each other: these intervals are too narrow rather than too wide. Where the
+documents are known, `analysis.hypotheses.document_intervals` replaces them.
 
 A key with NaN among the figures that a test needs is left out of that test alone, and named. What cannot be tested
 says why: a layer without rows, too few keys, a figure that is the same everywhere.
@@ -84,12 +85,10 @@ class Correlation:
 class EntropyDistribution:
     """Mean gate entropy over token ids and over their occurrences."""
 
-    low_ids: LayerValues  # share of token ids below LOW_ENTROPY; Wilson
-    low_occurrences: LayerValues  # share of occurrences; Wilson with the effective number
+    under_ids: dict[float, LayerValues]  # threshold of ENTROPIES -> share of token ids below it; Wilson
+    under_occurrences: dict[float, LayerValues]  # share of occurrences; Wilson with the effective number
     ids: np.ndarray  # float64 [L, P], percentiles in nats
     occurrences: np.ndarray  # float64 [L, P]
-    shares_ids: np.ndarray  # float64 [L, 3], below each of ENTROPIES
-    shares_occurrences: np.ndarray  # float64 [L, 3]
     mean: np.ndarray  # float64 [L], over occurrences
     passed: np.ndarray  # bool [L], share of ids > MIN_LOW_SHARE
 
@@ -121,11 +120,16 @@ def zipf(stats: RoutingStats) -> Zipf:
         reason = f"every token id occurs {least} times"
     if reason:
         return Zipf(np.nan, np.nan, np.nan, np.nan, np.nan, ranks, least, reason)
-    rank, y = np.arange(1, ranks + 1), np.log(frequency)
-    slope, r_squared = _line(np.log(rank), y)
-    exponent = -_line(np.log(rank - 0.5), y)[0]
+    slope, r_squared, exponent = zipf_fit(frequency)
     half = Z95 * exponent * np.sqrt(2 / ranks)
     return Zipf(slope, r_squared, exponent, exponent - half, exponent + half, ranks, least, "")
+
+
+def zipf_fit(frequency: np.ndarray) -> tuple[float, float, float]:
+    """Slope, R^2 and exponent, as in `Zipf`, of falling frequencies [ranks] of which not all are the same."""
+    rank, y = np.arange(1, len(frequency) + 1), np.log(frequency)
+    slope, r_squared = _line(np.log(rank), y)
+    return slope, r_squared, -_line(np.log(rank - 0.5), y)[0]
 
 
 def frequency_entropy(stats: RoutingStats) -> Correlation:
@@ -173,20 +177,20 @@ def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
             shares[kind, layer] = [weight[entropy < most].sum() / weight.sum() for most in ENTROPIES]
             effective[kind, layer] = weight.sum() ** 2 / np.square(weight).sum()
     keys, left_out = np.array([len(used) for used, _ in rows]), tuple(out for _, out in rows)
-    at = ENTROPIES.index(LOW_ENTROPY)
-    low_ids, low_occurrences = (
-        LayerValues(share[:, at], *wilson(share[:, at], number), keys, left_out, reasons)
+    under_ids, under_occurrences = (
+        {
+            threshold: LayerValues(share[:, at], *wilson(share[:, at], number), keys, left_out, reasons)
+            for at, threshold in enumerate(ENTROPIES)
+        }
         for share, number in zip(shares, effective, strict=True)
     )
     return EntropyDistribution(
-        low_ids=low_ids,
-        low_occurrences=low_occurrences,
+        under_ids=under_ids,
+        under_occurrences=under_occurrences,
         ids=percentiles[0],
         occurrences=percentiles[1],
-        shares_ids=shares[0],
-        shares_occurrences=shares[1],
         mean=mean,
-        passed=low_ids.value > MIN_LOW_SHARE,
+        passed=under_ids[LOW_ENTROPY].value > MIN_LOW_SHARE,
     )
 
 

@@ -46,7 +46,7 @@ def predictability_by_layer(found: Predictability) -> Figure:
         for column in range(len(found.orders)):
             against_null(axes[row, column], found.measures[name], column)
             axes[row, column].set_ylim(0, 1.02)
-        axes[row, 0].set_ylabel(name)
+        axes[row, 0].set_ylabel(f"{name} [{found.measures[name].unit}]")
     for column, order in enumerate(found.orders):
         axes[0, column].set_title(f"order {order}: {coverage[column]:.0%} of tokens", fontsize="medium")
     figure.supxlabel("layer")

@@ -90,7 +90,6 @@ def load_documents(
     *,
     split: str | None = None,
     limit: int | None = None,
-    min_chars: int = 1,
     text_column: str = "text",
 ) -> list[Document]:
     """The documents of a dataset (see the module's table), as a list; `iter_documents` gives them one by one.
@@ -100,13 +99,12 @@ def load_documents(
       split: one of `SPLITS`, or `build`, the same as `train`; None takes every document.
       limit: at most so many documents, the first ones. The embedded corpus comes in hash order, so that a
         limit is a random sample over its packages; every other corpus keeps its own order.
-      min_chars: documents with fewer characters, outer white space not counted, are left out.
       text_column: the field that holds the text in JSONL, Parquet and Hugging Face data.
 
     Raises:
       CorpusError: nothing is found there, something in it cannot be read, or no document is left.
     """
-    return list(iter_documents(dataset, split=split, limit=limit, min_chars=min_chars, text_column=text_column))
+    return list(iter_documents(dataset, split=split, limit=limit, text_column=text_column))
 
 
 def iter_documents(
@@ -114,7 +112,6 @@ def iter_documents(
     *,
     split: str | None = None,
     limit: int | None = None,
-    min_chars: int = 1,
     text_column: str = "text",
 ) -> Iterator[Document]:
     """`load_documents`, lazily: for corpora larger than memory.
@@ -122,14 +119,10 @@ def iter_documents(
     A text that occurs twice is given once, if fewer than a million others stand between.
     """
     wanted = known_split(split)
-    if limit is not None and limit < 1:
-        raise CorpusError(f"limit must be at least 1 or None for all documents, not {limit}")
-
+    check_limit(limit)
     documents = (Document(text, group) for text, group in _rows(dataset, text_column))
     fitting = (
-        document
-        for document in _distinct(documents)
-        if len(document.text.strip()) >= max(min_chars, 1) and wanted in (None, document.split)
+        document for document in _distinct(documents) if document.text.strip() and wanted in (None, document.split)
     )
     found = 0
     for document in islice(fitting, limit):
@@ -138,14 +131,37 @@ def iter_documents(
     if not found:
         where = f"in its {wanted} split " if wanted else ""
         raise CorpusError(
-            f"{dataset}: no document {where}with at least {min_chars} characters; give a larger corpus, a "
-            f"lower min_chars or another split (in a text file, a line {END_OF_DOCUMENT} separates documents)"
+            f"{dataset}: no document {where}that is not empty; give a larger corpus or another split (in a text "
+            f"file, a line {END_OF_DOCUMENT} separates documents)"
         )
 
 
+class CorpusHash:
+    """SHA-256 over the ids of documents, one a line, in the order in which they are read."""
+
+    def __init__(self) -> None:
+        self._digest, self._between = hashlib.sha256(), b""
+
+    def add(self, document_id: str) -> None:
+        self._digest.update(self._between + document_id.encode())
+        self._between = b"\n"
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
 def corpus_hash(documents: Iterable[Document]) -> str:
-    """SHA-256 over the documents' sorted ids: the same for the same texts in any order."""
-    return hashlib.sha256("\n".join(sorted(document.id for document in documents)).encode()).hexdigest()
+    """`CorpusHash` of whole documents."""
+    digest = CorpusHash()
+    for document in documents:
+        digest.add(document.id)
+    return digest.hexdigest()
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise CorpusError for a number of documents that cannot be."""
+    if limit is not None and limit < 1:
+        raise CorpusError(f"limit must be at least 1 or None for all documents, not {limit}")
 
 
 def _rows(dataset: str | Path, text_column: str) -> Iterator[Row]:
@@ -188,7 +204,9 @@ def _directory_rows(path: Path, text_column: str) -> Iterator[Row]:
         return
     files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
     if not files:
-        raise CorpusError(f"{path}: the directory holds no file ending in {', '.join(_SUFFIXES)}; add one")
+        prepared = sorted(str(manifest.parent) for manifest in path.glob("*/manifest.json"))
+        mend = f"or give one of the prepared folders in it: {', '.join(prepared)}" if prepared else "add one"
+        raise CorpusError(f"{path}: the directory holds no file ending in {', '.join(_SUFFIXES)}; {mend}")
     for file in files:
         yield from read_rows(file, text_column)
 
@@ -235,7 +253,9 @@ def _parquet_rows(path: Path, text_column: str) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if text_column not in names:
-                raise CorpusError(f"{path}: no column {text_column!r} among {', '.join(names)}; name the text column")
+                raise CorpusError(
+                    f"{path}: no column {text_column!r} among {', '.join(names)}; name it (--text_column)"
+                )
             columns = [text_column, *({"group"} & set(names))]
             for batch in file.iter_batches(columns=columns):
                 for record in batch.to_pylist():
@@ -309,7 +329,7 @@ def _row(record: dict[str, Any], text_column: str, where: str, group: str) -> Ro
         fault = f"is {type(text).__name__}, not text" if text_column in record else "is missing"
         raise CorpusError(
             f"{where}: the field {text_column!r} {fault} (fields: {', '.join(map(str, record))}); "
-            "name the field that holds the text"
+            "name the field that holds the text (--text_column)"
         )
     meta = record.get("meta")
     subset = meta.get("redpajama_set_name") if isinstance(meta, dict) else None

@@ -3,7 +3,7 @@
 Docstrings are real prose, each one a document, each package a domain: nothing to download, nothing to
 license. The sources are parsed, never imported. Only the distributions named here count, so that the corpus
 does not change with what else is installed; with other versions of these some documents change, and
-`corpus.corpus_hash` shows it.
+`analysis.text.corpus.corpus_hash` shows it.
 
 Copies would make a held-out text a text already learnt (model files in particular repeat each other), so a
 docstring more than half of whose lines have occurred before is left out.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.text.corpus import CorpusError, iter_documents, known_split, split_of
+from analysis.text.corpus import CorpusError, CorpusHash, check_limit, iter_documents, known_split, split_of
 from analysis.text.encoding import Encoded, iter_encode
 from analysis.text.prepared import is_prepared, open_prepared
 from models.config import MoEConfig
@@ -27,14 +26,25 @@ class EncodedCorpus:
         limit: int | None,
         tokenizer: PreTrainedTokenizerBase | None,
         config: MoEConfig,
+        text_column: str = "text",
     ):
         """
         Args:
             dataset: a prepared folder (`analysis.text.prepared`), or as in `analysis.text.corpus.load_documents`.
-            split, limit: as in `analysis.text.corpus.load_documents`.
-            tokenizer, config: as in `analysis.text.batches.encode`.
+            split, limit, text_column: as in `analysis.text.corpus.load_documents`.
+            tokenizer, config: as in `analysis.text.encoding.encode`.
+
+        Raises:
+            CorpusError: no such split, or a limit below 1.
         """
-        self.request: dict[str, Any] = {"dataset": dataset, "split": split, "limit": limit}
+        known_split(split)
+        check_limit(limit)
+        self.request: dict[str, Any] = {
+            "dataset": dataset,
+            "split": split,
+            "limit": limit,
+            "text_column": text_column,
+        }
         self.about: dict[str, Any] = self.request  # what a result file says: more once it has been read to the end
         self._tokenizer, self._config = tokenizer, config
 
@@ -42,10 +52,10 @@ class EncodedCorpus:
         """The documents. Raises CorpusError if there are none, or they cannot be read."""
         prepared = is_prepared(Path(self.request["dataset"]).expanduser())
         documents = tokens = 0
-        digest = hashlib.sha256()  # over the ids in their order
+        digest = CorpusHash()
         for document in self._prepared() if prepared else self._tokenised():
             documents, tokens = documents + 1, tokens + len(document.ids)
-            digest.update(bytes.fromhex(document.id))
+            digest.add(document.id)
             yield document
         self.about = self.request | {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
 
@@ -53,7 +63,7 @@ class EncodedCorpus:
         return iter_encode(iter_documents(**self.request), self._tokenizer, self._config)
 
     def _prepared(self) -> Iterator[Encoded]:
-        folder, split, limit = self.request.values()
+        folder, split, limit = (self.request[name] for name in ("dataset", "split", "limit"))
         documents = open_prepared(Path(folder).expanduser(), self._tokenizer)
         if documents.manifest.max_id >= self._config.vocab_size:
             raise CorpusError(

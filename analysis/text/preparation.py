@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from analysis.provenance import provenance, write_json
-from analysis.text.corpus import CorpusError, Document
+from analysis.text.corpus import CorpusError, CorpusHash, Document
 from analysis.text.encoding import Encoded, tokenised
 from analysis.text.prepared import (
     MANIFEST,
@@ -49,7 +48,7 @@ def prepare(
 ) -> Manifest:
     """Tokenise documents into a prepared folder, all of it or nothing.
 
-    Documents are read once and leave memory in parts; what grows with their number is about 120 bytes of id for each.
+    Documents are read once and leave memory in parts.
     Documents without two tokens are left out. A folder that an interrupted call left unfinished is replaced.
 
     Args:
@@ -159,9 +158,12 @@ def _totals(table: pa.Table) -> dict[str, int]:
 
 
 def _corpus_hash(table: pa.Table) -> str:
-    """`analysis.text.corpus.corpus_hash`, from the ids that were written: the texts are gone by then."""
-    ids = table.column("id").to_pylist()
-    return hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest()
+    """`analysis.text.corpus.CorpusHash` of what was written."""
+    digest = CorpusHash()
+    for batch in table.select(["id"]).to_batches():
+        for document_id in batch.column(0).to_pylist():
+            digest.add(document_id)
+    return digest.hexdigest()
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:

@@ -51,6 +51,7 @@ class Request:
     split: str | None = None  # None: every document
     num_samples: int | None = None  # documents at most
     max_tokens: int | None = None  # no document is begun after so many tokens
+    text_column: str = "text"  # of JSONL, Parquet and hub datasets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Manifest:
 
     request: Request
     tokenizer: str  # `tokenizer_hash`
-    corpus: str  # `analysis.text.corpus.corpus_hash` of the documents inside
+    corpus: str  # `analysis.text.corpus.CorpusHash` of the documents inside
     documents: int
     left_out: int  # documents without two tokens: nothing to predict
     tokens: int

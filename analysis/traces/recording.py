@@ -21,9 +21,9 @@ import numpy as np
 from jax.scipy.special import xlogy
 from tqdm import tqdm
 
-from analysis.provenance import hash_json
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
+from analysis.text.prepared import tokenizer_hash
 from analysis.traces.trace import Trace, TraceError, writing
 from models import Model
 from models.decoder import Network, Params
@@ -107,7 +107,7 @@ def _nothing(model: Model) -> Trace:
         "model": model.name,
         "revision": model.fingerprint,
         "dtype": model.dtype.name,
-        "tokenizer": None if model.tokenizer is None else hash_json(model.tokenizer.get_vocab()),
+        "tokenizer": None if model.tokenizer is None else tokenizer_hash(model.tokenizer),
         "phase": "prefill",
     }
     none = np.zeros(0, np.int32)
@@ -194,5 +194,5 @@ def _decisions(
     probs = jnp.take_along_axis(out.router_probs, experts, axis=-1)
     entropy = jnp.maximum(-jnp.sum(xlogy(out.router_probs, out.router_probs), axis=-1), 0)
     finite = jnp.all(jnp.isfinite(out.router_probs), axis=(0, 3))
-    by_token = (jnp.moveaxis(one, 0, 2) for one in (experts.astype(jnp.int16), probs, entropy))
-    return *by_token, finite
+    experts, probs, entropy = (jnp.moveaxis(one, 0, 2) for one in (experts.astype(jnp.int16), probs, entropy))
+    return experts, probs, entropy, finite

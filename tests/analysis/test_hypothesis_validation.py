@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import hypothesis_validation
+from analysis.hypotheses.sources import Source, open_source, trace_source
 from analysis.hypotheses.trace_findings import Settings
-from analysis.hypothesis_validation import examine, main, open_source, report, trace_source, validate
+from analysis.hypothesis_validation import examine, main, report, validate
 from analysis.report import Report, text
 from analysis.traces import trace
 from analysis.traces.trace import Trace
@@ -137,25 +138,43 @@ def test_a_trace_beside_the_statistics_is_used(own_file, trace_file, tmp_path, n
     assert set(saved["provenance"]["files"]) == {"input", "trace"}
 
 
-def test_statistics_and_a_trace_give_the_same_tests(own_file):
-    from_file = open_source(own_file)
-    from_trace = trace_source(small_trace())
-    one, other = (validate(source.stats, source.meta, strings=source.strings) for source in (from_file, from_trace))
-    for name in ("zipf", "consistency"):
-        mine, theirs = (next(s for s in r.sections if s.name == name) for r in (one, other))
-        assert mine.outcome == theirs.outcome
+def test_statistics_and_a_trace_differ_in_their_intervals_alone(own_file):
+    from_file, from_trace = (
+        examine(source, settings=SETTINGS) for source in (open_source(own_file), trace_source(small_trace()))
+    )
+    for name, part in (("consistency", "value"), ("consistency", "null"), ("zipf", "exponent"), ("correlation", "p")):
+        mine, theirs = (getattr(getattr(found.tests, name), part) for found in (from_file, from_trace))
+        assert np.array_equal(mine, theirs)
+    assert not np.array_equal(from_file.tests.consistency.low, from_trace.tests.consistency.low)
+    mine, theirs = report(from_file), report(from_trace)
+    for name in ("zipf", "frequency_entropy", "entropy", "consistency", "coverage"):
+        one, other = (next(s for s in said.sections if s.name == name) for said in (mine, theirs))
+        assert one.verdict == other.verdict
+        assert "documents are not known" in " ".join(one.words) and "bootstrap" not in " ".join(one.words)
+        assert "20 bootstrap draws of the 30 documents" in " ".join(other.words)
+    assert "too narrow rather" in " ".join(mine.notes) and "draw whole documents, also" in " ".join(theirs.notes)
+
+
+def test_one_document_has_no_intervals():
+    one = small_trace()
+    source = trace_source(replace(one.of(np.arange(30) == 3), document_ids=one.document_ids))
+    found = examine(source, settings=SETTINGS)
+    assert np.isnan(found.tests.consistency.low).all() and np.isfinite(found.tests.consistency.value[:, 0]).all()
+    assert "there is only one" in text(report(found))
+    for _, figure in hypothesis_validation.draw(found):
+        plt.close(figure)
 
 
 def test_a_file_of_others_with_nan(others_file):
     source = open_source(others_file)
     assert source.meta["rows_with_nan"] == 2
-    found = examine(source.stats, source.meta, strings=source.strings)
+    found = examine(source)
     said = " ".join(text(report(found)).split())
     assert "rows with NaN" in said and "'t0' (id 100), 't5' (id 105)" in said
     assert "0 of 1 layers" in said or "1 of 1 layers" in said
     assert "estimated" in said and "not in the file" in said
     assert verdicts(report(found))["frequency_entropy"] == "PASS"  # planted
-    assert found.correlation.rho.keys[0] == found.consistency.keys[0, 0] == 58
+    assert found.tests.correlation.rho.keys[0] == found.tests.consistency.keys[0, 0] == 58
 
 
 def test_two_runs(own_file, tmp_path, no_figures):
@@ -175,18 +194,31 @@ def test_two_runs(own_file, tmp_path, no_figures):
 
 def test_a_trace_without_probabilities_is_not_testable_where_it_needs_them():
     source = trace_source(small_trace(probs=False))
-    said = report(examine(source.stats, source.meta, trace=source.trace, settings=SETTINGS))
+    said = report(examine(source, settings=SETTINGS))
     found = verdicts(said)
     assert [found[name] for name in ("frequency_entropy", "entropy", "coverage")] == ["not testable"] * 3
     assert found["consistency"] == found["repetition"] == "reported" and found["predictability"] == "FAIL"
     assert "0 of 40 token ids with a known entropy" in text(said)
 
 
+def test_entropy_of_a_trace_needs_a_caution_unless_it_is_the_gates_own():
+    one = small_trace()
+    all_experts = replace(one, probs=one.probs / 2, probs_over="all")
+    own = replace(all_experts, entropy=np.full((1200, 2), 1.3, np.float32) + one.probs[..., 0] / 100)
+    cautions = [
+        [word for section in validate(trace_source(trace), settings=SETTINGS).sections for word in section.words]
+        for trace in (one, all_experts, own)
+    ]
+    assert ["chosen experts only" in " ".join(words) for words in cautions] == [True, False, False]
+    assert ["entropy is a lower bound" in " ".join(words) for words in cautions] == [False, True, False]
+    assert "ln 4 = 1.386" in " ".join(cautions[2])
+
+
 def test_what_a_trace_cannot_answer_is_said():
     one = small_trace()
     alone = replace(one.of(np.arange(30) == 0), document_ids=one.document_ids)
     source = trace_source(alone)
-    said = report(examine(source.stats, source.meta, trace=alone, settings=SETTINGS))
+    said = report(examine(source, settings=SETTINGS))
     section = next(section for section in said.sections if section.name == "predictability")
     assert section.verdict == "not testable" and "one side of the split" in section.outcome
 
@@ -194,7 +226,7 @@ def test_what_a_trace_cannot_answer_is_said():
 def test_without_permutations_nothing_is_above_a_band():
     source = trace_source(small_trace())
     settings = Settings(orders=(1,), min_count=3, permutations=0, samples=20)
-    found = examine(source.stats, source.meta, trace=source.trace, settings=settings)
+    found = examine(source, settings=settings)
     said = report(found)
     assert verdicts(said)["predictability"] == "reported" and "no permutations" in text(said)
     for _, figure in hypothesis_validation.draw(found):
@@ -203,7 +235,7 @@ def test_without_permutations_nothing_is_above_a_band():
 
 def test_no_rows_at_all(tmp_path):
     source = trace_source(small_trace().of(np.zeros(30, bool)))
-    found = examine(source.stats, source.meta)
+    found = examine(source, settings=SETTINGS)
     assert set(verdicts(report(found)).values()) == {"not testable", "not measured"}
     assert list(hypothesis_validation.draw(found)) == []
 
@@ -216,10 +248,10 @@ def test_criteria_pass_only_if_every_testable_layer_does():
     mean = stats.entropy.mean.copy()
     mean[0], mean[1] = 0.1, 0.1
     sure = replace(stats, count=count, entropy=replace(stats.entropy, mean=mean))
-    section = next(s for s in validate(sure, {}).sections if s.name == "entropy")
+    section = next(s for s in validate(Source(sure, {})).sections if s.name == "entropy")
     assert section.verdict == "PASS" and section.outcome.endswith("2 of 3 layers (1 not testable)")
     mean[1] = 1.0
-    section = next(s for s in validate(sure, {}).sections if s.name == "entropy")
+    section = next(s for s in validate(Source(sure, {})).sections if s.name == "entropy")
     assert section.verdict == "FAIL" and section.outcome.endswith("1 of 3 layers (1 not testable)")
 
 

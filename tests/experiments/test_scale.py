@@ -3,8 +3,8 @@
 import json
 import os
 import random
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -66,13 +66,14 @@ def header(path: Path) -> dict:
 
 
 def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp_path):
-    moment = random.Random(0)
-    for _ in range(3):
+    moment, work = random.Random(0), tmp_path / "routing_checkpoints" / "process-0"
+    # While statistics are collected; after them, at any time; while residual rows are collected.
+    for stage in ("statistics/*/_CHECKPOINT_METADATA", "statistics.done", "residuals/*/_CHECKPOINT_METADATA"):
         process = start(command(tmp_path))
-        # `keys` is the first checkpoint; from then on the run may die at any time.
-        while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/keys/0")):
-            time.sleep(0.01)
-        time.sleep(moment.uniform(0, 4))
+        while process.poll() is None and not list(work.glob(stage)):
+            time.sleep(0.005)
+        time.sleep(moment.uniform(0, 0.5))
+        assert process.poll() is None, process.communicate()[0]  # it was killed in the middle
         process.send_signal(signal.SIGKILL)
         process.communicate()
     finish(start(command(tmp_path)))
@@ -112,18 +113,20 @@ def test_eight_devices_give_the_result_of_one(command, whole, tmp_path):
     np.testing.assert_allclose(ours["mean"], theirs["mean"], atol=1e-5)
 
 
-def test_two_processes_give_the_result_of_one(command, whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    finish(
-        *(
-            start(command(tmp_path, "--coordinator", address, "--num_processes", "2", "--process_id", str(index)), 2)
-            for index in range(2)
-        )
-    )
+def test_two_processes_give_the_result_of_one_though_one_is_killed(command, whole, tmp_path):
+    """The second one, which then begins again from its checkpoint; the first one waits for it."""
+    shares = [command(tmp_path, "--num_processes", "2", "--process_id", str(index)) for index in range(2)]
+    work = tmp_path / "routing_checkpoints" / "process-1"
+    first, second = start(shares[0], 2), start(shares[1], 2)
+    while second.poll() is None and not list(work.glob("statistics/*/_CHECKPOINT_METADATA")):
+        time.sleep(0.005)
+    second.kill()
+    second.communicate()
+    assert first.poll() is None
+    again = start(shares[1], 2)
+    finish(first, again)
     assert_equal_up_to_rounding(tmp_path / STATS, whole / STATS)
-    assert (tmp_path / ROWS).is_file()
+    assert (tmp_path / ROWS).is_file() and not work.exists()
 
 
 def test_runs_merged_equal_one(command, whole, tmp_path):
@@ -142,17 +145,44 @@ def test_runs_merged_equal_one(command, whole, tmp_path):
 
 def test_a_run_is_not_resumed_with_other_settings(command, tmp_path):
     process = start(command(tmp_path))
-    while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/keys/0")):
+    while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/process-0/keys/0")):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    other = start(command(tmp_path, "--orders", "1"))
+    other = start(command(tmp_path, "--min_count", "4"))
     output, _ = other.communicate(timeout=300)
     assert other.returncode == 1
-    assert "belong to a run with" in output and "--output" in output
+    assert "of a run with settings.keys.min_count = 3 (here 4); give the same arguments" in output
 
 
-def test_residual_rows_need_their_order(command, tmp_path):
-    process = start(command(tmp_path, "--orders", "1", "--residual_orders", "2"))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "error: residual orders [2] are not among the orders (1,)" in output
+WRONG = {
+    "residual orders [2] are not among the orders (1,)": ("--orders", "1", "--residual_orders", "2"),
+    "layers [0, 9]: expected some of 0 to 1": ("--layers", "9", "0"),
+    "batch_size=0: expected at least 1": ("--batch_size", "0"),
+    "min_count=0: expected at least 1": ("--min_count", "0"),
+    "process 2 of 2: expected a process from 0 to 1": ("--num_processes", "2", "--process_id", "2"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_wrong_settings_are_refused_before_anything_is_done(script, command, tmp_path, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script(*command(tmp_path, *WRONG[message])[1:])
+    assert message in f"{stop.value} {capsys.readouterr().err}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_a_former_run_do_not_survive_its_statistics(script, command, whole, tmp_path):
+    for name in (STATS, ROWS):
+        shutil.copy(whole / name, tmp_path)
+    (tmp_path / "routing_trace.parquet").touch()
+    script(*command(tmp_path, "--no-residuals")[1:])
+    assert (tmp_path / STATS).is_file()
+    assert not (tmp_path / ROWS).exists() and not (tmp_path / "routing_trace.parquet").exists()
+
+
+def test_parts_that_do_not_belong_together_leave_nothing(script, command, whole, tmp_path):
+    script(*command(tmp_path / "one", "--layers", "0")[1:])
+    with pytest.raises(SystemExit, match="layers is"):
+        script(*command(tmp_path / "both", "--merge", str(whole), str(tmp_path / "one"))[1:])
+    assert not (tmp_path / "both").exists()

@@ -1,8 +1,6 @@
 """The phase scripts as a user runs them: in order, on a tiny model, and with what users get wrong."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,17 +8,6 @@ import pytest
 from varjax import VARConfig
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """`script(name, *arguments)`: run it in this process."""
-
-    def run(name: str, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
-
-    return run
 
 
 def test_phases_one_and_two(script, model_directory, corpus_file, tmp_path, capsys):

@@ -335,6 +335,13 @@ def test_a_disk_too_small_is_noticed_first(hub, tmp_path, monkeypatch):
     assert check_disk(remote, tmp_path / "here") == remote.size - 1
 
 
+def test_a_whole_checkpoint_needs_no_more_room(hub, tmp_path, monkeypatch):
+    remote = look_up("owner/name")
+    download(remote, tmp_path / "here", progress=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    assert check_disk(remote, tmp_path / "here") == 0
+
+
 HUB_FAULTS = {
     "gated": (errors.GatedRepoError, ["is gated", "https://huggingface.co/owner/name", "hf auth login"]),
     "absent": (errors.RepositoryNotFoundError, ["no such repository", "owner/name"]),

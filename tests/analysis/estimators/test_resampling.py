@@ -59,13 +59,22 @@ def test_bootstrap_is_that_of_drawn_documents(monkeypatch):
     np.testing.assert_allclose(bootstrap(ratio, *sums, samples=4000, seed=0), (low, high), rtol=1e-12)
 
 
-def test_one_document_has_no_interval_and_nothing_has_no_figure():
-    value, (low, high) = ratio_with_interval(np.array([[3.0, 0.0]]), np.array([[4.0, 0.0]]), 50, 0)
+def test_few_documents_have_no_interval_and_nothing_has_no_figure():
+    value, (low, high) = ratio_with_interval(np.tile([3.0, 0.0], (9, 1)), np.tile([4.0, 0.0], (9, 1)), 50, 0)
     np.testing.assert_array_equal(value, [0.75, np.nan])
     assert np.isnan([low, high]).all()
-    numerator, denominator = np.array([[1.0, 0.0], [0.0, 0.0]]), np.array([[2.0, 0.0], [0.0, 0.0]])
-    value, (low, high) = ratio_with_interval(numerator, denominator, 50, 0)
-    np.testing.assert_array_equal([value, low, high], [[0.5, np.nan]] * 3)  # draws without the first document left out
+    # Of 40 documents the first figure is over 10, the second over 9, the third over none.
+    denominator = 2.0 * (np.arange(40)[:, None] < [10, 9, 0])
+    value, (low, high) = ratio_with_interval(denominator / 2, denominator, 50, 0)
+    np.testing.assert_array_equal(value, [0.5, 0.5, np.nan])
+    np.testing.assert_array_equal([low, high], [[0.5, np.nan, np.nan]] * 2)
+
+
+def test_draws_without_a_figure_are_left_out():
+    denominator = np.zeros((40, 1))
+    denominator[0] = 2
+    low, high = bootstrap(ratio, denominator / 2, denominator, samples=50)
+    np.testing.assert_array_equal([low, high], [[0.5]] * 2)
 
 
 @pytest.mark.parametrize("permutations", [19, 39, 99])
@@ -103,11 +112,26 @@ def test_figures_that_nothing_changes_are_not_significant_unless_they_differ():
     np.testing.assert_allclose([low[0, 0], high[0, 0]], 0.7)
 
 
-def test_permutations_that_bound_nothing_give_the_widest_band():
-    permuted = np.full((39, 1, 3), 0.5)
-    permuted[[3, 8, 9], 0, [0, 1, 2]] = 1.0  # each figure moves in one permutation of 39
-    _, low, high, _ = against_null(np.full((1, 3), 0.5), permuted, (0, 1))
-    np.testing.assert_array_equal([low, high], [[[0] * 3], [[1] * 3]])
+def test_figures_that_hardly_ever_move_are_judged_alone():
+    rng = np.random.default_rng(8)
+    permuted = np.full((39, 1, 5), 0.5)
+    permuted[[3, 8, 9], 0, [0, 1, 2]] = 0.6  # three figures move in one permutation of 39
+    permuted[:, 0, 3:] = rng.normal(0.5, 0.01, (39, 2))
+    value = np.array([[0.5, 0.7, 0.6, 0.5, 0.7]])
+    _, low, high, p = against_null(value, permuted, (0, 1))
+    np.testing.assert_allclose(low[0, :3], 0.5)
+    np.testing.assert_allclose(high[0, :3], 0.6)
+    np.testing.assert_allclose(p[0, :3], [1, 1 / 40, 2 / 40])
+    rest = against_null(value[:, 3:], permuted[..., 3:], (0, 1))  # as if the others were not there
+    np.testing.assert_array_equal([low[:, 3:], high[:, 3:], p[:, 3:]], rest[1:])
+    assert high[0, 3] < 0.55
+
+
+def test_one_wild_permutation_widens_the_band_to_the_limits():
+    permuted = np.full((19, 1, 1), 0.5) + 1e-9 * np.arange(19)[:, None, None]
+    permuted[7] = 1.0
+    _, low, high, _ = against_null(np.full((1, 1), 0.5), permuted, (0, 1))
+    np.testing.assert_array_equal([low, high], [[[0]], [[1]]])
 
 
 def test_what_was_not_measured_stays_out_of_the_family():

@@ -102,14 +102,15 @@ def test_entropy_shares_by_ids_and_by_occurrences():
     count = np.array([1000, *[1] * 19])
     entropy = np.array([0.2, *[0.4] * 4, *[1.2] * 15])
     found = entropy_distribution(statistics(count, entropy))
-    assert found.low_ids.value[0] == pytest.approx(5 / 20)
-    assert found.low_occurrences.value[0] == pytest.approx(1004 / 1019)
-    assert found.shares_ids[0] == pytest.approx([0.25, 0.25, 1]) and ENTROPIES == (0.5, 1.0, 1.5)
+    assert found.under_ids[0.5].value[0] == pytest.approx(5 / 20)
+    assert found.under_occurrences[0.5].value[0] == pytest.approx(1004 / 1019)
+    assert ENTROPIES == (0.5, 1.0, 1.5)
+    assert [found.under_ids[most].value[0] for most in ENTROPIES] == pytest.approx([0.25, 0.25, 1])
     assert found.ids[0, PERCENTILES.index(50)] == 1.2 and found.occurrences[0, PERCENTILES.index(50)] == 0.2
     assert found.mean[0] == pytest.approx((200 + 1.6 + 18) / 1019)
     assert not found.passed[0]  # judged on ids, as published
     # one id makes nearly all occurrences: they are worth about one draw
-    assert found.low_occurrences.high[0] - found.low_occurrences.low[0] > 0.7
+    assert found.under_occurrences[0.5].high[0] - found.under_occurrences[0.5].low[0] > 0.7
 
 
 def test_the_entropy_criterion_wants_more_than_thirty_percent():
@@ -147,7 +148,7 @@ def test_keys_with_nan_are_left_out_of_what_needs_them_and_named():
     assert found.rho.left_out[0].tolist() == [4, 9] and found.rho.keys[0] == 58
     assert found.rho.value[0] == frequency_entropy(without).rho.value[0]
     shares = entropy_distribution(stats)
-    assert shares.low_ids.value[0] == entropy_distribution(without).low_ids.value[0]
+    assert shares.under_ids[0.5].value[0] == entropy_distribution(without).under_ids[0.5].value[0]
     assert zipf(stats) == zipf(whole)  # frequencies are all there
     covered = coverage(stats)
     assert covered.unknown[0] == pytest.approx(count[[4, 9]].sum() / count.sum())

@@ -67,9 +67,9 @@ def test_a_text_that_occurs_twice_is_given_once(tmp_path):
     assert len(load_documents(write(tmp_path / "twice.jsonl", TEXTS * 2))) == len(TEXTS)
 
 
-def test_limit_and_min_chars(tmp_path):
-    path = write(tmp_path / "a.jsonl", ["  x  ", *TEXTS])
-    assert [one.text for one in load_documents(path, min_chars=2, limit=2)] == TEXTS[:2]
+def test_a_limit_counts_the_documents_that_hold_something(tmp_path):
+    path = write(tmp_path / "a.jsonl", ["  ", *TEXTS])
+    assert [one.text for one in load_documents(path, limit=2)] == TEXTS[:2]
 
 
 def test_a_limit_reads_no_further(tmp_path):
@@ -98,10 +98,11 @@ def test_splits_are_disjoint_complete_and_of_the_stated_size(tmp_path):
     assert load_documents(path, split="build") == parts["train"]
 
 
-def test_corpus_hash_depends_on_the_set_of_texts_only():
+def test_corpus_hash_depends_on_the_texts_and_their_order():
     documents = [Document(text, "a") for text in TEXTS]
-    assert corpus_hash(documents) == corpus_hash(reversed(documents))
-    assert corpus_hash(documents) != corpus_hash(documents[:2])
+    wanted = hashlib.sha256("\n".join(document.id for document in documents).encode()).hexdigest()
+    assert corpus_hash(documents) == corpus_hash([Document(text, "b") for text in TEXTS]) == wanted
+    assert wanted not in (corpus_hash(reversed(documents)), corpus_hash(documents[:2]))
 
 
 @pytest.mark.parametrize(

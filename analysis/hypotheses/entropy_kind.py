@@ -1,0 +1,47 @@
+"""What the gate entropy of some statistics is the entropy of: all experts, or what a trace has of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from varjax.stats import RoutingStats
+
+
+@dataclass(frozen=True)
+class EntropyKind:
+    """What the gate entropy of some statistics is the entropy of."""
+
+    experts: int  # probabilities it is over
+    words: str  # the most that it can be
+    caution: tuple[str, ...] = ()  # where it is not the entropy that the published criteria mean
+
+    @property
+    def most(self) -> float:
+        """Nats; NaN where there is no choice."""
+        return math.log(self.experts) if self.experts > 1 else math.nan
+
+
+def entropy_kind(stats: RoutingStats, meta: Mapping[str, Any]) -> EntropyKind:
+    """`meta` as `varjax.statsfile.read` returns it, or of `analysis.hypotheses.sources.trace_source`."""
+    if meta.get("entropy_from") == "chosen":
+        k = int(meta["top_k"])
+        caution = (
+            f"Caution: the trace has probabilities over the {k} chosen experts only. Their entropy is not that of "
+            f"the router over all {stats.num_experts}, which the criterion was published for; it holds for what "
+            "was measured."
+        )
+        return EntropyKind(k, f"ln {k} = {math.log(k):.3f} nats (over the chosen experts)", (caution,))
+    number = stats.num_experts
+    words = f"ln {number} = {math.log(number):.3f} nats"
+    if "num_experts" in meta.get("filled", {}):
+        words += " (experts up to the largest id in the file)"
+    if meta.get("entropy_from") == "all":
+        caution = (
+            "Caution: the trace has the chosen experts' probabilities only, so entropy is a lower bound: a FAIL "
+            "for too much entropy stands, a PASS for little may not."
+        )
+        return EntropyKind(number, words, (caution,))
+    return EntropyKind(number, words)

@@ -1,0 +1,144 @@
+"""Draws of documents are what counting anew would give, and their intervals hold the truth where others miss it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from analysis.hypotheses import document_draws
+from analysis.hypotheses.consistency import consistency
+from analysis.hypotheses.criteria import ENTROPIES, coverage, entropy_distribution, frequency_entropy, zipf
+from analysis.hypotheses.document_draws import draw_documents, figures
+from analysis.hypotheses.document_intervals import interval
+from analysis.traces.statistics import trace_statistics
+from analysis.traces.trace import Trace
+from tests.synthetic_traces import zipf_ids
+
+EXPERTS, VOCABULARY = 6, 400
+
+
+def text(seed: int, documents: int = 40, layers: int = 1) -> Trace:
+    """Documents of 20 to 100 tokens with a favourite expert, favourite ids and a mood of their own.
+
+    Half of the choices are the id's own, three in ten the document's favourite; frequent ids have less entropy, and two
+    probabilities p and 1 - p carry it.
+    """
+    world = np.random.default_rng(0)
+    own = world.integers(0, EXPERTS, VOCABULARY)
+    sure = 0.97 - 0.07 * np.log(np.arange(1, VOCABULARY + 1)) + world.normal(0, 0.02, VOCABULARY)
+    rng = np.random.default_rng(seed)
+    document = np.repeat(np.arange(documents), rng.integers(20, 100, documents))
+    tokens = len(document)
+    topic = rng.integers(0, VOCABULARY, (documents, 8))[document, rng.integers(0, 8, tokens)]
+    token_id = np.where(rng.random(tokens) < 0.15, topic, zipf_ids(rng, tokens, VOCABULARY))
+    kind = rng.random((tokens, layers))
+    favourite = rng.integers(0, EXPERTS, documents)[document, None]
+    free = rng.integers(0, EXPERTS, (tokens, layers))
+    first = np.where(kind < 0.5, own[token_id, None], np.where(kind < 0.8, favourite, free))
+    mood = rng.normal(0, 0.05, documents)[document, None]
+    p = np.clip(sure[token_id, None] + mood + rng.normal(0, 0.05, (tokens, layers)), 0.5, 0.999)
+    return Trace(
+        token_id=token_id.astype(np.int32),
+        document=document.astype(np.int32),
+        position=np.arange(tokens, dtype=np.int32),
+        experts=np.stack([first, (first + 1) % EXPERTS], axis=-1).astype(np.int16),
+        probs=np.stack([p, 1 - p], axis=-1).astype(np.float32),
+        document_ids=tuple(map(str, range(documents))),
+        groups=("g",) * documents,
+        num_experts=EXPERTS,
+        probs_over="chosen",
+    )
+
+
+def points(trace: Trace) -> dict[str, np.ndarray]:
+    """The figures as the tests on statistics compute them, named as in `Draws`."""
+    stats = trace_statistics(trace)
+    shares = entropy_distribution(stats)
+    return {
+        "zipf": np.array(zipf(stats).exponent),
+        "rho": frequency_entropy(stats).rho.value,
+        "under_ids": np.stack([shares.under_ids[most].value for most in ENTROPIES], axis=-1),
+        "under_occurrences": np.stack([shares.under_occurrences[most].value for most in ENTROPIES], axis=-1),
+        "presets": np.stack([one.value for one in coverage(stats).presets.values()], axis=-1),
+        "consistency": consistency(stats, samples=1).value,
+    }
+
+
+def drawn_text(trace: Trace, weights: np.ndarray) -> Trace:
+    """The text of a draw written out: every document as often as it was drawn."""
+    copies = np.repeat(np.arange(len(weights)), weights)
+    rows = [np.flatnonzero(trace.document == one) for one in copies]
+    at = np.concatenate(rows)
+    return replace(
+        trace,
+        document=np.repeat(np.arange(len(copies)), [len(one) for one in rows]).astype(np.int32),
+        position=np.arange(len(at), dtype=np.int32),
+        document_ids=tuple(map(str, range(len(copies)))),
+        groups=("g",) * len(copies),
+        **{name: getattr(trace, name)[at] for name in ("token_id", "experts", "probs")},
+    )
+
+
+@pytest.mark.parametrize("drawn_at_once", [1 << 24, 5000])
+def test_a_draw_is_what_the_tests_say_of_the_text_written_out(drawn_at_once, monkeypatch):
+    monkeypatch.setattr(document_draws, "_DRAWN", drawn_at_once)
+    trace = text(1, layers=2)
+    weights = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 3)
+    weights[0] = 1  # the text itself
+    found = figures(trace, trace.document, weights.astype(float))
+    for draw, weight in enumerate(weights):
+        for name, expected in points(drawn_text(trace, weight)).items():
+            assert getattr(found, name)[draw] == pytest.approx(expected, abs=1e-9), name
+
+
+def test_the_gates_own_entropy_is_used_where_the_trace_has_it():
+    trace = text(1)
+    own = replace(
+        trace, entropy=np.random.default_rng(0).uniform(0.2, 1.7, (len(trace.token_id), 1)).astype(np.float32)
+    )
+    found = figures(own, own.document, np.ones((1, 40)))
+    for name, expected in points(own).items():
+        assert getattr(found, name)[0] == pytest.approx(expected, abs=1e-9), name
+
+
+def test_draws_follow_the_seed_and_documents_whatever_their_numbers():
+    trace = text(2)
+    one = draw_documents(trace, 5, seed=3)
+    gaps = replace(
+        trace, document=trace.document * 2, document_ids=tuple(map(str, range(80))), groups=("g",) * 80
+    )  # every second document has no token
+    for other in (draw_documents(trace, 5, seed=3), draw_documents(gaps, 5, seed=3)):
+        assert other.documents == 40 and np.array_equal(other.consistency, one.consistency)
+    assert not np.array_equal(draw_documents(trace, 5, seed=4).consistency, one.consistency)
+
+
+def test_an_interval_is_moved_to_its_point_and_stays_within_its_limits():
+    draws = np.random.default_rng(0).normal(5, 1, (4000, 2))
+    low, high = interval(np.array([1.0, np.nan]), draws)
+    assert (low[0], high[0]) == pytest.approx((1 - 1.96, 1 + 1.96), abs=0.1) and np.isnan([low[1], high[1]]).all()
+    low, high = interval(np.array([0.0, 0.9]), draws, 0, 1)
+    assert low.tolist() == [0, 0] and high.tolist() == [1, 1]
+    one = np.where(np.arange(4000)[:, None] == 0, draws, np.nan)
+    assert np.isnan(interval(np.array([1.0, 1.0]), one)).all()  # one draw says nothing
+    half = np.where(np.arange(4000)[:, None] % 2 == 0, draws, np.nan)
+    assert np.isfinite(interval(np.array([1.0, 1.0]), half)).all()
+
+
+def test_moved_intervals_hold_what_texts_of_this_size_have_where_percentiles_fail():
+    many = [points(text(seed)) for seed in range(1000, 1120)]
+    truth = {name: np.mean([one[name] for one in many], axis=0) for name in many[0]}
+    texts = 40
+    moved, plain = ({name: np.zeros(one.shape) for name, one in truth.items()} for _ in range(2))
+    for seed in range(texts):
+        trace = text(seed)
+        draws = draw_documents(trace, 100, seed)
+        for name, point in points(trace).items():
+            drawn = getattr(draws, name)
+            percentiles = np.nanquantile(drawn, [0.025, 0.975], axis=0)
+            for held, (low, high) in ((moved, interval(point, drawn)), (plain, percentiles)):
+                held[name] += (low - 1e-9 <= truth[name]) & (truth[name] <= high + 1e-9)
+    for name, held in moved.items():
+        assert np.all(held >= 0.75 * texts), name  # 38 expected; the truth itself is known to a third of an interval
+        assert held.mean() >= 0.85 * texts, name
+    groups = [0, 1]  # all ids, all occurrences
+    assert np.all(plain["consistency"][0, groups] <= 0.2 * texts) and plain["zipf"] <= 0.7 * texts
