@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from analysis.text.corpus import SPLITS, CorpusError, iter_documents
 from analysis.text.preparation import prepare
-from analysis.text.prepared import Manifest, Request, is_prepared, read_manifest
+from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, read_manifest
 from experiments.arguments import run
 from models.model import REFERENCE
 from models.tokenizer import load_tokenizer
@@ -97,7 +97,7 @@ def already(folder: Path, request: Request, tokenizer: PreTrainedTokenizerBase) 
     """What is there, if it is what is asked for; None if nothing is there.
 
     Raises:
-        CorpusError: something else is there.
+        CorpusError: something else is there, or it is damaged.
     """
     if not is_prepared(folder):
         return None
@@ -107,6 +107,7 @@ def already(folder: Path, request: Request, tokenizer: PreTrainedTokenizerBase) 
             f"{folder} holds what another request or another tokenizer gave ({manifest.request}); choose another "
             "--output, or replace it with --overwrite"
         )
+    open_prepared(folder, tokenizer, check_hashes=True)
     return manifest
 
 
