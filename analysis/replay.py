@@ -16,11 +16,13 @@ How to read the figures of a tier (all of them over tokens and layers that it de
   table; text of another kind finds fewer keys.
 - agreement: its first expert is the router's first. false hits: 1 - agreement. Says how well the *choice* is foretold;
   a layer whose gate chooses (`choice_from="gate"`) takes no harm from a false hit.
-- recall: share of the router's K experts among the predicted K; K / E is what chance gets. kept: share of the
+- recall: share of the router's K experts among the predicted K. kept: share of the
   predicted experts that the plan keeps which the router chose too: what a prefetch of those would have used.
 - mass: share of the chosen experts' probability that falls on predicted ones. Near 1 says little where the
   probabilities are flat and K is large.
 - experts: those that run per token. It counts the work, not the time.
+- constant: agreement and recall of a table that gives every token the layer's busiest experts of the build documents,
+  over all tokens replayed. What a tier has above that, the ids foretell; uniform chance, K / E, is less.
 - unlimited: what the cached tier would decide with no bound on size or age, after the same fast tier. Where it is
   hardly above the cached share, a larger cache gains nothing.
 - false hits by age of the decision: each bucket holds other contexts, not one decision as it ages. Young decisions are
@@ -85,10 +87,13 @@ class Replay:
     sums: Sums
     unlimited: np.ndarray  # int64 [L], decisions of a cache without bounds
     unlimited_agreements: np.ndarray  # int64 [L]
+    constant_agreements: np.ndarray  # int64 [L], tokens whose first expert is the layer's commonest first
+    constant_recalled: np.ndarray  # int64 [L], chosen experts among the layer's K busiest
 
     def rates(self, layer: int | None = None) -> dict[str, Any]:
         """The figures of one layer, or of all together, in shares; None where there is nothing to divide or judge."""
-        at = vars(self.sums) | {"unlimited": self.unlimited, "unlimited_agreements": self.unlimited_agreements}
+        whole = ("unlimited", "unlimited_agreements", "constant_agreements", "constant_recalled")
+        at = vars(self.sums) | {name: getattr(self, name) for name in whole}
         at = {name: values.sum(axis=0) if layer is None else values[layer] for name, values in at.items()}
         total = int(at["tokens"].sum())
 
@@ -112,6 +117,10 @@ class Replay:
             "unlimited_cache": {
                 "share": _ratio(at["unlimited"], total),
                 "agreement": agreement(at["unlimited_agreements"], at["unlimited"]),
+            },
+            "constant": {
+                "agreement": agreement(at["constant_agreements"], total),
+                "recall": _ratio(at["constant_recalled"], total * self.top_k),
             },
             "false_hits_by_age": [
                 {"from_tokens": int(edge), "decisions": int(n), "false_hits": rate if rate is None else 1 - rate}
@@ -162,6 +171,7 @@ def replay(
     edges = np.append(0, step << np.arange(_AGE_BUCKETS - 1))
     sums, tier = run_steps(theirs, table, config, step, seconds_per_token, edges)
     unlimited, unlimited_agreements = unlimited_cache(theirs, tier == FAST, config, step)
+    constant_agreements, constant_recalled = constant_table(ours, theirs)
     return Replay(
         config=config,
         notes=(*notes, *more),
@@ -181,7 +191,21 @@ def replay(
         sums=sums,
         unlimited=unlimited,
         unlimited_agreements=unlimited_agreements,
+        constant_agreements=constant_agreements,
+        constant_recalled=constant_recalled,
     )
+
+
+def constant_table(build: Trace, scored: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [L], int64 [L]: scored tokens whose first expert is the build part's commonest first, and scored
+    assignments to one of its K busiest experts."""
+    agreements, recalled = np.zeros((2, scored.num_layers), np.int64)
+    for layer in range(scored.num_layers):
+        firsts = np.bincount(build.experts[:, layer, 0], minlength=build.num_experts)
+        busiest = np.argsort(-np.bincount(build.experts[:, layer].ravel(), minlength=build.num_experts), kind="stable")
+        agreements[layer] = np.sum(scored.experts[:, layer, 0] == firsts.argmax())
+        recalled[layer] = np.sum(np.isin(scored.experts[:, layer], busiest[: scored.top_k]))
+    return agreements, recalled
 
 
 def _ratio(part: Any, whole: Any) -> float | None:
@@ -197,9 +221,9 @@ def report(found: Replay) -> str:
         f"{found.top_k / found.num_experts:.1%}",
         *(f"note: {note}" for note in found.notes),
         "",
-        f"{'':7}{'fast':^40}{'cached':^40}{'':9}{'':9}{'unlimited cache':^16}",
+        f"{'':7}{'fast':^40}{'cached':^40}{'':9}{'':9}{'unlimited cache':^16}{'constant':^16}",
         f"{'layer':>7}" + f"{'share':>8}{'agree':>8}{'recall':>8}{'kept':>8}{'mass':>8}" * 2 + f"{'learned':>9}"
-        f"{'experts':>9}{'share':>8}{'agree':>8}",
+        f"{'experts':>9}{'share':>8}{'agree':>8}{'agree':>8}{'recall':>8}",
     ]
     for layer in (*range(len(found.sums.tokens)), None):
         rates = found.rates(layer)
@@ -210,6 +234,7 @@ def report(found: Replay) -> str:
         lines.append(
             f"{row:>7}{''.join(map(_percent, cells))}{rates['shares']['learned']:>9.1%}"
             f"{rates['experts_per_token']:>9.2f}{''.join(map(_percent, rates['unlimited_cache'].values()))}"
+            f"{''.join(map(_percent, rates['constant'].values()))}"
         )
     if not found.sums.aged.any():
         return "\n".join(lines)
@@ -228,7 +253,7 @@ def _percent(value: float | None) -> str:
 def fields_of(found: Replay) -> dict[str, Any]:
     """What is saved: the settings, and `rates` of all layers together and of each."""
     plain = {name: value for name, value in vars(found).items() if name not in ("config", "sums", "age_edges")}
-    plain = {name: value for name, value in plain.items() if not name.startswith("unlimited")}
+    plain = {name: value for name, value in plain.items() if not name.startswith(("unlimited", "constant"))}
     return {**plain, **found.rates(), "layers": [found.rates(layer) for layer in range(len(found.sums.tokens))]}
 
 

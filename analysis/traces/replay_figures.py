@@ -46,8 +46,10 @@ def tiers_by_layer(found: Replay) -> Figure:
             if np.isfinite(values).any():
                 label = f"{tier}, {name}"
                 quality.plot(values, style, color=shade, marker=marker, markersize=4, label=label)
-    chance = found.top_k / found.num_experts
-    quality.axhline(chance, color="0.6", linewidth=0.8, linestyle="--", label="recall by chance")
+    for name, style in lines:
+        values = np.array([rates["constant"][name] for rates in layers], float)
+        if np.isfinite(values).any():
+            quality.plot(values, style, color="0.75", linewidth=0.9, label=f"constant table, {name}")
     quality.set(xlabel="layer", ylabel="first expert, all experts foretold", ylim=(0, 1.02))
     quality.xaxis.set_major_locator(MaxNLocator(integer=True))
     quality.legend(fontsize="small", ncols=2)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.replay import fields_of, main, replay, report
+from analysis.replay import constant_table, fields_of, main, replay, report
 from analysis.traces import replay_inputs, replay_steps
 from analysis.traces import trace as trace_file
 from analysis.traces.importing import import_npz
@@ -229,7 +229,7 @@ def test_thresholds_that_a_trace_cannot_judge_are_lifted():
 NOTES = {
     "residual rows are left out": ({}, {"default": LayerPolicy()}),
     "over the 2 chosen experts: entropy is at most ln 2 = 0.69": ({}, {}),
-    "confidence is exact, entropy a lower bound": ({"probs_over": "all"}, {}),
+    "confidence is exact, entropy is the least": ({"probs_over": "all"}, {}),
     "no probabilities: .* lifted, .* how often and how early they": ({"probs": None, "probs_over": None}, {}),
     "not ranked: there is no agreement": ({"probs": None, "probs_over": None, "ranked": False}, {}),
     "no context occurs 10000 times": ({}, {"frequency_threshold": 10_000}),
@@ -356,3 +356,17 @@ def test_a_part_of_the_real_trace(shared_data):
         assert order_2["shares"]["fast"] < order_1["shares"]["fast"]
         for rates in (order_1, order_2):
             assert rates["unlimited_cache"]["share"] >= rates["shares"]["cached"] > 0
+
+
+def test_the_constant_table_is_the_layers_busiest_experts():
+    trace = random_trace(3)
+    building = trace.build_documents()
+    ours, theirs = trace.of(building), trace.of(~building)
+    agreements, recalled = constant_table(ours, theirs)
+    for layer in range(LAYERS):
+        firsts = ours.experts[:, layer, 0].tolist()
+        chosen = ours.experts[:, layer].ravel().tolist()
+        busiest = sorted(range(EXPERTS), key=lambda e: (-chosen.count(e), e))[:TOP_K]
+        first = max(range(EXPERTS), key=lambda e: (firsts.count(e), -e))
+        assert agreements[layer] == theirs.experts[:, layer, 0].tolist().count(first)
+        assert recalled[layer] == sum(theirs.experts[:, layer].ravel().tolist().count(e) for e in busiest)
