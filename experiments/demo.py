@@ -1,4 +1,4 @@
-"""The whole idea in a few minutes: statistics, presets, a policy under a loss budget, and the comparison.
+"""The whole idea in a few minutes: statistics and their tests, presets, a policy under a loss budget, the comparison.
 
 Runs the phase scripts on the reference model and the embedded corpus, each command printed before it runs. Tables are
 built on the build split, the policy is chosen on the tune split, and everything is reported on the test split.
@@ -27,6 +27,7 @@ def main() -> None:
     started = time.monotonic()
     stats = str(OUT / "routing_stats.parquet")
     script("01_routing_analysis.py", "--num_samples", BUILD_SAMPLES, "--output", str(OUT))
+    python("-m", "analysis.hypothesis_validation", "--input", stats, "--output", str(OUT / "hypotheses"))
     evaluate("baseline", "--mode", "baseline")
     for preset in PRESETS:
         evaluate(preset, "--mode", "var", "--routing_stats", stats, "--preset", preset)
@@ -46,11 +47,16 @@ def evaluate(name: str, *arguments: str) -> None:
 
 
 def script(name: str, *arguments: str) -> None:
-    """Run one phase script as a user would; stop with its exit status if it fails."""
-    print(f"\n$ python experiments/{shlex.join([name, *arguments])}", flush=True)
+    """Run one phase script as a user would."""
+    python(str(HERE / name), *arguments)
+
+
+def python(*arguments: str) -> None:
+    """Print a command as it would be given in the project's root, and run it; stop with its exit status if it fails."""
+    print(f"\n$ python {shlex.join(arguments).replace(str(HERE), HERE.name)}", flush=True)
     # transformers would remark in every script that it found no PyTorch; only its tokenizers are needed here.
     quiet = os.environ | {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-    done = subprocess.run([sys.executable, str(HERE / name), *arguments], check=False, env=quiet)
+    done = subprocess.run([sys.executable, *arguments], check=False, env=quiet)
     if done.returncode:
         sys.exit(done.returncode)
 
