@@ -1,11 +1,11 @@
 """Phase 1's hypotheses, tested on routing statistics and, where there is one, on a routing trace.
 
-    python -m analysis.hypothesis_validation --input results/phase1/routing_stats.parquet --output results/hypotheses
+    python -m analysis.hypothesis_validation --input results/phase1 --output results/hypotheses
 
 Reads routing statistics (`varjax.statsfile`), a routing trace (`analysis.traces.trace`) or a NumPy trace
 (`analysis.traces.importing`); writes hypotheses.txt, .json and .html and the figures as PNG and PDF into --output, and
-prints the text. From a trace the statistics are computed as well, and their intervals draw its documents. A FAIL is a
-result: the command ends well.
+prints one line per hypothesis. From a trace the statistics are computed as well, and their intervals draw its
+documents. A FAIL is a result: the command ends well.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ from analysis.hypotheses.document_draws import SAMPLES
 from analysis.hypotheses.entropy_kind import entropy_kind
 from analysis.hypotheses.paired_runs import PairedMeasure, compare
 from analysis.hypotheses.paired_section import paired_section
-from analysis.hypotheses.sources import Source, open_source, read_trace
+from analysis.hypotheses.sources import STATS_FILE, Source, open_source, read_trace, statistics_of, strangers
 from analysis.hypotheses.statistics_findings import Drawn, StatisticsFindings, examine_statistics
 from analysis.hypotheses.statistics_sections import statistics_sections
 from analysis.hypotheses.trace_findings import Settings, TraceFindings, examine_trace
 from analysis.hypotheses.trace_sections import trace_sections
 from analysis.provenance import provenance, write_json
-from analysis.report import Report, fields, text
+from analysis.report import Report, fields, summary, text
 from analysis.traces import trace as traces
 from analysis.traces.trace import Trace
 from varjax.files import replacing
@@ -50,6 +50,7 @@ class Findings:
     tests: StatisticsFindings
     paired: tuple[PairedMeasure, ...] | None  # None: no second run
     trace: TraceFindings | None  # None: no trace
+    origin: Mapping[str, Any] = field(default_factory=dict)  # of the trace
 
 
 def validate(source: Source, *, compared_with: str = "another run", **given: Any) -> Report:
@@ -93,6 +94,7 @@ def examine(
         tests=tests,
         paired=None if other is None else compare(source.stats, other),
         trace=None if trace is None else examine_trace(trace, settings, progress),
+        origin={} if trace is None else trace.origin,
     )
 
 
@@ -110,7 +112,7 @@ def report(found: Findings, compared_with: str = "another run") -> Report:
         paired_section(found.paired, compared_with, name),
         *trace_sections(found.trace),
     )
-    return Report("Routing hypotheses", tuple(_facts(stats, meta)), _notes(found.tests.drawn), parts)
+    return Report("Routing hypotheses", (*_facts(stats, meta), *_trace_facts(found)), _notes(found.tests.drawn), parts)
 
 
 def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
@@ -127,6 +129,12 @@ def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
         yield "fast_path_coverage", statistics_figures.fast_path_coverage(tests.coverage, stats)
     if found.trace is not None:
         yield from trace_figures.draw(found.trace)
+
+
+def overview(said: Report) -> str:
+    """The facts about the data, and one line per hypothesis."""
+    width = max(len(name) for name, _ in said.facts)
+    return "\n".join([said.title, "", *(f"{name:<{width}}  {value}" for name, value in said.facts), "", *summary(said)])
 
 
 def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, Any]) -> None:
@@ -147,14 +155,30 @@ def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, An
     write_html(folder / "hypotheses.html", said, folder)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the command line if not given."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help="routing_stats.parquet, or a trace")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--trace", type=Path, help=f"a trace; without it, {TRACE_FILE} beside the input if it is there")
-    parser.add_argument("--compare", type=Path, help="statistics or a trace of a second run")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help=f"routing statistics, a folder with {STATS_FILE}, or a trace",
+    )
+    parser.add_argument("--output", type=Path, default=Path("results/hypotheses"), help="folder to write")
+    parser.add_argument(
+        "--trace",
+        type=Path,
+        help=f"a trace; without it, {TRACE_FILE} beside the input if it is there",
+    )
+    parser.add_argument("--compare", type=Path, help="statistics, a folder or a trace of a second run")
     parser.add_argument("--orders", type=int, nargs="+", default=defaults.orders, help="context lengths (trace)")
     parser.add_argument(
         "--min_count", type=int, default=defaults.min_count, help="occurrences that a key needs (trace)"
@@ -166,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=defaults.samples,
         help=f"bootstrap draws of documents (trace); at most {SAMPLES} for the tests on statistics",
     )
-    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--seed", type=int, default=defaults.seed, help="of all draws")
     args = parser.parse_args(arguments)
     try:
         _run(args)
@@ -178,24 +202,31 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     settings = Settings(tuple(sorted(args.orders)), args.min_count, args.permutations, args.samples, args.seed)
-    source = open_source(args.input)
-    used = {"input": args.input}
-    trace, beside = source.trace, args.input.parent / TRACE_FILE
+    path = statistics_of(args.input)
+    source = open_source(path)
+    used = {"input": path}
+    trace, beside = source.trace, path.parent / TRACE_FILE
     if args.trace is not None or (trace is None and beside.is_file()):
         used["trace"] = args.trace or beside
         trace = read_trace(used["trace"]) or traces.read(used["trace"])  # the latter says what is wrong
+        why = strangers(source, trace)
+        if why and args.trace is not None:
+            raise ValueError(f"{args.trace}: not a trace of what {path} was collected from ({why}); give one that is")
+        if why:
+            print(f"note: {used.pop('trace')} is left out, since it is not of these statistics ({why})")
+            trace = None
     other = None
     if args.compare is not None:
-        used["compare"] = args.compare
-        other = open_source(args.compare).stats
+        used["compare"] = statistics_of(args.compare)
+        other = open_source(used["compare"]).stats
     found = examine(source, trace=trace, other=other, settings=settings, progress=True)
     said = report(found, str(args.compare))
     files = {name: {"path": path, "sha256": _sha256(path)} for name, path in used.items()}
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
     save_all(found, said, args.output, about)
-    print(text(said))
-    print(f"written to {args.output}")
+    print(overview(said))
+    print(f"\nEverything behind these lines: {args.output / 'hypotheses.txt'} (also .html with the figures, and .json)")
 
 
 def _notes(drawn: Drawn | None) -> tuple[str, ...]:
@@ -209,8 +240,9 @@ def _notes(drawn: Drawn | None) -> tuple[str, ...]:
             "trace. Only the paired tests and the p values of rho treat token ids as independent."
         )
     return (
-        "PASS and FAIL follow the published criteria as they stand; a criterion over layers passes only if every "
-        "layer that can be tested passes. FAIL is a finding about the model and the text, not a fault of the run.",
+        "PASS and FAIL follow the published criteria as they stand (that of predictability is this project's own); a "
+        "criterion over layers passes only if every layer that can be tested passes. FAIL is a finding "
+        "about the model and the text, not a fault of the run.",
         "Error control: p values of one test are corrected by Holm over layers (of the paired tests, over layers and "
         "figures); bands of permutation nulls are family-wise, 95 % for all layers and orders of a measure together. "
         "Intervals are 95 %, each for itself. Over different tests nothing is corrected.",
@@ -234,6 +266,13 @@ def _facts(stats: RoutingStats, meta: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "rows with NaN", f"{meta['rows_with_nan']:,}; each test says which it leaves out"
     if meta.get("filled"):
         yield "not in the file", "; ".join(f"{name}: {how}" for name, how in meta["filled"].items())
+
+
+def _trace_facts(found: Findings) -> Iterator[tuple[str, str]]:
+    if found.trace is None:
+        return
+    said = [f"{name} {found.origin[name]}" for name in ("model", "phase") if found.origin.get(name)]
+    yield "trace", ", ".join([*said, f"{found.trace.tokens:,} tokens", f"{found.trace.documents:,} documents"])
 
 
 def _estimated(meta: Mapping[str, Any]) -> bool:

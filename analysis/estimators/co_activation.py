@@ -8,6 +8,13 @@ loads: the one of largest entropy, P(set) proportional to the product of its mem
 sampling", Chen, Dempster & Liu 1994). For K = 2 that is quasi-independence, a symmetric matrix w_a w_b without its
 diagonal, fitted to the loads by iterative proportional fitting; for K > 2 such a matrix only comes near it, and under
 very uneven loads expects a pair more often than one of its experts occurs.
+
+Of many pairs the strongest look strong by chance alone. So the pairs to list are chosen on the trace's build documents
+(`Trace.build_documents`), and their ratios and intervals are those of the other documents, whose own loads make the
+expected shares.
+
+Ratios above 1 need no experts that belong together: where documents differ in load, two experts that are busy in the
+same documents meet more often than the mean loads make expected, though within each document load explains all.
 """
 
 from __future__ import annotations
@@ -29,10 +36,14 @@ _ITERATIONS = 5000
 class CoActivation:
     """All pairs of experts in each layer."""
 
-    share: np.ndarray  # float64 [L, E, E], share of the tokens that chose both; on the diagonal, that chose the one
+    share: np.ndarray  # float64 [L, E, E], share of all tokens that chose both; on the diagonal, that chose the one
     expected: np.ndarray  # float64 [L, E, E], the same if only the loads and K were given
-    strongest: np.ndarray  # int64 [L, P, 2], the pairs of largest ratio; -1 where there are not so many
-    strength: Measure  # their ratios, one row per rank
+    strongest: np.ndarray  # int64 [L, P, 2], pairs of largest ratio in the build documents; -1: not so many
+    pair_share: np.ndarray  # float64 [L, P], their share of the held-out tokens; NaN where there is no pair
+    pair_expected: np.ndarray  # float64 [L, P], the same if only the held-out loads and K were given
+    strength: Measure  # ratio of the two, one row per rank
+    build_documents: int
+    held_out_documents: int  # none: no pair is listed
 
     @property
     def ratio(self) -> np.ndarray:
@@ -46,12 +57,12 @@ def co_activation(
 ) -> CoActivation:
     """Shares of the tokens that chose each pair of experts, and the strongest pairs of each layer.
 
-    The intervals draw documents; a draw's own loads enter its expected shares to first order. The listed pairs are
-    listed for being strongest: their ratios lie a little too high.
+    The intervals draw held-out documents; a draw's own loads enter its expected shares to first order. Where all
+    documents are on one side of the split, no pair is listed. No ranking of the experts is needed.
 
     Args:
         pairs: pairs to list per layer.
-        min_expected: tokens in which a pair must be expected to be listed; below, ratios are noise.
+        min_expected: build tokens in which a pair must be expected to be listed; below, ratios are noise.
         samples: draws of the bootstrap over documents.
 
     Raises:
@@ -63,10 +74,23 @@ def co_activation(
         )
     if len(trace.token_id) == 0:
         raise ValueError("the trace has no token; give one that has")
-    share = np.stack([_pair_shares(layer, trace.num_experts) for layer in trace.experts.transpose(1, 0, 2)])
-    expected = np.stack([expected_shares(np.diagonal(layer), trace.top_k) for layer in share])
-    strongest = np.stack(list(_strongest(share, expected, pairs, min_expected / len(trace.token_id))))
-    return CoActivation(share, expected, strongest, _strength(trace, share, expected, strongest, samples, seed))
+    share, expected = _shares(trace)
+    build, held_out = (trace.of(part) for part in (trace.build_documents(), ~trace.build_documents()))
+    strongest = np.full((trace.num_layers, pairs, 2), -1)
+    held_out_share = held_out_expected = np.full_like(share, np.nan)
+    if len(build.token_id) and len(held_out.token_id):
+        strongest = np.stack(list(_strongest(*_shares(build), pairs, min_expected / len(build.token_id))))
+        held_out_share, held_out_expected = _shares(held_out)
+    return CoActivation(
+        share=share,
+        expected=expected,
+        strongest=strongest,
+        pair_share=_of_pairs(held_out_share, strongest),
+        pair_expected=_of_pairs(held_out_expected, strongest),
+        strength=_strength(held_out, held_out_share, held_out_expected, strongest, samples, seed),
+        build_documents=len(np.unique(build.document)),
+        held_out_documents=len(np.unique(held_out.document)),
+    )
 
 
 def expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
@@ -86,6 +110,18 @@ def expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
         expected[np.ix_(free, free)] = _pairs(weights, left)
     np.fill_diagonal(expected, load)
     return expected
+
+
+def _shares(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """Measured and expected shares of a trace's tokens, float64 [L, E, E] each."""
+    share = np.stack([_pair_shares(layer, trace.num_experts) for layer in trace.experts.transpose(1, 0, 2)])
+    return share, np.stack([expected_shares(np.diagonal(layer), trace.top_k) for layer in share])
+
+
+def _of_pairs(matrix: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """float64 [L, P]: the cells of matrix [L, E, E] at pairs [L, P, 2]; NaN where there is no pair."""
+    first, second = pairs[..., 0], pairs[..., 1]
+    return np.where(first < 0, np.nan, matrix[np.arange(len(matrix))[:, None], first, second])
 
 
 def _pair_shares(experts: np.ndarray, num_experts: int) -> np.ndarray:
@@ -154,23 +190,24 @@ def _strongest(share: np.ndarray, expected: np.ndarray, pairs: int, least: float
 
 
 def _strength(
-    trace: Trace, share: np.ndarray, expected: np.ndarray, strongest: np.ndarray, samples: int, seed: int
+    trace: Trace, share: np.ndarray, expected: np.ndarray, pairs: np.ndarray, samples: int, seed: int
 ) -> Measure:
-    """Ratios of the listed pairs, [P, L], with their intervals."""
-    layers = np.arange(trace.num_layers)[:, None]
-    a, b = strongest[..., 0], strongest[..., 1]  # [L, P]
-    none = a < 0
-    load = np.where(none, np.nan, share[layers, a, a] * share[layers, b, b])
-    per_loads = np.where(none, np.nan, expected[layers, a, b]) / load
+    """Ratios of the listed pairs in a trace, [P, L], with their intervals; NaN where there is no pair or no token."""
+    a, b = pairs[..., 0], pairs[..., 1]  # [L, P]
+    if len(trace.token_id) == 0:
+        none = np.full(a.T.shape, np.nan)
+        return measure("pair_ratio", "ratio", none, (none, none))
+    one, other = (_of_pairs(share, np.stack([each, each], axis=-1)) for each in (a, b))
+    per_loads = ratio(_of_pairs(expected, pairs), one * other)
 
     def statistic(both: np.ndarray, one: np.ndarray, other: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        return (ratio(both * tokens, one * other) / per_loads).swapaxes(-1, -2)
+        return ratio(ratio(both * tokens, one * other), per_loads).swapaxes(-1, -2)
 
-    sums = [np.empty((len(np.unique(trace.document)), *a.shape)) for _ in range(3)]
-    for layer, rank in np.ndindex(*a.shape):
+    sums = [np.zeros((len(np.unique(trace.document)), *a.shape)) for _ in range(3)]
+    for layer, rank in np.argwhere(a >= 0):
         experts = trace.experts[:, layer]
-        one, other = np.any(experts == a[layer, rank], axis=-1), np.any(experts == b[layer, rank], axis=-1)
-        for total, chosen in zip(sums, (one & other, one, other), strict=True):
+        first, second = np.any(experts == a[layer, rank], axis=-1), np.any(experts == b[layer, rank], axis=-1)
+        for total, chosen in zip(sums, (first & second, first, second), strict=True):
             total[:, layer, rank] = document_sums(chosen, trace.document)
     tokens = document_sums(np.ones(len(trace.document)), trace.document)
     sums.append(np.broadcast_to(tokens[:, None, None], sums[0].shape))

@@ -186,8 +186,8 @@ class _Scored:
                     alone = np.zeros(len(self.held_out))
                     alone[places] = longest[name][places] = scores[name]
                     sums[name][:, row, layer] = document_sums(alone, self.document)
-                    if row == 0 and name == judged:
-                        shortest = alone
+                if row == 0:
+                    shortest = longest[judged].copy()
                 there = np.zeros(len(self.held_out))
                 there[places] = shortest[places]  # a token with a known key has a known shorter one
                 sums[of_shortest][:, row, layer] = document_sums(there, self.document)

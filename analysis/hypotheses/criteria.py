@@ -78,7 +78,7 @@ class Correlation:
     rho: LayerValues  # interval: Bonett and Wright 2000
     p: np.ndarray  # float64 [L], of rho = 0, Student's t
     p_holm: np.ndarray  # float64 [L], over layers
-    passed: np.ndarray  # bool [L], rho < MAX_RHO and p_holm < LEVEL
+    passed: np.ndarray  # bool [L], rho < MAX_RHO, whatever p
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ def frequency_entropy(stats: RoutingStats) -> Correlation:
     half = Z95 * np.sqrt((1 + inside**2 / 2) / np.maximum(keys - 3, 1))
     low, high = np.tanh(np.arctanh(inside) - half), np.tanh(np.arctanh(inside) + half)
     values = LayerValues(rho, low, high, keys, tuple(out for _, out in rows), tuple(reasons))
-    p_holm = holm(p)
-    return Correlation(values, p, p_holm, (rho < MAX_RHO) & (p_holm < LEVEL))
+    return Correlation(values, p, holm(p), rho < MAX_RHO)
 
 
 def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
@@ -223,6 +222,12 @@ def coverage(stats: RoutingStats) -> Coverage:
     grid = np.array([[covered(least, most) for most in GRID_ENTROPIES] for least in GRID_FREQUENCIES])
     unknown = np.sum(known * np.isnan(stats.entropy.mean), axis=1) / np.maximum(whole, 1)
     return Coverage(presets, np.moveaxis(grid, -1, 0), unknown, presets["balanced"].value > MIN_COVERED)
+
+
+def covered_by_ids(stats: RoutingStats) -> float:
+    """Share of all occurrences at token ids that are keys, the rest being too rare for one; NaN without tokens."""
+    absent = sum(int(stats.absent[at]) for at, order in enumerate(stats.orders) if order == 1)
+    return 1 - absent / stats.tokens if stats.tokens and 1 in stats.orders else float("nan")
 
 
 def figure_of(stats: RoutingStats, name: str) -> np.ndarray:

@@ -38,7 +38,15 @@ import numpy as np
 
 from analysis.estimators.resampling import LEVEL
 from analysis.hypotheses.consistency import Consistency
-from analysis.hypotheses.criteria import ENTROPIES, Correlation, Coverage, EntropyDistribution, LayerValues, Zipf
+from analysis.hypotheses.criteria import (
+    ENTROPIES,
+    MIN_KEYS,
+    Correlation,
+    Coverage,
+    EntropyDistribution,
+    LayerValues,
+    Zipf,
+)
 from analysis.hypotheses.document_draws import Draws
 from varjax.config import PRESETS
 
@@ -88,8 +96,8 @@ def coverage_over_documents(found: Coverage, draws: Draws) -> Coverage:
 
 
 def consistency_over_documents(found: Consistency, draws: Draws) -> Consistency:
-    """As `zipf_over_documents`; the null stays as well."""
-    low, high = interval(found.value, draws.consistency, 0, 1)
+    """As `zipf_over_documents`; the null stays as well, and groups of few ids stay without an interval."""
+    low, high = interval(np.where(found.keys < MIN_KEYS, np.nan, found.value), draws.consistency, 0, 1)
     return replace(found, low=low, high=high)
 
 

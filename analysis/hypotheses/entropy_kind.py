@@ -17,6 +17,8 @@ class EntropyKind:
     experts: int  # probabilities it is over
     words: str  # the most that it can be
     caution: tuple[str, ...] = ()  # where it is not the entropy that the published criteria mean
+    no_verdict: str = ""  # why criteria on it cannot be judged, or ""
+    is_lower_bound: bool = False  # a FAIL of a criterion that asks for little entropy then stands all the same
 
     @property
     def most(self) -> float:
@@ -30,10 +32,11 @@ def entropy_kind(stats: RoutingStats, meta: Mapping[str, Any]) -> EntropyKind:
         k = int(meta["top_k"])
         caution = (
             f"Caution: the trace has probabilities over the {k} chosen experts only. Their entropy is not that of "
-            f"the router over all {stats.num_experts}, which the criterion was published for; it holds for what "
-            "was measured."
+            f"the router over all {stats.num_experts}, which the criterion was published for, and never above "
+            f"ln {k} = {math.log(k):.3f} nats: the figures hold for what was measured, and nothing is judged by them."
         )
-        return EntropyKind(k, f"ln {k} = {math.log(k):.3f} nats (over the chosen experts)", (caution,))
+        why = f"the criterion is on gate entropy, and this is the entropy of the {k} chosen experts"
+        return EntropyKind(k, f"ln {k} = {math.log(k):.3f} nats (over the chosen experts)", (caution,), why)
     number = stats.num_experts
     words = f"ln {number} = {math.log(number):.3f} nats"
     if "num_experts" in meta.get("filled", {}):
@@ -41,7 +44,7 @@ def entropy_kind(stats: RoutingStats, meta: Mapping[str, Any]) -> EntropyKind:
     if meta.get("entropy_from") == "all":
         caution = (
             "Caution: the trace has the chosen experts' probabilities only, so entropy is a lower bound: a FAIL "
-            "for too much entropy stands, a PASS for little may not."
+            "for too much entropy stands, a PASS for little does not, and rho is not bounded at all."
         )
-        return EntropyKind(number, words, (caution,))
+        return EntropyKind(number, words, (caution,), "gate entropy is known as a lower bound only", True)
     return EntropyKind(number, words)

@@ -21,7 +21,8 @@ _ALL = (
         "routing_consistency",
         "Routing consistency by frequency",
         "Dots: mean consistency of a tenth of the ids, rarest to the left, with intervals. Dashed line and grey: what "
-        "chance alone gives for ids as rare as these. Only the distance between the two is about routing.",
+        "chance alone gives for ids as rare as these. Only the distance between the two is about routing, be it that "
+        "of the id or that of its document.",
         "To the left both are high because rare ids cannot be anything else. In sample: see predictability for "
         "choices that were not seen.",
     ),

@@ -3,7 +3,8 @@
 Letters: L layers, n token ids that both runs saw in a layer.
 
 The pairs are token ids, each one pair however often it occurred; differences are second run minus first. Both tests
-treat ids as independent. Holm's correction is over all layers and measures of one test.
+treat ids as independent. Holm's correction is over all layers and measures of one test. Consistency is not compared: it
+is in sample and falls as an id's occurrences grow in number, so two runs of different size differ with the same router.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from scipy.stats import rankdata
 from analysis.hypotheses.criteria import MIN_KEYS, LayerValues, figure_of, holm
 from varjax.stats import RoutingStats
 
-MEASURES = {"entropy": "nats", "confidence": "", "consistency": ""}  # name -> unit
+MEASURES = {"entropy": "nats", "confidence": ""}  # name -> unit
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class PairedMeasure:
 
 
 def compare(stats: RoutingStats, other: RoutingStats) -> tuple[PairedMeasure, ...]:
-    """Paired tests of mean entropy, confidence and consistency, per layer.
+    """Paired tests of mean entropy and confidence, per layer.
 
     Raises:
         ValueError: the runs have different numbers of layers.

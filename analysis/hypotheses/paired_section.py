@@ -44,7 +44,8 @@ def paired_section(found: Sequence[PairedMeasure] | None, other: str, name: Name
             f"Second run: {other}. Pairs are the token ids that both saw in a layer; differences are second minus "
             "first, with Student's 95 % interval (token ids as if independent). d: mean difference over its standard "
             "deviation; rank r: rank-biserial, -1 to 1. Paired t-test and Wilcoxon's signed-rank test, each corrected "
-            "by Holm over all layers and the three figures.",
+            "by Holm over all layers and both figures. Consistency is not compared: in sample it falls as occurrences "
+            "grow in number, whatever the router does.",
             *words,
         ),
         tuple(tables),

@@ -17,32 +17,55 @@ Name = Callable[[int], str]  # the row of a key -> its name for people
 _NAMED = 5  # keys that are named where some were left out
 
 
-def judged(passed: np.ndarray, untestable: Sequence[str], criterion: str) -> tuple[str, str]:
-    """Verdict and outcome over layers, bool [L]: PASS only if every layer that can be tested passes."""
-    testable = np.array([not reason for reason in untestable], bool)
-    outcome = f"{criterion}: {int(np.sum(passed & testable))} of {len(testable)} layers{not_testable(testable)}"
+def layer_verdicts(
+    passed: np.ndarray, untestable: Sequence[str], no_verdict: str = "", fails_stand: bool = False
+) -> list[str]:
+    """The verdict of each layer.
+
+    Args:
+        passed: bool [L]
+        untestable: [L], why nothing can be said of a layer, or "".
+        no_verdict: why the criterion cannot be judged in any layer, or "".
+        fails_stand: a FAIL is one in spite of `no_verdict`.
+    """
+    verdicts = []
+    for holds, reason in zip(passed, untestable, strict=True):
+        withheld = bool(no_verdict) and (holds or not fails_stand)
+        verdicts.append("not testable" if reason or withheld else "PASS" if holds else "FAIL")
+    return verdicts
+
+
+def judged(verdicts: Sequence[str], criterion: str, no_verdict: str = "") -> tuple[str, str]:
+    """Verdict and outcome over layers [L]: PASS only if every layer that can be tested passes.
+
+    Args:
+        no_verdict: as in `layer_verdicts`.
+    """
+    testable = np.array([one != "not testable" for one in verdicts], bool)
+    outcome = f"{criterion}: {verdicts.count('PASS')} of {len(verdicts)} layers{not_testable(testable)}"
+    if no_verdict:
+        outcome += f"; {no_verdict}"
     if not testable.any():
         return "not testable", outcome
-    return ("PASS" if np.all(passed[testable]) else "FAIL"), outcome
+    return ("FAIL" if "FAIL" in verdicts else "PASS"), outcome
 
 
 def layer_table(
     columns: Sequence[str | tuple[str, str]],
     rows: zip,
-    passed: np.ndarray | None = None,
-    testable: np.ndarray | None = None,
+    verdicts: Sequence[str] = (),
     title: str = "Per layer",
 ) -> Table:
     """One row per layer: its number, the figures, then ids used and left out, and the verdict if there is one."""
     heading = [Column(one) if isinstance(one, str) else Column(*one) for one in columns]
     heading += [Column("ids", ","), Column("left out", ",")]
-    if passed is not None:
+    if verdicts:
         heading.append(Column("verdict"))
     body = []
     for layer, row in enumerate(rows):
         cells = [value.item() if isinstance(value, np.generic) else value for value in row]
-        if passed is not None and testable is not None:
-            cells.append(("PASS" if passed[layer] else "FAIL") if testable[layer] else "not testable")
+        if verdicts:
+            cells.append(verdicts[layer])
         body.append((layer, *cells))
     return Table(title, tuple(heading), tuple(body))
 

@@ -17,6 +17,8 @@ from analysis.traces.trace import Trace
 from varjax import statsfile
 from varjax.stats import RoutingStats
 
+STATS_FILE = "routing_stats.parquet"  # looked for in a folder
+
 
 @dataclass(frozen=True)
 class Source:
@@ -26,6 +28,19 @@ class Source:
     meta: Mapping[str, Any]  # as `varjax.statsfile.read` returns it
     strings: Mapping[int, str] = field(default_factory=dict)  # the text of token ids, as far as known
     trace: Trace | None = None  # that the statistics were computed from
+
+
+def statistics_of(path: Path) -> Path:
+    """A folder's routing statistics; any other path as it is.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / STATS_FILE).is_file():
+        raise FileNotFoundError(f"{path}: this folder has no {STATS_FILE}; give the file itself, or the right folder")
+    return path / STATS_FILE
 
 
 def open_source(path: Path) -> Source:
@@ -51,6 +66,23 @@ def read_trace(path: Path) -> Trace | None:
     except (pa.ArrowException, OSError):
         return None
     return traces.read(path) if is_trace else None
+
+
+def strangers(source: Source, trace: Trace) -> str:
+    """Why a trace cannot be of the model that the source's statistics are of, or "".
+
+    Compared are layers, experts and, where both say so, the fingerprint of the model (`revision` of a trace).
+    """
+    stats, faults = source.stats, []
+    if trace.num_layers != len(stats.count):
+        faults.append(f"layers: {trace.num_layers}, the statistics have {len(stats.count)}")
+    guessed = "num_experts" in source.meta.get("filled", {})  # the largest id in the file: there may be more
+    if trace.num_experts < stats.num_experts or (trace.num_experts != stats.num_experts and not guessed):
+        faults.append(f"experts: {trace.num_experts}, the statistics have {stats.num_experts}")
+    ours, theirs = source.meta.get("fingerprint"), trace.origin.get("revision")
+    if ours and theirs and ours != theirs:
+        faults.append(f"revision: {theirs}, the statistics are of the model with fingerprint {ours}")
+    return "; ".join(faults)
 
 
 def trace_source(trace: Trace) -> Source:

@@ -29,6 +29,7 @@ class StatisticsFindings:
     distribution: criteria.EntropyDistribution
     consistency: Consistency
     coverage: criteria.Coverage
+    covered: float  # share of all occurrences at token ids that are keys; NaN: there are none
     drawn: Drawn | None  # None: the intervals treat token ids as independent
 
 
@@ -55,6 +56,7 @@ def examine_statistics(
         distribution=criteria.entropy_distribution(stats),
         consistency=consistency(stats, first_choices_known, seed=seed),
         coverage=criteria.coverage(stats),
+        covered=criteria.covered_by_ids(stats),
         drawn=None,
     )
     if trace is None:
@@ -66,5 +68,6 @@ def examine_statistics(
         distribution=intervals.entropy_over_documents(found.distribution, draws),
         consistency=intervals.consistency_over_documents(found.consistency, draws),
         coverage=intervals.coverage_over_documents(found.coverage, draws),
+        covered=found.covered,
         drawn=Drawn(draws.documents, draws.samples),
     )

@@ -5,6 +5,8 @@ Letters: L layers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from analysis.hypotheses.consistency import Consistency
@@ -12,10 +14,10 @@ from analysis.hypotheses.criteria import (
     ENTROPIES,
     GRID_ENTROPIES,
     GRID_FREQUENCIES,
-    LEVEL,
     LOW_ENTROPY,
     MAX_RHO,
     MIN_COVERED,
+    MIN_KEYS,
     MIN_LOW_SHARE,
     PERCENTILES,
     ZIPF_FREQUENCY,
@@ -31,6 +33,7 @@ from analysis.hypotheses.section_parts import (
     interval_words,
     judged,
     layer_table,
+    layer_verdicts,
     left_out_words,
     lengths,
     not_testable,
@@ -53,11 +56,14 @@ def statistics_sections(
         estimated: the file names only the commonest first choice of each key.
     """
     drawn = found.drawn
+    admitted: tuple[str, ...] = ()
+    if not np.isnan(found.covered):
+        admitted = (f"Token ids are those that are keys; they cover {found.covered:.1%} of all occurrences.",)
     return (
         _zipf(found.zipf, drawn),
-        _correlation(found.correlation, drawn, kind, name),
-        _entropy(found.distribution, drawn, kind, name),
-        _consistency(found.consistency, drawn, estimated, name),
+        _correlation(found.correlation, drawn, kind, name, admitted),
+        _entropy(found.distribution, drawn, kind, name, admitted),
+        _consistency(found.consistency, drawn, estimated, name, admitted),
         _coverage(found.coverage, drawn, kind, name),
     )
 
@@ -98,9 +104,12 @@ def _zipf(found: Zipf, drawn: Drawn | None) -> Section:
     )
 
 
-def _correlation(found: Correlation, drawn: Drawn | None, kind: EntropyKind, name: Name) -> Section:
+def _correlation(
+    found: Correlation, drawn: Drawn | None, kind: EntropyKind, name: Name, admitted: Sequence[str]
+) -> Section:
     rho = found.rho
-    verdict, outcome = judged(found.passed, rho.untestable, f"rho < {MAX_RHO:g} and p < {LEVEL:g} (Holm)")
+    by_layer = layer_verdicts(found.passed, rho.untestable, kind.no_verdict)
+    verdict, outcome = judged(by_layer, f"rho < {MAX_RHO:g}", kind.no_verdict)
     columns = ("layer", ("rho", "+.3f"), ("low", "+.3f"), ("high", "+.3f"), ("p", ".1e"), ("p, Holm", ".1e"))
     rows = zip(rho.value, rho.low, rho.high, found.p, found.p_holm, rho.keys, lengths(rho.left_out), strict=True)
     return Section(
@@ -109,24 +118,28 @@ def _correlation(found: Correlation, drawn: Drawn | None, kind: EntropyKind, nam
         verdict,
         outcome,
         (
-            "Spearman's rho of a token id's frequency and its mean gate entropy. Published is the bound on rho alone; "
-            "that p must be small as well keeps a layer with few ids from passing by chance. p treats token ids as "
-            "independent.",
+            "Spearman's rho of a token id's frequency and its mean gate entropy. Judged is rho alone, as published. "
+            "p (of rho = 0) and the interval stand beside it: with few ids a rho below the bound can be chance. p "
+            "treats token ids as independent.",
+            *admitted,
             interval_words(drawn, "Intervals of Bonett and Wright (2000)"),
             *kind.caution,
             *reasons(rho.untestable),
             *left_out_words(rho.left_out, "mean entropy", name),
         ),
-        (layer_table(columns, rows, found.passed, rho.testable),),
+        (layer_table(columns, rows, by_layer),),
         (NOTES["frequency_entropy"],),
     )
 
 
-def _entropy(found: EntropyDistribution, drawn: Drawn | None, kind: EntropyKind, name: Name) -> Section:
+def _entropy(
+    found: EntropyDistribution, drawn: Drawn | None, kind: EntropyKind, name: Name, admitted: Sequence[str]
+) -> Section:
     most = kind.most
     low, by = found.under_ids[LOW_ENTROPY], found.under_occurrences[LOW_ENTROPY]
     criterion = f"more than {MIN_LOW_SHARE:.0%} of token ids below {LOW_ENTROPY} nats"
-    verdict, outcome = judged(found.passed, low.untestable, criterion)
+    by_layer = layer_verdicts(found.passed, low.untestable, kind.no_verdict, kind.is_lower_bound)
+    verdict, outcome = judged(by_layer, criterion, kind.no_verdict)
     columns: list[str | tuple[str, str]] = [
         "layer",
         ("ids < 0.5", _SHARE),
@@ -143,7 +156,7 @@ def _entropy(found: EntropyDistribution, drawn: Drawn | None, kind: EntropyKind,
         *(low.keys, lengths(low.left_out)),
         strict=True,
     )
-    tables = [layer_table(columns, rows, found.passed, low.testable)]
+    tables = [layer_table(columns, rows, by_layer)]
     for unit, percentiles, shares in (
         ("token ids", found.ids, found.under_ids),
         ("occurrences", found.occurrences, found.under_occurrences),
@@ -165,7 +178,9 @@ def _entropy(found: EntropyDistribution, drawn: Drawn | None, kind: EntropyKind,
         (
             "Of each token id its mean gate entropy. The criterion is judged on token ids, as published; the same "
             f"over occurrences stands beside it. The most entropy possible is {kind.words}.",
+            *admitted,
             interval_words(drawn, "Wilson intervals, for occurrences with the effective number of ids"),
+            *_if_by_ids(drawn),
             *_if_drawn(
                 drawn,
                 _AT_THE_END,
@@ -181,7 +196,9 @@ def _entropy(found: EntropyDistribution, drawn: Drawn | None, kind: EntropyKind,
     )
 
 
-def _consistency(found: Consistency, drawn: Drawn | None, estimated: bool, name: Name) -> Section:
+def _consistency(
+    found: Consistency, drawn: Drawn | None, estimated: bool, name: Name, admitted: Sequence[str]
+) -> Section:
     testable = np.array([not reason for reason in found.untestable], bool)
     above = int(np.sum(found.value[testable, 0] > found.null_high[testable, 0]))
     verdict = "reported" if testable.any() else "not testable"
@@ -214,8 +231,13 @@ def _consistency(found: Consistency, drawn: Drawn | None, estimated: bool, name:
         "Share of a token id's occurrences with its commonest first choice, in sample: it says how uniform "
         "routing was on the very text that it was measured on, and is no predictability. Means over token ids, "
         "and once over occurrences. Null: every occurrence draws its expert from "
-        "the layer's own shares, 100 simulations per frequency; few occurrences are consistent by themselves, and "
-        "the null shows how much. Least and most: occurrences of the rarest and the most frequent id of a group.",
+        "the layer's own shares, simulated; few occurrences are consistent by themselves, and the null shows how "
+        "much. Its band holds the simulation's own error. Least and most: occurrences of the rarest and the most "
+        f"frequent id of a group. Groups of fewer than {MIN_KEYS} ids have no interval and no band.",
+        "Caution: the null knows no documents. Routing that follows the document alone lies above it too, since an id "
+        "keeps to few documents; so above the null does not say that the id matters. Predictability, held out "
+        "against shuffling within documents, does.",
+        *admitted,
         interval_words(drawn, "Intervals of ±1.96 standard errors"),
         *_if_drawn(
             drawn,
@@ -247,7 +269,8 @@ def _coverage(found: Coverage, drawn: Drawn | None, kind: EntropyKind, name: Nam
     balanced, preset = found.presets["balanced"], PRESETS["balanced"]
     frequency, entropy = preset["frequency_threshold"], preset["entropy_threshold"]
     criterion = f"more than {MIN_COVERED:.0%} of occurrences at ids seen ≥ {frequency} times with ≤ {entropy:g} nats"
-    verdict, outcome = judged(found.passed, balanced.untestable, criterion)
+    by_layer = layer_verdicts(found.passed, balanced.untestable, kind.no_verdict, kind.is_lower_bound)
+    verdict, outcome = judged(by_layer, criterion, kind.no_verdict)
     columns: list[str | tuple[str, str]] = ["layer"]
     numbers = []
     for preset_name, values in found.presets.items():
@@ -272,13 +295,14 @@ def _coverage(found: Coverage, drawn: Drawn | None, kind: EntropyKind, name: Nam
             "Share of a layer's occurrences at token ids that pass the frequency and the entropy threshold, for "
             "the presets of VARConfig. The whole is every token that the layer routed.",
             interval_words(drawn, "Wilson intervals with the effective number of ids"),
+            *_if_by_ids(drawn),
             *_if_drawn(drawn, _AT_THE_END),
             "Covered is not correct: this counts sure ids, not agreement of their choices.",
             *kind.caution,
             *reasons(balanced.untestable),
             *left_out_words(balanced.left_out, "mean entropy", name, "they pass no threshold, and stay in the whole"),
         ),
-        (layer_table(columns, rows, found.passed, balanced.testable), grid),
+        (layer_table(columns, rows, by_layer), grid),
         (NOTES["fast_path_coverage"],),
     )
 
@@ -287,6 +311,15 @@ def _mean(grid: np.ndarray) -> np.ndarray:
     """float64 [F, H]: the mean over the layers of [L, F, H] that were tested; NaN if none was."""
     tested = grid[~np.isnan(grid).all(axis=(1, 2))]
     return tested.mean(axis=0) if len(tested) else np.full(grid.shape[1:], np.nan)
+
+
+def _if_by_ids(drawn: Drawn | None) -> tuple[str, ...]:
+    """What Wilson intervals of shares of occurrences hide."""
+    heavy = (
+        "Intervals of shares of occurrences are too narrow where a few ids have most of them, as in all text: the "
+        "effective number takes their frequencies as given."
+    )
+    return (heavy,) if drawn is None else ()
 
 
 def _if_drawn(drawn: Drawn | None, *words: str) -> tuple[str, ...]:

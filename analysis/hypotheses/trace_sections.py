@@ -1,7 +1,7 @@
 """The tests of a routing trace in words, tables and verdicts: measures in, sections of a report out.
 
-Letters: L layers, O rows of a measure (context orders). Only predictability has a criterion: every layer and order lies
-above the family-wise band of the permutation null.
+Letters: L layers, O rows of a measure (context orders). Only predictability has a criterion, this project's and not a
+published one: every layer and order lies above the family-wise band of the permutation null.
 """
 
 from __future__ import annotations
@@ -16,16 +16,23 @@ from analysis.estimators.co_activation import CoActivation
 from analysis.estimators.expert_load import Load
 from analysis.estimators.predictability import Predictability
 from analysis.estimators.repetition import Repetition
-from analysis.estimators.resampling import Measure
+from analysis.estimators.resampling import MIN_DIFFERENT, MIN_DOCUMENTS, Measure
 from analysis.hypotheses.figure_notes import NOTES
 from analysis.hypotheses.trace_findings import TraceFindings
+from analysis.hypotheses.trace_tables import coverage_table, layers_above_null, measure_tables, verdict_above_null
 from analysis.report import Column, Section, Table
 
 NEEDS_TRACE = (
     "needs a trace: experiments/01_routing_analysis.py records one beside the statistics (--trace_tokens), "
     "analysis.traces.importing imports one; then give --trace FILE"
 )
-NULL = "Null: routing shuffled among the tokens of each document, {} times; bands and p values are family-wise."
+NULL = (
+    "Null: routing shuffled among the tokens of each document, {} times; bands and p values are family-wise, but for "
+    f"figures with fewer than {MIN_DIFFERENT} different values in it, which are judged alone."
+)
+INTERVALS = (
+    f"A figure over fewer than {MIN_DOCUMENTS} documents has no interval: they say too little of how documents differ."
+)
 
 
 def trace_sections(found: TraceFindings | None) -> tuple[Section, ...]:
@@ -49,87 +56,81 @@ def trace_sections(found: TraceFindings | None) -> tuple[Section, ...]:
     return tuple(made)
 
 
-def above_null(measure: Measure, rows: Sequence[str]) -> tuple[str, str]:
-    """Verdict, and per row in how many layers the figure lies above the family-wise band; PASS only if in all."""
-    if measure.null_high is None:
-        return "reported", "no permutations were made, so there is no band"
-    testable = ~np.isnan(measure.value) & ~np.isnan(measure.null_high)
-    above = testable & (measure.value > measure.null_high)
-    layers = measure.value.shape[1]
-    said = []
-    for index, row in enumerate(rows):
-        missing = layers - int(testable[index].sum())
-        said.append(
-            f"{row} {above[index].sum()} of {layers} layers" + (f" ({missing} not testable)" if missing else "")
-        )
-    verdict = "not testable" if not testable.any() else "PASS" if np.all(above[testable]) else "FAIL"
-    return verdict, ", ".join(said)
-
-
-def measure_tables(measure: Measure, rows: Sequence[str], judge: bool = False) -> tuple[Table, ...]:
-    """A table per row of the measure, a line per layer: value and interval and, with a null, the band and p.
-
-    Args:
-        judge: add a verdict, PASS above the band.
-    """
-    names = ["value", "low", "high"] + ["null", "null_low", "null_high", "p"] * (measure.null is not None)
-    form = ".4f" if measure.unit == "nats" else ".3f"
-    columns = [Column("layer"), *(Column(name.replace("_", " "), form) for name in names)]
-    judge = judge and measure.null_high is not None
-    if judge:
-        columns.append(Column("verdict"))
-    made = []
-    for index, row in enumerate(rows):
-        numbers = np.stack([getattr(measure, name)[index] for name in names], axis=-1)  # [L, names]
-        body = [(layer, *line) for layer, line in enumerate(numbers.tolist())]
-        if judge:
-            testable = ~np.isnan(numbers).any(axis=-1)
-            above = np.where(numbers[:, 0] > numbers[:, names.index("null_high")], "PASS", "FAIL")
-            verdicts = np.where(testable, above, "not testable").tolist()
-            body = [(*line, verdict) for line, verdict in zip(body, verdicts, strict=True)]
-        made.append(Table(f"{measure.name} [{measure.unit}], {row}", tuple(columns), tuple(body)))
-    return tuple(made)
-
-
 def _predictability(found: Predictability, title: str) -> Section:
     judged = "agreement" if "agreement" in found.measures else "recall"
-    orders = _orders(found.orders)
-    verdict, outcome = above_null(found.measures[judged], orders)
+    of_shortest = f"{judged}_of_shortest"
+    orders, longest = _orders(found.orders), ["longest known key"] * (len(found.orders) > 1)
+    there = f"{orders[0]} there"
+    unranked = "" if judged == "agreement" else " agreement: not measured, because the experts are not ranked."
+    outcomes = [_size(found.measures, judged, row, name, orders[0]) for row, name in enumerate(orders)]
+    outcomes += [_size(found.longest, judged, 0, name, orders[0]) for name in longest]
+    tables: list[Table] = []
+    for name, one in found.measures.items():
+        if name not in ("coverage", of_shortest):
+            compared = found.measures[of_shortest].value, found.longest[of_shortest].value
+            beside = [(there, values) if name == judged and longest else None for values in compared]
+            tables += measure_tables(one, orders, judge=True, beside=beside[0])
+            tables += measure_tables(found.longest[name], longest, judge=True, beside=beside[1])
     return Section(
         "predictability",
         title,
-        verdict,
-        f"held-out {judged} above the null band: {outcome}",
+        verdict_above_null(found.measures[judged]),
+        f"held-out {judged}, mean over layers: {'; '.join(outcomes)}",
         (
             f"Tables of the last n ids (order n) are built on {found.build_documents:,} documents "
             f"({found.build_tokens:,} tokens) and scored on {found.held_out_documents:,} others "
             f"({found.held_out_tokens:,} tokens), at keys seen {found.min_count} times or more. agreement: share "
             "of tokens whose first choice is the predicted one; recall: share of the chosen experts that were "
             "predicted; mass: share of their probability that was caught; coverage: share of held-out tokens that "
-            "have such a key. A figure without its coverage says little.",
-            NULL.format(found.permutations) + f" PASS: above the band. The overall verdict is that of {judged}.",
+            f"have such a key. A figure without its coverage says little.{unranked}",
+            f"Longer orders are scored at fewer and easier tokens. {there}: {judged} of the shortest order at the same "
+            "tokens; what the further ids add is the distance from it. The longest known key of each token covers the "
+            "same tokens as the shortest order.",
+            NULL.format(found.permutations) + f" PASS: above the band. The overall verdict is that of {judged} over "
+            "all orders; this criterion is this project's, not a published one. The null also breaks the likeness of "
+            "neighbouring tokens: persistent routing together with ids that come in bursts can pass it a little.",
+            INTERVALS,
         ),
         (
-            _coverage(found.measures["coverage"], orders),
-            *(
-                table
-                for name, one in found.measures.items()
-                if name != "coverage"
-                for table in measure_tables(one, orders, judge=True)
+            coverage_table(
+                "coverage [share], the same in every layer",
+                [found.measures["coverage"], found.longest["coverage"]],
+                [*orders, *longest],
             ),
+            *tables,
         ),
         (NOTES["predictability"],),
     )
 
 
+def _size(measures: dict[str, Measure], judged: str, row: int, name: str, shortest: str) -> str:
+    """One row of the judged measure: how large, against what, at how many tokens, in how many layers above the band."""
+    one = measures[judged]
+    null = "" if one.null is None else f" (null {_mean(one.null[row]):.2f})"
+    there = f" ({shortest} there: {_mean(measures[f'{judged}_of_shortest'].value[row]):.2f})" * (name != shortest)
+    covered = f"at {measures['coverage'].value[row, 0]:.0%} of tokens"
+    return f"{name}: {_mean(one.value[row]):.2f}{null} {covered}{there}, {layers_above_null(one, row)}"
+
+
 def _choice_entropy(found: ChoiceEntropy, title: str) -> Section:
     orders = _orders(found.orders)
     outcome = "no permutations were made, so what ids explain beyond chance is not known"
-    if "explained" in found.measures:
-        shares = zip(orders, found.measures["explained"].value, strict=True)
-        outcome = "explained by the ids, mean over layers: " + ", ".join(
-            f"{one} {_mean(row):.1%}" for one, row in shares
+    if "explained_held_out" in found.measures:
+        outcome = "explained by the ids on held-out documents, mean over layers: " + "; ".join(
+            f"{name} {_mean(held_out):.1%} at {covered:.0%} of tokens (in sample {_mean(inside):.1%})"
+            for name, held_out, covered, inside in zip(
+                orders,
+                found.measures["explained_held_out"].value,
+                found.measures["held_out_coverage"].value[:, 0],
+                found.measures["explained"].value,
+                strict=True,
+            )
         )
+    coverages = {
+        "coverage": "coverage [share] of the entropy: keys of the whole trace",
+        "held_out_coverage": "coverage [share] of the cross entropy: held-out tokens, keys of the build documents",
+    }
+    figures = ("explained_held_out", "cross_entropy", "explained", "conditional_entropy", "plug_in")
     return Section(
         "choice_entropy",
         title,
@@ -137,16 +138,27 @@ def _choice_entropy(found: ChoiceEntropy, title: str) -> Section:
         f"{outcome}; no published bound",
         (
             f"Keys seen {found.min_count} times or more; {found.tokens:,} tokens of {found.documents:,} documents. "
-            "plug_in: too low where keys are rare; conditional_entropy: with Grassberger's correction (2003); "
-            "cross_entropy: loss of a table on documents that did not build it, on average no lower than the "
-            "entropy; explained: 1 - conditional_entropy over its mean under the null.",
+            "cross_entropy: loss of a table on documents that did not build it; explained_held_out: 1 - cross_entropy "
+            "over its mean under the null, negative where the table misleads. It can flatter where held-out documents "
+            "are near-duplicates of build documents.",
+            "In sample: plug_in, too low where keys are rare; conditional_entropy, with Grassberger's correction "
+            "(2003); explained, 1 - conditional_entropy over its mean under the null. What a document repeats word "
+            "for word counts as explained there. cross_entropy and conditional_entropy are taken over other tokens, "
+            "so neither bounds the other.",
             NULL.format(found.permutations)
-            + " Orders look at different tokens: compare them by explained, beside their coverage.",
+            + " Orders look at different tokens, and no explained removes that selection: see predictability for "
+            "orders at equal tokens.",
+            INTERVALS,
         ),
         (
             *measure_tables(found.unconditional, ["first choice, whatever the ids"]),
-            _coverage(found.measures["coverage"], orders),
-            *(t for name, one in found.measures.items() if name != "coverage" for t in measure_tables(one, orders)),
+            *(coverage_table(said, [found.measures[name]], orders) for name, said in coverages.items()),
+            *(
+                table
+                for name in figures
+                if name in found.measures
+                for table in measure_tables(found.measures[name], orders)
+            ),
         ),
         (NOTES["choice_entropy"],),
     )
@@ -154,17 +166,18 @@ def _choice_entropy(found: ChoiceEntropy, title: str) -> Section:
 
 def _repetition(found: Repetition, title: str) -> Section:
     first = found.measures["first_choice"]
-    outcome = above_null(first, ["first choice"])[1]
     chance = ", ".join(f"{name} {share:.1%}" for name, share in found.uniform.items() if name in found.measures)
     return Section(
         "repetition",
         title,
         "reported",
-        f"{_mean(first.value):.1%} of pairs, mean over layers; above the null band: {outcome}; no published bound",
+        f"{_mean(first.value):.1%} of pairs, mean over layers; {layers_above_null(first, 0)}; no published bound",
         (
             f"{found.pairs:,} pairs of tokens that stand directly after each other. Uniform routing would give "
             f"{chance}.",
-            NULL.format(found.permutations) + " So favourites of a document are in the null, and neighbourhood is not.",
+            NULL.format(found.permutations) + " So favourites of a document are in the null, and neighbourhood is "
+            "not: what is above the band is persistent routing, or ids that come in bursts.",
+            INTERVALS,
         ),
         tuple(table for one in found.measures.values() for table in measure_tables(one, ["consecutive tokens"])),
         (NOTES["repetition"],),
@@ -200,6 +213,7 @@ def _load(found: Load, title: str) -> Section:
         (
             f"Shares of the assignments of {found.tokens:,} tokens in {found.documents:,} documents. imbalance: "
             "the busiest expert's share over the mean share; evenness: entropy of the shares over its most.",
+            INTERVALS,
         ),
         (Table("Per layer", heading, body),),
         (NOTES["expert_load"],),
@@ -211,34 +225,36 @@ def _co_activation(found: CoActivation, title: str) -> Section:
     layers, ranks = np.nonzero(first >= 0)
     one, other = first[layers, ranks], second[layers, ranks]
     strength = [getattr(found.strength, part)[ranks, layers] for part in ("value", "low", "high")]
-    numbers = np.stack([found.share[layers, one, other], found.expected[layers, one, other], *strength], axis=-1)
+    numbers = np.stack([found.pair_share[layers, ranks], found.pair_expected[layers, ranks], *strength], axis=-1)
     pairs = zip(layers.tolist(), zip(one.tolist(), other.tolist(), strict=True), numbers.tolist(), strict=True)
     body = tuple((layer, f"{a} and {b}", *line) for layer, (a, b), line in pairs)
     shares = (Column("share", ".2%"), Column("by load alone", ".2%"))
     ratios = (Column(name, ".2f") for name in ("ratio", "low", "high"))
     columns = (Column("layer"), Column("experts"), *shares, *ratios)
+    outcome = "not measured: no pair is expected often enough in the build documents"
+    if not found.build_documents or not found.held_out_documents:
+        outcome = "not measured: all documents are on one side of the split into build and held-out documents"
+    elif body:
+        outcome = (
+            "pair that is strongest in the build documents, on the held-out ones, over what load alone makes: "
+            f"{_mean(found.strength.value[0]):.2f}x, mean over layers; no published bound"
+        )
     return Section(
         "co_activation",
         title,
         "reported" if body else "not testable",
-        f"strongest pair over what load alone makes: {_mean(found.strength.value[0]):.2f}x, mean over layers; "
-        "no published bound",
+        outcome,
         (
-            "Share of a layer's tokens that chose both experts, against what the experts' loads alone make "
-            "expected. Listed are the strongest pairs that are expected often enough; because they are listed for "
-            "being strongest, their ratios lie a little too high.",
+            "Share of a layer's tokens that chose both experts, against what the experts' loads alone make expected. "
+            f"The pairs are those strongest in {found.build_documents:,} documents, among those expected often enough; "
+            f"all figures are those of {found.held_out_documents:,} other documents, with their own loads. Mixing "
+            "documents of different load lifts ratios too: experts that are busy in the same documents meet more "
+            "often, though nothing binds them.",
+            INTERVALS,
         ),
         (Table("Strongest pairs", columns, body),),
         (NOTES["co_activation"],),
     )
-
-
-def _coverage(coverage: Measure, orders: Sequence[str]) -> Table:
-    """A line per order: ids decide the coverage, so that it is the same in every layer."""
-    numbers = np.stack([coverage.value[:, 0], coverage.low[:, 0], coverage.high[:, 0]], axis=-1).tolist()
-    columns = (Column("keys"), *(Column(name, ".3f") for name in ("value", "low", "high")))
-    body = tuple((order, *line) for order, line in zip(orders, numbers, strict=True))
-    return Table("coverage [share], the same in every layer", columns, body)
 
 
 def _orders(orders: Sequence[int]) -> list[str]:

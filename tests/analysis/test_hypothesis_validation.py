@@ -18,6 +18,7 @@ from analysis.hypotheses.trace_findings import Settings
 from analysis.hypothesis_validation import examine, main, report, validate
 from analysis.report import Report, text
 from analysis.traces import trace
+from analysis.traces.statistics import trace_statistics
 from analysis.traces.trace import Trace
 from varjax import statsfile
 
@@ -64,7 +65,8 @@ def trace_file(tmp_path_factory) -> Path:
 def own_file(tmp_path) -> Path:
     """Statistics of the small trace in the format of this project."""
     source = trace_source(small_trace())
-    statsfile.write(tmp_path / "in" / "routing_stats.parquet", source.stats, {"model": "tiny"}, source.strings)
+    about = {name: source.meta[name] for name in ("model", "entropy_from", "top_k")}
+    statsfile.write(tmp_path / "in" / "routing_stats.parquet", source.stats, about, source.strings)
     return tmp_path / "in" / "routing_stats.parquet"
 
 
@@ -98,7 +100,7 @@ def no_figures(monkeypatch):
     monkeypatch.setattr(hypothesis_validation, "draw", lambda found: iter(()))
 
 
-def test_the_command_writes_and_prints_everything(trace_file, tmp_path, capsys):
+def test_the_command_writes_everything_and_prints_the_overview(trace_file, tmp_path, capsys):
     main(["--input", str(trace_file), "--output", str(tmp_path), *OPTIONS])
     figures = {"frequency_entropy", "entropy_distribution", "routing_consistency", "token_experts"}
     figures |= {"fast_path_coverage", "predictability", "choice_entropy", "repetition", "expert_load", "co_activation"}
@@ -107,13 +109,17 @@ def test_the_command_writes_and_prints_everything(trace_file, tmp_path, capsys):
     assert written == expected | {f"hypotheses.{kind}" for kind in ("txt", "json", "html")}
 
     said = (tmp_path / "hypotheses.txt").read_text()
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "hypotheses.txt") in printed and "Per layer" not in printed and "Per layer" in said
+    assert "1,200 tokens, 30 documents" in printed and len(printed.splitlines()) < 25
+    assert all(title in printed for title in ("Frequency follows Zipf's law", "Experts are chosen together"))
     assert "of 2 layers" in said and "Holm" in said and "ln 2" in said and "chosen experts only" in said
     saved = json.loads((tmp_path / "hypotheses.json").read_text())
     assert saved["provenance"]["files"]["input"]["path"] == str(trace_file)
     assert len(saved["provenance"]["files"]["input"]["sha256"]) == 64
     assert saved["provenance"]["settings"]["orders"] == [1, 2]
-    rows = saved["sections"]["predictability"]["tables"][1]["rows"]
+    tables = saved["sections"]["predictability"]["tables"]
+    rows = next(table["rows"] for table in tables if table["title"].startswith("agreement ["))
     assert [row["verdict"] for row in rows] == ["PASS", "FAIL"]  # only layer 0 follows the ids
     assert saved["sections"]["predictability"]["verdict"] == "FAIL"
     assert np.shape(saved["expert_load"]["value"]) == (4, 2)
@@ -132,10 +138,45 @@ def test_statistics_alone_need_a_trace_for_the_rest(others_file, tmp_path):
 
 def test_a_trace_beside_the_statistics_is_used(own_file, trace_file, tmp_path, no_figures):
     (own_file.parent / hypothesis_validation.TRACE_FILE).write_bytes(trace_file.read_bytes())
-    main(["--input", str(own_file), "--output", str(tmp_path / "out"), *OPTIONS])
+    main(["--input", str(own_file.parent), "--output", str(tmp_path / "out"), *OPTIONS])  # the folder will do
     saved = json.loads((tmp_path / "out" / "hypotheses.json").read_text())
     assert saved["sections"]["predictability"]["verdict"] == "FAIL"
     assert set(saved["provenance"]["files"]) == {"input", "trace"}
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"num_experts": 5}, "experts: 5, the statistics have 4"),
+        ({"layers": 3}, "layers: 3, the statistics have 2"),
+        ({"origin": {"revision": "b"}}, "revision: b, the statistics are of the model with fingerprint a"),
+    ],
+)
+def test_a_trace_of_another_model_is_left_out_or_refused(change, why, tmp_path, capsys, no_figures):
+    source = trace_source(small_trace())
+    path = tmp_path / "routing_stats.parquet"
+    statsfile.write(path, source.stats, {"model": "tiny", "fingerprint": "a"}, source.strings)
+    other = replace(small_trace(layers=change.pop("layers", 2)), **change)
+    trace.write(tmp_path / "strange.parquet", other)
+    with pytest.raises(SystemExit) as stop:
+        main(["--input", str(path), "--trace", str(tmp_path / "strange.parquet"), "--output", str(tmp_path / "out")])
+    assert why in str(stop.value) and "strange.parquet: not a trace of what" in str(stop.value)
+    (tmp_path / "strange.parquet").rename(tmp_path / hypothesis_validation.TRACE_FILE)
+    main(["--input", str(path), "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "is left out" in printed and why in printed
+    saved = json.loads((tmp_path / "out" / "hypotheses.json").read_text())
+    assert saved["sections"]["load"]["verdict"] == "not measured" and set(saved["provenance"]["files"]) == {"input"}
+
+
+def test_the_header_names_the_trace_and_sections_say_what_ids_cover():
+    one = small_trace()
+    fewer = replace(one.of(np.arange(30) < 20), origin={"model": "tiny", "phase": "decode"})
+    stats = trace_statistics(one, min_count=40)
+    said = report(examine(Source(stats, {}), trace=fewer, settings=SETTINGS))
+    assert dict(said.facts)["trace"] == "model tiny, phase decode, 800 tokens, 20 documents"
+    share = stats.count[0].sum() / 1200
+    assert share < 0.9 and f"they cover {share:.1%} of all occurrences" in " ".join(text(said).split())
 
 
 def test_statistics_and_a_trace_differ_in_their_intervals_alone(own_file):
@@ -145,7 +186,8 @@ def test_statistics_and_a_trace_differ_in_their_intervals_alone(own_file):
     for name, part in (("consistency", "value"), ("consistency", "null"), ("zipf", "exponent"), ("correlation", "p")):
         mine, theirs = (getattr(getattr(found.tests, name), part) for found in (from_file, from_trace))
         assert np.array_equal(mine, theirs)
-    assert not np.array_equal(from_file.tests.consistency.low, from_trace.tests.consistency.low)
+    lows = [found.tests.consistency.low for found in (from_file, from_trace)]
+    assert np.all(lows[0][:, :3] != lows[1][:, :3]) and np.isnan([low[:, 3:] for low in lows]).all()  # 4 ids a decile
     mine, theirs = report(from_file), report(from_trace)
     for name in ("zipf", "frequency_entropy", "entropy", "consistency", "coverage"):
         one, other = (next(s for s in said.sections if s.name == name) for said in (mine, theirs))
@@ -188,7 +230,7 @@ def test_two_runs(own_file, tmp_path, no_figures):
     main(["--input", str(own_file), "--output", str(tmp_path / "out"), "--compare", str(second)])
     paired = json.loads((tmp_path / "out" / "hypotheses.json").read_text())["sections"]["paired"]
     assert paired["verdict"] == "reported"
-    assert "entropy 2 of 2, confidence 0 of 2, consistency 0 of 2" in paired["outcome"]
+    assert "entropy 2 of 2, confidence 0 of 2;" in paired["outcome"]
     assert str(second) in paired["words"][0]
 
 
@@ -212,6 +254,30 @@ def test_entropy_of_a_trace_needs_a_caution_unless_it_is_the_gates_own():
     assert ["chosen experts only" in " ".join(words) for words in cautions] == [True, False, False]
     assert ["entropy is a lower bound" in " ".join(words) for words in cautions] == [False, True, False]
     assert "ln 4 = 1.386" in " ".join(cautions[2])
+
+
+def test_only_what_the_known_entropy_can_decide_is_judged():
+    """All experts' entropy is little in layer 0 and much in layer 1; of the chosen two it is little in both."""
+    one = replace(small_trace(), entropy=None)
+    first = np.where(np.arange(2) == 0, 0.98, 0.3)[None] + np.zeros((1200, 1))
+    spread = replace(one, probs=np.stack([first, (1 - first) / 3], axis=-1).astype(np.float32), probs_over="all")
+    chosen = replace(spread, probs=spread.probs / spread.probs.sum(axis=-1, keepdims=True), probs_over="chosen")
+    own = replace(spread, entropy=np.tile(np.array([0.1, 1.3], np.float32), (1200, 1)))
+    names = ("frequency_entropy", "entropy", "coverage")
+    seen = []
+    for case in (chosen, spread, own, replace(own, probs=None, probs_over=None)):
+        sections = {one.name: one for one in validate(trace_source(case), settings=SETTINGS).sections}
+        seen.append([[row[-1] for row in sections[name].tables[0].rows] for name in names])
+        assert all(not np.isnan(row[1]) for row in sections["entropy"].tables[0].rows)  # numbers are kept
+    no, good, bad = "not testable", "PASS", "FAIL"
+    assert seen[0] == [[no, no]] * 3
+    assert seen[1] == [[no, no], [no, bad], [no, bad]]
+    assert seen[2][1:] == [[good, bad], [good, bad]] == seen[3][1:]
+    sections = {one.name: one for one in validate(trace_source(spread), settings=SETTINGS).sections}
+    assert [sections[name].verdict for name in names] == [no, bad, bad]
+    assert sections["coverage"].outcome.endswith("(1 not testable); gate entropy is known as a lower bound only")
+    sections = {one.name: one for one in validate(trace_source(chosen), settings=SETTINGS).sections}
+    assert "the criterion is on gate entropy, and this is the entropy of the 2 chosen" in sections["entropy"].outcome
 
 
 def test_what_a_trace_cannot_answer_is_said():
@@ -259,6 +325,7 @@ def test_criteria_pass_only_if_every_testable_layer_does():
     ("arguments", "message"),
     [
         (("--input", "missing.parquet"), "missing.parquet: no such file"),
+        (("--input", "folder"), "folder: this folder has no routing_stats.parquet"),
         (("--input", "text.parquet"), "text.parquet: not a readable Parquet file"),
         (("--input", "own", "--trace", "own"), "no routing trace"),
         (("--input", "own", "--compare", "missing.parquet"), "missing.parquet: no such file"),
@@ -269,7 +336,11 @@ def test_criteria_pass_only_if_every_testable_layer_does():
 )
 def test_bad_input_ends_in_one_message(own_file, tmp_path, arguments, message):
     (tmp_path / "text.parquet").write_text("no Parquet")
-    paths = {"own": str(own_file), **{name: str(tmp_path / name) for name in ("missing.parquet", "text.parquet")}}
+    (tmp_path / "folder").mkdir()
+    paths = {
+        "own": str(own_file),
+        **{name: str(tmp_path / name) for name in ("missing.parquet", "text.parquet", "folder")},
+    }
     with pytest.raises(SystemExit) as stop:
         main([*(paths.get(one, one) for one in arguments), "--output", str(tmp_path / "out")])
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
@@ -280,4 +351,6 @@ def test_it_runs_by_its_path(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["hypothesis_validation.py", "--help"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(hypothesis_validation.__file__, run_name="__main__")
-    assert stop.value.code == 0 and "--compare" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "--compare" in said
+    assert "(default: results/hypotheses)" in said and "(default: None)" not in said

@@ -88,6 +88,23 @@ def test_routing_by_the_last_two_ids_is_explained_by_two():
     assert explained.value[1, 0] > 0.99 and explained.p[1, 0] == 1 / 20
     assert explained.value[0, 0] == pytest.approx(1 - h.value[0, 0] / h.null[0, 0])
     assert explained.low[0, 0] < explained.value[0, 0] < explained.high[0, 0]
+    assert found.measures["explained_held_out"].value[1, 0] > 0.9
+
+
+def test_what_documents_repeat_word_for_word_is_explained_in_sample_alone():
+    rng = np.random.default_rng(5)
+    phrase = rng.integers(0, 30, (60, 20))  # every document says one phrase of common ids ten times ...
+    routed = rng.integers(0, 8, (60, 20, 1))  # ... routed alike each time, and otherwise than in any other document
+    repeat = dict(repeats=10, axis=0)
+    ids, first = np.repeat(phrase, **repeat).ravel(), np.repeat(routed, **repeat).reshape(-1, 1)
+    trace = with_firsts(ids, first, 8, length=200)
+    found = conditional_entropy(trace, (1, 2), permutations=19, samples=10, progress=False)
+    explained, held_out = (found.measures[name] for name in ("explained", "explained_held_out"))
+    assert np.all(explained.value[:, 0] > [0.03, 0.5]) and np.all(explained.p == 1 / 20)
+    assert np.all(held_out.value < 0.02)
+    loss = found.measures["cross_entropy"]
+    np.testing.assert_allclose(held_out.value, 1 - loss.value / loss.null)
+    np.testing.assert_allclose(held_out.low, 1 - loss.high / loss.null)
 
 
 def test_figures_are_those_of_dictionaries():
@@ -119,13 +136,15 @@ def test_figures_are_those_of_dictionaries():
         values = [found.measures[name].value[row, 0] for name in ("plug_in", "conditional_entropy", "cross_entropy")]
         np.testing.assert_allclose(values, [plug_in, corrected, np.mean(loss)])
         assert found.measures["coverage"].value[row, 0] == pytest.approx(len(known) / len(ids))
+        assert found.measures["held_out_coverage"].value[row, 0] == pytest.approx(len(loss) / np.sum(~build))
 
 
 def test_one_document_has_neither_intervals_nor_a_cross_entropy():
     rng = np.random.default_rng(3)
     trace = with_firsts(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 2)), 4, length=500)
     found = conditional_entropy(trace, (1,), permutations=19, samples=10, progress=False)
-    assert np.isnan(found.measures["cross_entropy"].value).all()
+    for name in ("held_out_coverage", "cross_entropy", "explained_held_out"):
+        assert np.isnan(found.measures[name].value).all()
     entropy = found.measures["conditional_entropy"]
     assert np.isnan([entropy.low, entropy.high]).all()
     assert np.isfinite([entropy.value, entropy.null_low, entropy.p]).all()

@@ -56,8 +56,47 @@ def test_routing_by_load_alone_has_ratios_of_one():
     off_diagonal = ~np.eye(6, dtype=bool)
     np.testing.assert_allclose(found.ratio[0][off_diagonal], 1, atol=0.12)
     assert np.isnan(found.ratio[0][~off_diagonal]).all()
-    covered = (found.strength.low <= 1) & (found.strength.high >= 1)
-    assert covered.sum() >= 7  # of the ten that came out strongest
+    assert found.build_documents + found.held_out_documents == 800
+
+
+def test_independent_routing_has_no_strong_pairs_on_documents_that_did_not_choose_them():
+    rng = np.random.default_rng(3)
+    above, ratios = [], []
+    for seed in range(10):
+        experts = rng.random((4000, 2, 16)).argsort(axis=-1)[..., :2]
+        found = co_activation(make_trace(experts, 16, length=40), pairs=5, min_expected=10, samples=200, seed=seed)
+        above.append(found.strength.low > 1)
+        ratios.append(found.strength.value)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.06)  # in the trace that chose them: 1.4
+    assert np.mean(above) < 0.08  # 2.5 %, were they independent
+
+
+def test_mixing_documents_of_different_load_lifts_ratios():
+    rng = np.random.default_rng(4)
+    busy = 4 * (np.arange(8000) // 50 % 2)[:, None] + np.arange(4)  # half of the experts, by the document
+    chosen = np.where(rng.random((8000, 1)) < 0.8, busy, (busy + 4) % 8)
+    experts = np.take_along_axis(chosen, rng.random((8000, 4)).argsort(axis=-1)[:, :2], axis=-1)
+    found = co_activation(make_trace(experts[:, None], 8), pairs=3, samples=100)
+    assert np.all(found.strength.low > 1.3)
+
+
+def test_without_a_held_out_part_no_pair_is_listed():
+    experts = np.random.default_rng(5).random((500, 2, 6)).argsort(axis=-1)[..., :2]
+    found = co_activation(make_trace(experts, 6, length=500), pairs=3, samples=10)
+    assert 0 in (found.build_documents, found.held_out_documents)
+    assert np.all(found.strongest == -1)
+    assert np.isnan([found.strength.value, found.strength.low, found.pair_share.T, found.pair_expected.T]).all()
+    assert np.isfinite(found.ratio).sum() == 2 * 30  # all pairs of all documents are still there to be drawn
+
+
+def test_the_order_of_a_tokens_experts_does_not_matter():
+    experts = np.random.default_rng(6).random((1500, 1, 6)).argsort(axis=-1)[..., :3]
+    one, other = (
+        co_activation(make_trace(e, 6, ranked=False), pairs=3, samples=10) for e in (experts, np.sort(experts))
+    )
+    for name in ("share", "expected", "strongest", "pair_share"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    np.testing.assert_array_equal(one.strength.low, other.strength.low)
 
 
 def test_a_bound_pair_comes_first_with_an_interval():
@@ -69,7 +108,13 @@ def test_a_bound_pair_comes_first_with_an_interval():
     found = co_activation(make_trace(experts, 8), pairs=3, samples=200)
     assert found.strongest.shape == (2, 3, 2) and found.strongest[:, 0].tolist() == [[2, 5], [2, 5]]
     assert np.all(found.strength.low[0] > 1.5) and np.all(found.strength.low[0] < found.strength.value[0])
-    np.testing.assert_allclose(found.strength.value[0], found.ratio[:, 2, 5])
+    np.testing.assert_allclose(found.strength.value.T, found.pair_share / found.pair_expected)
+    trace = make_trace(experts, 8)
+    held_out = experts[~trace.build_documents()[trace.document]]
+    both = np.isin(held_out, [2, 5]).all(axis=-1).mean(axis=0)
+    np.testing.assert_allclose(found.pair_share[:, 0], both)
+    load = np.bincount(held_out[:, 0].ravel(), minlength=8) / len(held_out)
+    assert found.pair_expected[0, 0] == pytest.approx(expected_shares(load, 2)[2, 5])
     np.testing.assert_allclose(found.share, found.share.swapaxes(1, 2))
     chosen = np.array([np.isin(experts[:, 0], [2]).any(-1), np.isin(experts[:, 0], [5]).any(-1)])
     assert found.share[0, 2, 5] == pytest.approx(chosen.all(axis=0).mean())

@@ -74,6 +74,21 @@ def test_routing_by_the_last_two_ids_is_found_and_one_id_knows_what_theory_says(
     assert found.longest["coverage"].value[0, 0] == 1
 
 
+def test_a_longer_order_that_knows_no_more_is_no_better_at_the_same_tokens():
+    rng = np.random.default_rng(8)
+    ids = zipf_ids(rng, 30_000, 60)
+    sure = np.linspace(0.9, 0.1, 60)[ids]  # frequent ids, which make the frequent pairs, are the easy ones
+    first = np.where(rng.random(len(ids)) < sure, ids % 8, rng.integers(0, 8, len(ids)))
+    trace = make_trace(first[:, None, None], 8, token_id=ids, length=100)
+    found = predictability(trace, (1, 2), min_count=40, permutations=19, samples=10, progress=False)
+    agreement, shortest = (found.measures[name].value[:, 0] for name in ("agreement", "agreement_of_shortest"))
+    assert agreement[1] > agreement[0] + 0.03  # it looks better, ...
+    assert agreement[1] == pytest.approx(shortest[1], abs=0.01) and shortest[0] == agreement[0]  # ... and is not
+    assert found.longest["coverage"].value[0, 0] == found.measures["coverage"].value[0, 0]
+    assert found.longest["agreement_of_shortest"].value[0, 0] == agreement[0]
+    assert found.measures["agreement_of_shortest"].null[1, 0] < 0.3
+
+
 def slow_scores(trace, layer, order, min_count):
     """Key -> evidence in dictionaries; (agreement, recall, mass) of every held-out token that is known."""
     build = trace.build_documents()
@@ -109,15 +124,18 @@ def slow_scores(trace, layer, order, min_count):
 def compare(trace, min_count, tolerance):
     found = predictability(trace, (1, 2, 3), min_count=min_count, permutations=0, samples=20, progress=False)
     for layer in range(trace.num_layers):
-        longest = {}
+        longest, shortest = {}, None
         for row, order in enumerate(found.orders):
             scores, held_out = slow_scores(trace, layer, order, min_count)
             longest |= scores
+            shortest = shortest or scores
             assert found.held_out_tokens == held_out
             assert found.measures["coverage"].value[row, layer] == pytest.approx(len(scores) / held_out)
             slow = np.mean(list(scores.values()), axis=0)
             fast = [found.measures[name].value[row, layer] for name in ("agreement", "recall", "mass")]
             np.testing.assert_allclose(fast, slow, atol=tolerance)
+            there = np.mean([shortest[token][0] for token in scores])
+            assert found.measures["agreement_of_shortest"].value[row, layer] == pytest.approx(there, abs=tolerance)
         fast = [found.longest[name].value[0, layer] for name in ("agreement", "recall", "mass")]
         np.testing.assert_allclose(fast, np.mean(list(longest.values()), axis=0), atol=tolerance)
         assert found.longest["coverage"].value[0, layer] == pytest.approx(len(longest) / held_out)
@@ -158,16 +176,17 @@ def test_real_routing_scores_as_dictionaries_say(shared_data):
 def test_what_a_trace_does_not_say_is_left_out():
     trace = random_trace(4)
     quick = dict(permutations=0, samples=10, progress=False)
-    assert list(predictability(trace, **quick).measures) == ["coverage", "agreement", "recall", "mass"]
+    everything = ["coverage", "agreement", "recall", "mass", "agreement_of_shortest"]
+    assert list(predictability(trace, **quick).measures) == everything
     bare = replace(trace, probs=None, probs_over=None, ranked=False)
-    assert list(predictability(bare, **quick).measures) == ["coverage", "recall"]
+    assert list(predictability(bare, **quick).measures) == ["coverage", "recall", "recall_of_shortest"]
     one = replace(bare, experts=trace.experts[..., :1])  # one expert is the first, whatever the trace says
     found = predictability(one, **quick)
     np.testing.assert_array_equal(found.measures["agreement"].value, found.measures["recall"].value)
 
 
 def test_an_order_that_no_document_reaches_has_no_figures_and_no_coverage():
-    found = predictability(random_trace(5), (101, 1, 1), permutations=19, samples=10, progress=False)
+    found = predictability(random_trace(5, tokens=6000), (101, 1, 1), permutations=19, samples=10, progress=False)
     assert found.orders == (1, 101)
     assert np.all(found.measures["coverage"].value[1] == 0)
     agreement = found.measures["agreement"]
@@ -177,7 +196,7 @@ def test_an_order_that_no_document_reaches_has_no_figures_and_no_coverage():
 
 
 def test_a_seed_repeats_the_figures():
-    trace = random_trace(6)
+    trace = random_trace(6, tokens=6000)
     first, second, other = (
         predictability(trace, permutations=19, samples=50, seed=seed, progress=False) for seed in (0, 0, 1)
     )

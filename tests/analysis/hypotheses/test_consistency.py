@@ -49,9 +49,39 @@ def test_groups_are_what_they_say(two_layers):
 
 
 def test_largest_share_of_few_draws_is_known():
-    mean, variance = largest_shares(np.array([1, 2, 2]), np.array([0.5, 0.5]), 4000, np.random.default_rng(0))
+    draws = np.array([5, 4000])
+    mean, variance = largest_shares(np.array([1, 2]), np.array([0.5, 0.5]), draws, np.random.default_rng(0))
     assert mean[0] == 1 and variance[0] == 0
-    assert mean[1] == mean[2] == pytest.approx(0.75, abs=0.01)  # both to one expert in half of the cases
+    assert mean[1] == pytest.approx(0.75, abs=0.01)  # both to one expert in half of the cases
+    assert variance[1] == pytest.approx(1 / 16, abs=0.002)
+
+
+def test_random_routing_lies_within_the_band_at_the_nominal_rate():
+    rng = np.random.default_rng(3)
+    marginal, runs = np.array([0.4, 0.3, 0.2, 0.1]), 150
+    inside = np.zeros(13)
+    for run in range(runs):
+        stats = routed([rng.multinomial(rng.geometric(0.3, 2000) + 1, marginal)])  # few different frequencies
+        found = consistency(stats, samples=20, seed=run)
+        inside += (found.null_low[0] <= found.value[0]) & (found.value[0] <= found.null_high[0])
+    assert np.all(inside >= 0.88 * runs) and inside.mean() == pytest.approx(0.95 * runs, abs=0.03 * runs)
+
+
+def test_routing_by_document_alone_lies_above_the_null():
+    rng = np.random.default_rng(4)
+    favourite = rng.integers(0, 4, 60)  # of each document
+    home = rng.integers(0, 60, (400, 2))  # the documents that an id keeps to
+    top1 = np.stack([np.bincount(favourite[rng.choice(two, 20)], minlength=4) for two in home])
+    found = consistency(routed([top1]))
+    assert found.value[0, 0] > found.null_high[0, 0]
+
+
+def test_groups_of_few_ids_have_no_interval():
+    top1 = np.random.default_rng(5).multinomial(np.arange(10, 50), [0.5, 0.3, 0.2])  # 40 ids: deciles of 4
+    found = consistency(routed([top1]))
+    for edge in (found.low, found.high, found.null_low, found.null_high):
+        assert np.isfinite(edge[0, :3]).all() and np.isnan(edge[0, 3:]).all()
+    assert np.isfinite(found.value).all() and np.isfinite(found.null).all()
 
 
 def test_a_file_without_first_choices_uses_the_estimated_shares():
