@@ -78,7 +78,8 @@ _ALL = (
         "Each panel is a layer; a cell says how often two experts are chosen for the same token, over what their "
         "loads alone make expected, as the binary logarithm: +1 is twice as often, -1 half as often. Grey in the "
         "middle is chance.",
-        "A rare expert's cells are noise; the table lists pairs that are frequent enough, with intervals.",
+        "A rare expert's cells are noise, and documents that load the experts differently lift the ratios by themselves; "
+        "the table lists frequent pairs, chosen on one part of the documents and scored on the other.",
     ),
 )
 

@@ -21,6 +21,8 @@ from analysis.estimators.resampling import Measure
 from analysis.figures import heat_map
 from analysis.hypotheses.trace_findings import TraceFindings
 
+SHORTEST = "_of_shortest"  # ends the names of what the shortest order gets at another order's tokens
+
 
 def draw(found: TraceFindings) -> Iterator[tuple[str, Figure]]:
     """The name and the figure of everything that was found, one after the other."""
@@ -38,21 +40,28 @@ def draw(found: TraceFindings) -> Iterator[tuple[str, Figure]]:
 
 
 def predictability_by_layer(found: Predictability) -> Figure:
-    """A row of panels per measure, a column per order; the coverage stands in the column's title."""
-    names = [name for name in found.measures if name != "coverage"]
+    """A row of panels per measure, a column per order; the coverage stands in the column's title.
+
+    Dotted: what the shortest order gets at the same tokens.
+    """
+    names = [name for name in found.measures if name != "coverage" and not name.endswith(SHORTEST)]
     coverage = found.measures["coverage"].value[:, 0]
     figure, axes = _grid(len(names), len(found.orders))
     for row, name in enumerate(names):
         for column in range(len(found.orders)):
             against_null(axes[row, column], found.measures[name], column)
             axes[row, column].set_ylim(0, 1.02)
+            shortest = found.measures.get(f"{name}{SHORTEST}")
+            if shortest is not None and column > 0:
+                axes[row, column].plot(shortest.value[column], color="0.0", linestyle=":", linewidth=1)
         axes[row, 0].set_ylabel(f"{name} [{found.measures[name].unit}]")
     for column, order in enumerate(found.orders):
         axes[0, column].set_title(f"order {order}: {coverage[column]:.0%} of tokens", fontsize="medium")
     figure.supxlabel("layer")
     figure.suptitle(
         f"Held-out predictability — {found.held_out_tokens:,} tokens, {found.held_out_documents:,} documents; "
-        f"tables from {found.build_tokens:,} tokens\ndots: observed; dashed and grey: shuffled within documents"
+        f"tables from {found.build_tokens:,} tokens\ndots: observed; dashed and grey: shuffled within documents; "
+        f"dotted: order {min(found.orders)} at the same tokens"
     )
     figure.tight_layout()
     return figure
