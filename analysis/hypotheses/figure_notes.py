@@ -46,7 +46,8 @@ _ALL = (
         "predictability",
         "Held-out predictability by layer and order",
         "One row per figure, one column per context order. Dots with intervals: observed; dashed line and grey: what "
-        "shuffled routing gives. The higher above the grey, the more the ids foretell.",
+        "shuffled routing gives. The higher above the grey, the more the ids foretell. Dotted: the shortest order at "
+        "the same tokens; what is between is what the longer context adds.",
         "Longer contexts score at fewer tokens (the coverage stands above each column), and these are the easy ones: "
         "an order that is better at its own keys need not be better over all tokens. Intervals hold the tables fixed.",
     ),
@@ -78,8 +79,8 @@ _ALL = (
         "Each panel is a layer; a cell says how often two experts are chosen for the same token, over what their "
         "loads alone make expected, as the binary logarithm: +1 is twice as often, -1 half as often. Grey in the "
         "middle is chance.",
-        "A rare expert's cells are noise, and documents that load the experts differently lift the ratios by themselves; "
-        "the table lists frequent pairs, chosen on one part of the documents and scored on the other.",
+        "A rare expert's cells are noise, and documents of different load lift the ratios by themselves; the table "
+        "lists frequent pairs, chosen on one part of the documents and scored on the other.",
     ),
 )
 
