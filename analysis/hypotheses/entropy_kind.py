@@ -30,13 +30,15 @@ def entropy_kind(stats: RoutingStats, meta: Mapping[str, Any]) -> EntropyKind:
     """`meta` as `varjax.statsfile.read` returns it, or of `analysis.hypotheses.sources.trace_source`."""
     if meta.get("entropy_from") == "chosen":
         k = int(meta["top_k"])
+        # The K largest probabilities over their sum majorise all E of them, so their entropy is never above the gate's.
         caution = (
-            f"Caution: the trace has probabilities over the {k} chosen experts only. Their entropy is not that of "
-            f"the router over all {stats.num_experts}, which the criterion was published for, and never above "
-            f"ln {k} = {math.log(k):.3f} nats: the figures hold for what was measured, and nothing is judged by them."
+            f"Caution: the trace has probabilities over the {k} chosen experts only. Their entropy is at most ln {k} = "
+            f"{math.log(k):.3f} nats and never above that of the router over all {stats.num_experts}, which the "
+            "criterion was published for: a FAIL for too much entropy stands, a PASS for little does not, and rho is "
+            "not bounded at all."
         )
-        why = f"the criterion is on gate entropy, and this is the entropy of the {k} chosen experts"
-        return EntropyKind(k, f"ln {k} = {math.log(k):.3f} nats (over the chosen experts)", (caution,), why)
+        why = f"the criterion is on gate entropy, of which the {k} chosen experts' is a lower bound"
+        return EntropyKind(k, f"ln {k} = {math.log(k):.3f} nats (over the chosen experts)", (caution,), why, True)
     number = stats.num_experts
     words = f"ln {number} = {math.log(number):.3f} nats"
     if "num_experts" in meta.get("filled", {}):
