@@ -25,7 +25,7 @@ from flax import nnx
 from models.config import MoEConfig
 from models.experts import Engine, slot_outputs
 from models.kv_cache import KVCache, extend, visible
-from varjax.routing import NO_ROW, Plan, Routing, resolve
+from varjax.routing import LayerAnswers, Plan, Routing, resolve
 
 Params = dict[str, Any]
 
@@ -153,7 +153,7 @@ def forward(
     attention_mask: jax.Array | None = None,
     kv: KVCache | None = None,
     plan: Plan | None = None,
-    residuals: tuple[jax.Array, ...] | None = None,
+    answers: tuple[LayerAnswers, ...] | None = None,
     last_logits_only: bool = False,
     slot_outputs_of: tuple[int, ...] = (),
 ) -> Output:
@@ -165,7 +165,7 @@ def forward(
         attention_mask: bool or int[B, T], true for real tokens; padding may stand on either side. None: all are real.
         kv: cache with the positions before these ones; None: `token_ids` are the whole text.
         plan: what is settled before layer 0 (`varjax.plan`); None: the learned router decides everything.
-        residuals: one float32[R, D] per layer, the rows that `plan.row` points to.
+        answers: one per layer, what stands in for the experts that the plan drops.
         last_logits_only: compute the head for the last position only.
         slot_outputs_of: layers whose slots' outputs are wanted (costs their experts a second time).
     """
@@ -192,16 +192,17 @@ def forward(
             flat = layer.expert_norm(x).reshape(-1, config.hidden_size)
             layer_probs = jax.nn.softmax(layer.gate(flat).astype(jnp.float32), axis=-1)
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
-            routing, row = resolve(layer_probs, config.top_k, None if plan is None else plan.layer(index))
+            known = None if answers is None else answers[index]
+            routing, dropped = resolve(layer_probs, config.top_k, None if plan is None else plan.layer(index), known)
             # Padding runs no expert: nobody reads what it would give.
             real = mask[..., None]
             routing = Routing(jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0))
         flat_routing = jax.tree.map(lambda leaf: leaf.reshape(-1, config.top_k), routing)
         with jax.named_scope("experts"):
             y = engine.apply(flat, flat_routing, params["experts"][index]).reshape(x.shape)
-        if residuals is not None:
+        if known is not None:
             with jax.named_scope("residual"):
-                y = y + jnp.where((row != NO_ROW)[..., None], residuals[index][row], 0).astype(y.dtype)
+                y = y + known.total(dropped).astype(y.dtype)
         if index in slot_outputs_of:
             slots = slot_outputs(engine, flat, flat_routing, params["experts"][index])
             wanted.append(slots.reshape(*token_ids.shape, config.top_k, -1))

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from varjax.files import replacing
 
 Source = Literal["gate", "table"]
+AnswerType = Literal["float32", "bfloat16", "int8"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     "conservative": {"frequency_threshold": 100, "entropy_threshold": 0.3, "confidence_threshold": 0.9},
@@ -38,12 +39,14 @@ class LayerPolicy:
         ValueError: naming every field that is out of range, its value and what is allowed.
     """
 
-    kept: int | None = 1  # experts to run, 0 = look-up only; None = as few as reach VARConfig.mass_threshold
-    residual: bool = True  # add the key's mean of what is left out
-    orders: tuple[int, ...] = (1,)  # context orders that may answer; the longest one with evidence does
+    kept: int | None = 1  # experts to run, 0 = look-up only; None = all with a tolerance, else those in mass_threshold
+    residual: bool = True  # what the left-out experts say on average at the key stands in for them
+    orders: tuple[int, ...] = (1,)  # context orders that may answer, the longest known one does; 0 = every token
     choice_from: Source = "gate"  # who names the experts
     weights_from: Source = "gate"  # who weighs the experts that the table named
     gate_ratio: float | None = None  # drop an expert whose weight is under this share of the first one's
+    gate_mass: float | None = None  # drop the experts after those whose gate probabilities reach this
+    tolerance: float | None = None  # drop an expert whose weight times its answer's deviation is under this
     renormalise: bool = False  # rescale the kept weights to their former sum
     frequency_threshold: int | None = None  # occurrences that a key needs; None = VARConfig's
     entropy_threshold: float | None = None  # nats, most mean gate entropy of a key; None = VARConfig's
@@ -52,17 +55,21 @@ class LayerPolicy:
         check = _Check(self)
         check.integer("kept", 0, optional=True)
         check.flag("residual")
-        check.integers("orders", 1, optional=False)
+        check.integers("orders", 0, optional=False)
         check.one_of("choice_from", ("gate", "table"))
         check.one_of("weights_from", ("gate", "table"))
         check.number("gate_ratio", 0.0, 1.0, above=True, optional=True)
         check.flag("renormalise")
         check.integer("frequency_threshold", 1, optional=True)
         check.number("entropy_threshold", 0.0, optional=True)
+        check.number("gate_mass", 0.0, 1.0, above=True, optional=True)
+        check.number("tolerance", 0.0, above=True, optional=True)
         if self.residual and self.renormalise:
             check.fault("renormalise", "False with residual=True: kept weights stay, the residual carries the rest")
-        if self.residual and self.kept is None:
-            check.fault("kept", "an integer with residual=True: a residual belongs to a fixed number of experts")
+        if not self.residual and self.tolerance is not None:
+            check.fault("tolerance", "None with residual=False: it is about how far an answer is off")
+        if isinstance(self.orders, tuple) and 0 in self.orders and self.kept is None and self.tolerance is None:
+            check.fault("kept", "an integer where orders hold 0: nothing is predicted for every token")
         if self.weights_from == "table" and self.choice_from == "gate":
             check.fault("weights_from", "'gate' with choice_from='gate': the table weighs only what it chose")
         check.finish()
@@ -83,11 +90,12 @@ class VARConfig:
     cache_ttl_seconds: float = 60.0  # seconds, age at which a cached decision expires
     context_window_size: int = 4  # token ids that make a cached context, the current one included
     routing_stats: str | None = None  # path of the Parquet file that the table is built from
-    residuals: str | None = None  # path of the safetensors file with the residual rows
+    residuals: str | None = None  # path of the safetensors file with the answers
     enable_var: bool = True  # False = the plain model, bit for bit
     max_quality_degradation: float = 0.01  # relative increase of perplexity that is still acceptable
     mass_threshold: float = 0.9  # share of the predicted gate weight that the kept experts reach if kept is open
-    residual_shrinkage: float = 5.0  # k0, occurrences that the prior of a residual row weighs
+    residual_shrinkage: float = 1.0  # k0, occurrences that the prior of an answer weighs
+    answer_dtype: AnswerType = "float32"  # how answers are kept; "bfloat16" takes half of the bytes, "int8" a quarter
     default: LayerPolicy | None = field(default_factory=LayerPolicy)  # layers not listed below; None = left open
     layers: Mapping[int, LayerPolicy | None] | tuple[tuple[int, LayerPolicy | None], ...] = ()  # exceptions
     cache_layers: tuple[int, ...] | None = None  # layers that the cached tier may decide; None = all not left open
@@ -106,6 +114,7 @@ class VARConfig:
         check.number("max_quality_degradation", 0.0)
         check.number("mass_threshold", 0.0, 1.0, above=True)
         check.number("residual_shrinkage", 0.0)
+        check.one_of("answer_dtype", ("float32", "bfloat16", "int8"))
         check.policy("default")
         check.policies("layers")
         check.integers("cache_layers", 0, optional=True)

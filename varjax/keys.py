@@ -94,6 +94,8 @@ class KeyIndex:
     def build(cls, keys: np.ndarray) -> KeyIndex:
         """Index keys int [R, C], right-aligned, with ANY before the ids of a shorter order. R may be 0.
 
+        The key of order 0 is ANY throughout.
+
         Raises:
             ValueError: not a matrix; an id negative or wider than int32; ANY behind an id; a key twice.
         """
@@ -126,18 +128,19 @@ def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Arra
     Args:
         index: keys of any orders, width C.
         contexts: int32 [B, T, >= max(orders)], from `contexts`.
-        orders: how many of the last ids to look at, each from 1 to C.
+        orders: how many of the last ids to look at, each from 0 to C. The key of order 0 is at every real token.
     """
     width = index.keys.shape[1]
     longest = min(width, contexts.shape[-1])
-    if not orders or min(orders) < 1 or max(orders) > longest:
+    if not orders or min(orders) < 0 or max(orders) > longest:
         raise ValueError(
-            f"orders {tuple(orders)} must lie in 1..{longest}; keys hold {width} ids, contexts {contexts.shape[-1]}"
+            f"orders {tuple(orders)} must lie in 0..{longest}; keys hold {width} ids, contexts {contexts.shape[-1]}"
         )
     padding = [(0, 0)] * (contexts.ndim - 1) + [(width - longest, 0)]
     recent = jnp.pad(contexts[..., -longest:], padding, constant_values=ANY)
     seen = np.arange(width) >= width - np.asarray(orders)[:, None]  # [O, C]
-    return index.find(jnp.where(seen[:, None, None, :], recent, ANY))
+    real = recent[..., -1:] != NONE
+    return index.find(jnp.where(seen[:, None, None, :] | ~real, recent, ANY))
 
 
 class OrderCount(NamedTuple):
@@ -302,8 +305,7 @@ def _checked_keys(keys: np.ndarray) -> np.ndarray:
     keys = np.asarray(keys)
     if keys.ndim != 2 or keys.shape[1] == 0 or not (np.issubdtype(keys.dtype, np.integer) or keys.size == 0):
         raise ValueError(f"keys must be integers [R, C] with C >= 1, got {keys.dtype} {list(keys.shape)}")
-    unused = np.logical_and.accumulate(keys == ANY, axis=1)  # the leading ANYs
-    unused[:, -1] = False  # the current id is never one
+    unused = np.logical_and.accumulate(keys == ANY, axis=1)  # the leading ANYs; all of them in the key of order 0
     valid = unused | ((keys >= 0) & (keys <= np.iinfo(np.int32).max))
     if not valid.all():
         row = int(np.flatnonzero(~valid.all(axis=1))[0])

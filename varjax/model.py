@@ -192,7 +192,7 @@ def routed_forward(
         attention_mask=mask,
         kv=kv,
         plan=plan,
-        residuals=table.residuals,
+        answers=table.answers,
         last_logits_only=last_logits_only,
     )
     state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)

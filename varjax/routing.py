@@ -1,6 +1,7 @@
 """What a router decides, what a plan fixes beforehand, and how the two become one decision.
 
-Letters: L layers, B sequences, T positions, E experts, K experts per token (slots, best first), R table rows.
+Letters: L layers, B sequences, T positions, E experts, K experts per token (slots, best first), R table rows, N answers
+of a layer, D hidden size.
 
 `resolve` is the single place that says what a plan means inside a layer. Everything else (the model, the
 replay of a trace, the counters) calls it or reads what it returned.
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 
 FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED: the plan leaves the token open
-NO_ROW = -1  # the residual row of a token that receives none
+NO_ROW = -1  # the table row of a token that the table says nothing of
+NO_ANSWER = -1  # the answer of an expert that is not known at a row, or that none stands in for
 
 
 @jax.tree_util.register_dataclass
@@ -38,15 +40,18 @@ class LayerRules:
     """How each layer treats its planned tokens. Array data, so that another policy recompiles nothing."""
 
     gate_ratio: Array  # float32 [L], a slot under this share of slot 0's weight is dropped; 0 = never
+    gate_mass: Array  # float32 [L], slots after those that reach this gate probability are dropped; 1 = never
+    tolerance: Array  # float32 [L], a slot whose weight times its answer's deviation is below this is dropped; 0 = never
+    residual: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
     renormalise: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate
     weights_from_table: Array  # bool [L], it also supplies their weights; idle where the gate chooses
 
     @classmethod
     def neutral(cls, num_layers: int) -> LayerRules:
-        """[L]: the gate chooses and weighs, nothing is dropped by ratio, nothing is rescaled."""
-        off = jnp.zeros(num_layers, bool)
-        return cls(jnp.zeros(num_layers, jnp.float32), off, off, off)
+        """[L]: the gate chooses and weighs, nothing is dropped or rescaled but what `kept` says."""
+        off, zero = jnp.zeros(num_layers, bool), jnp.zeros(num_layers, jnp.float32)
+        return cls(zero, jnp.ones_like(zero), zero, off, off, off, off)
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +61,7 @@ class Plan:
 
     tier: Array  # int8 [L, B, T], FAST, CACHED or LEARNED
     kept: Array  # int8 [L, B, T], slots that may run in a planned token, 0 to K
-    row: Array  # int32 [L, B, T], row of the layer's residual table, NO_ROW where there is none
+    row: Array  # int32 [L, B, T], row of the table whose answers may stand in, NO_ROW where there is none
     routing: Routing  # [L, B, T, K], what the table or the cache predicts, if anything
     rules: LayerRules  # [L]
 
@@ -77,6 +82,41 @@ class Plan:
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerAnswers:
+    """What the experts of one layer say at the rows of the table, as far as it is known."""
+
+    entry: Array  # int32 [R, E], which answer stands in for an expert at a row, NO_ANSWER where none does
+    deviation: Array  # float32 [N], root mean square distance of an expert's output from its answer
+    answers: Array  # [N, D], mean outputs, not weighted by the gate; float32, bfloat16 or int8
+    scale: Array | None  # float32 [N], what int8 answers are multiplied by
+
+    def find(self, row: Array, experts: Array) -> Array:
+        """int32 [..., K]: the answers of experts int32 [..., K] at table rows int32 [...]; E is no expert."""
+        num_experts = self.entry.shape[1]
+        known = (row != NO_ROW)[..., None] & (experts < num_experts)
+        found = self.entry.at[row[..., None], experts].get(mode="clip")
+        return jnp.where(known, found, NO_ANSWER)
+
+    def total(self, dropped: Dropped) -> Array:
+        """float32 [..., D]: the weighted sum of the answers that stand in for what was dropped."""
+        rows = self.answers[dropped.answer].astype(jnp.float32)  # NO_ANSWER reads the last row, with weight 0
+        weight = jnp.where(dropped.answer == NO_ANSWER, 0.0, dropped.weights)
+        if self.scale is not None:
+            weight = weight * self.scale[dropped.answer]
+        return jnp.sum(rows * weight[..., None], axis=-2)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dropped:
+    """What a plan leaves out of one layer."""
+
+    answer: Array  # int32 [..., K], the answer that stands in for a slot, NO_ANSWER where none does
+    weights: Array  # float32 [..., K], the gate weights of the slots that were dropped, 0 elsewhere
+
+
 def top_k(probs: Array, k: int, normalise: bool = True) -> Routing:
     """The learned router's own decision.
 
@@ -91,59 +131,59 @@ def top_k(probs: Array, k: int, normalise: bool = True) -> Routing:
     return Routing(experts.astype(jnp.int32), weights)
 
 
-def resolve(probs: Array, k: int, plan: Plan | None, normalise: bool = True) -> tuple[Routing, Array]:
-    """What really runs in one layer, given its gate and its plan.
+def resolve(
+    probs: Array, k: int, plan: Plan | None, answers: LayerAnswers | None = None, normalise: bool = True
+) -> tuple[Routing, Dropped]:
+    """What really runs in one layer, given its gate and its plan, and what stands in for the rest.
 
     1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else
        the gate's top k. The table's experts carry the table's weights or the gate's (divided by their sum if
        `normalise`).
-    2. In a planned token, slot j is dropped if j >= kept, or if j >= 1 and its weight is under gate_ratio
-       times slot 0's. A dropped slot becomes unused. The others keep their weights, or are rescaled if the
-       layer renormalises.
-    3. The residual row stands in for what was dropped: a token that lost nothing receives none.
+    2. In a planned token, slot j is dropped if j >= kept; or if j >= 1 and its weight is under gate_ratio times slot
+       0's, or the gate's probabilities of the slots before it reach gate_mass; or if its weight times the deviation of
+       its answer is under the tolerance. But where the layer adds residuals and the token has a row, a slot is only
+       dropped if there is an answer: what is not known runs.
+    3. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer renormalises. The
+       answers of the dropped slots, by their gate weights, stand in for them.
 
-    An open token gets exactly `top_k(probs, k, normalise)` and no row.
+    An open token gets exactly `top_k(probs, k, normalise)` and no answer.
 
     Args:
         probs: float32 [..., E], softmax of the gate over all experts.
         k: experts per token.
         plan: one layer's plan (`Plan.layer`) with fields [...] and [..., K]; None leaves every token open.
+        answers: the layer's; None: there are none.
         normalise: as in `top_k`.
 
     Returns:
-        Routing [..., K], and the residual row int32 [...] to add (NO_ROW for none).
+        Routing [..., K], and what it lacks, [..., K].
     """
     learned = top_k(probs, k, normalise)
     if plan is None:
-        return learned, jnp.full(probs.shape[:-1], NO_ROW, jnp.int32)
+        return learned, Dropped(jnp.full(learned.experts.shape, NO_ANSWER, jnp.int32), jnp.zeros_like(learned.weights))
 
     planned = (plan.tier < LEARNED)[..., None]
     candidate = _candidate(probs, learned, planned, plan, normalise)
-
     used = candidate.experts < probs.shape[-1]
-    gone = planned & used & dropped(candidate.weights, plan.kept, plan.rules.gate_ratio)
+    answer = jnp.full(candidate.experts.shape, NO_ANSWER, jnp.int32)
+    if answers is not None:
+        row = jnp.where(plan.rules.residual, plan.row, NO_ROW)
+        answer = answers.find(row, candidate.experts)
+
+    gone = planned & used & _superfluous(candidate, probs, plan)
+    if answers is not None:
+        foretold = candidate.weights * answers.deviation[answer] < plan.rules.tolerance
+        gone |= planned & used & foretold & (answer != NO_ANSWER)
+        gone &= (row == NO_ROW)[..., None] | (answer != NO_ANSWER)
     lost = jnp.any(gone, axis=-1, keepdims=True)
 
     experts = jnp.where(gone, probs.shape[-1], candidate.experts)
     weights = jnp.where(gone, 0.0, candidate.weights)
+    dropped = Dropped(jnp.where(gone, answer, NO_ANSWER), jnp.where(gone, candidate.weights, 0.0))
     rest = jnp.sum(weights, axis=-1, keepdims=True)
     rescale = plan.rules.renormalise & lost & (rest > 0.0)
     scale = jnp.sum(candidate.weights, axis=-1, keepdims=True) / jnp.where(rescale, rest, 1.0)
-    weights = jnp.where(rescale, weights * scale, weights)
-    return Routing(experts, weights), jnp.where(lost[..., 0], plan.row, NO_ROW)
-
-
-def dropped(weights: Array, kept: Array, gate_ratio: Array) -> Array:
-    """bool [..., K]: the slots that a planned token does without.
-
-    Args:
-        weights: float32 [..., K], of the slots in order.
-        kept: int8 [...], slots that may run.
-        gate_ratio: float32 [...], least weight of a later slot as a share of the first one's; 0 = any.
-    """
-    slot = jnp.arange(weights.shape[-1], dtype=jnp.int8)
-    light = (slot >= 1) & (weights < gate_ratio[..., None] * weights[..., :1])
-    return (slot >= kept[..., None]) | light
+    return Routing(experts, jnp.where(rescale, weights * scale, weights)), dropped
 
 
 def slots_for_mass(weights: Array, threshold: Array) -> Array:
@@ -156,6 +196,15 @@ def slots_for_mass(weights: Array, threshold: Array) -> Array:
     reached = jnp.cumsum(weights, axis=-1)
     short = reached < threshold * reached[..., -1:]
     return jnp.minimum(jnp.sum(short, axis=-1) + 1, weights.shape[-1]).astype(jnp.int8)
+
+
+def _superfluous(candidate: Routing, probs: Array, plan: Plan) -> Array:
+    """bool [..., K]: the slots that a planned token does without, whatever is known of them."""
+    slot = jnp.arange(candidate.weights.shape[-1], dtype=jnp.int8)
+    light = candidate.weights < plan.rules.gate_ratio * candidate.weights[..., :1]
+    gate = jnp.take_along_axis(probs, candidate.experts, axis=-1, mode="clip")
+    covered = jnp.cumsum(gate, axis=-1) - gate >= plan.rules.gate_mass
+    return (slot >= plan.kept[..., None]) | ((slot >= 1) & (light | covered))
 
 
 def _candidate(probs: Array, learned: Routing, planned: Array, plan: Plan, normalise: bool) -> Routing:

@@ -1,13 +1,14 @@
 """The fast tier: what the statistics say about a context, ready to be looked up for all layers at once.
 
-Letters: L layers, R rows (keys) of the table, O orders, B sequences, T positions, C ids per context, E experts, K
-experts per token, D hidden size.
+Letters: L layers, R rows (keys) of the table, N answers of a layer, O orders, B sequences, T positions, C ids per
+context, E experts, K experts per token, D hidden size.
 
     table = build(stats, config, k, answers)          # on the host, once
     plan = fast_plan(table, contexts)                 # pure, fit for jit
 
 A policy is array data. Tables built from the same statistics and answers with `keep_shapes=True` have equal shapes
-under any policy, so a search over policies compiles once.
+under any policy, so a search over policies compiles once. The key of order 0 is at every token: a policy of that order
+plans all of them, known or not, as the simple alternatives to VAR do.
 """
 
 from __future__ import annotations
@@ -19,10 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from varjax.answers import Answers, Rule, residual_rows
+from varjax.answers import Answers, inherit, shrunk
 from varjax.config import LayerPolicy, VARConfig
-from varjax.keys import ABSENT, KeyIndex, find_orders
-from varjax.routing import FAST, LEARNED, NO_ROW, LayerRules, Plan, Routing, slots_for_mass, top_k
+from varjax.keys import ABSENT, ANY, KeyIndex, distinct, find_orders
+from varjax.routing import (
+    FAST,
+    LEARNED,
+    NO_ANSWER,
+    LayerAnswers,
+    LayerRules,
+    Plan,
+    Routing,
+    slots_for_mass,
+    top_k,
+)
 from varjax.stats import RoutingStats
 
 
@@ -35,8 +46,7 @@ class RouteTable:
     eligible: Array  # bool [L, R], the layer may answer from this row
     kept: Array  # int8 [L, R], experts to run
     routing: Routing  # [L, R, K], the most probable experts and their mean gate weights
-    has_residual: Array  # bool [L], the layer adds residual rows
-    residuals: tuple[Array, ...] | None  # per layer float32 [R, D], or [1, D] where none are added; None: no answers
+    answers: tuple[LayerAnswers, ...] | None  # [L], their `entry` is [R, E]; None: nothing stands in for anything
     rules: LayerRules  # [L]
     num_experts: int = field(metadata={"static": True})
     orders: tuple[int, ...] = field(metadata={"static": True})  # ascending
@@ -75,7 +85,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
     return Plan(
         tier=jnp.where(known, jnp.int8(FAST), jnp.int8(LEARNED)),
         kept=jnp.where(known, table.kept[layer, row], jnp.int8(table.top_k)),
-        row=jnp.where(known & table.has_residual[:, None, None], row, NO_ROW),
+        row=row,
         routing=jax.tree.map(
             lambda leaf, none: jnp.where(known[..., None], leaf[layer, row], none), table.routing, unused
         ),
@@ -94,14 +104,16 @@ def build(
     """Select what may be answered and lay it out for the device.
 
     A row is eligible in a layer if the layer's policy looks at its order, it was seen often enough there, the
-    gate was sure enough on average, and, where the policy adds residuals, there is one.
+    gate was sure enough on average, and, where the policy adds residuals, some expert has an answer there. Where a key
+    has no answer for an expert, that of the longest shorter key stands in; but what an expert says on average over all
+    tokens (order 0) answers for a policy of order 0 alone: tokens that are not known stay with the router.
 
     Args:
         stats: what the routers did at each key.
         k: experts per token in the model.
-        answers: residuals, over the same keys or some of them.
+        answers: what the experts said, at the same keys or some of them.
         normalise: as in `routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
-        keep_shapes: keep every row and every layer that has residuals, whatever the policy wants.
+        keep_shapes: keep every row, that of order 0 and every answer, whatever the policy wants.
 
     Raises:
         ValueError: naming each layer whose policy does not fit the model, the statistics or the answers.
@@ -111,26 +123,24 @@ def build(
     policies = [config.policy(layer) for layer in range(len(stats.count))]
     _check_policies(config, policies, stats, k, answers)
 
-    own_row = np.full(len(stats.keys), ABSENT)  # where each key lies in the answers
-    if answers is not None:
-        own_row = np.asarray(KeyIndex.build(answers.keys).find(jnp.asarray(stats.keys)))
-    eligible = np.stack([_eligible(l, policy, stats, answers, own_row) for l, policy in enumerate(policies)])
-    rows = np.arange(len(stats.keys)) if keep_shapes else np.flatnonzero(eligible.any(axis=0))
+    keys = np.concatenate([stats.keys, np.full((1, stats.keys.shape[1]), ANY, np.int32)])  # order 0 comes last
+    entries = _entries(keys, answers, len(policies), stats.num_experts)
+    eligible = np.stack([_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)])
+    rows = np.arange(len(keys)) if keep_shapes else np.flatnonzero(eligible.any(axis=0))
     if len(rows) == 0:
         rows = np.array([0])  # not eligible, but there must be something to gather from
 
     routing = _mean_routing(stats, rows, k, normalise)
     asked = {order for policy in policies if policy is not None for order in policy.orders}
     return RouteTable(
-        index=KeyIndex.build(stats.keys[rows]),
+        index=KeyIndex.build(keys[rows]),
         eligible=jnp.asarray(eligible[:, rows]),
         kept=jnp.asarray(_kept(policies, routing, config.mass_threshold)),
         routing=routing,
-        has_residual=jnp.array([policy is not None and policy.residual for policy in policies]),
-        residuals=_residuals(policies, config, answers, own_row[rows], keep_shapes),
+        answers=_answers(policies, config, answers, entries[:, rows], keep_shapes),
         rules=_rules(policies),
         num_experts=stats.num_experts,
-        orders=tuple(sorted(stats.orders if keep_shapes or not asked else asked)),
+        orders=tuple(sorted({0, *stats.orders} if keep_shapes or not asked else asked)),
     )
 
 
@@ -152,45 +162,53 @@ def _check_policies(
             continue
         if policy.kept is not None and policy.kept > k:
             faults.append(f"layer {layer}: kept={policy.kept}, but the model runs only {k} experts per token")
-        strange = sorted(set(policy.orders) - set(stats.orders))
+        strange = sorted(set(policy.orders) - {0, *stats.orders})
         if strange:
             faults.append(f"layer {layer}: orders {strange} are not in the statistics, which have {stats.orders}")
-        if policy.residual and (answers is None or Rule.of(layer, policy) not in answers.rules):
-            have = "there are none" if answers is None else f"there are {list(answers.rules)}"
-            faults.append(
-                f"layer {layer}: no residuals for {Rule.of(layer, policy)} ({have}); collect them or set residual=False"
-            )
+        if policy.residual and (answers is None or layer not in answers.layers):
+            have = "there are none" if answers is None else f"there are those of layers {list(answers.layers)}"
+            faults.append(f"layer {layer}: it has no answers ({have}); collect them or set residual=False")
     if faults:
         raise ValueError("the policies cannot be carried out: " + "; ".join(faults))
 
 
-def _eligible(
-    layer: int,
-    policy: LayerPolicy | None,
-    stats: RoutingStats,
-    answers: Answers | None,
-    own_row: np.ndarray,
-) -> np.ndarray:
-    """bool [keys of the statistics]. `own_row` int [keys] says where each of them lies in the answers."""
+def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_experts: int) -> np.ndarray:
+    """int32 [L, R, E]: the answer that stands in for each expert at the keys int32 [R, C], NO_ANSWER where none does."""
+    entries = np.full((num_layers, len(keys), num_experts), NO_ANSWER, np.int32)
+    if answers is None:
+        return entries
+    every, place = distinct(np.concatenate([answers.keys, keys]))
+    unconditional = (every == ANY).all(axis=1)
+    for layer, entry in zip(answers.layers, answers.entry, strict=True):
+        known = np.full((len(every), num_experts), NO_ANSWER, np.int32)
+        known[place[: len(entry)]] = entry
+        found = inherit(every, np.where(unconditional[:, None], NO_ANSWER, known))
+        found[unconditional] = known[unconditional]
+        entries[layer] = found[place[len(entry) :]]
+    return entries
+
+
+def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry: np.ndarray) -> np.ndarray:
+    """bool [R]: the keys of the statistics, then that of order 0. `entry` int32 [R, E] is the layer's."""
     if policy is None:
-        return np.zeros(len(stats.keys), bool)
+        return np.zeros(len(entry), bool)
     admitted = (
         np.isin(stats.row_orders, policy.orders)
         & (stats.count[layer] >= policy.frequency_threshold)
         & (stats.entropy.mean[layer] <= policy.entropy_threshold)
     )
-    if policy.residual and answers is not None:
-        count = answers.count[answers.rules.index(Rule.of(layer, policy))]
-        admitted &= (own_row != ABSENT) & (count[own_row] > 0)
-    return admitted
+    admitted = np.append(admitted, 0 in policy.orders)
+    return admitted & (entry != NO_ANSWER).any(axis=1) if policy.residual else admitted
 
 
 def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool) -> Routing:
-    """[L, R, K]: the top K of the mean gate probabilities; unused slots where a layer never saw the key."""
+    """[L, R, K]: the top K of the mean gate probabilities; unused slots where a layer never saw the key, and at order 0."""
     layers = []
+    nothing = np.zeros((1, stats.num_experts))
     for count, sum_probs in zip(stats.count, stats.sum_probs, strict=True):  # [L, R, E] at once could be large
-        seen = count[rows, None] > 0
-        mean = sum_probs[rows] / np.where(seen, count[rows, None], 1)
+        occurrences = np.append(count, 0)[rows, None]
+        seen = occurrences > 0
+        mean = np.concatenate([sum_probs, nothing])[rows] / np.where(seen, occurrences, 1)
         best = top_k(jnp.asarray(np.where(seen, mean, 1.0), jnp.float32), k, normalise)
         unused = Routing.unused(best.experts.shape, stats.num_experts)
         layers.append(jax.tree.map(lambda leaf, none, seen=seen: jnp.where(seen, leaf, none), best, unused))
@@ -203,38 +221,65 @@ def _kept(policies: list[LayerPolicy | None], routing: Routing, mass_threshold: 
     for layer, policy in enumerate(policies):
         if policy is not None and policy.kept is not None:
             kept[layer] = policy.kept
+        elif policy is not None and policy.tolerance is not None:
+            kept[layer] = routing.experts.shape[-1]
     return kept
 
 
-def _residuals(
+def _answers(
     policies: list[LayerPolicy | None],
     config: VARConfig,
     answers: Answers | None,
-    own_row: np.ndarray,
+    entries: np.ndarray,
     keep_shapes: bool,
-) -> tuple[Array, ...] | None:
-    """Per layer float32 [R, D] or [1, D]. `own_row` int [R] says where each row of the table lies in the answers."""
+) -> tuple[LayerAnswers, ...] | None:
+    """[L]; a layer that adds no residual has one empty answer. `entries` int32 [L, R, E] are those of the table's rows."""
     if answers is None:
         return None
-    known = (own_row != ABSENT)[:, None]
-    hidden_size = answers.mean.shape[-1]
-    collected = {rule.layer for rule in answers.rules}
-    residuals = []
+    built = []
     for layer, policy in enumerate(policies):
-        if policy is not None and policy.residual:
-            means = residual_rows(answers, Rule.of(layer, policy), config.residual_shrinkage)
-            residuals.append(jnp.asarray(np.where(known, means[own_row], np.float32(0))))
-        else:
-            num_rows = len(own_row) if keep_shapes and layer in collected else 1
-            residuals.append(jnp.zeros((num_rows, hidden_size), jnp.float32))
-    return tuple(residuals)
+        if layer not in answers.layers or not (keep_shapes or (policy is not None and policy.residual)):
+            empty = jnp.zeros((1, answers.mean.shape[-1]), jnp.float32)
+            entry = jnp.full((1, entries.shape[-1]), NO_ANSWER, jnp.int32)
+            built.append(LayerAnswers(entry, jnp.zeros(1, jnp.float32), *_encoded(empty, config.answer_dtype)))
+            continue
+        estimate = shrunk(answers, layer, config.residual_shrinkage)
+        used = np.arange(len(estimate.answers))
+        if not keep_shapes:
+            used = np.unique(entries[layer][entries[layer] != NO_ANSWER])
+        place = np.full(len(estimate.answers) + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
+        place[used] = np.arange(len(used))
+        rows = jnp.asarray(estimate.answers[used])
+        built.append(
+            LayerAnswers(
+                jnp.asarray(place[entries[layer]]),
+                jnp.asarray(estimate.deviation[used]),
+                *_encoded(rows, config.answer_dtype),
+            )
+        )
+    return tuple(built)
+
+
+def _encoded(rows: Array, dtype: str) -> tuple[Array, Array | None]:
+    """The answers [N, D] in their stored form and, for int8, the scale float32 [N] that gives them back."""
+    if dtype != "int8":
+        return rows.astype(dtype), None
+    scale = jnp.max(jnp.abs(rows), axis=-1) / 127
+    return jnp.round(rows / jnp.where(scale > 0, scale, 1)[:, None]).astype(jnp.int8), scale
 
 
 def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
     """[L]; a layer that is left open has neutral ones."""
     given = [policy or LayerPolicy(residual=False) for policy in policies]
+
+    def column(values: list[float]) -> Array:
+        return jnp.array(values, jnp.float32)
+
     return LayerRules(
-        gate_ratio=jnp.array([policy.gate_ratio or 0.0 for policy in given], jnp.float32),
+        gate_ratio=column([policy.gate_ratio or 0.0 for policy in given]),
+        gate_mass=column([1.0 if policy.gate_mass is None else policy.gate_mass for policy in given]),
+        tolerance=column([policy.tolerance or 0.0 for policy in given]),
+        residual=jnp.array([policy.residual for policy in given]),
         renormalise=jnp.array([policy.renormalise for policy in given]),
         choice_from_table=jnp.array([policy.choice_from == "table" for policy in given]),
         weights_from_table=jnp.array([policy.weights_from == "table" for policy in given]),

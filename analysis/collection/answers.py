@@ -1,9 +1,8 @@
-"""Phase 2's second pass: what each rule would leave out, averaged at each key (the residual rows).
+"""Phase 2's second pass: what every expert says at each key, on average (`varjax.answers`).
 
-Letters: G devices, R keys, D hidden size.
+Letters: G devices, A layers, R keys, E experts, D hidden size.
 
-The layers run in full, so the means are taken where the model usually lives. Which rules are worth collecting is a
-choice of the policy search (`analysis.policy`); which keys, of the statistics.
+The layers run in full, so the means are taken where the model usually lives.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from analysis.text.encoding import Encoded
 from models import Model
 from models.decoder import Network, Params
 from varjax import answers
-from varjax.answers import Answers, AnswerSums, Rule
+from varjax.answers import Answers, AnswerSums
 from varjax.keys import KeyIndex
 
 
@@ -31,8 +30,7 @@ def collect_answers(
     model: Model,
     documents: Iterable[Encoded],
     keys: np.ndarray,
-    orders: tuple[int, ...],
-    rules: Sequence[Rule],
+    layers: Sequence[int],
     *,
     batch_size: int = 8,
     max_length: int = 256,
@@ -40,29 +38,29 @@ def collect_answers(
     save_tokens: int = SAVE_TOKENS,
     progress: bool = True,
 ) -> Answers:
-    """The mean of what each rule drops, at each key.
+    """The mean output of each expert at each key, and at all tokens; pairs that never occurred are left out.
 
     Args:
-        keys: int32 [R, C], rows of the answers; memory is `len(rules) * R * D` float32 on each device, and
-            twice that in float64 on the host.
-        orders: the context orders among the keys.
-        rules: layer, experts kept and gate ratio of each.
+        keys: int32 [R, C], of order 1 and more. Memory is `A * (1 + R) * E * D` float32 on each device, and twice
+            that in float64 on the host.
+        layers: those to collect, ascending.
         batch_size, max_length, checkpoints, save_tokens, progress: as in `analysis.collection.statistics.collect`.
     """
     mesh = data_mesh()
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)
-    shared = on_all_devices((KeyIndex.build(keys), special, model.params), mesh)
+    empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size)
+    shared = on_all_devices((KeyIndex.build(empty.keys), special, model.params), mesh)
 
     def step(windows: AnswerSums, ids: jax.Array, mask: jax.Array) -> AnswerSums:
-        return _step(windows, *shared, ids, mask, model.network, orders, mesh)
+        return _step(windows, *shared, ids, mask, model.network, empty.orders, mesh)
 
     found, _ = run_pass(
-        Answers.empty(keys, rules, model.config.hidden_size),
+        empty,
         documents,
         begin=answers.init,
         step=step,
         absorb=answers.absorb,
-        name="residual rows",
+        name="answers",
         mesh=mesh,
         batch_size=batch_size,
         max_length=max_length,
@@ -70,7 +68,7 @@ def collect_answers(
         save_tokens=save_tokens,
         progress=progress,
     )
-    return found
+    return answers.pruned(found)
 
 
 @partial(jax.jit, static_argnames=("network", "orders", "mesh"), donate_argnums=0)

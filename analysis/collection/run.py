@@ -1,4 +1,4 @@
-"""Phase 1 as one resumable run: choose the keys, collect their statistics, collect the residual rows of some of them.
+"""Phase 1 as one resumable run: choose the keys, collect their statistics, collect the experts' answers at some of them.
 
 What is finished is on disk: a run that was killed repeats only what came after its last checkpoint, and ends with the
 same result. Of several processes each runs the model on its share of the documents and writes a part; the first one
@@ -24,7 +24,6 @@ from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.collection.merging import merge_files
 from analysis.collection.passes import EVERY_DOCUMENT, SAVE_TOKENS, Share
 from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.policy import candidate_rules
 from analysis.provenance import provenance
 from analysis.text.corpus import CorpusError
 from analysis.text.encoded_corpus import EncodedCorpus
@@ -48,9 +47,9 @@ class Settings:
 
     keys: KeySettings = dataclasses.field(default_factory=KeySettings)
     layers: tuple[int, ...] | None = None  # to collect statistics of; None: all
-    residual_orders: tuple[int, ...] = (1, 2)  # context orders that get residual rows; (): none does
-    residual_min_count: int = 15  # occurrences that a key with a residual row needs
-    residual_bytes: int = 1 << 32  # of residual sums on each device: where they are more, the rarer keys get none
+    residual_orders: tuple[int, ...] = (1, 2)  # context orders that get answers; (): none does
+    residual_min_count: int = 5  # occurrences that a key with answers needs
+    residual_bytes: int = 1 << 32  # of sums on each device: where they are more, the rarer keys get no answers
     batch_size: int = 8  # rows per device and batch at `max_length`
     max_length: int = 256  # tokens per window
     save_tokens: int = SAVE_TOKENS  # tokens between checkpoints
@@ -83,7 +82,7 @@ class Analysis:
 
     stats: RoutingStats  # of all processes together
     keys: ContextCounts  # with their counts over all documents
-    answered: int  # keys that got residual rows
+    answered: int  # keys that got answers
     answerable: int  # keys that were frequent enough for them
 
 
@@ -97,7 +96,7 @@ def analyse(
     seed: int = 0,
     progress: bool = True,
 ) -> Analysis | None:
-    """Write `routing_stats.parquet` and, if asked for, its residual rows into `output`.
+    """Write `routing_stats.parquet` and, if asked for, the experts' answers into `output`.
 
     Checkpoints lie in `output/routing_checkpoints` until `finish` is called.
 
@@ -130,8 +129,8 @@ def analyse(
     keys, noted = _keys(model, corpus, settings, work, run, progress)
     order = np.sum(keys.keys >= 0, axis=1)
     answerable = np.isin(order, settings.residual_orders) & (keys.counts >= settings.residual_min_count)
-    rules = candidate_rules(layers, model.config.top_k)
-    room = settings.residual_bytes // (4 * len(rules) * model.config.hidden_size)
+    bytes_a_key = 4 * len(layers) * model.config.num_experts * model.config.hidden_size
+    room = max(settings.residual_bytes // bytes_a_key - 1, 0)  # one is the key of order 0
     answered = _most_frequent(answerable, keys.counts, room)
 
     documents, folder = share.documents(corpus), output if alone else work
@@ -155,10 +154,7 @@ def analyse(
 
     def residuals() -> None:
         with Checkpoints(work / "residuals") as saved:
-            orders = settings.residual_orders
-            answers = collect_answers(
-                model, documents, keys.keys[answered], orders, rules, checkpoints=saved, **reading
-            )
+            answers = collect_answers(model, documents, keys.keys[answered], layers, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
         answersfile.write(residuals_beside(folder / STATS), answers, meta | origin)
 
