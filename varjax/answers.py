@@ -1,7 +1,7 @@
 """What the experts say at each key: the mean output of every expert over the occurrences at which it was chosen.
 
-Letters: A layers that are collected, R rows (keys), C key width, E experts, N answers of a layer, O orders, B sequences,
-T positions, L layers, K experts per token, D hidden size.
+Letters: A layers that are collected, R rows (keys), C key width, E experts, N answers of a layer, O orders, B
+sequences, T positions, L layers, K experts per token, D hidden size.
 
 An answer belongs to a key *and* an expert. The gate is nearly free and always runs, so a plan that drops some of the
 gate's experts knows which, and how much each would have weighed: the sum of their answers, weighted, stands in for them
@@ -53,7 +53,7 @@ class Answers:
 
     @classmethod
     def empty(cls, keys: np.ndarray, layers: Sequence[int], num_experts: int, hidden_size: int) -> Answers:
-        """No occurrence yet, but room for every expert at every key int32 [R, C], the key of order 0 in front of them."""
+        """No occurrence yet; room for every expert at every key int32 [R, C], and at that of order 0 in front."""
         keys = np.concatenate([np.full((1, keys.shape[1]), ANY, np.int32), np.asarray(keys, np.int32)])
         entry = np.arange(len(keys) * num_experts, dtype=np.int32).reshape(len(keys), num_experts)
         return _nothing(keys, tuple(layers), np.broadcast_to(entry, (len(layers), *entry.shape)), hidden_size)
@@ -212,8 +212,8 @@ class Estimate(NamedTuple):
 def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
     """The answers of one layer as estimates of what the experts will say on other text.
 
-    An answer of n occurrences is (n mean + k0 parent) / (n + k0), n in units of the layer's mean squared gate weight; the
-    parent is the same expert's answer at the longest shorter key, shrunk already. Its deviation is that of the
+    An answer of n occurrences is (n mean + k0 parent) / (n + k0), n in units of the layer's mean squared gate weight;
+    the parent is the same expert's answer at the longest shorter key, shrunk already. Its deviation is that of the
     occurrences from the shrunk answer, times (n + 1) / (n - 1) for having been fitted to them, shrunk likewise.
     Distilled answers are used as they are, with the deviations of the means.
 

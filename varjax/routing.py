@@ -41,7 +41,7 @@ class LayerRules:
 
     gate_ratio: Array  # float32 [L], a slot under this share of slot 0's weight is dropped; 0 = never
     gate_mass: Array  # float32 [L], slots after those that reach this gate probability are dropped; 1 = never
-    tolerance: Array  # float32 [L], a slot whose weight times its answer's deviation is below this is dropped; 0 = never
+    tolerance: Array  # float32 [L], a slot whose weight times its answer's deviation is under this is dropped
     residual: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
     renormalise: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate

@@ -173,7 +173,7 @@ def _check_policies(
 
 
 def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_experts: int) -> np.ndarray:
-    """int32 [L, R, E]: the answer that stands in for each expert at the keys int32 [R, C], NO_ANSWER where none does."""
+    """int32 [L, R, E]: the answer that stands in for each expert at the keys int32 [R, C], or NO_ANSWER."""
     entries = np.full((num_layers, len(keys), num_experts), NO_ANSWER, np.int32)
     if answers is None:
         return entries
@@ -202,7 +202,7 @@ def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry
 
 
 def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool) -> Routing:
-    """[L, R, K]: the top K of the mean gate probabilities; unused slots where a layer never saw the key, and at order 0."""
+    """[L, R, K]: the top K of the mean gate probabilities; unused slots at order 0 and where a key was never seen."""
     layers = []
     nothing = np.zeros((1, stats.num_experts))
     for count, sum_probs in zip(stats.count, stats.sum_probs, strict=True):  # [L, R, E] at once could be large
@@ -233,7 +233,7 @@ def _answers(
     entries: np.ndarray,
     keep_shapes: bool,
 ) -> tuple[LayerAnswers, ...] | None:
-    """[L]; a layer that adds no residual has one empty answer. `entries` int32 [L, R, E] are those of the table's rows."""
+    """[L]; a layer that adds no residual has one empty answer. `entries` int32 [L, R, E] are of the table's rows."""
     if answers is None:
         return None
     built = []

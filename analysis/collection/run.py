@@ -1,4 +1,4 @@
-"""Phase 1 as one resumable run: choose the keys, collect their statistics, collect the experts' answers at some of them.
+"""Phase 1 as one resumable run: choose the keys, collect their statistics, collect the answers at some of them.
 
 What is finished is on disk: a run that was killed repeats only what came after its last checkpoint, and ends with the
 same result. Of several processes each runs the model on its share of the documents and writes a part; the first one
