@@ -1,0 +1,202 @@
+"""Answers that are trained: the model under VAR is brought near the full model, text by text.
+
+Letters: L layers, N answers of a layer, M trained ones, C steps of a line of descent, D hidden size, B sequences, T
+positions, V vocabulary.
+
+Means are right for each answer by itself; together, and through the layers above, a little less. Here every answer gets
+a correction, found by gradient descent (Adam, Kingma and Ba 2015) on the Kullback-Leibler divergence from the full
+model's next-token distribution to that of the model under its plan, on the documents that the tables were built from.
+What is rare cannot be trained: an answer is corrected by the sum of the corrections along its line of descent (the same
+expert at the token alone, at the bigram, ...), and only those with enough occurrences have one of their own. The plan,
+the gate and the experts stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from tqdm import tqdm
+
+from analysis.collection.checkpoints import Checkpoints
+from analysis.text.batches import Batch, batches
+from analysis.text.encoding import Encoded
+from models import Model
+from models.decoder import Network, Params
+from varjax import step as var_step
+from varjax.answers import Answers, lineage, shrunk
+from varjax.config import VARConfig
+from varjax.routing import NO_ANSWER, Dropped, LayerAnswers
+from varjax.stats import RoutingStats
+from varjax.step import Settings
+from varjax.table import RouteTable, build
+
+
+@dataclasses.dataclass(frozen=True)
+class DistilConfig:
+    """Everything that decides the outcome, beside the model, the policy and the documents."""
+
+    steps: int = 300
+    batch_size: int = 16  # windows of a batch at `max_length`
+    max_length: int = 256  # tokens
+    learning_rate: float = 3e-3  # at the start; falls to 0 as a cosine
+    min_count: int = 50  # occurrences that an answer needs for a correction of its own
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "max_length": 2, "min_count": 1}
+        faults = [
+            f"{name}={getattr(self, name)}: expected at least {bound}"
+            for name, bound in least.items()
+            if getattr(self, name) < bound
+        ]
+        if not self.learning_rate > 0:
+            faults.append(f"learning_rate={self.learning_rate}: expected more than 0")
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+@dataclasses.dataclass(frozen=True)
+class Distilled:
+    """What came of it."""
+
+    answers: Answers  # those that were given, with trained means
+    divergence: np.ndarray  # float64 [steps run now], nats per token, of each batch before its step
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Corrected(LayerAnswers):
+    """Answers with the corrections along their lines of descent."""
+
+    correction: Array  # float32 [M, D]
+    line: Array  # int32 [N, C], the corrections that count for an answer, M where there is no more
+
+    def total(self, dropped: Dropped) -> Array:
+        known = dropped.answer != NO_ANSWER
+        weight = jnp.where(known, dropped.weights, 0.0)
+        line = self.line[dropped.answer]  # [..., K, C]
+        rows = self.answers[dropped.answer] + jnp.sum(self.correction.at[line].get(mode="fill", fill_value=0), axis=-2)
+        return jnp.sum(rows * weight[..., None], axis=-2)
+
+
+def distil(
+    model: Model,
+    stats: RoutingStats,
+    answers: Answers,
+    documents: Sequence[Encoded],
+    config: VARConfig,
+    settings: DistilConfig | None = None,
+    *,
+    checkpoints: Checkpoints | None = None,
+    save_steps: int = 50,
+    progress: bool = True,
+) -> Distilled:
+    """Train the answers for the policy of `config`.
+
+    Args:
+        stats, answers: as they were collected; `answers` must not be distilled already.
+        documents: what to train on, the build documents.
+        config: the policy under which the model will run; its cached tier plays no part.
+        checkpoints: where to resume from and to save to.
+        save_steps: steps between checkpoints.
+        progress: show a bar on standard error.
+
+    Raises:
+        ValueError: the answers were distilled before.
+    """
+    settings = settings or DistilConfig()
+    if answers.distilled:
+        raise ValueError("these answers were distilled already; give the means that were collected")
+    config = dataclasses.replace(config, cache_size=0, answer_dtype="float32")
+    table = build(stats, config, model.config.top_k, answers, keep_shapes=True)
+    lines = [_lines(answers, layer, settings.min_count) for layer in answers.layers]
+    trained = [int((count >= settings.min_count).sum()) for count in answers.count]
+    corrections = [jnp.zeros((number, model.config.hidden_size), jnp.float32) for number in trained]
+    optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
+    state: Any = (corrections, optimizer.init(corrections))
+    done, state = (checkpoints and checkpoints.newest(state)) or (0, state)
+    state = jax.tree.map(jnp.asarray, state)
+    update = _make_step(model.network, optimizer, config, answers.layers)
+    on_device = [jnp.asarray(line) for line in lines]
+
+    divergences: list[Array] = []
+    numbered = zip(range(settings.steps), _endless(documents, settings), strict=False)
+    with tqdm(numbered, total=settings.steps, unit="step", desc="distillation", disable=not progress) as bar:
+        for number, batch in bar:
+            if number < done:
+                continue
+            state, divergence = update(
+                state, model.params, table, on_device, jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+            )
+            divergences.append(divergence)
+            if number % 10 == 0:
+                bar.set_postfix(nats=f"{float(divergence):.4f}")
+            if checkpoints and (number + 1) % save_steps == 0:
+                checkpoints.save(number + 1, state)
+    mean = np.array(answers.mean, np.float32)
+    for a, layer in enumerate(answers.layers):
+        padded = np.concatenate([np.asarray(state[0][a]), np.zeros((1, mean.shape[-1]), np.float32)])
+        mean[a] = shrunk(answers, layer, config.residual_shrinkage).answers + padded[lines[a]].sum(axis=1)
+    return Distilled(dataclasses.replace(answers, mean=mean, distilled=True), np.array(divergences, np.float64))
+
+
+def _lines(answers: Answers, layer: int, min_count: int) -> np.ndarray:
+    """int32 [N, C]: for each answer of a layer, which of the M corrections are in it; M where there are no more."""
+    a = answers.layers.index(layer)
+    trained = answers.count[a] >= min_count
+    number = np.where(trained, np.cumsum(trained) - 1, trained.sum()).astype(np.int32)
+    parent, depth = lineage(answers.keys, answers.entry[a], len(trained))
+    line, here = [number], parent
+    for _ in range(depth.max(initial=0)):
+        line.append(np.where(here == NO_ANSWER, trained.sum(), number[here]).astype(np.int32))
+        here = np.where(here == NO_ANSWER, NO_ANSWER, parent[here])
+    return np.stack(line, axis=1)
+
+
+def _endless(documents: Sequence[Encoded], settings: DistilConfig) -> Iterator[Batch]:
+    """Batches for ever: the documents in an order that is drawn anew for every epoch."""
+    epoch = 0
+    while True:
+        order = np.random.default_rng((settings.seed, epoch)).permutation(len(documents))
+        yield from batches((documents[index] for index in order), settings.batch_size, settings.max_length)
+        epoch += 1
+
+
+def _make_step(
+    network: Network, optimizer: optax.GradientTransformation, config: VARConfig, layers: tuple[int, ...]
+) -> Callable[..., tuple[Any, Array]]:
+    """A jitted `step((corrections, optimizer state), params, table, lines, ids, mask) -> (state, divergence)`."""
+
+    def objective(
+        corrections: list[Array], params: Params, table: RouteTable, lines: list[Array], ids: Array, mask: Array
+    ) -> Array:
+        assert table.answers is not None
+        known = list(table.answers)
+        for layer, correction, line in zip(layers, corrections, lines, strict=True):
+            own = {field.name: getattr(known[layer], field.name) for field in dataclasses.fields(LayerAnswers)}
+            known[layer] = Corrected(**own, correction=correction, line=line)
+        state = var_step.init(table, config, ids.shape[0])
+        how = Settings.of(config, table.num_layers)
+        plan = var_step.plan(table, state, ids, jnp.float32(0), how, mask)
+        teacher = jax.lax.stop_gradient(network.forward(params, ids, attention_mask=mask).logits)
+        student = network.forward(params, ids, attention_mask=mask, plan=plan, answers=tuple(known)).logits
+        target = jax.nn.log_softmax(teacher, axis=-1)
+        divergence = jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(student, axis=-1)), axis=-1)
+        return jnp.sum(jnp.where(mask, divergence, 0)) / jnp.sum(mask)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: Any, *rest: Any) -> tuple[Any, Array]:
+        corrections, inner = state
+        divergence, grads = jax.value_and_grad(objective)(corrections, *rest)
+        updates, inner = optimizer.update(grads, inner)
+        return (optax.apply_updates(corrections, updates), inner), divergence
+
+    return step
