@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from varjax.answers import Answers, shrunk
+from varjax.answers import Answers
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
+from varjax.shrinkage import shrunk
 
 
 def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, shrinkage: float) -> Answers:
@@ -27,7 +28,7 @@ def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, 
     Args:
         used: layer -> int [U], the answers that a table would look up; NO_ANSWER among them counts for nothing.
         bound: answers per layer.
-        shrinkage: as in `varjax.answers.shrunk`.
+        shrinkage: as in `varjax.shrinkage.shrunk`.
     """
     entry = answers.entry.copy()
     for a, layer in enumerate(answers.layers):
@@ -51,7 +52,7 @@ def worth(answers: Answers, layer: int, shrinkage: float) -> np.ndarray:
 
     Args:
         layer: one of `answers.layers`.
-        shrinkage: as in `varjax.answers.shrunk`.
+        shrinkage: as in `varjax.shrinkage.shrunk`.
     """
     a = answers.layers.index(layer)
     estimate = shrunk(answers, layer, shrinkage)
