@@ -11,8 +11,6 @@ import pytest
 from analysis import scored_points
 from analysis.alternatives import evaluate, fewest_experts
 from analysis.alternatives_section import figure, losses_of_var, section
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.comparison import Estimate
 from analysis.families import RATIOS, SCALES, VAR, Point, families, table_of
 from analysis.policy import candidate_tolerances
@@ -28,17 +26,12 @@ LAYERS = 2
 
 
 @pytest.fixture(scope="module")
-def subject(saved_model, documents) -> Subject:
+def subject(saved_model, collected) -> Subject:
     """A policy that drops some and keeps some, in both layers."""
-    whole = [dataclasses.replace(one, ids=one.ids[:16]) for one in documents if len(one.ids) >= 16]  # one shape
-    known, held_out = whole[:-40], whole[-40:]
-    keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
-    stats = collect(saved_model, known, keys, progress=False, **READING)
-    answers = collect_answers(saved_model, known, stats.keys, range(LAYERS), progress=False, **READING)
     policies = {
         layer: LayerPolicy(
             kept=None,
-            tolerance=candidate_tolerances(answers, layer, 1.0)[1],
+            tolerance=candidate_tolerances(collected.answers, layer, 1.0)[1],
             orders=(1, 2),
             frequency_threshold=5,
             entropy_threshold=2.0,
@@ -46,7 +39,7 @@ def subject(saved_model, documents) -> Subject:
         for layer in range(LAYERS)
     }
     config = VARConfig(default=None, layers=policies, cache_size=0)
-    return Subject(saved_model, stats, answers, config, held_out, samples=200, progress=False, **READING)
+    return Subject(saved_model, *collected[:2], config, collected.held_out, samples=200, progress=False, **READING)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +130,7 @@ def test_var_at_scale_one_is_the_given_policy(subject, run):
     given, _ = score(var_runner(var_model), var_model.init(), subject.documents, progress=False, **READING)
     nll, counted = run(VAR, SCALES.index(1.0))
     np.testing.assert_allclose(nll, given.nll, rtol=1e-6)
-    assert 1 < counted["experts_per_token"] < 2 and 0 < counted["tiers"]["learned"] < 0.5
+    assert 0.5 < counted["experts_per_token"] < 1.5 and 0 < counted["tiers"]["learned"] < 0.5  # some of everything
 
 
 def test_without_answers_the_same_tokens_are_planned_and_nothing_stands_in(subject, table, family, run):
