@@ -12,6 +12,9 @@ probability ALPHA at most. Half of ALPHA is for the calibration, half for the ru
 share a half (they have the most tokens), those of single layers and tiers the other (Bonferroni). A change in the midst
 of a run must not have to outweigh all that came before, so the sequences begin anew after as many texts as calibrated
 the audit; the k-th of them gets the 1 / (k (k + 1)) part of the error, which sums to 1.
+
+What the cached tier answers depends on the texts before, so its own streams are promised this only as far as its cache
+was as full in calibration as it is in the run; the fast tier and the open share do not depend on it.
 """
 
 from __future__ import annotations
