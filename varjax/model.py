@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from varjax import answersfile, statsfile, step
@@ -98,14 +97,13 @@ class VARModel:
             model: a loaded model.
             config: with `routing_stats` set, unless `table` is given or VAR is switched off.
             table: a table built before (`varjax.build_table`).
-            clock: seconds; None: the time since now.
+            clock: seconds from any origin, never going back; None: `time.monotonic`.
 
         Raises:
             ValueError: the files belong to another model, or do not fit it.
         """
-        started = time.monotonic()
         self.model, self.config = model, config
-        self.clock = clock or (lambda: time.monotonic() - started)
+        self.clock = clock or time.monotonic
         self.table = None
         if config.enable_var:
             self.table = build_table(model, config) if table is None else table
@@ -137,7 +135,7 @@ class VARModel:
         options = {"kv": kv, "last_logits_only": last_logits_only, "network": self.model.network}
         if self.table is None or state is None:
             return _plain(self.model.params, ids, mask, **options), state
-        now = jnp.float32(self.clock())
+        now = step.milliseconds(self.clock())
         return routed_forward(self.model.params, self.table, state, ids, mask, now, self.settings, **options)
 
     def generate(
