@@ -175,7 +175,7 @@ def judge(
     """
     rng = np.random.default_rng(args.seed)
     observed = {name: observe(found.tally, calibration.streams) for name, found in seen.items()}
-    same, wrong = observed["same domain"], observed["rows shuffled"]
+    same, wrong = observed["same domain"], observed["answers shuffled"]
     pool, size, before = np.concatenate([observe(known, calibration.streams), same]), len(known.tokens), len(same) // 2
 
     def anew() -> tuple[Calibration, np.ndarray]:
@@ -190,7 +190,7 @@ def judge(
         draw = partial(_in_any_order, calibration, values, rng)
         outcomes.append(repeat(name, values, seen[name].harm, draw, args.repeats))
     outcomes.insert(1, repeat("same domain, calibrated anew", pool, None, anew, args.repeats))
-    late = repeat(f"rows shuffled after {before}", wrong, seen["rows shuffled"].harm, midway, args.repeats, before)
+    late = repeat(f"answers shuffled after {before}", wrong, seen["answers shuffled"].harm, midway, args.repeats, before)
     return [*outcomes, late]
 
 
