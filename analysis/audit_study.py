@@ -190,7 +190,9 @@ def judge(
         draw = partial(_in_any_order, calibration, values, rng)
         outcomes.append(repeat(name, values, seen[name].harm, draw, args.repeats))
     outcomes.insert(1, repeat("same domain, calibrated anew", pool, None, anew, args.repeats))
-    late = repeat(f"answers shuffled after {before}", wrong, seen["answers shuffled"].harm, midway, args.repeats, before)
+    late = repeat(
+        f"answers shuffled after {before}", wrong, seen["answers shuffled"].harm, midway, args.repeats, before
+    )
     return [*outcomes, late]
 
 

@@ -114,7 +114,7 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
         return config, None
     stats, answers = read_files(model, config)
     if answers is None:
-        raise ValueError(f"{args.routing_stats}: no residual rows beside it; run 01_routing_analysis.py --residuals")
+        raise ValueError(f"{args.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
     tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
     found = search(model, stats, answers, tuning, config, **reading)

@@ -30,14 +30,16 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
         raise ValueError("enable_var is False: every token stays with the router, there is nothing to replay")
     notes = []
     if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
-        notes.append("residual rows are left out (residual=False): a trace has no expert outputs")
-        config = _with_policies(config, lambda policy: replace(policy, residual=False))
+        notes.append("answers are left out (residual=False): a trace has no expert outputs")
+        config = _with_policies(config, lambda policy: replace(policy, residual=False, tolerance=None))
     if trace.probs is None:
         notes.append(
             "the trace has no probabilities: entropy, confidence, gate-ratio and mass thresholds are lifted, and the "
             "table ranks experts by how often " + ("and how early " if trace.ranked else "") + "they were chosen"
         )
-        config = _with_policies(config, lambda policy: replace(policy, entropy_threshold=None, gate_ratio=None))
+        config = _with_policies(
+            config, lambda policy: replace(policy, entropy_threshold=None, gate_ratio=None, gate_mass=None)
+        )
         lifted = math.log(trace.num_experts) + 1
         config = replace(config, entropy_threshold=lifted, confidence_threshold=0.0, mass_threshold=1.0)
     elif trace.probs_over == "chosen":
