@@ -39,7 +39,6 @@ from varjax.files import replacing
 from varjax.model import VARModel
 from varjax.step import VARState, begin
 
-
 _LENGTHS = {"max_length": "tokens", "stride": "tokens"}
 UNITS = {
     "perplexity": "per token",
