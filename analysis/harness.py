@@ -9,9 +9,10 @@ of one's own below --include_path. Needs the extra `eval`. How texts are read: `
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ UNITS = {
     "max_length": "tokens",
     "stride": "tokens",
 }
-_TAKEN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")  # of what the harness gives
+# Of what the harness gives.
+_TAKEN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes")
 _SHARES = ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")
 
 
@@ -42,7 +44,7 @@ def evaluate(
     num_fewshot: int | None = None,
     task_manager: Any = None,
 ) -> dict[str, Any]:
-    """The harness's own results, as `lm_eval.simple_evaluate` gives them.
+    """What `lm_eval.simple_evaluate` gives, with the harness's `task_hashes` instead of the samples.
 
     Args:
         tasks: names, or task configs as dicts.
@@ -64,18 +66,19 @@ def evaluate(
             f"the harness knows no task {unknown[0]!r}; mend the name, or give the folder with its YAML file as "
             "include_path"
         )
-    return simple_evaluate(
+    results = simple_evaluate(
         model=lm,
         tasks=list(tasks),
         limit=limit,
         num_fewshot=num_fewshot,
         task_manager=manager,
-        log_samples=False,
         random_seed=lm.seed,
         numpy_random_seed=lm.seed,
         torch_random_seed=lm.seed,
         fewshot_random_seed=lm.seed,
     )
+    samples = results.pop("samples")
+    return results | {"task_hashes": {name: _task_hash(rows) for name, rows in samples.items()}}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -129,6 +132,12 @@ def _command(args: argparse.Namespace) -> None:
     result |= {"settings": {**lm.settings, **asked}, "units": UNITS}
     write_json(args.output, result | {"provenance": provenance(seed=args.seed, **origin)})
     print(f"written to {args.output}")
+
+
+def _task_hash(samples: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of a task's documents, prompts and targets, as the harness joins them."""
+    parts = (sample[name] for sample in samples for name in ("doc_hash", "prompt_hash", "target_hash"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ import importlib
 import json
 import sys
 
+import datasets
+import lm_eval
 import numpy as np
 import pytest
-
-lm_eval = pytest.importorskip("lm_eval", reason="the harness is not installed (extra `eval`)")
-
-import datasets
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
@@ -29,6 +27,8 @@ QUESTIONS = [
     ("If True, the result is", [" returned", " volcano", "xzzx"]),
     ("The number of", [" elements", " Tuesday", "&&&"]),
 ]
+
+ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +55,6 @@ def statistics(tmp_path_factory, saved_model, documents):
 @pytest.fixture(scope="module")
 def hflm():
     """The harness's own model on the reference checkpoint."""
-    pytest.importorskip("accelerate", reason="the harness's Hugging Face model needs it (extra `test`)")
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(str(REFERENCE), device="cpu", dtype="float32", batch_size=4, max_length=64)
@@ -121,7 +120,7 @@ def test_accuracy_of_questions_with_an_obvious_answer(reference):
         "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metric_list": [ACCURACY],
     }
     for label, expected in ((0, 1.0), (1, 0.0), (2, 0.0)):
         assert results(lm, task(rows, doc_to_target=label, **fields))["local"]["acc,none"] == expected
@@ -137,7 +136,9 @@ def test_var_with_everything_open_equals_the_plain_model(saved_model, statistics
             doc_to_text="{{text}}",
             doc_to_choice=[" the layer", " a token drops", " keeps"],
             doc_to_target=0,
-            metric_list=[{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
+            metric_list=[
+                {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+            ],
         ),
         task(
             rows,
@@ -154,19 +155,18 @@ def test_var_with_everything_open_equals_the_plain_model(saved_model, statistics
             doc_to_text="{{text}}",
             doc_to_target="a",
             generation_kwargs={"until": ["."], "max_gen_toks": 4},
-            metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+            metric_list=[ACCURACY | {"metric": "exact_match"}],
         ),
     ]
     nothing = VARConfig.from_routing_stats(statistics, frequency_threshold=10**9, confidence_threshold=1.0)
-    models = saved_model, VARModel(saved_model, nothing), VARModel(saved_model, VARConfig(enable_var=False))
-    adapters = [HarnessLM(model, batch_size=4, max_length=32, progress=False) for model in models]
-    plain, *others = [results(lm, *tasks) for lm in adapters]
-    assert plain.keys() == {"choice", "rolling", "free"}
-    for other in others:
-        for name, figures in plain.items():
-            numbers = {key: value for key, value in figures.items() if key.endswith(",none") and value != "N/A"}
-            assert {key: other[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
-    assert int(adapters[1].state.counters.tokens.sum()) > 0 and adapters[2].state is None
+    models = saved_model, VARModel(saved_model, nothing)
+    plain, var = (HarnessLM(model, batch_size=4, max_length=32, progress=False) for model in models)
+    theirs, ours = results(plain, *tasks), results(var, *tasks)
+    assert theirs.keys() == {"choice", "rolling", "free"}
+    for name, figures in theirs.items():
+        numbers = {key: value for key, value in figures.items() if key.endswith(",none") and value != "N/A"}
+        assert {key: ours[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
+    assert int(var.state.counters.tokens.sum()) > 0 and plain.state is None
 
 
 @pytest.fixture
@@ -259,3 +259,4 @@ metric_list: [{{metric: bits_per_byte}}]
     assert written["units"]["bits_per_byte"] == "bits, per byte of UTF-8"
     assert written["provenance"]["lm_eval"] == lm_eval.__version__
     assert written["provenance"]["model"]["fingerprint"]
+    assert len(written["task_hashes"]["local_rolling"]) == 64
