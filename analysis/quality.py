@@ -155,7 +155,8 @@ def score(
         batch_size: rows per batch at `max_length`.
         max_length: tokens of a window, the most context that a token gets.
         stride: tokens between windows; None: `max_length`.
-        prefix_id: read before each document, so that its first id is scored too; None: nothing.
+        prefix_id: read before each document, so that its first id is scored too; None: nothing. (Documents of less
+            than two ids are not there to be scored: `analysis.text.encoding.encode` leaves them out.)
         full_last: move a document's last window back to `max_length` tokens instead of leaving it short.
     """
     nll, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
