@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from varjax.keys import NONE, hash_words
@@ -70,7 +71,7 @@ def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tupl
         hit bool [L, B, T], and Routing [L, B, T, K], which means something only where `hit`.
     """
     there, experts, weights, stamp = _held(cache, contexts)
-    hit = there & (_age(stamp, now) < ttl)
+    hit = there & (since(stamp, now) < ttl)
     return jnp.moveaxis(hit, -1, 0), Routing(
         jnp.moveaxis(experts.astype(jnp.int32), -2, 0), jnp.moveaxis(weights, -2, 0)
     )
@@ -84,7 +85,7 @@ def age(cache: ContextCache, contexts: Array, now: Array) -> Array:
         now: int32 [], ms, on the clock that `insert` was given.
     """
     there, _, _, stamp = _held(cache, contexts)
-    return jnp.moveaxis(jnp.where(there, _age(stamp, now), -1), -1, 0)
+    return jnp.moveaxis(jnp.where(there, since(stamp, now), -1), -1, 0)
 
 
 def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Array, now: Array) -> ContextCache:
@@ -102,7 +103,7 @@ def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Arra
         for leaf in (allowed, routing.experts.astype(cache.experts.dtype), routing.weights)
     )  # [N, L], [N, L, K], [N, L, K]
     storable = jnp.any(decided, axis=-1) & (keys[:, 0] != NONE)
-    cache = replace(cache, stamp=now - _age(cache.stamp, now))  # none is behind the horizon
+    cache = replace(cache, stamp=now - since(cache.stamp, now))  # none is behind the horizon
 
     bucket, position, way = _writers(cache, keys, storable)
     way, fresh, writes = _places(cache, bucket, way, now)
@@ -192,7 +193,7 @@ def _held(cache: ContextCache, contexts: Array) -> tuple[Array, Array, Array, Ar
     return there, experts, cache.weights[bucket, way], cache.stamp[bucket, way]
 
 
-def _age(stamp: Array, now: Array) -> Array:
+def since(stamp: Array, now: Array | np.int32) -> Array:
     """int32 [...]: ms from `stamp` to `now`, from 0 to HORIZON."""
     return jnp.minimum((now - stamp).astype(jnp.uint32), jnp.uint32(HORIZON)).astype(jnp.int32)
 
@@ -200,7 +201,7 @@ def _age(stamp: Array, now: Array) -> Array:
 def _way_age(cache: ContextCache, bucket: Array, now: Array) -> Array:
     """int32 [..., W]: ms since the youngest decision of each way of the sets; beyond HORIZON where there is none."""
     there = cache.experts[bucket][..., 0] != NOTHING  # [..., W, L]
-    return jnp.min(jnp.where(there, _age(cache.stamp[bucket], now), HORIZON + 1), axis=-1)
+    return jnp.min(jnp.where(there, since(cache.stamp[bucket], now), HORIZON + 1), axis=-1)
 
 
 def _put(array: Array, places: tuple[Array, Array], values: Array) -> Array:
