@@ -77,11 +77,11 @@ class RoutedModel(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VAROutput:
-    """What one call gives."""
+    """What one call gives. A call for the last logits only gives nothing else but `kv`: a step of decoding is short."""
 
-    logits: jax.Array  # float32 [B, T, V]
-    router_probs: jax.Array  # float32 [L, B, T, E]
-    routing: Routing  # [L, B, T, K], the experts that ran; E = unused slot
+    logits: jax.Array  # float32 [B, T, V], or [B, 1, V] where only the last position was asked for
+    router_probs: jax.Array | None  # float32 [L, B, T, E]
+    routing: Routing | None  # [L, B, T, K], the experts that ran; E = unused slot
     plan: Plan | None  # [L, B, T], what was settled before layer 0; None with VAR switched off
     kv: Any  # the key/value cache, where one was passed
 
@@ -154,7 +154,7 @@ class VARModel:
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
 
         Returns:
-            The output with the logits of the last position only, [B, 1, V], and the state.
+            The logits of the last position, [B, 1, V], with `.kv` and nothing else, and the state.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask)
         if capacity < ids.shape[1]:
@@ -168,7 +168,8 @@ class VARModel:
     ) -> tuple[VAROutput, VARState | None]:
         """The next int32 [B, T] ids of the sequences that `state` and `kv` have seen so far; both are spent.
 
-        With T = 1 this is one step of decoding. Nothing is checked: a step takes well under a millisecond.
+        With T = 1 and `last_logits_only`, which leaves out what else there is in `VAROutput`, this is a step of
+        decoding. It may last less than a millisecond, so nothing is checked.
         """
         options = {"kv": kv, "last_logits_only": last_logits_only, "network": self.model.network}
         if self.table is None or state is None:
@@ -267,7 +268,7 @@ def routed_forward(
         last_logits_only=last_logits_only,
     )
     state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)
-    return VAROutput(out.logits, out.router_probs, out.routing, plan, out.kv), state
+    return _output(out, plan, last_logits_only), state
 
 
 @partial(jax.jit, static_argnames=("network", "last_logits_only"), donate_argnames="kv")
@@ -275,7 +276,13 @@ def _plain(
     params: Any, ids: jax.Array, mask: jax.Array, *, kv: Any, network: Network, last_logits_only: bool
 ) -> VAROutput:
     out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=last_logits_only)
-    return VAROutput(out.logits, out.router_probs, out.routing, None, out.kv)
+    return _output(out, None, last_logits_only)
+
+
+def _output(out: Any, plan: Plan | None, logits_only: bool) -> VAROutput:
+    if logits_only:
+        return VAROutput(out.logits, None, None, None, out.kv)
+    return VAROutput(out.logits, out.router_probs, out.routing, plan, out.kv)
 
 
 @jax.jit

@@ -71,10 +71,10 @@ def test_disabled_is_bit_identical_and_hands_the_state_on(saved_model, stats_pat
 
     whole, _ = on(ids, on.init(len(ids)))
     out, state = on.prefill(ids[:, :5], state, capacity=16)
-    rows, one = [out.plan.row], np.ones((len(ids), 1), bool)
+    rows, one = [whole.plan.row[..., :5]], np.ones((len(ids), 1), bool)
     for position in range(5, 16):
         model = off if position in (6, 7, 8) else on
-        out, state = model.advance(state, ids[:, position : position + 1], one, out.kv, last_logits_only=True)
+        out, state = model.advance(state, ids[:, position : position + 1], one, out.kv)
         rows.append(whole.plan.row[..., position : position + 1] if model is off else out.plan.row)
     np.testing.assert_array_equal(np.concatenate(rows, axis=-1), whole.plan.row)
     assert int(state.counters.tokens.sum()) == 2 * len(ids) * 13
