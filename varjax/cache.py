@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from varjax.keys import NONE, hash_words
@@ -70,7 +71,7 @@ def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tupl
         hit bool [L, B, T], and Routing [L, B, T, K], which means something only where `hit`.
     """
     there, experts, weights, stamp = _held(cache, contexts)
-    hit = there & (_age(stamp, now) < ttl)
+    hit = there & (since(stamp, now) < ttl)
     return jnp.moveaxis(hit, -1, 0), Routing(
         jnp.moveaxis(experts.astype(jnp.int32), -2, 0), jnp.moveaxis(weights, -2, 0)
     )
@@ -84,7 +85,7 @@ def age(cache: ContextCache, contexts: Array, now: Array) -> Array:
         now: int32 [], ms, on the clock that `insert` was given.
     """
     there, _, _, stamp = _held(cache, contexts)
-    return jnp.moveaxis(jnp.where(there, _age(stamp, now), -1), -1, 0)
+    return jnp.moveaxis(jnp.where(there, since(stamp, now), -1), -1, 0)
 
 
 def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Array, now: Array) -> ContextCache:
@@ -102,20 +103,23 @@ def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Arra
         for leaf in (allowed, routing.experts.astype(cache.experts.dtype), routing.weights)
     )  # [N, L], [N, L, K], [N, L, K]
     storable = jnp.any(decided, axis=-1) & (keys[:, 0] != NONE)
-    cache = replace(cache, stamp=now - _age(cache.stamp, now))  # none is behind the horizon
+    cache = replace(cache, stamp=now - since(cache.stamp, now))  # none is behind the horizon
 
+    if len(keys) == 1:
+        return _insert_one(cache, keys, experts, weights, decided, storable, now)
     bucket, position, way = _writers(cache, keys, storable)
     way, fresh, writes = _places(cache, bucket, way, now)
-
-    decided, experts, weights = decided[position], experts[position], weights[position]
-    blank = jnp.where(fresh[:, None, None], NOTHING, cache.experts[bucket, way])  # an update leaves other layers alone
-    here = (jnp.where(writes, bucket, len(cache.ids)), way)  # out of bounds where nothing is written
-    return ContextCache(
-        ids=_put(cache.ids, here, keys[position]),
-        experts=_put(cache.experts, here, jnp.where(decided[..., None], experts, blank)),
-        weights=_put(cache.weights, here, jnp.where(decided[..., None], weights, cache.weights[bucket, way])),
-        stamp=_put(cache.stamp, here, jnp.where(decided, now, cache.stamp[bucket, way])),
+    rows = _merged(
+        held=jax.tree.map(lambda leaf: leaf[bucket, way], cache),
+        fresh=fresh,
+        ids=keys[position],
+        experts=experts[position],
+        weights=weights[position],
+        decided=decided[position],
+        now=now,
     )
+    here = (jnp.where(writes, bucket, len(cache.ids)), way)  # out of bounds where nothing is written
+    return jax.tree.map(lambda leaf, row: leaf.at[here].set(row, mode="drop", unique_indices=True), cache, rows)
 
 
 def _writers(cache: ContextCache, keys: Array, storable: Array) -> tuple[Array, Array, Array]:
@@ -172,6 +176,43 @@ def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple
     return jnp.where(fresh, chosen, way), fresh, writes
 
 
+def _insert_one(
+    cache: ContextCache, ids: Array, experts: Array, weights: Array, decided: Array, storable: Array, now: Array
+) -> ContextCache:
+    """`insert` of one context, N = 1: there is nothing to sort, and one row is read and written."""
+    bucket = _bucket(cache, ids)
+    way, present = _find(cache, bucket, ids)
+    way = jnp.where(present, way, jnp.argmax(_way_age(cache, bucket, now), axis=-1).astype(jnp.int32))
+
+    def place(leaf: Array) -> tuple[Array, ...]:
+        return (bucket[0], way[0], *[jnp.int32(0)] * (leaf.ndim - 2))
+
+    held = jax.tree.map(lambda leaf: lax.dynamic_slice(leaf, place(leaf), (1, 1, *leaf.shape[2:]))[0], cache)
+    rows = _merged(held, ~present, ids, experts, weights, decided, now)
+    rows = jax.tree.map(lambda new, old: jnp.where(storable[0], new, old), rows, held)
+    return jax.tree.map(lambda leaf, row: lax.dynamic_update_slice(leaf, row[None], place(leaf)), cache, rows)
+
+
+def _merged(
+    held: ContextCache, fresh: Array, ids: Array, experts: Array, weights: Array, decided: Array, now: Array
+) -> ContextCache:
+    """Rows [N] of the cache to be written: what was decided, over what is held there unless it is another's.
+
+    Args:
+        held: rows of the cache, [N, ...].
+        fresh: bool [N], the context is a newcomer in its row.
+        ids, experts, weights: int32 [N, C], int16 and float32 [N, L, K].
+        decided: bool [N, L], the layers that have something to store.
+    """
+    blank = jnp.where(fresh[:, None, None], NOTHING, held.experts)  # an update leaves the other layers alone
+    return ContextCache(
+        ids=ids,
+        experts=jnp.where(decided[..., None], experts, blank),
+        weights=jnp.where(decided[..., None], weights, held.weights),
+        stamp=jnp.where(decided, now, held.stamp),
+    )
+
+
 def _bucket(cache: ContextCache, contexts: Array) -> Array:
     """int32 [...]: the set of each context int32 [..., C]."""
     return (hash_words(contexts) % jnp.uint32(cache.ids.shape[0])).astype(jnp.int32)
@@ -179,8 +220,10 @@ def _bucket(cache: ContextCache, contexts: Array) -> Array:
 
 def _find(cache: ContextCache, bucket: Array, contexts: Array) -> tuple[Array, Array]:
     """int32 [...], bool [...]: the way in which each context lies, and whether it lies anywhere."""
+    ways = cache.ids.shape[1]
     same = jnp.all(cache.ids[bucket] == contexts[..., None, :], axis=-1)  # [..., W]
-    return jnp.argmax(same, axis=-1).astype(jnp.int32), jnp.any(same, axis=-1)
+    way = jnp.min(jnp.where(same, _iota(ways), ways), axis=-1)
+    return jnp.minimum(way, ways - 1), way < ways
 
 
 def _held(cache: ContextCache, contexts: Array) -> tuple[Array, Array, Array, Array]:
@@ -192,7 +235,7 @@ def _held(cache: ContextCache, contexts: Array) -> tuple[Array, Array, Array, Ar
     return there, experts, cache.weights[bucket, way], cache.stamp[bucket, way]
 
 
-def _age(stamp: Array, now: Array) -> Array:
+def since(stamp: Array, now: Array | np.int32) -> Array:
     """int32 [...]: ms from `stamp` to `now`, from 0 to HORIZON."""
     return jnp.minimum((now - stamp).astype(jnp.uint32), jnp.uint32(HORIZON)).astype(jnp.int32)
 
@@ -200,11 +243,7 @@ def _age(stamp: Array, now: Array) -> Array:
 def _way_age(cache: ContextCache, bucket: Array, now: Array) -> Array:
     """int32 [..., W]: ms since the youngest decision of each way of the sets; beyond HORIZON where there is none."""
     there = cache.experts[bucket][..., 0] != NOTHING  # [..., W, L]
-    return jnp.min(jnp.where(there, _age(cache.stamp[bucket], now), HORIZON + 1), axis=-1)
-
-
-def _put(array: Array, places: tuple[Array, Array], values: Array) -> Array:
-    return array.at[places].set(values, mode="drop", unique_indices=True)
+    return jnp.min(jnp.where(there, since(cache.stamp[bucket], now), HORIZON + 1), axis=-1)
 
 
 def _iota(length: int) -> Array:

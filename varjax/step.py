@@ -100,6 +100,18 @@ def begin(state: VARState, batch_size: int | None = None) -> VARState:
     return replace(state, recent=jnp.full((batch, state.recent.shape[1]), NONE, jnp.int32))
 
 
+def follow(state: VARState, token_ids: Array, mask: Array | None = None) -> VARState:
+    """The state behind tokens that ran without a plan: they are the recent ids now, uncounted and unremembered.
+
+    Args:
+        token_ids: int32 [B, T].
+        mask: bool [B, T], False at padding; None where there is none.
+    """
+    seen = contexts(token_ids, state.recent, state.recent.shape[1] + 1, mask)
+    real = jnp.ones(token_ids.shape, bool) if mask is None else mask
+    return replace(state, recent=_recent(state.recent, seen, real))
+
+
 def plan(
     table: RouteTable,
     state: VARState,
