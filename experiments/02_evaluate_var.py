@@ -1,10 +1,13 @@
-"""Phase 2: evaluate the plain model or VAR on held-out documents, and compare two evaluations.
+"""Phase 2: evaluate the plain model or VAR on held-out documents, compare two evaluations, study a policy.
 
   --mode baseline                          the plain model
   --mode var --routing_stats S             a preset, a --var_config, or a policy found with --search_policy
   --compare A.json B.json                  two results side by side, with the published criteria
+  --mode study --routing_stats S --var_config C --output DIR
+                                           VAR against simple alternatives at equal loss, and by the size of its table
 
-Writes a JSON result, and a Parquet file of per-document losses beside it.
+Writes a JSON result, and a Parquet file of per-document losses beside it. A study writes study.json, .txt, .html and
+figures into a folder, and the losses of every point as it is scored: give the same command again after a kill.
 """
 
 from __future__ import annotations
@@ -19,6 +22,9 @@ from analysis.comparison import read_result, report
 from analysis.policy import Search, search
 from analysis.provenance import hash_json, provenance, write_json
 from analysis.quality import score, var_runner
+from analysis.report import summary as overview
+from analysis.scored_points import Subject
+from analysis.study import study
 from experiments.arguments import load, load_encoded, parser, run
 from models import Model
 from profiling.throughput import measure
@@ -30,7 +36,7 @@ from varjax.step import summary
 
 def main() -> None:
     arguments = parser(__doc__, "results/phase2/result.json")
-    arguments.add_argument("--mode", choices=["baseline", "var"], help="what to evaluate")
+    arguments.add_argument("--mode", choices=["baseline", "var", "study"], help="what to evaluate")
     arguments.add_argument("--routing_stats", type=Path, help="routing_stats.parquet of phase 1")
     arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
     arguments.add_argument("--var_config", type=Path, help="a VARConfig as JSON; overrides --preset")
@@ -51,10 +57,16 @@ def main() -> None:
         compare(base, other, args.output)
     elif args.mode == "var" and not (args.routing_stats or args.var_config):
         arguments.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
+    elif args.mode == "study" and not (args.routing_stats and (args.var_config or args.search_policy)):
+        arguments.error("--mode study needs --routing_stats, and --var_config or --search_policy")
+    elif args.mode == "study" and args.output.suffix:
+        arguments.error(f"--mode study writes a folder: give --output a name without {args.output.suffix}")
+    elif args.mode == "study":
+        study_policy(args)
     elif args.mode:
         evaluate(args)
     else:
-        arguments.error("say what to do: --mode baseline, --mode var or --compare A B")
+        arguments.error("say what to do: --mode baseline, --mode var, --mode study or --compare A B")
 
 
 def compare(base: Path, other: Path, output: Path) -> None:
@@ -96,6 +108,36 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
         print(var_model.summary(state))
+    print(f"written to {args.output}")
+
+
+def study_policy(args: argparse.Namespace) -> None:
+    model, documents, origin = load(args, args.split)
+    config, _ = choose_config(args, model)
+    stats, answers = read_files(model, config)
+    if answers is None:
+        raise ValueError(f"{args.routing_stats}: no answers beside it; run 01_routing_analysis.py --residuals")
+    subject = Subject(
+        model,
+        stats,
+        answers,
+        config,
+        documents,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        stride=args.stride,
+        folder=args.output / "losses",
+        seed=args.seed,
+    )
+    facts = (
+        ("model", f"{model.name} ({args.dtype})"),
+        ("data", f"{args.dataset}, split {args.split}"),
+        ("policy", str(args.var_config or "found on the tune split")),
+    )
+    made = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_json(config))
+    said = study(subject, args.output, facts=facts, provenance=made)
+    config.save(args.output / "var_config.json")
+    print("\n".join(overview(said)))
     print(f"written to {args.output}")
 
 

@@ -96,6 +96,7 @@ class VARConfig:
     mass_threshold: float = 0.9  # share of the predicted gate weight that the kept experts reach if kept is open
     residual_shrinkage: float = 1.0  # k0, occurrences that the prior of an answer weighs
     answer_dtype: AnswerType = "float32"  # how answers are kept; "bfloat16" takes half of the bytes, "int8" a quarter
+    answers_per_layer: int | None = None  # answers that a layer holds at most, the most valuable ones; None = all
     default: LayerPolicy | None = field(default_factory=LayerPolicy)  # layers not listed below; None = left open
     layers: Mapping[int, LayerPolicy | None] | tuple[tuple[int, LayerPolicy | None], ...] = ()  # exceptions
     cache_layers: tuple[int, ...] | None = None  # layers that the cached tier may decide; None = all not left open
@@ -115,6 +116,7 @@ class VARConfig:
         check.number("mass_threshold", 0.0, 1.0, above=True)
         check.number("residual_shrinkage", 0.0)
         check.one_of("answer_dtype", ("float32", "bfloat16", "int8"))
+        check.integer("answers_per_layer", 1, optional=True)
         check.policy("default")
         check.policies("layers")
         check.integers("cache_layers", 0, optional=True)

@@ -14,7 +14,7 @@ plans all of them, known or not, as the simple alternatives to VAR do.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from varjax.routing import (
     slots_for_mass,
     top_k,
 )
+from varjax.selection import most_valuable
 from varjax.shrinkage import inherit, shrunk
 from varjax.stats import RoutingStats
 
@@ -128,6 +129,11 @@ def build(
     keys = np.concatenate([stats.keys, np.full((1, stats.keys.shape[1]), ANY, np.int32)])  # order 0 comes last
     entries = _entries(keys, answers, len(policies), stats.num_experts)
     eligible = np.stack([_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)])
+    if answers is not None and config.answers_per_layer is not None:
+        used = {l: np.unique(entries[l][eligible[l]]) for l in answers.layers}
+        fewer = most_valuable(answers, used, config.answers_per_layer, config.residual_shrinkage)
+        entries = _entries(keys, fewer, len(policies), stats.num_experts)
+        eligible = np.stack([_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)])
     rows = np.arange(len(keys)) if keep_shapes else np.flatnonzero(eligible.any(axis=0))
     if len(rows) == 0:
         rows = np.array([0])  # not eligible, but there must be something to gather from
@@ -143,6 +149,32 @@ def build(
         rules=_rules(policies),
         num_experts=stats.num_experts,
         orders=tuple(sorted({0, *stats.orders} if keep_shapes or not asked else asked)),
+    )
+
+
+def with_policies(
+    table: RouteTable, stats: RoutingStats, config: VARConfig, answers: Answers | None = None
+) -> RouteTable:
+    """A table that was built with `keep_shapes`, under the policies of another config; what it knows stays.
+
+    Args:
+        stats, answers: those that `table` was built from.
+
+    Raises:
+        ValueError: as `build`.
+    """
+    policies = [config.policy(layer) for layer in range(table.num_layers)]
+    _check_policies(config, policies, stats, table.top_k, answers)
+    shape = (table.eligible.shape[1], table.num_experts)
+    entries = [np.full(shape, NO_ANSWER)] * len(policies)
+    if table.answers is not None:
+        entries = [np.broadcast_to(np.asarray(known.entry), shape) for known in table.answers]
+    eligible = [_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)]
+    return replace(
+        table,
+        eligible=jnp.asarray(np.stack(eligible)),
+        kept=jnp.asarray(_kept(policies, table.routing, config.mass_threshold)),
+        rules=_rules(policies),
     )
 
 

@@ -1,0 +1,83 @@
+"""The size of the table against what it saves: fewer answers, and answers in fewer bytes.
+
+Letters: L layers, N answers of a layer.
+
+A bound on the answers of a layer keeps the most valuable ones (`varjax.selection`); the policy stays the same. Sizes
+are those of the tables as they would be shipped, with keys and everything else; losses are measured in tables of one
+shape, in which an answer that is not kept cannot be found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from analysis.scored_points import Measured, Subject, losses, measured, resampled
+from varjax.config import AnswerType
+from varjax.routing import NO_ANSWER
+from varjax.table import RouteTable, build
+
+SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the answers of the layer that has the most
+TYPES: tuple[AnswerType, ...] = ("float32", "bfloat16", "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One table."""
+
+    answers_per_layer: int | None  # the bound; None: every answer
+    answer_dtype: AnswerType
+    answers: int  # that the table holds, in all layers
+    answer_bytes: int  # with their deviations and scales
+    bytes: int  # of the whole table: answers, keys, predicted routing
+    measured: Measured  # its dial: answers
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSizes:
+    """Smaller bounds first, then the whole table in smaller types."""
+
+    sizes: tuple[Size, ...]
+    top_k: int
+    documents: int
+    tokens: int  # scored
+    samples: int  # bootstrap draws
+
+
+def table_sizes(subject: Subject) -> TableSizes:
+    """The given policy on the subject's documents under tables of several sizes.
+
+    Raises:
+        ValueError: as `varjax.table.build`.
+    """
+    plain = losses(subject)
+    counts = resampled(len(plain.nll), subject.samples, subject.seed)
+    top_k = subject.model.config.top_k
+    whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
+    most = max(held(build(subject.stats, whole, top_k, subject.answers)), default=0)
+    bounds = sorted({max(round(share * most), 1) for share in SHARES})
+    configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
+    configs += [dataclasses.replace(whole, answer_dtype=one) for one in TYPES]
+    found = []
+    for config in tqdm(configs, unit="table", desc="table sizes", disable=not subject.progress):
+        shipped = build(subject.stats, config, top_k, subject.answers)
+        shapes_kept = build(subject.stats, config, top_k, subject.answers, keep_shapes=True)
+        number = sum(held(shipped))
+        point = measured(number, plain, losses(subject, config, shapes_kept), counts)
+        in_answers = _bytes([(layer.answers, layer.scale, layer.deviation) for layer in shipped.answers or ()])
+        bound, dtype = config.answers_per_layer, config.answer_dtype
+        found.append(Size(bound, dtype, number, in_answers, _bytes(shipped), point))
+    return TableSizes(tuple(found), top_k, len(plain.nll), int(plain.tokens.sum()), subject.samples)
+
+
+def held(table: RouteTable) -> list[int]:
+    """[L]: how many answers can be found in each layer."""
+    entries = [np.asarray(layer.entry) for layer in table.answers or ()]
+    return [len(np.unique(entry[entry != NO_ANSWER])) for entry in entries]
+
+
+def _bytes(tree: object) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

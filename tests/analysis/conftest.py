@@ -1,0 +1,28 @@
+"""Statistics and answers of the tiny model that several test files share."""
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+
+from analysis.collection.answers import collect_answers
+from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.text.encoding import Encoded
+from varjax.answers import Answers
+from varjax.stats import RoutingStats
+
+
+class Collected(NamedTuple):
+    stats: RoutingStats  # orders 1 and 2
+    answers: Answers  # of both layers
+    held_out: list[Encoded]  # 40 documents of 16 tokens: windows of one shape compile once
+
+
+@pytest.fixture(scope="session")
+def collected(saved_model, documents) -> Collected:
+    whole = [dataclasses.replace(one, ids=one.ids[:16]) for one in documents if len(one.ids) >= 16]
+    known, held_out = whole[:-40], whole[-40:]
+    reading = {"batch_size": 20, "max_length": 16, "progress": False}
+    keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
+    stats = collect(saved_model, known, keys, **reading)
+    return Collected(stats, collect_answers(saved_model, known, stats.keys, range(2), **reading), held_out)
