@@ -26,9 +26,10 @@ from tqdm import tqdm
 from analysis.quality import Scores, plain_runner, score, var_runner
 from analysis.text.encoding import Encoded
 from models import Model
-from varjax.answers import Answers, shrunk
+from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
+from varjax.shrinkage import shrunk
 from varjax.stats import RoutingStats
 from varjax.step import summary
 from varjax.table import build
@@ -66,7 +67,7 @@ def candidate_tolerances(answers: Answers, layer: int, shrinkage: float) -> tupl
     """Ascending: quantiles of an answer's deviation times the weight that its expert usually has; the last drops all.
 
     Args:
-        layer, shrinkage: as in `varjax.answers.shrunk`.
+        layer, shrinkage: as in `varjax.shrinkage.shrunk`.
     """
     a = answers.layers.index(layer)
     count, mass = answers.count[a], answers.mass[a]

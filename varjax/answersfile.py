@@ -25,7 +25,7 @@ _DTYPES = {
     "entry": np.int32,
     "mean": np.float32,
     "mass": np.float64,
-    "square": np.float64,
+    "m2": np.float64,
     "count": np.int64,
     "nonfinite": np.int64,
 }
@@ -87,7 +87,7 @@ def _check_shapes(path: str | Path, tensors: dict[str, np.ndarray], num_layers: 
         "entry": (num_layers, num_rows, num_experts),
         "mean": (*of_answers, hidden_size),
         "mass": of_answers,
-        "square": of_answers,
+        "m2": of_answers,
         "count": of_answers,
         "nonfinite": (num_layers,),
     }

@@ -69,7 +69,7 @@ class LayerPolicy:
         if not self.residual and self.tolerance is not None:
             check.fault("tolerance", "None with residual=False: it is about how far an answer is off")
         if isinstance(self.orders, tuple) and 0 in self.orders and self.kept is None and self.tolerance is None:
-            check.fault("kept", "an integer where orders hold 0: nothing is predicted for every token")
+            check.fault("kept", "an integer, or a tolerance, where orders hold 0: nothing is predicted for every token")
         if self.weights_from == "table" and self.choice_from == "gate":
             check.fault("weights_from", "'gate' with choice_from='gate': the table weighs only what it chose")
         check.finish()

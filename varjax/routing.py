@@ -40,7 +40,7 @@ class LayerRules:
     """How each layer treats its planned tokens. Array data, so that another policy recompiles nothing."""
 
     gate_ratio: Array  # float32 [L], a slot under this share of slot 0's weight is dropped; 0 = never
-    gate_mass: Array  # float32 [L], slots after those that reach this gate probability are dropped; 1 = never
+    gate_mass: Array  # float32 [L], slots after those that reach this gate probability are dropped; inf = never
     tolerance: Array  # float32 [L], a slot whose weight times its answer's deviation is under this is dropped
     residual: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
     renormalise: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
@@ -51,7 +51,7 @@ class LayerRules:
     def neutral(cls, num_layers: int) -> LayerRules:
         """[L]: the gate chooses and weighs, nothing is dropped or rescaled but what `kept` says."""
         off, zero = jnp.zeros(num_layers, bool), jnp.zeros(num_layers, jnp.float32)
-        return cls(zero, jnp.ones_like(zero), zero, off, off, off, off)
+        return cls(zero, jnp.full_like(zero, jnp.inf), zero, off, off, off, off)
 
 
 @jax.tree_util.register_dataclass
@@ -203,7 +203,8 @@ def _superfluous(candidate: Routing, probs: Array, plan: Plan) -> Array:
     slot = jnp.arange(candidate.weights.shape[-1], dtype=jnp.int8)
     light = candidate.weights < plan.rules.gate_ratio * candidate.weights[..., :1]
     gate = jnp.take_along_axis(probs, candidate.experts, axis=-1, mode="clip")
-    covered = jnp.cumsum(gate, axis=-1) - gate >= plan.rules.gate_mass
+    reached = jnp.cumsum(gate, axis=-1) >= plan.rules.gate_mass
+    covered = jnp.roll(reached, 1, axis=-1)  # by the slots before; slot 0 is not asked
     return (slot >= plan.kept[..., None]) | ((slot >= 1) & (light | covered))
 
 

@@ -60,7 +60,7 @@ class Counters:
     """What happened so far, by layer and tier."""
 
     tokens: Array  # int32 [L, 3]
-    agreements: Array  # int32 [L, 3], tokens whose predicted first expert was the learned router's
+    agreements: Array  # int32 [L, 3], tokens whose predicted first expert, if any, was the learned router's
     active: Array  # int32 [L, 3], experts that ran
 
     @classmethod
@@ -80,7 +80,7 @@ class VARState:
 
 def init(table: RouteTable, config: VARConfig, batch_size: int) -> VARState:
     """An empty cache, no recent ids, counters at zero."""
-    cache, longest = None, table.orders[-1]
+    cache, longest = None, max(table.orders[-1], 1)
     if config.cache_size > 0:
         window = config.context_window_size
         cache = context_cache.init(config.cache_size, window, table.num_layers, table.top_k)
@@ -179,7 +179,8 @@ def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Arr
     of_tier = (plan.tier[..., None] == tier) & real[..., None]  # [L, B, T, 3]
     predicted = plan.routing.experts[..., 0]
     learned = jnp.argmax(router_probs, axis=-1).astype(jnp.int32)
-    agree = ((predicted == learned) | (plan.tier == LEARNED)).astype(jnp.int32)
+    silent = predicted == router_probs.shape[-1]  # planned, but no expert was predicted: nothing could be wrong
+    agree = ((predicted == learned) | silent | (plan.tier == LEARNED)).astype(jnp.int32)
     active = jnp.sum(routing.experts < router_probs.shape[-1], axis=-1, dtype=jnp.int32)
 
     def total(values: Array) -> Array:

@@ -13,6 +13,7 @@ plans all of them, known or not, as the simple alternatives to VAR do.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from varjax.answers import Answers, inherit, shrunk
+from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ABSENT, ANY, KeyIndex, distinct, find_orders
 from varjax.routing import (
@@ -34,6 +35,7 @@ from varjax.routing import (
     slots_for_mass,
     top_k,
 )
+from varjax.shrinkage import inherit, shrunk
 from varjax.stats import RoutingStats
 
 
@@ -157,6 +159,10 @@ def _check_policies(
         for layer in sorted(named)
         if layer >= len(policies)
     ]
+    if answers is not None:
+        theirs, ours = (answers.keys.shape[1], answers.entry.shape[2]), (stats.keys.shape[1], stats.num_experts)
+        if theirs != ours:
+            faults.append(f"the answers have (ids per key, experts) {theirs}, the statistics {ours}")
     for layer, policy in enumerate(policies):
         if policy is None:
             continue
@@ -233,30 +239,22 @@ def _answers(
     entries: np.ndarray,
     keep_shapes: bool,
 ) -> tuple[LayerAnswers, ...] | None:
-    """[L]; a layer that adds no residual has one empty answer. `entries` int32 [L, R, E] are of the table's rows."""
+    """[L]; a layer that needs none has one empty answer. `entries` int32 [L, R, E] are of the table's rows."""
     if answers is None:
         return None
     built = []
     for layer, policy in enumerate(policies):
-        if layer not in answers.layers or not (keep_shapes or (policy is not None and policy.residual)):
-            empty = jnp.zeros((1, answers.mean.shape[-1]), jnp.float32)
-            entry = jnp.full((1, entries.shape[-1]), NO_ANSWER, jnp.int32)
-            built.append(LayerAnswers(entry, jnp.zeros(1, jnp.float32), *_encoded(empty, config.answer_dtype)))
-            continue
-        estimate = shrunk(answers, layer, config.residual_shrinkage)
-        used = np.arange(len(estimate.answers))
-        if not keep_shapes:
-            used = np.unique(entries[layer][entries[layer] != NO_ANSWER])
-        place = np.full(len(estimate.answers) + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
-        place[used] = np.arange(len(used))
-        rows = jnp.asarray(estimate.answers[used])
-        built.append(
-            LayerAnswers(
-                jnp.asarray(place[entries[layer]]),
-                jnp.asarray(estimate.deviation[used]),
-                *_encoded(rows, config.answer_dtype),
-            )
-        )
+        wanted = layer in answers.layers and (keep_shapes or (policy is not None and policy.residual))
+        entry = entries[layer] if wanted else np.full_like(entries[layer, :1], NO_ANSWER)
+        rows, deviation = np.zeros((1, answers.mean.shape[-1]), np.float32), np.zeros(1, np.float32)
+        if wanted and (keep_shapes or (entry != NO_ANSWER).any()):
+            rows, deviation, _ = shrunk(answers, layer, config.residual_shrinkage)
+            used = np.arange(len(rows)) if keep_shapes else np.unique(entry[entry != NO_ANSWER])
+            place = np.full(len(rows) + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
+            place[used] = np.arange(len(used))
+            entry, rows, deviation = place[entry], rows[used], deviation[used]
+        encoded = _encoded(jnp.asarray(rows), config.answer_dtype)
+        built.append(LayerAnswers(jnp.asarray(entry), jnp.asarray(deviation), *encoded))
     return tuple(built)
 
 
@@ -277,7 +275,7 @@ def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
 
     return LayerRules(
         gate_ratio=column([policy.gate_ratio or 0.0 for policy in given]),
-        gate_mass=column([1.0 if policy.gate_mass is None else policy.gate_mass for policy in given]),
+        gate_mass=column([math.inf if policy.gate_mass is None else policy.gate_mass for policy in given]),
         tolerance=column([policy.tolerance or 0.0 for policy in given]),
         residual=jnp.array([policy.residual for policy in given]),
         renormalise=jnp.array([policy.renormalise for policy in given]),

@@ -146,6 +146,6 @@ def collect_step(
 
 def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[int, ...]) -> jax.Array:
     """int32 [O, B, T]: the key rows of whole windows, which begin without a past."""
-    length = max(orders)
+    length = max(1, *orders)
     recent = jnp.full((ids.shape[0], length - 1), NONE, jnp.int32)
     return find_orders(index, contexts(ids, recent, length, mask), orders)

@@ -31,13 +31,15 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
     notes = []
     if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
         notes.append("residual rows are left out (residual=False): a trace has no expert outputs")
-        config = _with_policies(config, lambda policy: replace(policy, residual=False))
+        config = _with_policies(config, lambda policy: _without_answers(policy, trace.top_k))
     if trace.probs is None:
         notes.append(
             "the trace has no probabilities: entropy, confidence, gate-ratio and mass thresholds are lifted, and the "
             "table ranks experts by how often " + ("and how early " if trace.ranked else "") + "they were chosen"
         )
-        config = _with_policies(config, lambda policy: replace(policy, entropy_threshold=None, gate_ratio=None))
+        config = _with_policies(
+            config, lambda policy: replace(policy, entropy_threshold=None, gate_ratio=None, gate_mass=None)
+        )
         lifted = math.log(trace.num_experts) + 1
         config = replace(config, entropy_threshold=lifted, confidence_threshold=0.0, mass_threshold=1.0)
     elif trace.probs_over == "chosen":
@@ -68,7 +70,7 @@ def with_stand_ins(trace: Trace) -> Trace:
 def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, list[str]]:
     """The statistics that `config`'s table needs, and what is to be said about them."""
     policies = [policy for policy in map(config.policy, range(trace.num_layers)) if policy is not None]
-    orders = sorted({order for policy in policies for order in policy.orders}) or [1]
+    orders = sorted({order for policy in policies for order in policy.orders} - {0}) or [1]
     least = min((policy.frequency_threshold or 1 for policy in policies), default=1)
     max_keys = min(MAX_KEYS, _MAX_CELLS // (trace.num_layers * trace.num_experts))
     stats = trace_statistics(trace, orders, least, max_keys)
@@ -78,6 +80,12 @@ def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, lis
         note = f"no context occurs {least} times in the documents that build the table: the fast tier is empty"
         return trace_statistics(trace, orders, 1, 1), [note]
     return stats, []
+
+
+def _without_answers(policy: LayerPolicy, top_k: int) -> LayerPolicy:
+    """The policy as it is where nothing stands in for an expert; a tolerance then lets all run that `kept` lets."""
+    kept = top_k if policy.kept is None and policy.tolerance is not None else policy.kept
+    return replace(policy, residual=False, tolerance=None, kept=kept)
 
 
 def _with_policies(config: VARConfig, change: Callable[[LayerPolicy], LayerPolicy]) -> VARConfig:
