@@ -18,13 +18,12 @@ orders = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 @st.composite
 def policies(draw) -> LayerPolicy:
     residual = draw(st.booleans())
-    choice = draw(st.sampled_from(["gate", "table"]))
     return LayerPolicy(
         kept=draw(st.integers(0, 8) if residual else st.none() | st.integers(0, 8)),
         residual=residual,
         orders=draw(orders),
-        choice_from=choice,
-        weights_from=draw(st.sampled_from(["gate", "table"])) if choice == "table" else "gate",
+        choice_from=draw(st.sampled_from(["gate", "table"])),
+        weights_from=draw(st.sampled_from(["gate", "table"])),
         gate_ratio=draw(st.none() | shares),
         renormalise=draw(st.booleans()) and not residual,
         frequency_threshold=draw(st.none() | st.integers(1, 500)),
@@ -138,7 +137,7 @@ def test_a_bad_field_is_named_with_its_value_and_range(field, value, expected):
         ({"orders": ()}, "orders=()"),
         ({"orders": (0,)}, "orders=(0,)"),
         ({"choice_from": "cache"}, "choice_from='cache'"),
-        ({"weights_from": "table"}, "weights_from='table'"),
+        ({"weights_from": "cache"}, "weights_from='cache'"),
         ({"gate_ratio": 0.0}, "gate_ratio=0.0"),
     ],
 )
