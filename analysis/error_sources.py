@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def prepare(
         seed: of the draws.
     """
     table = build(stats, config, model.config.top_k, answers, keep_shapes=True)
-    reading = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
+    reading: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
     plain = token_losses(VARModel(model, dataclasses.replace(config, enable_var=False)), documents, **reading)
     without = VARModel(model, _fast_alone(config), table=table)
     return Subject(
@@ -192,9 +193,7 @@ def layers_alone(subject: Subject) -> LayersAlone:
     total = sum((differences(subject.plain, run) for run in runs), np.zeros_like(joint))
     return LayersAlone(
         layers=layers,
-        alone=tuple(
-            _change(subject, f"layer {layer} alone", run) for layer, run in zip(layers, runs, strict=True)
-        ),
+        alone=tuple(_change(subject, f"layer {layer} alone", run) for layer, run in zip(layers, runs, strict=True)),
         joint=_change(subject, "all together", subject.policy),
         total=_per_token(subject, total),
         excess=_per_token(subject, joint - total),
@@ -241,7 +240,7 @@ def groups(subject: Subject) -> Groups:
             subject,
             run,
             np.searchsorted(edges, run.experts, side="right") - 1,
-            [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in zip(edges[:-1], edges[1:], strict=True)],
+            [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in pairwise(edges)],
         ),
         frequency=_grouped(subject, run, deciles, _decile_names(run.token_id, deciles, subject.frequency)),
     )
@@ -290,8 +289,8 @@ def _grouped(subject: Subject, run: TokenLosses, group: np.ndarray, names: Seque
 
 def _means(subject: Subject, values: np.ndarray, counts: np.ndarray) -> list[Estimate]:
     """Sums of values [M, G] over sums of counts [M, G], with 95 % intervals over documents."""
-    sums = (subject.plain.per_document(np.asarray(one, np.float64)) for one in (values, counts))
-    value, (low, high) = ratio_with_interval(*sums, subject.samples, subject.seed)
+    total, count = (subject.plain.per_document(np.asarray(one, np.float64)) for one in (values, counts))
+    value, (low, high) = ratio_with_interval(total, count, subject.samples, subject.seed)
     return [Estimate(*map(float, row)) for row in zip(value, low, high, strict=True)]
 
 

@@ -125,9 +125,7 @@ def drift(
     )
 
 
-def agreement(
-    plain: np.ndarray, var: np.ndarray, taught: np.ndarray, samples: int = 1000, seed: int = 0
-) -> Agreement:
+def agreement(plain: np.ndarray, var: np.ndarray, taught: np.ndarray, samples: int = 1000, seed: int = 0) -> Agreement:
     """How far texts agree, at the positions that the plain model's text reaches.
 
     Args:
@@ -138,9 +136,13 @@ def agreement(
     there = plain != NOTHING
     free, single = (plain == var) & there, (plain == taught) & there
     together = np.logical_and.accumulate(free | ~there, axis=1) & there
-    curves = (Curve(*_shares(one, there, samples, seed)) for one in (free, together, single))
-    means = (_shares(one.sum(1, keepdims=True), there.sum(1, keepdims=True), samples, seed) for one in (free, single))
-    return Agreement(*curves, *(Estimate(*(float(one[0]) for one in mean)) for mean in means))
+    return Agreement(
+        free=_curve(free, there, samples, seed),
+        together=_curve(together, there, samples, seed),
+        single_step=_curve(single, there, samples, seed),
+        free_mean=_mean(free.sum(axis=1), there.sum(axis=1), samples, seed),
+        single_step_mean=_mean(single.sum(axis=1), there.sum(axis=1), samples, seed),
+    )
 
 
 def ended(text: np.ndarray, ends: Sequence[int], length: int) -> np.ndarray:
@@ -179,14 +181,11 @@ def _joined(prompt: np.ndarray, text: np.ndarray) -> tuple[np.ndarray, np.ndarra
 def _likelihood(totals: Sequence[np.ndarray], texts: Sequence[np.ndarray], samples: int, seed: int) -> Likelihood:
     """Of the plain model's text, that under VAR and the document's: totals [P] and texts [P, T] of each."""
     counts = [(text != NOTHING).sum(axis=1).astype(np.float64) for text in texts]
-    means = [
-        Estimate(*(float(one[0]) for one in _shares(total[:, None], count[:, None], samples, seed)))
-        for total, count in zip(totals, counts, strict=True)
-    ]
+    own, written, document = (_mean(*both, samples, seed) for both in zip(totals, counts, strict=True))
     plain, var = (np.stack([total, count], axis=1) for total, count in zip(totals[:2], counts[:2], strict=True))
     low, high = bootstrap(_mean_difference, plain, var, samples=samples, seed=seed)
     value = _mean_difference(plain.sum(axis=0), var.sum(axis=0))
-    return Likelihood(*means, Estimate(float(value), float(low), float(high)))
+    return Likelihood(own, written, document, Estimate(float(value), float(low), float(high)))
 
 
 def _mean_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -194,9 +193,14 @@ def _mean_difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return b[..., 0] / b[..., 1] - a[..., 0] / a[..., 1]
 
 
-def _shares(
-    numerator: np.ndarray, denominator: np.ndarray, samples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Value, low and high of sums over prompts, numerator over denominator [P, ...]."""
-    value, interval = ratio_with_interval(*(np.asarray(o, np.float64) for o in (numerator, denominator)), samples, seed)
-    return value, *interval
+def _mean(totals: np.ndarray, counts: np.ndarray, samples: int, seed: int) -> Estimate:
+    """The sum of totals [P] over that of counts [P]."""
+    curve = _curve(totals[:, None], counts[:, None], samples, seed)
+    return Estimate(float(curve.value[0]), float(curve.low[0]), float(curve.high[0]))
+
+
+def _curve(numerator: np.ndarray, denominator: np.ndarray, samples: int, seed: int) -> Curve:
+    """Sums over prompts, numerator over denominator [P, T]."""
+    top, bottom = np.asarray(numerator, np.float64), np.asarray(denominator, np.float64)
+    value, (low, high) = ratio_with_interval(top, bottom, samples, seed)
+    return Curve(value, low, high)

@@ -2,8 +2,8 @@
 
 Letters: L layers, B sequences, T positions, R table rows, M scored tokens, N documents.
 
-`analysis.quality` sums losses over documents; here every scored token keeps its own, so that losses can be grouped. Runs
-that read the same documents in the same way hold the same tokens in the same order.
+`analysis.quality` sums losses over documents; here every scored token keeps its own, so that losses can be grouped.
+Runs that read the same documents in the same way hold the same tokens in the same order.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def token_losses(
         owner = np.broadcast_to(batch.documents[:, None], batch.ids.shape)
         kept = (np.asarray(one)[batch.scored] for one in (losses, owner, batch.ids, answered, active))
         parts.append(tuple(kept))
-    nll, *rest = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return TokenLosses(np.asarray(nll, np.float64), *rest, documents=len(documents))
+    nll, document, token_id, answered_by, experts = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return TokenLosses(np.asarray(nll, np.float64), document, token_id, answered_by, experts, len(documents))
 
 
 def differences(plain: TokenLosses, other: TokenLosses) -> np.ndarray:
