@@ -31,9 +31,10 @@ from analysis.text.encoding import Encoded
 from models import Model
 from models.decoder import Network, Params
 from varjax import step as var_step
-from varjax.answers import Answers, lineage, shrunk
+from varjax.answers import Answers
 from varjax.config import VARConfig
 from varjax.routing import NO_ANSWER, Dropped, LayerAnswers
+from varjax.shrinkage import lineage, shrunk
 from varjax.stats import RoutingStats
 from varjax.step import Settings
 from varjax.table import RouteTable, build

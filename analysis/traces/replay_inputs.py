@@ -30,7 +30,7 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
         raise ValueError("enable_var is False: every token stays with the router, there is nothing to replay")
     notes = []
     if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
-        notes.append("residual rows are left out (residual=False): a trace has no expert outputs")
+        notes.append("answers are left out, and tolerances with them (residual=False): a trace has no expert outputs")
         config = _with_policies(config, lambda policy: _without_answers(policy, trace.top_k))
     if trace.probs is None:
         notes.append(

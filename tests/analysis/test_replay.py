@@ -227,7 +227,7 @@ def test_thresholds_that_a_trace_cannot_judge_are_lifted():
 
 
 NOTES = {
-    "residual rows are left out": ({}, {"default": LayerPolicy()}),
+    "answers are left out, and tolerances with them": ({}, {"default": LayerPolicy()}),
     "over the 2 chosen experts: entropy is at most ln 2 = 0.69": ({}, {}),
     "confidence is exact, entropy is the least": ({"probs_over": "all"}, {}),
     "no probabilities: .* lifted, .* how often and how early they": ({"probs": None, "probs_over": None}, {}),

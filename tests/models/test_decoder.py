@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, LayerRules, Plan, Routing
+from varjax.routing import CACHED, FAST, LEARNED, NO_ANSWER, NO_ROW, LayerAnswers, LayerRules, Plan, Routing
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
@@ -66,12 +66,12 @@ def test_an_open_plan_is_the_plain_model_bit_for_bit(tiny_model, padded_texts):
 
 # --- under a plan ----------------------------------------------------------------------------------------------------
 
-RESIDUAL_ROWS = 5
+ROWS, ANSWERS = 5, 11
 
 
 @pytest.fixture(scope="module")
 def planned(make_model, padded_texts):
-    """A model of 3 layers, each with a rule of its own, a random plan and residuals; ids without padding."""
+    """A model of 3 layers, each with rules of its own, a random plan and answers; ids without padding."""
     model = make_model(num_layers=3)
     config = model.config
     rng = np.random.default_rng(0)
@@ -81,38 +81,50 @@ def planned(make_model, padded_texts):
     plan = Plan(
         tier=jnp.asarray(rng.choice([FAST, CACHED, LEARNED], shape), jnp.int8),
         kept=jnp.asarray(rng.integers(0, config.top_k + 1, shape), jnp.int8),
-        row=jnp.asarray(rng.integers(NO_ROW, RESIDUAL_ROWS, shape), jnp.int32),
+        row=jnp.asarray(rng.integers(NO_ROW, ROWS, shape), jnp.int32),
         routing=Routing(
             jnp.asarray(experts, jnp.int32), jnp.asarray(rng.dirichlet(np.ones(config.top_k), shape), jnp.float32)
         ),
         rules=LayerRules(
             gate_ratio=jnp.array([0.0, 0.8, 0.0], jnp.float32),
+            gate_mass=jnp.array([jnp.inf, jnp.inf, 0.6], jnp.float32),
+            tolerance=jnp.array([0.4, 0.0, 0.0], jnp.float32),
+            residual=jnp.array([True, True, False]),
             renormalise=jnp.zeros(3, bool),
             choice_from_table=jnp.array([False, False, True]),
             weights_from_table=jnp.array([False, False, True]),
         ),
     )
-    residuals = tuple(jnp.asarray(rng.normal(size=(RESIDUAL_ROWS, config.hidden_size)), jnp.float32) for _ in range(3))
-    return model, ids, plan, residuals
+    answers = tuple(
+        LayerAnswers(
+            entry=jnp.asarray(rng.integers(NO_ANSWER, ANSWERS, (ROWS, config.num_experts)), jnp.int32),
+            deviation=jnp.asarray(rng.random(ANSWERS), jnp.float32),
+            answers=jnp.asarray(rng.normal(size=(ANSWERS, config.hidden_size)), jnp.float32),
+            scale=None,
+        )
+        for _ in range(3)
+    )
+    return model, ids, plan, answers
 
 
 def test_a_plan_does_what_it_says(planned):
-    model, ids, plan, residuals = planned
+    model, ids, plan, answers = planned
     wanted = (0, 2)
-    out = model.network.forward(model.params, jnp.asarray(ids), plan=plan, residuals=residuals, slot_outputs_of=wanted)
+    out = model.network.forward(model.params, jnp.asarray(ids), plan=plan, answers=answers, slot_outputs_of=wanted)
     for row in range(len(ids)):
         of_row = jax.tree.map(lambda leaf, row=row: leaf[:, row] if leaf.ndim > 1 else leaf, plan)
-        logits, experts, weights, slots = slow_forward(model, ids[row], of_row, residuals)
+        logits, experts, weights, slots = slow_forward(model, ids[row], of_row, answers)
         np.testing.assert_array_equal(out.routing.experts[:, row], experts)
         np.testing.assert_allclose(out.routing.weights[:, row], weights, **CLOSE)
         np.testing.assert_allclose(out.slot_outputs[:, row], slots[list(wanted)], rtol=0, atol=1e-4)
         np.testing.assert_allclose(out.logits[row], logits, rtol=0, atol=2e-4)
     active = np.asarray(out.routing.experts) < model.config.num_experts
     assert 0 < active.sum() < active.size  # something was dropped, something was not
-    assert np.asarray(plan.row)[~active.all(-1)].max() >= 0  # and residuals stood in
+    without = model.network.forward(model.params, jnp.asarray(ids), plan=plan)
+    assert np.abs(out.logits - without.logits).max() > 0.1  # and answers stood in
 
 
-def slow_forward(model, ids, plan, residuals):
+def slow_forward(model, ids, plan, answers):
     """One text, one token and one slot at a time where the plan is concerned; float64 throughout.
 
     Returns logits [T, V]; experts, weights [L, T, K] and slot outputs [L, T, K, D] of what ran.
@@ -129,10 +141,11 @@ def slow_forward(model, ids, plan, residuals):
         x = x + slow_attention(slow_norm(x, layer["input_norm"], config), layer["attention"], config)
         inputs = slow_norm(x, layer["expert_norm"], config)
         for token in range(length):
-            for slot, (expert, weight) in enumerate(
-                slow_slots(inputs[token] @ layer["gate"]["kernel"], plan, index, token)
-            ):
+            chosen = slow_slots(inputs[token] @ layer["gate"]["kernel"], plan, answers[index], index, token)
+            for slot, (expert, weight, answer) in enumerate(chosen):
                 if expert is None:
+                    if answer != NO_ANSWER:
+                        x[token] += weight * np.asarray(answers[index].answers[answer], np.float64)
                     continue
                 gate, up, down = (params["experts"][index][expert][name] for name in ("gate", "up", "down"))
                 inner = inputs[token] @ gate
@@ -140,31 +153,34 @@ def slow_forward(model, ids, plan, residuals):
                 experts[index, token, slot], weights[index, token, slot] = expert, weight
                 slots[index, token, slot] = weight * output
             x[token] += slots[index, token].sum(0)
-            row = int(plan.row[index, token])
-            lost = (experts[index, token] == config.num_experts).any()
-            if plan.tier[index, token] != LEARNED and lost and row != NO_ROW:
-                x[token] += np.asarray(residuals[index][row], np.float64)
     return slow_norm(x, decoder["norm"], config) @ decoder["head"]["kernel"], experts, weights, slots
 
 
-def slow_slots(logits, plan, index, token):
-    """(expert, weight) of each slot of one token, (None, 0) where nothing runs."""
+def slow_slots(logits, plan, known, index, token):
+    """(expert, weight, answer) of each slot of one token; expert None where nothing runs."""
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     k = plan.routing.experts.shape[-1]
     best = np.argsort(-probs)[:k]
     chosen = list(zip(best.tolist(), probs[best] / probs[best].sum(), strict=True))
     if plan.tier[index, token] == LEARNED:
-        return chosen
-    if plan.rules.choice_from_table[index]:  # and the weights too, in this plan
+        return [(*slot, NO_ANSWER) for slot in chosen]
+    rules = jax.tree.map(lambda leaf: leaf[index].item(), plan.rules)
+    if rules.choice_from_table:  # and the weights too, in this plan
         chosen = list(
             zip(plan.routing.experts[index, token].tolist(), plan.routing.weights[index, token].tolist(), strict=True)
         )
-    ratio, kept = float(plan.rules.gate_ratio[index]), int(plan.kept[index, token])
-    return [
-        (None, 0) if slot >= kept or (slot and weight < ratio * chosen[0][1]) else (expert, weight)
-        for slot, (expert, weight) in enumerate(chosen)
-    ]
+    row, kept, reached, slots = int(plan.row[index, token]), int(plan.kept[index, token]), 0.0, []
+    for slot, (expert, weight) in enumerate(chosen):
+        looked_up = rules.residual and row != NO_ROW
+        answer = int(known.entry[row, expert]) if looked_up else NO_ANSWER
+        runs = slot < kept and (slot == 0 or (weight >= rules.gate_ratio * chosen[0][1] and reached < rules.gate_mass))
+        if answer != NO_ANSWER:
+            runs = runs and weight * float(known.deviation[answer]) >= rules.tolerance
+        runs = runs or (looked_up and answer == NO_ANSWER)
+        reached += probs[expert]
+        slots.append((expert if runs else None, weight, answer))
+    return slots
 
 
 def slow_norm(x, params, config):

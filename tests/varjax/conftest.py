@@ -1,4 +1,4 @@
-"""Small random statistics and residuals that several test files build tables from."""
+"""Small random statistics and answers that several test files build tables from."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from varjax.answers import Answers, Rule
+from varjax.answers import Answers, pruned
 from varjax.keys import ANY
 from varjax.stats import RoutingStats
 
@@ -38,13 +38,14 @@ def random_stats() -> Callable[..., RoutingStats]:
 
 @pytest.fixture(scope="session")
 def random_answers() -> Callable[..., Answers]:
-    """(rng, stats, rules, hidden_size) -> residuals for 10 of the keys of `stats`, in another order."""
+    """(rng, stats, layers, hidden_size) -> answers at 10 of the keys of `stats` and at order 0, in another order."""
 
-    def make(rng: np.random.Generator, stats: RoutingStats, rules: list[Rule], hidden_size: int) -> Answers:
+    def make(rng: np.random.Generator, stats: RoutingStats, layers: tuple[int, ...], hidden_size: int) -> Answers:
         keys = stats.keys[rng.permutation(len(stats.keys))[:10]]
-        answers = Answers.empty(keys, rules, hidden_size)
-        count = rng.integers(0, 4, size=answers.count.shape)
+        answers = Answers.empty(keys, layers, stats.num_experts, hidden_size)
+        count = np.maximum(rng.integers(-3, 4, size=answers.count.shape), 0)  # half of the pairs never occurred
+        mass, m2 = (count * rng.random(count.shape) for _ in range(2))
         mean = rng.normal(size=answers.mean.shape) * (count > 0)[..., None]
-        return replace(answers, mean=mean, count=count)
+        return pruned(replace(answers, mean=mean, mass=mass, m2=m2, count=count))
 
     return make

@@ -1,4 +1,6 @@
-"""Residual sums against a slow loop; windows, shrinkage towards shorter keys, and the file."""
+"""Means per key and expert against a slow loop; windows, parts, precision, and the file."""
+
+from collections import defaultdict
 
 import jax
 import jax.numpy as jnp
@@ -6,200 +8,267 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from varjax import answersfile
-from varjax.answers import Answers, Rule, flush, init, merge, parents, residual_rows, shrink, update
-from varjax.config import LayerPolicy
+from varjax.answers import Answers, flush, init, merge, pruned, update
 from varjax.keys import ANY
-from varjax.routing import FAST, LayerRules, Plan, Routing, resolve
+from varjax.routing import FAST, NO_ANSWER, LayerAnswers, LayerRules, Plan, Routing, resolve
+from varjax.shrinkage import shrunk
 
-LAYERS, BATCH, LENGTH, TOP_K, HIDDEN, ROWS, ORDERS = 3, 2, 5, 2, 4, 6, 2
+LAYERS, BATCH, LENGTH, TOP_K, EXPERTS, HIDDEN, ORDERS = 3, 2, 5, 2, 4, 3, 2
 KEYS = np.array([[ANY, 1], [ANY, 2], [ANY, 3], [1, 2], [2, 3], [3, 3]], np.int32)
-RULES = (Rule(2, 0), Rule(2, 1), Rule(0, 2, 0.5), Rule(0, 1, 0.9))
+COLLECTED = (0, 2)
+EMPTY = Answers.empty(KEYS, COLLECTED, EXPERTS, HIDDEN)
+SUMMED = ("count", "mass", "m2")
 
 
-def random_batch(rng):
-    rows = rng.integers(-1, ROWS, size=(ORDERS, BATCH, LENGTH)).astype(np.int32)
-    outputs = rng.normal(size=(2, BATCH, LENGTH, TOP_K, HIDDEN)).astype(np.float32)
+def random_batch(rng, rows=7):
+    rows = rng.integers(-1, rows, size=(ORDERS, BATCH, LENGTH)).astype(np.int32)
+    shape = (LAYERS, BATCH, LENGTH)
+    experts = np.argsort(rng.random((*shape, EXPERTS)))[..., :TOP_K]
+    experts[rng.random(experts.shape) < 0.1] = EXPERTS  # slots that run nothing
+    weights = -np.sort(-rng.dirichlet(np.ones(TOP_K), size=shape))
+    spoken = weights[list(COLLECTED), ..., None]
+    outputs = (spoken * rng.normal(size=(*spoken.shape[:-1], HIDDEN))).astype(np.float32)
     outputs[rng.random(outputs.shape[:-1]) < 0.05] = np.nan
-    weights = -np.sort(-rng.dirichlet(np.ones(TOP_K), size=(LAYERS, BATCH, LENGTH))).astype(np.float32)
-    routing = Routing(jnp.zeros(weights.shape, jnp.int32), jnp.asarray(weights))
+    routing = Routing(jnp.asarray(experts, jnp.int32), jnp.asarray(weights, jnp.float32))
     return rows, outputs, routing, rng.random((BATCH, LENGTH)) < 0.8
 
 
-def slow_sums(batches):
-    total, count = np.zeros((len(RULES), ROWS, HIDDEN)), np.zeros((len(RULES), ROWS), np.int64)
-    nonfinite = np.zeros(len(RULES), np.int64)
+def collected(batches, keys=KEYS):
+    answers = Answers.empty(keys, COLLECTED, EXPERTS, HIDDEN)
+    sums = init(answers)
+    for batch in batches:
+        sums = update(sums, *batch)
+    return flush(sums, answers)[1]
+
+
+def slow_answers(batches):
+    """{(layer, row, expert): (count, mass, m2, mean)} from the definitions, and the slots left out in each layer."""
+    seen, nonfinite = defaultdict(list), np.zeros(len(COLLECTED), np.int64)
     for rows, outputs, routing, mask in batches:
-        weights = np.asarray(routing.weights)
-        for p, rule in enumerate(RULES):
-            for b, t in np.argwhere(mask):
-                w = weights[rule.layer, b, t]
-                gone = [j for j in range(TOP_K) if j >= rule.kept or (j and w[j] < rule.gate_ratio * w[0])]
-                what = sum((outputs[{0: 0, 2: 1}[rule.layer], b, t, j] for j in gone), np.zeros(HIDDEN))
-                if gone and not np.isfinite(what).all():
-                    nonfinite[p] += 1
-                elif gone:
-                    for row in rows[:, b, t]:
-                        if row >= 0:
-                            total[p, row] += what
-                            count[p, row] += 1
-    return total, count, nonfinite
+        experts, weights = np.asarray(routing.experts), np.asarray(routing.weights, np.float64)
+        for a, layer in enumerate(COLLECTED):
+            for (b, t), j in ((at, j) for at in np.argwhere(mask) for j in range(TOP_K)):
+                if (expert := experts[layer, b, t, j]) == EXPERTS:
+                    continue
+                if not np.isfinite(outputs[a, b, t, j]).all():
+                    nonfinite[a] += 1
+                    continue
+                for row in rows[:, b, t]:
+                    if row >= 0:
+                        seen[a, row, expert].append((weights[layer, b, t, j], outputs[a, b, t, j].astype(np.float64)))
+    found = {}
+    for pair, occurrences in seen.items():
+        w, wf = (np.array(column) for column in zip(*occurrences, strict=True))
+        mass = (w * w).sum()
+        mean = (w[:, None] * wf).sum(0) / mass  # brings the sum of |w f - w r|^2 to its minimum
+        found[pair] = len(w), mass, np.square(wf - w[:, None] * mean).sum(), mean
+    return found, nonfinite
+
+
+def assert_answers(answers, expected):
+    """`answers` say what {(layer, row, expert): ...} says, and of all other pairs nothing."""
+    for a, row, expert in np.ndindex(answers.entry.shape):
+        n = answers.entry[a, row, expert]
+        count, mass, m2, mean = expected.get((a, row, expert), (0, 0.0, 0.0, np.zeros(HIDDEN)))
+        if n == NO_ANSWER:
+            assert count == 0
+            continue
+        assert answers.count[a, n] == count
+        np.testing.assert_allclose(answers.mass[a, n], mass, rtol=1e-5)
+        np.testing.assert_allclose(answers.m2[a, n], m2, rtol=1e-4, atol=1e-5 * (1 + mass * mean @ mean))
+        np.testing.assert_allclose(answers.mean[a, n], mean, rtol=1e-5, atol=1e-5 * np.sqrt(m2 / (mass or 1)) + 1e-6)
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), windows=st.lists(st.integers(0, 2), min_size=1, max_size=3))
-def test_means_equal_the_slow_loop_however_the_windows_fall(seed, windows):
+def test_answers_equal_the_slow_loop_however_the_windows_fall(seed, windows):
     rng = np.random.default_rng(seed)
-    answers, batches = Answers.empty(KEYS, RULES, HIDDEN), []
+    answers, batches = EMPTY, []
     sums = init(answers)
-    assert sums.layers == (0, 2)
+    assert sums.layers == COLLECTED
     for size in windows:
         for _ in range(size):
             batches.append(random_batch(rng))
             sums = update(sums, *batches[-1])
         sums, answers = flush(sums, answers)
-    total, count, nonfinite = slow_sums(batches)
-    np.testing.assert_array_equal(answers.count, count)
-    np.testing.assert_array_equal(answers.nonfinite, nonfinite)
-    np.testing.assert_allclose(answers.mean * count[..., None], total, atol=1e-5)
+    expected, nonfinite = slow_answers(batches)
+    assert_answers(answers, expected)
+    assert_answers(pruned(answers), expected)
+    assert (pruned(answers).entry != NO_ANSWER).sum() == len(expected)
+    np.testing.assert_array_equal(pruned(answers).nonfinite, nonfinite)
+
+
+def test_the_key_of_order_0_comes_first_and_room_is_for_every_pair():
+    assert EMPTY.keys[0].tolist() == [ANY, ANY] and EMPTY.orders == (0, 1, 2)
+    assert sorted(EMPTY.entry[1].ravel()) == list(range(7 * EXPERTS))
+    assert Answers.empty(KEYS[:0], (1,), EXPERTS, HIDDEN).orders == (0,)
+
+
+@pytest.mark.parametrize("noise", [0.001, 0.01, 1.0])
+def test_a_hot_pair_loses_no_digits_over_many_tokens(noise):
+    """Nearly equal summands round the same way each time: a plain float32 sum is off in its third digit by then."""
+    rng, batches, tokens = np.random.default_rng(0), 64, 2048
+    answers = Answers.empty(KEYS[:0], (0,), 1, HIDDEN)
+    sums, seen = init(answers), []
+    for _ in range(batches):
+        weight = np.float32(rng.uniform(0.3, 0.3 + noise / 10, size=(1, 1, tokens, 1)))
+        outputs = np.float32(
+            weight[..., None] * (np.array([3.0, -1.0, 10.0]) + noise * rng.normal(size=(*weight.shape, HIDDEN)))
+        )
+        routing = Routing(jnp.zeros(weight.shape, jnp.int32), jnp.asarray(weight))
+        sums = update(sums, jnp.zeros((1, 1, tokens), jnp.int32), outputs, routing, np.ones((1, tokens), bool))
+        seen.append(np.concatenate([weight[..., None], outputs], axis=-1).reshape(-1, 1 + HIDDEN).astype(np.float64))
+    w, wf = np.split(np.concatenate(seen), [1], axis=1)
+    _, answers = flush(sums, answers)
+    mean = (w * wf).sum(0) / (w * w).sum()
+    np.testing.assert_allclose(answers.mean[0, 0], mean, rtol=0, atol=1e-5 * np.linalg.norm(mean))
+    deviation = np.sqrt(np.square(wf - w * mean).sum() / (w * w).sum())
+    assert np.sqrt(answers.m2[0, 0] / answers.mass[0, 0]) == pytest.approx(deviation, rel=2e-3, abs=1e-4)
 
 
 def test_merged_parts_equal_the_whole():
     rng = np.random.default_rng(7)
     first, second = ([random_batch(rng) for _ in range(2)] for _ in range(2))
-
-    def collected(batches, keys):
-        answers = Answers.empty(keys, RULES, HIDDEN)
-        sums = init(answers)
-        for batch in batches:
-            sums = update(sums, *batch)
-        return flush(sums, answers)[1]
-
-    whole, parts = collected(first + second, KEYS), [collected(part, KEYS) for part in (first, second)]
-    merged = merge(*parts)
-    np.testing.assert_array_equal(merged.count, whole.count)
-    np.testing.assert_array_equal(merged.nonfinite, whole.nonfinite)
-    np.testing.assert_allclose(merged.mean, whole.mean, atol=1e-6)
-    # A key that one part does not have keeps the other's mean.
-    fewer = Answers(KEYS[:4], RULES, parts[1].mean[:, :4], parts[1].count[:, :4], parts[1].nonfinite)
-    mixed = merge(fewer, parts[0])
-    np.testing.assert_array_equal(mixed.keys, KEYS)
-    np.testing.assert_allclose(mixed.mean[:, 4:], parts[0].mean[:, 4:])
-    np.testing.assert_allclose(mixed.mean[:, :4], merged.mean[:, :4])
-    with pytest.raises(ValueError, match="same rules"):
-        merge(parts[0], Answers.empty(KEYS, RULES[:2], HIDDEN))
+    expected, nonfinite = slow_answers(first + second)
+    parts = [collected(part) for part in (first, second)]
+    for merged in (merge(*parts), merge(*map(pruned, parts)), merge(parts[0], pruned(parts[1]))):
+        assert_answers(merged, expected)
+        np.testing.assert_array_equal(merged.nonfinite, nonfinite)
+    assert (merge(*map(pruned, parts)).entry != NO_ANSWER).sum() == len(expected)  # nor does it make up pairs
 
 
-def test_a_residual_is_what_the_plan_of_its_policy_leaves_out():
-    """One occurrence per key: kept experts plus residual are the full output exactly."""
+def test_a_key_that_one_part_lacks_keeps_the_others_answers():
+    rng = np.random.default_rng(8)
+    batch = random_batch(rng, rows=4)
+    fewer, more = collected([batch], KEYS[[2, 0, 1]]), collected([random_batch(rng)])
+    merged = merge(pruned(fewer), pruned(more))
+    np.testing.assert_array_equal(merged.keys, [[ANY, ANY], *KEYS[[2, 0, 1, 3, 4, 5]]])
+    place = {tuple(key): row for row, key in enumerate(merged.keys.tolist())}
+    for key, row in ((tuple(key), row) for row, key in enumerate(more.keys.tolist()) if key[0] != ANY):
+        for a, expert in np.ndindex(len(COLLECTED), EXPERTS):
+            n, there = more.entry[a, row, expert], merged.entry[a, place[key], expert]
+            if more.count[a, n]:
+                np.testing.assert_array_equal(merged.mean[a, there], more.mean[a, n])
+                assert merged.m2[a, there] == more.m2[a, n]
+            else:
+                assert there == NO_ANSWER
+    for name in SUMMED[:2]:
+        np.testing.assert_allclose(
+            getattr(merged, name).sum(), getattr(fewer, name).sum() + getattr(more, name).sum(), rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize(("kept", "gate_ratio"), [(0, 0.0), (1, 0.0), (2, 0.6)])
+def test_kept_experts_and_answers_are_the_full_output_where_each_pair_occurred_once(kept, gate_ratio):
     rng = np.random.default_rng(0)
-    policy = LayerPolicy(kept=2, gate_ratio=0.6)
-    probs = jnp.asarray(rng.dirichlet(np.full(4, 0.5), size=(1, ROWS)), jnp.float32)
-    outputs = rng.normal(size=(1, 1, ROWS, TOP_K, HIDDEN)).astype(np.float32)
+    rows = np.arange(1, len(EMPTY.keys), dtype=np.int32).reshape(1, 1, -1)
+    shape = rows.shape[1:]
+    probs = jnp.asarray(rng.dirichlet(np.full(EXPERTS, 0.5), size=shape), jnp.float32)
     learned, _ = resolve(probs, TOP_K, None)
-    routing = jax.tree.map(lambda leaf: leaf[None], learned)
-    rows = np.arange(ROWS, dtype=np.int32).reshape(1, 1, ROWS)
-    answers = Answers.empty(KEYS, [Rule.of(0, policy)], HIDDEN)
-    _, answers = flush(update(init(answers), rows, outputs, routing, np.ones((1, ROWS), bool)), answers)
+    outputs = rng.normal(size=(1, *shape, TOP_K, HIDDEN)).astype(np.float32)
+    answers = Answers.empty(KEYS, (0,), EXPERTS, HIDDEN)
+    sums = update(init(answers), rows, outputs, jax.tree.map(lambda leaf: leaf[None], learned), np.ones(shape, bool))
+    answers = pruned(flush(sums, answers)[1])
 
+    rows_ = shrunk(answers, 0, 0.0).answers
+    known = LayerAnswers(jnp.asarray(answers.entry[0]), jnp.zeros(len(rows_)), jnp.asarray(rows_), None)
+    rules = jax.tree.map(lambda leaf: leaf[0], LayerRules.neutral(1))
     plan = Plan(
-        tier=jnp.full((1, ROWS), FAST, jnp.int8),
-        kept=jnp.full((1, ROWS), policy.kept, jnp.int8),
+        tier=jnp.full(shape, FAST, jnp.int8),
+        kept=jnp.full(shape, kept, jnp.int8),
         row=jnp.asarray(rows[0]),
-        routing=Routing.unused((1, ROWS, TOP_K), 4),
-        rules=LayerRules(jnp.float32(policy.gate_ratio), *[jnp.asarray(False)] * 3),
+        routing=Routing.unused((*shape, TOP_K), EXPERTS),
+        rules=LayerRules(**vars(rules) | {"residual": jnp.array(True), "gate_ratio": jnp.float32(gate_ratio)}),
     )
-    executed, row = resolve(probs, TOP_K, plan)
-    residual = residual_rows(answers, Rule.of(0, policy), 0.0)
-    runs = np.asarray(executed.experts) < 4
-    assert 0 < runs.sum() < runs.size
-    kept = (outputs[0] * runs[..., None]).sum(-2)
-    answer = kept + np.where(np.asarray(row)[..., None] >= 0, residual[np.asarray(row)], 0)
-    np.testing.assert_allclose(answer, outputs[0].sum(-2), rtol=1e-6)
-
-
-def test_rows_shrink_towards_the_key_one_id_shorter():
-    keys = np.array([[7, 1, 2], [ANY, ANY, 2], [ANY, 1, 2], [ANY, ANY, 5], [6, 4, 5]], np.int32)
-    assert parents(keys).tolist() == [2, -1, 1, -1, 3]  # [4, 5] is no key: its parent is [5]
-    mean, count = np.array([[1.0], [2.0], [4.0], [8.0], [0.0]]), np.array([1, 3, 4, 12, 0])
-    unigram = 3 * 2.0 / 7
-    bigram = (4 * 4.0 + 4 * unigram) / 8
-    five = 12 * 8.0 / 16
-    expected = [(1.0 + 4 * bigram) / 5, unigram, bigram, five, five]
-    np.testing.assert_allclose(shrink(mean, count, parents(keys), 4.0)[:, 0], expected, rtol=1e-6)
-    np.testing.assert_allclose(shrink(mean, count, parents(keys), 0.0)[:, 0], [1, 2, 4, 8, 8], rtol=1e-6)
-
-
-def test_distilled_rows_are_used_as_they_are():
-    rng = np.random.default_rng(1)
-    mean = rng.normal(size=(1, ROWS, HIDDEN)).astype(np.float32)
-    nonfinite = np.zeros(1, np.int64)
-    answers = Answers(KEYS, RULES[:1], mean, np.ones((1, ROWS), np.int64), nonfinite, distilled=True)
-    np.testing.assert_array_equal(residual_rows(answers, RULES[0], 5.0), mean[0])
+    executed, dropped = resolve(probs, TOP_K, plan, known)
+    runs = np.asarray(executed.experts) < EXPERTS
+    assert runs.sum() < runs.size and (kept == 0) == (runs.sum() == 0)
+    whole = (outputs[0] * runs[..., None]).sum(-2) + known.total(dropped)
+    np.testing.assert_allclose(whole, outputs[0].sum(-2), rtol=1e-5, atol=1e-6)
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="each of them once"):
-        Answers.empty(KEYS, [Rule(0, 1), Rule(0, 1)], HIDDEN)
-    with pytest.raises(ValueError, match=r"no residuals for Rule\(layer=1"):
-        residual_rows(Answers.empty(KEYS, RULES, HIDDEN), Rule(1, 1), 5.0)
-    with pytest.raises(ValueError, match="leaves `kept` open"):
-        Rule.of(0, LayerPolicy(kept=None, residual=False))
     with pytest.raises(ValueError, match=r"need the slot outputs of layers \(0, 2\), got 1"):
         rows, outputs, routing, mask = random_batch(np.random.default_rng(0))
-        update(init(Answers.empty(KEYS, RULES, HIDDEN)), rows, outputs[:1], routing, mask)
+        update(init(EMPTY), rows, outputs[:1], routing, mask)
+    for other in (
+        Answers.empty(KEYS, (0,), EXPERTS, HIDDEN),
+        Answers.empty(KEYS, COLLECTED, 2, HIDDEN),
+        Answers.empty(KEYS, COLLECTED, EXPERTS, 7),
+    ):
+        with pytest.raises(ValueError, match="same layers, experts and hidden size"):
+            merge(EMPTY, other)
+    distilled = Answers(**vars(EMPTY) | {"distilled": True})
+    with pytest.raises(ValueError, match="not when distilled"):
+        merge(distilled, distilled)
+
+
+def test_answers_of_no_occurrence_can_be_pruned_and_merged():
+    nothing = pruned(EMPTY)
+    assert (nothing.entry == NO_ANSWER).all() and nothing.count.shape == (2, 1)
+    merged = merge(nothing, nothing)
+    assert (merged.entry == NO_ANSWER).all() and not merged.count.any()
 
 
 @pytest.fixture
-def collected() -> Answers:
-    answers = Answers.empty(KEYS, RULES, HIDDEN)
-    sums = update(init(answers), *random_batch(np.random.default_rng(3)))
-    return flush(sums, answers)[1]
+def some() -> Answers:
+    return pruned(collected([random_batch(np.random.default_rng(3))]))
 
 
-def test_the_file_gives_back_what_was_written(collected, tmp_path):
+def test_the_file_gives_back_what_was_written(some, tmp_path):
     path = tmp_path / "run" / "stats.residuals.safetensors"
-    answersfile.write(path, collected, {"fingerprint": "abc", "provenance": {"seed": 1}})
+    answersfile.write(path, some, {"fingerprint": "abc", "provenance": {"seed": 1}})
     answers, meta = answersfile.read(path)
     assert meta == {"fingerprint": "abc", "provenance": {"seed": 1}}
-    assert (answers.rules, answers.distilled) == (collected.rules, False)
-    for name in ("keys", "count", "nonfinite"):
-        np.testing.assert_array_equal(getattr(answers, name), getattr(collected, name))
-    np.testing.assert_array_equal(answers.mean, collected.mean.astype(np.float32))
+    assert (answers.layers, answers.distilled) == (COLLECTED, False)
+    for name in ("keys", "entry", "nonfinite", *SUMMED):
+        np.testing.assert_array_equal(getattr(answers, name), getattr(some, name))
+        assert getattr(answers, name).dtype == getattr(some, name).dtype
+    np.testing.assert_array_equal(answers.mean, some.mean.astype(np.float32))
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_bad_file_is_named_with_its_fault(collected, tmp_path):
+def test_a_bad_file_is_named_with_its_fault(some, tmp_path):
     path = tmp_path / "bad.safetensors"
-    with pytest.raises(FileNotFoundError, match="collect residuals first"):
+    with pytest.raises(FileNotFoundError, match="collect the answers first"):
         answersfile.read(path)
     path.write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match=r"bad\.safetensors: not a readable safetensors file"):
         answersfile.read(path)
     save_file({"keys": KEYS}, path)
-    with pytest.raises(ValueError, match=r"bad\.safetensors: expected residuals of format 1, found None"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors: expected answers of format 2, found None"):
         answersfile.read(path)
-    header = {"varjax": '{"format": 1, "rules": [[0, 1, 0.0]], "distilled": false}'}
-    save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 1}'})
-    with pytest.raises(ValueError, match="the header lacks its rules"):
+    save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 1, "rules": [[0, 1, 0.0]]}'})
+    with pytest.raises(ValueError, match="expected answers of format 2, found 1"):
         answersfile.read(path)
+    save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 2}'})
+    with pytest.raises(ValueError, match="the header lacks its layers"):
+        answersfile.read(path)
+
+    answersfile.write(path, some, {})
+    good, header = load_file(path), {"varjax": '{"format": 2, "layers": [0, 2], "distilled": false}'}
     save_file({"keys": KEYS}, path, metadata=header)
-    with pytest.raises(ValueError, match="count, mean, nonfinite are missing"):
+    with pytest.raises(ValueError, match="count, entry, m2, mass, mean, nonfinite are missing"):
         answersfile.read(path)
-    tensors = {"keys": KEYS, "mean": np.zeros((2, ROWS, 3), np.float32)}
-    tensors |= {"count": np.zeros((1, ROWS), np.int64), "nonfinite": np.zeros(1, np.int64)}
-    save_file(tensors, path, metadata=header)
-    with pytest.raises(ValueError, match=r"tensor mean is float32 \[2, 6, 3\], expected float32 \[1, 6, 3\]"):
-        answersfile.read(path)
-    with pytest.raises(ValueError, match="the file itself says rules"):
-        answersfile.write(path, collected, {"rules": []})
+    for name, tensor, fault in (
+        ("mass", good["mass"][:1], r"tensor mass is float64 \[1, "),
+        ("mean", good["mean"].astype(np.float64), r"tensor mean is float64 .*, expected float32"),
+        ("entry", good["entry"] + np.int32(good["count"].shape[1]), "names answers beyond the"),
+        ("entry", good["entry"] - np.int32(1), "names answers beyond the"),
+    ):
+        save_file({**good, name: tensor}, path, metadata=header)
+        with pytest.raises(ValueError, match=fault):
+            answersfile.read(path)
+    with pytest.raises(ValueError, match="the file itself says layers"):
+        answersfile.write(path, some, {"layers": []})
 
 
 def test_the_second_batch_compiles_nothing():
     rng = np.random.default_rng(5)
-    sums = update(init(Answers.empty(KEYS, RULES, HIDDEN)), *random_batch(rng))
+    sums = update(init(EMPTY), *random_batch(rng))
     before = update._cache_size()
     update(sums, *random_batch(rng))
     assert update._cache_size() == before

@@ -12,19 +12,22 @@ from varjax.config import PRESETS, LayerPolicy, VARConfig
 
 numbers = st.floats(0.001, 1e6, allow_nan=False)
 shares = st.floats(0.001, 1.0)
-orders = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
+orders = st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple)
 
 
 @st.composite
 def policies(draw) -> LayerPolicy:
     residual = draw(st.booleans())
+    looked_at, tolerance = draw(orders), draw(st.none() | numbers) if residual else None
     return LayerPolicy(
-        kept=draw(st.integers(0, 8) if residual else st.none() | st.integers(0, 8)),
+        kept=draw(st.integers(0, 8) if 0 in looked_at and tolerance is None else st.none() | st.integers(0, 8)),
         residual=residual,
-        orders=draw(orders),
+        orders=looked_at,
         choice_from=draw(st.sampled_from(["gate", "table"])),
         weights_from=draw(st.sampled_from(["gate", "table"])),
         gate_ratio=draw(st.none() | shares),
+        gate_mass=draw(st.none() | shares),
+        tolerance=tolerance,
         renormalise=draw(st.booleans()) and not residual,
         frequency_threshold=draw(st.none() | st.integers(1, 500)),
         entropy_threshold=draw(st.none() | numbers),
@@ -45,6 +48,7 @@ configs = st.builds(
     max_quality_degradation=numbers,
     mass_threshold=shares,
     residual_shrinkage=numbers,
+    answer_dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
     default=st.none() | policies(),
     layers=st.dictionaries(st.integers(0, 47), st.none() | policies(), max_size=4),
     cache_layers=st.none() | st.lists(st.integers(0, 47), max_size=4).map(tuple),
@@ -114,6 +118,7 @@ def test_numpy_numbers_are_taken_and_stored_plainly():
         ("routing_stats", 3, "a path or None"),
         ("enable_var", 1, "True or False"),
         ("mass_threshold", 0.0, "above 0 and at most 1"),
+        ("answer_dtype", "float16", "'float32' or 'bfloat16' or 'int8'"),
         ("default", {}, "a LayerPolicy or None"),
         ("layers", {"0": None}, "layer numbers"),
         ("layers", ((0, None), (0, None)), "each once"),
@@ -132,19 +137,28 @@ def test_a_bad_field_is_named_with_its_value_and_range(field, value, expected):
     ("fields", "named"),
     [
         ({"kept": -1}, "kept=-1"),
-        ({"kept": None}, "kept=None"),
+        ({"kept": None, "orders": (0, 1)}, "kept=None: expected an integer, or a tolerance, where orders hold 0"),
         ({"renormalise": True}, "renormalise=True"),
         ({"orders": ()}, "orders=()"),
-        ({"orders": (0,)}, "orders=(0,)"),
+        ({"orders": (-1,)}, "orders=(-1,)"),
         ({"choice_from": "cache"}, "choice_from='cache'"),
         ({"weights_from": "cache"}, "weights_from='cache'"),
         ({"gate_ratio": 0.0}, "gate_ratio=0.0"),
+        ({"gate_mass": 0.0}, "gate_mass=0.0"),
+        ({"gate_mass": 1.5}, "gate_mass=1.5"),
+        ({"tolerance": 0.0}, "tolerance=0.0"),
+        ({"tolerance": 0.1, "residual": False}, "tolerance=0.1: expected None with residual=False"),
     ],
 )
 def test_a_bad_policy_is_refused(fields, named):
     with pytest.raises(ValueError, match="LayerPolicy: ") as error:
         LayerPolicy(**fields)
     assert named in str(error.value)
+
+
+def test_kept_may_stay_open():
+    assert LayerPolicy(kept=None).kept is None  # as many as reach the mass threshold
+    assert LayerPolicy(kept=None, tolerance=0.1, orders=[0]).orders == (0,)
 
 
 def test_all_faults_come_in_one_error():

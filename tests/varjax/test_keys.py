@@ -98,7 +98,7 @@ def test_contexts_need_enough_recent_ids():
 
 
 @given(
-    keys=st.lists(st.lists(SMALL_IDS, min_size=1, max_size=3).map(tuple), unique=True, min_size=12, max_size=12),
+    keys=st.lists(st.lists(SMALL_IDS, max_size=3).map(tuple), unique=True, min_size=12, max_size=12),
     queries=st.lists(st.tuples(*[st.integers(-2, 4)] * 3), min_size=8, max_size=8),
 )
 @settings(max_examples=40, deadline=None)
@@ -131,7 +131,8 @@ def test_many_keys_are_all_found_and_buckets_stay_short():
         ([[1, 2], [3, 4], [1, 2]], r"\[1, 2\] stands in rows 0 and 2"),
         ([[1, -2]], r"key 0 is \[1, -2\]"),
         ([[1, ANY]], r"key 0 is \[1, -1\]"),
-        ([[5, 1], [ANY, ANY]], r"key 1 is \[-1, -1\]"),
+        ([[ANY, ANY], [5, 1], [ANY, ANY]], r"\[-1, -1\] stands in rows 0 and 2"),
+        ([[NONE, NONE]], r"key 0 is \[-2, -2\]"),
         ([[1, ANY, 2]], r"key 0 is"),
         ([[1, 2**31]], "2147483648"),
         ([1, 2], r"\[R, C\]"),
@@ -161,16 +162,32 @@ def test_find_orders_looks_at_the_last_ids_only(seed):
                 assert rows[o][b][t] == known.get(key, ABSENT)
 
 
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("present", [True, False])
+def test_the_key_of_order_0_is_at_every_real_token_and_at_no_padding(width, length, present):
+    rng = np.random.default_rng(0)
+    keys = np.pad(rng.permutation(9)[:5, None], ((0, 0), (width - 1, 0)), constant_values=ANY)
+    index = KeyIndex.build(np.concatenate([keys, np.full((int(present), width), ANY)]))
+    ids, mask = rng.integers(0, 9, (3, 8)).astype(np.int32), rng.random((3, 8)) < 0.6
+    recent = jnp.full((3, length - 1), NONE, jnp.int32)  # so contexts at the beginning reach back too far
+    none, single = find_orders(index, contexts(jnp.asarray(ids), recent, length, jnp.asarray(mask)), (0, 1))
+    np.testing.assert_array_equal(none, np.where(mask & present, 5, ABSENT))
+    known = {int(key): row for row, key in enumerate(keys[:, -1])}
+    expected = np.vectorize(lambda i: known.get(int(i), ABSENT))(ids)
+    np.testing.assert_array_equal(single, np.where(mask, expected, ABSENT))
+
+
 def test_an_empty_index_finds_nothing():
     index = KeyIndex.build(np.zeros((0, 2), np.int32))
     recent = contexts(jnp.ones((2, 3), jnp.int32), jnp.ones((2, 1), jnp.int32), 2)
     assert bool(jnp.all(find_orders(index, recent, (1, 2)) == ABSENT))
 
 
-@pytest.mark.parametrize("orders", [(), (0,), (1, 3)])
+@pytest.mark.parametrize("orders", [(), (-1,), (1, 3)])
 def test_orders_beyond_the_keys_are_refused(orders):
     index = KeyIndex.build(np.zeros((1, 2), np.int32))
-    with pytest.raises(ValueError, match=r"must lie in 1\.\.2"):
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.2"):
         find_orders(index, jnp.zeros((1, 1, 4), jnp.int32), orders)
 
 

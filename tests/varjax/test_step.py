@@ -182,12 +182,29 @@ def test_without_a_cache_there_are_two_tiers(table):
         assert set(np.unique(planned.tier)) == {FAST, LEARNED}
 
 
+@pytest.mark.parametrize("cache_size", [0, 64])
+def test_order_0_plans_every_real_token_and_nothing_else(random_stats, cache_size):
+    """As the simple alternatives do. It predicts nothing, so nothing it does is a false hit."""
+    policy = LayerPolicy(kept=1, residual=False, orders=(0,))
+    config = replace(CONFIG, default=policy, cache_size=cache_size)
+    table = build(random_stats(np.random.default_rng(8), LAYERS, EXPERTS), config, TOP_K)
+    ids, mask = np.arange(16).reshape(2, 8), np.random.default_rng(0).random((2, 8)) < 0.7
+    state, how = init(table, config, 2), Settings.of(config, LAYERS)
+    for now in range(2):
+        planned, routing, state = run_step(table, state, ids, float(now), mask, how)
+        np.testing.assert_array_equal(planned.tier, np.where(np.broadcast_to(mask, (LAYERS, 2, 8)), FAST, LEARNED))
+        assert ((routing.experts[:, mask] < EXPERTS).sum(-1) == 1).all()
+    shares = summary(state.counters, TOP_K)
+    assert (shares["hit_rate"], shares["false_hits"], shares["experts_per_token"]) == (1.0, 0.0, 1.0)
+
+
 def test_the_second_step_and_another_policy_compile_nothing(random_stats):
     stats = random_stats(np.random.default_rng(8), LAYERS, EXPERTS)
     others = [
         replace(CONFIG, default=LayerPolicy(kept=0, residual=False, gate_ratio=0.4)),
         replace(CONFIG, frequency_threshold=2, confidence_threshold=0.9, mass_threshold=0.5, cache_ttl_seconds=1.0),
         replace(CONFIG, layers={0: None}, cache_layers=None),
+        replace(CONFIG, default=LayerPolicy(kept=2, residual=False, gate_mass=0.7, orders=(0,))),
     ]
     state = init(build(stats, CONFIG, TOP_K, keep_shapes=True), CONFIG, 1)
     ids = np.array([[0, 1, 9, 3, 11, 8, 9, 2]])

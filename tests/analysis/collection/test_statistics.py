@@ -8,8 +8,8 @@ from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.text.batches import batches
 from analysis.text.encoded_corpus import EncodedCorpus
 from models.experts import slot_outputs
-from varjax.answers import Rule
 from varjax.keys import ANY
+from varjax.routing import NO_ANSWER
 from varjax.stats import merge
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
@@ -74,7 +74,7 @@ def test_special_tokens_do_not_count(saved_model, documents, whole):
 
 def test_resumed_answers_are_bit_for_bit_those_of_one_run(saved_model, documents, keys, tmp_path):
     reading = {**READING, "save_tokens": 700}
-    arguments = (keys.keys[:20], (1,), [Rule(0, 0), Rule(1, 1)])
+    arguments = (keys.keys[:20], (1,))
     uninterrupted = collect_answers(saved_model, documents, *arguments, **reading)
     with Checkpoints(tmp_path) as saved, pytest.raises(KeyboardInterrupt):
         collect_answers(saved_model, broken_off(documents, 100), *arguments, checkpoints=saved, **reading)
@@ -85,19 +85,45 @@ def test_resumed_answers_are_bit_for_bit_those_of_one_run(saved_model, documents
 
 
 def test_answers_equal_a_recount(saved_model, documents, keys, whole):
-    key_row, rule = 2, Rule(layer=1, kept=1)
-    ones = whole.keys[whole.row_orders == 1]
-    answers = collect_answers(saved_model, documents, ones, (1,), [Rule(0, 0), rule], **READING)
-    total, count = np.zeros(saved_model.config.hidden_size), 0
+    answers = collect_answers(saved_model, documents, whole.keys, (1,), **READING)
+    outputs, weights, experts, ids, before = [], [], [], [], []
     for batch in batches(documents, 4, 16):
         out = saved_model.network.forward(
             saved_model.params, batch.ids, attention_mask=batch.mask, slot_outputs_of=(1,)
         )
-        here = (batch.ids == ones[key_row, -1]) & batch.mask
-        total += np.asarray(out.slot_outputs[0], np.float64)[here][:, 1].sum(0)  # the second slot is what is dropped
-        count += int(here.sum())
-    assert answers.count[1, key_row] == count
-    np.testing.assert_allclose(answers.mean[1, key_row], total / count, rtol=1e-4, atol=1e-6)
+        real = batch.mask & ~np.isin(batch.ids, saved_model.config.special_token_ids)
+        past = np.pad(np.where(batch.mask, batch.ids, -9)[:, :-1], ((0, 0), (1, 0)), constant_values=-9)
+        parts = (out.slot_outputs[0], out.routing.weights[1], out.routing.experts[1], batch.ids, past)
+        for column, part in zip((outputs, weights, experts, ids, before), parts, strict=True):
+            column.append(np.asarray(part)[real])
+    outputs, weights, experts, ids, before = map(np.concatenate, (outputs, weights, experts, ids, before))
+
+    place = {tuple(key): row for row, key in enumerate(answers.keys.tolist())}
+    bigram = whole.keys[np.argmax(whole.row_orders == 2)]
+    for key in ([ANY, ANY], whole.keys[2], bigram):
+        here = np.all([(i == ANY) | (i == column) for i, column in zip(key, (before, ids), strict=True)], axis=0)
+        for expert in range(saved_model.config.num_experts):
+            w = weights[here][experts[here] == expert].astype(np.float64)
+            output = outputs[here][experts[here] == expert].astype(np.float64)
+            n = answers.entry[0, place[tuple(key)], expert]
+            assert (n == NO_ANSWER) == (len(w) == 0)
+            if len(w) == 0:
+                continue
+            mean = (w[:, None] * output).sum(0) / np.square(w).sum()
+            assert answers.count[0, n] == len(w)
+            np.testing.assert_allclose(answers.mass[0, n], np.square(w).sum(), rtol=1e-5)
+            np.testing.assert_allclose(answers.mean[0, n], mean, rtol=1e-4, atol=1e-5)
+            spread = np.square(output - w[:, None] * mean).sum()
+            np.testing.assert_allclose(answers.m2[0, n], spread, rtol=1e-3, atol=1e-6)
+
+
+def test_answers_of_all_tokens_need_no_other_key(saved_model, documents, keys):
+    every = collect_answers(saved_model, documents, keys.keys, (0, 1), **READING)
+    alone = collect_answers(saved_model, documents, keys.keys[:0], (0, 1), **READING)
+    for a in range(2):
+        ours, theirs = alone.entry[a, 0], every.entry[a, 0]
+        np.testing.assert_array_equal(alone.count[a, ours], every.count[a, theirs])
+        np.testing.assert_allclose(alone.mean[a, ours], every.mean[a, theirs], rtol=1e-6, atol=1e-7)
 
 
 def test_slot_outputs_are_the_layers_output(saved_model):
