@@ -65,6 +65,7 @@ def token_losses(
             state = begin(state, batch_size=len(batch.ids))
         scored = jnp.asarray(batch.scored)
         out, state = var_model.advance(state, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+        assert out.routing is not None and out.router_probs is not None  # only a step of decoding leaves them out
         losses = token_nll(out.logits, jnp.asarray(batch.targets), scored)
         answered, active = _account(out.plan, order, out.routing, out.router_probs.shape[-1])
         owner = np.broadcast_to(batch.documents[:, None], batch.ids.shape)
