@@ -41,9 +41,9 @@ def section(found: Sequence[Throughput]) -> Section:
             "inside the round.",
             f"Where the gain must vanish: at batch {last.batch} a step of decoding reads {last.distinct[0]:.1f} "
             f"distinct experts of a layer in the plain model and {last.distinct[1]:.1f} under VAR, at batch "
-            f"{alone.batch} {alone.distinct[0]:.1f} and {alone.distinct[1]:.1f}. A machine whose time goes into reading "
-            f"weights gains at most {_ratio(last.distinct):.2f}x on the experts' share at batch {last.batch}; one whose "
-            f"time goes into arithmetic keeps its gain. This one measured {last.speedup.value:.2f}x there.",
+            f"{alone.batch} {alone.distinct[0]:.1f} and {alone.distinct[1]:.1f}. A machine whose time goes into "
+            f"reading weights gains at most {_ratio(last.distinct):.2f}x on the experts' share at batch {last.batch}; "
+            f"one whose time goes into arithmetic keeps its gain. This one measured {last.speedup.value:.2f}x there.",
         ),
         (Table("Tokens per second", _COLUMNS, tuple(_row(one) for one in found)),),
         (NOTE,),
