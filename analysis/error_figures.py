@@ -14,19 +14,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.comparison import Estimate
-from analysis.error_sources import Change, ErrorSources
-from analysis.figures import panels, shade
+from analysis.error_sources import ErrorSources
+from analysis.figures import panels
 from analysis.generation_drift import Drift
 from analysis.report import FigureNote
 
 KINDS = FigureNote(
     "error_kinds",
     "Kinds of error",
-    "Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one way. Choice and "
-    "weights from the table run all experts; the policy runs fewer. Below: what stands in for the experts that the "
-    "policy drops.",
-    "Choice and weight errors save nothing: they are there to say where an error comes from, not as policies. They do "
-    "not add up, since wrong weights matter less on wrong experts.",
+    "Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one way. Above: choice "
+    "and weights from the table, all experts run; and the policy, which runs fewer. Below: what is dropped with and "
+    "without answers in its place, kept weights rescaled or not. Each panel has a scale of its own.",
+    "Choice and weight errors save nothing: they are there to say where an error comes from, not as policies, and they "
+    "need not add up. Rows run different numbers of experts: see the tables.",
 )
 LAYERS = FigureNote(
     "error_layers",
@@ -54,38 +54,44 @@ DRIFT = FigureNote(
     "what one different token does to all later ones.",
     "Greedy texts part at near-ties, where either token is as good: a low curve is no loss of quality by itself. A "
     "small model's greedy text repeats itself, which brings agreement back. Neighbouring positions are of the same "
-    "prompts, and the intervals are for each position alone.",
+    "prompts, and the intervals are for each position alone; where all prompts agree an interval is a point, which is "
+    "too narrow. Later positions rest on the prompts whose plain text goes on, so that (together) may even rise.",
 )
 
 
 def draw(sources: ErrorSources | None = None, drifted: Drift | None = None) -> Iterator[tuple[str, Figure]]:
     """The name and the figure of everything that was measured."""
     if sources is not None:
-        rows = [*sources.kinds, *(_dropped(change) for change in sources.dropping[1:])]
-        yield KINDS.name, _dots([(change.name, change.perplexity) for change in rows], "change of perplexity [%]", 100)
-        found = sources.layers
-        lines = [(change.name, change.nats) for change in found.alone]
-        lines += [("their sum", found.total), ("all together", found.joint.nats)]
-        yield LAYERS.name, _dots(lines, "loss added [nats per token]")
+        yield KINDS.name, _draw_kinds(sources)
+        yield LAYERS.name, _draw_layers(sources)
         yield GROUPS.name, _draw_groups(sources)
     if drifted is not None:
         yield DRIFT.name, _draw_drift(drifted)
 
 
-def _dropped(change: Change) -> Change:
-    return dataclasses.replace(change, name=f"the policy, {change.name} for its answers")
+def _draw_kinds(found: ErrorSources) -> Figure:
+    parts = (found.kinds, found.dropping)
+    figure, axes = plt.subplots(2, 1, figsize=(6.4, 4.4), height_ratios=[len(part) for part in parts])
+    for axis, part in zip(axes, parts, strict=True):
+        _dot_rows(axis, [(change.name, change.perplexity) for change in part], scale=100)
+    axes[0].set(title=_size(found))
+    axes[1].set(xlabel="change of perplexity [%]")
+    figure.tight_layout()
+    return figure
 
 
-def _dots(rows: Sequence[tuple[str, Estimate]], label: str, scale: float = 1.0) -> Figure:
-    """One row for each estimate, the first on top."""
-    figure, axis = plt.subplots(figsize=(6.4, 0.34 * len(rows) + 1.2))
-    _dot_rows(axis, rows, scale)
-    axis.set(xlabel=label)
+def _draw_layers(found: ErrorSources) -> Figure:
+    rows = [(change.name, change.nats) for change in found.layers.alone]
+    rows += [("their sum", found.layers.total), ("all together", found.layers.joint.nats)]
+    figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(rows) + 1.2))
+    _dot_rows(axis, rows)
+    axis.set(xlabel="loss added [nats per token]", title=_size(found))
     figure.tight_layout()
     return figure
 
 
 def _dot_rows(axis: Any, rows: Sequence[tuple[str, Estimate]], scale: float = 1.0) -> None:
+    """One row for each estimate, the first on top."""
     values = scale * np.array([dataclasses.astuple(one) for _, one in rows]).reshape(-1, 3)
     places = np.arange(len(rows))
     axis.hlines(places, values[:, 1], values[:, 2], color="0.5")
@@ -104,7 +110,7 @@ def _draw_groups(found: ErrorSources) -> Figure:
         axis.axvline(found.groups.whole.nats.value, color="0.4", linewidth=0.8, linestyle="--")
         axis.set(title=title)
     figure.supxlabel("loss added [nats per token of the group]")
-    figure.suptitle(f"{found.documents:,} documents, {found.tokens:,} tokens")
+    figure.suptitle(_size(found))
     figure.tight_layout()
     return figure
 
@@ -113,10 +119,14 @@ def _draw_drift(found: Drift) -> Figure:
     figure, axis = plt.subplots(figsize=(5.6, 3.8))
     agreed, position = found.agreement, np.arange(1, found.new_tokens + 1)
     named = {"single step": agreed.single_step, "free": agreed.free, "together": agreed.together}
-    for index, (style, (name, curve)) in enumerate(zip(("-", "--", ":"), named.items(), strict=True)):
-        axis.fill_between(position, curve.low, curve.high, color=shade(index, 3), alpha=0.2, linewidth=0)
-        axis.plot(position, curve.value, style, color=shade(index, 3), label=name)
+    for style, (name, curve) in zip(("-", "--", ":"), named.items(), strict=True):
+        axis.fill_between(position, curve.low, curve.high, color="0.5", alpha=0.2, linewidth=0)
+        axis.plot(position, curve.value, style, color="0", label=name)
     axis.set(xlabel="new token", ylabel="share of prompts", ylim=(0, 1.02), title=f"{found.prompts} prompts, greedy")
     axis.legend(fontsize="small")
     figure.tight_layout()
     return figure
+
+
+def _size(found: ErrorSources) -> str:
+    return f"{found.documents:,} documents, {found.tokens:,} tokens"

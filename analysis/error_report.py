@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
     parser.add_argument("--max_length", type=int, default=256, help="tokens per window")
     parser.add_argument("--prompts", type=int, default=64, help="texts to continue; 0: none")
+    parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of their beginnings")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens of a continuation")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap draws")
     args = parser.parse_args(arguments)
@@ -93,7 +94,8 @@ def _run(args: argparse.Namespace) -> None:
     sources, drifted = examine(subject), None
     if args.prompts:
         var_model = VARModel(model, config, table=subject.table)
-        drifted = drift(var_model, documents, prompts=args.prompts, new_tokens=args.new_tokens, seed=args.seed)
+        sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "seed")}
+        drifted = drift(var_model, documents, **sizes)
     said = Report(
         "What VAR's error is made of",
         (("model", model.name), ("documents", f"{len(documents):,}, {sources.tokens:,} tokens")),
@@ -127,12 +129,13 @@ def _kinds(found: ErrorSources) -> Section:
             f"{found.documents:,} documents, {found.tokens:,} tokens, perplexity {found.perplexity:.3f} with the plain "
             "model. The same tokens are planned in every row, by the fast tier alone; choice and weights from the "
             "table run all experts. Table weights go by rank.",
-            "What stands in for dropped experts: the answers that the policy looks up, nothing, or nothing with the "
-            "kept weights rescaled to their former sum. Where no expert is kept there is nothing to rescale.",
+            "Without answers nothing stands in for what is dropped; rescaled: kept weights are brought to their former "
+            "sum. The policy drops by the same rules with and without, often all experts of a token, where nothing is "
+            "left to rescale; the first expert alone, at the same tokens, is the fairer test of rescaling.",
         ),
         (
             _changes("choice, weights and answers, against the plain model", found.kinds),
-            _changes("in the place of the experts that the policy drops", found.dropping),
+            _changes("with and without answers for what is dropped", found.dropping),
         ),
         (KINDS,),
     )

@@ -201,19 +201,28 @@ def layers_alone(subject: Subject) -> LayersAlone:
 
 
 def dropping(subject: Subject) -> tuple[Change, ...]:
-    """What stands in for the experts that the policy drops: their answers, nothing, or the others with more weight.
+    """What stands in for the experts that are dropped: their answers, nothing, or the others with more weight.
 
-    The policy drops by the same rules each time (by the deviations of the answers, where it has a tolerance), but which
-    experts it drops may differ a little: the layers above see something else.
+    First as the policy drops, by the same rules each time; which experts it drops may differ a little, since the layers
+    above see something else. Then, as such rules often drop all experts of a token and nothing is left to rescale, the
+    first expert alone at the tokens that the policy plans.
     """
     table, rules = subject.table, subject.table.rules
     silent = None
     if table.answers is not None:
         silent = tuple(dataclasses.replace(one, answers=jnp.zeros_like(one.answers)) for one in table.answers)
-    changes = [_change(subject, "their answers", subject.policy)]
-    for name, rescale in (("nothing", False), ("nothing, kept weights rescaled", True)):
-        ruled = dataclasses.replace(rules, renormalise=jnp.full_like(rules.renormalise, rescale))
-        changes.append(_change(subject, name, _run(subject, dataclasses.replace(table, answers=silent, rules=ruled))))
+    quiet = dataclasses.replace(table, answers=silent)
+    neutral = LayerRules.neutral(table.num_layers)
+    first = dataclasses.replace(table, kept=jnp.ones_like(table.kept), rules=neutral)
+    changes = [_change(subject, "the policy, with answers", subject.policy)]
+    for name, base, rescale in (
+        ("the policy, without", quiet, False),
+        ("the policy, without, rescaled", quiet, True),
+        ("the first expert, without", first, False),
+        ("the first expert, without, rescaled", first, True),
+    ):
+        ruled = dataclasses.replace(base.rules, renormalise=jnp.full_like(rules.renormalise, rescale))
+        changes.append(_change(subject, name, _run(subject, dataclasses.replace(base, rules=ruled))))
     return tuple(changes)
 
 

@@ -143,11 +143,12 @@ def test_dropping_without_answers_is_a_policy_without_residual(subject_of, run_o
     """Where all tokens are planned and every expert has an answer, both drop alike: the second slot."""
     everywhere = dataclasses.replace(POLICY, orders=(0,))
     subject = subject_of(default=everywhere)
-    _, nothing, rescaled = dropping(subject)
-    for change, renormalise in ((nothing, False), (rescaled, True)):
+    _, nothing, rescaled, *first = dropping(subject)
+    for change, same, renormalise in zip((nothing, rescaled), first, (False, True), strict=True):
         run = run_of(dataclasses.replace(everywhere, residual=False, renormalise=renormalise))
         assert change.experts == 1.0
         assert change.nats.value == pytest.approx(differences(subject.plain, run).mean())
+        assert same.experts == 1.0 and same.nats.value == pytest.approx(change.nats.value)
     assert nothing.nats != rescaled.nats
 
 
