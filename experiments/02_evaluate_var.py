@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ from analysis.provenance import hash_config, provenance, write_json
 from analysis.quality import score, var_runner
 from analysis.report import summary as overview
 from analysis.scored_points import Subject
-from analysis.study import study
+from analysis.study import PARTS, Finding, study
 from experiments.arguments import load, load_encoded, parser, run
 from models import Model
-from profiling.throughput import measure
+from profiling import throughput_section
+from profiling.throughput import by_batch, measure
 from varjax import RoutingStats, VARConfig, VARModel, answersfile
 from varjax.answers import Answers
 from varjax.config import PRESETS
 from varjax.model import read_files
 from varjax.step import summary
+from varjax.table import build
 
 
 def main() -> None:
@@ -188,10 +191,20 @@ def study_policy(args: argparse.Namespace) -> None:
         ("policy", str(args.var_config or "found on the tune split")),
     )
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_config(config))
-    said = study(subject, args.output, facts=facts, provenance=made)
+    parts = PARTS if args.no_throughput else (*PARTS, partial(throughput_of, repeats=args.repeats))
+    said = study(subject, args.output, facts=facts, provenance=made, parts=parts)
     config.save(args.output / "var_config.json")
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
+
+
+def throughput_of(subject: Subject, repeats: int) -> Finding:
+    """How much faster, and where must the gain vanish?"""
+    table = build(subject.stats, subject.config, subject.model.config.top_k, subject.answers)
+    var_model = VARModel(subject.model, subject.config, table=table)
+    found = by_batch(var_model, subject.documents, max_length=subject.max_length, repeats=repeats, seed=subject.seed)
+    drawn = {throughput_section.NAME: throughput_section.figure(found)}
+    return Finding("throughput", (throughput_section.section(found),), drawn, found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Search | None]:

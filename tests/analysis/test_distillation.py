@@ -100,4 +100,3 @@ def test_errors(saved_model, documents, collected, distilled):
         distil(saved_model, collected[0], distilled.answers, documents, CONFIG, SETTINGS)
     with pytest.raises(ValueError, match=r"steps=0: expected at least 1; learning_rate=0: expected more than 0"):
         DistilConfig(steps=0, learning_rate=0)
-

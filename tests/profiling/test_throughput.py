@@ -7,9 +7,7 @@ from profiling.throughput import by_batch
 
 
 def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, documents):
-    found = by_batch(
-        small_var_model, documents, batch_sizes=(1, 3), max_length=24, decode_tokens=8, repeats=2, seed=0
-    )
+    found = by_batch(small_var_model, documents, batch_sizes=(1, 3), max_length=24, decode_tokens=8, repeats=2, seed=0)
     assert [(one.phase, one.batch) for one in found] == [("prefill", 1), ("decode", 1), ("prefill", 3), ("decode", 3)]
     for one in found:
         plain, var = one.experts
