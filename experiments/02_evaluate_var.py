@@ -35,7 +35,7 @@ from analysis.provenance import hash_config, provenance, write_json
 from analysis.quality import score, var_runner
 from analysis.report import summary as overview
 from analysis.scored_points import Subject
-from analysis.study import PARTS, Finding, study
+from analysis.study import PARTS, Finding, Part, study
 from experiments.arguments import load, load_encoded, parser, run
 from models import Model
 from profiling import throughput_section
@@ -191,8 +191,8 @@ def study_policy(args: argparse.Namespace) -> None:
         ("policy", str(args.var_config or "found on the tune split")),
     )
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_config(config))
-    parts = PARTS if args.no_throughput else (*PARTS, partial(throughput_of, repeats=args.repeats))
-    said = study(subject, args.output, facts=facts, provenance=made, parts=parts)
+    timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
+    said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
     config.save(args.output / "var_config.json")
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
