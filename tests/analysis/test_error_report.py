@@ -72,7 +72,8 @@ def test_the_command_writes_a_report(saved_model, model_directory, corpus_file, 
     main(
         f"--model {model_directory} --dataset {corpus_file} --split all --num_samples 40 "
         f"--batch_size 8 --max_length 16 --var_config {tmp_path / 'policy.json'} "
-        f"--routing_stats {tmp_path / 'stats.parquet'} --output {tmp_path / 'out'} --prompts 2 --prompt_tokens 8 --new_tokens 4".split()
+        f"--routing_stats {tmp_path / 'stats.parquet'} --output {tmp_path / 'out'} "
+        "--prompts 2 --prompt_tokens 8 --new_tokens 4".split()
     )
     found = json.loads((tmp_path / "out" / "error_sources.json").read_text())
     assert list(found["sections"]) == ["error_kinds", "error_layers", "error_groups", "generation_drift"]
