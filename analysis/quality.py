@@ -3,14 +3,26 @@
 Letters: B sequences, T positions, V vocabulary, N documents.
 
 The unit of evidence is the document: its summed loss, and how many tokens, words and bytes that loss is spread over.
-Every token after a document's first is scored once, given at most `max_length - 1` tokens before it.
+Each scored token is scored once, given at most `max_length` tokens before it.
+
+The settings of `score` under which it gives what the field calls perplexity:
+
+- by default, every token after a document's first (which is the begin id, where the tokenizer puts one in front);
+- lm-evaluation-harness, `loglikelihood_rolling` (its class HFLM): `full_last=True` and `prefix_id` the begin id, or the
+  end id where the tokenizer has none. Every id of a document is scored, a begin id in front included. Its
+  `add_bos_token=False` leaves that one out: `full_last=True` alone, on ids that begin with the begin id.
+  `word_perplexity`, `byte_perplexity` and `bits_per_byte` are its metrics over the text that is scored. (Its task
+  `wikitext` scores a detokenised text but counts the words and bytes of the original.)
+- the loop in Hugging Face's "Perplexity of fixed-length models": with its `max_length` one more than ours, since its
+  windows hold the last target too, and its `stride` as ours. The losses are the same; its figure multiplies the mean
+  loss of each window after the first by one token less than the mean is over, ours gives every token the same weight.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +39,16 @@ from varjax.files import replacing
 from varjax.model import VARModel
 from varjax.step import VARState, begin
 
+_LENGTHS = {"max_length": "tokens", "stride": "tokens"}
+UNITS = {
+    "perplexity": "per token",
+    "nll_per_token": "nats",
+    "word_perplexity": "per part between runs of white space",
+    "byte_perplexity": "per byte of UTF-8",
+    "bits_per_byte": "bits, per byte of UTF-8",
+    **_LENGTHS,
+}
+
 
 class Runner(Protocol):
     """`(carry, ids int32[B, T], mask bool[B, T]) -> (logits float32[B, T, V], carry)`; the call spends the carry."""
@@ -40,12 +62,14 @@ class Scores:
 
     nll: np.ndarray  # float64 [N], summed over the document's scored tokens, nats
     tokens: np.ndarray  # int64 [N], scored
-    words: np.ndarray  # int64 [N], white-space separated
+    words: np.ndarray  # int64 [N], see `analysis.text.encoding.count_words`
     bytes: np.ndarray  # int64 [N], UTF-8
     ids: tuple[str, ...]  # SHA-256 of each text
     groups: tuple[str, ...]
     max_length: int  # tokens of a window
     stride: int  # tokens between windows
+    prefix_id: int | None = None  # read before each document; None: nothing
+    full_last: bool = False  # whether a document's last window was moved back to `max_length` tokens
 
     @property
     def nll_per_token(self) -> float:
@@ -59,12 +83,28 @@ class Scores:
 
     @property
     def word_perplexity(self) -> float:
-        """Per white-space separated word."""
+        """Per word, as `analysis.text.encoding.count_words` counts them."""
         return math.exp(self.nll.sum() / self.words.sum())
 
     @property
+    def byte_perplexity(self) -> float:
+        """Per byte of UTF-8."""
+        return math.exp(self.nll.sum() / self.bytes.sum())
+
+    @property
     def bits_per_byte(self) -> float:
+        """Bits, per byte of UTF-8."""
         return float(self.nll.sum() / math.log(2) / self.bytes.sum())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Which definition the losses follow; stands in every file that holds them."""
+        return {
+            "max_length": self.max_length,
+            "stride": self.stride,
+            "prefix_id": self.prefix_id,
+            "full_last": self.full_last,
+        }
 
     def summary(self) -> dict[str, Any]:
         """The figures of a result file."""
@@ -72,20 +112,27 @@ class Scores:
             "perplexity": self.perplexity,
             "nll_per_token": self.nll_per_token,
             "word_perplexity": self.word_perplexity,
+            "byte_perplexity": self.byte_perplexity,
             "bits_per_byte": self.bits_per_byte,
             "tokens": int(self.tokens.sum()),
+            "words": int(self.words.sum()),
+            "bytes": int(self.bytes.sum()),
             "documents": len(self.ids),
-            "max_length": self.max_length,
-            "stride": self.stride,
-            "units": {"perplexity": "per token", "nll_per_token": "nats"},
+            **self.settings,
+            "units": UNITS,
         }
 
     def save(self, path: Path) -> None:
-        """One row per document, Parquet: id, group, nll, tokens, words, bytes; whole or not at all."""
+        """One row per document, Parquet: id, group, nll, tokens, words, bytes; whole or not at all.
+
+        The file's metadata names the units and the settings; `pandas.read_parquet` gives them as `.attrs`.
+        """
         columns = {"id": self.ids, "group": self.groups}
         columns |= {name: getattr(self, name) for name in ("nll", "tokens", "words", "bytes")}
+        frame = pd.DataFrame(columns)
+        frame.attrs = {**self.settings, "units": {"nll": "nats, summed over the scored tokens", **_LENGTHS}}
         with replacing(path) as temporary:
-            pd.DataFrame(columns).to_parquet(temporary)
+            frame.to_parquet(temporary)
 
 
 def score(
@@ -96,18 +143,27 @@ def score(
     batch_size: int = 8,
     max_length: int = 256,
     stride: int | None = None,
+    prefix_id: int | None = None,
+    full_last: bool = False,
     progress: bool = True,
 ) -> tuple[Scores, Any]:
     """The losses of `documents` under `run`, and what its carry became.
+
+    The module's docstring says which settings give which published definition.
 
     Args:
         batch_size: rows per batch at `max_length`.
         max_length: tokens of a window, the most context that a token gets.
         stride: tokens between windows; None: `max_length`.
+        prefix_id: read before each document, so that its first id is scored too; None: nothing. (Documents of less
+            than two ids are not there to be scored: `analysis.text.encoding.encode` leaves them out.)
+        full_last: move a document's last window back to `max_length` tokens instead of leaving it short.
     """
     nll, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
-    read = tqdm(documents, unit="document", disable=not progress)
-    for batch in batches(read, batch_size, max_length, stride):
+    read: Iterable[Encoded] = tqdm(documents, unit="document", disable=not progress)
+    if prefix_id is not None:
+        read = (dataclasses.replace(one, ids=prefixed(prefix_id, one.ids)) for one in read)
+    for batch in batches(read, batch_size, max_length, stride, full_last):
         logits, carry = run(carry, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
         losses = np.asarray(token_nll(logits, jnp.asarray(batch.targets), jnp.asarray(batch.scored)), np.float64)
         owned = batch.documents >= 0
@@ -122,7 +178,14 @@ def score(
         groups=tuple(document.group for document in documents),
         max_length=max_length,
         stride=max_length if stride is None else stride,
+        prefix_id=prefix_id,
+        full_last=full_last,
     ), carry
+
+
+def prefixed(prefix_id: int, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int32 [1 + n]: an id before n others."""
+    return np.concatenate([[prefix_id], ids]).astype(np.int32)
 
 
 def plain_runner(model: Model) -> Runner:

@@ -3,7 +3,7 @@
     report = study(subject, output)
 
 Writes study.txt, study.json, study.html and the figures into the folder. To add a question, write a `Part` and put it
-into `PARTS`: it gets the subject and gives a section, its figures, and whatever result belongs into the JSON file.
+into `PARTS`: it gets the subject and gives sections, their figures, and whatever result belongs into the JSON file.
 """
 
 from __future__ import annotations
@@ -15,21 +15,33 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis import alternatives, alternatives_section, table_size, table_size_section
+from analysis import (
+    alternatives,
+    alternatives_section,
+    error_figures,
+    error_report,
+    error_sources,
+    generation_drift,
+    table_size,
+    table_size_section,
+)
 from analysis.figures import save
 from analysis.html_report import write_html
 from analysis.provenance import write_json
 from analysis.report import Report, Section, fields, text
 from analysis.scored_points import Subject
 from varjax.files import replacing
+from varjax.model import VARModel
+from varjax.table import build
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
     """The answer to one question."""
 
-    section: Section
-    figures: Mapping[str, Figure]  # by the names that the section gives them
+    name: str  # of the result in the JSON file
+    sections: tuple[Section, ...]
+    figures: Mapping[str, Figure]  # by the names that the sections give them
     result: Any  # for `analysis.provenance.write_json`
 
 
@@ -40,17 +52,37 @@ def against_alternatives(subject: Subject) -> Finding:
     """Does VAR beat the simple alternatives at equal loss?"""
     found = alternatives.evaluate(subject)
     drawn = {alternatives_section.NAME: alternatives_section.figure(found)}
-    return Finding(alternatives_section.section(found), drawn, found)
+    return Finding("alternatives", (alternatives_section.section(found),), drawn, found)
 
 
 def size_of_the_table(subject: Subject) -> Finding:
     """How much of the saving does a smaller table keep?"""
     found = table_size.table_sizes(subject)
     drawn = {table_size_section.NAME: table_size_section.figure(found)}
-    return Finding(table_size_section.section(found), drawn, found)
+    return Finding("table_size", (table_size_section.section(found),), drawn, found)
 
 
-PARTS: tuple[Part, ...] = (against_alternatives, size_of_the_table)
+def sources_of_error(subject: Subject) -> Finding:
+    """What is the error made of: choice, weights or answers; which layers; which tokens?"""
+    reading: dict[str, Any] = {
+        "batch_size": subject.batch_size,
+        "max_length": subject.max_length,
+        "stride": subject.stride,
+    }
+    given = (subject.model, subject.stats, subject.answers, subject.config, subject.documents)
+    found = error_sources.examine(error_sources.prepare(*given, seed=subject.seed, **reading))
+    return Finding("error_sources", error_report.sections(found), dict(error_figures.draw(found)), found)
+
+
+def free_generation(subject: Subject) -> Finding:
+    """Does the text stay the same when the model writes it?"""
+    table = build(subject.stats, subject.config, subject.model.config.top_k, subject.answers)
+    var_model = VARModel(subject.model, subject.config, table=table)
+    found = generation_drift.drift(var_model, subject.documents, seed=subject.seed)
+    return Finding("generation", error_report.sections(None, found), dict(error_figures.draw(None, found)), found)
+
+
+PARTS: tuple[Part, ...] = (against_alternatives, size_of_the_table, sources_of_error, free_generation)
 
 
 def study(
@@ -59,20 +91,21 @@ def study(
     *,
     facts: Sequence[tuple[str, str]] = (),
     provenance: Mapping[str, Any] | None = None,
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[Part] = PARTS,
 ) -> Report:
     """Answer every question and write the files.
 
     Args:
         facts: about model, data and policy, for people.
         provenance: the same for the JSON file.
-        parts: the questions, in the order of the report; None: `PARTS`.
+        parts: the questions, in the order of the report.
     """
-    results, sections = {}, []
-    for part in PARTS if parts is None else parts:
+    results: dict[str, Any] = {}
+    sections: list[Section] = []
+    for part in parts:
         found = part(subject)
-        results[found.section.name] = found.result
-        sections.append(found.section)
+        results[found.name] = found.result
+        sections.extend(found.sections)
         for name, figure in found.figures.items():
             save(figure, folder, name)
     report = Report("Study of an adaptive routing policy", tuple(facts), _NOTES, tuple(sections))

@@ -1,4 +1,4 @@
-"""Phase 1: collect routing statistics of every layer and context key, the residual rows for phase 2, and a trace.
+"""Phase 1: collect routing statistics of every layer and context key, the answers for phase 2, and a trace.
 
 Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
 figures. A killed run continues from its last checkpoint when the same command is given again. Runs on all devices of
@@ -41,10 +41,13 @@ def main() -> None:
     arguments.add_argument("--min_count", type=int, default=keys.min_count, help="occurrences that a key needs")
     arguments.add_argument("--max_keys", type=int, default=keys.max_keys, help="keys over all orders")
     arguments.add_argument(
-        "--residuals", action=argparse.BooleanOptionalAction, default=True, help="second pass: residual rows"
+        "--residuals",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="second pass: the answers, what each expert says at a key",
     )
     arguments.add_argument(
-        "--residual_orders", type=int, nargs="+", default=None, help="orders that get them; none: 1 and 2"
+        "--residual_orders", type=int, nargs="+", default=None, help="orders that get them; none: 1 to 3"
     )
     arguments.add_argument(
         "--residual_min_count",
@@ -55,7 +58,7 @@ def main() -> None:
     arguments.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
     arguments.add_argument("--save_tokens", type=int, default=defaults.save_tokens, help="tokens between checkpoints")
     arguments.add_argument(
-        "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of residual sums per device"
+        "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of their sums per device"
     )
     arguments.add_argument("--num_processes", type=int, default=1, help="how many divide the documents among them")
     arguments.add_argument("--process_id", type=int, default=0, help="which of them this one is, from 0")
@@ -72,7 +75,7 @@ def merge(args: argparse.Namespace) -> None:
     stats, without = merge_files(paths, args.output / STATS, {"provenance": provenance(seed=args.seed)})
     (args.output / TRACE).unlink(missing_ok=True)  # that of other statistics, if any
     if without:
-        print(f"no residual rows: there are none beside {', '.join(map(str, without))}")
+        print(f"no answers: there are none beside {', '.join(map(str, without))}")
     present(args.output, stats)
 
 
@@ -103,7 +106,7 @@ def collect(args: argparse.Namespace) -> None:
             print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
     print_keys(found.keys)
     if settings.residual_orders:
-        print(f"residual rows for {found.answered:,} of the {found.answerable:,} keys that are frequent enough")
+        print(f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough")
     present(args.output, found.stats)
     finish(args.output)
 

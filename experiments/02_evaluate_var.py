@@ -1,43 +1,58 @@
-"""Phase 2: evaluate the plain model or VAR on held-out documents, compare two evaluations, study a policy.
+"""Phase 2: evaluate the plain model or VAR on held-out documents, compare, certify, distil, study.
 
   --mode baseline                          the plain model
   --mode var --routing_stats S             a preset, a --var_config, or a policy found with --search_policy
   --compare A.json B.json                  two results side by side, with the published criteria
+  --certify A.json B.json [C.json ...]     how much loss B, C, ... cost at most over A, with confidence; results of the
+                                           calibrate split (--split calibrate), the surest first
+  --mode distil --routing_stats S --var_config C --output DIR
+                                           train the answers for a policy on the build split
   --mode study --routing_stats S --var_config C --output DIR
-                                           VAR against simple alternatives at equal loss, and by the size of its table
+                                           VAR against simple alternatives at equal loss, the size of its table, what
+                                           its error is made of, free generation, throughput by batch size
 
-Writes a JSON result, and a Parquet file of per-document losses beside it. A study writes study.json, .txt, .html and
-figures into a folder, and the losses of every point as it is scored: give the same command again after a kill.
+An evaluation writes a JSON result, and a Parquet file of per-document losses beside it. A study writes study.json,
+.txt, .html and figures into a folder, and the losses of every point as it is scored. Studies and distillations go on
+where they were when the same command is given again after a kill.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from analysis import figures
+from analysis import certificate_text, figures
+from analysis.certificate import TESTS, certify_results
+from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.comparison import read_result, report
+from analysis.distillation import DistilConfig, distil
 from analysis.policy import Search, search
-from analysis.provenance import hash_json, provenance, write_json
+from analysis.provenance import hash_config, provenance, write_json
 from analysis.quality import score, var_runner
 from analysis.report import summary as overview
 from analysis.scored_points import Subject
-from analysis.study import study
+from analysis.study import PARTS, Finding, Part, study
 from experiments.arguments import load, load_encoded, parser, run
 from models import Model
-from profiling.throughput import measure
-from varjax import VARConfig, VARModel
+from profiling import throughput_section
+from profiling.throughput import by_batch, measure
+from varjax import RoutingStats, VARConfig, VARModel, answersfile
+from varjax.answers import Answers
 from varjax.config import PRESETS
 from varjax.model import read_files
 from varjax.step import summary
+from varjax.table import build
 
 
 def main() -> None:
     arguments = parser(__doc__, "results/phase2/result.json")
-    arguments.add_argument("--mode", choices=["baseline", "var", "study"], help="what to evaluate")
+    arguments.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
     arguments.add_argument("--routing_stats", type=Path, help="routing_stats.parquet of phase 1")
+    arguments.add_argument("--answers", type=Path, help="answers to use, such as distilled ones; none: those beside it")
     arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
     arguments.add_argument("--var_config", type=Path, help="a VARConfig as JSON; overrides --preset")
     arguments.add_argument(
@@ -51,18 +66,29 @@ def main() -> None:
     arguments.add_argument("--no_throughput", action="store_true", help="leave the timing out")
     arguments.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
     arguments.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results to compare")
+    arguments.add_argument("--certify", type=Path, nargs="+", metavar="A", help="a baseline result and some of VAR")
+    arguments.add_argument("--clip", type=float, default=0.2, help="of a document's loss increase, nats per token")
+    arguments.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
+    arguments.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
+    steps = DistilConfig()
+    arguments.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
+    arguments.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
     args = arguments.parse_args()
     if args.compare:
         base, other = args.compare
         compare(base, other, args.output)
+    elif args.certify:
+        if len(args.certify) < 2:
+            arguments.error("--certify needs a baseline result and at least one of VAR")
+        certify(args)
     elif args.mode == "var" and not (args.routing_stats or args.var_config):
         arguments.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
-    elif args.mode == "study" and not (args.routing_stats and (args.var_config or args.search_policy)):
-        arguments.error("--mode study needs --routing_stats, and --var_config or --search_policy")
-    elif args.mode == "study" and args.output.suffix:
-        arguments.error(f"--mode study writes a folder: give --output a name without {args.output.suffix}")
-    elif args.mode == "study":
-        study_policy(args)
+    elif args.mode in FOLDERS and not (args.routing_stats and (args.var_config or args.search_policy)):
+        arguments.error(f"--mode {args.mode} needs --routing_stats, and --var_config or --search_policy")
+    elif args.mode in FOLDERS and args.output.suffix:
+        arguments.error(f"--mode {args.mode} writes a folder: give --output a name without {args.output.suffix}")
+    elif args.mode in FOLDERS:
+        FOLDERS[args.mode](args)
     elif args.mode:
         evaluate(args)
     else:
@@ -73,6 +99,15 @@ def compare(base: Path, other: Path, output: Path) -> None:
     text, fields = report(read_result(base), read_result(other))
     print(text)
     write_json(output, fields | {"provenance": provenance()})
+
+
+def certify(args: argparse.Namespace) -> None:
+    base, *others = args.certify
+    settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
+    candidates = {path.stem: read_result(path) for path in others}
+    certificate = certify_results(read_result(base), candidates, **settings)
+    print(certificate_text.text(certificate))
+    write_json(args.output, {"certificate": certificate, "provenance": provenance(seed=args.seed)})
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -102,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> None:
             frontier(found), config.max_quality_degradation, f"Tuning documents ({args.tune_samples} at most)"
         )
         figures.save(figure, args.output.parent, f"{name}_frontier")
-    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_json(config))
+    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_config(config))
     write_json(args.output, result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
@@ -111,12 +146,33 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"written to {args.output}")
 
 
+def distil_answers(args: argparse.Namespace) -> None:
+    model, documents, origin = load(args, "build")
+    config, _ = choose_config(args, model)
+    stats, answers = read_answers(model, config)
+    settings = DistilConfig(args.steps, args.batch_size, args.max_length, args.learning_rate, seed=args.seed)
+    work = args.output / "distil_checkpoints"
+    run = {"model": origin["model"], "data": origin["data"], "config": hash_config(config), "settings": vars(settings)}
+    if resumed(work / "run.json", run) is None:
+        note(work / "run.json", run, {})
+    with Checkpoints(work / "steps") as saved:
+        done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
+    made = provenance(seed=args.seed, **origin, config=config, settings=vars(settings))
+    path = args.output / "distilled.residuals.safetensors"
+    answersfile.write(path, done.answers, {"model": model.name, "fingerprint": model.fingerprint, "provenance": made})
+    dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
+    write_json(args.output / "distillation.json", {"divergence": done.divergence, "provenance": made})
+    shutil.rmtree(work)
+    if len(done.divergence) >= 2 * TENTH:
+        first, last = done.divergence[:TENTH].mean(), done.divergence[-TENTH:].mean()
+        print(f"divergence from the full model: {first:.5f} nats per token at first, {last:.5f} at last (build split)")
+    print(f"written to {args.output}")
+
+
 def study_policy(args: argparse.Namespace) -> None:
     model, documents, origin = load(args, args.split)
     config, _ = choose_config(args, model)
-    stats, answers = read_files(model, config)
-    if answers is None:
-        raise ValueError(f"{args.routing_stats}: no answers beside it; run 01_routing_analysis.py --residuals")
+    stats, answers = read_answers(model, config)
     subject = Subject(
         model,
         stats,
@@ -134,11 +190,21 @@ def study_policy(args: argparse.Namespace) -> None:
         ("data", f"{args.dataset}, split {args.split}"),
         ("policy", str(args.var_config or "found on the tune split")),
     )
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_json(config))
-    said = study(subject, args.output, facts=facts, provenance=made)
+    made = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_config(config))
+    timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
+    said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
     config.save(args.output / "var_config.json")
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
+
+
+def throughput_of(subject: Subject, repeats: int) -> Finding:
+    """How much faster, and where must the gain vanish?"""
+    table = build(subject.stats, subject.config, subject.model.config.top_k, subject.answers)
+    var_model = VARModel(subject.model, subject.config, table=table)
+    found = by_batch(var_model, subject.documents, max_length=subject.max_length, repeats=repeats, seed=subject.seed)
+    drawn = {throughput_section.NAME: throughput_section.figure(found)}
+    return Finding("throughput", (throughput_section.section(found),), drawn, found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Search | None]:
@@ -152,25 +218,36 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
             config = dataclasses.replace(config, routing_stats=here.routing_stats, residuals=here.residuals)
     else:
         config = VARConfig.from_routing_stats(args.routing_stats, **PRESETS[args.preset])
+    if args.answers:
+        config = dataclasses.replace(config, residuals=str(args.answers))
     if not args.search_policy:
         return config, None
-    stats, answers = read_files(model, config)
-    if answers is None:
-        raise ValueError(f"{args.routing_stats}: no residual rows beside it; run 01_routing_analysis.py --residuals")
+    stats, answers = read_answers(model, config)
     tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
     found = search(model, stats, answers, tuning, config, **reading)
     return found.config, found
 
 
+def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers]:
+    """The statistics and answers of a config that has both."""
+    stats, answers = read_files(model, config)
+    if answers is None:
+        raise ValueError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
+    return stats, answers
+
+
 def frontier(found: Search) -> dict[str, list[tuple[float, float]]]:
     """The search's measurements as series of (experts per token, change of perplexity)."""
     return {
-        "one layer, one rule": [(point.experts_per_token, point.degradation) for point in found.single],
+        "one layer, one tolerance": [(point.experts_per_token, point.degradation) for point in found.single],
         "layers together": [(point.experts_per_token, point.degradation) for point in found.path],
         "chosen": [(found.chosen.experts_per_token, found.chosen.degradation)],
     }
 
+
+FOLDERS = {"distil": distil_answers, "study": study_policy}
+TENTH = 10  # steps over which a divergence is averaged
 
 if __name__ == "__main__":
     run(main)

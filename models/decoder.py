@@ -25,7 +25,7 @@ from flax import nnx
 from models.config import MoEConfig
 from models.experts import Engine, slot_outputs
 from models.kv_cache import KVCache, extend, visible
-from varjax.routing import LayerAnswers, Plan, Routing, resolve
+from varjax.routing import LayerAnswers, Plan, Routing, resolve, top_k
 
 Params = dict[str, Any]
 
@@ -40,6 +40,7 @@ class Output:
     routing: Routing  # [L, B, T, K], the experts that really ran; E = unused slot
     kv: KVCache | None  # the cache with this call's positions in it, where one was passed
     slot_outputs: jax.Array | None  # [len(slot_outputs_of), B, T, K, D], each slot's gate-weighted expert output
+    audit: jax.Array | None = None  # float32[L, S], `audit_error` of the tokens that were asked for
 
 
 class RMSNorm(nnx.Module):
@@ -156,6 +157,7 @@ def forward(
     answers: tuple[LayerAnswers, ...] | None = None,
     last_logits_only: bool = False,
     slot_outputs_of: tuple[int, ...] = (),
+    audit: jax.Array | None = None,
 ) -> Output:
     """Logits and routing of `token_ids`.
 
@@ -168,6 +170,8 @@ def forward(
         answers: one per layer, what stands in for the experts that the plan drops.
         last_logits_only: compute the head for the last position only.
         slot_outputs_of: layers whose slots' outputs are wanted (costs their experts a second time).
+        audit: int32[S], tokens b * T + t whose experts are also run as the learned router would have it; negative for
+            none, which costs nothing.
     """
     mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     if kv is None:
@@ -182,7 +186,7 @@ def forward(
     with jax.named_scope("embed"):
         x = model.embed(token_ids)
     rotation = rotary_angles(positions, config, x.dtype)
-    probs, routings, wanted = [], [], []
+    probs, routings, wanted, audited = [], [], [], []
     for index, layer in enumerate(model.layers):
         with jax.named_scope("attention"):
             attended, kv = layer.attention(layer.input_norm(x), rotation, seen, kv, index)
@@ -206,6 +210,12 @@ def forward(
         if index in slot_outputs_of:
             slots = slot_outputs(engine, flat, flat_routing, params["experts"][index])
             wanted.append(slots.reshape(*token_ids.shape, config.top_k, -1))
+        if audit is not None:
+            with jax.named_scope("audit"):
+                layer_experts = params["experts"][index]
+                audited.append(
+                    audit_error(audit, flat, layer_probs, y, config=config, engine=engine, experts=layer_experts)
+                )
         x = x + y
         probs.append(layer_probs)
         routings.append(routing)
@@ -218,7 +228,36 @@ def forward(
         routing=jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings),
         kv=kv,
         slot_outputs=jnp.stack(wanted) if wanted else None,
+        audit=jnp.stack(audited) if audited else None,
     )
+
+
+def audit_error(
+    tokens: jax.Array,
+    x: jax.Array,
+    probs: jax.Array,
+    y: jax.Array,
+    *,
+    config: MoEConfig,
+    engine: Engine,
+    experts: Any,
+) -> jax.Array:
+    """float32[S]: |y - full| / |full| in one layer, Euclidean norms; 0 where a token is negative.
+
+    Args:
+        tokens: int32[S], b * T + t.
+        x: [B * T, D], what the experts read.
+        probs: float32[B, T, E], softmax of the gate.
+        y: [B, T, D], the layer's output, residual rows included. `full` is that of all K experts of the gate's choice.
+        experts: the layer's, prepared for `engine`.
+    """
+    wanted = (tokens >= 0)[:, None]
+    learned = top_k(probs.reshape(-1, config.num_experts)[tokens], config.top_k)
+    routing = Routing(jnp.where(wanted, learned.experts, config.num_experts), jnp.where(wanted, learned.weights, 0))
+    full = engine.apply(x[tokens], routing, experts).astype(jnp.float32)
+    missed = y.reshape(x.shape)[tokens].astype(jnp.float32) - full
+    size = jnp.maximum(jnp.linalg.norm(full, axis=-1), jnp.finfo(jnp.float32).tiny)
+    return jnp.where(wanted[:, 0], jnp.linalg.norm(missed, axis=-1) / size, 0)
 
 
 @dataclasses.dataclass(frozen=True)

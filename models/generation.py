@@ -74,8 +74,7 @@ def generate(
     pieces = [ids]
     for index in range(max_new_tokens):
         logits, kv, carry = step(kv, carry, ids, mask)
-        token, live = _pick(logits, live, jax.random.fold_in(key, index), sampling, end_ids, fill_id)
-        ids, mask = token[:, None], jnp.ones((ids.shape[0], 1), bool)
+        ids, mask, live = _pick(logits, live, key, np.int32(index), sampling, end_ids, fill_id)
         pieces.append(ids)
         if end_ids and not live.any():
             break
@@ -87,14 +86,19 @@ def _pick(
     logits: jax.Array,
     live: jax.Array,
     key: jax.Array,
+    index: jax.Array,
     sampling: Sampling,
     end_ids: tuple[int, ...],
     fill_id: int,
-) -> tuple[jax.Array, jax.Array]:
-    """The next token int32[B], and which texts go on after it bool[B]."""
-    token = jnp.where(live, choose(logits, key, sampling), fill_id)
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next token int32[B, 1], its mask bool[B, 1], and which texts go on after it bool[B].
+
+    A text that has ended is padding from there on: it runs no expert, and no tier counts or remembers it.
+    """
+    token = jnp.where(live, choose(logits, jax.random.fold_in(key, index), sampling), fill_id)
     ended = jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) if end_ids else jnp.zeros_like(live)
-    return token, live & ~ended
+    live = live & ~ended
+    return token[:, None], live[:, None], live
 
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -6,7 +6,7 @@ Letters: B sequences, T positions, L layers, V vocabulary, E experts.
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Model:
         ids, mask = self.check_inputs(input_ids, attention_mask)
         return self.network.forward(self.params, ids, attention_mask=mask)
 
-    @property
+    @cached_property
     def network(self) -> Network:
         """The pure part: what runs on any parameters of this shape. Hashable, so it can be static under jit."""
         return Network(self.config, self.engine)

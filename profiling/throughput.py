@@ -2,8 +2,12 @@
 
 Letters: B sequences, T positions.
 
-Prefill reads whole windows of B documents; decode feeds one document token by token through the key/value cache. The
+Prefill reads whole windows of B documents; decode feeds B documents token by token through the key/value cache. The
 tokens are the documents' own, not the model's: what VAR saves depends on the text, and small models repeat themselves.
+
+What a step of decoding must read is the experts that any of its B tokens runs. Where a machine's time goes into reading
+weights, the gain is that of the distinct experts and vanishes as B grows; where it goes into arithmetic, it is that of
+the experts that run. Both stand beside the measured speed-up.
 """
 
 from __future__ import annotations
@@ -17,9 +21,59 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis.text.encoding import Encoded
-from profiling.timing import compare, paired_ratio
+from profiling.timing import Ratio, compare, paired_ratio
 from varjax.config import VARConfig
 from varjax.model import VARModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Throughput:
+    """One phase at one batch size."""
+
+    phase: str  # "prefill" or "decode"
+    batch: int  # B
+    tokens: int  # in one timed run
+    plain: float  # tokens/s, median
+    var: float  # tokens/s, median
+    speedup: Ratio  # paired, round by round
+    experts: tuple[float, ...]  # that run per token and layer: plain and VAR
+    distinct: tuple[float, ...]  # experts of a layer that any token of a call runs, mean: plain and VAR
+
+
+def by_batch(
+    var_model: VARModel,
+    documents: Sequence[Encoded],
+    *,
+    batch_sizes: Sequence[int] = (1, 4, 8, 16),
+    max_length: int = 256,
+    decode_tokens: int = 32,
+    repeats: int = 11,
+    seed: int = 0,
+) -> list[Throughput]:
+    """Prefill and decode at each batch size; the arguments are those of `measure`. VAR must be switched on."""
+    sides = {"plain": VARModel(var_model.model, VARConfig(enable_var=False)), "var": var_model}
+    found = []
+    for batch in batch_sizes:
+        prompt = _prompt(documents, batch, max_length)
+        text = prompt[:, : min(2 * decode_tokens, prompt.shape[1])]
+        half = text.shape[1] // 2
+        for phase, make, ids, tokens in (
+            ("prefill", _prefill, prompt, prompt.size),
+            ("decode", _decode, text, batch * (text.shape[1] - half)),
+        ):
+            seconds = compare({name: make(side, ids) for name, side in sides.items()}, repeats, seed=seed)
+            used = {name: _used(side, ids) for name, side in sides.items()}  # bool [L, B, T, E]
+            if phase == "decode":
+                used = {name: one[:, :, half:] for name, one in used.items()}
+            call = 1 if phase == "decode" else (1, 2)  # the axes that one call spans
+            distinct = tuple(float(one.any(axis=call).sum(-1).mean()) for one in used.values())
+            rates = {name: tokens / float(np.median(one)) for name, one in seconds.items()}
+            ratio = paired_ratio(seconds["plain"], seconds["var"])
+            experts = tuple(float(one.sum(-1).mean()) for one in used.values())
+            found.append(
+                Throughput(phase, len(ids), tokens, **rates, speedup=ratio, experts=experts, distinct=distinct)
+            )
+    return found
 
 
 def measure(
@@ -79,14 +133,11 @@ def _prefill(var_model: VARModel, prompt: np.ndarray) -> Callable[[], Any]:
 
 
 def _decode(var_model: VARModel, text: np.ndarray) -> Callable[[], Any]:
-    """Feeds the second half of one text token by token; its first half is in the cache beforehand, untimed."""
-    half = text.shape[1] // 2
+    """Feeds the second halves of texts [B, T] token by token; the first halves are in the cache beforehand, untimed."""
+    batch, half = text.shape[0], text.shape[1] // 2
     steps = [jnp.asarray(text[:, index : index + 1]) for index in range(half, text.shape[1])]
-    one = jnp.ones((1, 1), bool)
-    kv = var_model.model.empty_cache(1, text.shape[1])
-    out, state = var_model.advance(
-        var_model.init(1), jnp.asarray(text[:, :half]), jnp.ones((1, half), bool), kv, last_logits_only=True
-    )
+    one = jnp.ones((batch, 1), bool)
+    out, state = var_model.prefill(text[:, :half], var_model.init(batch), capacity=text.shape[1])
     start = (out.kv, state)
 
     def run() -> Any:
@@ -97,3 +148,10 @@ def _decode(var_model: VARModel, text: np.ndarray) -> Callable[[], Any]:
         return out.logits
 
     return run
+
+
+def _used(var_model: VARModel, ids: np.ndarray) -> np.ndarray:
+    """bool [L, B, T, E]: which experts run at each token of whole texts [B, T]."""
+    out, _ = var_model(ids, var_model.init(len(ids)))
+    assert out.routing is not None
+    return np.any(np.asarray(out.routing.experts)[..., None] == np.arange(var_model.model.config.num_experts), axis=-2)

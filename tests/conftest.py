@@ -11,12 +11,16 @@ import jax
 import numpy as np
 import pytest
 
+from analysis.collection.answers import collect_answers
+from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import Encoded, encode
 from models import Model, MoEConfig, load_model
 from models.decoder import init_params
 from models.tokenizer import save_tokenizer, train_bpe
 from models.weights import save_params
+from varjax import LayerPolicy, VARConfig, VARModel
+from varjax.table import build
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -77,3 +81,14 @@ def saved_model(model_directory) -> Model:
 def documents(saved_model, corpus_file) -> list[Encoded]:
     """The documents of `corpus_file` in the ids of `saved_model`."""
     return encode(load_documents(corpus_file), saved_model.tokenizer, saved_model.config)
+
+
+@pytest.fixture(scope="session")
+def small_var_model(saved_model, documents) -> VARModel:
+    """`saved_model`, one expert kept and the answers at the first 60 documents' frequent tokens added."""
+    reading = {"batch_size": 4, "max_length": 32, "progress": False}
+    some = documents[:60]
+    stats = collect(saved_model, some, choose_keys(saved_model, some, 32, KeySettings((1,), min_count=3)), **reading)
+    answers = collect_answers(saved_model, some, stats.keys, range(2), **reading)
+    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, default=LayerPolicy(kept=1), cache_size=0)
+    return VARModel(saved_model, config, table=build(stats, config, saved_model.config.top_k, answers))

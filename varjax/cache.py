@@ -7,27 +7,34 @@ are stored and compared, so a collision can evict but never misroute. A way hold
 each with its own time stamp. A context that reaches back before the start of its sequence is neither found
 nor stored.
 
+Time is a clock of int32 milliseconds with any origin, which wraps around every 49.7 days: an age is the difference
+to `now` modulo 2^32. Ages end at `HORIZON`: what is older is just old. Every `insert` moves the stamps behind the
+horizon up to it, one elementwise pass over the stamps, so an old decision never comes round to look young again, as
+long as no two inserts in a row are more than 37 days (2^32 - 2^30 ms) apart.
+
 `lookup` and `insert` are pure functions. `insert` takes a whole batch at once, as if its positions came in
 row-major order:
 
 - Of equal contexts the last position with anything to store counts; the earlier ones are forgotten.
 - A context that is present is updated in place, in the layers that it has something for.
-- Then the others come in, in order, each into the oldest way of its set (that with the earliest latest stamp,
-  the first such way). Of more newcomers than ways, the last W stay.
+- Then the others come in, in order, each into the oldest way of its set (that whose youngest decision is oldest,
+  the first such way; a way without decisions is older than any). Of more newcomers than ways, the last W stay.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from varjax.keys import NONE, hash_words
 from varjax.routing import Routing
 
-NEVER = -jnp.inf  # the stamp of a decision that is not there
+NOTHING = -1  # in place of the experts of a decision that is not there
+HORIZON = 1 << 30  # ms, 12.4 days: the greatest age, and so the longest TTL
 
 
 @jax.tree_util.register_dataclass
@@ -36,9 +43,9 @@ class ContextCache:
     """The decisions of at most S * W contexts."""
 
     ids: Array  # int32 [S, W, C], NONE in a free way
-    experts: Array  # int16 [S, W, L, K]
+    experts: Array  # int16 [S, W, L, K], NOTHING where no decision is
     weights: Array  # float32 [S, W, L, K]
-    stamp: Array  # float32 [S, W, L], seconds, when the decision was made; NEVER where there is none
+    stamp: Array  # int32 [S, W, L], ms, when the decision was made
 
 
 def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways: int = 4) -> ContextCache:
@@ -46,9 +53,9 @@ def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways
     shape = (max(1, -(-cache_size // ways)), ways)
     return ContextCache(
         ids=jnp.full((*shape, context_length), NONE, jnp.int32),
-        experts=jnp.zeros((*shape, num_layers, top_k), jnp.int16),
+        experts=jnp.full((*shape, num_layers, top_k), NOTHING, jnp.int16),
         weights=jnp.zeros((*shape, num_layers, top_k), jnp.float32),
-        stamp=jnp.full((*shape, num_layers), NEVER, jnp.float32),
+        stamp=jnp.zeros((*shape, num_layers), jnp.int32),
     )
 
 
@@ -57,32 +64,28 @@ def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tupl
 
     Args:
         contexts: int32 [B, T, C], from `keys.contexts`.
-        now: float32 [], seconds on the clock that `insert` was given.
-        ttl: float32 [], seconds.
+        now: int32 [], ms, on the clock that `insert` was given.
+        ttl: int32 [], ms, at most HORIZON.
 
     Returns:
         hit bool [L, B, T], and Routing [L, B, T, K], which means something only where `hit`.
     """
-    bucket = _bucket(cache, contexts)
-    way, present = _find(cache, bucket, contexts)
-    hit = present[..., None] & (now - cache.stamp[bucket, way] < ttl)
-    experts = cache.experts[bucket, way].astype(jnp.int32)
+    there, experts, weights, stamp = _held(cache, contexts)
+    hit = there & (since(stamp, now) < ttl)
     return jnp.moveaxis(hit, -1, 0), Routing(
-        jnp.moveaxis(experts, -2, 0), jnp.moveaxis(cache.weights[bucket, way], -2, 0)
+        jnp.moveaxis(experts.astype(jnp.int32), -2, 0), jnp.moveaxis(weights, -2, 0)
     )
 
 
 def age(cache: ContextCache, contexts: Array, now: Array) -> Array:
-    """float32 [L, B, T]: seconds since each layer's decision was made, expired or not; infinite where there is none.
+    """int32 [L, B, T]: ms since each layer's decision was made, HORIZON at most; -1 where there is none.
 
     Args:
         contexts: int32 [B, T, C], from `keys.contexts`.
-        now: float32 [], seconds on the clock that `insert` was given.
+        now: int32 [], ms, on the clock that `insert` was given.
     """
-    bucket = _bucket(cache, contexts)
-    way, present = _find(cache, bucket, contexts)
-    since = jnp.where(present[..., None], now - cache.stamp[bucket, way], jnp.inf)
-    return jnp.moveaxis(since, -1, 0)
+    there, _, _, stamp = _held(cache, contexts)
+    return jnp.moveaxis(jnp.where(there, since(stamp, now), -1), -1, 0)
 
 
 def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Array, now: Array) -> ContextCache:
@@ -92,7 +95,7 @@ def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Arra
         contexts: int32 [B, T, C].
         routing: [L, B, T, K], all slots in use.
         allowed: bool [L, B, T], decisions to store.
-        now: float32 [], seconds, not before any stamp in the cache.
+        now: int32 [], ms, not before any earlier insert's and less than 37 days after the last.
     """
     keys = contexts.reshape(-1, contexts.shape[-1])  # [N, C]
     decided, experts, weights = (
@@ -100,22 +103,23 @@ def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Arra
         for leaf in (allowed, routing.experts.astype(cache.experts.dtype), routing.weights)
     )  # [N, L], [N, L, K], [N, L, K]
     storable = jnp.any(decided, axis=-1) & (keys[:, 0] != NONE)
+    cache = replace(cache, stamp=now - since(cache.stamp, now))  # none is behind the horizon
 
+    if len(keys) == 1:
+        return _insert_one(cache, keys, experts, weights, decided, storable, now)
     bucket, position, way = _writers(cache, keys, storable)
     way, fresh, writes = _places(cache, bucket, way, now)
-
-    decided, experts, weights = decided[position], experts[position], weights[position]
-    keep = ~decided & ~fresh[:, None]  # an update leaves the other layers' decisions alone
-    here = (jnp.where(writes, bucket, len(cache.ids)), way)  # out of bounds where nothing is written
-    stamp = jnp.where(decided, now, jnp.where(fresh[:, None], NEVER, cache.stamp[bucket, way]))
-    experts = jnp.where(keep[..., None], cache.experts[bucket, way], experts)
-    weights = jnp.where(keep[..., None], cache.weights[bucket, way], weights)
-    return ContextCache(
-        ids=_put(cache.ids, here, keys[position]),
-        experts=_put(cache.experts, here, experts),
-        weights=_put(cache.weights, here, weights),
-        stamp=_put(cache.stamp, here, stamp),
+    rows = _merged(
+        held=jax.tree.map(lambda leaf: leaf[bucket, way], cache),
+        fresh=fresh,
+        ids=keys[position],
+        experts=experts[position],
+        weights=weights[position],
+        decided=decided[position],
+        now=now,
     )
+    here = (jnp.where(writes, bucket, len(cache.ids)), way)  # out of bounds where nothing is written
+    return jax.tree.map(lambda leaf, row: leaf.at[here].set(row, mode="drop", unique_indices=True), cache, rows)
 
 
 def _writers(cache: ContextCache, keys: Array, storable: Array) -> tuple[Array, Array, Array]:
@@ -161,15 +165,52 @@ def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple
 
     # Ways from the oldest to the newest, after the updates in place.
     updated = jnp.zeros((num_sets, ways), bool).at[bucket, way].set(True, mode="drop")[bucket]
-    age = jnp.where(updated, now, jnp.max(cache.stamp[bucket], axis=-1))  # [N, W]
+    age = jnp.where(updated, 0, _way_age(cache, bucket, now))  # [N, W]
     number = _iota(ways)
-    older = (age[:, None, :] < age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & (number < number[:, None]))
+    older = (age[:, None, :] > age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & (number < number[:, None]))
     rank = jnp.sum(older, axis=-1, dtype=jnp.int32)  # [N, W]
 
     chosen = jnp.argmax(rank == turn[:, None], axis=-1).astype(jnp.int32)
     own = jnp.take_along_axis(rank, jnp.minimum(way, ways - 1)[:, None], axis=-1)[:, 0]
     writes = (bucket < num_sets) & jnp.where(fresh, turn >= 0, own >= taken)
     return jnp.where(fresh, chosen, way), fresh, writes
+
+
+def _insert_one(
+    cache: ContextCache, ids: Array, experts: Array, weights: Array, decided: Array, storable: Array, now: Array
+) -> ContextCache:
+    """`insert` of one context, N = 1: there is nothing to sort, and one row is read and written."""
+    bucket = _bucket(cache, ids)
+    way, present = _find(cache, bucket, ids)
+    way = jnp.where(present, way, jnp.argmax(_way_age(cache, bucket, now), axis=-1).astype(jnp.int32))
+
+    def place(leaf: Array) -> tuple[Array, ...]:
+        return (bucket[0], way[0], *[jnp.int32(0)] * (leaf.ndim - 2))
+
+    held = jax.tree.map(lambda leaf: lax.dynamic_slice(leaf, place(leaf), (1, 1, *leaf.shape[2:]))[0], cache)
+    rows = _merged(held, ~present, ids, experts, weights, decided, now)
+    rows = jax.tree.map(lambda new, old: jnp.where(storable[0], new, old), rows, held)
+    return jax.tree.map(lambda leaf, row: lax.dynamic_update_slice(leaf, row[None], place(leaf)), cache, rows)
+
+
+def _merged(
+    held: ContextCache, fresh: Array, ids: Array, experts: Array, weights: Array, decided: Array, now: Array
+) -> ContextCache:
+    """Rows [N] of the cache to be written: what was decided, over what is held there unless it is another's.
+
+    Args:
+        held: rows of the cache, [N, ...].
+        fresh: bool [N], the context is a newcomer in its row.
+        ids, experts, weights: int32 [N, C], int16 and float32 [N, L, K].
+        decided: bool [N, L], the layers that have something to store.
+    """
+    blank = jnp.where(fresh[:, None, None], NOTHING, held.experts)  # an update leaves the other layers alone
+    return ContextCache(
+        ids=ids,
+        experts=jnp.where(decided[..., None], experts, blank),
+        weights=jnp.where(decided[..., None], weights, held.weights),
+        stamp=jnp.where(decided, now, held.stamp),
+    )
 
 
 def _bucket(cache: ContextCache, contexts: Array) -> Array:
@@ -179,12 +220,30 @@ def _bucket(cache: ContextCache, contexts: Array) -> Array:
 
 def _find(cache: ContextCache, bucket: Array, contexts: Array) -> tuple[Array, Array]:
     """int32 [...], bool [...]: the way in which each context lies, and whether it lies anywhere."""
+    ways = cache.ids.shape[1]
     same = jnp.all(cache.ids[bucket] == contexts[..., None, :], axis=-1)  # [..., W]
-    return jnp.argmax(same, axis=-1).astype(jnp.int32), jnp.any(same, axis=-1)
+    way = jnp.min(jnp.where(same, _iota(ways), ways), axis=-1)
+    return jnp.minimum(way, ways - 1), way < ways
 
 
-def _put(array: Array, places: tuple[Array, Array], values: Array) -> Array:
-    return array.at[places].set(values, mode="drop", unique_indices=True)
+def _held(cache: ContextCache, contexts: Array) -> tuple[Array, Array, Array, Array]:
+    """bool [B, T, L], whether there is a decision for the context, and its experts, weights and stamp."""
+    bucket = _bucket(cache, contexts)
+    way, present = _find(cache, bucket, contexts)
+    experts = cache.experts[bucket, way]
+    there = present[..., None] & (experts[..., 0] != NOTHING)
+    return there, experts, cache.weights[bucket, way], cache.stamp[bucket, way]
+
+
+def since(stamp: Array, now: Array | np.int32) -> Array:
+    """int32 [...]: ms from `stamp` to `now`, from 0 to HORIZON."""
+    return jnp.minimum((now - stamp).astype(jnp.uint32), jnp.uint32(HORIZON)).astype(jnp.int32)
+
+
+def _way_age(cache: ContextCache, bucket: Array, now: Array) -> Array:
+    """int32 [..., W]: ms since the youngest decision of each way of the sets; beyond HORIZON where there is none."""
+    there = cache.experts[bucket][..., 0] != NOTHING  # [..., W, L]
+    return jnp.min(jnp.where(there, since(cache.stamp[bucket], now), HORIZON + 1), axis=-1)
 
 
 def _iota(length: int) -> Array:

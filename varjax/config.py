@@ -43,7 +43,7 @@ class LayerPolicy:
     residual: bool = True  # what the left-out experts say on average at the key stands in for them
     orders: tuple[int, ...] = (1,)  # context orders that may answer, the longest known one does; 0 = every token
     choice_from: Source = "gate"  # who names the experts
-    weights_from: Source = "gate"  # who weighs the experts that the table named
+    weights_from: Source = "gate"  # who weighs them, whoever named them: the table's weights go by rank
     gate_ratio: float | None = None  # drop an expert whose weight is under this share of the first one's
     gate_mass: float | None = None  # drop the experts after those whose gate probabilities reach this
     tolerance: float | None = None  # drop an expert whose weight times its answer's deviation is under this
@@ -70,8 +70,6 @@ class LayerPolicy:
             check.fault("tolerance", "None with residual=False: it is about how far an answer is off")
         if isinstance(self.orders, tuple) and 0 in self.orders and self.kept is None and self.tolerance is None:
             check.fault("kept", "an integer, or a tolerance, where orders hold 0: nothing is predicted for every token")
-        if self.weights_from == "table" and self.choice_from == "gate":
-            check.fault("weights_from", "'gate' with choice_from='gate': the table weighs only what it chose")
         check.finish()
 
 

@@ -8,6 +8,10 @@ Letters: L layers, B sequences, T positions, K experts per token.
 
 The model is known by a protocol only (`RoutedModel`); nothing of it is changed, and nothing here holds state: what the
 cache learnt and the counters counted is in the `VARState` that the caller passes in and gets back.
+
+Sequences of a batch share the cache, and nothing else. They need not be grouped by tier: the engine sorts the active
+assignments of the whole batch by expert, so a dropped one saves the same in any company, while a group of its own
+would read the weights of the attention and the head once more.
 """
 
 from __future__ import annotations
@@ -16,15 +20,16 @@ import dataclasses
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from varjax import answersfile, statsfile, step
+from varjax import answersfile, statefile, statsfile, step
 from varjax.answers import Answers
 from varjax.config import VARConfig
+from varjax.keys import NONE
 from varjax.routing import Plan, Routing
 from varjax.stats import RoutingStats
 from varjax.step import Settings, VARState
@@ -72,11 +77,11 @@ class RoutedModel(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class VAROutput:
-    """What one call gives."""
+    """What one call gives. A call for the last logits only gives nothing else but `kv`: a step of decoding is short."""
 
-    logits: jax.Array  # float32 [B, T, V]
-    router_probs: jax.Array  # float32 [L, B, T, E]
-    routing: Routing  # [L, B, T, K], the experts that ran; E = unused slot
+    logits: jax.Array  # float32 [B, T, V], or [B, 1, V] where only the last position was asked for
+    router_probs: jax.Array | None  # float32 [L, B, T, E]
+    routing: Routing | None  # [L, B, T, K], the experts that ran; E = unused slot
     plan: Plan | None  # [L, B, T], what was settled before layer 0; None with VAR switched off
     kv: Any  # the key/value cache, where one was passed
 
@@ -98,18 +103,25 @@ class VARModel:
             model: a loaded model.
             config: with `routing_stats` set, unless `table` is given or VAR is switched off.
             table: a table built before (`varjax.build_table`).
-            clock: seconds; None: the time since now.
+            clock: seconds from any origin, never going back; None: `time.monotonic`.
 
         Raises:
             ValueError: the files belong to another model, or do not fit it.
         """
-        started = time.monotonic()
         self.model, self.config = model, config
-        self.clock = clock or (lambda: time.monotonic() - started)
+        self.clock = clock or time.monotonic
         self.table = None
         if config.enable_var:
             self.table = build_table(model, config) if table is None else table
         self.settings = Settings.of(config, model.config.num_layers)
+
+    def disabled(self) -> VARModel:
+        """The same model with VAR switched off: bit for bit the plain one.
+
+        It takes a state of this one and hands it on with the cache and the counters as they are, and with the ids
+        that went by, so either may go on with a text that the other began.
+        """
+        return VARModel(self.model, dataclasses.replace(self.config, enable_var=False), clock=self.clock)
 
     def init(self, batch_size: int = 1) -> VARState | None:
         """The state before the first call; None with VAR switched off."""
@@ -130,14 +142,40 @@ class VARModel:
             state = step.begin(state, batch_size=ids.shape[0])
         return self.advance(state, ids, mask)
 
+    def prefill(
+        self, input_ids: Any, state: VARState | None, capacity: int, attention_mask: Any | None = None
+    ) -> tuple[VAROutput, VARState | None]:
+        """Begin each text and keep its keys and values in `.kv`, for `advance` to go on from.
+
+        Args:
+            input_ids: integers [B, T], padded on the left where the texts differ in length.
+            state: from `init` or the call before; spent by this call.
+            capacity: positions of the key/value cache, these T and those to come.
+            attention_mask: 1 for real tokens, 0 for padding, [B, T].
+
+        Returns:
+            The logits of the last position, [B, 1, V], with `.kv` and nothing else, and the state.
+        """
+        ids, mask = self.model.check_inputs(input_ids, attention_mask)
+        if capacity < ids.shape[1]:
+            raise ValueError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
+        if state is not None:
+            state = step.begin(state, batch_size=ids.shape[0])
+        return self.advance(state, ids, mask, self.model.empty_cache(ids.shape[0], capacity), last_logits_only=True)
+
     def advance(
         self, state: VARState | None, ids: jax.Array, mask: jax.Array, kv: Any = None, last_logits_only: bool = False
     ) -> tuple[VAROutput, VARState | None]:
-        """The next int32 [B, T] ids of the sequences that `state` and `kv` have seen so far; both are spent."""
+        """The next int32 [B, T] ids of the sequences that `state` and `kv` have seen so far; both are spent.
+
+        With T = 1 and `last_logits_only`, which leaves out what else there is in `VAROutput`, this is a step of
+        decoding. It may last less than a millisecond, so nothing is checked.
+        """
         options = {"kv": kv, "last_logits_only": last_logits_only, "network": self.model.network}
         if self.table is None or state is None:
+            state = None if state is None else _follow(state, ids, mask)
             return _plain(self.model.params, ids, mask, **options), state
-        now = jnp.float32(self.clock())
+        now = step.milliseconds(self.clock())
         return routed_forward(self.model.params, self.table, state, ids, mask, now, self.settings, **options)
 
     def generate(
@@ -169,6 +207,40 @@ class VARModel:
             return "VAR is switched off: the learned router decides everything."
         return format_summary(step.summary(state.counters, self.model.config.top_k))
 
+    def report(self, state: VARState | None) -> dict[str, Any]:
+        """What `summary` prints, as JSON can hold it, with what fills the cache; see `step.summary`.
+
+        `enabled` says whether VAR is on; `cache` holds the contexts `held` and those that there is room for (`size`).
+        """
+        if state is None:
+            return {"enabled": False}
+        cache = None
+        if state.cache is not None:
+            used = np.asarray(state.cache.ids[..., 0] != NONE)
+            cache = {"held": int(used.sum()), "size": used.size}
+        counted = step.summary(state.counters, self.model.config.top_k)
+        return {"enabled": self.table is not None, **counted, "cache": cache}
+
+    def save(self, path: str | Path, state: VARState) -> None:
+        """Write the state to a folder, whole or not at all; it is not spent. See `statefile.save`."""
+        statefile.save(path, state, step.milliseconds(self.clock()), self._about)
+
+    def load(self, path: str | Path) -> VARState:
+        """The state that `save` wrote, under this model and these sizes of the cache; see `statefile.load`.
+
+        Raises ValueError naming what differs, FileNotFoundError if nothing was saved there.
+        """
+        like = self.init()
+        if like is None:
+            raise ValueError("VAR is switched off, so there is no state to load; load it with VAR on (enable_var=True)")
+        return statefile.load(path, like, step.milliseconds(self.clock()), self._about)
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What a saved state belongs to. Another table or policy may go on with it."""
+        names = ("cache_size", "context_window_size")
+        return {"fingerprint": self.model.fingerprint} | {name: getattr(self.config, name) for name in names}
+
 
 @partial(jax.jit, static_argnames=("network", "last_logits_only"), donate_argnames=("state", "kv"))
 def routed_forward(
@@ -196,7 +268,7 @@ def routed_forward(
         last_logits_only=last_logits_only,
     )
     state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)
-    return VAROutput(out.logits, out.router_probs, out.routing, plan, out.kv), state
+    return _output(out, plan, last_logits_only), state
 
 
 @partial(jax.jit, static_argnames=("network", "last_logits_only"), donate_argnames="kv")
@@ -204,7 +276,18 @@ def _plain(
     params: Any, ids: jax.Array, mask: jax.Array, *, kv: Any, network: Network, last_logits_only: bool
 ) -> VAROutput:
     out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=last_logits_only)
-    return VAROutput(out.logits, out.router_probs, out.routing, None, out.kv)
+    return _output(out, None, last_logits_only)
+
+
+def _output(out: Any, plan: Plan | None, logits_only: bool) -> VAROutput:
+    if logits_only:
+        return VAROutput(out.logits, None, None, None, out.kv)
+    return VAROutput(out.logits, out.router_probs, out.routing, plan, out.kv)
+
+
+@jax.jit
+def _follow(state: VARState, ids: jax.Array, mask: jax.Array) -> VARState:
+    return step.follow(state, ids, mask)
 
 
 def build_table(model: RoutedModel, config: VARConfig) -> RouteTable:

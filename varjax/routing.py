@@ -45,7 +45,7 @@ class LayerRules:
     residual: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
     renormalise: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate
-    weights_from_table: Array  # bool [L], it also supplies their weights; idle where the gate chooses
+    weights_from_table: Array  # bool [L], it supplies the weights, slot by slot, whoever names the experts
 
     @classmethod
     def neutral(cls, num_layers: int) -> LayerRules:
@@ -137,8 +137,8 @@ def resolve(
     """What really runs in one layer, given its gate and its plan, and what stands in for the rest.
 
     1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else
-       the gate's top k. The table's experts carry the table's weights or the gate's (divided by their sum if
-       `normalise`).
+       the gate's top k. They carry the gate's weights (divided by their sum if `normalise`) or, where the layer takes
+       weights from the table and it predicts something, the table's: slot j the j-th one.
     2. In a planned token, slot j is dropped if j >= kept; or if j >= 1 and its weight is under gate_ratio times slot
        0's, or the gate's probabilities of the slots before it reach gate_mass; or if its weight times the deviation of
        its answer is under the tolerance. But where the layer adds residuals and the token has a row, a slot is only
@@ -211,14 +211,16 @@ def _superfluous(candidate: Routing, probs: Array, plan: Plan) -> Array:
 def _candidate(probs: Array, learned: Routing, planned: Array, plan: Plan, normalise: bool) -> Routing:
     """[..., K]: the decision before anything is dropped. `planned` is bool [..., 1]."""
     named = plan.routing.experts < probs.shape[-1]
-    chosen = planned & plan.rules.choice_from_table & jnp.any(named, axis=-1, keepdims=True)
+    predicted = planned & jnp.any(named, axis=-1, keepdims=True)
+    chosen = predicted & plan.rules.choice_from_table
 
     gate = jnp.take_along_axis(probs, plan.routing.experts, axis=-1, mode="clip")
     gate = jnp.where(named, gate, 0.0)
     if normalise:
         total = jnp.sum(gate, axis=-1, keepdims=True)
         gate = gate / jnp.where(total > 0.0, total, 1.0)
-    weights = jnp.where(plan.rules.weights_from_table, plan.routing.weights, gate)
+    weights = jnp.where(chosen, gate, learned.weights)
     return Routing(
-        jnp.where(chosen, plan.routing.experts, learned.experts), jnp.where(chosen, weights, learned.weights)
+        jnp.where(chosen, plan.routing.experts, learned.experts),
+        jnp.where(predicted & plan.rules.weights_from_table, plan.routing.weights, weights),
     )

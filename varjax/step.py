@@ -10,8 +10,8 @@ per token.
     state = commit(state, plan_, token_ids, routing, router_probs, now, settings, mask)
 
 Both are pure and fit for jit; `commit` is made to have its state donated. Padding (mask False) is open in every layer,
-and neither counted nor remembered. `now` is in seconds on a clock of the caller's that starts near 0: float32 tells
-milliseconds apart for the first hours.
+and neither counted nor remembered. `now` is in milliseconds on a clock of the caller's, which may begin anywhere and
+wraps around in int32 (`milliseconds`); only differences count.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TIERS = ("fast", "cached", "learned")
 class Settings:
     """What `plan` and `commit` need of a config. Array data, so that other values recompile nothing."""
 
-    ttl: Array  # float32 [], seconds
+    ttl: Array  # int32 [], ms, at most `cache.HORIZON` (12.4 days)
     confidence_threshold: Array  # float32 [], top gate probability from which a decision is remembered
     mass_threshold: Array  # float32 [], share of a cached decision's weight that runs
     cache_layers: Array  # bool [L], layers that the cached tier may decide
@@ -47,7 +47,7 @@ class Settings:
     @classmethod
     def of(cls, config: VARConfig, num_layers: int) -> Settings:
         return cls(
-            ttl=jnp.float32(config.cache_ttl_seconds),
+            ttl=jnp.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON)),
             confidence_threshold=jnp.float32(config.confidence_threshold),
             mass_threshold=jnp.float32(config.mass_threshold),
             cache_layers=jnp.array([config.caches(layer) for layer in range(num_layers)]),
@@ -78,6 +78,11 @@ class VARState:
     counters: Counters
 
 
+def milliseconds(seconds: float) -> np.int32:
+    """A clock's reading as `now`, modulo 2^32 ms; a NumPy scalar costs a step less than a device array."""
+    return np.uint32(round(seconds * 1000) & 0xFFFFFFFF).astype(np.int32)
+
+
 def init(table: RouteTable, config: VARConfig, batch_size: int) -> VARState:
     """An empty cache, no recent ids, counters at zero."""
     cache, longest = None, max(table.orders[-1], 1)
@@ -95,6 +100,18 @@ def begin(state: VARState, batch_size: int | None = None) -> VARState:
     return replace(state, recent=jnp.full((batch, state.recent.shape[1]), NONE, jnp.int32))
 
 
+def follow(state: VARState, token_ids: Array, mask: Array | None = None) -> VARState:
+    """The state behind tokens that ran without a plan: they are the recent ids now, uncounted and unremembered.
+
+    Args:
+        token_ids: int32 [B, T].
+        mask: bool [B, T], False at padding; None where there is none.
+    """
+    seen = contexts(token_ids, state.recent, state.recent.shape[1] + 1, mask)
+    real = jnp.ones(token_ids.shape, bool) if mask is None else mask
+    return replace(state, recent=_recent(state.recent, seen, real))
+
+
 def plan(
     table: RouteTable,
     state: VARState,
@@ -109,7 +126,7 @@ def plan(
 
     Args:
         token_ids: int32 [B, T].
-        now: float32 [], seconds.
+        now: int32 [], ms.
         mask: bool [B, T], False at padding; None where there is none.
     """
     with jax.named_scope("plan"):
@@ -147,7 +164,7 @@ def commit(
         token_ids: int32 [B, T], as given to `plan`.
         routing: [L, B, T, K], what ran.
         router_probs: float32 [L, B, T, E], softmax of every layer's gate.
-        now: float32 [], seconds, not before any earlier step's.
+        now: int32 [], ms, not before any earlier step's.
         mask: bool [B, T], as given to `plan`.
     """
     with jax.named_scope("commit"):

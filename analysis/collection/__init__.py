@@ -1,1 +1,1 @@
-"""Passes of the model over a corpus: routing statistics, residual rows, checkpoints, parts that merge."""
+"""Passes of the model over a corpus: routing statistics, answers, checkpoints, parts that merge."""

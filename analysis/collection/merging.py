@@ -14,21 +14,21 @@ SAME = ("fingerprint", "top_k", "vocab_size", "layers")  # what the parts must a
 
 
 def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> tuple[stats.RoutingStats, list[Path]]:
-    """Write the statistics of all parts together, and their residual rows if every part has some.
+    """Write the statistics of all parts together, and their answers if every part has some.
 
     Counts are exact, moments up to float64 rounding. A key that only some parts admitted carries those parts'
     occurrences alone. Documents that two parts both hold count twice: nobody can tell from the files.
 
     Args:
         paths: statistics files, at least two.
-        output: the statistics file to write; residual rows go beside it.
+        output: the statistics file to write; answers go beside it.
         about: added to the metadata.
 
     Returns:
-        The statistics, and the parts that lack residual rows: unless there are none, none were written.
+        The statistics, and the parts that lack answers: unless there are none, none were written.
 
     Raises:
-        ValueError: the parts are of different models, or their orders, layers, experts or rules differ.
+        ValueError: the parts are of different models, or their orders, layers or experts differ.
     """
     if len(paths) < 2:
         raise ValueError(f"merging needs at least two statistics files, got {[str(path) for path in paths]}")

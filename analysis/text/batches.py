@@ -11,7 +11,7 @@ is held than the windows that wait for their batch to fill.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -40,23 +40,12 @@ class Window(NamedTuple):
     document: int  # its index
 
 
-def windows(documents: Iterable[Encoded], max_length: int, stride: int | None = None) -> Iterator[Window]:
-    """The windows of every document, in order; see `batches` for the arguments."""
-    stride = max_length if stride is None else stride
-    if not 1 <= stride <= max_length:
-        raise ValueError(f"stride={stride}: expected 1 to max_length {max_length}")
-    for index, document in enumerate(documents):
-        seen = 0
-        for start in range(0, len(document.ids), stride):
-            end = min(start + max_length, len(document.ids))
-            yield Window(document.ids[start : end + 1], end - start, seen - start, index)
-            seen = end
-            if end == len(document.ids):
-                break
-
-
 def batches(
-    documents: Iterable[Encoded], batch_size: int, max_length: int, stride: int | None = None
+    documents: Iterable[Encoded],
+    batch_size: int,
+    max_length: int,
+    stride: int | None = None,
+    full_last: bool = False,
 ) -> Iterator[Batch]:
     """Every window of every document, each in the first batch of its length that fills up; unfilled ones come last.
 
@@ -65,13 +54,57 @@ def batches(
         batch_size: rows of a batch at `max_length`; shorter windows come in proportionally more rows.
         max_length: tokens of the longest window.
         stride: tokens from one window's start to the next; None: `max_length`, no overlap.
+        full_last: see `cut`.
     """
     if batch_size < 1 or max_length < 2:
         raise ValueError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
     lengths = sorted({-(-max_length // 4), -(-max_length // 2), max_length})
     rows = {length: batch_size * (max_length // length) for length in lengths}
+    yield from packed(windows(documents, max_length, stride, full_last), rows)
+
+
+def windows(
+    documents: Iterable[Encoded], max_length: int, stride: int | None = None, full_last: bool = False
+) -> Iterator[Window]:
+    """The windows of every document, in order; see `cut`."""
+    for index, document in enumerate(documents):
+        yield from cut(document.ids, index, max_length, stride, full_last)
+
+
+def cut(
+    ids: np.ndarray, document: int, max_length: int, stride: int | None = None, full_last: bool = False
+) -> Iterator[Window]:
+    """The windows of one document, int32 [n].
+
+    Args:
+        document: its index.
+        stride: tokens from one window's start to the next; None: `max_length`, no overlap.
+        full_last: for scoring alone. The last window is moved back until it is `max_length` long, so that what it
+            scores gets the most context; a document's last id, which foretells nothing, is not read.
+    """
+    stride = max_length if stride is None else stride
+    if not 1 <= stride <= max_length:
+        raise ValueError(f"stride={stride}: expected 1 to max_length {max_length}")
+    size, seen = len(ids) - full_last, 0
+    for begin in range(0, size, stride):
+        end = min(begin + max_length, size)
+        start = max(end - max_length, 0) if full_last else begin
+        yield Window(ids[start : end + 1], end - start, seen - start, document)
+        seen = end
+        if end == size:
+            break
+
+
+def packed(cuts: Iterable[Window], rows: Mapping[int, int]) -> Iterator[Batch]:
+    """Windows side by side with those of about their length; unfilled batches come last.
+
+    Args:
+        cuts: none longer than the longest length.
+        rows: of a batch, by its length in tokens.
+    """
+    lengths = sorted(rows)
     waiting: dict[int, list[Window]] = {length: [] for length in lengths}
-    for window in windows(documents, max_length, stride):
+    for window in cuts:
         length = next(length for length in lengths if window.size <= length)
         waiting[length].append(window)
         if len(waiting[length]) == rows[length]:

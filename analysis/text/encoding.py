@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ class Encoded:
     ids: np.ndarray  # int32 [n], the begin id in front where the tokenizer puts one
     id: str  # SHA-256 of the text
     group: str
-    words: int  # white-space separated, the unit of word perplexity
+    words: int  # see `count_words`, the unit of word perplexity
     bytes: int  # of the text in UTF-8, the unit of bits per byte
 
 
@@ -68,7 +69,15 @@ def tokenised(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase)
         sizes = [_utf8_bytes(document) for document in part]
         rows = tokenizer([document.text for document in part], verbose=False, return_attention_mask=False)["input_ids"]
         for document, size, row in zip(part, sizes, rows, strict=True):
-            yield Encoded(np.asarray(row, np.int32), document.id, document.group, len(document.text.split()), size)
+            yield Encoded(np.asarray(row, np.int32), document.id, document.group, count_words(document.text), size)
+
+
+def count_words(text: str) -> int:
+    """The parts between runs of white space, as lm-evaluation-harness counts them for word perplexity.
+
+    White space at the text's beginning or end has an empty part beside it, which counts.
+    """
+    return len(re.split(r"\s+", text))
 
 
 def _parts(documents: Iterable[Document]) -> Iterator[list[Document]]:

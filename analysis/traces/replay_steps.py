@@ -3,11 +3,12 @@
 Letters: N tokens, S steps, T tokens per step, L layers, E experts, K experts per token, A age buckets.
 
 A step holds at most T tokens of one document, without a gap between them. What a look-up sees was committed by an
-earlier step.
+earlier step. The clock ticks once per token, so ages are whole tokens, whatever a token lasts.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,7 +55,7 @@ class _Steps(NamedTuple):
     ids: Array  # int32 [S, 1, T]
     mask: Array  # bool [S, 1, T]
     fresh: Array  # bool [S], nothing came before
-    now: Array  # float32 [S], seconds
+    now: Array  # int32 [S], tokens
     experts: Array  # int16 [S, T, L, K], the router's choice
     probs: Array  # float32 [S, T, L, K]
 
@@ -78,15 +79,15 @@ def run_steps(
     Args:
         table: built for `config`.
         step: tokens per step.
-        seconds_per_token: by which the clock moves on.
+        seconds_per_token: what a tick of the clock lasts.
         age_edges: int64 [A], tokens, where each age bucket begins; the first at 0.
     """
-    settings = Settings.of(config, trace.num_layers)
+    settings = replace(Settings.of(config, trace.num_layers), ttl=_tokens(config.cache_ttl_seconds, seconds_per_token))
     state = var_step.init(table, config, batch_size=1)
-    edges = jnp.asarray((age_edges - 0.5) * seconds_per_token, jnp.float32)  # ages are whole tokens
+    edges = jnp.asarray(np.minimum(age_edges, context_cache.HORIZON), jnp.int32)  # no age is beyond it
     tier = np.empty(trace.experts.shape[:2], np.int8)
     totals: list[np.ndarray] = [np.zeros(())] * len(_StepSums._fields)
-    for rows, at, slot, steps in _chunks(trace, step, seconds_per_token):
+    for rows, at, slot, steps in _chunks(trace, step):
         state, sums, tiers = _advance(table, state, settings, edges, steps, trace.probs_over == "all")
         totals = [total + np.asarray(part, np.float64).sum(axis=0) for total, part in zip(totals, sums, strict=True)]
         tier[rows] = np.asarray(tiers)[at, :, slot]
@@ -136,14 +137,18 @@ def _places(trace: Trace, step: int) -> tuple[np.ndarray, np.ndarray]:
     return np.cumsum(slot == 0) - 1, slot
 
 
-def _chunks(
-    trace: Trace, step: int, seconds_per_token: float
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray, _Steps]]:
+def _tokens(ttl_seconds: float, seconds_per_token: float) -> Array:
+    """int32 []: the age in tokens from which a decision is expired."""
+    ticks = math.ceil(min(round(ttl_seconds / seconds_per_token, 6), context_cache.HORIZON))  # 0.07 / 0.01 is above 7
+    return jnp.int32(ticks)
+
+
+def _chunks(trace: Trace, step: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray, _Steps]]:
     """`_AT_ONCE` steps at a time: which tokens they hold, step [n] and place [n] of each, and the arrays."""
     assert trace.probs is not None
     at, slot = _places(trace, step)
     starts = np.flatnonzero(slot == 0)
-    fresh, now = trace.begins()[starts], starts * seconds_per_token
+    fresh = trace.begins()[starts]
     shape = (_AT_ONCE, int(slot.max(initial=0)) + 1)
     choice = (*shape, trace.num_layers, trace.top_k)
     for first in range(0, len(starts), _AT_ONCE):
@@ -164,7 +169,7 @@ def _chunks(
                 ids=jnp.asarray(laid(trace.token_id[rows], shape)[:, None]),
                 mask=jnp.asarray(laid(np.ones(len(here[0]), bool), shape)[:, None]),
                 fresh=jnp.asarray(laid(fresh[first : first + many], shape[:1], several)),
-                now=jnp.asarray(laid(now[first : first + many], shape[:1], several), jnp.float32),
+                now=jnp.asarray(laid(starts[first : first + many], shape[:1], several), jnp.int32),
                 experts=jnp.asarray(laid(trace.experts[rows], choice)),
                 probs=jnp.asarray(laid(trace.probs[rows], choice)),
             ),
@@ -212,9 +217,9 @@ def gate(experts: Array, probs: Array, num_experts: int, over_all: bool) -> Arra
 
 
 def _age(state: VARState, given: _Steps) -> Array:
-    """float32 [L, T]: seconds since the cached decision for each token was made."""
+    """int32 [L, T]: tokens since the cached decision for each token was made."""
     if state.cache is None:
-        return jnp.zeros((state.counters.tokens.shape[0], given.ids.shape[-1]), jnp.float32)
+        return jnp.zeros((state.counters.tokens.shape[0], given.ids.shape[-1]), jnp.int32)
     seen = contexts(given.ids, state.recent, state.cache.ids.shape[-1], given.mask)
     return context_cache.age(state.cache, seen, given.now)[:, 0]
 

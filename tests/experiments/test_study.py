@@ -38,12 +38,22 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
 
     def part(subject) -> Finding:
         asked.append(subject)
-        return Finding(Section("asked", "What is asked", "reported", "it depends"), {}, None)
+        return Finding("asked", (Section("asked", "What is asked", "reported", "it depends"),), {}, None)
 
     monkeypatch.setattr(study, "PARTS", (part,))
     policy = LayerPolicy(kept=None, tolerance=0.2, orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
     VARConfig(default=policy, cache_size=0).save(tmp_path / "policy.json")
-    command = ("02_evaluate_var.py", *common, "--split", "all", "--num_samples", 20, "--mode", "study")
+    command = (
+        "02_evaluate_var.py",
+        *common,
+        "--split",
+        "all",
+        "--num_samples",
+        20,
+        "--mode",
+        "study",
+        "--no_throughput",
+    )
     command += ("--routing_stats", statistics, "--var_config", tmp_path / "policy.json")
     script(*command, "--output", tmp_path / "study")
     printed = capsys.readouterr().out

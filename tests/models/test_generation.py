@@ -119,3 +119,25 @@ def test_a_model_fills_with_its_padding_id_or_else_its_end_id(tiny_model, pad, f
 def test_bad_inputs_are_refused(tiny_model, arguments, named):
     with pytest.raises(ValueError, match=named):
         tiny_model.generate(**({"max_new_tokens": 1} | arguments))
+
+
+def test_texts_of_different_lengths_go_on_as_each_alone(make_model, padded_texts):
+    """Left padding, and texts that end early, leave the others alone and run nothing."""
+    model = make_model(eos_token_id=END)
+    ids, mask = padded_texts("left")
+    ends = int(model.generate(ids[:1], 1)[0][0, -1])  # so that the first text ends at once, and the others later
+    model = make_model(eos_token_id=ends)
+    masks = []
+
+    def watching(kv, carry, ids, mask):
+        masks.append(np.asarray(mask))
+        return model._step(kv, carry, ids, mask)
+
+    together, _ = model.generate(ids, 12, attention_mask=mask, step=watching)
+    assert len(masks) > 2 and not any(later[0] for later in masks[1:])
+    for row in range(3):
+        text = ids[row : row + 1, mask[row].astype(bool)]
+        alone, _ = model.generate(text, 12)
+        new = together[row, ids.shape[1] :]
+        np.testing.assert_array_equal(new[: alone.shape[1] - text.shape[1]], alone[0, text.shape[1] :])
+        assert (new[alone.shape[1] - text.shape[1] :] == ends).all()  # without a padding id, the end id fills

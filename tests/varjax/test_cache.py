@@ -1,36 +1,38 @@
-"""The functional cache against a plain Python one: random streams, tiny caches, many collisions."""
+"""The functional cache against a plain Python one: random streams, tiny caches, many collisions, a clock that wraps."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from varjax import cache as context_cache
+from varjax.cache import HORIZON, NOTHING
 from varjax.keys import NONE, hash_words
 from varjax.routing import Routing
 
 LAYERS, TOP_K, EXPERTS, LENGTH = 2, 2, 200, 2
-TTL = 10.0
+TTL = 10  # ms
+WRAP = 1 << 32  # ms, after which the clock reads the same
 
 insert = jax.jit(context_cache.insert)
 lookup = jax.jit(context_cache.lookup)
 
 
 class SlowCache:
-    """What `varjax.cache` means: a list of ways per set, one context at a time."""
+    """What `varjax.cache` means: a list of ways per set, one context at a time, and a clock of any size."""
 
     def __init__(self, sets: int, ways: int):
         # A way is (key or None, {layer: (stamp, experts, weights)}).
         self.sets = [[(None, {}) for _ in range(ways)] for _ in range(sets)]
 
     def ways_of(self, key):
-        return self.sets[int(hash_words(np.array(key, np.int32))) % len(self.sets)]
+        return self.sets[SET_OF[key] % len(self.sets)]
 
-    def get(self, key, layer, now):
+    def get(self, key, layer, now, ttl):
         for held, decisions in self.ways_of(key):
-            if held == key and layer in decisions and now - decisions[layer][0] < TTL:
+            if held == key and layer in decisions and min(now - decisions[layer][0], HORIZON) < ttl:
                 return decisions[layer][1:]
         return None
 
@@ -51,73 +53,97 @@ class SlowCache:
                 newcomers.append((key, decision))
         for ways in self.sets:
             mine = [entry for entry in newcomers if self.ways_of(entry[0]) is ways][-len(ways) :]
-            age = [max((d[0] for d in decisions.values()), default=-np.inf) for _, decisions in ways]
-            by_age = sorted(range(len(ways)), key=lambda w: (age[w], w))
+            age = [min((min(now - d[0], HORIZON) for d in decisions.values()), default=np.inf) for _, decisions in ways]
+            by_age = sorted(range(len(ways)), key=lambda w: (-age[w], w))
             for way, entry in zip(by_age, mine, strict=False):
                 ways[way] = entry
 
 
-def random_step(rng, batch, length, vocabulary):
-    contexts = rng.integers(0, vocabulary, size=(batch, length, LENGTH)).astype(np.int32)
-    contexts[rng.random((batch, length)) < 0.1, 0] = NONE
-    shape = (LAYERS, batch, length)
-    experts = rng.integers(0, EXPERTS, size=(*shape, TOP_K)).astype(np.int32)
-    weights = rng.random((*shape, TOP_K)).astype(np.float32)
-    return contexts, experts, weights, rng.random(shape) < rng.choice([0.2, 0.8, 1.0])
+SET_OF = {(i, j): int(hash_words(np.array((i, j), np.int32))) for i in (NONE, *range(8)) for j in (NONE, *range(8))}
 
 
-def as_oracle_input(contexts, experts, weights, allowed):
-    keys = [tuple(key) for key in contexts.reshape(-1, LENGTH).tolist()]
-    decisions = []
-    for b, t in np.ndindex(contexts.shape[:2]):
-        decisions.append(
-            {
-                layer: (experts[layer, b, t].tolist(), weights[layer, b, t].tolist())
-                for layer in range(LAYERS)
-                if allowed[layer, b, t]
-            }
-        )
-    return keys, decisions
+def reading(now: int) -> np.int32:
+    """What a wrapping clock shows."""
+    return np.uint32(now % WRAP).astype(np.int32)
 
 
-def assert_same_contents(cache, slow):
-    """Every way of every set: ids, decisions and stamps, exactly."""
-    host = jax.tree.map(np.asarray, cache)
-    for s, w in np.ndindex(host.ids.shape[:2]):
-        key, decisions = slow.sets[s][w]
-        assert host.ids[s, w].tolist() == list(key or (NONE,) * LENGTH)
-        assert set(decisions) == {layer for layer in range(LAYERS) if host.stamp[s, w, layer] > -np.inf}
-        for layer, (stamp, experts, weights) in decisions.items():
-            assert host.stamp[s, w, layer] == np.float32(stamp)
-            assert host.experts[s, w, layer].tolist() == experts
-            assert host.weights[s, w, layer].tolist() == weights
+def assert_same_contents(ids, experts, weights, ages, slow, now):
+    """Every way of every set: ids, decisions and ages, exactly."""
+    for s, ways in enumerate(slow.sets):
+        for w, (key, decisions) in enumerate(ways):
+            assert ids[s, w].tolist() == list(key or (NONE,) * LENGTH)
+            assert set(decisions) == {layer for layer in range(LAYERS) if experts[s, w, layer, 0] != NOTHING}
+            for layer, (stamp, chosen, weight) in decisions.items():
+                assert ages[s, w, layer] == min(now - stamp, HORIZON)
+                assert experts[s, w, layer].tolist() == chosen
+                assert weights[s, w, layer].tolist() == weight
 
 
-@pytest.mark.parametrize(("sets", "ways"), [(1, 1), (1, 4), (3, 2), (4, 4)])
-@settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), vocabulary=st.sampled_from([2, 3, 6]))
-def test_the_cache_equals_the_slow_one(sets, ways, seed, vocabulary):
-    rng = np.random.default_rng(seed)
-    cache = context_cache.init(sets * ways, LENGTH, LAYERS, TOP_K, ways)
-    assert cache.ids.shape == (sets, ways, LENGTH)
-    slow = SlowCache(sets, ways)
-    now = 0.0
-    for _ in range(6):
-        batch, length = [(1, 1), (2, 8)][rng.integers(2)]
-        contexts, experts, weights, allowed = random_step(rng, batch, length, vocabulary)
-        now += float(rng.choice([0.0, 1.0, 6.0]))
+@partial(jax.jit, static_argnames=("sets", "ways"))
+@partial(jax.vmap, in_axes=(0, None, None))  # over sequences
+def run_sequences(operations, sets, ways):
+    """What each look-up found, and the cache behind each insert, of [operations, ...] in a row."""
 
-        hit, found = jax.tree.map(np.asarray, lookup(cache, contexts, jnp.float32(now), jnp.float32(TTL)))
-        for layer, b, t in np.ndindex(hit.shape):
-            held = slow.get(tuple(contexts[b, t].tolist()), layer, now)
-            assert hit[layer, b, t] == (held is not None)
-            if held is not None:
-                assert (found.experts[layer, b, t].tolist(), found.weights[layer, b, t].tolist()) == held
+    def one(cache, operation):
+        contexts, experts, weights, allowed, now, ttl = operation
+        hit, found = context_cache.lookup(cache, contexts, now, ttl)
+        cache = context_cache.insert(cache, contexts, Routing(experts, weights), allowed, now)
+        return cache, (hit, found.experts, found.weights, cache)
 
-        routing = Routing(jnp.asarray(experts), jnp.asarray(weights))
-        cache = insert(cache, contexts, routing, allowed, jnp.float32(now))
-        slow.put(*as_oracle_input(contexts, experts, weights, allowed), now)
-        assert_same_contents(cache, slow)
+    return jax.lax.scan(one, context_cache.init(sets * ways, LENGTH, LAYERS, TOP_K, ways), operations)[1]
+
+
+def random_operations(rng, sequences, steps, batch, length):
+    """Few contexts, so that they repeat and collide, and some that reach back too far; true times, and TTLs."""
+    shape = (sequences, steps, batch, length)
+    vocabulary = rng.choice([2, 3, 6], (sequences, 1, 1, 1, 1))
+    contexts = (rng.integers(0, 6, (*shape, LENGTH)) % vocabulary).astype(np.int32)
+    contexts[rng.random(shape) < 0.1, 0] = NONE
+    choice = (sequences, steps, LAYERS, batch, length)
+    experts = rng.integers(0, EXPERTS, (*choice, TOP_K)).astype(np.int32)
+    weights = rng.random((*choice, TOP_K)).astype(np.float32)
+    allowed = rng.random(choice) < rng.choice([0.2, 0.8, 1.0], (sequences, steps, 1, 1, 1))
+    # Mostly milliseconds; now and then a pause of days, up to the longest that is allowed.
+    pause = rng.choice([0, 1, 6, HORIZON // 2, HORIZON - 1, WRAP - HORIZON - 1], (sequences, steps), p=PAUSES)
+    now = rng.integers(0, WRAP, (sequences, 1)) + np.cumsum(pause, axis=1)
+    ttl = rng.choice([0, TTL, HORIZON], (sequences, steps), p=[0.1, 0.6, 0.3]).astype(np.int32)
+    return contexts, experts, weights, allowed, now, ttl
+
+
+PAUSES = [0.3, 0.25, 0.25, 0.1, 0.05, 0.05]
+
+
+@pytest.mark.parametrize(("batch", "length", "steps"), [(1, 1, 16), (2, 4, 4)])
+@pytest.mark.parametrize(("sets", "ways"), [(1, 1), (1, 4), (3, 2), (2, 4)])
+def test_the_cache_equals_the_slow_one(sets, ways, batch, length, steps):
+    """1,250 sequences of each of the eight kinds: 10,000 in all."""
+    rng = np.random.default_rng([sets, ways, batch])
+    operations = random_operations(rng, 1250, steps, batch, length)
+    contexts, experts, weights, allowed, now, ttl = operations
+    hit, *found, cache = jax.tree.map(np.asarray, run_sequences((*operations[:4], reading(now), ttl), sets, ways))
+    ages = np.minimum((reading(now)[..., None, None, None] - cache.stamp).astype(np.uint32), HORIZON)
+    hits = evictions = 0
+    for n in range(len(now)):
+        slow = SlowCache(sets, ways)
+        for step in range(steps):
+            at, moment = (n, step), int(now[n, step])
+            keys = [tuple(key) for key in contexts[at].reshape(-1, LENGTH).tolist()]
+            decisions = [{} for _ in keys]
+            for layer, b, t in np.ndindex(LAYERS, batch, length):
+                here = (*at, layer, b, t)
+                held = slow.get(keys[b * length + t], layer, moment, int(ttl[at]))
+                assert hit[here] == (held is not None)
+                if held is not None:
+                    assert tuple(part[here].tolist() for part in found) == held
+                    hits += 1
+                if allowed[here]:
+                    decisions[b * length + t][layer] = experts[here].tolist(), weights[here].tolist()
+            before = {key for ways_ in slow.sets for key, _ in ways_ if key}
+            slow.put(keys, decisions, moment)
+            evictions += len(before - {key for ways_ in slow.sets for key, _ in ways_})
+            assert_same_contents(cache.ids[at], cache.experts[at], cache.weights[at], ages[at], slow, moment)
+    assert hits > 1000 and evictions > 1000
+    assert (now[:, -1] // WRAP > now[:, 0] // WRAP).sum() > 100  # clocks that wrapped around on the way
 
 
 def single(value: int, layer_allowed=(True, True), experts=(1, 2)):
@@ -129,36 +155,47 @@ def single(value: int, layer_allowed=(True, True), experts=(1, 2)):
 
 
 def hits(cache, value, now):
-    found, _ = lookup(cache, single(value)[0], jnp.float32(now), jnp.float32(TTL))
+    found, _ = lookup(cache, single(value)[0], reading(now), np.int32(TTL))
     return found[:, 0, 0].tolist()
 
 
 def test_each_layer_expires_by_itself():
     cache = context_cache.init(4, LENGTH, LAYERS, TOP_K)
-    cache = insert(cache, *single(5, (True, True)), jnp.float32(0.0))
-    cache = insert(cache, *single(5, (True, False)), jnp.float32(8.0))
-    assert hits(cache, 5, 9.0) == [True, True]
-    assert hits(cache, 5, 10.0) == [True, False]  # at the age of one TTL a decision is gone
-    assert hits(cache, 5, 18.0) == [False, False]
+    cache = insert(cache, *single(5, (True, True)), np.int32(0))
+    cache = insert(cache, *single(5, (True, False)), np.int32(8))
+    assert hits(cache, 5, 9) == [True, True]
+    assert hits(cache, 5, 10) == [True, False]  # at the age of one TTL a decision is gone
+    assert hits(cache, 5, 18) == [False, False]
 
 
 def test_the_age_of_a_decision_is_that_of_its_layer_and_goes_on_after_the_ttl():
     def ages(value, now):
-        return context_cache.age(cache, single(value)[0], jnp.float32(now))[:, 0, 0].tolist()
+        return context_cache.age(cache, single(value)[0], reading(now))[:, 0, 0].tolist()
 
     cache = context_cache.init(4, LENGTH, LAYERS, TOP_K)
-    cache = insert(cache, *single(5, (True, False)), jnp.float32(3.0))
-    assert ages(5, 4.0) == [1.0, np.inf]  # nothing was decided in layer 1
-    cache = insert(cache, *single(5, (False, True)), jnp.float32(8.0))
-    assert ages(5, 23.0) == [20.0, 15.0]
-    assert ages(6, 23.0) == [np.inf, np.inf]
+    cache = insert(cache, *single(5, (True, False)), np.int32(3))
+    assert ages(5, 4) == [1, -1]  # nothing was decided in layer 1
+    cache = insert(cache, *single(5, (False, True)), np.int32(8))
+    assert ages(5, 23) == [20, 15]
+    assert ages(5, 8 + HORIZON) == [HORIZON, HORIZON]
+    assert ages(6, 23) == [-1, -1]
 
 
 def test_a_full_set_evicts_its_oldest_way():
     cache = context_cache.init(4, LENGTH, LAYERS, TOP_K)  # one set
     for now, value in enumerate([1, 2, 3, 4, 1, 5]):  # 1 is refreshed before 5 comes
-        cache = insert(cache, *single(value), jnp.float32(now))
-    assert [all(hits(cache, value, 6.0)) for value in (1, 2, 3, 4, 5)] == [True, False, True, True, True]
+        cache = insert(cache, *single(value), reading(now))
+    assert [all(hits(cache, value, 6)) for value in (1, 2, 3, 4, 5)] == [True, False, True, True, True]
+
+
+def test_an_old_decision_never_looks_young_again():
+    """Stamped at 0 and never touched, while other contexts come in for more than the clock's 49.7 days."""
+    cache = insert(context_cache.init(8, LENGTH, LAYERS, TOP_K), *single(5), np.int32(0))
+    assert all(hits(cache, 5, 0))
+    for now in range(0, 2 * WRAP, WRAP // 4):
+        cache = insert(cache, *single(1), reading(now))
+    assert not any(hits(cache, 5, 2 * WRAP))
+    assert context_cache.age(cache, single(5)[0], reading(2 * WRAP))[:, 0, 0].tolist() == [HORIZON, HORIZON]
 
 
 def test_a_size_that_is_no_multiple_of_the_ways_is_rounded_up():
@@ -167,8 +204,8 @@ def test_a_size_that_is_no_multiple_of_the_ways_is_rounded_up():
 
 
 def test_the_second_step_compiles_nothing():
-    cache = insert(context_cache.init(8, LENGTH, LAYERS, TOP_K), *single(1), jnp.float32(0.0))
+    cache = insert(context_cache.init(8, LENGTH, LAYERS, TOP_K), *single(1), np.int32(0))
     before = insert._cache_size()
     for value in range(3):
-        cache = insert(cache, *single(value), jnp.float32(value))
+        cache = insert(cache, *single(value), np.int32(value))
     assert insert._cache_size() == before

@@ -18,14 +18,13 @@ orders = st.lists(st.integers(0, 4), min_size=1, max_size=4).map(tuple)
 @st.composite
 def policies(draw) -> LayerPolicy:
     residual = draw(st.booleans())
-    choice = draw(st.sampled_from(["gate", "table"]))
     looked_at, tolerance = draw(orders), draw(st.none() | numbers) if residual else None
     return LayerPolicy(
         kept=draw(st.integers(0, 8) if 0 in looked_at and tolerance is None else st.none() | st.integers(0, 8)),
         residual=residual,
         orders=looked_at,
-        choice_from=choice,
-        weights_from=draw(st.sampled_from(["gate", "table"])) if choice == "table" else "gate",
+        choice_from=draw(st.sampled_from(["gate", "table"])),
+        weights_from=draw(st.sampled_from(["gate", "table"])),
         gate_ratio=draw(st.none() | shares),
         gate_mass=draw(st.none() | shares),
         tolerance=tolerance,
@@ -143,7 +142,7 @@ def test_a_bad_field_is_named_with_its_value_and_range(field, value, expected):
         ({"orders": ()}, "orders=()"),
         ({"orders": (-1,)}, "orders=(-1,)"),
         ({"choice_from": "cache"}, "choice_from='cache'"),
-        ({"weights_from": "table"}, "weights_from='table'"),
+        ({"weights_from": "cache"}, "weights_from='cache'"),
         ({"gate_ratio": 0.0}, "gate_ratio=0.0"),
         ({"gate_mass": 0.0}, "gate_mass=0.0"),
         ({"gate_mass": 1.5}, "gate_mass=1.5"),

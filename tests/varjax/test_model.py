@@ -1,6 +1,7 @@
 """VARModel on a tiny checkpoint: off is plain, on saves experts, nothing recompiles, foreign files are refused."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, statsfile
 from varjax.model import routed_forward
+from varjax.routing import CACHED
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
 ANYTHING = 5.0  # nats, more than any entropy
+CACHE_ONLY = LayerPolicy(kept=1, frequency_threshold=10**9)  # no key is that frequent
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,32 @@ def test_switched_off_is_bit_identical_to_the_plain_model(saved_model, ids):
     assert state is None and out.plan is None
     np.testing.assert_array_equal(out.logits, plain.logits)
     np.testing.assert_array_equal(out.router_probs, plain.router_probs)
+
+
+def test_disabled_is_bit_identical_and_hands_the_state_on(saved_model, stats_path, ids):
+    """Off in the middle of a text: the plain model's logits and tokens; on again: the plans of the whole text."""
+    wanted = config(stats_path, default=LayerPolicy(orders=(1, 2)), cache_size=0)
+    on = VARModel(saved_model, wanted)
+    off = on.disabled()
+    assert off.init() is None and off.model is saved_model and on.table is not None
+
+    out, state = off(ids, on.init(len(ids)))
+    plain = saved_model(ids)
+    np.testing.assert_array_equal(out.logits, plain.logits)
+    np.testing.assert_array_equal(out.router_probs, plain.router_probs)
+    tokens, state = off.generate(ids, state, 8)
+    np.testing.assert_array_equal(tokens, saved_model.generate(ids, 8)[0])
+    assert not np.asarray(state.counters.tokens).any()
+
+    whole, _ = on(ids, on.init(len(ids)))
+    out, state = on.prefill(ids[:, :5], state, capacity=16)
+    rows, one = [whole.plan.row[..., :5]], np.ones((len(ids), 1), bool)
+    for position in range(5, 16):
+        model = off if position in (6, 7, 8) else on
+        out, state = model.advance(state, ids[:, position : position + 1], one, out.kv)
+        rows.append(whole.plan.row[..., position : position + 1] if model is off else out.plan.row)
+    np.testing.assert_array_equal(np.concatenate(rows, axis=-1), whole.plan.row)
+    assert int(state.counters.tokens.sum()) == 2 * len(ids) * 13
 
 
 def test_nothing_planned_equals_the_plain_model(saved_model, stats_path, ids):
@@ -132,6 +161,87 @@ def test_generation_threads_the_state(saved_model, stats_path, ids):
         for _ in range(2)
     ]
     np.testing.assert_array_equal(*sampled)
+
+
+def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, stats_path, documents):
+    """Without the cached tier, which the texts share. What ran and was counted is the same, too."""
+    wanted = config(stats_path, cache_size=0, default=LayerPolicy(orders=(1, 2)))
+    ids, mask = np.zeros((2, 3, 11), np.int32)
+    texts = [document.ids[:length] for document, length in zip(documents, (11, 3, 7), strict=False)]
+    for row, text in enumerate(texts):
+        ids[row, -len(text) :], mask[row, -len(text) :] = text, 1
+
+    def ending(end_ids):
+        model_config = dataclasses.replace(saved_model.config, eos_token_id=end_ids)
+        var_model = VARModel(dataclasses.replace(saved_model, config=model_config), wanted)
+        return var_model, *var_model.generate(ids, var_model.init(3), 12, attention_mask=mask)
+
+    endless = ending(None)[1]
+    var_model, together, state = ending((int(endless[0, 13]), int(endless[2, 17])))
+    counted, lengths = np.zeros((2, 3), int), set()
+    for row, text in enumerate(texts):
+        alone, own = var_model.generate(text[None], var_model.init(1), 12)
+        new = alone[0, len(text) :]
+        np.testing.assert_array_equal(together[row, 11 : 11 + len(new)], new)
+        counted = counted + np.asarray(own.counters.tokens)
+        lengths.add(len(new))
+    np.testing.assert_array_equal(state.counters.tokens, counted)
+    assert len(lengths) > 1  # some ended early
+
+
+def test_the_second_step_of_decoding_compiles_nothing(saved_model, stats_path, ids):
+    for size in (0, 64):
+        var_model = VARModel(saved_model, config(stats_path, cache_size=size))
+        out, state = var_model.prefill(ids, var_model.init(len(ids)), capacity=20)
+        compiled = None
+        for position in range(4):
+            token = ids[:, position : position + 1]
+            out, state = var_model.advance(state, token, np.ones(token.shape, bool), out.kv, last_logits_only=True)
+            assert compiled in (None, routed_forward._cache_size())
+            compiled = routed_forward._cache_size()
+
+
+def test_a_report_is_the_summary_as_json(saved_model, stats_path, ids):
+    var_model = VARModel(saved_model, config(stats_path, layers={1: CACHE_ONLY}, confidence_threshold=0.3))
+    state = var_model.init(len(ids))
+    for _ in range(2):
+        _, state = var_model(ids, state)
+    report = var_model.report(state)
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["enabled"] and report["tokens"] == 2 * 2 * ids.size and len(report["layers"]) == 2
+    contexts = {tuple(row[at - 3 : at + 1]) for row in ids.tolist() for at in range(3, 16)}
+    assert 0 < report["cache"]["held"] <= len(contexts) and report["cache"]["size"] == 1000
+    for name in ("fast", "cached", "learned"):
+        assert report["tiers"][name] > 0
+        assert f"{report['layers'][1]['tiers'][name]:.1%}" in var_model.summary(state).splitlines()[2]
+    off = var_model.disabled()
+    assert off.report(None) == {"enabled": False} and "switched off" in off.summary(None)
+    assert off.report(state) == report | {"enabled": False}
+
+
+def test_a_saved_state_belongs_to_its_model_and_goes_on(saved_model, stats_path, ids, tmp_path):
+    wanted = config(stats_path, layers={1: CACHE_ONLY}, confidence_threshold=0.3)
+    clock = [0.0]
+    var_model = VARModel(saved_model, wanted, clock=lambda: clock[0])
+    _, state = var_model(ids, var_model.init(len(ids)))
+    var_model.save(tmp_path, state)
+    out, state = var_model(ids, state)
+    assert (np.asarray(out.plan.tier) == CACHED).any()
+
+    clock[0] = 1e6  # another process starts much later, and nothing has aged
+    again = VARModel(saved_model, wanted, table=var_model.table, clock=lambda: clock[0])
+    loaded, loaded_state = again(ids, again.load(tmp_path))
+    np.testing.assert_array_equal(loaded.plan.tier, out.plan.tier)
+    np.testing.assert_array_equal(loaded.logits, out.logits)
+    assert again.report(loaded_state) == var_model.report(state)
+
+    other = VARModel(dataclasses.replace(saved_model, fingerprint="0" * 64), wanted, table=var_model.table)
+    with pytest.raises(ValueError, match=r"fingerprint is .* begin with a new state"):
+        other.load(tmp_path)
+    with pytest.raises(ValueError, match=r"cache_size is 1000 \(here 8\)"):
+        VARModel(saved_model, dataclasses.replace(wanted, cache_size=8), table=var_model.table).load(tmp_path)
+    with pytest.raises(ValueError, match="VAR is switched off"):
+        var_model.disabled().load(tmp_path)
 
 
 def test_decoding_sees_the_same_contexts_as_the_whole_text(saved_model, stats_path, ids):

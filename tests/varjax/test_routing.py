@@ -84,10 +84,10 @@ def slow_resolve(probs, k, normalise, tier, kept, row, experts, weights, rule, e
         return slots, [None] * k
     named = [(int(e), w) for e, w in zip(experts, weights, strict=True) if e < EXPERTS]
     if choice_from_table and named:
-        if not weights_from_table:
-            total = sum(probs[e] for e, _ in named) if normalise else 1.0
-            named = [(e, probs[e] / total) for e, _ in named]
-        slots = named
+        total = sum(probs[e] for e, _ in named) if normalise else 1.0
+        slots = [(e, probs[e] / total) for e, _ in named]
+    if weights_from_table and named:
+        slots = [(e, w) for (e, _), w in zip(slots, weights, strict=False)]
     runs, dropped = [], []
     for j, (expert, weight) in enumerate(slots):
         looked_up = residual and entry is not None and row != NO_ROW

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import NONE
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, resolve
-from varjax.step import Counters, Settings, begin, commit, init, plan, summary
+from varjax.step import Counters, Settings, begin, commit, init, milliseconds, plan, summary
 from varjax.table import build, fast_plan
 
 LAYERS, EXPERTS, TOP_K = 3, 5, 2
@@ -48,9 +48,9 @@ def run_step(table, state, token_ids, now, mask=None, how=SETTINGS):
     """One step with a model that is nothing but routers -> plan, what ran, state."""
     token_ids = jnp.asarray(token_ids, jnp.int32)
     probs = jnp.asarray(router(np.asarray(token_ids)))
-    planned = plan_jit(table, state, token_ids, jnp.float32(now), how, mask)
+    planned = plan_jit(table, state, token_ids, milliseconds(now), how, mask)
     routing = jax.vmap(lambda p, layer: resolve(p, TOP_K, layer)[0])(probs, planned)
-    state = commit_jit(state, planned, token_ids, routing, probs, jnp.float32(now), how, mask)
+    state = commit_jit(state, planned, token_ids, routing, probs, milliseconds(now), how, mask)
     return jax.tree.map(np.asarray, planned), jax.tree.map(np.asarray, routing), state
 
 
@@ -76,6 +76,16 @@ def test_what_was_learned_with_confidence_is_remembered_with_enough_experts(tabl
 
     third, _, state = run_step(table, begin(state), ids, 10.0)  # a cached decision does not renew itself
     assert (third.tier == LEARNED).all()
+
+
+def test_milliseconds_wrap_around_and_only_differences_count(table):
+    assert [int(milliseconds(s)) for s in (0.0, 1.5, 2**31 / 1000, 2**32 / 1000 + 1)] == [0, 1500, -(2**31), 1000]
+    ids = np.array([[8, 9, 10, 11, 12, 13, 14, 15]])
+    for origin in (0.0, (2**31 - 3000) / 1000, 3600e3):  # the second wraps around between the steps
+        _, _, state = run_step(table, init(table, CONFIG, 1), ids, origin)
+        for later, remembered in ((9.999, True), (10.0, False)):
+            again, _, state = run_step(table, begin(state), ids, origin + later)
+            assert (again.tier == CACHED).any() == remembered
 
 
 def test_fast_wins_over_cached(table):

@@ -3,9 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.text.batches import batches
+from analysis.text.batches import batches, cut
 from analysis.text.corpus import CorpusError, Document
-from analysis.text.encoding import Encoded, encode
+from analysis.text.encoding import Encoded, count_words, encode
 from models import MoEConfig
 
 
@@ -37,6 +37,16 @@ def test_each_token_is_read_and_scored_once(lengths, batch_size, max_length, dat
     assert sorted(fresh) == sorted(int(i) for d in documents for i in d.ids)
 
 
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 40), max_length=st.integers(2, 12), data=st.data())
+def test_full_last_windows_score_each_token_once_with_full_context(length, max_length, data):
+    stride = data.draw(st.integers(1, max_length))
+    made = list(cut(np.arange(length), 0, max_length, stride, full_last=True))
+    assert [token for one in made for token in one.ids[1 + one.seen :]] == list(range(1, length))
+    assert all(len(one.ids) == one.size + 1 for one in made)  # each position has a target
+    assert [one.size for one in made] == [min(max_length, length - 1)] * len(made)
+
+
 def test_few_shapes_whatever_the_lengths():
     documents = [encoded(range(length)) for length in range(2, 70)]
     shapes = {batch.ids.shape for batch in batches(documents, 4, 32)}
@@ -58,3 +68,10 @@ def test_encode_refuses_what_cannot_be_scored(saved_model):
     small = MoEConfig(**{**vars(config), "vocab_size": 5})
     with pytest.raises(CorpusError, match="vocab_size is 5"):
         encode([Document("the router", "g")], tokenizer, small)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("one", 1), ("two\u00a0\n words", 2), (" two words", 3), ("a\tb c \n", 4), ("\n", 2), ("", 1)]
+)
+def test_white_space_at_an_end_counts_as_one_word_more(text, words):
+    assert count_words(text) == words

@@ -1,0 +1,268 @@
+"""Does the audit keep quiet where nothing is wrong, and how soon does it notice what is?
+
+    python -m analysis.audit_study --routing_stats results/phase1/routing_stats.parquet --output results/audit.json
+
+Calibrates on documents of the split `calibrate` and lets held-out documents of `test` come in, many times in random
+order: once as they are, then with planted faults. Each document is run once per fault; the repeats only reorder what
+was observed, so they share their documents. The cached tier is off, because what it has learnt depends on the order.
+Writes a JSON file and prints the table in it.
+
+Letters: N documents, M streams (`varjax.streams`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from analysis.audit_faults import faults, random_texts
+from analysis.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
+from analysis.provenance import hash_json, provenance, write_json
+from analysis.quality import score, var_runner
+from analysis.text.encoded_corpus import EncodedCorpus
+from analysis.text.encoding import Encoded
+from models import Model, load_model
+from varjax import LayerPolicy, VARConfig, VARModel
+from varjax.drift import ALPHA, Calibration
+from varjax.step import summary
+from varjax.streams import Tally, observe
+
+
+class Situation(NamedTuple):
+    """What runs, and on which documents."""
+
+    var_model: VARModel
+    documents: Sequence[Encoded]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What one situation looked like."""
+
+    tally: Tally  # of each document
+    harm: float  # nats per token that VAR loses against the plain model
+    experts_per_token: float  # that VAR ran per token and layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One situation over all its repeats."""
+
+    name: str
+    documents: int  # of the situation
+    harm: float | None  # nats per token
+    error: float  # mean over documents, all layers together; so are the next two
+    agreement: float
+    open: float
+    repeats: int
+    noticed: int  # of the repeats; where nothing is wrong, false alarms
+    median: float | None  # documents until drift was declared, over the repeats where it was
+    longest: int | None
+    first: Mapping[str, int]  # in how many repeats the first drift was in this signal
+
+
+def main() -> None:
+    args = arguments().parse_args()
+    model = load_model(args.model)
+    var_model = VARModel(model, chosen_config(args))
+    reading = {"batch_size": args.batch_size, "max_length": args.max_length}
+
+    print("calibration", file=sys.stderr)
+    known = documents(model, args.dataset, "calibrate", args.num_samples)
+    sums, _ = tally_documents(var_model, known, args.share, seed=args.seed, **reading)
+    calibration = calibrate_from(observe(sums, streams_of(var_model)), var_model, args.share)
+    saved = args.output.with_suffix(".calibration.json")
+    calibration.save(saved)
+    seen = {}
+    for name, situation in situations(args, model, var_model).items():
+        print(name, file=sys.stderr)
+        seen[name] = look_at(situation, args.share, args.seed, **reading)
+
+    outcomes = judge(seen, calibration, sums, var_model, args)
+    top_k, same = model.config.top_k, seen["same domain"]
+    pairs = model.config.num_layers * same.tally.tokens.sum()
+    runs = {"var": same.experts_per_token, "audit": float(top_k * same.tally.audited.sum() / pairs)}
+    print(table(outcomes, calibration, runs))
+    write_json(
+        args.output,
+        {
+            "outcomes": outcomes,
+            "expert_runs_per_token_and_layer": runs,
+            "false_alarm_probability": ALPHA,
+            "calibration_file": saved.name,
+            "provenance": provenance(
+                seed=args.seed,
+                model={"name": model.name, "fingerprint": model.fingerprint},
+                data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
+                config=var_model.config,
+                config_sha256=hash_json(var_model.config),
+            ),
+        },
+    )
+
+
+def arguments() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--model", default="reference", help="directory, hub id, or 'reference'")
+    made.add_argument("--routing_stats", type=Path, required=True, help="routing_stats.parquet of phase 1")
+    made.add_argument("--var_config", type=Path, help="a VARConfig as JSON; none: one expert and a residual row")
+    made.add_argument("--dataset", default="embedded", help="what the statistics were collected on")
+    made.add_argument("--foreign", nargs="*", default=[], help="texts of another kind, such as a .txt file")
+    made.add_argument("--num_samples", type=int, default=1000, help="documents to calibrate on, and to monitor")
+    made.add_argument("--fault_samples", type=int, default=300, help="documents under each planted fault")
+    made.add_argument("--share", type=float, default=0.05, help="of the planned tokens that is computed in full")
+    made.add_argument("--repeats", type=int, default=200, help="orders in which the documents come in")
+    made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
+    made.add_argument("--max_length", type=int, default=256, help="tokens per window")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--output", type=Path, default=Path("results/audit.json"), help="file to write")
+    return made
+
+
+def chosen_config(args: argparse.Namespace) -> VARConfig:
+    """--var_config on these statistics, or a policy under which nearly every key answers; no cached tier."""
+    here = VARConfig.from_routing_stats(args.routing_stats, frequency_threshold=5, entropy_threshold=3.0, cache_size=0)
+    if args.var_config:
+        given = VARConfig.load(args.var_config)
+        return dataclasses.replace(given, routing_stats=here.routing_stats, residuals=here.residuals, cache_size=0)
+    return dataclasses.replace(here, default=LayerPolicy(kept=1, residual=True, orders=(1, 2)))
+
+
+def documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:
+    return list(EncodedCorpus(dataset, split, limit, model.tokenizer, model.config))
+
+
+def situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> dict[str, Situation]:
+    """Nothing wrong first, then every fault of the model, then other texts."""
+    held_out = documents(model, args.dataset, "test", args.num_samples)
+    some = held_out[: args.fault_samples]
+    found = {"same domain": Situation(var_model, held_out)}
+    found |= {name: Situation(faulty, some) for name, faulty in faults(var_model, args.seed).items()}
+    found["random token ids"] = Situation(var_model, random_texts(some, model.config.vocab_size, args.seed))
+    for path in args.foreign:
+        texts = passages(documents(model, path, None, args.fault_samples), args.max_length)
+        found[Path(path).stem] = Situation(var_model, list(texts)[: args.fault_samples])
+    return found
+
+
+def look_at(situation: Situation, share: float, seed: int, **reading: Any) -> Seen:
+    """Run the documents under audit, and with and without VAR."""
+    var_model, texts = situation
+    tally, _ = tally_documents(var_model, texts, share, seed=seed, **reading)
+    off = VARModel(var_model.model, VARConfig(enable_var=False))
+    plain, _ = score(var_runner(off), off.init(), texts, **reading)
+    under_var, state = score(var_runner(var_model), var_model.init(), texts, **reading)
+    experts = summary(state.counters, var_model.model.config.top_k)["experts_per_token"]
+    return Seen(tally, under_var.nll_per_token - plain.nll_per_token, experts)
+
+
+def judge(
+    seen: Mapping[str, Seen], calibration: Calibration, known: Tally, var_model: VARModel, args: argparse.Namespace
+) -> list[Outcome]:
+    """Every situation in `args.repeats` random orders; nothing wrong also with a calibration drawn anew each time.
+
+    Args:
+        known: the tallies of the calibration documents.
+    """
+    rng = np.random.default_rng(args.seed)
+    observed = {name: observe(found.tally, calibration.streams) for name, found in seen.items()}
+    same, wrong = observed["same domain"], observed["answers shuffled"]
+    pool, size, before = np.concatenate([observe(known, calibration.streams), same]), len(known.tokens), len(same) // 2
+
+    def anew() -> tuple[Calibration, np.ndarray]:
+        drawn = rng.permutation(pool)
+        return calibrate_from(drawn[:size], var_model, calibration.share), drawn[size:]
+
+    def midway() -> tuple[Calibration, np.ndarray]:
+        return calibration, np.concatenate([rng.permutation(same)[:before], rng.permutation(wrong)])
+
+    outcomes = []
+    for name, values in observed.items():
+        draw = partial(_in_any_order, calibration, values, rng)
+        outcomes.append(repeat(name, values, seen[name].harm, draw, args.repeats))
+    outcomes.insert(1, repeat("same domain, calibrated anew", pool, None, anew, args.repeats))
+    late = repeat(
+        f"answers shuffled after {before}", wrong, seen["answers shuffled"].harm, midway, args.repeats, before
+    )
+    return [*outcomes, late]
+
+
+def _in_any_order(
+    calibration: Calibration, values: np.ndarray, rng: np.random.Generator
+) -> tuple[Calibration, np.ndarray]:
+    return calibration, rng.permutation(values)
+
+
+def repeat(
+    name: str,
+    values: np.ndarray,
+    harm: float | None,
+    draw: Callable[[], tuple[Calibration, np.ndarray]],
+    repeats: int,
+    before: int = 0,
+) -> Outcome:
+    """What the audit says, again and again.
+
+    Args:
+        values: float64 [N, M], all documents of the situation.
+        draw: a calibration, and the documents that come in.
+        before: how many of these are without the fault.
+    """
+    until, first = [], Counter[str]()
+    for _ in tqdm(range(repeats), desc=name, unit="run"):
+        monitor = until_drift(*draw())
+        if monitor.drifts and monitor.texts > before:
+            until.append(monitor.texts - before)
+            first.update({found.stream.signal for found in monitor.drifts})
+    error, agreement, open_ = np.nanmean(values[:, :3], axis=0)  # the streams over all layers stand first
+    return Outcome(
+        name=name,
+        documents=len(values),
+        harm=harm,
+        error=float(error),
+        agreement=float(agreement),
+        open=float(open_),
+        repeats=repeats,
+        noticed=len(until),
+        median=float(np.median(until)) if until else None,
+        longest=max(until, default=None),
+        first=dict(first),
+    )
+
+
+def table(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[str, float]) -> str:
+    """The outcomes for people."""
+    lines = [
+        f"{'':30}{'harm':>8}{'error':>8}{'agree':>8}{'open':>8}{'noticed':>13}{'documents until':>22}  first signal",
+        f"{'calibration':30}{'':8}" + "".join(f"{value.mean or 0:>8.3f}" for value in calibration.values[:3]),
+    ]
+    for row in outcomes:
+        harm = "" if row.harm is None else f"{row.harm:+.4f}"
+        until = "" if row.median is None else f"{row.median:.0f}, at most {row.longest}"
+        signals = ", ".join(sorted(row.first))
+        lines.append(
+            f"{row.name:30}{harm:>8}{row.error:>8.3f}{row.agreement:>8.3f}{row.open:>8.3f}"
+            f"{f'{row.noticed} of {row.repeats}':>13}{until:>22}  {signals}"
+        )
+    lines.append(
+        f"\nHarm: nats per token lost against the plain model. {calibration.texts} calibration documents; "
+        f"{calibration.share:.0%} of the planned\ntokens audited, {runs['audit']:.2f} expert runs per token and layer "
+        f"beside VAR's {runs['var']:.2f}. At most {ALPHA:.0%} false alarms promised."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

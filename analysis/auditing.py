@@ -1,0 +1,121 @@
+"""The audit over documents: what it is calibrated on, and what it would have seen.
+
+Letters: N documents, M streams (`varjax.streams`).
+
+A document is one observation however many windows it is read in: their tallies are added up before its means are taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from analysis.text.batches import batches
+from analysis.text.encoding import Encoded
+from varjax import drift
+from varjax.audit import audited
+from varjax.drift import Calibration, Monitor
+from varjax.model import VARModel
+from varjax.step import VARState
+from varjax.streams import Stream, Tally, observe, watched
+
+
+def calibrate(
+    var_model: VARModel,
+    documents: Sequence[Encoded],
+    *,
+    share: float = 0.05,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_length: int = 256,
+    progress: bool = True,
+) -> Calibration:
+    """What the audit sees where nothing is wrong, with bounds on its means.
+
+    Args:
+        documents: from the population that VAR will meet, none of them used to build its table.
+        share: of the planned tokens to compute in full, here and later.
+        seed: of the draw of these tokens.
+        batch_size, max_length: as in `analysis.text.batches.batches`.
+
+    Raises:
+        ValueError: fewer than two documents, a share outside (0, 1], or VAR is switched off.
+    """
+    sums, _ = tally_documents(
+        var_model, documents, share, seed=seed, batch_size=batch_size, max_length=max_length, progress=progress
+    )
+    return calibrate_from(observe(sums, streams_of(var_model)), var_model, share)
+
+
+def calibrate_from(observed: np.ndarray, var_model: VARModel, share: float) -> Calibration:
+    """The same from what was observed already, float64 [N, M]."""
+    origin = var_model.model.fingerprint
+    return drift.calibrate(observed, streams_of(var_model), fingerprint=origin, config=var_model.config, share=share)
+
+
+def streams_of(var_model: VARModel) -> tuple[Stream, ...]:
+    """[M]: what is watched of this model."""
+    return watched(var_model.config, var_model.model.config.num_layers)
+
+
+def tally_documents(
+    var_model: VARModel,
+    documents: Sequence[Encoded],
+    share: float,
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    max_length: int = 256,
+    progress: bool = True,
+) -> tuple[Tally, VARState]:
+    """Every document under VAR and under audit: its tally, with B = N on the host, and the last state.
+
+    The arguments are those of `calibrate`. Windows begin without a past; the cached tier carries over.
+    """
+    state = var_model.init()
+    if state is None:
+        raise ValueError("VAR is switched off (enable_var=False): there is nothing to audit")
+    key, parts, owners = jax.random.key(seed), [], []
+    for batch in batches(tqdm(documents, unit="document", disable=not progress), batch_size, max_length):
+        ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+        _, state, tally, key = audited(var_model, state, ids, mask, key, share)
+        parts.append(jax.device_get(tally))
+        owners.append(batch.documents)
+    owner = np.concatenate(owners)
+
+    def by_document(*leaves: np.ndarray) -> np.ndarray:
+        windows = np.concatenate(leaves)[owner >= 0]
+        sums = np.zeros((len(documents), *windows.shape[1:]), np.result_type(windows, np.int64))
+        np.add.at(sums, owner[owner >= 0], windows)
+        return sums
+
+    return jax.tree.map(by_document, *parts), state
+
+
+def until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:
+    """The monitor at its first drift, or after all documents where there is none.
+
+    Args:
+        observed: float64 [N, M], in the order in which the documents come.
+    """
+    monitor = drift.begin(calibration)
+    for start in range(0, len(observed), drift.LOOK):
+        monitor = drift.watch(monitor, observed[start : start + drift.LOOK])
+        if monitor.drifts:
+            break
+    return monitor
+
+
+def passages(documents: Sequence[Encoded], length: int) -> Iterator[Encoded]:
+    """The documents cut into texts of `length` ids, for corpora whose documents are few and long; a rest is left out.
+
+    Passages of one document depend on each other.
+    """
+    for document in documents:
+        for start in range(0, len(document.ids) - length + 1, length):
+            yield dataclasses.replace(document, ids=document.ids[start : start + length])

@@ -1,0 +1,144 @@
+"""Tasks of lm-evaluation-harness (EleutherAI), run by this library's forward pass, plain or under VAR.
+
+    python -m analysis.harness --model reference --tasks my_task --include_path tasks --output results/harness.json
+
+Prints the harness's own table and writes a JSON result. A task is one of the harness's (most fetch data) or a YAML file
+of one's own below --include_path. Needs the extra `eval`. How texts are read: `analysis.harness_lm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.provenance import hash_json, provenance, write_json
+from models import load_model
+from varjax.config import VARConfig
+from varjax.model import VARModel
+from varjax.step import summary
+
+UNITS = {
+    "word_perplexity": "per word, as the task counts them",
+    "byte_perplexity": "per byte of UTF-8, as the task counts them",
+    "bits_per_byte": "bits, per byte of UTF-8",
+    "max_length": "tokens",
+    "stride": "tokens",
+}
+# Of what the harness gives.
+_TAKEN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes")
+_SHARES = ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")
+
+
+def evaluate(
+    lm: HarnessLM,
+    tasks: Sequence[Any],
+    *,
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    task_manager: Any = None,
+) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` gives, with the harness's `task_hashes` instead of the samples.
+
+    Args:
+        tasks: names, or task configs as dicts.
+        include_path: a folder with YAML tasks of one's own.
+        limit: at most so many documents of each task.
+        num_fewshot: examples before each question; None: as the task has it.
+        task_manager: `lm_eval.tasks.TaskManager`; None: one that knows the harness's tasks and `include_path`.
+
+    Raises ValueError for a task that is not known.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness would fork to bootstrap, which JAX's threads forbid
+    manager = task_manager or TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = [task for task in tasks if isinstance(task, str) and not manager.match_tasks([task])]
+    if unknown:
+        raise ValueError(
+            f"the harness knows no task {unknown[0]!r}; mend the name, or give the folder with its YAML file as "
+            "include_path"
+        )
+    results = simple_evaluate(
+        model=lm,
+        tasks=list(tasks),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        task_manager=manager,
+        random_seed=lm.seed,
+        numpy_random_seed=lm.seed,
+        torch_random_seed=lm.seed,
+        fewshot_random_seed=lm.seed,
+    )
+    samples = results.pop("samples")
+    return results | {"task_hashes": {name: _task_hash(rows) for name, rows in samples.items()}}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command; `arguments` are those of the command line if not given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="reference", help="directory, hub id, or 'reference' (comes with varjax)")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
+    parser.add_argument("--var_config", type=Path, help="a VARConfig as JSON; none: the plain model")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
+    parser.add_argument("--include_path", type=Path, help="a folder with YAML tasks")
+    parser.add_argument("--limit", type=int, help="documents of each task at most; none: all")
+    parser.add_argument("--num_fewshot", type=int, help="examples before each question; none: as the task has it")
+    parser.add_argument("--batch_size", type=int, default=8, help="requests at a time")
+    parser.add_argument("--max_length", type=int, help="tokens read at most; none: the model's max_position_embeddings")
+    parser.add_argument("--fresh_cache", action="store_true", help="empty the cached tier before each batch")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("results/harness.json"), help="file to write")
+    args = parser.parse_args(arguments)
+    try:
+        _command(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def _command(args: argparse.Namespace) -> None:
+    from lm_eval import __version__
+    from lm_eval.utils import make_table
+
+    model = load_model(args.model, args.dtype)
+    config = VARConfig.load(args.var_config) if args.var_config else VARConfig(enable_var=False)
+    lm = HarnessLM(
+        VARModel(model, config),
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        carry_cache=not args.fresh_cache,
+        seed=args.seed,
+    )
+    asked = {"include_path": args.include_path, "limit": args.limit, "num_fewshot": args.num_fewshot}
+    found = evaluate(lm, args.tasks, **asked)
+    print(make_table(found))
+    if found.get("groups"):
+        print(make_table(found, "groups"))
+    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
+    origin = {"model": about, "config": config, "config_sha256": hash_json(config), "lm_eval": __version__}
+    result = {name: found[name] for name in _TAKEN if name in found}
+    if lm.state is not None:
+        shares = summary(lm.state.counters, model.config.top_k)
+        result |= {name: shares[name] for name in _SHARES}
+    result |= {"settings": {**lm.settings, **asked}, "units": UNITS}
+    write_json(args.output, result | {"provenance": provenance(seed=args.seed, **origin)})
+    print(f"written to {args.output}")
+
+
+def _task_hash(samples: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 of a task's documents, prompts and targets, as the harness joins them."""
+    parts = (sample[name] for sample in samples for name in ("doc_hash", "prompt_hash", "target_hash"))
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""The adapter against the harness's own Hugging Face model, and VAR against the plain model."""
+
+import dataclasses
+import importlib
+import json
+import sys
+
+import datasets
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
+
+from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.harness import evaluate, main
+from analysis.harness_lm import HarnessLM
+from analysis.quality import plain_runner, score
+from analysis.text.corpus import Document
+from analysis.text.encoding import encode
+from models import load_model
+from models.model import REFERENCE
+from varjax import VARConfig, VARModel, statsfile
+
+QUESTIONS = [
+    ("The function returns a new", [" array", " zebra", "qqq"]),
+    ("If True, the result is", [" returned", " volcano", "xzzx"]),
+    ("The number of", [" elements", " Tuesday", "&&&"]),
+]
+
+ACCURACY = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """After every run the harness asks the machine what is installed on it."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load_model("reference")
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory, saved_model, documents):
+    """Routing statistics of `saved_model` on disk."""
+    path = tmp_path_factory.mktemp("phase1") / "routing_stats.parquet"
+    keys = choose_keys(saved_model, documents, 16, KeySettings(orders=(1,), min_count=3))
+    stats = collect(saved_model, documents, keys, batch_size=4, max_length=16, progress=False)
+    statsfile.write(path, stats, {"fingerprint": saved_model.fingerprint})
+    return path
+
+
+@pytest.fixture(scope="module")
+def hflm():
+    """The harness's own model on the reference checkpoint."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(str(REFERENCE), device="cpu", dtype="float32", batch_size=4, max_length=64)
+
+
+def requests(kind: str, *arguments) -> list[Instance]:
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+
+
+def task(rows, **fields) -> dict:
+    """A local task whose documents are `rows`."""
+    made = {"task": "local", "test_split": "test", "num_fewshot": 0, **fields}
+    return made | {"custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)}}
+
+
+def results(lm, *tasks) -> dict:
+    return evaluate(lm, tasks, task_manager=TaskManager(include_defaults=False))["results"]
+
+
+def test_loglikelihoods_equal_the_harness_own_model(reference, hflm):
+    long = "The shape of the array is given by its axes. " * 20
+    asked = requests(
+        "loglikelihood",
+        *((context, choice) for context, choices in QUESTIONS for choice in choices),
+        ("The number of", " the given value"),  # what greedy decoding says
+        ("", "Return the number of elements."),
+        ("A space ends this ", "array of values"),
+        ("<s>The begin id is spelt", " out"),
+        (long, " Its size too."),  # loses its beginning
+        ("a", long[:150]),
+    )
+    ours = HarnessLM(reference, max_length=64, batch_size=4, progress=False).loglikelihood(asked, disable_tqdm=True)
+    theirs = hflm.loglikelihood(asked, disable_tqdm=True)
+    np.testing.assert_allclose([one for one, _ in ours], [one for one, _ in theirs], rtol=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert {greedy for _, greedy in ours} == {True, False}
+
+
+def test_rolling_equals_the_harness_own_model_and_our_score(reference, hflm):
+    texts = ["Return the number of elements along the axis. " * size for size in (1, 9, 40)]
+    asked = requests("loglikelihood_rolling", *((text,) for text in texts))
+    lm = HarnessLM(reference, max_length=64, batch_size=4, progress=False)
+    ours = lm.loglikelihood_rolling(asked, disable_tqdm=True)
+    np.testing.assert_allclose(ours, hflm.loglikelihood_rolling(asked, disable_tqdm=True), rtol=1e-5)
+    encoded = encode([Document(text, "g") for text in texts], reference.tokenizer, reference.config)
+    settings = {"max_length": 64, "full_last": True, "prefix_id": lm.prefix_token_id, "progress": False}
+    np.testing.assert_allclose(ours, -score(plain_runner(reference), None, encoded, **settings)[0].nll, rtol=1e-5)
+
+
+def test_generation_equals_the_harness_own_model(reference, hflm):
+    contexts = ["Return", "The number of elements in the", "If True, the", "Parameters\n", "Compute the mean of " * 20]
+    settings = {"until": [".", "\n\n"], "max_gen_toks": 12}
+    asked = requests("generate_until", *((context, settings) for context in contexts))
+    ours = HarnessLM(reference, max_length=64, batch_size=2, progress=False).generate_until(asked, disable_tqdm=True)
+    assert ours == hflm.generate_until(asked, disable_tqdm=True)
+    assert all("." not in text for text in ours) and any(ours)
+
+
+def test_accuracy_of_questions_with_an_obvious_answer(reference):
+    lm = HarnessLM(reference, batch_size=4, progress=False)
+    rows = [{"question": question, "choices": choices} for question, choices in QUESTIONS]
+    fields = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [ACCURACY],
+    }
+    for label, expected in ((0, 1.0), (1, 0.0), (2, 0.0)):
+        assert results(lm, task(rows, doc_to_target=label, **fields))["local"]["acc,none"] == expected
+
+
+def test_var_with_everything_open_equals_the_plain_model(saved_model, statistics):
+    rows = [{"text": f"{n}: the router finds a table. the expert keeps a token."} for n in range(9)]
+    tasks = [
+        task(
+            rows,
+            task="choice",
+            output_type="multiple_choice",
+            doc_to_text="{{text}}",
+            doc_to_choice=[" the layer", " a token drops", " keeps"],
+            doc_to_target=0,
+            metric_list=[
+                {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
+            ],
+        ),
+        task(
+            rows,
+            task="rolling",
+            output_type="loglikelihood_rolling",
+            doc_to_text="",
+            doc_to_target="{{text}}",
+            metric_list=[{"metric": "word_perplexity"}],
+        ),
+        task(
+            rows,
+            task="free",
+            output_type="generate_until",
+            doc_to_text="{{text}}",
+            doc_to_target="a",
+            generation_kwargs={"until": ["."], "max_gen_toks": 4},
+            metric_list=[ACCURACY | {"metric": "exact_match"}],
+        ),
+    ]
+    nothing = VARConfig.from_routing_stats(statistics, frequency_threshold=10**9, confidence_threshold=1.0)
+    models = saved_model, VARModel(saved_model, nothing)
+    plain, var = (HarnessLM(model, batch_size=4, max_length=32, progress=False) for model in models)
+    theirs, ours = results(plain, *tasks), results(var, *tasks)
+    assert theirs.keys() == {"choice", "rolling", "free"}
+    for name, figures in theirs.items():
+        numbers = {key: value for key, value in figures.items() if key.endswith(",none") and value != "N/A"}
+        assert {key: ours[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
+    assert int(var.state.counters.tokens.sum()) > 0 and plain.state is None
+
+
+@pytest.fixture
+def cached(saved_model, statistics) -> VARModel:
+    """Nothing in the table; whatever the router did once is repeated with one expert."""
+    return VARModel(
+        saved_model,
+        VARConfig.from_routing_stats(
+            statistics, frequency_threshold=10**9, confidence_threshold=0.01, mass_threshold=0.1, context_window_size=2
+        ),
+        clock=lambda: 0.0,
+    )
+
+
+def test_the_cached_tier_carries_over_unless_told_not_to(cached):
+    asked = requests("loglikelihood", ("the router finds a", " table."))
+    carried, fresh = (
+        HarnessLM(cached, batch_size=1, max_length=32, carry_cache=carry, progress=False) for carry in (True, False)
+    )
+    first, again = (carried.loglikelihood(asked, disable_tqdm=True) for _ in range(2))
+    assert first != again
+    assert [fresh.loglikelihood(asked, disable_tqdm=True) for _ in range(2)] == [first, first]
+    for lm in (carried, fresh):  # both count on
+        assert int(lm.state.counters.tokens.sum()) == 2 * 2 * len(lm.tok_encode("the router finds a table.")[:-1])
+
+
+def test_generation_in_batches_equals_generation_one_by_one_under_var(saved_model, statistics):
+    var_model = VARModel(
+        saved_model,
+        VARConfig.from_routing_stats(statistics, frequency_threshold=3, entropy_threshold=5.0, cache_size=0),
+    )
+    contexts = ["the", "the router finds", "a token. the layer drops a table.", "the expert keeps a"]
+    asked = requests("generate_until", *((context, {"until": ["!"], "max_gen_toks": 6}) for context in contexts))
+    together = HarnessLM(var_model, batch_size=4, max_length=64, progress=False)
+    alone = HarnessLM(var_model, batch_size=1, max_length=64, progress=False)
+    assert together.generate_until(asked, disable_tqdm=True) == alone.generate_until(asked, disable_tqdm=True)
+    assert int(together.state.counters.tokens[:, 0].sum()) > 0  # the table answered
+
+
+def test_what_cannot_be_done_is_said(saved_model):
+    lm = HarnessLM(saved_model, max_length=8, progress=False)
+    with pytest.raises(ValueError, match="expected 1 to max_length 8"):
+        lm.loglikelihood(requests("loglikelihood", ("a", " the router finds a table and a layer")), disable_tqdm=True)
+    with pytest.raises(ValueError, match="num_beams"):
+        lm.generate_until(requests("generate_until", ("a", {"num_beams": 4})), disable_tqdm=True)
+    with pytest.raises(ValueError, match="8 new tokens"):
+        lm.generate_until(requests("generate_until", ("a", {"max_gen_toks": 8})), disable_tqdm=True)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        HarnessLM(dataclasses.replace(saved_model, tokenizer=None))
+    with pytest.raises(ValueError, match="include_path"):
+        evaluate(lm, ["nonesuch"], task_manager=TaskManager(include_defaults=False))
+
+
+def test_without_the_harness_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    for name in ("analysis.harness", "analysis.harness_lm"):
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError, match=r"varjax\[eval\]"):
+        importlib.import_module("analysis.harness")
+
+
+def test_the_command_prints_the_table_and_writes_where_it_comes_from(tmp_path, model_directory, statistics, capsys):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": f"the router {n}"}) + "\n" for n in range(5)))
+    (tmp_path / "local.yaml").write_text(f"""
+task: local_rolling
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path / "rows.jsonl"}}}
+  cache_dir: {tmp_path / "cache"}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+""")
+    config = VARConfig.from_routing_stats(statistics, frequency_threshold=3, entropy_threshold=5.0)
+    config.save(tmp_path / "var.json")
+    output = tmp_path / "result.json"
+    given = ["--model", model_directory, "--var_config", tmp_path / "var.json", "--output", output]
+    given += ["--tasks", "local_rolling", "--include_path", tmp_path, "--limit", 4, "--max_length", 32]
+    main([str(one) for one in given])
+    printed = capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert "|local_rolling|" in printed and "bits_per_byte" in printed and str(output) in printed
+    assert written["results"]["local_rolling"]["bits_per_byte,none"] > 0
+    assert written["n-samples"]["local_rolling"]["effective"] == 4
+    said = {name: written["settings"][name] for name in ("max_length", "stride", "prefix_id", "full_last", "limit")}
+    assert said == {"max_length": 32, "stride": 32, "prefix_id": 1, "full_last": True, "limit": 4}
+    assert written["tiers"]["fast"] > 0
+    assert written["units"]["bits_per_byte"] == "bits, per byte of UTF-8"
+    assert written["provenance"]["lm_eval"] == lm_eval.__version__
+    assert written["provenance"]["model"]["fingerprint"]
+    assert len(written["task_hashes"]["local_rolling"]) == 64

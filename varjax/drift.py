@@ -1,0 +1,237 @@
+"""Drift: whether the texts that come in are still those that the audit was calibrated on.
+
+Letters: N texts, B texts of one call, L layers, M streams.
+
+From calibration texts each stream (`varjax.streams`) gets a bound on its mean, and while texts come in, a confidence
+sequence (`varjax.bounds`): bounds that hold after every text at once. Drift is declared where the two exclude each
+other: the error's lower bound above the calibrated upper one, the agreement's upper bound below the calibrated lower
+one, the open share to either side.
+
+If the texts come from the population of the calibration texts, a drift is declared, however long the run, with
+probability ALPHA at most. Half of ALPHA is for the calibration, half for the run; in each, the streams over all layers
+share a half (they have the most tokens), those of single layers and tiers the other (Bonferroni). A change in the midst
+of a run must not have to outweigh all that came before, so the sequences begin anew after as many texts as calibrated
+the audit; the k-th of them gets the 1 / (k (k + 1)) part of the error, which sums to 1.
+
+What the cached tier answers depends on the texts before, so its own streams are promised this only as far as its cache
+was as full in calibration as it is in the run; the fast tier and the open share do not depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from varjax import bounds
+from varjax.bounds import ConfidenceSequence
+from varjax.config import VARConfig
+from varjax.files import replacing
+from varjax.streams import Stream
+
+ALPHA = 0.05  # probability of a false alarm in a run of any length
+LOOK = 8  # texts between two looks at the bounds
+NAMED = 4  # drifts that a message names
+_SIDES: dict[str, bounds.Side] = {"error": "lower", "agreement": "upper", "open": "both"}  # that would tell of drift
+FORMAT = 1  # of the calibration file
+
+
+class DriftWarning(UserWarning):
+    """What comes in is not what the audit was calibrated on."""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a stream's mean was on the calibration texts. A side on which no drift is declared has the limit."""
+
+    stream: Stream
+    texts: int  # that had an observation
+    mean: float | None  # None: there was no observation
+    lower: float
+    upper: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibrated values of one model under one config."""
+
+    fingerprint: str  # of the model
+    config_sha256: str  # `settings_hash`
+    share: float  # of the planned tokens that is audited
+    texts: int
+    values: tuple[Calibrated, ...]
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return tuple(value.stream for value in self.values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON, whole or not at all."""
+        values = [asdict(value) | {"stream": value.stream._asdict()} for value in self.values]
+        text = json.dumps({"format": FORMAT, **asdict(self), "values": values}, indent=2, allow_nan=False)
+        with replacing(Path(path)) as part:
+            part.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Reads what `save` wrote. Raises ValueError naming the file if it is something else."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data.pop("format") != FORMAT:
+                raise ValueError(f"another format than {FORMAT}")
+            values = [Calibrated(**value | {"stream": Stream(**value["stream"])}) for value in data.pop("values")]
+            return cls(**data, values=tuple(values))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not the calibration of an audit ({error}); calibrate anew") from error
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One stream that has left its calibration."""
+
+    stream: Stream
+    texts: int  # that had come in by then
+    calibrated: float  # mean
+    calibrated_bound: float
+    observed: float  # mean, since the sequences last began anew
+    observed_bound: float  # of its mean, on the side of `calibrated_bound`
+
+    def __str__(self) -> str:
+        sign = ">" if self.observed_bound > self.calibrated_bound else "<"
+        return (
+            f"drift after {self.texts} texts: {self.stream} is {self.observed:.3f} (bound {self.observed_bound:.3f}), "
+            f"calibrated {self.calibrated:.3f} ({sign} {self.calibrated_bound:.3f})"
+        )
+
+
+@dataclass(frozen=True)
+class Monitor:
+    """What has come in so far."""
+
+    calibration: Calibration
+    sequences: tuple[ConfidenceSequence, ...]  # [M]
+    turn: int  # how often the sequences have begun, 1 at first
+    texts: int  # looked at
+    waiting: np.ndarray  # float64 [< LOOK, M], observed since the last look
+    drifts: tuple[Drift, ...]  # the first of each stream
+
+
+def calibrate(
+    observed: np.ndarray, streams: tuple[Stream, ...], *, fingerprint: str, config: VARConfig, share: float
+) -> Calibration:
+    """Bounds on each stream's mean from calibration texts.
+
+    Args:
+        observed: float64 [N, M], from `observe`.
+        fingerprint: of the model.
+        share: of the planned tokens that was audited.
+
+    Raises:
+        ValueError: fewer than two texts.
+    """
+    if len(observed) < 2:
+        raise ValueError(f"{len(observed)} calibration texts; give at least two, some hundred to notice much")
+    values = []
+    for stream, column, error in zip(streams, observed.T, _errors(streams), strict=True):
+        low, high = lower, upper = stream.limits
+        seen = column[~np.isnan(column)]
+        level = 1 - (error / 2 if stream.signal == "open" else error)  # two sides or one
+        if len(seen) >= 2 and stream.signal != "agreement":
+            upper = bounds.upper_bound(seen, low, high, level)
+        if len(seen) >= 2 and stream.signal != "error":
+            lower = -bounds.upper_bound(-seen, -high, -low, level)
+        values.append(Calibrated(stream, len(seen), float(seen.mean()) if len(seen) else None, lower, upper))
+    return Calibration(fingerprint, settings_hash(config), share, len(observed), tuple(values))
+
+
+def begin(calibration: Calibration) -> Monitor:
+    """Nothing has come in."""
+    nothing = np.empty((0, len(calibration.values)))
+    return Monitor(calibration, _sequences(calibration, 1), 1, 0, nothing, ())
+
+
+def watch(monitor: Monitor, observed: np.ndarray) -> Monitor:
+    """The monitor after the texts `observed`, float64 [N, M] from `observe`, in the order in which they came."""
+    waiting = np.concatenate([monitor.waiting, observed])
+    while len(waiting) >= LOOK:
+        monitor = _look(monitor, waiting[:LOOK])
+        waiting = waiting[LOOK:]
+    return replace(monitor, waiting=waiting)
+
+
+def message(monitor: Monitor) -> str:
+    """The drifts in words, the first few of them."""
+    shown, more = monitor.drifts[:NAMED], len(monitor.drifts) - NAMED
+    return "; ".join(map(str, shown)) + (f"; and {more} more streams." if more > 0 else ".")
+
+
+def report(monitor: Monitor) -> dict[str, Any]:
+    """What was calibrated and what was observed since the sequences last began, ready for JSON."""
+    streams = []
+    for value, sequence in zip(monitor.calibration.values, monitor.sequences, strict=True):
+        calibrated = {name: getattr(value, name) for name in ("texts", "mean", "lower", "upper")}
+        lower, upper = bounds.interval(sequence)
+        mean = sequence.total / sequence.count if sequence.count else None
+        now = {"texts": sequence.count, "mean": mean, "lower": lower, "upper": upper}
+        streams.append({**value.stream._asdict(), "calibrated": calibrated, "observed": now})
+    drifts = [{**asdict(found), "stream": found.stream._asdict()} for found in monitor.drifts]
+    return {
+        "texts": monitor.texts,
+        "texts_waiting": len(monitor.waiting),
+        "false_alarm_probability": ALPHA,
+        "share": monitor.calibration.share,
+        "drifts": drifts,
+        "streams": streams,
+    }
+
+
+def settings_hash(config: VARConfig) -> str:
+    """SHA-256 of a config without its paths: files may move."""
+    return hashlib.sha256(replace(config, routing_stats=None, residuals=None).to_json().encode()).hexdigest()
+
+
+def _look(monitor: Monitor, observed: np.ndarray) -> Monitor:
+    calibration, texts = monitor.calibration, monitor.texts + len(observed)
+    sequences, drifts = [], list(monitor.drifts)
+    for value, sequence, column in zip(calibration.values, monitor.sequences, observed.T, strict=True):
+        seen = column[~np.isnan(column)]
+        if len(seen):
+            sequence = bounds.update(sequence, seen)
+            found = _drift(value, sequence, texts)
+            if found and all(found.stream != known.stream for known in drifts):
+                drifts.append(found)
+        sequences.append(sequence)
+    turn = 1 + texts // max(calibration.texts, LOOK)
+    if turn > monitor.turn:
+        sequences = list(_sequences(calibration, turn))
+    return replace(monitor, sequences=tuple(sequences), turn=turn, texts=texts, drifts=tuple(drifts))
+
+
+def _drift(value: Calibrated, sequence: ConfidenceSequence, texts: int) -> Drift | None:
+    lower, upper = bounds.interval(sequence)
+    mean = sequence.total / sequence.count
+    if value.mean is None or not (lower > value.upper or upper < value.lower):
+        return None
+    limits = (value.upper, mean, lower) if lower > value.upper else (value.lower, mean, upper)
+    return Drift(value.stream, texts, value.mean, *limits)
+
+
+def _sequences(calibration: Calibration, turn: int) -> tuple[ConfidenceSequence, ...]:
+    errors = np.maximum(_errors(calibration.streams) / (turn * (turn + 1)), 2.0**-50)  # less would be lost beside 1
+    return tuple(
+        bounds.begin(*stream.limits, 1 - error, _SIDES[stream.signal])
+        for stream, error in zip(calibration.streams, errors, strict=True)
+    )
+
+
+def _errors(streams: tuple[Stream, ...]) -> np.ndarray:
+    """float64 [M]: the part of ALPHA / 2 that falls to each stream."""
+    whole = np.array([stream.layer is None for stream in streams])
+    if whole.all():
+        return np.full(len(streams), ALPHA / 2 / len(streams))
+    return ALPHA / 4 / np.where(whole, whole.sum(), (~whole).sum())
