@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from analysis.alternatives import Alternatives, Curve
 from analysis.comparison import Estimate
@@ -26,6 +27,7 @@ NOTE = FigureNote(
     "between them than it is. All experts count the same here; what they cost in time depends on the batch.",
 )
 _LINEAR = 1.0  # per cent, up to which the scale of the figure is linear
+_HIGHEST = 100.0  # per cent that the figure shows
 
 
 def section(found: Alternatives) -> Section:
@@ -81,8 +83,9 @@ def figure(found: Alternatives) -> Figure:
         given = (found.var.experts_per_token, 100 * found.var.degradation.value)
         axis.plot(*given, "o", color="0", markerfacecolor="none", markersize=9)
         axis.set_yscale("symlog", linthresh=_LINEAR)
-        axis.set_ylim(top=min(axis.get_ylim()[1], 100))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_title(curve.name, fontsize=7.5)
+    axes[0].set_ylim(top=min(axes[0].get_ylim()[1], _HIGHEST))  # of all panels
     drawn.supxlabel("experts run per token and layer")
     drawn.supylabel("change of perplexity [%]")
     drawn.suptitle(
