@@ -21,7 +21,7 @@ NOTE = FigureNote(
     "A panel for every alternative, VAR's curve in each: black dots, the ringed one is the policy that was given. "
     "White squares: the alternative, with 95 % intervals. Left is better, and so is low. On the dotted line, VAR's "
     "loss, the curve that crosses further to the left runs fewer experts. Between the thin horizontal lines the scale "
-    "is linear, beyond them logarithmic.",
+    "is linear, beyond them logarithmic; what changes by more than 100 % is not shown.",
     "Lines between points are straight, losses are not: where the points are far apart, an alternative looks worse "
     "between them than it is. All experts count the same here; what they cost in time depends on the batch.",
 )
@@ -81,6 +81,7 @@ def figure(found: Alternatives) -> Figure:
         given = (found.var.experts_per_token, 100 * found.var.degradation.value)
         axis.plot(*given, "o", color="0", markerfacecolor="none", markersize=9)
         axis.set_yscale("symlog", linthresh=_LINEAR)
+        axis.set_ylim(top=min(axis.get_ylim()[1], 100))
         axis.set_title(curve.name, fontsize=7.5)
     drawn.supxlabel("experts run per token and layer")
     drawn.supylabel("change of perplexity [%]")

@@ -16,6 +16,7 @@ from analysis.families import RATIOS, SCALES, VAR, Point, families, table_of
 from analysis.policy import candidate_tolerances
 from analysis.quality import score, var_runner
 from analysis.scored_points import Subject, losses, resampled
+from analysis.study import against_alternatives
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, routed_forward
 from varjax.step import summary
@@ -323,6 +324,13 @@ def test_where_var_loses_is_said_first(kept):
     won = section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours, 2.0)})))
     assert won.verdict == "PASS" and "weight ratio" in won.outcome
     assert section(pretended(found, **dict.fromkeys(names[1:]))).verdict == "PASS"
+
+
+def test_the_study_shows_the_section_and_its_figure(kept):
+    subject, found = kept
+    answered = against_alternatives(subject)
+    assert answered.result == found and answered.section == section(found)
+    assert set(answered.figures) == {note.name for note in answered.section.figures}
 
 
 def test_the_figure_has_a_panel_for_every_alternative(kept):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from analysis.scored_points import Subject, losses
-from analysis.table_size import SHARES, held, table_sizes
-from analysis.table_size_section import figure, section
+from analysis.study import size_of_the_table
+from analysis.table_size import SHARES, held
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
@@ -83,8 +83,13 @@ def test_a_bound_must_be_a_number_of_answers():
 
 
 @pytest.fixture(scope="module")
-def found(subject):
-    return table_sizes(subject)
+def answered(subject):
+    return size_of_the_table(subject)
+
+
+@pytest.fixture(scope="module")
+def found(answered):
+    return answered.result
 
 
 def test_larger_tables_run_fewer_experts_and_smaller_types_take_fewer_bytes(subject, found):
@@ -104,10 +109,12 @@ def test_larger_tables_run_fewer_experts_and_smaller_types_take_fewer_bytes(subj
     assert abs(full["int8"].measured.degradation.value - full["float32"].measured.degradation.value) < 0.01
 
 
-def test_the_section_names_the_size_and_the_figure_shows_every_type(found):
-    said = section(found)
+def test_the_section_names_the_size_and_the_figure_shows_every_type(answered, found):
+    said = answered.section
     full = next(size for size in found.sizes if size.answers_per_layer is None)
     assert said.verdict == "reported" and f"{full.answers:,} answers" in said.outcome
     assert len(said.tables[0].rows) == len(found.sizes)
-    legend = figure(found).axes[0].get_legend()
+    (drawn,) = answered.figures.values()
+    assert list(answered.figures) == [note.name for note in said.figures]
+    legend = drawn.axes[0].get_legend()
     assert [one.get_text() for one in legend.get_texts()] == ["float32", "bfloat16", "int8"]

@@ -4,8 +4,13 @@ import json
 
 import pytest
 
-from varjax import VARConfig
-from varjax.config import LayerPolicy
+from analysis import study
+from analysis.collection.answers import collect_answers
+from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.report import Section
+from analysis.study import Finding
+from varjax import VARConfig, answersfile, statsfile
+from varjax.config import LayerPolicy, residuals_beside
 
 
 @pytest.fixture
@@ -13,23 +18,53 @@ def common(model_directory, corpus_file):
     return ("--model", model_directory, "--dataset", corpus_file, "--max_length", 16, "--batch_size", 4)
 
 
-def test_a_study_of_a_policy(script, common, tmp_path, capsys):
-    reading = (*common, "--split", "all", "--num_samples", 60)
-    script("01_routing_analysis.py", *reading, "--output", tmp_path, "--min_count", 3, "--trace_tokens", 0)
+@pytest.fixture
+def statistics(saved_model, documents, tmp_path):
+    """A statistics file with its answers beside it, from the first 60 documents."""
+    known, reading = documents[:60], {"batch_size": 4, "max_length": 16, "progress": False}
+    keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
+    stats = collect(saved_model, known, keys, **reading)
+    path = tmp_path / "routing_stats.parquet"
+    statsfile.write(path, stats, {"fingerprint": saved_model.fingerprint})
+    answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
+    answersfile.write(residuals_beside(path), answers, {"fingerprint": saved_model.fingerprint})
+    return path
+
+
+def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
+    script, common, statistics, tmp_path, capsys, monkeypatch
+):
+    asked = []
+
+    def part(subject) -> Finding:
+        asked.append(subject)
+        return Finding("asked", (Section("asked", "What is asked", "reported", "it depends"),), {}, None)
+
+    monkeypatch.setattr(study, "PARTS", (part,))
     policy = LayerPolicy(kept=None, tolerance=0.2, orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
     VARConfig(default=policy, cache_size=0).save(tmp_path / "policy.json")
-    command = ("02_evaluate_var.py", *common, "--split", "all", "--num_samples", 20, "--mode", "study")
-    command += ("--routing_stats", tmp_path / "routing_stats.parquet", "--var_config", tmp_path / "policy.json")
-    capsys.readouterr()
+    command = (
+        "02_evaluate_var.py",
+        *common,
+        "--split",
+        "all",
+        "--num_samples",
+        20,
+        "--mode",
+        "study",
+        "--no_throughput",
+    )
+    command += ("--routing_stats", statistics, "--var_config", tmp_path / "policy.json")
     script(*command, "--output", tmp_path / "study")
     printed = capsys.readouterr().out
+    (subject,) = asked
+    assert len(subject.documents) == 20 and (subject.batch_size, subject.max_length) == (4, 16)
+    assert subject.config.policy(1).tolerance == 0.2 and subject.answers.layers == (0, 1)
+    assert subject.folder == tmp_path / "study" / "losses"
+    assert "What is asked" in printed and "it depends" in printed
     saved = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert set(saved["results"]) == {"alternatives", "table_size"} == set(saved["sections"])
-    for section in saved["sections"].values():
-        assert section["title"] in printed and section["outcome"] in printed
-        assert all((tmp_path / "study" / f"{name}.pdf").is_file() for name in section["figures"])
-    assert saved["provenance"]["config"]["layers"] == [] and saved["provenance"]["data"]
-    assert "data:image/png" in (tmp_path / "study" / "study.html").read_text()
+    assert saved["provenance"]["config"]["routing_stats"] == str(statistics) and saved["provenance"]["data"]
+    assert (tmp_path / "study" / "study.html").is_file()
 
 
 @pytest.mark.parametrize(
