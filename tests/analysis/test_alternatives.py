@@ -329,8 +329,8 @@ def test_where_var_loses_is_said_first(kept):
 def test_the_study_shows_the_section_and_its_figure(kept):
     subject, found = kept
     answered = against_alternatives(subject)
-    assert answered.result == found and answered.section == section(found)
-    assert set(answered.figures) == {note.name for note in answered.section.figures}
+    assert answered.result == found and answered.sections == (section(found),)
+    assert set(answered.figures) == {note.name for note in answered.sections[0].figures}
 
 
 def test_the_figure_has_a_panel_for_every_alternative(kept):

@@ -17,7 +17,7 @@ def part(name: str):
         axis.plot([0, 1])
         note = FigureNote(name, f"The figure {name}", "Look.", "Never.")
         section = Section(name, f"About {name}", "reported", f"{name} is {subject}", figures=(note,))
-        return Finding(section, {name: figure}, {"answer": subject})
+        return Finding(name, (section,), {name: figure}, {"answer": subject})
 
     return asked
 

@@ -110,7 +110,7 @@ def test_larger_tables_run_fewer_experts_and_smaller_types_take_fewer_bytes(subj
 
 
 def test_the_section_names_the_size_and_the_figure_shows_every_type(answered, found):
-    said = answered.section
+    (said,) = answered.sections
     full = next(size for size in found.sizes if size.answers_per_layer is None)
     assert said.verdict == "reported" and f"{full.answers:,} answers" in said.outcome
     assert len(said.tables[0].rows) == len(found.sizes)
