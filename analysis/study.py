@@ -91,18 +91,18 @@ def study(
     *,
     facts: Sequence[tuple[str, str]] = (),
     provenance: Mapping[str, Any] | None = None,
-    parts: Sequence[Part] = PARTS,
+    parts: Sequence[Part] | None = None,
 ) -> Report:
     """Answer every question and write the files.
 
     Args:
         facts: about model, data and policy, for people.
         provenance: the same for the JSON file.
-        parts: the questions, in the order of the report.
+        parts: the questions, in the order of the report; None: `PARTS`.
     """
     results: dict[str, Any] = {}
     sections: list[Section] = []
-    for part in parts:
+    for part in PARTS if parts is None else parts:
         found = part(subject)
         results[found.name] = found.result
         sections.extend(found.sections)

@@ -61,6 +61,7 @@ def main() -> None:
         help="find per-layer policies under the loss budget on the tune split first; written as *.var_config.json",
     )
     arguments.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
+    arguments.add_argument("--budget", type=float, help="of --search_policy, relative loss; none: 0.9 of the config's")
     arguments.add_argument("--split", default="test", help="documents to score; 'all' for every one")
     arguments.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
     arguments.add_argument("--no_throughput", action="store_true", help="leave the timing out")
@@ -224,8 +225,8 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
         return config, None
     stats, answers = read_answers(model, config)
     tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
-    reading = {"batch_size": args.batch_size, "max_length": args.max_length}
-    found = search(model, stats, answers, tuning, config, **reading)
+    reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
+    found = search(model, stats, answers, tuning, config, budget=args.budget, **reading)
     return found.config, found
 
 

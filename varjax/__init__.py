@@ -1,10 +1,13 @@
 """Verifiable Adaptive Routing: look up what a Mixture-of-Experts router would do, and what its experts would say.
 
 The core, free of any model: settings (`VARConfig`), context keys, routing statistics, residual answers, the table, the
-context cache, and the pure functions `plan` and `commit` around a forward pass. `VARModel` puts them around a model.
+context cache, and the pure functions `plan` and `commit` around a forward pass. `VARModel` puts them around a model,
+`Auditor` watches it.
 """
 
+from varjax.audit import Auditor
 from varjax.config import LayerPolicy, VARConfig
+from varjax.drift import DriftWarning
 from varjax.model import VARModel, build_table
 from varjax.routing import CACHED, FAST, LEARNED, Plan, Routing
 from varjax.stats import RoutingStats
@@ -15,6 +18,8 @@ __all__ = [
     "CACHED",
     "FAST",
     "LEARNED",
+    "Auditor",
+    "DriftWarning",
     "LayerPolicy",
     "Plan",
     "RouteTable",

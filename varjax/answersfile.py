@@ -19,7 +19,7 @@ from varjax.files import replacing
 from varjax.routing import NO_ANSWER
 
 FORMAT = 2  # 1 held one mean per key and rule
-_OWN = ("format", "layers", "distilled")
+_OWN = ("format", "answer_layers", "distilled")
 _DTYPES = {
     "keys": np.int32,
     "entry": np.int32,
@@ -35,12 +35,12 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
     """Writes the answers, the means as float32, whole or not at all.
 
     Args:
-        meta: anything that JSON can hold, under names other than `format`, `layers` and `distilled`.
+        meta: anything that JSON can hold, under names other than `format`, `answer_layers` and `distilled`.
     """
     taken = sorted(set(meta) & set(_OWN))
     if taken:
         raise ValueError(f"the file itself says {', '.join(taken)}: leave that out of the metadata")
-    header = {"format": FORMAT, "layers": answers.layers, "distilled": answers.distilled, **meta}
+    header = {"format": FORMAT, "answer_layers": answers.layers, "distilled": answers.distilled, **meta}
     tensors = {name: np.ascontiguousarray(getattr(answers, name), dtype) for name, dtype in _DTYPES.items()}
     with replacing(Path(path)) as part:
         save_file(tensors, part, metadata={"varjax": json.dumps(header)})
@@ -66,7 +66,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
         raise ValueError(f"{path}: expected answers of format {FORMAT}, found {found}; collect them again")
 
     try:
-        layers, distilled = tuple(int(layer) for layer in header["layers"]), bool(header["distilled"])
+        layers, distilled = tuple(int(layer) for layer in header["answer_layers"]), bool(header["distilled"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: the header lacks its layers ({error!r}); collect the answers again") from error
     _check_shapes(path, tensors, len(layers))

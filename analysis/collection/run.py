@@ -48,7 +48,7 @@ class Settings:
     keys: KeySettings = dataclasses.field(default_factory=KeySettings)
     layers: tuple[int, ...] | None = None  # to collect statistics of; None: all
     residual_orders: tuple[int, ...] = (1, 2, 3)  # context orders that get answers; (): none does
-    residual_min_count: int = 5  # occurrences that a key with answers needs
+    residual_min_count: int = 10  # occurrences that a key with answers needs
     residual_bytes: int = 1 << 32  # of sums on each device: where they are more, the rarer keys get no answers
     batch_size: int = 8  # rows per device and batch at `max_length`
     max_length: int = 256  # tokens per window

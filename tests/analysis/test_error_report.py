@@ -69,12 +69,10 @@ def test_the_command_writes_a_report(saved_model, model_directory, corpus_file, 
     statsfile.write(tmp_path / "stats.parquet", stats, {"fingerprint": saved_model.fingerprint})
     policy = LayerPolicy(kept=1, residual=False, frequency_threshold=2, entropy_threshold=9.0)
     VARConfig(cache_size=0, default=policy).save(tmp_path / "policy.json")
-    main(
-        f"--model {model_directory} --dataset {corpus_file} --split all --num_samples 40 "
-        f"--batch_size 8 --max_length 16 --var_config {tmp_path / 'policy.json'} "
-        f"--routing_stats {tmp_path / 'stats.parquet'} --output {tmp_path / 'out'} "
-        "--prompts 2 --prompt_tokens 8 --new_tokens 4".split()
-    )
+    files = {"model": model_directory, "dataset": corpus_file, "split": "all", "output": tmp_path / "out"}
+    files |= {"var_config": tmp_path / "policy.json", "routing_stats": tmp_path / "stats.parquet"}
+    sizes = {"num_samples": 40, "batch_size": 8, "max_length": 16, "prompts": 2, "prompt_tokens": 8, "new_tokens": 4}
+    main([f"--{name}={value}" for name, value in (files | sizes).items()])
     found = json.loads((tmp_path / "out" / "error_sources.json").read_text())
     assert list(found["sections"]) == ["error_kinds", "error_layers", "error_groups", "generation_drift"]
     assert found["provenance"]["model"]["fingerprint"] == saved_model.fingerprint

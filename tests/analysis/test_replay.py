@@ -226,6 +226,21 @@ def test_thresholds_that_a_trace_cannot_judge_are_lifted():
     assert (lifted.config.mass_threshold, lifted.config.confidence_threshold) == (1.0, 0.0)
 
 
+def test_without_answers_a_tolerance_lets_all_run_and_order_0_plans_every_token():
+    policies = {
+        0: LayerPolicy(kept=None, tolerance=0.5, orders=(0, 1)),
+        1: LayerPolicy(kept=TOP_K, residual=False, gate_mass=0.01, orders=(0,)),
+    }
+    trace, config = settled_trace("probs"), replace(CONFIG, layers=policies, cache_size=0)
+    found = replay(trace, config, step=8)
+    assert found.config.policy(0).kept == TOP_K
+    for layer, experts in ((0, TOP_K), (1, 1)):
+        rates = found.rates(layer)
+        assert rates["shares"]["fast"] == 1.0 and rates["experts_per_token"] == experts
+    assert found.rates(1)["fast"]["recall"] == 0.0  # a key of every token predicts nothing
+    assert replay(settled_trace("ranked"), config, step=8).rates(1)["experts_per_token"] == TOP_K  # nothing to judge by
+
+
 NOTES = {
     "answers are left out, and tolerances with them": ({}, {"default": LayerPolicy()}),
     "over the 2 chosen experts: entropy is at most ln 2 = 0.69": ({}, {}),
