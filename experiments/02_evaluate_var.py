@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shutil
 from functools import partial
 from pathlib import Path
@@ -158,7 +159,7 @@ def distil_answers(args: argparse.Namespace) -> None:
         note(work / "run.json", run, {})
     with Checkpoints(work / "steps") as saved:
         done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
-    made = provenance(seed=args.seed, **origin, config=config, settings=vars(settings))
+    made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
     path = args.output / "distilled.residuals.safetensors"
     answersfile.write(path, done.answers, {"model": model.name, "fingerprint": model.fingerprint, "provenance": made})
     dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
