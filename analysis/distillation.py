@@ -111,7 +111,7 @@ def distil(
         progress: show a bar on standard error.
 
     Raises:
-        ValueError: the answers were distilled before.
+        ValueError: the answers were distilled before, or a layer has none of enough occurrences.
     """
     settings = settings or DistilConfig()
     if answers.distilled:
@@ -120,6 +120,11 @@ def distil(
     table = build(stats, config, model.config.top_k, answers, keep_shapes=True)
     lines = [_lines(answers, layer, settings.min_count) for layer in answers.layers]
     trained = [int((count >= settings.min_count).sum()) for count in answers.count]
+    if 0 in trained:
+        raise ValueError(
+            f"layer {answers.layers[trained.index(0)]} has no answer of min_count={settings.min_count} occurrences to "
+            "train; collect over more text, or lower min_count"
+        )
     corrections = [jnp.zeros((number, model.config.hidden_size), jnp.float32) for number in trained]
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     state: Any = (corrections, optimizer.init(corrections))
@@ -142,11 +147,14 @@ def distil(
                 bar.set_postfix(nats=f"{float(divergence):.4f}")
             if checkpoints and (number + 1) % save_steps == 0:
                 checkpoints.save(number + 1, state)
-    mean = np.array(answers.mean, np.float32)
+    mean, m2 = np.array(answers.mean, np.float32), np.array(answers.m2)
     for a, layer in enumerate(answers.layers):
         padded = np.concatenate([np.asarray(state[0][a]), np.zeros((1, mean.shape[-1]), np.float32)])
-        mean[a] = shrunk(answers, layer, config.residual_shrinkage).answers + padded[lines[a]].sum(axis=1)
-    return Distilled(dataclasses.replace(answers, mean=mean, distilled=True), np.array(divergences, np.float64))
+        estimate = shrunk(answers, layer, config.residual_shrinkage)
+        mean[a] = estimate.answers + padded[lines[a]].sum(axis=1)
+        m2[a] = answers.mass[a] * np.square(estimate.deviation, dtype=np.float64)
+    found = dataclasses.replace(answers, mean=mean, m2=m2, distilled=True)
+    return Distilled(found, np.array(divergences, np.float64))
 
 
 def _lines(answers: Answers, layer: int, min_count: int) -> np.ndarray:

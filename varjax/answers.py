@@ -50,7 +50,7 @@ class Answers:
     m2: np.ndarray  # float64 [A, N], squared distance from the mean, times the squared gate weight, summed
     count: np.ndarray  # int64 [A, N], occurrences
     nonfinite: np.ndarray  # int64 [A], slots left out because an expert gave NaN or infinity
-    # The means were trained: they are used as they are, not shrunk.
+    # The means were trained: they are used as they are, not shrunk, and m2 is mass times the deviation squared.
     distilled: bool = field(default=False, metadata={"static": True})
 
     @classmethod

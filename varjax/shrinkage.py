@@ -34,7 +34,7 @@ def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
     their own spread counts (n - 1 + 2 s) / (n - 1) times, for the mean was fitted to them; it shrinks towards the
     parent's with n - 1 against k0 + 1. Where nothing stands above and there was one occurrence, nothing is known of the
     spread: the variance is the layer's mean squared output, as if there were no answer.
-    Distilled answers are used as they are, with the spread of the outputs that were collected.
+    Distilled answers are used as they are, with the deviations that their means had: the plan stays what it was.
 
     Args:
         layer: one of `answers.layers`.
@@ -48,6 +48,8 @@ def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
     a = answers.layers.index(layer)
     mean, mass, m2, count = (getattr(answers, name)[a] for name in ("mean", "mass", "m2", "count"))
     parent, depth = lineage(answers.keys, answers.entry[a], len(mass))
+    if answers.distilled:
+        return Estimate(np.asarray(mean, np.float32), np.sqrt(m2 / _divisor(mass)).astype(np.float32), parent)
     prior = shrinkage * mass.sum() / max(count.sum(), 1)
     freedom = np.maximum(count - 1, 0)
     silent = np.sum(m2 + mass * _squared(mean)) / _divisor(mass.sum())  # variance of an answer that says nothing
@@ -56,7 +58,7 @@ def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
     for level in range(depth.max(initial=0) + 1):  # every parent before its children
         here = np.flatnonzero(depth == level)
         root = parent[here] == NO_ANSWER
-        share = np.where(root | answers.distilled, 1.0, mass[here] / _divisor(mass[here] + prior))
+        share = np.where(root, 1.0, mass[here] / _divisor(mass[here] + prior))
         rows[here] = share[:, None] * mean[here] + (1 - share)[:, None] * rows[parent[here]]
         fitted = (freedom[here] + 2 * share) / np.maximum(freedom[here], 1)
         own = fitted * m2[here] / _divisor(mass[here]) + _squared(mean[here] - rows[here])

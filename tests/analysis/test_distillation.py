@@ -47,14 +47,15 @@ def test_training_brings_the_model_nearer_to_the_full_one(saved_model, documents
     assert losses["distilled"] < losses["means"]
 
 
-def test_with_nothing_to_train_the_answers_are_the_shrunk_means(saved_model, documents, collected):
-    settings = dataclasses.replace(SETTINGS, steps=2, min_count=10**9)
-    found = distil(saved_model, *collected, documents[:20], CONFIG, settings, progress=False).answers
-    assert found.distilled
+def test_training_leaves_the_deviations_and_what_no_trained_answer_stands_above(collected, distilled):
     for layer in range(2):
-        expected = shrunk(collected[1], layer, CONFIG.residual_shrinkage).answers
-        np.testing.assert_array_equal(found.mean[layer], expected)
-        np.testing.assert_array_equal(shrunk(found, layer, CONFIG.residual_shrinkage).answers, expected)
+        before = shrunk(collected[1], layer, CONFIG.residual_shrinkage)
+        after = shrunk(distilled.answers, layer, CONFIG.residual_shrinkage)
+        np.testing.assert_array_equal(after.answers, distilled.answers.mean[layer])
+        np.testing.assert_allclose(after.deviation, before.deviation, rtol=1e-6)
+        line = _lines(collected[1], layer, SETTINGS.min_count)
+        alone = (line == line.max()).all(axis=1)
+        np.testing.assert_array_equal(after.answers[alone], before.answers[alone])
 
 
 def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, documents, collected, distilled, tmp_path):
@@ -98,5 +99,8 @@ def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, docu
 def test_errors(saved_model, documents, collected, distilled):
     with pytest.raises(ValueError, match="distilled already"):
         distil(saved_model, collected[0], distilled.answers, documents, CONFIG, SETTINGS)
+    few = dataclasses.replace(SETTINGS, min_count=10**9)
+    with pytest.raises(ValueError, match=r"layer 0 has no answer of min_count=1000000000 occurrences"):
+        distil(saved_model, *collected, documents, CONFIG, few)
     with pytest.raises(ValueError, match=r"steps=0: expected at least 1; learning_rate=0: expected more than 0"):
         DistilConfig(steps=0, learning_rate=0)
