@@ -69,7 +69,7 @@ class Distilled:
     """What came of it."""
 
     answers: Answers  # those that were given, with trained means
-    divergence: np.ndarray  # float64 [steps run now], nats per token, of each batch before its step
+    divergence: np.ndarray  # float64 [steps], nats per token, of each batch before its step
 
 
 @jax.tree_util.register_dataclass
@@ -128,25 +128,23 @@ def distil(
     corrections = [jnp.zeros((number, model.config.hidden_size), jnp.float32) for number in trained]
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     state: Any = (corrections, optimizer.init(corrections))
-    done, state = (checkpoints and checkpoints.newest(state)) or (0, state)
+    divergence = np.zeros(settings.steps)
+    done, (state, divergence) = (checkpoints and checkpoints.newest((state, divergence))) or (0, (state, divergence))
     state = jax.tree.map(jnp.asarray, state)
     update = _make_step(model.network, optimizer, config, answers.layers)
     on_device = [jnp.asarray(line) for line in lines]
 
-    divergences: list[Array] = []
     numbered = zip(range(settings.steps), _endless(documents, settings), strict=False)
     with tqdm(numbered, total=settings.steps, unit="step", desc="distillation", disable=not progress) as bar:
         for number, batch in bar:
             if number < done:
                 continue
-            state, divergence = update(
-                state, model.params, table, on_device, jnp.asarray(batch.ids), jnp.asarray(batch.mask)
-            )
-            divergences.append(divergence)
+            state, nats = update(state, model.params, table, on_device, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+            divergence[number] = nats
             if number % 10 == 0:
-                bar.set_postfix(nats=f"{float(divergence):.4f}")
+                bar.set_postfix(nats=f"{divergence[number]:.4f}")
             if checkpoints and (number + 1) % save_steps == 0:
-                checkpoints.save(number + 1, state)
+                checkpoints.save(number + 1, (state, divergence))
     mean, m2 = np.array(answers.mean, np.float32), np.array(answers.m2)
     for a, layer in enumerate(answers.layers):
         padded = np.concatenate([np.asarray(state[0][a]), np.zeros((1, mean.shape[-1]), np.float32)])
@@ -154,7 +152,7 @@ def distil(
         mean[a] = estimate.answers + padded[lines[a]].sum(axis=1)
         m2[a] = answers.mass[a] * np.square(estimate.deviation, dtype=np.float64)
     found = dataclasses.replace(answers, mean=mean, m2=m2, distilled=True)
-    return Distilled(found, np.array(divergences, np.float64))
+    return Distilled(found, divergence)
 
 
 def _lines(answers: Answers, layer: int, min_count: int) -> np.ndarray:

@@ -21,8 +21,9 @@ The settings of `score` under which it gives what the field calls perplexity:
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -210,6 +211,12 @@ def var_runner(var_model: VARModel) -> Runner:
         return out.logits, carry
 
     return run
+
+
+def batch_clock() -> Callable[[], float]:
+    """Seconds that pass by one millisecond a batch: what a cached tier forgets must not depend on the machine."""
+    ticks = itertools.count()
+    return lambda: 1e-3 * next(ticks)
 
 
 @jax.jit

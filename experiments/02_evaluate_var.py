@@ -33,7 +33,7 @@ from analysis.comparison import read_result, report
 from analysis.distillation import DistilConfig, distil
 from analysis.policy import Search, search
 from analysis.provenance import hash_config, provenance, write_json
-from analysis.quality import score, var_runner
+from analysis.quality import batch_clock, score, var_runner
 from analysis.report import summary as overview
 from analysis.scored_points import Subject
 from analysis.study import PARTS, Finding, Part, study
@@ -50,7 +50,7 @@ from varjax.table import build
 
 
 def main() -> None:
-    arguments = parser(__doc__, "results/phase2/result.json")
+    arguments = parser(__doc__, "results/phase2")
     arguments.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
     arguments.add_argument("--routing_stats", type=Path, help="routing_stats.parquet of phase 1")
     arguments.add_argument("--answers", type=Path, help="answers to use, such as distilled ones; none: those beside it")
@@ -59,7 +59,8 @@ def main() -> None:
     arguments.add_argument(
         "--search_policy",
         action="store_true",
-        help="find per-layer policies under the loss budget on the tune split first; written as *.var_config.json",
+        help="find the layers' tolerances under a loss budget on the tune split first, in the place of the preset's or "
+        "the config's policies, without a cached tier; written as *.var_config.json",
     )
     arguments.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
     arguments.add_argument("--budget", type=float, help="of --search_policy, relative loss; none: 0.9 of the config's")
@@ -75,7 +76,14 @@ def main() -> None:
     steps = DistilConfig()
     arguments.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
     arguments.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
+    arguments.add_argument(
+        "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
+    )
     args = arguments.parse_args()
+    of_var = ("routing_stats", "answers", "var_config", "search_policy")
+    for name in of_var if args.mode == "baseline" else ():
+        if getattr(args, name):
+            arguments.error(f"--mode baseline is the plain model; --{name} is for the other modes")
     if args.compare:
         base, other = args.compare
         compare(base, other, args.output)
@@ -94,33 +102,36 @@ def main() -> None:
     elif args.mode:
         evaluate(args)
     else:
-        arguments.error("say what to do: --mode baseline, --mode var, --mode study or --compare A B")
+        arguments.error("say what to do: --mode baseline|var|distil|study, --compare A B or --certify A B ...")
 
 
 def compare(base: Path, other: Path, output: Path) -> None:
     text, fields = report(read_result(base), read_result(other))
     print(text)
-    write_json(output, fields | {"provenance": provenance()})
+    write_json(_file(output, "comparison"), fields | {"provenance": provenance()})
 
 
 def certify(args: argparse.Namespace) -> None:
     base, *others = args.certify
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
-    candidates = {path.stem: read_result(path) for path in others}
+    candidates = {str(path): read_result(path) for path in others}
     certificate = certify_results(read_result(base), candidates, **settings)
     print(certificate_text.text(certificate))
-    write_json(args.output, {"certificate": certificate, "provenance": provenance(seed=args.seed)})
+    write_json(
+        _file(args.output, "certificate"), {"certificate": certificate, "provenance": provenance(seed=args.seed)}
+    )
 
 
 def evaluate(args: argparse.Namespace) -> None:
+    output = _file(args.output, args.mode)
     model, documents, origin = load(args, args.split)
     config, found = choose_config(args, model)
-    var_model = VARModel(model, config)
+    var_model = VARModel(model, config, clock=batch_clock())
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
     scores, state = score(var_runner(var_model), var_model.init(), documents, stride=args.stride, **reading)
 
-    name = args.output.stem
-    scores.save(args.output.parent / f"{name}.documents.parquet")
+    name = output.stem
+    scores.save(output.parent / f"{name}.documents.parquet")
     result: dict[str, Any] = {
         "mode": args.mode,
         **scores.summary(),
@@ -130,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if state is not None:
         shares = summary(state.counters, model.config.top_k)
         result |= {key: shares[key] for key in ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")}
-        config.save(args.output.with_suffix(".var_config.json"))
+        config.save(output.with_suffix(".var_config.json"))
     if not args.no_throughput:
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, **reading)
     if found is not None:
@@ -138,21 +149,24 @@ def evaluate(args: argparse.Namespace) -> None:
         figure = figures.quality_against_experts(
             frontier(found), config.max_quality_degradation, f"Tuning documents ({args.tune_samples} at most)"
         )
-        figures.save(figure, args.output.parent, f"{name}_frontier")
+        figures.save(figure, output.parent, f"{name}_frontier")
     result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_config(config))
-    write_json(args.output, result)
+    write_json(output, result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
         print(var_model.summary(state))
-    print(f"written to {args.output}")
+    if args.mode == "var" and args.split not in ("calibrate", "test"):
+        print(f"the split {args.split!r} holds documents that tables or policies are made from: this flatters VAR")
+    print(f"written to {output}")
 
 
 def distil_answers(args: argparse.Namespace) -> None:
     model, documents, origin = load(args, "build")
     config, _ = choose_config(args, model)
     stats, answers = read_answers(model, config)
-    settings = DistilConfig(args.steps, args.batch_size, args.max_length, args.learning_rate, seed=args.seed)
+    reading = (args.batch_size, args.max_length)
+    settings = DistilConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
     work = args.output / "distil_checkpoints"
     run = {"model": origin["model"], "data": origin["data"], "config": hash_config(config), "settings": vars(settings)}
     if resumed(work / "run.json", run) is None:
@@ -216,12 +230,12 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
     if args.var_config:
         config = VARConfig.load(args.var_config)
         if args.routing_stats:
-            here = VARConfig.from_routing_stats(args.routing_stats)
-            config = dataclasses.replace(config, routing_stats=here.routing_stats, residuals=here.residuals)
+            config = config.at(args.routing_stats, args.answers)
+        elif args.answers:
+            config = dataclasses.replace(config, residuals=str(args.answers))
     else:
-        config = VARConfig.from_routing_stats(args.routing_stats, **PRESETS[args.preset])
-    if args.answers:
-        config = dataclasses.replace(config, residuals=str(args.answers))
+        known: dict[str, Any] = {"residuals": str(args.answers)} if args.answers else {}
+        config = VARConfig.from_routing_stats(args.routing_stats, **PRESETS[args.preset], **known)
     if not args.search_policy:
         return config, None
     stats, answers = read_answers(model, config)
@@ -237,6 +251,11 @@ def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers
     if answers is None:
         raise ValueError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
     return stats, answers
+
+
+def _file(output: Path, name: str) -> Path:
+    """`output`, or a JSON file of that name in it where it is a folder."""
+    return output if output.suffix == ".json" else output / f"{name}.json"
 
 
 def frontier(found: Search) -> dict[str, list[tuple[float, float]]]:

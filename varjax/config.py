@@ -184,6 +184,23 @@ class VARConfig:
             found["default"] = LayerPolicy(kept=None, residual=False)
         return cls(**(found | _known(cls, overrides, "VARConfig")))
 
+    def at(self, routing_stats: str | os.PathLike[str], residuals: str | os.PathLike[str] | None = None) -> VARConfig:
+        """The same settings over other files.
+
+        Args:
+            routing_stats: a statistics file.
+            residuals: a file of answers; None: the one that this config names, if it is there, else the one beside the
+                statistics.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_routing_stats`.
+        """
+        beside = VARConfig.from_routing_stats(routing_stats)
+        own = self.residuals if self.residuals is not None and Path(self.residuals).is_file() else beside.residuals
+        return replace(
+            self, routing_stats=beside.routing_stats, residuals=own if residuals is None else os.fspath(residuals)
+        )
+
     def to_json(self) -> str:
         """JSON text with every field, policies as objects, `layers` keyed by layer number."""
         layers = {str(layer): policy and asdict(policy) for layer, policy in dict(self.layers).items()}

@@ -67,7 +67,7 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, documents, c
         run(saved)
     with Checkpoints(tmp_path) as saved:
         again = run(saved)  # as if killed after the last checkpoint
-    assert len(again.divergence) == 2  # the last checkpoint was after step 10
+    np.testing.assert_allclose(again.divergence, distilled.divergence, rtol=1e-4)
     np.testing.assert_allclose(again.answers.mean, distilled.answers.mean, rtol=1e-5, atol=1e-6)
 
 
