@@ -331,7 +331,10 @@ def test_where_var_loses_is_said_first(kept):
     assert "does not rule out a tie" in close.words[0] and "never" in close.words[0]
 
     won = section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours, 2.0)})))
-    assert won.verdict == "PASS" and "weight ratio" in won.outcome
+    assert won.verdict == "PASS" and "weight ratio" in won.outcome and "not distinguishable" not in str(won)
+    tied = section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours - 0.1, 2.0)})))
+    assert tied.verdict == "PASS" and "not distinguishable from weight ratio" in tied.outcome
+    assert "not distinguishable from weight ratio" in tied.words[0]
     assert section(pretended(found, **dict.fromkeys(names[1:]))).verdict == "PASS"
 
 
