@@ -63,6 +63,7 @@ def evaluate(subject: Subject) -> Alternatives:
     counts = resampled(len(plain.nll), subject.samples, subject.seed)
     scored: dict[str, list[Losses]] = {}
     number = sum(len(family.points) for family in wanted)
+    known = 0  # points that an earlier run scored
     with tqdm(total=number, unit="point", desc="alternatives", disable=not subject.progress) as bar:
         for family in wanted:
             scored[family.name] = []
@@ -70,6 +71,8 @@ def evaluate(subject: Subject) -> Alternatives:
                 changed = table_of(subject, table, family, point)
                 change = [family.change, subject.seed] if family.change == "shuffled" else family.change
                 scored[family.name].append(losses(subject, point.config, changed, change))
+                known += scored[family.name][-1].read_back
+                bar.set_postfix_str(f"{known} read back", refresh=False)
                 bar.update()
     given = scored[VAR][SCALES.index(1.0)]
     return Alternatives(

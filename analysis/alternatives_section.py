@@ -31,7 +31,7 @@ _HIGHEST = 100.0  # per cent that the figure shows
 
 
 def section(found: Alternatives) -> Section:
-    """PASS if no alternative runs fewer experts than VAR at VAR's loss."""
+    """PASS if no alternative runs fewer experts than VAR at VAR's loss, by the estimates; ties are named."""
     lost = losses_of_var(found)
     return Section(
         NAME,
@@ -45,13 +45,16 @@ def section(found: Alternatives) -> Section:
                 f"{'' if _at(curve).high < found.var.experts_per_token else '; the interval does not rule out a tie'}."
                 for curve in lost
             ),
-            f"VAR as it was given: perplexity {_interval(found.var.degradation, '+.2%')} against the plain model's "
+            *_tie_words(found),
+            f"VAR as it was given, without a cached tier: perplexity {_interval(found.var.degradation, '+.2%')} against the plain model's "
             f"{found.perplexity:.3f} per token, {found.var.experts_per_token:.2f} of {found.top_k} experts, "
             f"{found.var.open_share:.1%} of tokens left to the learned router.",
             "Experts at VAR's loss: the fewest along an alternative's curve whose loss is at most VAR's, on straight "
             "lines between points; curves whose dial can be turned back to the plain model begin there. In brackets "
             f"the 95 % interval of {found.samples:,} bootstrap draws of the {found.documents:,} documents, the same "
             "draws for all; experts per token are those over all documents in each of them.",
+            "To read fairly: VAR's tolerances were searched layer by layer, an alternative has one dial for all layers. "
+            "One tolerance for all layers is VAR without that search. The cached tier is off but in cache only.",
             "Token ids only, one tolerance for all layers, shuffled answers and VAR without answers are VAR without "
             "one thing: where they need no more experts, that thing earns nothing.",
         ),
@@ -68,6 +71,16 @@ def losses_of_var(found: Alternatives) -> list[Curve]:
         if curve.at_equal_loss is not None and curve.at_equal_loss.value < found.var.experts_per_token
     ]
     return sorted(better, key=lambda curve: _at(curve).value)
+
+
+def ties(found: Alternatives) -> list[Curve]:
+    """The alternatives that VAR beats by the estimate alone: their interval reaches below VAR's experts."""
+    ours = found.var.experts_per_token
+    return [
+        curve
+        for curve in found.curves[1:]
+        if curve.at_equal_loss and curve.at_equal_loss.low < ours <= _at(curve).value
+    ]
 
 
 def figure(found: Alternatives) -> Figure:
@@ -116,7 +129,17 @@ def _outcome(found: Alternatives, lost: list[Curve]) -> str:
         return f"no alternative gets down to VAR's loss: {ours}"
     nearest = min(there, key=lambda curve: _at(curve).value)
     needed = _interval(_at(nearest), ".2f")
-    return f"no alternative does with fewer than VAR: {ours}; the nearest, {nearest.name}, needs {needed}"
+    equal = ", ".join(curve.name for curve in ties(found))
+    return (
+        f"no alternative does with fewer than VAR: {ours}; the nearest, {nearest.name}, needs {needed}"
+        f"{f'; not distinguishable from {equal}' if equal else ''}"
+    )
+
+
+def _tie_words(found: Alternatives) -> list[str]:
+    named = "; ".join(f"{curve.name} {_interval(_at(curve), '.2f')}" for curve in ties(found))
+    ours = f"{found.var.experts_per_token:.2f} experts"
+    return [f"VAR ({ours}) is not distinguishable from {named}: these intervals reach below it."] if named else []
 
 
 def _summary(found: Alternatives) -> Table:

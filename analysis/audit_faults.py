@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.shuffled import shuffled_answers
 from analysis.text.encoding import Encoded
 from varjax.model import VARModel
 from varjax.routing import Routing
@@ -32,15 +33,6 @@ def faults(var_model: VARModel, seed: int) -> dict[str, VARModel]:
         other = perturbed(model, scale, jax.random.key(seed))
         wrong[f"weights + {scale:.0%} noise"] = VARModel(other, config, table=table)
     return wrong
-
-
-def shuffled_answers(table: RouteTable, rng: np.random.Generator) -> RouteTable:
-    """Every key and expert with the answer of another one; what runs stays the same."""
-    answers = tuple(
-        dataclasses.replace(known, answers=known.answers[rng.permutation(len(known.answers))])
-        for known in table.answers or ()
-    )
-    return dataclasses.replace(table, answers=answers or None)
 
 
 def renumbered(table: RouteTable, rng: np.random.Generator) -> RouteTable:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from analysis.audit_faults import faults, random_texts
 from analysis.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.provenance import hash_json, provenance, write_json
+from analysis.provenance import hash_config, provenance, write_json
 from analysis.quality import score, var_runner
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
@@ -104,7 +104,7 @@ def main() -> None:
                 model={"name": model.name, "fingerprint": model.fingerprint},
                 data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
                 config=var_model.config,
-                config_sha256=hash_json(var_model.config),
+                config_sha256=hash_config(var_model.config),
             ),
         },
     )

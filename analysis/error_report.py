@@ -23,7 +23,7 @@ from analysis.error_sources import Change, ErrorSources, Group, LayersAlone, exa
 from analysis.figures import save
 from analysis.generation_drift import Drift, drift
 from analysis.html_report import write_html
-from analysis.provenance import hash_json, provenance, write_json
+from analysis.provenance import hash_config, provenance, write_json
 from analysis.report import Column, Report, Section, Table, fields, text
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> None:
         save(figure, args.output, name)
     about = provenance(
         seed=args.seed, model={"name": model.name, "fingerprint": model.fingerprint}, data=corpus.about,
-        config=config, config_sha256=hash_json(config),
+        config=config, config_sha256=hash_config(config),
     )  # fmt: skip
     with replacing(args.output / "error_sources.txt") as temporary:
         temporary.write_text(text(said), encoding="utf-8")

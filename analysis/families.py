@@ -3,7 +3,8 @@
 Letters: L layers, K experts per token.
 
 All of them are policies over the table of the policy that was given, built once with fixed shapes. Alternatives that
-look at no token are policies of order 0, whose key every token has.
+look at no token are policies of order 0, whose key every token has. The cached tier is off in all of them, VAR's own
+included, but in "cache only".
 """
 
 from __future__ import annotations
@@ -13,18 +14,17 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from analysis.scored_points import Subject
+from analysis.shuffled import shuffled_answers
 from varjax.config import LayerPolicy, VARConfig
 from varjax.table import RouteTable, with_policies
 
 VAR = "VAR"
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the first expert's weight
 MASSES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the gate's probability
-CONFIDENCES = (0.9, 0.7, 0.5, 0.3, 0.0)
+CACHES = ((0.9, 0.9), (0.7, 0.8), (0.5, 0.7), (0.3, 0.6), (0.0, 0.5))  # confidence to remember, weight to keep
 SCALES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0)  # of the policy's tolerances
 WIDE_SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # where the policy says little about the tolerances to try
 HARMFUL_SCALES = (0.05, 0.1, 0.2, 0.5, 1.0)  # where small tolerances cost much already
@@ -59,7 +59,8 @@ def families(subject: Subject) -> tuple[Family, ...]:
     Raises:
         ValueError: a layer of the given policy does something that its tolerance does not govern.
     """
-    config, top_k = subject.config, subject.model.config.top_k
+    config = dataclasses.replace(subject.config, cache_size=0, cache_layers=None)
+    top_k = subject.model.config.top_k
     policies = _policies(subject)
     tolerances = [policy.tolerance for policy in policies.values() if policy is not None and policy.tolerance]
     typical = math.exp(sum(map(math.log, tolerances)) / len(tolerances))
@@ -70,9 +71,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
 
     def everywhere(**fields: Any) -> VARConfig:
         usual: dict[str, Any] = {"kept": top_k, "orders": (0,), "residual": False}
-        return dataclasses.replace(
-            config, default=LayerPolicy(**(usual | fields)), layers={}, cache_size=0, cache_layers=None
-        )
+        return dataclasses.replace(config, default=LayerPolicy(**(usual | fields)), layers={})
 
     def scaled(scale: float, **fields: Any) -> VARConfig:
         return each(lambda one: dataclasses.replace(one, tolerance=scale * (one.tolerance or 0), **fields))
@@ -81,11 +80,11 @@ def families(subject: Subject) -> tuple[Family, ...]:
         fields: dict[str, Any] = {"kept": top_k, "tolerance": None, "residual": False, "renormalise": True}
         return each(lambda one: dataclasses.replace(one, gate_ratio=ratio, **fields))
 
-    def cached(confidence: float) -> VARConfig:
+    def cached(confidence: float, mass: float) -> VARConfig:
         nothing: dict[str, Any] = {"kept": None, "orders": subject.stats.orders, "frequency_threshold": _NEVER}
-        size = config.cache_size or VARConfig().cache_size
+        size = subject.config.cache_size or VARConfig().cache_size
         alone = everywhere(renormalise=True, **nothing)
-        return dataclasses.replace(alone, cache_size=size, confidence_threshold=confidence)
+        return dataclasses.replace(alone, cache_size=size, confidence_threshold=confidence, mass_threshold=mass)
 
     def points(dials: Iterable[float], config_at: Callable[[float], VARConfig]) -> tuple[Point, ...]:
         return tuple(Point(dial, config_at(dial)) for dial in dials)
@@ -96,6 +95,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
     by_ratio = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, renormalise=True))
     by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalise=True))
     means = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, residual=True))
+    by_cache = tuple(Point(confidence, cached(confidence, mass)) for confidence, mass in CACHES)
     uniform = points(
         [typical * one for one in WIDE_SCALES], lambda t: each(lambda one: dataclasses.replace(one, tolerance=t))
     )
@@ -120,7 +120,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
             "answers of order 1 alone",
             points(WIDE_SCALES, lambda s: scaled(s, orders=(1,))),
         ),
-        Family("cache only", "confidence to remember", "nothing known beforehand", points(CONFIDENCES, cached)),
+        Family("cache only", "confidence to remember, weight to keep with it", "nothing known beforehand", by_cache),
         Family(
             "shuffled answers",
             scale,
@@ -136,22 +136,11 @@ def table_of(subject: Subject, table: RouteTable, family: Family, point: Point) 
     """The table of one point: `table`, which was built from the subject with `keep_shapes`, under its policies."""
     changed = with_policies(table, subject.stats, point.config, subject.answers)
     if family.change == "shuffled":
-        return shuffled(changed, subject.seed)
+        return shuffled_answers(changed, np.random.default_rng(subject.seed))
     if family.change == "same keys":
         given = with_policies(table, subject.stats, subject.config, subject.answers)
         return dataclasses.replace(changed, eligible=given.eligible)
     return changed
-
-
-def shuffled(table: RouteTable, seed: int) -> RouteTable:
-    """Each layer's answers change places; what is known, and how far off it is thought to be, stays where it was."""
-    rng = np.random.default_rng(seed)
-    layers = []
-    for layer in table.answers or ():
-        order = jnp.asarray(rng.permutation(len(layer.answers)))
-        rows, scale = jax.tree.map(lambda leaf, order=order: leaf[order], (layer.answers, layer.scale))
-        layers.append(dataclasses.replace(layer, answers=rows, scale=scale))
-    return dataclasses.replace(table, answers=tuple(layers) if table.answers else None)
 
 
 def _policies(subject: Subject) -> dict[int, LayerPolicy | None]:

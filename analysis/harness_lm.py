@@ -234,8 +234,8 @@ class _Wanted:
         settings = dict(normalize_gen_kwargs(dict(given), min(_MAX_NEW_TOKENS, lm.max_length // 2)))
         until = handle_stop_sequences(settings.pop("until"), lm.tokenizer.decode(lm.eot_token_id))
         new_tokens, sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
-        temperature = float(settings.pop("temperature", 0.0)) if sample else 0.0
-        sampling = Sampling(temperature, settings.pop("top_k", None), settings.pop("top_p", None))
+        temperature = float(settings.pop("temperature", 0.0))  # taken out even where it is not used
+        sampling = Sampling(temperature if sample else 0.0, settings.pop("top_k", None), settings.pop("top_p", None))
         if settings:
             raise ValueError(
                 f"the task asks for {settings} in generation; expected until, max_gen_toks, do_sample, temperature, "

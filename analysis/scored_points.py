@@ -15,6 +15,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from varjax.stats import RoutingStats
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable
 
+FORMAT = 1  # of the files of losses; another one whenever what is scored changes its meaning
 _TICK = 1e-3  # seconds that a batch takes on the cached tier's clock: results must not depend on the machine
 
 
@@ -73,7 +75,8 @@ class Subject:
             sha.update(f"{array.dtype.str}{array.shape}".encode())
             sha.update(array.data)
         model = (self.model.fingerprint, self.model.dtype.name, self.model.engine.name)
-        return hash_json([sha.hexdigest(), *model, self.batch_size, self.max_length, self.stride])
+        made_by = (FORMAT, metadata.version("varjax"))
+        return hash_json([*made_by, sha.hexdigest(), *model, self.batch_size, self.max_length, self.stride])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Losses:
     tokens: np.ndarray  # int64 [N], scored
     experts_per_token: float  # mean over tokens and layers
     open_share: float  # share of tokens and layers that the learned router decided
+    read_back: bool = False  # not scored now but by an earlier run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,4 +164,4 @@ def _write(path: Path, found: Losses, ids: Sequence[str]) -> None:
 def _read(path: Path) -> Losses:
     table = pq.read_table(path)
     about = json.loads(table.schema.metadata[b"varjax"])
-    return Losses(table["nll"].to_numpy(), table["tokens"].to_numpy(), **about)
+    return Losses(table["nll"].to_numpy(), table["tokens"].to_numpy(), **about, read_back=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def study(
     provenance: Mapping[str, Any] | None = None,
     parts: Sequence[Part] | None = None,
 ) -> Report:
-    """Answer every question and write the files.
+    """Answer every question and write the files, anew after each one: a study that is cut short leaves what it answered.
+
+    A part that raises ValueError could not answer its question; the message stands in its section.
 
     Args:
         facts: about model, data and policy, for people.
@@ -101,19 +104,29 @@ def study(
         parts: the questions, in the order of the report; None: `PARTS`.
     """
     results: dict[str, Any] = {}
-    sections: list[Section] = []
+    report = Report("Study of an adaptive routing policy", tuple(facts), _NOTES, ())
     for part in PARTS if parts is None else parts:
-        found = part(subject)
+        found = _answer(part, subject)
         results[found.name] = found.result
-        sections.extend(found.sections)
+        report = dataclasses.replace(report, sections=(*report.sections, *found.sections))
         for name, figure in found.figures.items():
             save(figure, folder, name)
-    report = Report("Study of an adaptive routing policy", tuple(facts), _NOTES, tuple(sections))
-    with replacing(folder / "study.txt") as temporary:
-        temporary.write_text(text(report), encoding="utf-8")
-    write_html(folder / "study.html", report, folder)
-    write_json(folder / "study.json", fields(report) | {"results": results, "provenance": provenance})
+        with replacing(folder / "study.txt") as temporary:
+            temporary.write_text(text(report), encoding="utf-8")
+        write_html(folder / "study.html", report, folder)
+        write_json(folder / "study.json", fields(report) | {"results": results, "provenance": provenance})
     return report
+
+
+def _answer(part: Part, subject: Subject) -> Finding:
+    """What the part found, or why it found nothing."""
+    try:
+        return part(subject)
+    except ValueError as error:
+        asked = part.func if isinstance(part, partial) else part
+        name = asked.__name__
+        question = (asked.__doc__ or name.replace("_", " ")).split("\n")[0]
+        return Finding(name, (Section(name, question, "not measured", str(error)),), {}, None)
 
 
 _NOTES = (

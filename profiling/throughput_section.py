@@ -42,8 +42,8 @@ def section(found: Sequence[Throughput]) -> Section:
             f"Where the gain must vanish: at batch {last.batch} a step of decoding reads {last.distinct[0]:.1f} "
             f"distinct experts of a layer in the plain model and {last.distinct[1]:.1f} under VAR, at batch "
             f"{alone.batch} {alone.distinct[0]:.1f} and {alone.distinct[1]:.1f}. A machine whose time goes into "
-            f"reading weights gains at most {_ratio(last.distinct):.2f}x on the experts' share at batch {last.batch}; "
-            f"one whose time goes into arithmetic keeps its gain. This one measured {last.speedup.value:.2f}x there.",
+            f"reading weights {_most(last.distinct)} on the experts' share at batch {last.batch}; one whose time goes "
+            f"into arithmetic keeps its gain. This one measured {last.speedup.value:.2f}x there.",
         ),
         (Table("Tokens per second", _COLUMNS, tuple(_row(one) for one in found)),),
         (NOTE,),
@@ -77,6 +77,11 @@ def figure(found: Sequence[Throughput]) -> Figure:
 def _ratio(sides: Sequence[float]) -> float:
     """Plain over VAR; infinite where VAR runs nothing."""
     return sides[0] / sides[1] if sides[1] else math.inf
+
+
+def _most(distinct: Sequence[float]) -> str:
+    ratio = _ratio(distinct)
+    return f"gains at most {ratio:.2f}x" if math.isfinite(ratio) else "has no bound (VAR reads no expert)"
 
 
 _COLUMNS = (

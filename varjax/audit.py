@@ -185,7 +185,7 @@ def tally(plan: Plan, router_probs: Array, mask: Array, tokens: Array, error: Ar
     """
     layers, batch = plan.tier.shape[:2]
     of_tier = plan.tier[..., None] == jnp.arange(len(TIERS), dtype=jnp.int8)  # [L, B, T, tiers]
-    agree = plan.routing.experts[..., 0] == jnp.argmax(router_probs, axis=-1).astype(jnp.int32)
+    agree = step.agreed(plan, router_probs)
     audited = of_tier.reshape(layers, -1, len(TIERS))[:, tokens] & (tokens >= 0)[:, None]
     clipped = jnp.where(error <= ERROR_CAP, error, ERROR_CAP)[..., None]
 

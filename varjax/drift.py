@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +192,27 @@ def report(monitor: Monitor) -> dict[str, Any]:
 
 
 def settings_hash(config: VARConfig) -> str:
-    """SHA-256 of a config without its paths: files may move."""
-    return hashlib.sha256(replace(config, routing_stats=None, residuals=None).to_json().encode()).hexdigest()
+    """SHA-256 of a config with what its files hold in the place of their paths: they may move, but not change.
+
+    A path at which no file lies plays no part; the table was given then.
+    """
+    contents = {name: _content_hash(getattr(config, name)) for name in ("routing_stats", "residuals")}
+    return hashlib.sha256(replace(config, **contents).to_json().encode()).hexdigest()
+
+
+def _content_hash(path: str | None) -> str | None:
+    """SHA-256 of a file; None if there is none."""
+    if path is None or not Path(path).is_file():
+        return None
+    about = os.stat(path)
+    return _hashed(path, about.st_size, about.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _hashed(path: str, size: int, modified: int) -> str:
+    """Read once while size and time of change stay: files may be large, and calibrations many."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _look(monitor: Monitor, observed: np.ndarray) -> Monitor:

@@ -191,13 +191,23 @@ def summary(counters: Counters, top_k: int) -> dict[str, Any]:
     return {**_shares(host.sum(axis=1), top_k), "layers": layers}
 
 
+def agreed(plan: Plan, router_probs: Array) -> Array:
+    """bool [L, B, T]: no expert was predicted as the first one but the learned router's.
+
+    Where none was predicted nothing could be wrong: open tokens, and those planned by order 0.
+
+    Args:
+        router_probs: float32 [L, B, T, E], softmax of every layer's gate.
+    """
+    predicted = plan.routing.experts[..., 0]
+    silent = predicted == router_probs.shape[-1]
+    return (predicted == jnp.argmax(router_probs, axis=-1).astype(jnp.int32)) | silent | (plan.tier == LEARNED)
+
+
 def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Array, real: Array) -> Counters:
     tier = jnp.arange(len(TIERS), dtype=jnp.int8)
     of_tier = (plan.tier[..., None] == tier) & real[..., None]  # [L, B, T, 3]
-    predicted = plan.routing.experts[..., 0]
-    learned = jnp.argmax(router_probs, axis=-1).astype(jnp.int32)
-    silent = predicted == router_probs.shape[-1]  # planned, but no expert was predicted: nothing could be wrong
-    agree = ((predicted == learned) | silent | (plan.tier == LEARNED)).astype(jnp.int32)
+    agree = agreed(plan, router_probs).astype(jnp.int32)
     active = jnp.sum(routing.experts < router_probs.shape[-1], axis=-1, dtype=jnp.int32)
 
     def total(values: Array) -> Array:

@@ -156,6 +156,15 @@ def test_cache_only_knows_nothing_beforehand_and_remembers_more_at_a_lower_thres
     cached = [one["cached"] for one in tiers]
     assert all(one["fast"] == 0 for one in tiers)
     assert cached == sorted(cached) and cached[-1] > 0.1
+    last = len(tiers) - 1  # one expert is half of the weight of two
+    assert run("cache only", last)[1]["experts_per_token"] == pytest.approx(2 - cached[-1])
+
+
+def test_no_family_but_the_cache_remembers_anything(subject):
+    given = dataclasses.replace(subject, config=dataclasses.replace(subject.config, cache_size=64, cache_layers=(0,)))
+    for one in families(given):
+        sizes = {point.config.cache_size for point in one.points}
+        assert sizes == ({64} if one.name == "cache only" else {0})
 
 
 def test_shuffled_answers_stand_in_for_the_same_slots(subject, table, family, run):
@@ -322,7 +331,10 @@ def test_where_var_loses_is_said_first(kept):
     assert "does not rule out a tie" in close.words[0] and "never" in close.words[0]
 
     won = section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours, 2.0)})))
-    assert won.verdict == "PASS" and "weight ratio" in won.outcome
+    assert won.verdict == "PASS" and "weight ratio" in won.outcome and "not distinguishable" not in str(won)
+    tied = section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours - 0.1, 2.0)})))
+    assert tied.verdict == "PASS" and "not distinguishable from weight ratio" in tied.outcome
+    assert "not distinguishable from weight ratio" in tied.words[0]
     assert section(pretended(found, **dict.fromkeys(names[1:]))).verdict == "PASS"
 
 

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.harness import evaluate, main
-from analysis.harness_lm import HarnessLM
+from analysis.harness_lm import HarnessLM, _Wanted
 from analysis.quality import plain_runner, score
 from analysis.text.corpus import Document
 from analysis.text.encoding import encode
@@ -111,6 +111,20 @@ def test_generation_equals_the_harness_own_model(reference, hflm):
     ours = HarnessLM(reference, max_length=64, batch_size=2, progress=False).generate_until(asked, disable_tqdm=True)
     assert ours == hflm.generate_until(asked, disable_tqdm=True)
     assert all("." not in text for text in ours) and any(ours)
+
+
+@pytest.mark.parametrize(
+    ("given", "temperature"),
+    [
+        ({}, 0.0),
+        ({"do_sample": False}, 0.0),
+        ({"temperature": 0.0}, 0.0),
+        ({"do_sample": True, "temperature": 0.7}, 0.7),
+    ],
+)
+def test_the_temperature_counts_only_where_the_task_samples(reference, given, temperature):
+    lm = HarnessLM(reference, max_length=64, progress=False)
+    assert _Wanted.of(given | {"max_gen_toks": 4}, lm).sampling.temperature == temperature
 
 
 def test_accuracy_of_questions_with_an_obvious_answer(reference):

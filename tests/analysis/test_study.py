@@ -36,10 +36,24 @@ def test_every_part_stands_in_every_file(tmp_path):
     }
 
 
-def test_a_part_that_fails_writes_no_report(tmp_path):
-    def fails(subject) -> Finding:
-        raise ValueError("no")
+def test_a_part_that_cannot_answer_says_why_and_the_others_stand(tmp_path):
+    def depth(subject) -> Finding:
+        """How deep is it?"""
+        raise ValueError("no plumb line")
 
-    with pytest.raises(ValueError, match="no"):
-        study("blue", tmp_path, parts=(part("sky"), fails))
-    assert not list(tmp_path.glob("study.*"))
+    report = study("blue", tmp_path, parts=(depth, part("sky")))
+    unanswered, answered = report.sections
+    assert (unanswered.name, unanswered.title, unanswered.verdict) == ("depth", "How deep is it?", "not measured")
+    assert unanswered.outcome == "no plumb line" and answered.name == "sky"
+    assert json.loads((tmp_path / "study.json").read_text())["results"] == {"depth": None, "sky": {"answer": "blue"}}
+    assert "no plumb line" in (tmp_path / "study.txt").read_text()
+
+
+def test_a_study_that_is_cut_short_leaves_what_it_answered(tmp_path):
+    def interrupted(subject) -> Finding:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        study("blue", tmp_path, parts=(part("sky"), interrupted))
+    assert json.loads((tmp_path / "study.json").read_text())["results"] == {"sky": {"answer": "blue"}}
+    assert "1. About sky" in (tmp_path / "study.txt").read_text() and (tmp_path / "study.html").exists()

@@ -138,6 +138,15 @@ def test_the_hash_tells_settings_apart_but_not_folders():
     assert drift.settings_hash(here) != drift.settings_hash(dataclasses.replace(here, default=LayerPolicy(kept=0)))
 
 
+def test_the_hash_tells_files_apart_by_what_they_hold(tmp_path):
+    def hashed(name, content):
+        (tmp_path / name).write_bytes(content)
+        return drift.settings_hash(VARConfig(routing_stats="a.parquet", residuals=str(tmp_path / name)))
+
+    assert hashed("a.safetensors", b"answers") == hashed("b.safetensors", b"answers")
+    assert hashed("a.safetensors", b"answers") != hashed("a.safetensors", b"other answers")
+
+
 def test_a_message_names_the_first_drifts_and_counts_the_others():
     rng = np.random.default_rng(10)
     monitor = drift.watch(drift.begin(calibrated(rng)), texts(rng, 2 * TEXTS, error=0.3, agreement=-0.2, open=0.3))
