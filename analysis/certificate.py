@@ -30,13 +30,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from analysis.comparison import MAX_DEGRADATION, Result
+from analysis.comparison import MAX_DEGRADATION, Result, check_pair
 from analysis.provenance import hash_json
 from analysis.quality import Scores
 from varjax.bounds import documents_needed, p_value, upper_bound
@@ -45,6 +45,7 @@ LIMIT = math.log1p(MAX_DEGRADATION)  # nats per token
 MIN_DOCUMENTS = 20  # fewer are refused, and a group of fewer is not certified
 
 Testing = Literal["fixed_sequence", "holm"]
+Drawn = Literal["hash", "first", "unknown"]  # a document is there by the hash of its text, or for standing first
 
 
 class CertificateError(ValueError):
@@ -94,6 +95,7 @@ class Configuration:
     sha256: str
     p: float  # p-value of "its mean increase exceeds the limit"
     certified: bool  # by the procedure of the certificate
+    cached: bool  # a cached tier carried over, so that its documents depended on each other
     overall: Bound
     groups: dict[str, Bound]
 
@@ -112,6 +114,7 @@ class Certificate:
     documents: int
     tokens: int
     unscored: int  # documents without a scored token, left out
+    drawn: Drawn  # how the documents came out of their split
     configurations: tuple[Configuration, ...]  # in the order in which they were given
 
     @property
@@ -130,6 +133,8 @@ def certify(
     limit: float = LIMIT,
     testing: Testing = "fixed_sequence",
     seed: int = 0,
+    drawn: Drawn = "unknown",
+    cached: Collection[str] = (),
 ) -> Certificate:
     """Bound each candidate's increase of loss over the baseline and say which ones stay within the limit.
 
@@ -142,6 +147,8 @@ def certify(
         config_sha256: of every candidate, as `analysis.provenance.hash_config` makes it.
         level: the confidence of each of the three statements above.
         limit: nats per token; the default is a perplexity 1 % higher.
+        drawn: how the documents came out of their split.
+        cached: the candidates that ran with a cached tier.
 
     Raises:
         CertificateError: documents that do not pair or occur twice, losses that are not finite, fewer than
@@ -186,12 +193,14 @@ def certify(
         documents=len(documents),
         tokens=int(tokens.sum()),
         unscored=int((~scored).sum()),
+        drawn=drawn,
         configurations=tuple(
             Configuration(
                 name=name,
                 sha256=config_sha256[name],
                 p=p[name],
                 certified=name in passed,
+                cached=name in cached,
                 overall=bounded(increase, everything, level),
                 groups={one: bounded(increase, group == one, group_level) for one in sizes.index},
             )
@@ -204,34 +213,47 @@ def certify_results(baseline: Result, candidates: Mapping[str, Result], **settin
     """`certify` for evaluations in files, which name model and configuration themselves.
 
     Raises:
-        CertificateError: as `certify` does, and where they evaluate other models or windows, lack their hashes, or
-            come from documents that made or chose the configurations (splits train, build and tune).
+        CertificateError: as `certify` does, and where they lack their hashes, are of another mode than their place in
+            the arguments asks for, or hold documents that made or chose configurations (splits train, build and tune,
+            or all).
+        ResultError: as `analysis.comparison.check_pair`.
     """
     every = {"the baseline": baseline} | dict(candidates)
     origins = {name: result.fields.get("provenance", {}) for name, result in every.items()}
-    models = {name: origin.get("model", {}).get("fingerprint") for name, origin in origins.items()}
     for name, result in every.items():
-        if models[name] is None or "config_sha256" not in origins[name]:
+        model, split = origins[name].get("model", {}), origins[name].get("data", {}).get("split")
+        if model.get("fingerprint") is None or "config_sha256" not in origins[name]:
             raise CertificateError(f"{result.path} names no model and configuration; evaluate again with this version")
-        if models[name] != models["the baseline"]:
+        mode, expected = result.fields.get("mode"), "baseline" if result is baseline else "var"
+        if mode != expected:
             raise CertificateError(
-                f"{result.path} is of another model than {baseline.path}; evaluate both on one model"
+                f"{result.path} is of mode {mode!r}, expected {expected!r}; give the baseline first, then what runs "
+                "under VAR"
             )
-        for field in ("max_length", "stride"):
-            if result.fields.get(field) != baseline.fields.get(field):
-                raise CertificateError(f"{result.path} has another {field} than {baseline.path}; evaluate both alike")
-        split = origins[name].get("data", {}).get("split")
-        if split in ("train", "build", "tune"):
+        check_pair(baseline, result)
+        if split in (None, "train", "build", "tune"):
+            of = "all splits, and train and tune" if split is None else f"the split {split!r}, which"
             raise CertificateError(
-                f"{result.path} is of the split {split!r}, which made or chose configurations; evaluate on 'calibrate'"
+                f"{result.path} is of {of} made or chose configurations; evaluate on 'calibrate', or 'test'"
             )
+    data, configs = origins["the baseline"]["data"], {name: origins[name].get("config", {}) for name in candidates}
     return certify(
         Losses.of(baseline),
         {name: Losses.of(result) for name, result in candidates.items()},
-        model_sha256=models["the baseline"],
+        model_sha256=origins["the baseline"]["model"]["fingerprint"],
         config_sha256={name: origins[name]["config_sha256"] for name in candidates},
+        drawn=_drawn(data),
+        cached=[name for name, config in configs.items() if config.get("cache_size", 0) > 0],
         **settings,
     )
+
+
+def _drawn(data: Mapping[str, Any]) -> Drawn:
+    """How the documents that a result file's `data` describes came out of their split."""
+    if "limit" not in data or "documents" not in data:
+        return "unknown"
+    cut = data["limit"] is not None and data["documents"] >= data["limit"]
+    return "first" if cut and data.get("dataset") != "embedded" else "hash"  # the embedded corpus comes in hash order
 
 
 def fixed_sequence(p: Mapping[str, float], alpha: float) -> set[str]:

@@ -58,17 +58,47 @@ def paragraph(certificate: Certificate) -> str:
         'Covered: the (geometric) mean over documents, each counted once however long; "all tokens" weighs them by '
         f"length and is an estimate without guarantee. A document's change counts as {certificate.clip:g} nats per "
         f"token ({_percent(certificate.clip)}) at most: how many were clipped is in the table, what they cost beyond "
-        "that is not covered. The documents are a sample of the corpus, drawn by a hash of their text; the bound is "
-        "about that corpus and text of its kind.",
+        f"that is not covered. {_sample(certificate)}",
         "Not covered: text of other kinds; any single document; text that the model writes itself, because here it "
         "reads given text and its prediction of each next token is scored; answers, other tasks and speed; another "
         "model or configuration than those named by hash; a cache that carries over from document to document, because "
         "documents are taken as independent.",
+        *_dependent(certificate),
         *(_more_documents(one) for one in certificate.configurations),
     ]
     if certificate.unscored:
         words.append(f"Left out for having no scored token: {certificate.unscored} documents.")
     return " ".join(words)
+
+
+def _sample(certificate: Certificate) -> str:
+    """Which text the bound is about."""
+    if certificate.drawn == "hash":
+        return (
+            "The documents are a sample of the corpus, drawn by a hash of their text; the bound is about that corpus "
+            "and text of its kind."
+        )
+    if certificate.drawn == "first":
+        return (
+            f"The documents are the first {certificate.documents + certificate.unscored:,} of the split, not a random "
+            "sample: the bound is about text that these stand for, and about the corpus only if its order means "
+            "nothing."
+        )
+    return (
+        "If the documents are a random sample of a corpus, the bound is about that corpus and text of its kind; how "
+        "they were drawn is not known here."
+    )
+
+
+def _dependent(certificate: Certificate) -> list[str]:
+    """A warning where the certificate's assumption fails."""
+    named = ", ".join(one.name for one in certificate.configurations if one.cached)
+    if not named:
+        return []
+    return [
+        f"Take care: {named} ran with a cached tier, whose documents depend on those before, so the bound is not "
+        "guaranteed there; evaluate with cache_size=0."
+    ]
 
 
 def _more_documents(one: Configuration) -> str:

@@ -69,11 +69,29 @@ def read_result(path: Path) -> Result:
     return Result(path, fields, pd.read_parquet(table))
 
 
+def check_pair(base: Result, other: Result) -> None:
+    """Raises ResultError if the two are not of one model, read in one way: their losses would differ for that alone."""
+
+    def settings(result: Result) -> dict[str, Any]:
+        model = result.fields.get("provenance", {}).get("model", {})
+        windows = {name: result.fields.get(name) for name in ("max_length", "stride", "prefix_id")}
+        return {"model fingerprint": model.get("fingerprint"), "model dtype": model.get("dtype"), **windows}
+
+    ours, theirs = settings(base), settings(other)
+    for name, value in theirs.items():
+        if value != ours[name]:
+            raise ResultError(
+                f"{other.path} has another {name} ({value}) than {base.path} ({ours[name]}); evaluate both alike"
+            )
+
+
 def degradation(base: Result, other: Result, samples: int = 2000, seed: int = 0) -> Estimate:
     """Relative change of perplexity per token from `base` to `other`, over the documents that both scored.
 
-    Raises ResultError if they scored different documents or tokens: nothing could be paired.
+    Raises ResultError if they scored different documents or tokens, so that nothing could be paired, or `check_pair`
+    does.
     """
+    check_pair(base, other)
     pair = base.documents.merge(other.documents, on="id", suffixes=("", "_other"))
     if len(pair) != len(base.documents) or len(pair) != len(other.documents) or len(pair) == 0:
         raise ResultError(

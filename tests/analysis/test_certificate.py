@@ -17,7 +17,7 @@ from analysis.certificate import (
 )
 from analysis.certificate_simulation import GOOD, POPULATIONS, allowed, coverage, family_wise
 from analysis.certificate_text import paragraph, text
-from analysis.comparison import Result, degradation
+from analysis.comparison import Result, ResultError, degradation
 from analysis.provenance import write_json
 from analysis.quality import Scores
 from varjax.bounds import upper_bound
@@ -158,15 +158,22 @@ def test_the_text_says_what_is_certified_and_what_is_not_covered():
     assert paragraph(certificate({"bad": losses(increases(0.012))})).startswith("Certified: none.")
 
 
+ORIGIN = {"model": {"fingerprint": "m"}, "config_sha256": "c-var", "data": {"split": "calibrate"}}
+
+
 def result_of(path, source, **fields):
     table = pd.DataFrame({"id": source.ids, "group": source.groups, "nll": source.nll, "tokens": source.tokens})
-    origin = {"model": {"fingerprint": "m"}, "config_sha256": "c-var", "data": {"split": "calibrate"}}
-    return Result(path, {"max_length": 256, "stride": 256, "provenance": origin} | fields, table)
+    usual = {"mode": "var", "max_length": 256, "stride": 256, "provenance": ORIGIN}
+    return Result(path, usual | fields, table)
+
+
+def baseline_of(path, source=None, **fields):
+    return result_of(path, source or losses(), mode="baseline", **fields)
 
 
 def test_evaluations_in_files_and_in_memory_give_the_same(tmp_path):
     increase = increases(0.004)
-    base, other = (result_of(tmp_path / name, losses(more)) for name, more in (("a", 0.0), ("b", increase)))
+    base, other = baseline_of(tmp_path / "a"), result_of(tmp_path / "b", losses(increase))
     result = certify_results(base, {"var": other}, clip=CLIP)
     assert result == certificate({"var": losses(increase)})
     assert math.expm1(only(result).overall.pooled) == pytest.approx(degradation(base, other, samples=10).value)
@@ -179,8 +186,12 @@ def test_evaluations_in_files_and_in_memory_give_the_same(tmp_path):
     ("fields", "message"),
     [
         ({"stride": 128}, "another stride"),
+        ({"prefix_id": 1}, "another prefix_id"),
+        ({"mode": "baseline"}, "of mode 'baseline', expected 'var'"),
+        ({"provenance": ORIGIN | {"model": {"fingerprint": "m", "dtype": "bfloat16"}}}, "another model dtype"),
+        ({"provenance": ORIGIN | {"data": {"split": None}}}, "all splits.*'calibrate', or 'test'"),
         ({"provenance": {}}, "names no model"),
-        ({"provenance": {"model": {"fingerprint": "x"}, "config_sha256": "c"}}, "another model"),
+        ({"provenance": {"model": {"fingerprint": "x"}, "config_sha256": "c"}}, "another model fingerprint"),
         (
             {"provenance": {"model": {"fingerprint": "m"}, "config_sha256": "c", "data": {"split": "tune"}}},
             "split 'tune'",
@@ -188,9 +199,40 @@ def test_evaluations_in_files_and_in_memory_give_the_same(tmp_path):
     ],
 )
 def test_evaluations_that_cannot_be_certified_are_named(tmp_path, fields, message):
-    base, other = result_of(tmp_path / "a", losses()), result_of(tmp_path / "b", losses(0.001), **fields)
-    with pytest.raises(CertificateError, match=message):
+    base, other = baseline_of(tmp_path / "a"), result_of(tmp_path / "b", losses(0.001), **fields)
+    with pytest.raises((CertificateError, ResultError), match=message):
         certify_results(base, {"var": other}, clip=CLIP)
+
+
+def test_swapped_arguments_are_refused(tmp_path):
+    base, other = baseline_of(tmp_path / "a"), result_of(tmp_path / "b", losses(0.001))
+    with pytest.raises(CertificateError, match="of mode 'var', expected 'baseline'; give the baseline first"):
+        certify_results(other, {"base": base}, clip=CLIP)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({}, "how they were drawn is not known"),
+        ({"dataset": "a.txt", "limit": 400, "documents": 400}, "the first 400 of the split"),
+        ({"dataset": "a.txt", "limit": 500, "documents": 400}, "drawn by a hash of their text"),
+        ({"dataset": "a.txt", "limit": None, "documents": 400}, "drawn by a hash of their text"),
+        ({"dataset": "embedded", "limit": 400, "documents": 400}, "drawn by a hash of their text"),
+    ],
+)
+def test_the_text_says_how_the_documents_were_drawn(tmp_path, data, words):
+    origin = {"provenance": ORIGIN | {"data": {"split": "calibrate", **data}}}
+    base, other = baseline_of(tmp_path / "a", **origin), result_of(tmp_path / "b", losses(0.001), **origin)
+    assert words in paragraph(certify_results(base, {"var": other}, clip=CLIP))
+
+
+def test_the_text_warns_of_a_cache_that_makes_documents_depend_on_each_other(tmp_path):
+    for size in (0, 64):
+        origin = {"provenance": ORIGIN | {"config": {"cache_size": size}}}
+        result = certify_results(
+            baseline_of(tmp_path / "a"), {"bold": result_of(tmp_path / "b", losses(0.001), **origin)}, clip=CLIP
+        )
+        assert ("bold ran with a cached tier" in paragraph(result)) == (size > 0)
 
 
 def changed(**fields):

@@ -72,6 +72,10 @@ def test_what_cannot_be_paired_is_refused(pair, tmp_path):
     longer = read_result(write_result(tmp_path, "longer", [300.0] * 50, tokens=200))
     with pytest.raises(ResultError, match="different tokens"):
         degradation(base, longer)
+    for fields in ({"stride": 64}, {"prefix_id": 1}, {"provenance": {"model": {"dtype": "bfloat16"}}}):
+        other = read_result(write_result(tmp_path, "other", [300.0] * 50, **fields))
+        with pytest.raises(ResultError, match=r"other\.json has another .*; evaluate both alike"):
+            report(base, other)
 
 
 @pytest.mark.parametrize(
