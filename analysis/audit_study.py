@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from analysis.audit_faults import faults, random_texts
 from analysis.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.provenance import hash_config, provenance, write_json
+from analysis.provenance import provenance, write_json
 from analysis.quality import score, var_runner
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
@@ -104,7 +104,7 @@ def main() -> None:
                 model={"name": model.name, "fingerprint": model.fingerprint},
                 data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
                 config=var_model.config,
-                config_sha256=hash_config(var_model.config),
+                config_sha256=var_model.config.digest(),
             ),
         },
     )
@@ -132,8 +132,7 @@ def chosen_config(args: argparse.Namespace) -> VARConfig:
     """--var_config on these statistics, or a policy under which nearly every key answers; no cached tier."""
     here = VARConfig.from_routing_stats(args.routing_stats, frequency_threshold=5, entropy_threshold=3.0, cache_size=0)
     if args.var_config:
-        given = VARConfig.load(args.var_config)
-        return dataclasses.replace(given, routing_stats=here.routing_stats, residuals=here.residuals, cache_size=0)
+        return dataclasses.replace(VARConfig.load(args.var_config).at(args.routing_stats), cache_size=0)
     return dataclasses.replace(here, default=LayerPolicy(kept=1, residual=True, orders=(1, 2)))
 
 

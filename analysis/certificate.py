@@ -144,7 +144,7 @@ def certify(
     Args:
         candidates: by name, in the order in which "fixed_sequence" tests them.
         clip: nats per token, above `limit`; 0.2 is a document whose perplexity rises by 22 %.
-        config_sha256: of every candidate, as `analysis.provenance.hash_config` makes it.
+        config_sha256: of every candidate, as `VARConfig.digest` makes it.
         level: the confidence of each of the three statements above.
         limit: nats per token; the default is a perplexity 1 % higher.
         drawn: how the documents came out of their split.

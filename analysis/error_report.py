@@ -23,7 +23,7 @@ from analysis.error_sources import Change, ErrorSources, Group, LayersAlone, exa
 from analysis.figures import save
 from analysis.generation_drift import Drift, drift
 from analysis.html_report import write_html
-from analysis.provenance import hash_config, provenance, write_json
+from analysis.provenance import provenance, write_json
 from analysis.report import Column, Report, Section, Table, fields, text
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
@@ -81,8 +81,7 @@ def _run(args: argparse.Namespace) -> None:
     model = load_model(args.model, args.dtype)
     config = VARConfig.load(args.var_config)
     if args.routing_stats:
-        here = VARConfig.from_routing_stats(args.routing_stats)
-        config = dataclasses.replace(config, routing_stats=here.routing_stats, residuals=here.residuals)
+        config = config.at(args.routing_stats)
     stats, answers = read_files(model, config)
     split = None if args.split == "all" else args.split
     corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
@@ -107,7 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         save(figure, args.output, name)
     about = provenance(
         seed=args.seed, model={"name": model.name, "fingerprint": model.fingerprint}, data=corpus.about,
-        config=config, config_sha256=hash_config(config),
+        config=config, config_sha256=config.digest(),
     )  # fmt: skip
     with replacing(args.output / "error_sources.txt") as temporary:
         temporary.write_text(text(said), encoding="utf-8")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.harness_lm import HarnessLM  # says what to install where the harness is missing
-from analysis.provenance import hash_config, provenance, write_json
+from analysis.provenance import provenance, write_json
 from models import load_model
 from varjax.config import VARConfig
 from varjax.model import VARModel
@@ -124,7 +124,7 @@ def _command(args: argparse.Namespace) -> None:
     if found.get("groups"):
         print(make_table(found, "groups"))
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
-    origin = {"model": about, "config": config, "config_sha256": hash_config(config), "lm_eval": __version__}
+    origin = {"model": about, "config": config, "config_sha256": config.digest(), "lm_eval": __version__}
     result = {name: found[name] for name in _TAKEN if name in found}
     if lm.state is not None:
         shares = summary(lm.state.counters, model.config.top_k)

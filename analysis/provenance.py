@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from varjax.config import VARConfig
 from varjax.files import replacing
 
 _DISTRIBUTIONS = ("varjax", "jax", "jaxlib", "flax", "numpy", "transformers")
@@ -59,17 +58,6 @@ def hash_json(obj: Any) -> str:
     """SHA-256 of `obj`'s JSON as `write_json` would convert it, in any order of keys."""
     text = json.dumps(_plain(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def hash_config(config: VARConfig) -> str:
-    """SHA-256 of a config with what its files hold in the place of their paths: it names a policy *and* its table."""
-    contents: dict[str, Any] = {}
-    for name in ("routing_stats", "residuals"):
-        path = getattr(config, name)
-        if path is not None:
-            with open(path, "rb") as file:
-                contents[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hash_json(dataclasses.replace(config, **contents))
 
 
 def _version(distribution: str) -> str | None:

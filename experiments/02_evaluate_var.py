@@ -32,7 +32,7 @@ from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.comparison import read_result, report
 from analysis.distillation import DistilConfig, distil
 from analysis.policy import Search, search
-from analysis.provenance import hash_config, provenance, write_json
+from analysis.provenance import provenance, write_json
 from analysis.quality import batch_clock, score, var_runner
 from analysis.report import summary as overview
 from analysis.scored_points import Subject
@@ -150,7 +150,7 @@ def evaluate(args: argparse.Namespace) -> None:
             frontier(found), config.max_quality_degradation, f"Tuning documents ({args.tune_samples} at most)"
         )
         figures.save(figure, output.parent, f"{name}_frontier")
-    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_config(config))
+    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     write_json(output, result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
@@ -168,7 +168,7 @@ def distil_answers(args: argparse.Namespace) -> None:
     reading = (args.batch_size, args.max_length)
     settings = DistilConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
     work = args.output / "distil_checkpoints"
-    run = {"model": origin["model"], "data": origin["data"], "config": hash_config(config), "settings": vars(settings)}
+    run = {"model": origin["model"], "data": origin["data"], "config": config.digest(), "settings": vars(settings)}
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
     with Checkpoints(work / "steps") as saved:
@@ -206,7 +206,7 @@ def study_policy(args: argparse.Namespace) -> None:
         ("data", f"{args.dataset}, split {args.split}"),
         ("policy", str(args.var_config or "found on the tune split")),
     )
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=hash_config(config))
+    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
     said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
     config.save(args.output / "var_config.json")

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from varjax import drift, step
-from varjax.drift import Calibration, DriftWarning, Monitor, settings_hash
+from varjax.drift import Calibration, DriftWarning, Monitor
 from varjax.model import Network, VARModel, VAROutput
 from varjax.routing import LEARNED, Plan
 from varjax.step import Settings, VARState
@@ -61,7 +61,7 @@ class Auditor:
             raise ValueError("VAR is switched off (enable_var=False): there is nothing to audit")
         if on_drift not in get_args(OnDrift):
             raise ValueError(f"on_drift={on_drift!r}: expected {' or '.join(map(repr, get_args(OnDrift)))}")
-        ours = {"fingerprint": var_model.model.fingerprint, "config_sha256": settings_hash(var_model.config)}
+        ours = {"fingerprint": var_model.model.fingerprint, "config_sha256": var_model.config.digest()}
         for name, value in ours.items():
             theirs = getattr(calibration, name)
             if theirs != value:

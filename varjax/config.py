@@ -10,6 +10,7 @@ are frozen, checked when they are made (every fault in one error), and survive a
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import math
 import numbers
@@ -228,6 +229,20 @@ class VARConfig:
                 for key, value in values["layers"].items()
             )
         return cls(**values)
+
+    def digest(self) -> str:
+        """SHA-256 of the settings with what the files hold in the place of their paths: they may move, but not change.
+
+        It names a policy and its table. A path at which no file lies plays no part: the table was given then.
+        """
+        contents: dict[str, Any] = {}
+        for name in ("routing_stats", "residuals"):
+            path = getattr(self, name)
+            contents[name] = None
+            if path is not None and Path(path).is_file():
+                with open(path, "rb") as file:
+                    contents[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(replace(self, **contents).to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `to_json()`, whole or not at all."""

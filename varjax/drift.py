@@ -19,11 +19,9 @@ was as full in calibration as it is in the run; the fast tier and the open share
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +60,7 @@ class Calibration:
     """The calibrated values of one model under one config."""
 
     fingerprint: str  # of the model
-    config_sha256: str  # `settings_hash`
+    config_sha256: str  # `VARConfig.digest`
     share: float  # of the planned tokens that is audited
     texts: int
     values: tuple[Calibrated, ...]
@@ -147,7 +145,7 @@ def calibrate(
         if len(seen) >= 2 and stream.signal != "error":
             lower = -bounds.upper_bound(-seen, -high, -low, level)
         values.append(Calibrated(stream, len(seen), float(seen.mean()) if len(seen) else None, lower, upper))
-    return Calibration(fingerprint, settings_hash(config), share, len(observed), tuple(values))
+    return Calibration(fingerprint, config.digest(), share, len(observed), tuple(values))
 
 
 def begin(calibration: Calibration) -> Monitor:
@@ -189,30 +187,6 @@ def report(monitor: Monitor) -> dict[str, Any]:
         "drifts": drifts,
         "streams": streams,
     }
-
-
-def settings_hash(config: VARConfig) -> str:
-    """SHA-256 of a config with what its files hold in the place of their paths: they may move, but not change.
-
-    A path at which no file lies plays no part; the table was given then.
-    """
-    contents = {name: _content_hash(getattr(config, name)) for name in ("routing_stats", "residuals")}
-    return hashlib.sha256(replace(config, **contents).to_json().encode()).hexdigest()
-
-
-def _content_hash(path: str | None) -> str | None:
-    """SHA-256 of a file; None if there is none."""
-    if path is None or not Path(path).is_file():
-        return None
-    about = os.stat(path)
-    return _hashed(path, about.st_size, about.st_mtime_ns)
-
-
-@lru_cache(maxsize=8)
-def _hashed(path: str, size: int, modified: int) -> str:
-    """Read once while size and time of change stay: files may be large, and calibrations many."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _look(monitor: Monitor, observed: np.ndarray) -> Monitor:

@@ -218,3 +218,29 @@ def test_from_routing_stats_finds_the_residual_rows_beside_it(tmp_path):
 
 def test_every_field_is_in_the_json():
     assert set(json.loads(VARConfig().to_json())) == {f.name for f in dataclasses.fields(VARConfig)}
+
+
+def test_the_digest_tells_settings_apart_but_not_folders():
+    here = VARConfig(routing_stats="a.parquet", residuals="a.safetensors")
+    assert here.digest() == dataclasses.replace(here, routing_stats="b.parquet").digest()
+    assert here.digest() != dataclasses.replace(here, default=LayerPolicy(kept=0)).digest()
+
+
+def test_the_digest_tells_files_apart_by_what_they_hold(tmp_path):
+    def hashed(name, content):
+        (tmp_path / name).write_bytes(content)
+        return VARConfig(routing_stats="a.parquet", residuals=str(tmp_path / name)).digest()
+
+    assert hashed("a.safetensors", b"answers") == hashed("b.safetensors", b"answers")
+    assert hashed("a.safetensors", b"answers") != hashed("a.safetensors", b"other answers")
+
+
+def test_other_files_are_taken_but_answers_that_a_config_names_stay_its_own(tmp_path):
+    stats, beside, own = tmp_path / "s.parquet", tmp_path / "s.residuals.safetensors", tmp_path / "own.safetensors"
+    stats.write_bytes(b"PAR1")
+    beside.touch()
+    config = VARConfig(residuals=str(own), cache_size=7)
+    assert config.at(stats) == dataclasses.replace(config, routing_stats=str(stats), residuals=str(beside))
+    own.touch()
+    assert config.at(stats).residuals == str(own)
+    assert config.at(stats, beside).residuals == str(beside)

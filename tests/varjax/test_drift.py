@@ -1,12 +1,10 @@
 """Drift on made-up observations: quiet where nothing changes, soon where something does, the same however it comes."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from varjax import bounds, drift
-from varjax.config import LayerPolicy, VARConfig
+from varjax.config import VARConfig
 from varjax.drift import ALPHA, LOOK, Calibration
 from varjax.streams import Stream, watched
 
@@ -130,21 +128,6 @@ def test_a_file_that_is_none_is_named(tmp_path, text):
 def test_one_text_calibrates_nothing():
     with pytest.raises(ValueError, match="1 calibration texts; give at least two"):
         calibrated(np.random.default_rng(9), 1)
-
-
-def test_the_hash_tells_settings_apart_but_not_folders():
-    here = VARConfig(routing_stats="a.parquet", residuals="a.safetensors")
-    assert drift.settings_hash(here) == drift.settings_hash(dataclasses.replace(here, routing_stats="b.parquet"))
-    assert drift.settings_hash(here) != drift.settings_hash(dataclasses.replace(here, default=LayerPolicy(kept=0)))
-
-
-def test_the_hash_tells_files_apart_by_what_they_hold(tmp_path):
-    def hashed(name, content):
-        (tmp_path / name).write_bytes(content)
-        return drift.settings_hash(VARConfig(routing_stats="a.parquet", residuals=str(tmp_path / name)))
-
-    assert hashed("a.safetensors", b"answers") == hashed("b.safetensors", b"answers")
-    assert hashed("a.safetensors", b"answers") != hashed("a.safetensors", b"other answers")
 
 
 def test_a_message_names_the_first_drifts_and_counts_the_others():
