@@ -46,16 +46,16 @@ def section(found: Alternatives) -> Section:
                 for curve in lost
             ),
             *_tie_words(found),
-            "VAR as it was given, without a cached tier: perplexity "
-            f"{_interval(found.var.degradation, '+.2%')} against the plain model's {found.perplexity:.3f} per token, "
-            f"{found.var.experts_per_token:.2f} of {found.top_k} experts, {found.var.open_share:.1%} of tokens left to "
-            "the learned router.",
+            f"VAR as it was given, without a cached tier: perplexity {_interval(found.var.degradation, '+.2%')} "
+            f"against the plain model's {found.perplexity:.3f} per token, {found.var.experts_per_token:.2f} of "
+            f"{found.top_k} experts, {found.var.open_share:.1%} of tokens left to the learned router.",
             "Experts at VAR's loss: the fewest along an alternative's curve whose loss is at most VAR's, on straight "
             "lines between points; curves whose dial can be turned back to the plain model begin there. In brackets "
             f"the 95 % interval of {found.samples:,} bootstrap draws of the {found.documents:,} documents, the same "
             "draws for all; experts per token are those over all documents in each of them.",
-            "To read fairly: VAR's tolerances were searched layer by layer, an alternative has one dial for all. "
-            "One tolerance for all layers is VAR without that search. The cached tier is off but in cache only.",
+            "To read fairly: VAR's tolerances were searched layer by layer, the rules that others proposed have one "
+            "dial for all layers. One tolerance for all layers is VAR without that search. The cached tier is off in "
+            "all rules but cache only.",
             "Token ids only, one tolerance for all layers, shuffled answers and VAR without answers are VAR without "
             "one thing: where they need no more experts, that thing earns nothing.",
         ),

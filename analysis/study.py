@@ -94,7 +94,7 @@ def study(
     provenance: Mapping[str, Any] | None = None,
     parts: Sequence[Part] | None = None,
 ) -> Report:
-    """Answer every question and write the files, anew after each: a study that is cut short leaves what it answered.
+    """Answer every question and write the files, anew after each one, so that a study cut short leaves its answers.
 
     A part that raises ValueError could not answer its question; the message stands in its section.
 

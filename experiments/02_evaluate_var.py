@@ -157,7 +157,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if state is not None:
         print(var_model.summary(state))
     if args.mode == "var" and args.split not in ("calibrate", "test"):
-        print(f"the split {args.split!r} holds documents that tables or policies are made from: this flatters VAR")
+        print(f"if tables or the policy were made from this dataset, its split {args.split!r} flatters VAR")
     print(f"written to {output}")
 
 
