@@ -17,6 +17,7 @@ import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,8 +241,8 @@ class VARConfig:
             path = getattr(self, name)
             contents[name] = None
             if path is not None and Path(path).is_file():
-                with open(path, "rb") as file:
-                    contents[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                found = os.stat(path)
+                contents[name] = _content_hash(path, found.st_size, found.st_mtime_ns)
         return hashlib.sha256(replace(self, **contents).to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -265,6 +266,13 @@ class VARConfig:
 def residuals_beside(stats: Path) -> Path:
     """Where the residual rows that belong to a statistics file are kept."""
     return stats.with_name(f"{stats.stem}.residuals.safetensors")
+
+
+@lru_cache(maxsize=8)
+def _content_hash(path: str, size: int, modified: int) -> str:
+    """SHA-256 of a file, read once while size and time of change stay: answers may be large."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Check:
