@@ -192,7 +192,7 @@ def _make_step(
             known[layer] = Corrected(**own, correction=correction, line=line)
         state = var_step.init(table, config, ids.shape[0])
         how = Settings.of(config, table.num_layers)
-        plan = var_step.plan(table, state, ids, jnp.float32(0), how, mask)
+        plan = var_step.plan(table, state, ids, jnp.int32(0), how, mask)
         teacher = jax.lax.stop_gradient(network.forward(params, ids, attention_mask=mask).logits)
         student = network.forward(params, ids, attention_mask=mask, plan=plan, answers=tuple(known)).logits
         target = jax.nn.log_softmax(teacher, axis=-1)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import warnings
 from math import ceil
 
@@ -213,7 +214,7 @@ def test_warns_once_names_what_drifted_and_goes_on(small_var_model, calibration,
     auditor = Auditor(broken(small_var_model), calibration)
     state, audit_state, message = drifting(auditor, ids)
     calibrated = calibration.values[0].mean
-    assert "error over all layers is 1.000" in message and f"calibrated {calibrated:.3f}" in message
+    assert re.search(r"error over all layers is 0\.9\d+ \(bound", message) and f"calibrated {calibrated:.3f}" in message
     out, _, _ = auditor(ids, state, audit_state)
     assert out.plan is not None
 
@@ -240,7 +241,7 @@ def test_what_does_not_fit_is_refused(small_var_model, calibration):
     other = dataclasses.replace(calibration, fingerprint="0" * 64)
     with pytest.raises(ValueError, match=r"fingerprint 000000000000…, this model .*; calibrate anew"):
         Auditor(small_var_model, other)
-    changed = dataclasses.replace(small_var_model.config, residual_shrinkage=1.0)
+    changed = dataclasses.replace(small_var_model.config, residual_shrinkage=2.0)
     with pytest.raises(ValueError, match="config_sha256"):
         Auditor(VARModel(small_var_model.model, changed, table=small_var_model.table), calibration)
     with pytest.raises(ValueError, match="on_drift='stop': expected 'warn' or 'disable'"):
