@@ -197,13 +197,14 @@ def _make_step(
         student = network.forward(params, ids, attention_mask=mask, plan=plan, answers=tuple(known)).logits
         target = jax.nn.log_softmax(teacher, axis=-1)
         divergence = jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(student, axis=-1)), axis=-1)
-        return jnp.sum(jnp.where(mask, divergence, 0)) / jnp.sum(mask)
+        return jnp.sum(jnp.where(mask, divergence, 0)) / jnp.sum(mask, dtype=jnp.float32)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: Any, *rest: Any) -> tuple[Any, Array]:
         corrections, inner = state
         divergence, grads = jax.value_and_grad(objective)(corrections, *rest)
-        updates, inner = optimizer.update(grads, inner)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, inner = optimizer.update(grads, inner)
         return (optax.apply_updates(corrections, updates), inner), divergence
 
     return step
