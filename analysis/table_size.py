@@ -10,6 +10,7 @@ shape, in which an answer that is not kept cannot be found.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from analysis.scored_points import Measured, Subject, losses, measured, resampled
 from varjax.config import AnswerType
+from varjax.keys import KeyIndex
 from varjax.routing import NO_ANSWER
 from varjax.table import RouteTable, build
 
@@ -57,26 +59,44 @@ def table_sizes(subject: Subject) -> TableSizes:
     counts = resampled(len(plain.nll), subject.samples, subject.seed)
     top_k = subject.model.config.top_k
     whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
-    most = max(held(build(subject.stats, whole, top_k, subject.answers)), default=0)
+    everything = build(subject.stats, whole, top_k, subject.answers, keep_shapes=True)
+    most = max(shipped(everything).answers)
     bounds = sorted({max(round(share * most), 1) for share in SHARES})
     configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
     configs += [dataclasses.replace(whole, answer_dtype=one) for one in TYPES]
     found = []
     for config in tqdm(configs, unit="table", desc="table sizes", disable=not subject.progress):
-        shipped = build(subject.stats, config, top_k, subject.answers)
-        shapes_kept = build(subject.stats, config, top_k, subject.answers, keep_shapes=True)
-        number = sum(held(shipped))
-        point = measured(number, plain, losses(subject, config, shapes_kept), counts)
-        in_answers = _bytes([(layer.answers, layer.scale, layer.deviation) for layer in shipped.answers or ()])
-        bound, dtype = config.answers_per_layer, config.answer_dtype
-        found.append(Size(bound, dtype, number, in_answers, _bytes(shipped), point))
+        table = build(subject.stats, config, top_k, subject.answers, keep_shapes=True)
+        size = shipped(table)
+        number = sum(size.answers)
+        point = measured(number, plain, losses(subject, config, table), counts)
+        found.append(Size(config.answers_per_layer, config.answer_dtype, number, size.answer_bytes, size.bytes, point))
     return TableSizes(tuple(found), top_k, len(plain.nll), int(plain.tokens.sum()), subject.samples)
 
 
-def held(table: RouteTable) -> list[int]:
-    """[L]: how many answers can be found in each layer."""
-    entries = [np.asarray(layer.entry) for layer in table.answers or ()]
-    return [len(np.unique(entry[entry != NO_ANSWER])) for entry in entries]
+class Shipped(NamedTuple):
+    """What is left of a table without what it never looks up."""
+
+    answers: tuple[int, ...]  # [L]
+    answer_bytes: int  # with deviations and scales
+    bytes: int
+
+
+def shipped(table: RouteTable) -> Shipped:
+    """The size of a table built with `keep_shapes` if it were built without; no second build is needed."""
+    rows = np.flatnonzero(np.asarray(table.eligible).any(axis=0))
+    rows = rows if len(rows) else np.array([0])
+    keys = KeyIndex.build(np.asarray(table.index.keys)[rows])
+    per_row = (table.eligible, table.kept, table.routing)  # [L, R, ...]
+    total = _bytes((keys, table.rules)) + _bytes(per_row) * len(rows) // table.eligible.shape[1]
+    answers, answer_bytes = [], 0
+    for layer, wanted in zip(table.answers or (), np.asarray(table.rules.residual), strict=False):
+        entry = np.asarray(layer.entry)[rows] if wanted else np.full((1, table.num_experts), NO_ANSWER, np.int32)
+        answers.append(len(np.unique(entry[entry != NO_ANSWER])))
+        per_answer = _bytes((layer.answers, layer.deviation, layer.scale)) // len(layer.answers)
+        answer_bytes += per_answer * max(answers[-1], 1)
+        total += (entry if answers[-1] else entry[:1]).nbytes
+    return Shipped(tuple(answers), answer_bytes, total + answer_bytes)
 
 
 def _bytes(tree: object) -> int:

@@ -2,12 +2,13 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from analysis.scored_points import Subject, losses
 from analysis.study import size_of_the_table
-from analysis.table_size import SHARES, held
+from analysis.table_size import SHARES, shipped
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
@@ -55,7 +56,7 @@ def test_what_is_not_kept_falls_back_to_the_shorter_key_or_runs(subject, bound):
         kept = set(sorted(used, key=lambda one: -value[one])[:bound])
         expected = [[said(key, expert, kept) for expert in range(4)] for key in keys]
         np.testing.assert_array_equal(np.asarray(table.answers[layer].entry)[:-1], expected)
-        assert kept < used and held(bounded(subject, bound))[layer] == bound
+        assert kept < used and len(bounded(subject, bound).answers[layer].answers) == bound
 
 
 def test_kept_answers_are_what_they_were(subject):
@@ -74,6 +75,20 @@ def test_shipped_and_fixed_shapes_give_the_same_losses(subject):
     shipped, fixed = (losses(subject, config, bounded(subject, 20, keep_shapes=same)) for same in (False, True))
     np.testing.assert_allclose(shipped.nll, fixed.nll, rtol=1e-6)
     assert shipped.experts_per_token == fixed.experts_per_token
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("threshold", [4, 12, 10**6])
+def test_the_size_is_that_of_the_table_built_without_what_is_never_looked_up(subject, dtype, threshold):
+    """Some keys, fewer, and none; one layer left open."""
+    policy = dataclasses.replace(subject.config.default, frequency_threshold=threshold)
+    config = dataclasses.replace(subject.config, default=policy, answer_dtype=dtype, answers_per_layer=30)
+    for given in (config, dataclasses.replace(config, layers={0: None})):
+        fixed, small = (build(subject.stats, given, 2, subject.answers, keep_shapes=same) for same in (True, False))
+        size = shipped(fixed)
+        assert size.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(small))
+        in_answers = [(layer.answers, layer.deviation, layer.scale) for layer in small.answers]
+        assert size.answer_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(in_answers))
 
 
 def test_a_bound_must_be_a_number_of_answers():
@@ -102,7 +117,7 @@ def test_larger_tables_run_fewer_experts_and_smaller_types_take_fewer_bytes(subj
     sizes = [size.bytes for size in growing]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
     number, width = full["float32"].answers, subject.model.config.hidden_size
-    assert number == sum(held(bounded(subject, None)))
+    assert number == sum(len(layer.answers) for layer in bounded(subject, None).answers)
     expected = {"float32": 4 * width + 4, "bfloat16": 2 * width + 4, "int8": width + 8}  # deviation, scale
     assert {name: size.answer_bytes / number for name, size in full.items()} == expected
     assert len({size.measured.experts_per_token for size in full.values()}) == 1
