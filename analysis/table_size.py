@@ -59,8 +59,7 @@ def table_sizes(subject: Subject) -> TableSizes:
     counts = resampled(len(plain.nll), subject.samples, subject.seed)
     top_k = subject.model.config.top_k
     whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
-    everything = build(subject.stats, whole, top_k, subject.answers, keep_shapes=True)
-    most = max(shipped(everything).answers)
+    most = max(shipped(build(subject.stats, whole, top_k, subject.answers, keep_shapes=True)).answers)
     bounds = sorted({max(round(share * most), 1) for share in SHARES})
     configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
     configs += [dataclasses.replace(whole, answer_dtype=one) for one in TYPES]
