@@ -15,8 +15,9 @@ NOTE = FigureNote(
     "Each dot is a table under the same policy; from left to right it holds more answers, the most valuable ones "
     "first. Left: the experts that still run. Right: what it costs, with 95 % intervals. Squares and triangles: every "
     "answer, in fewer bytes.",
-    "Loss and experts move together: a small table loses little because it answers little. Only at equal experts is a "
-    "higher loss a worse table. Value is counted in squared error of single layers, not in loss.",
+    "The policy was searched for the whole table and is not searched anew: a smaller table may cost as much and save "
+    "less, where the whole one under smaller tolerances would cost nothing at the same experts. Value is counted in "
+    "squared error of single layers, not in loss.",
 )
 _MARKERS = {"float32": "o", "bfloat16": "s", "int8": "^"}
 _MB = 1e6
@@ -35,13 +36,16 @@ def section(found: TableSizes) -> Section:
         "Size of the table against what it saves",
         "reported",
         f"{full.answers:,} answers in {full.answer_bytes / _MB:.1f} MB (float32) save {saved:.2f} of {found.top_k} "
-        f"experts at {full.measured.degradation.value:+.2%}; half of that takes {half.answers:,}; as "
+        f"experts at {full.measured.degradation.value:+.2%}; half of that takes {half.answers:,} "
+        f"and costs {half.measured.degradation.value:+.2%}; as "
         f"{smallest.answer_dtype} they take {smallest.answer_bytes / _MB:.1f} MB at "
         f"{smallest.measured.degradation.value:+.2%}",
         (
             "A bound on the answers of a layer keeps those that remove the most squared error, weighted by the gate, "
             "against the answer of the longest shorter key, or against nothing. Where an answer is not kept, the "
             "shorter key's stands in; where that is not kept either, the expert runs.",
+            "The policy stays as it is for every size, so these tables are not at equal loss or equal experts: compare them "
+            "with VAR's own curve, the whole table under other tolerances.",
             "Answers: their bytes with scales and deviations. Table: with keys, predicted routing and which answer is "
             "whose. MB are 10^6 bytes.",
         ),
