@@ -19,8 +19,9 @@ from analysis.scored_points import Subject, losses, resampled
 from analysis.study import against_alternatives
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, routed_forward
+from varjax.routing import NO_ANSWER
 from varjax.step import summary
-from varjax.table import build
+from varjax.table import build, with_policies
 
 READING = {"batch_size": 20, "max_length": 16}
 LAYERS = 2
@@ -140,6 +141,18 @@ def test_without_answers_the_same_tokens_are_planned_and_nothing_stands_in(subje
     np.testing.assert_array_equal(changed.eligible, table.eligible)
     assert not np.asarray(changed.rules.residual).any() and np.asarray(changed.rules.renormalise).all()
     assert run("VAR without answers", 3)[1]["tiers"] == run(VAR, 3)[1]["tiers"]
+
+
+def test_without_answers_a_key_that_nothing_answers_stays_with_the_router(subject):
+    """As under the given policy, though dropping experts would need no answer there."""
+    unknown = subject.answers.entry.copy()
+    unknown[:, 1::2] = NO_ANSWER
+    fewer = dataclasses.replace(subject, answers=dataclasses.replace(subject.answers, entry=unknown))
+    table = build(fewer.stats, fewer.config, 2, fewer.answers, keep_shapes=True)
+    null = next(one for one in families(fewer) if one.name == "VAR without answers")
+    np.testing.assert_array_equal(table_of(fewer, table, null, null.points[0]).eligible, table.eligible)
+    admitted = with_policies(table, fewer.stats, null.points[0].config, fewer.answers).eligible
+    assert np.asarray(table.eligible).sum() < np.asarray(admitted).sum()
 
 
 def test_token_ids_only_looks_at_no_longer_context(subject, table, family):
