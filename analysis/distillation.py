@@ -127,9 +127,8 @@ def distil(
         )
     corrections = [jnp.zeros((number, model.config.hidden_size), jnp.float32) for number in trained]
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
-    state: Any = (corrections, optimizer.init(corrections))
-    divergence = np.zeros(settings.steps)
-    done, (state, divergence) = (checkpoints and checkpoints.newest((state, divergence))) or (0, (state, divergence))
+    state: Any = (corrections, optimizer.init(corrections), jnp.zeros(settings.steps, jnp.float32))
+    done, state = (checkpoints and checkpoints.newest(state)) or (0, state)
     state = jax.tree.map(jnp.asarray, state)
     update = _make_step(model.network, optimizer, config, answers.layers)
     on_device = [jnp.asarray(line) for line in lines]
@@ -139,12 +138,12 @@ def distil(
         for number, batch in bar:
             if number < done:
                 continue
-            state, nats = update(state, model.params, table, on_device, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
-            divergence[number] = nats
-            if number % 10 == 0:
-                bar.set_postfix(nats=f"{divergence[number]:.4f}")
+            ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+            state = update(state, np.int32(number), model.params, table, on_device, ids, mask)
+            if number % 10 == 0:  # not at every step: to read it is to wait for it
+                bar.set_postfix(nats=f"{float(state[2][number]):.4f}")
             if checkpoints and (number + 1) % save_steps == 0:
-                checkpoints.save(number + 1, (state, divergence))
+                checkpoints.save(number + 1, state)
     mean, m2 = np.array(answers.mean, np.float32), np.array(answers.m2)
     for a, layer in enumerate(answers.layers):
         padded = np.concatenate([np.asarray(state[0][a]), np.zeros((1, mean.shape[-1]), np.float32)])
@@ -152,7 +151,7 @@ def distil(
         mean[a] = estimate.answers + padded[lines[a]].sum(axis=1)
         m2[a] = answers.mass[a] * np.square(estimate.deviation, dtype=np.float64)
     found = dataclasses.replace(answers, mean=mean, m2=m2, distilled=True)
-    return Distilled(found, divergence)
+    return Distilled(found, np.asarray(state[2], np.float64))
 
 
 def _lines(answers: Answers, layer: int, min_count: int) -> np.ndarray:
@@ -179,8 +178,11 @@ def _endless(documents: Sequence[Encoded], settings: DistilConfig) -> Iterator[B
 
 def _make_step(
     network: Network, optimizer: optax.GradientTransformation, config: VARConfig, layers: tuple[int, ...]
-) -> Callable[..., tuple[Any, Array]]:
-    """A jitted `step((corrections, optimizer state), params, table, lines, ids, mask) -> (state, divergence)`."""
+) -> Callable[..., Any]:
+    """A jitted `step(state, number, params, table, lines, ids, mask) -> state`.
+
+    The state is (corrections, optimizer state, divergence float32 [steps] of each step's batch), and is donated.
+    """
 
     def objective(
         corrections: list[Array], params: Params, table: RouteTable, lines: list[Array], ids: Array, mask: Array
@@ -200,11 +202,11 @@ def _make_step(
         return jnp.sum(jnp.where(mask, divergence, 0)) / jnp.sum(mask, dtype=jnp.float32)
 
     @partial(jax.jit, donate_argnums=0)
-    def step(state: Any, *rest: Any) -> tuple[Any, Array]:
-        corrections, inner = state
+    def step(state: Any, number: Array, *rest: Any) -> Any:
+        corrections, inner, history = state
         divergence, grads = jax.value_and_grad(objective)(corrections, *rest)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, inner = optimizer.update(grads, inner)
-        return (optax.apply_updates(corrections, updates), inner), divergence
+        return optax.apply_updates(corrections, updates), inner, history.at[number].set(divergence)
 
     return step

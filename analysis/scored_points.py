@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 
 from analysis.comparison import Estimate
 from analysis.provenance import hash_json
-from analysis.quality import plain_runner, score, var_runner
+from analysis.quality import batch_clock, plain_runner, score, var_runner
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax.answers import Answers
@@ -38,7 +37,6 @@ from varjax.step import TIERS, summary
 from varjax.table import RouteTable
 
 FORMAT = 1  # of the files of losses; another one whenever what is scored changes its meaning
-_TICK = 1e-3  # seconds that a batch takes on the cached tier's clock: results must not depend on the machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +121,7 @@ def losses(
     if config is None:
         scores, _ = score(plain_runner(subject.model), None, subject.documents, progress=False, **reading)
     else:
-        ticks = itertools.count()
-        var_model = VARModel(subject.model, config, table=table, clock=lambda: _TICK * next(ticks))
+        var_model = VARModel(subject.model, config, table=table, clock=batch_clock())
         scores, state = score(var_runner(var_model), var_model.init(), subject.documents, progress=False, **reading)
         shares = summary(state.counters, subject.model.config.top_k)
         experts, left_open = shares["experts_per_token"], shares["tiers"][TIERS[-1]]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import warnings
 from math import ceil
 
@@ -39,7 +38,7 @@ def calibration(small_var_model, ids):
 
 def broken(var_model: VARModel) -> VARModel:
     """Its answers are far too large."""
-    answers = tuple(dataclasses.replace(known, answers=30 * known.answers) for known in var_model.table.answers)
+    answers = tuple(dataclasses.replace(known, answers=1000 * known.answers) for known in var_model.table.answers)
     table = dataclasses.replace(var_model.table, answers=answers)
     return VARModel(var_model.model, var_model.config, table=table)
 
@@ -214,7 +213,8 @@ def test_warns_once_names_what_drifted_and_goes_on(small_var_model, calibration,
     auditor = Auditor(broken(small_var_model), calibration)
     state, audit_state, message = drifting(auditor, ids)
     calibrated = calibration.values[0].mean
-    assert re.search(r"error over all layers is 0\.9\d+ \(bound", message) and f"calibrated {calibrated:.3f}" in message
+    # Wherever an answer was used the error is capped at 1; in one in a hundred nothing was dropped.
+    assert "error over all layers is 0.990" in message and f"calibrated {calibrated:.3f}" in message
     out, _, _ = auditor(ids, state, audit_state)
     assert out.plan is not None
 
