@@ -9,10 +9,11 @@ replay of a trace, the counters) calls it or reads what it returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED: the plan leaves the token open
@@ -125,10 +126,7 @@ def top_k(probs: Array, k: int, normalise: bool = True) -> Routing:
         k: experts per token.
         normalise: divide the k weights by their sum (Mixtral does, OLMoE does not).
     """
-    weights, experts = jax.lax.top_k(probs, k)
-    if normalise:
-        weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return Routing(experts.astype(jnp.int32), weights)
+    return _weighted(*_best(probs, k), normalise)
 
 
 def resolve(
@@ -158,19 +156,27 @@ def resolve(
     Returns:
         Routing [..., K], and what it lacks, [..., K].
     """
-    learned = top_k(probs, k, normalise)
+    experts, gate = _best(probs, k)
     if plan is None:
-        return learned, Dropped(jnp.full(learned.experts.shape, NO_ANSWER, jnp.int32), jnp.zeros_like(learned.weights))
+        return _weighted(experts, gate, normalise), Dropped(
+            jnp.full(experts.shape, NO_ANSWER, jnp.int32), jnp.zeros_like(gate)
+        )
 
     planned = (plan.tier < LEARNED)[..., None]
-    candidate = _candidate(probs, learned, planned, plan, normalise)
+    predicted = planned & (plan.routing.experts[..., :1] < probs.shape[-1])
+    chosen = predicted & plan.rules.choice_from_table
+    experts = jnp.where(chosen, plan.routing.experts, experts)
+    gate = jnp.where(chosen, _gate_of(probs, plan.routing.experts), gate)
+    candidate = _weighted(experts, gate, normalise)
+    supplied = predicted & plan.rules.weights_from_table
+    candidate = replace(candidate, weights=jnp.where(supplied, plan.routing.weights, candidate.weights))
     used = candidate.experts < probs.shape[-1]
     answer = jnp.full(candidate.experts.shape, NO_ANSWER, jnp.int32)
     if answers is not None:
         row = jnp.where(plan.rules.residual, plan.row, NO_ROW)
         answer = answers.find(row, candidate.experts)
 
-    gone = planned & used & _superfluous(candidate, probs, plan)
+    gone = planned & used & _superfluous(candidate.weights, gate, plan)
     if answers is not None:
         foretold = candidate.weights * answers.deviation[answer] < plan.rules.tolerance
         gone |= planned & used & foretold & (answer != NO_ANSWER)
@@ -198,29 +204,34 @@ def slots_for_mass(weights: Array, threshold: Array) -> Array:
     return jnp.minimum(jnp.sum(short, axis=-1) + 1, weights.shape[-1]).astype(jnp.int8)
 
 
-def _superfluous(candidate: Routing, probs: Array, plan: Plan) -> Array:
-    """bool [..., K]: the slots that a planned token does without, whatever is known of them."""
-    slot = jnp.arange(candidate.weights.shape[-1], dtype=jnp.int8)
-    light = candidate.weights < plan.rules.gate_ratio * candidate.weights[..., :1]
-    gate = jnp.take_along_axis(probs, candidate.experts, axis=-1, mode="clip")
-    reached = jnp.cumsum(gate, axis=-1) >= plan.rules.gate_mass
-    covered = jnp.roll(reached, 1, axis=-1)  # by the slots before; slot 0 is not asked
-    return (slot >= plan.kept[..., None]) | ((slot >= 1) & (light | covered))
+def _best(probs: Array, k: int) -> tuple[Array, Array]:
+    """int32 and float32 [..., K]: the experts of the highest gate probabilities [..., E], and these."""
+    gate, experts = jax.lax.top_k(probs, k)
+    return experts.astype(jnp.int32), gate
 
 
-def _candidate(probs: Array, learned: Routing, planned: Array, plan: Plan, normalise: bool) -> Routing:
-    """[..., K]: the decision before anything is dropped. `planned` is bool [..., 1]."""
-    named = plan.routing.experts < probs.shape[-1]
-    predicted = planned & jnp.any(named, axis=-1, keepdims=True)
-    chosen = predicted & plan.rules.choice_from_table
+def _gate_of(probs: Array, experts: Array) -> Array:
+    """float32 [..., K]: the gate's probabilities [..., E] of some experts [..., K], 0 for an unused slot."""
+    gate = jnp.take_along_axis(probs, experts, axis=-1, mode="clip")
+    return jnp.where(experts < probs.shape[-1], gate, 0.0)
 
-    gate = jnp.take_along_axis(probs, plan.routing.experts, axis=-1, mode="clip")
-    gate = jnp.where(named, gate, 0.0)
+
+def _weighted(experts: Array, gate: Array, normalise: bool) -> Routing:
+    """[..., K]: the gate's probabilities as weights."""
     if normalise:
         total = jnp.sum(gate, axis=-1, keepdims=True)
         gate = gate / jnp.where(total > 0.0, total, 1.0)
-    weights = jnp.where(chosen, gate, learned.weights)
-    return Routing(
-        jnp.where(chosen, plan.routing.experts, learned.experts),
-        jnp.where(predicted & plan.rules.weights_from_table, plan.routing.weights, weights),
-    )
+    return Routing(experts, gate)
+
+
+def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
+    """bool [..., K]: the slots that a planned token does without, whatever is known of them.
+
+    Args:
+        weights, gate: float32 [..., K], the candidate's weights and gate probabilities.
+    """
+    slot = np.arange(weights.shape[-1], dtype=np.int8)
+    before = slot < slot[:, None]  # the slots before each slot; a masked sum is one kernel, a running one is three
+    covered = jnp.sum(jnp.where(before, gate[..., None, :], 0.0), axis=-1) >= plan.rules.gate_mass
+    light = weights < plan.rules.gate_ratio * weights[..., :1]
+    return (slot >= plan.kept[..., None]) | ((slot >= 1) & (light | covered))
