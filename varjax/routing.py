@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED: the plan leaves the token open
@@ -230,7 +229,7 @@ def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
     Args:
         weights, gate: float32 [..., K], the candidate's weights and gate probabilities.
     """
-    slot = np.arange(weights.shape[-1], dtype=np.int8)
+    slot = jnp.arange(weights.shape[-1], dtype=jnp.int8)
     before = slot < slot[:, None]  # the slots before each slot; a masked sum is one kernel, a running one is three
     covered = jnp.sum(jnp.where(before, gate[..., None, :], 0.0), axis=-1) >= plan.rules.gate_mass
     light = weights < plan.rules.gate_ratio * weights[..., :1]

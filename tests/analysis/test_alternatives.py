@@ -13,7 +13,7 @@ from analysis.alternatives import evaluate, fewest_experts
 from analysis.alternatives_section import figure, losses_of_var, section
 from analysis.comparison import Estimate
 from analysis.families import RATIOS, SCALES, VAR, Point, families, table_of
-from analysis.policy import candidate_tolerances
+from analysis.ladder import candidate_tolerances
 from analysis.quality import score, var_runner
 from analysis.scored_points import Subject, losses, resampled
 from analysis.study import against_alternatives
