@@ -1,0 +1,190 @@
+"""The search space: which settings of VAR are searched, in which ranges, and the config that a point of it stands for.
+
+A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig` by their own names. Three are not:
+
+- `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.ladder`). It is what the losses of
+  the single layers add up to; what a point really costs is measured.
+- `longest_context`: the orders that the layers look at, from 1 to this.
+- `cached_tier`: whether there is a cached tier at all. Where there is none, its three settings mean nothing; they are
+  drawn all the same, since a model of a space that changes its shape is a worse one.
+
+To search another field of `VARConfig`, give a `Parameter` of its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import optuna
+
+from analysis.ladder import Ladder
+from varjax.config import LayerPolicy, VARConfig
+
+Value = int | float | bool
+Values = Mapping[str, Value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One setting and its range, both ends included; a "bool" has none.
+
+    Raises:
+        ValueError: a range that is empty, not of the kind, or, on a logarithmic scale, not above 0.
+    """
+
+    name: str
+    kind: Literal["int", "float", "bool"]
+    low: float = 0
+    high: float = 1
+    log: bool = False  # searched by factors instead of by differences
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind == "int" and not (float(self.low).is_integer() and float(self.high).is_integer()):
+            raise ValueError(f"{self.name}={self.low}:{self.high}: expected whole numbers")
+        if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
+            raise ValueError(f"{self.name}={self.low:g}:{self.high:g}: expected a low end below the high one")
+        if self.log and self.low <= 0:
+            raise ValueError(f"{self.name}={self.low:g}:{self.high:g}: searched by factors; expected a low end above 0")
+
+    def suggest(self, trial: optuna.Trial) -> Value:
+        """What the trial tries."""
+        if self.kind == "bool":
+            return trial.suggest_categorical(self.name, [False, True])
+        if self.kind == "int":
+            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
+
+    def points(self, number: int) -> list[Value]:
+        """At most so many values from end to end, evenly spaced on the parameter's scale."""
+        if self.kind == "bool":
+            return [False, True]
+        shares = [0.5] if number == 1 else [index / (number - 1) for index in range(number)]
+        if self.log:
+            found = [self.low * (self.high / self.low) ** share for share in shares]
+        else:
+            found = [self.low + (self.high - self.low) * share for share in shares]
+        found = [min(max(value, self.low), self.high) for value in found]  # rounding may pass an end
+        return sorted({round(value) for value in found}) if self.kind == "int" else found
+
+    @property
+    def distribution(self) -> optuna.distributions.BaseDistribution:
+        """The range as Optuna knows it."""
+        if self.kind == "bool":
+            return optuna.distributions.CategoricalDistribution([False, True])
+        if self.kind == "int":
+            return optuna.distributions.IntDistribution(int(self.low), int(self.high), log=self.log)
+        return optuna.distributions.FloatDistribution(self.low, self.high, log=self.log)
+
+
+Space = tuple[Parameter, ...]
+
+THRESHOLDS: Space = (
+    Parameter("frequency_threshold", "int", 10, 200, log=True, unit="occurrences"),
+    Parameter("entropy_threshold", "float", 0.1, 1.5, unit="nats"),
+    Parameter("confidence_threshold", "float", 0.5, 0.95),
+    Parameter("cache_size", "int", 100, 5000, log=True, unit="contexts"),
+    Parameter("cache_ttl_seconds", "float", 10, 300, log=True, unit="seconds"),
+    Parameter("context_window_size", "int", 2, 8, unit="ids"),
+)
+
+
+def default_space(longest_order: int) -> Space:
+    """The six thresholds in their published ranges, the loss budget, the cached tier and the context orders.
+
+    Args:
+        longest_order: of the statistics.
+    """
+    orders: Space = (Parameter("longest_context", "int", 1, longest_order, unit="ids"),) if longest_order > 1 else ()
+    policy = Parameter("loss_budget", "float", 0.001, 0.03, log=True, unit="relative change of perplexity")
+    return (policy, *THRESHOLDS, *orders, Parameter("cached_tier", "bool"))
+
+
+def with_ranges(space: Space, ranges: Sequence[str]) -> Space:
+    """The space with other ranges, each as "name=low:high".
+
+    Raises:
+        ValueError: no parameter has that name, or the range is none.
+    """
+    for text in ranges:
+        name, _, span = text.partition("=")
+        old = _named(space, name)
+        if old.kind == "bool":
+            raise ValueError(f"{name} is either true or false; leave it out of --parameters to keep the config's own")
+        try:
+            low, high = map(float, span.split(":"))
+        except ValueError:
+            raise ValueError(f"{text!r} is no range; write {name}={old.low:g}:{old.high:g}, say") from None
+        space = tuple(dataclasses.replace(one, low=low, high=high) if one is old else one for one in space)
+    return space
+
+
+def only(space: Space, names: Sequence[str]) -> Space:
+    """The parameters of these names, in the order of the space; the others stay what the config says.
+
+    Raises:
+        ValueError: no parameter has one of the names.
+    """
+    wanted = {_named(space, name).name for name in names}
+    return tuple(one for one in space if one.name in wanted)
+
+
+def suggest(space: Space, trial: optuna.Trial) -> dict[str, Value]:
+    """The point that a trial tries."""
+    return {one.name: one.suggest(trial) for one in space}
+
+
+def grid(space: Space, number: int) -> list[dict[str, Value]]:
+    """Every combination of at most `number` values of each parameter."""
+    names = [one.name for one in space]
+    return [dict(zip(names, one, strict=True)) for one in itertools.product(*(p.points(number) for p in space))]
+
+
+def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[int]) -> VARConfig:
+    """The config that a point of the space stands for.
+
+    Args:
+        values: by parameter; what is not there stays as it is in `base`.
+        ladder: measured on the tuning documents; asked where there is a `loss_budget`.
+        orders: of the statistics.
+
+    Raises:
+        ValueError: a value that VARConfig refuses.
+    """
+    fields = dict(values)
+    budget = fields.pop("loss_budget", None)
+    longest = fields.pop("longest_context", None)
+    cached = fields.pop("cached_tier", True)
+    config = dataclasses.replace(base, **fields)
+    if budget is not None:
+        policies = {
+            choice.layer: LayerPolicy(kept=None, tolerance=choice.tolerance, orders=tuple(orders))
+            for choice in ladder.within(float(budget))
+        }
+        config = dataclasses.replace(config, default=None, layers=policies)
+    if longest is not None:
+        config = _with_orders(config, tuple(order for order in orders if order <= longest))
+    return config if cached else dataclasses.replace(config, cache_size=0)
+
+
+def _with_orders(config: VARConfig, orders: tuple[int, ...]) -> VARConfig:
+    def changed(policy: LayerPolicy | None) -> LayerPolicy | None:
+        return policy and dataclasses.replace(policy, orders=orders)
+
+    layers = {layer: changed(policy) for layer, policy in dict(config.layers).items()}
+    return dataclasses.replace(config, default=changed(config.default), layers=layers)
+
+
+def _named(space: Space, name: str) -> Parameter:
+    for one in space:
+        if one.name == name:
+            return one
+    names = [one.name for one in space]
+    near = difflib.get_close_matches(name, names, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"no parameter is called {name!r}{meant} The parameters are {', '.join(names)}")
