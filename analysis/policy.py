@@ -27,6 +27,7 @@ from varjax.stats import RoutingStats
 from varjax.step import summary
 from varjax.table import build
 
+FREQUENT = 5  # occurrences that a key needs before its answers are asked
 FACTOR, FINEST = 1.3, 0.02  # the first factor tried on all tolerances; factors nearer to 1 than this are not
 
 
@@ -48,7 +49,7 @@ def search(
     base: VARConfig,
     *,
     budget: float | None = None,
-    frequency_threshold: int = 5,
+    frequency_threshold: int = FREQUENT,
     batch_size: int = 8,
     max_length: int = 256,
     progress: bool = True,
@@ -116,7 +117,7 @@ def search(
 
 
 def policies(
-    choices: Sequence[Choice], num_experts: int, orders: tuple[int, ...], frequency_threshold: int
+    choices: Sequence[Choice], num_experts: int, orders: tuple[int, ...], frequency_threshold: int = FREQUENT
 ) -> dict[int, LayerPolicy]:
     """By layer: any key of the orders that was seen often enough may answer; the deviation says how well it does."""
     return {

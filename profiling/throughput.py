@@ -88,6 +88,7 @@ def measure(
     decode_tokens: int = 48,
     repeats: int = 15,
     seed: int = 0,
+    phases: Sequence[str] = ("prefill", "decode"),
 ) -> dict[str, Any]:
     """Throughput of `var_model`, and its paired speed-up over the plain model where VAR is switched on.
 
@@ -96,6 +97,7 @@ def measure(
         batch_size, max_length: of the prefill.
         decode_tokens: tokens per timed decode run, batch 1, after a prompt of the same length.
         repeats: rounds, each of which times both sides once.
+        phases: those to time.
     """
     prompt = _prompt(documents, batch_size, max_length)
     text = prompt[:1, : min(2 * decode_tokens, max_length)]
@@ -104,11 +106,12 @@ def measure(
     subject = next(iter(sides))
 
     result: dict[str, Any] = {"repeats": repeats, "speedup": {}}
-    phases: dict[str, tuple[int, Callable[[VARModel, np.ndarray], Callable[[], Any]], np.ndarray]] = {
+    runs: dict[str, tuple[int, Callable[[VARModel, np.ndarray], Callable[[], Any]], np.ndarray]] = {
         "prefill": (prompt.size, _prefill, prompt),
         "decode": (text.shape[1] - text.shape[1] // 2, _decode, text),
     }
-    for phase, (tokens, make, ids) in phases.items():
+    for phase in phases:
+        tokens, make, ids = runs[phase]
         seconds = compare({name: make(side, ids) for name, side in sides.items()}, repeats, seed=seed)
         result[f"{phase}_tokens_per_second"] = tokens / float(np.median(seconds[subject]))
         result[phase] = {"batch": ids.shape[0], "tokens": tokens}

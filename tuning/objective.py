@@ -1,0 +1,200 @@
+"""What one configuration is worth on the tuning documents: how much faster, at what cost, how surely.
+
+Letters: N documents.
+
+The cost is the relative change of perplexity per token, with a one-sided upper confidence limit over documents:
+tokens of one document depend on each other, documents do not. It is Student's limit for a ratio of sums (Cochran 1977,
+chapter 6), good enough to search by; what holds for every N is the certificate, on other documents.
+
+A hopeless configuration is given up early. Documents are scored in a random order, some at a time, and after each part
+a confidence sequence (`varjax.bounds`) asks whether the mean clipped increase per document, which the certificate will
+have to bound, has passed the limit beyond doubt. It may be asked as often as wanted, and stops a configuration that is
+within the limit with a probability of at most 1 - confidence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from scipy import stats as distributions
+from tqdm import tqdm
+
+from analysis.certificate import LIMIT
+from analysis.ladder import Choice, Ladder, Measured, climb
+from analysis.policy import policies
+from analysis.quality import batch_clock, score, var_runner
+from analysis.scored_points import Losses, Subject, losses
+from models import MoEConfig
+from profiling.costs import flops_per_token
+from profiling.throughput import measure
+from profiling.timing import Ratio
+from tuning.points import PREDICTED, Outcome
+from varjax import bounds
+from varjax.config import VARConfig
+from varjax.model import VARModel
+from varjax.step import TIERS, summary
+from varjax.table import RouteTable, build, with_policies
+
+PHASES = ("prefill", "decode")
+PARTS = 5  # in which the documents are scored
+CLIP = 0.2  # nats per token, of a document's increase; the certificate's default
+
+Speed = Literal["measured", "model"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """How configurations are judged. One table is built for all of them; they differ in its rules.
+
+    Raises:
+        ValueError: settings out of their ranges, or as `analysis.scored_points.Subject`.
+    """
+
+    subject: Subject  # its documents are those of the tune split
+    speed: Speed = "measured"  # against the plain model, paired; or predicted by active assignments, which repeats
+    phases: tuple[str, ...] = PHASES  # that count, if measured
+    repeats: int = 7  # timed rounds
+    confidence: float = 0.95  # of the upper limit
+    limit: float = math.expm1(LIMIT)  # relative change of perplexity, from which a configuration is hopeless
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence={self.confidence}: expected a probability between 0 and 1, such as 0.95")
+        if not 0 < self.limit < math.expm1(CLIP):
+            raise ValueError(f"limit={self.limit}: expected a relative change between 0 and {math.expm1(CLIP):.2f}")
+        if strange := [phase for phase in self.phases if phase not in PHASES] or not self.phases:
+            raise ValueError(f"phases {strange or self.phases}: expected one or more of {', '.join(PHASES)}")
+
+    def evaluate(self, config: VARConfig) -> Outcome:
+        """The configuration on the tuning documents, as far as it is not hopeless, and its speed."""
+        table = with_policies(self._table, self.subject.stats, config, self.subject.answers)
+        found, experts, learned = self._losses(config, table)
+        change, seen = found - self._plain.nll[self._order][: len(found)], self._tokens[: len(found)]
+        value, upper = upper_limit(change, seen, self.confidence)
+        speedups = self._speedups(config, table, experts)
+        return Outcome(
+            degradation=value,
+            upper=upper,
+            documents=len(found),
+            hopeless=len(found) < len(self._order),
+            experts_per_token=experts,
+            learned_share=learned,
+            speedups=speedups,
+            speedup=math.prod(one.value for one in speedups.values()) ** (1 / len(speedups)),
+        )
+
+    def prepare(self) -> None:
+        """What all configurations share, so that the first one need not wait for it: the table, the plain losses."""
+        _ = self._table, self._plain
+
+    def ladder(self) -> Ladder:
+        """Each layer alone at several tolerances; kept on disk by the subject, where it has a folder."""
+        subject, top_k = self.subject, self.subject.model.config.top_k
+        orders = tuple(order for order in subject.answers.orders if order > 0)
+        bar = tqdm(unit="policy", disable=not subject.progress, desc="layers alone")
+
+        def measured(choices: Sequence[Choice]) -> Measured:
+            layers = policies(choices, subject.model.config.num_experts, orders)
+            config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
+            table = with_policies(self._table, subject.stats, config, subject.answers)
+            found = losses(subject, config, table)
+            bar.update()
+            change = (found.nll - self._plain.nll).sum() / self._plain.tokens.sum()
+            return Measured(tuple(choices), math.expm1(change), found.experts_per_token)
+
+        with bar:
+            return climb(measured, subject.answers, subject.config.residual_shrinkage, top_k)
+
+    @cached_property
+    def _table(self) -> RouteTable:
+        nothing = dataclasses.replace(self.subject.config, default=None, layers={})
+        given = (self.subject.stats, nothing, self.subject.model.config.top_k, self.subject.answers)
+        return build(*given, keep_shapes=True)
+
+    @cached_property
+    def _plain(self) -> Losses:
+        """Kept on disk by the subject, where it has a folder."""
+        return losses(self.subject)
+
+    @cached_property
+    def _order(self) -> np.ndarray:
+        """int64 [N]: the documents that have a scored token, in the order of scoring."""
+        scored = np.flatnonzero(self._plain.tokens > 0)
+        return np.random.default_rng(self.subject.seed).permutation(scored)
+
+    @property
+    def _tokens(self) -> np.ndarray:
+        """int64 [N], scored, in the order of scoring."""
+        return self._plain.tokens[self._order]
+
+    def _losses(self, config: VARConfig, table: RouteTable) -> tuple[np.ndarray, float, float]:
+        """float64 [<= N], nats, in the order of scoring; experts per token; share of the learned tier."""
+        var_model = VARModel(self.subject.model, config, table=table, clock=batch_clock())
+        state, found = var_model.init(), np.zeros(0)
+        sequence = bounds.begin(-CLIP, CLIP, self.confidence, "lower")
+        for part in np.array_split(self._order, min(PARTS, len(self._order))):
+            scores, state = score(
+                var_runner(var_model),
+                state,
+                [self.subject.documents[index] for index in part],
+                batch_size=self.subject.batch_size,
+                max_length=self.subject.max_length,
+                stride=self.subject.stride,
+                progress=False,
+            )
+            rates = (scores.nll - self._plain.nll[part]) / scores.tokens
+            sequence = bounds.update(sequence, np.clip(rates, -CLIP, CLIP))
+            found = np.concatenate([found, scores.nll])
+            if sequence.lower > math.log1p(self.limit):
+                break
+        assert state is not None  # VAR is on
+        shares = summary(state.counters, self.subject.model.config.top_k)
+        return found, shares["experts_per_token"], shares["tiers"][TIERS[-1]]
+
+    def _speedups(self, config: VARConfig, table: RouteTable, experts: float) -> dict[str, Ratio]:
+        if self.speed == "model":
+            value = predicted_speedup(self.subject.model.config, self.subject.max_length, experts)
+            return {PREDICTED: Ratio(value, value, value)}
+        timed = measure(
+            VARModel(self.subject.model, config, table=table),
+            self.subject.documents,
+            batch_size=self.subject.batch_size,
+            max_length=self.subject.max_length,
+            repeats=self.repeats,
+            seed=self.subject.seed,
+            phases=self.phases,
+        )
+        return {phase: Ratio(**timed["speedup"][phase]) for phase in self.phases}
+
+
+def upper_limit(change: np.ndarray, tokens: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The relative change of perplexity per token, and its one-sided upper confidence limit.
+
+    Args:
+        change: float64 [N], added loss of each document, nats.
+        tokens: int64 [N], scored.
+        confidence: of the limit; with one document it is infinite.
+    """
+    value = float(change.sum() / tokens.sum())
+    if len(change) < 2:
+        return math.expm1(value), math.inf
+    spread = math.sqrt(len(change) * float(np.var(change - value * tokens, ddof=1))) / float(tokens.sum())
+    quantile = float(distributions.t.ppf(confidence, len(change) - 1))
+    return math.expm1(value), math.expm1(value + quantile * spread)
+
+
+def predicted_speedup(model: MoEConfig, length: int, experts: float) -> float:
+    """Of prefill, by the operations that are left: the ceiling where time is arithmetic, and the same at every run.
+
+    Args:
+        length: tokens of a window.
+        experts: that run per token and layer.
+    """
+    context = (length + 1) // 2
+    plain, var = (sum(flops_per_token(model, context, k).values()) for k in (float(model.top_k), experts))
+    return plain / var
