@@ -7,9 +7,9 @@ D hidden size, F expert size, H query heads, G key/value heads, E experts, K slo
     total = sum(costs.values(), Cost())
 
 **Operations.** A multiply-add is two. In `projections`, `scores`, `gate`, `experts` and `head` only matrix products are
-counted; their activations and softmaxes are left out (under 1 % where D and the heads are of usual size, as a test
-holds against XLA). The other components do little else, so their elementwise work is counted, one per element and
-step, and is no more than a good estimate.
+counted; their activations and softmaxes are left out (under 1 % of a call where D is 512 or more, held against XLA in
+the tests). The other components do little else, so their elementwise work is counted, one per element and step, and is
+no more than a fair estimate.
 
 **Bytes.** Every array that a component must take from memory or leave there moves once; what a component makes on its
 way stays on the chip. Experts read the weights of the *distinct* experts that the call's tokens hit: with many tokens
@@ -89,7 +89,7 @@ def flops_per_token(config: MoEConfig, context: int, experts: float) -> dict[str
 
     Args:
         context: keys that the token attends to, itself included. Over a whole text of T tokens the mean is (T + 1) / 2.
-        experts: that run per token and layer; K is the plain model.
+        experts: that run per token and layer; K is the plain model, fewer is VAR with its plan, answers and commit.
     """
     mix = Mix.plain(config, 1) if experts == config.top_k else Mix.even(config, 1, experts)
     costs = component_costs(config, Workload(batch=1, length=1, cached=context - 1), mix)
@@ -183,15 +183,14 @@ def _experts(config: MoEConfig, workload: Workload, mix: Mix) -> Cost:
 
 
 def _answers(config: MoEConfig, workload: Workload, mix: Mix, as_written: bool) -> Cost:
+    """Rows are added where the slots are summed: that sum moves no second time."""
     if not mix.answers:
         return Cost()
     gathered = workload.tokens * (config.top_k if as_written else mix.answers)
     entries = 2 * 4 * workload.tokens * config.top_k  # which answer each slot has, and its deviation
     return Cost(
         flops=2.0 * gathered * config.hidden_size,
-        bytes=entries
-        + gathered * mix.answer_itemsize * config.hidden_size
-        + 2 * workload.itemsize * workload.tokens * config.hidden_size,  # what they are added to
+        bytes=entries + gathered * mix.answer_itemsize * config.hidden_size,
     )
 
 

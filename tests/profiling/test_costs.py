@@ -1,0 +1,215 @@
+"""Analytical counts against a program's matrix products, against XLA where XLA is right, against known shares."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from models.config import MoEConfig, read_config
+from models.decoder import Attention, attend, attend_causally, forward, init_params
+from models.experts import Engine, get_engine
+from models.kv_cache import KVCache, visible
+from profiling.calculator import MIXTRAL_8X7B
+from profiling.costs import COMPONENTS, Cost, component_costs, flops_per_token, parameters
+from profiling.workload import Mix, Workload
+from profiling.xla_costs import analyse, equations
+from varjax.routing import Plan, Routing
+
+PRODUCTS = ("projections", "scores", "gate", "experts", "head")  # components of which only matrix products are counted
+CONFIG = MoEConfig(
+    vocab_size=640,
+    hidden_size=512,
+    intermediate_size=768,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=256,
+    num_experts=8,
+    top_k=2,
+)
+ONE_LAYER = dataclasses.replace(CONFIG, num_layers=1)
+SHAPE = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+
+
+def products(traced) -> int:
+    """Operations of the matrix products in a traced function, a multiply-add as two."""
+    total = 0
+    for equation in equations(traced.jaxpr):
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
+            total += 2 * int(np.prod(equation.outvars[0].aval.shape)) * int(np.prod(lengths))
+    return total
+
+
+def check(traced, flops: float) -> None:
+    """The products are exactly those; XLA, which also counts what is left out, agrees within 1 %."""
+    assert products(traced) == flops
+    assert analyse(traced).flops == pytest.approx(flops, rel=0.01)
+
+
+@pytest.mark.parametrize("length", [48, 160, 384])
+def test_attention_of_a_whole_text_agrees_with_xla(length):
+    linear = partial(nnx.Linear, use_bias=False)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Attention(CONFIG, linear, nnx.Rngs(0))))
+    heads = SHAPE((2, length, 1, 256))
+
+    def run(state, x, cos, sin, mask):
+        return nnx.merge(graph, state)(x, (cos, sin), mask, None, 0)[0]
+
+    mask = jax.ShapeDtypeStruct((2, length, length), bool)
+    traced = jax.jit(run).trace(state, SHAPE((2, length, 512)), heads, heads, mask)
+    costs = component_costs(ONE_LAYER, Workload(2, length), Mix.plain(CONFIG, 2 * length), as_written=True)
+    assert not analyse(traced).doubts
+    check(traced, (costs["projections"] + costs["scores"]).flops)
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 512, 513, 1000])
+def test_scores_of_a_whole_text_are_those_of_its_blocks(length):
+    queries, keys = SHAPE((1, length, 4, 256)), SHAPE((1, length, 2, 256))
+    traced = jax.jit(attend_causally).trace(queries, keys, keys, jax.ShapeDtypeStruct((1, length, length), bool))
+    costs = component_costs(ONE_LAYER, Workload(1, length), Mix.plain(CONFIG, length), as_written=True)
+    assert products(traced) == costs["scores"].flops
+
+
+def test_scores_with_a_key_value_cache_agree_with_xla():
+    traced = jax.jit(attend).trace(
+        SHAPE((3, 1, 4, 256)), SHAPE((3, 90, 2, 256)), SHAPE((3, 90, 2, 256)), jax.ShapeDtypeStruct((3, 1, 90), bool)
+    )
+    workload = Workload(3, 1, cached=50, capacity=90)
+    check(traced, component_costs(ONE_LAYER, workload, Mix.plain(CONFIG, 3), as_written=True)["scores"].flops)
+
+
+def test_gate_head_and_expert_agree_with_xla():
+    costs = component_costs(ONE_LAYER, Workload(1, 40), Mix(experts=1, distinct=1))
+    x = SHAPE((40, 512))
+    check(jax.jit(lambda x, w: jax.nn.softmax(x @ w)).trace(x, SHAPE((512, 8))), costs["gate"].flops)
+    check(jax.jit(jnp.dot).trace(x, SHAPE((512, 640))), costs["head"].flops)
+
+    expert = {"gate": SHAPE((512, 768)), "up": SHAPE((512, 768)), "down": SHAPE((768, 512))}
+    routing = Routing(jax.ShapeDtypeStruct((40, 1), jnp.int32), SHAPE((40, 1)))
+    check(jax.jit(get_engine("reference").apply).trace(x, routing, (expert,)), costs["experts"].flops)
+
+
+@pytest.mark.parametrize("cached", [0, 30])
+@pytest.mark.parametrize("last_logits_only", [False, True])
+def test_a_whole_plain_forward_agrees_with_xla(cached, last_logits_only):
+    """With an engine that runs as many experts on every token as a router would choose, but always the first ones."""
+
+    def first_experts(x, routing, experts):
+        first = Routing(jnp.broadcast_to(jnp.arange(CONFIG.top_k), routing.experts.shape), routing.weights)
+        return get_engine("reference").apply(x, first, experts[: CONFIG.top_k])
+
+    engine = Engine("first experts", get_engine("reference").prepare, first_experts)
+    params = jax.eval_shape(lambda: _prepared(engine))
+    kv = jax.eval_shape(lambda: KVCache.empty(CONFIG, 2, 120, jnp.float32)) if cached else None
+    ids = jax.ShapeDtypeStruct((2, 80), jnp.int32)
+    traced = forward.trace(params, ids, config=CONFIG, engine=engine, kv=kv, last_logits_only=last_logits_only)
+    workload = Workload(2, 80, cached=cached, capacity=120 if cached else None, last_logits_only=last_logits_only)
+    costs = component_costs(CONFIG, workload, Mix.plain(CONFIG, 160), as_written=True)
+    assert products(traced) == sum(costs[name].flops for name in PRODUCTS)
+    xla = analyse(traced)
+    assert "loop" not in xla.doubts and "conditional" not in xla.doubts
+    assert xla.flops == pytest.approx(sum(costs.values(), Cost()).flops, rel=0.01)
+
+
+def _prepared(engine):
+    params = init_params(CONFIG, jax.random.key(0))
+    return {"decoder": params["decoder"], "experts": [engine.prepare(layer) for layer in params["experts"]]}
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize(("cached", "length"), [(0, 1), (0, 40), (7, 3), (100, 1), (3, 200)])
+def test_needed_scores_are_those_that_the_mask_lets_through(cached, length, window):
+    config = dataclasses.replace(ONE_LAYER, sliding_window=window)
+    positions = jnp.arange(cached + length)[None]
+    seen = visible(positions[:, cached:], positions, jnp.ones(positions.shape, bool), window, cached)
+    costs = component_costs(config, Workload(1, length, cached, itemsize=2), Mix.plain(config, length))["scores"]
+    assert costs.flops == 4 * int(seen.sum()) * config.num_heads * config.head_dim
+    queries = 2 * length * config.num_heads * config.head_dim
+    keys = 2 * int(seen.any(axis=(0, 1)).sum()) * config.num_kv_heads * config.head_dim
+    assert costs.bytes == 2 * (queries + keys)
+
+
+def test_what_is_written_is_never_less_than_what_is_needed():
+    mix = Mix.even(CONFIG, 1, 1.25)
+    for workload in (Workload(2, 700), Workload(2, 1, cached=9, capacity=64), Workload(1, 1)):
+        needed = component_costs(CONFIG, workload, mix)
+        written = component_costs(CONFIG, workload, mix, as_written=True)
+        for name in COMPONENTS:
+            assert written[name].flops >= needed[name].flops and written[name].bytes >= needed[name].bytes
+        assert written["answers"].flops > needed["answers"].flops  # all K are gathered
+
+
+def test_one_token_reads_the_weights_of_the_experts_that_it_runs():
+    numbers = sum(
+        leaf.size for leaf in jax.tree.leaves(jax.eval_shape(partial(init_params, CONFIG), jax.random.key(0)))
+    )
+    assert parameters(CONFIG) == numbers
+    few = component_costs(CONFIG, Workload(1, 1), Mix(experts=2, distinct=2))
+    all_of_them = component_costs(CONFIG, Workload(1, 1), Mix(experts=2, distinct=8))
+    left = numbers - CONFIG.vocab_size * CONFIG.hidden_size  # of the embedding a row is read
+    weights = sum(cost.bytes for cost in all_of_them.values())
+    assert weights == pytest.approx(4 * left, rel=0.01)  # activations are the rest
+    assert all_of_them["experts"].bytes - few["experts"].bytes == 4 * 2 * 6 * 3 * 512 * 768
+
+
+def test_a_plan_has_the_bytes_of_its_arrays():
+    plan = Plan.open(2, 3, 5, CONFIG.top_k, CONFIG.num_experts)
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves((plan.tier, plan.kept, plan.row, plan.routing)))
+    costs = component_costs(CONFIG, Workload(3, 5), Mix(experts=2, distinct=8, planned=True))
+    assert costs["plan"].bytes == arrays
+    off = component_costs(CONFIG, Workload(3, 5), Mix(experts=2, distinct=8))
+    assert off["plan"] == off["commit"] == off["answers"] == Cost()
+
+
+def test_tied_embeddings_hold_fewer_parameters_and_cost_the_same():
+    tied = dataclasses.replace(CONFIG, tie_word_embeddings=True)
+    tree = jax.eval_shape(partial(init_params, tied), jax.random.key(0))
+    assert parameters(tied) == sum(leaf.size for leaf in jax.tree.leaves(tree))
+    workload, mix = Workload(1, 3), Mix.plain(CONFIG, 3)
+    assert component_costs(tied, workload, mix) == component_costs(CONFIG, workload, mix)
+
+
+def test_a_mix_of_another_model_is_refused():
+    with pytest.raises(ValueError, match=r"mix\.experts=3: expected 0 to 2"):
+        component_costs(CONFIG, Workload(1, 1), Mix(experts=3, distinct=3))
+    with pytest.raises(ValueError, match=r"mix\.distinct=9: expected 0 to 8"):
+        component_costs(CONFIG, Workload(1, 1), Mix(experts=2, distinct=9))
+
+
+def test_mixtral_is_the_published_one(shared_data):
+    published = read_config(shared_data / "mixtral" / "config.json")
+    assert published == MIXTRAL_8X7B
+
+
+def test_mixtral_has_its_published_number_of_parameters():
+    assert parameters(MIXTRAL_8X7B) == 46_702_792_704
+
+
+def test_shares_of_mixtrals_operations_and_bytes():
+    """Experts dominate and the gate is nothing: at 1,024 keys, what a whole text of 2,048 tokens has on average."""
+    flops = flops_per_token(MIXTRAL_8X7B, context=1024, experts=2)
+    bytes_ = {
+        name: cost.bytes
+        for name, cost in component_costs(
+            MIXTRAL_8X7B, Workload(1, 1, cached=1023, itemsize=2), Mix.plain(MIXTRAL_8X7B, 1)
+        ).items()
+    }
+    for found, experts, attention, head, gate in ((flops, 86.6, 12.4, 1.0, 0.01), (bytes_, 88.0, 11.0, 1.0, 0.01)):
+        share = {name: 100 * value / sum(found.values()) for name, value in found.items()}
+        assert share["experts"] == pytest.approx(experts, abs=0.06)
+        assert share["projections"] + share["scores"] == pytest.approx(attention, abs=0.06)
+        assert share["head"] == pytest.approx(head, abs=0.06)
+        assert share["gate"] == pytest.approx(gate, abs=0.006)
+
+
+@pytest.mark.parametrize(("share", "ceiling"), [(0, 1), (0.25, 1.12), (0.5, 1.28), (0.75, 1.48), (1, 1.76)])
+def test_the_most_that_single_expert_tokens_save_of_mixtrals_operations(share, ceiling):
+    plain = sum(flops_per_token(MIXTRAL_8X7B, 1024, 2).values())
+    var = sum(flops_per_token(MIXTRAL_8X7B, 1024, 2 - share).values())
+    assert plain / var == pytest.approx(ceiling, abs=0.005)
