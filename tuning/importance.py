@@ -66,9 +66,7 @@ def importances(points: Sequence[Point], space: Space, *, shuffles: int = 40, se
     return [_importance(points, space, target, shuffles, seed) for target in TARGETS]
 
 
-def sensitivities(
-    points: Sequence[Point], space: Space, *, samples: int = 1000, seed: int = 0
-) -> list[Sensitivity]:
+def sensitivities(points: Sequence[Point], space: Space, *, samples: int = 1000, seed: int = 0) -> list[Sensitivity]:
     """One for each target, with 95 % percentile intervals over points.
 
     A correlation is positive where a higher value gives a higher speed-up or degradation. Parameters of which only one

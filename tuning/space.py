@@ -2,8 +2,8 @@
 
 A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig` by their own names. Three are not:
 
-- `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.ladder`). It is what the losses of
-  the single layers add up to; what a point really costs is measured.
+- `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.ladder`). It is what the losses
+  of the single layers add up to; what a point really costs is measured.
 - `longest_context`: the orders that the layers look at, from 1 to this.
 - `cached_tier`: whether there is a cached tier at all. Where there is none, its three settings mean nothing; they are
   drawn all the same, since a model of a space that changes its shape is a worse one.
@@ -18,7 +18,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import optuna
 
@@ -156,7 +156,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
     Raises:
         ValueError: a value that VARConfig refuses.
     """
-    fields = dict(values)
+    fields: dict[str, Any] = dict(values)
     budget = fields.pop("loss_budget", None)
     longest = fields.pop("longest_context", None)
     cached = fields.pop("cached_tier", True)
