@@ -26,12 +26,9 @@ from analysis import (
     table_size,
     table_size_section,
 )
-from analysis.figures import save
-from analysis.html_report import write_html
-from analysis.provenance import write_json
-from analysis.report import Report, Section, fields, text
+from analysis.report import Report, Section
+from analysis.report_files import write_report
 from analysis.scored_points import Subject
-from varjax.files import replacing
 from varjax.model import VARModel
 from varjax.table import build
 
@@ -109,12 +106,8 @@ def study(
         found = _answer(part, subject)
         results[found.name] = found.result
         report = dataclasses.replace(report, sections=(*report.sections, *found.sections))
-        for name, figure in found.figures.items():
-            save(figure, folder, name)
-        with replacing(folder / "study.txt") as temporary:
-            temporary.write_text(text(report), encoding="utf-8")
-        write_html(folder / "study.html", report, folder)
-        write_json(folder / "study.json", fields(report) | {"results": results, "provenance": provenance})
+        beside = {"results": results, "provenance": provenance}
+        write_report(report, folder, "study", figures=found.figures, beside=beside)
     return report
 
 

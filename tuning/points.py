@@ -70,6 +70,11 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return found[::-1]
 
 
+def predicted(points: Sequence[Point]) -> bool:
+    """Whether speed-ups among them are predicted by active assignments and not measured."""
+    return any(PREDICTED in point.outcome.speedups for point in points)
+
+
 def _different(points: Sequence[Point], count: int) -> list[Point]:
     by_config: dict[str, Point] = {}
     for point in points:

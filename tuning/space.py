@@ -186,5 +186,5 @@ def _named(space: Space, name: str) -> Parameter:
             return one
     names = [one.name for one in space]
     near = difflib.get_close_matches(name, names, n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else ""
+    meant = f"; did you mean {near[0]!r}?" if near else "."
     raise ValueError(f"no parameter is called {name!r}{meant} The parameters are {', '.join(names)}")

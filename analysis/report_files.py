@@ -1,0 +1,39 @@
+"""A report as the files that people and programs read: text, JSON, a page, and the figures beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from analysis.figures import save
+from analysis.html_report import write_html
+from analysis.provenance import write_json
+from analysis.report import Report, fields, text
+from varjax.files import replacing
+
+
+def write_report(
+    report: Report,
+    folder: Path,
+    name: str,
+    *,
+    figures: Mapping[str, Figure] | None = None,
+    beside: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `folder/name.txt`, `.json` and `.html`, and the figures, each whole or not at all.
+
+    Args:
+        figures: by the names that the sections give them; they are closed. Those of earlier calls that lie in the
+            folder are on the page too.
+        beside: what else stands in the JSON file, such as provenance.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for figure_name, figure in (figures or {}).items():
+        save(figure, folder, figure_name)
+    with replacing(folder / f"{name}.txt") as temporary:
+        temporary.write_text(text(report), encoding="utf-8")
+    write_json(folder / f"{name}.json", fields(report) | dict(beside or {}))
+    write_html(folder / f"{name}.html", report, folder)

@@ -1,0 +1,67 @@
+"""Points with known results, so that what is said of them can be known beforehand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from profiling.timing import Ratio
+from tuning.points import PREDICTED, Outcome, Point
+from tuning.space import Parameter
+
+SPACE = (
+    Parameter("loss_budget", "float", 0.001, 0.03, log=True),
+    Parameter("frequency_threshold", "int", 10, 200, log=True, unit="occurrences"),
+    Parameter("context_window_size", "int", 2, 8, unit="ids"),
+    Parameter("cached_tier", "bool"),
+)
+
+
+@pytest.fixture(scope="session")
+def space():
+    return SPACE
+
+
+@pytest.fixture(scope="session")
+def make_point():
+    """A point; its upper limit is a little above its degradation, and its values are anywhere in `SPACE`."""
+
+    def made(number, speedup=1.2, degradation=0.005, *, hopeless=False, phase=PREDICTED, config=None, **values):
+        rng = np.random.default_rng(number)
+        values = {
+            "loss_budget": float(rng.uniform(0.001, 0.03)),
+            "frequency_threshold": int(rng.integers(10, 201)),
+            "context_window_size": int(rng.integers(2, 9)),
+            "cached_tier": bool(rng.integers(2)),
+        } | values
+        outcome = Outcome(
+            degradation=degradation,
+            upper=degradation + 0.002,
+            documents=40 if hopeless else 200,
+            hopeless=hopeless,
+            experts_per_token=2 / speedup,
+            learned_share=0.1,
+            speedups={phase: Ratio(speedup, speedup - 0.01, speedup + 0.01)},
+            speedup=speedup,
+        )
+        return Point(number, values, json.dumps(values) if config is None else config, outcome)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def searches(make_point):
+    """Searches that are hard to say anything of, and one that is not, by name."""
+    rng = np.random.default_rng(0)
+    many = [
+        make_point(i, float(rng.uniform(1, 1.5)), float(rng.uniform(-0.001, 0.03)), hopeless=i % 5 == 0)
+        for i in range(40)
+    ]
+    return {
+        "none": [],
+        "one": [make_point(0)],
+        "many": many,
+        "none feasible": [make_point(i, 1.3 + i / 100, 0.02 + i / 1000) for i in range(25)],
+        "all given up": [make_point(i, 1.5, 0.1 + i / 10, hopeless=True) for i in range(25)],
+        "all the same": [make_point(i, **many[1].values) for i in range(25)],
+    }

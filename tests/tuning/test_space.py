@@ -1,0 +1,168 @@
+"""A space refuses what is none, covers its ranges to both ends, and its points become the configs that they name."""
+
+import itertools
+
+import numpy as np
+import optuna
+import pytest
+
+from analysis.ladder import Choice, Ladder, Step
+from tuning.space import THRESHOLDS, Parameter, config_at, default_space, grid, only, suggest, with_ranges
+from varjax.config import LayerPolicy, VARConfig
+
+LADDER = Ladder((), (Step(Choice(0, 0.1), 0.01), Step(Choice(1, 0.4), 0.02)))
+ORDERS = (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (("int", 2.5, 8), "x=2.5:8: expected whole numbers"),
+        (("int", 2, float("inf")), "x=2:inf: expected whole numbers"),
+        (("float", 2, 2), "x=2:2: expected a low end below the high one"),
+        (("float", 3, 2), "x=3:2: expected a low end below the high one"),
+        (("float", 0, float("nan")), "x=0:nan: expected a low end below the high one"),
+        (("float", 0, 1, True), "x=0:1: searched by factors; expected a low end above 0"),
+    ],
+)
+def test_a_range_that_is_none_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Parameter("x", *settings)
+
+
+def test_points_go_from_end_to_end_on_the_parameters_scale():
+    even = Parameter("x", "float", 0.1, 1.5).points(5)
+    assert (even[0], even[-1]) == (0.1, 1.5) and np.diff(even) == pytest.approx(0.35)
+    factors = Parameter("x", "float", 10, 300, log=True).points(4)
+    assert factors[0] == 10 and factors[-1] == 300
+    assert np.diff(np.log(factors)) == pytest.approx(np.log(30) / 3)
+    assert Parameter("x", "float", 1, 100, log=True).points(1) == [pytest.approx(10)]
+    assert Parameter("x", "bool").points(7) == [False, True]
+
+
+def test_whole_numbers_are_whole_and_come_once():
+    found = Parameter("x", "int", 2, 8).points(100)
+    assert found == [2, 3, 4, 5, 6, 7, 8] and all(isinstance(value, int) for value in found)
+    assert Parameter("x", "int", 100, 10_000, log=True).points(3) == [100, 1000, 10_000]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("one", default_space(3), ids=lambda one: one.name)
+def test_no_point_lies_outside_the_range(one, number):
+    for value in one.points(number):  # Optuna raises where a value lies outside
+        optuna.trial.create_trial(params={one.name: value}, distributions={one.name: one.distribution}, value=0.0)
+
+
+def test_a_grid_has_every_combination_once():
+    space = (Parameter("a", "float", 0, 1), Parameter("b", "int", 1, 2), Parameter("c", "bool"))
+    found = [tuple(point.values()) for point in grid(space, 3)]
+    assert sorted(found) == sorted(itertools.product([0, 0.5, 1], [1, 2], [False, True]))
+    assert all(list(point) == ["a", "b", "c"] for point in grid(space, 3))
+
+
+def test_the_default_space_has_the_published_ranges_and_the_orders_of_the_statistics():
+    ranges = {one.name: (one.low, one.high) for one in default_space(3)}
+    assert ranges["frequency_threshold"] == (10, 200) and ranges["entropy_threshold"] == (0.1, 1.5)
+    assert ranges["confidence_threshold"] == (0.5, 0.95) and ranges["cache_size"] == (100, 5000)
+    assert ranges["cache_ttl_seconds"] == (10, 300) and ranges["context_window_size"] == (2, 8)
+    assert ranges["longest_context"] == (1, 3) and len(ranges) == 9
+    assert "longest_context" not in {one.name for one in default_space(1)}
+
+
+def test_ranges_are_replaced_by_name():
+    changed = with_ranges(THRESHOLDS, ["cache_size=200:400", "entropy_threshold=0.5:1"])
+    assert [one.name for one in changed] == [one.name for one in THRESHOLDS]
+    by_name = {one.name: one for one in changed}
+    assert (by_name["cache_size"].low, by_name["cache_size"].high) == (200, 400) and by_name["cache_size"].log
+    assert (by_name["entropy_threshold"].low, by_name["entropy_threshold"].high) == (0.5, 1)
+    assert by_name["cache_ttl_seconds"] == THRESHOLDS[4]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cache_size", "'cache_size' is no range; write cache_size=100:5000, say"),
+        ("cache_size=1:2:3", "'cache_size=1:2:3' is no range"),
+        ("cache_size=a:b", "'cache_size=a:b' is no range"),
+        ("cache_size=5:1", "cache_size=5:1: expected a low end below the high one"),
+        ("cache_size=0:10", "searched by factors; expected a low end above 0"),
+        (
+            "cache_sizes=1:10",
+            "no parameter is called 'cache_sizes'; did you mean 'cache_size'\\? The parameters are loss",
+        ),
+        ("cached_tier=0:1", "cached_tier is either true or false; leave it out"),
+    ],
+)
+def test_a_range_that_cannot_be_set_says_why(text, message):
+    with pytest.raises(ValueError, match=message):
+        with_ranges(default_space(3), [text])
+
+
+def test_some_parameters_are_picked_in_the_order_of_the_space():
+    assert [one.name for one in only(default_space(3), ["cached_tier", "loss_budget"])] == [
+        "loss_budget",
+        "cached_tier",
+    ]
+    with pytest.raises(ValueError, match="did you mean 'loss_budget'"):
+        only(default_space(3), ["los_budget"])
+    with pytest.raises(ValueError, match="no parameter is called 'zzz'\\. The parameters are loss_budget, "):
+        only(default_space(3), ["zzz"])
+
+
+def test_a_trial_tries_a_point_of_the_space():
+    space = default_space(3)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trial = study.ask()
+    values = suggest(space, trial)
+    assert list(values) == [one.name for one in space] and values == trial.params
+    assert trial.distributions == {one.name: one.distribution for one in space}
+
+
+def test_values_that_are_not_given_stay_the_bases():
+    base = VARConfig(cache_size=77, entropy_threshold=1.1, layers={1: LayerPolicy(kept=0)})
+    assert config_at({}, base, LADDER, ORDERS) == base
+    changed = config_at({"frequency_threshold": 12, "cache_ttl_seconds": 5.0}, base, LADDER, ORDERS)
+    assert (changed.frequency_threshold, changed.cache_ttl_seconds) == (12, 5.0)
+    assert (changed.cache_size, changed.entropy_threshold, changed.layers) == (77, 1.1, base.layers)
+
+
+def test_a_budget_climbs_the_ladder_and_leaves_the_other_layers_open():
+    config = config_at({"loss_budget": 0.02}, VARConfig(), LADDER, ORDERS)
+    assert config.default is None and config.policy(2) is None
+    assert dict(config.layers) == {
+        layer: LayerPolicy(kept=None, tolerance=tolerance, orders=ORDERS) for layer, tolerance in LADDER.within(0.02)
+    }
+    assert [dict(config.layers)[layer].tolerance for layer in (0, 1)] == pytest.approx([0.1, 0.2])
+
+
+def test_a_budget_of_nothing_leaves_all_layers_open():
+    config = config_at({"loss_budget": 0.0}, VARConfig(layers={0: LayerPolicy()}), LADDER, ORDERS)
+    assert all(config.policy(layer) is None for layer in range(4))
+
+
+@pytest.mark.parametrize(("longest", "orders"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3))])
+def test_the_longest_context_limits_the_orders_of_all_layers(longest, orders):
+    config = config_at({"loss_budget": 0.03, "longest_context": longest}, VARConfig(), LADDER, ORDERS)
+    assert [config.policy(layer).orders for layer in (0, 1)] == [orders, orders]
+    own = VARConfig(default=LayerPolicy(orders=(1,)), layers={1: LayerPolicy(kept=0), 2: None})
+    kept = config_at({"longest_context": longest}, own, LADDER, ORDERS)
+    assert kept.policy(0).orders == orders and kept.policy(1).orders == orders and kept.policy(1).kept == 0
+    assert kept.policy(2) is None
+
+
+def test_without_a_cached_tier_nothing_is_cached():
+    values = {"cache_size": 500, "cached_tier": False}
+    assert config_at(values, VARConfig(), LADDER, ORDERS).cache_size == 0
+    assert config_at(values | {"cached_tier": True}, VARConfig(), LADDER, ORDERS).cache_size == 500
+    assert values == {"cache_size": 500, "cached_tier": False}
+
+
+def test_every_corner_of_the_default_space_is_a_config_that_survives_json():
+    for values in grid(default_space(3), 2)[::7]:
+        config = config_at(values, VARConfig(), LADDER, ORDERS)
+        assert VARConfig.from_json(config.to_json()) == config
+
+
+def test_a_value_that_the_config_refuses_is_named():
+    with pytest.raises(ValueError, match="confidence_threshold=2"):
+        config_at({"confidence_threshold": 2.0}, VARConfig(), LADDER, ORDERS)
