@@ -205,7 +205,7 @@ def points(study: optuna.Study) -> list[Point]:
 def _sampler(method: Method, seed: int, trials: int) -> optuna.samplers.BaseSampler:
     with _quiet():
         if method == "tpe":
-            return optuna.samplers.TPESampler(seed=seed, multivariate=True, warn_independent_sampling=False)
+            return optuna.samplers.TPESampler(seed=seed, n_ei_candidates=100)
         if method == "bayesian":
             return optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)
         if method == "nsga2":
