@@ -42,6 +42,7 @@ from analysis.quality import Scores
 from varjax.bounds import documents_needed, p_value, upper_bound
 
 LIMIT = math.log1p(MAX_DEGRADATION)  # nats per token
+CLIP = 0.2  # nats per token, of a document's increase: its perplexity rises by 22 %
 MIN_DOCUMENTS = 20  # fewer are refused, and a group of fewer is not certified
 
 Testing = Literal["fixed_sequence", "holm"]
@@ -242,13 +243,13 @@ def certify_results(baseline: Result, candidates: Mapping[str, Result], **settin
         {name: Losses.of(result) for name, result in candidates.items()},
         model_sha256=origins["the baseline"]["model"]["fingerprint"],
         config_sha256={name: origins[name]["config_sha256"] for name in candidates},
-        drawn=_drawn(data),
+        drawn=how_drawn(data),
         cached=[name for name, config in configs.items() if config.get("cache_size", 0) > 0],
         **settings,
     )
 
 
-def _drawn(data: Mapping[str, Any]) -> Drawn:
+def how_drawn(data: Mapping[str, Any]) -> Drawn:
     """How the documents that a result file's `data` describes came out of their split."""
     if "limit" not in data or "documents" not in data:
         return "unknown"

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis import certificate_text, figures
-from analysis.certificate import TESTS, certify_results
+from analysis.certificate import CLIP, TESTS, certify_results
 from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.comparison import read_result, report
 from analysis.distillation import DistilConfig, distil
@@ -37,14 +37,12 @@ from analysis.quality import batch_clock, score, var_runner
 from analysis.report import summary as overview
 from analysis.scored_points import Subject
 from analysis.study import PARTS, Finding, Part, study
-from experiments.arguments import load, load_encoded, parser, run
+from experiments.arguments import load, load_encoded, parser, read_answers, run
 from models import Model
 from profiling import throughput_section
 from profiling.throughput import by_batch, measure
-from varjax import RoutingStats, VARConfig, VARModel, answersfile
-from varjax.answers import Answers
+from varjax import VARConfig, VARModel, answersfile
 from varjax.config import PRESETS
-from varjax.model import read_files
 from varjax.step import summary
 from varjax.table import build
 
@@ -70,7 +68,7 @@ def main() -> None:
     arguments.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
     arguments.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results to compare")
     arguments.add_argument("--certify", type=Path, nargs="+", metavar="A", help="a baseline result and some of VAR")
-    arguments.add_argument("--clip", type=float, default=0.2, help="of a document's loss increase, nats per token")
+    arguments.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
     arguments.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
     arguments.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
     steps = DistilConfig()
@@ -243,14 +241,6 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     found = search(model, stats, answers, tuning, config, budget=args.budget, **reading)
     return found.config, found
-
-
-def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers]:
-    """The statistics and answers of a config that has both."""
-    stats, answers = read_files(model, config)
-    if answers is None:
-        raise ValueError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
-    return stats, answers
 
 
 def _file(output: Path, name: str) -> Path:

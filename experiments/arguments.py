@@ -11,6 +11,9 @@ from typing import Any
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
+from varjax import RoutingStats, VARConfig
+from varjax.answers import Answers
+from varjax.model import read_files
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -59,6 +62,14 @@ def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int |
     wanted = None if split == "all" else split
     limit = args.num_samples if limit is None else limit
     return EncodedCorpus(args.dataset, wanted, limit, model.tokenizer, model.config, args.text_column)
+
+
+def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers]:
+    """The statistics and answers of a config that has both."""
+    stats, answers = read_files(model, config)
+    if answers is None:
+        raise ValueError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
+    return stats, answers
 
 
 def run(main: Callable[[], None]) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from scipy import stats as distributions
 from tqdm import tqdm
 
-from analysis.certificate import LIMIT
+from analysis.certificate import CLIP, LIMIT
 from analysis.ladder import Choice, Ladder, Measured, climb
 from analysis.policy import policies
 from analysis.quality import batch_clock, score, var_runner
@@ -42,7 +42,6 @@ from varjax.table import RouteTable, build, with_policies
 
 PHASES = ("prefill", "decode")
 PARTS = 5  # in which the documents are scored
-CLIP = 0.2  # nats per token, of a document's increase; the certificate's default
 
 Speed = Literal["measured", "model"]
 

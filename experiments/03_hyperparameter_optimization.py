@@ -1,0 +1,278 @@
+"""Phase 3: search for the configuration that is fastest within a limit on quality, and put it to the test.
+
+  --routing_stats S --method bayesian --n_calls 50 --output DIR
+                                  search on the tune split; S and the answers beside it are phase 1's
+  --routing_stats S --validate DIR/best_configs.json --output DIR
+                                  certify the best few on the calibrate split and measure them on several parts of the
+                                  test split, beside the presets; a single VARConfig will do as well
+
+A search writes into DIR, anew after an interruption too: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db`
+shows it), tuning.json, .txt, .html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and
+best_configs.json for --validate. The same command goes on where it was interrupted. More workers may join a search:
+--workers on one machine, or the same command on several with one --storage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from analysis.certificate import how_drawn
+from analysis.ladder import Ladder
+from analysis.provenance import provenance
+from analysis.report import Report, summary
+from analysis.report_files import write_report
+from analysis.scored_points import Subject
+from experiments.arguments import load, load_encoded, parser, read_answers, run
+from tuning import chosen
+from tuning import report as search_report
+from tuning.objective import PHASES, Objective
+from tuning.points import Point, best
+from tuning.space import Space, config_at, default_space, only, suggest, with_ranges
+from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, work
+from tuning.validation import validate
+from tuning.validation_section import section
+from varjax import VARConfig
+from varjax.config import PRESETS
+
+
+def main() -> None:
+    arguments = parser(__doc__, "results/phase3")
+    arguments.set_defaults(num_samples=200)
+    arguments.add_argument("--routing_stats", type=Path, required=True, help="routing_stats.parquet of phase 1")
+    arguments.add_argument("--answers", type=Path, help="answers to use, such as distilled ones; none: those beside it")
+    arguments.add_argument(
+        "--var_config", type=Path, help="a VARConfig as JSON: what is not searched stays as it is there"
+    )
+    arguments.add_argument("--method", choices=METHODS, default="tpe", help="bayesian needs torch (varjax[gp])")
+    arguments.add_argument("--n_calls", type=int, default=50, help="trials in all, those of earlier runs included")
+    arguments.add_argument("--grid_points", type=int, default=3, help="values of each parameter of a grid")
+    arguments.add_argument("--parameters", nargs="+", metavar="NAME", help="search only these; none: all")
+    arguments.add_argument(
+        "--range", nargs="+", default=[], dest="ranges", metavar="NAME=LOW:HIGH", help="search elsewhere"
+    )
+    arguments.add_argument(
+        "--speed",
+        choices=["measured", "model"],
+        default="measured",
+        help="paired timing, or the prediction by active experts, which makes a search repeat exactly",
+    )
+    arguments.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="that count, if measured")
+    arguments.add_argument("--repeats", type=int, default=7, help="timed rounds of a trial")
+    arguments.add_argument("--limit", type=float, help="relative change of perplexity; none: the config's")
+    arguments.add_argument("--confidence", type=float, default=0.95, help="of the upper limit, and of the certificate")
+    arguments.add_argument("--storage", help="URL of a database for workers on several machines; none: OUTPUT/study.db")
+    arguments.add_argument("--study_name", default="varjax", help="in the storage")
+    arguments.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    arguments.add_argument("--validate", type=Path, metavar="FILE", help="best_configs.json, or a VARConfig as JSON")
+    arguments.add_argument("--validate_repeats", type=int, default=3, help="parts of the test split")
+    arguments.add_argument(
+        "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
+    )
+    args = arguments.parse_args()
+    if args.output.suffix:
+        arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
+    if args.workers < 1:
+        arguments.error(f"--workers {args.workers}: expected at least 1")
+    if args.validate:
+        put_to_the_test(args)
+    else:
+        search(args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What every worker of a search makes for itself from the arguments."""
+
+    objective: Objective
+    ladder: Ladder
+    space: Space
+    about: dict[str, Any]  # whatever decides what a trial finds
+    origin: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Setting:
+        subject, origin = make_subject(args, "tune", args.num_samples)
+        space = with_ranges(default_space(max(subject.stats.orders)), args.ranges)
+        space = only(space, args.parameters) if args.parameters else space
+        limit = subject.config.max_quality_degradation if args.limit is None else args.limit
+        judged = {
+            "speed": args.speed,
+            "phases": tuple(args.phases),
+            "repeats": args.repeats,
+            "confidence": args.confidence,
+            "limit": limit,
+        }
+        objective = Objective(subject, **judged)
+        ladder = objective.ladder()
+        about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
+        about |= {"method": args.method, "seed": args.seed}
+        return cls(objective, ladder, space, about, origin)
+
+    def attempt(self, trial: Any) -> Point:
+        values = suggest(self.space, trial)
+        subject = self.objective.subject
+        config = config_at(values, subject.config, self.ladder, [one for one in subject.answers.orders if one > 0])
+        return Point(trial.number, values, config.to_json(), self.objective.evaluate(config))
+
+
+def search(args: argparse.Namespace) -> None:
+    check_method(args.method)
+    storage = args.storage or sqlite_url(args.output / "study.db")
+    args.output.mkdir(parents=True, exist_ok=True)
+    setting = Setting.of(args)
+    limit = setting.objective.limit
+    study = open_study(storage, args.study_name, args.method, setting.about)
+    total = fill(study, args.method, setting.space, args.n_calls, args.grid_points)
+    if args.workers > 1 and args.speed == "measured":
+        print("several workers on one machine disturb each other's timing: give each a device, or take --speed model")
+    bar = tqdm(total=total, initial=len(points(study)), unit="trial", desc=args.method)
+
+    def show() -> None:
+        found = points(study)
+        bar.n = len(found)
+        bar.set_postfix_str(said(found, limit))
+
+    show()
+    try:
+        if args.workers == 1:
+            work(study, args.method, args.seed, setting.attempt, limit, show)
+        else:
+            with_workers(args, show)
+    except KeyboardInterrupt:
+        print(f"interrupted after {len(points(study))} of {total} trials; the same command goes on from there")
+        raise
+    finally:
+        bar.close()
+        found = points(study)
+        if found:
+            conclude(args, setting, found, storage)
+    if not best(found, limit, 1):
+        raise StudyError(
+            f"none of {len(found)} trials is within {limit:+.2%}: the least bad are in "
+            f"{args.output / 'least_bad_configs.json'}. Give a smaller --range loss_budget, more documents "
+            "(--num_samples), or a higher --limit"
+        )
+
+
+def with_workers(args: argparse.Namespace, show: Callable[[], None]) -> None:
+    """Processes that share the study; raises StudyError if one of them fails."""
+    processes = [multiprocessing.get_context("spawn").Process(target=join, args=(args,)) for _ in range(args.workers)]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        time.sleep(1)
+        show()
+    if failed := [process.exitcode for process in processes if process.exitcode]:
+        raise StudyError(f"{len(failed)} of {args.workers} workers ended in an error, see above; run again to go on")
+
+
+def join(args: argparse.Namespace) -> None:
+    """One worker: the model, the documents and the study once more, then ticket by ticket."""
+
+    def begin() -> None:
+        setting = Setting.of(args)
+        storage = args.storage or sqlite_url(args.output / "study.db")
+        study = open_study(storage, args.study_name, args.method, setting.about)
+        work(study, args.method, args.seed, setting.attempt, setting.objective.limit)
+
+    os.environ["TQDM_DISABLE"] = "1"
+    run(begin)
+
+
+def conclude(args: argparse.Namespace, setting: Setting, found: list[Point], storage: str) -> None:
+    """Write what the search found so far."""
+    limit = setting.objective.limit
+    made = provenance(seed=args.seed, **setting.origin, about=setting.about, storage=without_password(storage))
+    facts = (
+        ("model", f"{setting.objective.subject.model.name} ({args.dtype})"),
+        ("data", f"{args.dataset}, split tune, {len(setting.objective.subject.documents):,} documents"),
+        ("search", f"{args.method}, {len(found):,} trials, seed {args.seed}"),
+    )
+    examined = search_report.examine(found, setting.space, limit, seed=args.seed)
+    said_in_full = search_report.report(examined, facts)
+    save_report(
+        said_in_full, args.output, "tuning", search_report.draw(examined), {"points": found, "provenance": made}
+    )
+    chosen.write(args.output, found, limit, made)
+
+
+def put_to_the_test(args: argparse.Namespace) -> None:
+    candidates = {
+        name: config.at(args.routing_stats, args.answers) for name, config in chosen.read(args.validate).items()
+    }
+    calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
+    documents, data = load_encoded(calibrate.model, args, "test", args.validate_samples)
+    test = dataclasses.replace(calibrate, documents=documents)
+    presets = {
+        f"preset {name}": VARConfig.from_routing_stats(args.routing_stats, **fields) for name, fields in PRESETS.items()
+    }
+    limit = calibrate.config.max_quality_degradation if args.limit is None else args.limit
+    found = validate(
+        calibrate,
+        test,
+        candidates,
+        presets,
+        repeats=args.validate_repeats,
+        level=args.confidence,
+        limit=limit,
+        drawn=how_drawn(origin["data"]),
+    )
+    facts = (
+        ("model", f"{calibrate.model.name} ({args.dtype})"),
+        ("data", f"{args.dataset}: calibrate {len(calibrate.documents):,} documents, test {len(documents):,}"),
+        ("configurations", str(args.validate)),
+    )
+    notes = ("Intervals are 95 %, each for itself, over whole documents (speed-ups: over rounds).",)
+    said_in_full = Report("Validation of searched configurations", facts, notes, (section(found),))
+    made = provenance(seed=args.seed, **origin, test_data=data)
+    beside = {"validation": found, "configs": {name: json.loads(c.to_json()) for name, c in candidates.items()}}
+    save_report(said_in_full, args.output, "validation", {}, beside | {"provenance": made})
+
+
+def make_subject(args: argparse.Namespace, split: str, limit: int | None) -> tuple[Subject, dict[str, Any]]:
+    """What is searched or validated, on at most `limit` documents of a split, and what a result file says of it."""
+    args = argparse.Namespace(**vars(args) | {"num_samples": limit})
+    model, documents, origin = load(args, split)
+    known: dict[str, Any] = {"residuals": str(args.answers)} if args.answers else {}
+    if args.var_config:
+        config = VARConfig.load(args.var_config).at(args.routing_stats, args.answers)
+    else:
+        config = VARConfig.from_routing_stats(args.routing_stats, **known)
+    stats, answers = read_answers(model, config)
+    reading = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
+    return Subject(model, stats, answers, config, documents, folder=args.output / "losses", **reading), origin
+
+
+def save_report(said_in_full: Report, folder: Path, name: str, figures: Any, beside: dict[str, Any]) -> None:
+    write_report(said_in_full, folder, name, figures=figures, beside=beside)
+    print("\n".join(summary(said_in_full)))
+    print(f"written to {folder}")
+
+
+def said(found: list[Point], limit: float) -> str:
+    """The best so far, for the progress bar."""
+    ahead = best(found, limit, 1)
+    if not ahead:
+        return "none feasible yet"
+    return f"best {ahead[0].outcome.speedup:.2f}x at {ahead[0].outcome.degradation:+.2%}"
+
+
+def without_password(storage: str) -> str:
+    """The URL as a result file may show it."""
+    scheme, _, rest = storage.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://{user.split(':')[0]}{at}{host}"
+
+
+if __name__ == "__main__":
+    run(main)
