@@ -9,9 +9,9 @@ one (the sampler draws it). A worker takes a ticket by setting its trial to runn
 do; so no point of a grid is tried twice, and there are as many trials as were asked for. `fill` writes the tickets
 that are missing, also after a kill. A trial whose worker is gone shows no more heartbeat, and its point is tried anew.
 
-Each trial has a sampler of its own, seeded by the study's seed and the trial's place: with one worker a study that was
-interrupted goes on as it would have. (Optuna's samplers read what is finished from the storage; the Gaussian process is
-fitted anew every time.)
+Each trial has a sampler of its own, seeded by the study's seed and how many came before: with one worker a study that
+was interrupted goes on as it would have. (Optuna's samplers read what is finished from the storage; the Gaussian
+process is fitted anew every time.)
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def work(
         trials = study.get_trials(deepcopy=False)
         states = [trial.state for trial in trials]
         if TrialState.WAITING in states:
-            place = sum(state is not TrialState.WAITING for state in states)
+            place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
             study.sampler = _sampler(
                 method, int(np.random.SeedSequence([seed, place]).generate_state(1)[0]), len(trials)
             )

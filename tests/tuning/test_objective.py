@@ -1,0 +1,115 @@
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from analysis.collection.answers import collect_answers
+from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.quality import plain_runner, score, var_runner
+from analysis.scored_points import Subject
+from profiling.timing import Ratio
+from tuning.objective import Objective, predicted_speedup, upper_limit
+from tuning.points import PREDICTED
+from varjax.config import LayerPolicy, VARConfig
+from varjax.model import VARModel
+from varjax.table import build
+
+READING = {"batch_size": 4, "max_length": 16}
+
+
+@pytest.fixture(scope="module")
+def subject(saved_model, documents):
+    known = documents[:80]
+    keys = choose_keys(saved_model, known, 16, KeySettings((1, 2), min_count=3))
+    stats = collect(saved_model, known, keys, **READING, progress=False)
+    answers = collect_answers(saved_model, known, stats.keys, range(2), **READING, progress=False)
+    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0, default=None)
+    return Subject(saved_model, stats, answers, config, documents[80:], **READING, progress=False)
+
+
+@pytest.fixture(scope="module")
+def objective(subject):
+    return Objective(subject, speed="model")
+
+
+def kept(subject, kept, residual=True):
+    return dataclasses.replace(subject.config, default=LayerPolicy(kept=kept, orders=(1, 2), residual=residual))
+
+
+def test_an_open_config_costs_nothing_and_saves_nothing(subject, objective):
+    found = objective.evaluate(subject.config)
+    assert found.degradation == pytest.approx(0, abs=1e-6) and not found.hopeless
+    assert found.upper == pytest.approx(0, abs=1e-6)
+    assert (found.experts_per_token, found.learned_share, found.speedup) == (2.0, 1.0, 1.0)
+    assert found.documents == len(subject.documents)
+
+
+def test_the_cost_is_that_of_the_whole_evaluation(subject, objective):
+    config = kept(subject, 1)
+    found = dataclasses.replace(objective, limit=0.2).evaluate(config)  # nothing is given up
+    var_model = VARModel(subject.model, config, table=build(subject.stats, config, 2, subject.answers))
+    plain, _ = score(plain_runner(subject.model), None, subject.documents, **READING, progress=False)
+    scores, _ = score(var_runner(var_model), var_model.init(), subject.documents, **READING, progress=False)
+    assert found.documents == len(subject.documents) and 1 <= found.experts_per_token < 2
+    expected = math.expm1(scores.nll_per_token - plain.nll_per_token)
+    assert found.degradation == pytest.approx(expected, abs=1e-5)
+    assert found.upper > found.degradation
+    assert found.speedups == {PREDICTED: Ratio(found.speedup, found.speedup, found.speedup)}
+
+
+def test_a_hopeless_config_is_given_up_and_can_never_be_chosen(subject, objective):
+    found = dataclasses.replace(objective, limit=0.0005).evaluate(kept(subject, 0, residual=False))
+    assert found.hopeless and found.documents < len(subject.documents) and found.degradation > 0.01
+    assert not found.within(math.inf)
+
+
+def test_the_same_config_gives_the_same_outcome(subject, objective):
+    again = Objective(dataclasses.replace(subject), speed="model")
+    assert again.evaluate(kept(subject, 1)) == objective.evaluate(kept(subject, 1))
+
+
+def test_measured_speeds_are_paired_by_phase(subject):
+    found = Objective(subject, phases=("prefill",), repeats=2).evaluate(kept(subject, 1))
+    assert list(found.speedups) == ["prefill"] and found.speedup == found.speedups["prefill"].value > 0
+
+
+def test_the_ladder_is_of_every_layer_with_answers_and_is_kept_on_disk(subject, tmp_path):
+    kept_on_disk = dataclasses.replace(subject, folder=tmp_path)
+    ladder = Objective(kept_on_disk, speed="model").ladder()
+    assert {point.choices[0].layer for point in ladder.single} == {0, 1}
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert len(files) == len(ladder.single) + 1  # and the plain model
+    again = Objective(dataclasses.replace(kept_on_disk), speed="model").ladder()
+    assert again == ladder and files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_the_upper_limit_covers_the_truth_as_often_as_it_says():
+    """Documents of very different length whose loss per token varies from one to the next."""
+    rng = np.random.default_rng(0)
+    truth, covered = 0.01, 0
+    for _ in range(2000):
+        tokens = rng.integers(20, 400, 60)
+        change = tokens * rng.normal(truth, 0.02, 60)
+        covered += math.log1p(upper_limit(change, tokens, 0.9)[1]) >= truth
+    assert 0.87 < covered / 2000 < 0.93
+    assert upper_limit(np.array([1.0]), np.array([10]), 0.95)[1] == math.inf
+
+
+def test_predicted_speed_grows_with_every_expert_that_is_saved(saved_model):
+    speeds = [predicted_speedup(saved_model.config, 64, experts) for experts in (2.0, 1.5, 1.0, 0.0)]
+    assert speeds[0] == 1.0 and speeds == sorted(speeds) and speeds[-1] > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"confidence": 1.0}, "confidence=1.0"),
+        ({"limit": 0.0}, "limit=0.0"),
+        ({"phases": ("prefil",)}, "prefil"),
+        ({"phases": ()}, "expected one or more of prefill, decode"),
+    ],
+)
+def test_settings_out_of_range_are_refused(subject, settings, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(subject, **settings)

@@ -1,0 +1,222 @@
+"""Searches that are shared, killed and resumed, and the methods on a landscape whose best point is known."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from profiling.timing import Ratio
+from tuning import landscape
+from tuning.points import PREDICTED, Outcome, Point, best
+from tuning.space import Parameter, grid, suggest
+from tuning.study import StudyError, check_method, fill, open_study, points, sqlite_url, work
+
+ROOT = Path(__file__).resolve().parents[2]
+SPACE = (
+    Parameter("frequency_threshold", "int", 10, 200, log=True),
+    Parameter("entropy_threshold", "float", 0.1, 1.5),
+    Parameter("cached_tier", "bool"),
+)
+ABOUT = {"model": "tiny"}
+
+# One worker as a process of its own: each trial takes a while, so that it can be killed in the middle of one.
+WORKER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from tests_worker import attempt
+from tuning.study import open_study, work
+study = open_study({url!r}, "s", {method!r}, {{"model": "tiny"}}, heartbeat=1, grace=3)
+work(study, {method!r}, 0, attempt, 0.01, lambda: print("done", flush=True))
+"""
+ATTEMPT = """
+import time
+from profiling.timing import Ratio
+from tuning.points import PREDICTED, Outcome, Point
+from tuning.space import Parameter, suggest
+SPACE = {space!r}
+def attempt(trial):
+    values = suggest(SPACE, trial)
+    time.sleep({seconds})
+    speedup = 1 + values["entropy_threshold"] / 10
+    outcome = Outcome(0.0, 0.001, 1, False, 1.0, 0.0, {{PREDICTED: Ratio(speedup, speedup, speedup)}}, speedup)
+    return Point(trial.number, values, str(values), outcome)
+"""
+
+
+def attempt(trial: optuna.Trial) -> Point:
+    values = suggest(SPACE, trial)
+    speedup = 1 + values["entropy_threshold"] / 10 - 0.1 * values["cached_tier"]
+    loss = values["entropy_threshold"] / 100
+    outcome = Outcome(loss, loss, 1, False, 1.0, 0.0, {PREDICTED: Ratio(speedup, speedup, speedup)}, speedup)
+    return Point(trial.number, values, str(values), outcome)
+
+
+@pytest.fixture
+def url(tmp_path):
+    return sqlite_url(tmp_path / "study.db")
+
+
+@pytest.fixture
+def start(tmp_path, url):
+    """`start(method)`: another worker on the study, in a process of its own."""
+    (tmp_path / "tests_worker.py").write_text(ATTEMPT.format(space=SPACE, seconds=0.3))
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+
+    def run(method: str) -> subprocess.Popen:
+        code = WORKER.format(root=str(ROOT), url=url, method=method)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=tmp_path, **pipes)
+
+    return run
+
+
+def searched(url: str, method: str, trials: int, seed: int = 0) -> list[Point]:
+    study = open_study(url, "s", method, ABOUT)
+    fill(study, method, SPACE, trials, 3)
+    work(study, method, seed, attempt, 0.01)
+    return points(study)
+
+
+def test_a_grid_visits_each_point_once_and_nothing_else(url):
+    found = [point.values for point in searched(url, "grid", 18)]
+    assert len(found) == 18 and all(found.count(one) == 1 for one in grid(SPACE, 3))
+    assert searched(url, "grid", 18) == searched(url, "grid", 18)  # nothing is left to do
+
+
+def test_two_workers_share_a_grid_without_trying_a_point_twice(url, start):
+    study = open_study(url, "s", "grid", ABOUT)
+    assert fill(study, "grid", SPACE, None, 3) == 18
+    workers = [start("grid"), start("grid")]
+    outputs = [worker.communicate(timeout=120)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert min(output.count("done") for output in outputs) > 0  # both had their share
+    tried = [point.values for point in points(study)]
+    assert len(tried) == 18 and all(tried.count(one) == 1 for one in grid(SPACE, 3))
+
+
+def test_a_search_killed_in_a_trial_loses_and_repeats_none_that_was_finished(url, start):
+    study = open_study(url, "s", "grid", ABOUT)
+    fill(study, "grid", SPACE, None, 2)  # 8 points
+    worker = start("grid")
+    for _ in range(3):
+        assert worker.stdout.readline() == "done\n"
+    time.sleep(0.15)  # in the middle of the next trial
+    worker.send_signal(signal.SIGKILL)
+    worker.communicate()
+    before = points(study)
+    assert 3 <= len(before) < 8
+    again = start("grid")  # which finds the lost trial without heartbeat, and waits until it is sure
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, output
+    after = points(study)
+    assert [point for point in after if point.number <= before[-1].number] == before
+    tried = [point.values for point in after]
+    assert len(tried) == 8 and all(tried.count(one) == 1 for one in grid(SPACE, 2))
+
+
+@pytest.mark.parametrize("method", ["random", "tpe", "nsga2"])
+def test_a_resumed_search_is_an_unbroken_one(tmp_path, method):
+    whole = searched(sqlite_url(tmp_path / "whole.db"), method, 14, seed=3)
+    tries = 0
+
+    def once(trial):
+        nonlocal tries
+        tries += 1
+        if tries == 6:
+            raise KeyboardInterrupt
+        return attempt(trial)
+
+    interrupted = sqlite_url(tmp_path / "interrupted.db")
+    study = open_study(interrupted, "s", method, ABOUT)
+    fill(study, method, SPACE, 14, 3)
+    with pytest.raises(KeyboardInterrupt):
+        work(study, method, 3, once, 0.01)
+    assert len(points(study)) == 5
+    resumed = searched(interrupted, method, 14, seed=3)
+    assert [point.values for point in resumed] == [point.values for point in whole]
+    assert len({str(point.values) for point in whole}) > 10
+
+
+def test_other_seeds_search_elsewhere(tmp_path):
+    one, other = (searched(sqlite_url(tmp_path / f"{seed}.db"), "tpe", 3, seed) for seed in (0, 1))
+    assert [point.values for point in one] != [point.values for point in other]
+
+
+def test_more_calls_go_on_where_the_search_was_left(url):
+    few = searched(url, "tpe", 4)
+    more = searched(url, "tpe", 7)
+    assert more[:4] == few and len(more) == 7
+
+
+def test_what_was_found_is_read_back_as_it_was(url):
+    (point,) = searched(url, "random", 1)
+    assert point.outcome == attempt(optuna.trial.FixedTrial(dict(point.values))).outcome
+    assert point.config == str(point.values)
+
+
+def test_a_study_about_something_else_is_refused(url):
+    searched(url, "random", 1)
+    with pytest.raises(StudyError, match="another model, data, space or settings; give the same ones"):
+        open_study(url, "s", "random", {"model": "another"})
+
+
+@pytest.mark.parametrize(
+    "storage",
+    ["no-url", "sqlite:////no/such/folder/study.db", "mysql+nodriver://host/database", "postgresql://"],
+)
+def test_a_storage_that_cannot_be_opened_is_said_with_the_mend(storage):
+    with pytest.raises(StudyError, match=r"^--storage .*Give the URL of a database"):
+        open_study(storage, "s", "random", ABOUT)
+
+
+def test_a_grid_larger_than_the_calls_is_refused_before_any_trial(url):
+    study = open_study(url, "s", "grid", ABOUT)
+    with pytest.raises(StudyError, match="3 values of each of 3 parameters are 18 trials, more than --n_calls 17"):
+        fill(study, "grid", SPACE, 17, 3)
+    assert study.get_trials() == []
+    with pytest.raises(StudyError, match="--n_calls 0: expected at least 1"):
+        fill(study, "random", SPACE, 0, 3)
+
+
+def test_bayesian_search_without_torch_is_refused_with_the_extra_named(monkeypatch):
+    check_method("bayesian")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(StudyError, match=r"varjax\[gp\]"):
+        check_method("bayesian")
+    check_method("tpe")  # needs none
+
+
+def test_the_front_of_two_objectives_is_searched_without_a_limit(url):
+    found = searched(url, "nsga2", 12)
+    assert len(found) == 12 and max(point.outcome.degradation for point in found) > 0.01
+
+
+def test_the_landscapes_best_point_is_where_it_is_said_to_be():
+    b, e, w = np.meshgrid(np.linspace(0, 1, 301), np.linspace(0, 1, 301), np.arange(2, 9), indexing="ij")
+    speed, loss = np.vectorize(
+        lambda b, e, w: landscape.landscape(
+            {"loss_budget": 0.001 * 30**b, "entropy_threshold": 0.1 + 1.4 * e, "context_window_size": w}
+        )
+    )(b[::3, ::3], e[::3, ::3], w[::3, ::3])
+    reached = speed[loss <= landscape.LIMIT + 1e-12].max()
+    assert reached <= landscape.OPTIMUM + 1e-9 and reached == pytest.approx(landscape.OPTIMUM, rel=2e-3)
+
+
+@pytest.mark.parametrize(("method", "seeds"), [("tpe", 6), ("bayesian", 1)])
+def test_a_model_of_the_landscape_finds_its_best_point(method, seeds):
+    """All twenty seeds: `python -m tuning.landscape`."""
+    found = landscape.reached(method, 60, range(seeds))
+    assert np.all(found >= (1 - landscape.NEAR) * landscape.OPTIMUM)
+    assert np.median(found) > np.median(landscape.reached("random", 60, range(seeds)))
+
+
+def test_the_best_of_a_search_keeps_the_limit():
+    chosen = best(landscape.search("random", 40, 0), landscape.LIMIT, 3)
+    assert len(chosen) == 3 and all(point.outcome.upper <= landscape.LIMIT for point in chosen)
