@@ -18,9 +18,9 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import os
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from tuning import report as search_report
 from tuning.objective import PHASES, Objective
 from tuning.points import Point, best
 from tuning.space import Space, config_at, default_space, only, suggest, with_ranges
-from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, work
+from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
 from tuning.validation import validate
 from tuning.validation_section import section
 from varjax import VARConfig
@@ -94,15 +94,14 @@ class Setting:
     """What every worker of a search makes for itself from the arguments."""
 
     objective: Objective
-    ladder: Ladder
     space: Space
     about: dict[str, Any]  # whatever decides what a trial finds
     origin: dict[str, Any]
 
     @classmethod
-    def of(cls, args: argparse.Namespace) -> Setting:
-        subject, origin = make_subject(args, "tune", args.num_samples)
-        space = with_ranges(default_space(max(subject.stats.orders)), args.ranges)
+    def of(cls, args: argparse.Namespace, progress: bool = True) -> Setting:
+        subject, origin = make_subject(args, "tune", args.num_samples, progress)
+        space = with_ranges(default_space(subject.stats.orders), args.ranges)
         space = only(space, args.parameters) if args.parameters else space
         limit = subject.config.max_quality_degradation if args.limit is None else args.limit
         judged = {
@@ -113,10 +112,13 @@ class Setting:
             "limit": limit,
         }
         objective = Objective(subject, **judged)
-        ladder = objective.ladder()
         about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
         about |= {"method": args.method, "seed": args.seed}
-        return cls(objective, ladder, space, about, origin)
+        return cls(objective, space, about, origin)
+
+    @cached_property
+    def ladder(self) -> Ladder:
+        return self.objective.ladder()
 
     def attempt(self, trial: Any) -> Point:
         values = suggest(self.space, trial)
@@ -127,12 +129,12 @@ class Setting:
 
 def search(args: argparse.Namespace) -> None:
     check_method(args.method)
-    storage = args.storage or sqlite_url(args.output / "study.db")
     args.output.mkdir(parents=True, exist_ok=True)
     setting = Setting.of(args)
     limit = setting.objective.limit
-    study = open_study(storage, args.study_name, args.method, setting.about)
+    study = open_study(storage_of(args), args.study_name, args.method, setting.about)
     total = fill(study, args.method, setting.space, args.n_calls, args.grid_points)
+    _ = setting.ladder  # measured, or read back, before there are workers that would all measure it
     if args.workers > 1 and args.speed == "measured":
         print("several workers on one machine disturb each other's timing: give each a device, or take --speed model")
     bar = tqdm(total=total, initial=len(points(study)), unit="trial", desc=args.method)
@@ -155,7 +157,7 @@ def search(args: argparse.Namespace) -> None:
         bar.close()
         found = points(study)
         if found:
-            conclude(args, setting, found, storage)
+            conclude(args, setting, found)
     if not best(found, limit, 1):
         raise StudyError(
             f"none of {len(found)} trials is within {limit:+.2%}: the least bad are in "
@@ -180,19 +182,17 @@ def join(args: argparse.Namespace) -> None:
     """One worker: the model, the documents and the study once more, then ticket by ticket."""
 
     def begin() -> None:
-        setting = Setting.of(args)
-        storage = args.storage or sqlite_url(args.output / "study.db")
-        study = open_study(storage, args.study_name, args.method, setting.about)
+        setting = Setting.of(args, progress=False)
+        study = open_study(storage_of(args), args.study_name, args.method, setting.about)
         work(study, args.method, args.seed, setting.attempt, setting.objective.limit)
 
-    os.environ["TQDM_DISABLE"] = "1"
     run(begin)
 
 
-def conclude(args: argparse.Namespace, setting: Setting, found: list[Point], storage: str) -> None:
+def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> None:
     """Write what the search found so far."""
     limit = setting.objective.limit
-    made = provenance(seed=args.seed, **setting.origin, about=setting.about, storage=without_password(storage))
+    made = provenance(seed=args.seed, **setting.origin, about=setting.about, storage=without_password(storage_of(args)))
     facts = (
         ("model", f"{setting.objective.subject.model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split tune, {len(setting.objective.subject.documents):,} documents"),
@@ -239,7 +239,9 @@ def put_to_the_test(args: argparse.Namespace) -> None:
     save_report(said_in_full, args.output, "validation", {}, beside | {"provenance": made})
 
 
-def make_subject(args: argparse.Namespace, split: str, limit: int | None) -> tuple[Subject, dict[str, Any]]:
+def make_subject(
+    args: argparse.Namespace, split: str, limit: int | None, progress: bool = True
+) -> tuple[Subject, dict[str, Any]]:
     """What is searched or validated, on at most `limit` documents of a split, and what a result file says of it."""
     args = argparse.Namespace(**vars(args) | {"num_samples": limit})
     model, documents, origin = load(args, split)
@@ -250,7 +252,8 @@ def make_subject(args: argparse.Namespace, split: str, limit: int | None) -> tup
         config = VARConfig.from_routing_stats(args.routing_stats, **known)
     stats, answers = read_answers(model, config)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
-    return Subject(model, stats, answers, config, documents, folder=args.output / "losses", **reading), origin
+    folder = args.output / "losses"
+    return Subject(model, stats, answers, config, documents, folder=folder, progress=progress, **reading), origin
 
 
 def save_report(said_in_full: Report, folder: Path, name: str, figures: Any, beside: dict[str, Any]) -> None:
@@ -267,11 +270,8 @@ def said(found: list[Point], limit: float) -> str:
     return f"best {ahead[0].outcome.speedup:.2f}x at {ahead[0].outcome.degradation:+.2%}"
 
 
-def without_password(storage: str) -> str:
-    """The URL as a result file may show it."""
-    scheme, _, rest = storage.partition("://")
-    user, at, host = rest.rpartition("@")
-    return f"{scheme}://{user.split(':')[0]}{at}{host}"
+def storage_of(args: argparse.Namespace) -> str:
+    return args.storage or sqlite_url(args.output / "study.db")
 
 
 if __name__ == "__main__":

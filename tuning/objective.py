@@ -87,10 +87,6 @@ class Objective:
             speedup=math.prod(one.value for one in speedups.values()) ** (1 / len(speedups)),
         )
 
-    def prepare(self) -> None:
-        """What all configurations share, so that the first one need not wait for it: the table, the plain losses."""
-        _ = self._table, self._plain
-
     def ladder(self) -> Ladder:
         """Each layer alone at several tolerances; kept on disk by the subject, where it has a folder."""
         subject, top_k = self.subject, self.subject.model.config.top_k

@@ -94,15 +94,15 @@ THRESHOLDS: Space = (
 )
 
 
-def default_space(longest_order: int) -> Space:
+def default_space(orders: Sequence[int]) -> Space:
     """The six thresholds in their published ranges, the loss budget, the cached tier and the context orders.
 
     Args:
-        longest_order: of the statistics.
+        orders: of the statistics.
     """
-    orders: Space = (Parameter("longest_context", "int", 1, longest_order, unit="ids"),) if longest_order > 1 else ()
+    longest = Parameter("longest_context", "int", min(orders), max(orders), unit="ids") if len(orders) > 1 else None
     policy = Parameter("loss_budget", "float", 0.001, 0.03, log=True, unit="relative change of perplexity")
-    return (policy, *THRESHOLDS, *orders, Parameter("cached_tier", "bool"))
+    return (policy, *THRESHOLDS, *([longest] if longest else []), Parameter("cached_tier", "bool"))
 
 
 def with_ranges(space: Space, ranges: Sequence[str]) -> Space:

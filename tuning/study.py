@@ -61,6 +61,13 @@ def sqlite_url(path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+def without_password(storage: str) -> str:
+    """The URL as it may be shown."""
+    scheme, _, rest = storage.partition("://")
+    user, at, host = rest.rpartition("@")
+    return f"{scheme}://{user.split(':')[0]}{at}{host}" if rest else storage
+
+
 def open_study(
     storage: str,
     name: str,
@@ -97,7 +104,7 @@ def open_study(
     except Exception as error:  # of SQLAlchemy, of any driver, of Optuna: they share no class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StudyError(
-            f"--storage {storage}: {reason}. Give the URL of a database that can be reached, such as "
+            f"--storage {without_password(storage)}: {reason}. Give the URL of a database that can be reached, such as "
             "sqlite:///study.db or postgresql://user:password@host/database, and install its driver"
         ) from error
     digest = hash_json(about)

@@ -5,30 +5,10 @@ import json
 import pytest
 
 from analysis import study
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.report import Section
 from analysis.study import Finding
-from varjax import VARConfig, answersfile, statsfile
-from varjax.config import LayerPolicy, residuals_beside
-
-
-@pytest.fixture
-def common(model_directory, corpus_file):
-    return ("--model", model_directory, "--dataset", corpus_file, "--max_length", 16, "--batch_size", 4)
-
-
-@pytest.fixture
-def statistics(saved_model, documents, tmp_path):
-    """A statistics file with its answers beside it, from the first 60 documents."""
-    known, reading = documents[:60], {"batch_size": 4, "max_length": 16, "progress": False}
-    keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
-    stats = collect(saved_model, known, keys, **reading)
-    path = tmp_path / "routing_stats.parquet"
-    statsfile.write(path, stats, {"fingerprint": saved_model.fingerprint})
-    answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
-    answersfile.write(residuals_beside(path), answers, {"fingerprint": saved_model.fingerprint})
-    return path
+from varjax import VARConfig
+from varjax.config import LayerPolicy
 
 
 def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(

@@ -47,7 +47,7 @@ def test_whole_numbers_are_whole_and_come_once():
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 50])
-@pytest.mark.parametrize("one", default_space(3), ids=lambda one: one.name)
+@pytest.mark.parametrize("one", default_space((1, 2, 3)), ids=lambda one: one.name)
 def test_no_point_lies_outside_the_range(one, number):
     for value in one.points(number):  # Optuna raises where a value lies outside
         optuna.trial.create_trial(params={one.name: value}, distributions={one.name: one.distribution}, value=0.0)
@@ -61,12 +61,12 @@ def test_a_grid_has_every_combination_once():
 
 
 def test_the_default_space_has_the_published_ranges_and_the_orders_of_the_statistics():
-    ranges = {one.name: (one.low, one.high) for one in default_space(3)}
+    ranges = {one.name: (one.low, one.high) for one in default_space((1, 2, 3))}
     assert ranges["frequency_threshold"] == (10, 200) and ranges["entropy_threshold"] == (0.1, 1.5)
     assert ranges["confidence_threshold"] == (0.5, 0.95) and ranges["cache_size"] == (100, 5000)
     assert ranges["cache_ttl_seconds"] == (10, 300) and ranges["context_window_size"] == (2, 8)
     assert ranges["longest_context"] == (1, 3) and len(ranges) == 9
-    assert "longest_context" not in {one.name for one in default_space(1)}
+    assert "longest_context" not in {one.name for one in default_space((1,))}
 
 
 def test_ranges_are_replaced_by_name():
@@ -95,22 +95,22 @@ def test_ranges_are_replaced_by_name():
 )
 def test_a_range_that_cannot_be_set_says_why(text, message):
     with pytest.raises(ValueError, match=message):
-        with_ranges(default_space(3), [text])
+        with_ranges(default_space((1, 2, 3)), [text])
 
 
 def test_some_parameters_are_picked_in_the_order_of_the_space():
-    assert [one.name for one in only(default_space(3), ["cached_tier", "loss_budget"])] == [
+    assert [one.name for one in only(default_space((1, 2, 3)), ["cached_tier", "loss_budget"])] == [
         "loss_budget",
         "cached_tier",
     ]
     with pytest.raises(ValueError, match="did you mean 'loss_budget'"):
-        only(default_space(3), ["los_budget"])
+        only(default_space((1, 2, 3)), ["los_budget"])
     with pytest.raises(ValueError, match="no parameter is called 'zzz'\\. The parameters are loss_budget, "):
-        only(default_space(3), ["zzz"])
+        only(default_space((1, 2, 3)), ["zzz"])
 
 
 def test_a_trial_tries_a_point_of_the_space():
-    space = default_space(3)
+    space = default_space((1, 2, 3))
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trial = study.ask()
     values = suggest(space, trial)
@@ -158,7 +158,7 @@ def test_without_a_cached_tier_nothing_is_cached():
 
 
 def test_every_corner_of_the_default_space_is_a_config_that_survives_json():
-    for values in grid(default_space(3), 2)[::7]:
+    for values in grid(default_space((1, 2, 3)), 2)[::7]:
         config = config_at(values, VARConfig(), LADDER, ORDERS)
         assert VARConfig.from_json(config.to_json()) == config
 

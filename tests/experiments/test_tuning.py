@@ -1,0 +1,141 @@
+"""`03_hyperparameter_optimization.py` as a user runs it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tuning import study
+from varjax import VARConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "03_hyperparameter_optimization.py"
+# The tiny corpus is of frequent words and the tiny model's gate is never sure.
+RANGES = ("--range", "frequency_threshold=2:20", "entropy_threshold=0.5:1.5", "cache_size=4:8", "loss_budget=0.001:0.1")
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory):
+    """Enough documents for every split: 8 % of them are for calibration."""
+    rng = np.random.default_rng(1)
+    nouns, verbs = ("router", "expert", "token", "layer", "table"), ("finds", "keeps", "drops", "meets")
+    path = tmp_path_factory.mktemp("long") / "sentences.jsonl"
+    texts = [
+        f"{i}: " + " ".join(f"the {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(3))
+        for i in range(500)
+    ]
+    path.write_text("\n".join(json.dumps({"text": text, "group": "a"}) for text in texts))
+    return path
+
+
+@pytest.fixture
+def asked(model_directory, long_corpus, statistics):
+    data = ("--model", model_directory, "--dataset", long_corpus, "--max_length", 16, "--batch_size", 4)
+    return (*data, "--routing_stats", statistics, *RANGES)
+
+
+def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys):
+    search = (
+        *asked,
+        "--method",
+        "tpe",
+        "--n_calls",
+        4,
+        "--limit",
+        0.2,
+        "--speed",
+        "model",
+        "--output",
+        tmp_path / "out",
+    )
+    script(SCRIPT, *search)
+    printed = capsys.readouterr().out
+    assert "What did the search find?" in printed and "predicted speed-up" in printed
+    found = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert len(found["points"]) == 4 and found["provenance"]["data"]["split"] == "tune"
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"study.db", "tuning.html", "tuning.txt", "tuning_front.png", "best_config.json"} <= written
+    script(SCRIPT, *search)  # everything is there: nothing is searched again
+    again = json.loads((tmp_path / "out" / "tuning.json").read_text())
+    assert again["points"] == found["points"]
+
+    best = tmp_path / "out" / "best_config.json"
+    VARConfig.load(best)
+    validation = ("--validate", tmp_path / "out" / "best_configs.json", "--validate_repeats", 2, "--limit", 0.2)
+    script(SCRIPT, *asked, *validation, "--output", tmp_path / "validated")
+    printed = capsys.readouterr().out
+    assert "Does it hold on documents that the search never saw?" in printed
+    said = json.loads((tmp_path / "validated" / "validation.json").read_text())
+    names = [one["name"] for one in said["validation"]["configurations"]]
+    assert names[-3:] == ["preset conservative", "preset balanced", "preset aggressive"] and len(names) > 3
+    assert {len(one["repeats"]) for one in said["validation"]["configurations"]} == {2}
+
+    evaluation = (*asked[:8], "--mode", "var", "--var_config", best, "--no_throughput", "--output", tmp_path / "e.json")
+    script("02_evaluate_var.py", *evaluation)
+    assert json.loads((tmp_path / "e.json").read_text())["tokens"] > 0
+
+
+def test_the_same_seed_gives_the_same_search_bit_for_bit(script, asked, tmp_path):
+    search = (*asked, "--method", "random", "--n_calls", 3, "--limit", 0.2, "--speed", "model", "--seed", 7)
+    for name in ("one", "other"):
+        script(SCRIPT, *search, "--output", tmp_path / name)
+    one, other = (json.loads((tmp_path / name / "tuning.json").read_text())["points"] for name in ("one", "other"))
+    assert one == other and len(one) == 3
+
+
+def test_an_empty_feasible_set_writes_the_least_bad_and_says_so(script, asked, tmp_path, capsys):
+    search = (*asked, "--method", "random", "--n_calls", 2, "--speed", "model", "--limit", 1e-9)
+    with pytest.raises(SystemExit) as stop:
+        script(SCRIPT, *search, "--parameters", "loss_budget", "--output", tmp_path / "out")
+    assert str(stop.value).startswith("error: none of 2 trials is within +0.00%") and "--limit" in str(stop.value)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert "least_bad_configs.json" in written and "best_config.json" not in written
+    assert "none of 2 trials is within" in (tmp_path / "out" / "tuning.txt").read_text()
+
+
+def test_two_workers_share_a_grid(asked, tmp_path):
+    """Started as a program: a worker begins by importing it."""
+    parameters = ("--method", "grid", "--grid_points", 2, "--parameters", "frequency_threshold", "loss_budget")
+    command = (sys.executable, ROOT / "experiments" / SCRIPT, *asked, *parameters, "--workers", 2, "--speed", "model")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*map(str, command), "--limit", "0.2", "--output", str(tmp_path / "out")],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads((tmp_path / "out" / "tuning.json").read_text())["points"]
+    assert len({json.dumps(point["values"]) for point in found}) == len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--range", "los_budget=0:1"), "no parameter is called 'los_budget'; did you mean 'loss_budget'?"),
+        (("--parameters", "zzz"), "no parameter is called 'zzz'"),
+        (("--storage", "nodb://host"), "--storage nodb://host"),
+        (("--method", "grid", "--n_calls", 5), "more than --n_calls 5"),
+        (("--n_calls", 0), "--n_calls 0: expected at least 1"),
+        (("--validate", "no_such_file.json"), "no_such_file.json"),
+        (("--routing_stats", "no_such_file.parquet"), "no_such_file.parquet"),
+    ],
+)
+def test_bad_input_ends_in_one_message(script, asked, tmp_path, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        script(SCRIPT, *asked, "--output", tmp_path / "out", *arguments)
+    assert str(stop.value).startswith("error: ") and message in str(stop.value)
+    assert not list((tmp_path / "out").glob("*config*")) if (tmp_path / "out").exists() else True
+
+
+def test_bayesian_search_without_torch_stops_before_any_work(script, asked, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"varjax\[gp\]"):
+        script(SCRIPT, *asked, "--method", "bayesian", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
