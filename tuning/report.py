@@ -16,7 +16,7 @@ from analysis.report import Column, Report, Section, Table
 from tuning import figures
 from tuning.importance import FEWEST, Importance, Sensitivity, importances, sensitivities, varied
 from tuning.points import Point, best, least_bad, pareto, predicted
-from tuning.space import Space
+from tuning.space import CACHED, Space
 
 SHOWN = 5  # of the best points
 
@@ -102,6 +102,7 @@ def _best(found: Findings) -> Section:
     words = (
         chosen,
         *(("Speed-ups are predicted by active assignments; no time was measured.",) if predicted(shown) else ()),
+        *_at_an_end(first, found.space),
         *_without_cache(shown),
     )
     tables = (_results("The fastest within the limit" if feasible else "The least bad", shown), _values(shown, found))
@@ -115,6 +116,19 @@ def _said(point: Point) -> str:
         f"trial {point.number}: {kind} {one.speedup:.2f}x, {one.experts_per_token:.2f} experts per token, perplexity "
         f"{one.degradation:+.2%}, upper limit {one.upper:+.2%}{', given up' if one.hopeless else ''}"
     )
+
+
+def _at_an_end(point: Point, space: Space) -> list[str]:
+    """Where a search may have been too narrow."""
+    unused = CACHED if not point.values.get("cached_tier", True) else ()
+    at_end = [
+        f"{one.name} ({'lowest' if point.values[one.name] == one.low else 'highest'})"
+        for one in space
+        if one.kind != "bool" and one.name not in unused and point.values[one.name] in (one.low, one.high)
+    ]
+    if not at_end:
+        return []
+    return [f"Trial {point.number} stands at an end of a range, beyond which there may be better: {', '.join(at_end)}."]
 
 
 def _without_cache(points: Sequence[Point]) -> list[str]:

@@ -5,8 +5,8 @@ A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig`
 - `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.ladder`). It is what the losses
   of the single layers add up to; what a point really costs is measured.
 - `longest_context`: the orders that the layers look at, from 1 to this.
-- `cached_tier`: whether there is a cached tier at all. Where there is none, its three settings mean nothing; they are
-  drawn all the same, since a model of a space that changes its shape is a worse one.
+- `cached_tier`: whether there is a cached tier at all. Where there is none, its settings (`CACHED`) mean nothing; they
+  are drawn all the same, since a model of a space that changes its shape is a worse one.
 
 To search another field of `VARConfig`, give a `Parameter` of its name.
 """
@@ -92,6 +92,7 @@ THRESHOLDS: Space = (
     Parameter("cache_ttl_seconds", "float", 10, 300, log=True, unit="seconds"),
     Parameter("context_window_size", "int", 2, 8, unit="ids"),
 )
+CACHED = ("confidence_threshold", "cache_size", "cache_ttl_seconds", "context_window_size")  # of the cached tier
 
 
 def default_space(orders: Sequence[int]) -> Space:

@@ -139,7 +139,7 @@ def build(
         rows = np.array([0])  # not eligible, but there must be something to gather from
 
     routing = _mean_routing(stats, rows, k, normalise)
-    asked = {order for policy in policies if policy is not None for order in policy.orders}
+    asked = asked_orders(config, len(policies))
     return RouteTable(
         index=KeyIndex.build(keys[rows]),
         eligible=jnp.asarray(eligible[:, rows]),
@@ -148,7 +148,7 @@ def build(
         answers=_answers(policies, config, answers, entries[:, rows], keep_shapes),
         rules=_rules(policies),
         num_experts=stats.num_experts,
-        orders=tuple(sorted({0, *stats.orders} if keep_shapes or not asked else asked)),
+        orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.orders})),
     )
 
 
@@ -176,6 +176,12 @@ def with_policies(
         kept=jnp.asarray(_kept(policies, table.routing, config.mass_threshold)),
         rules=_rules(policies),
     )
+
+
+def asked_orders(config: VARConfig, num_layers: int) -> tuple[int, ...]:
+    """The context orders that any layer's policy looks at, ascending."""
+    policies = [config.policy(layer) for layer in range(num_layers)]
+    return tuple(sorted({order for policy in policies if policy is not None for order in policy.orders}))
 
 
 def _check_policies(

@@ -113,3 +113,16 @@ def test_the_report_is_written_with_every_figure_that_it_names(searches, space, 
     assert saved["provenance"] == {"seed": 1} and set(saved["sections"]) == {"best", "history", "front", "parameters"}
     assert (tmp_path / "out" / "tuning.html").read_text().count("data:image/png;base64,") == len(drawn)
     assert (tmp_path / "out" / "tuning.txt").read_text() == text(whole)
+
+
+def test_a_best_point_at_the_end_of_a_range_is_said_unless_it_means_nothing(make_point, space):
+    at_ends = {"loss_budget": 0.03, "frequency_threshold": 50, "context_window_size": 2}
+    for cached, named in (
+        (True, "loss_budget (highest), context_window_size (lowest)"),
+        (False, "loss_budget (highest)"),
+    ):
+        points = [make_point(0, **at_ends, cached_tier=cached)]
+        said = " ".join(report(examine(points, space, 0.01)).sections[0].words)
+        assert f"beyond which there may be better: {named}." in said
+    inside = report(examine([make_point(0, loss_budget=0.01, context_window_size=3)], space, 0.01))
+    assert "end of a range" not in " ".join(inside.sections[0].words)
