@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
+import jax
 import numpy as np
 from scipy import stats as distributions
 from tqdm import tqdm
@@ -42,6 +43,7 @@ from varjax.table import RouteTable, asked_orders, build, with_policies
 
 PHASES = ("prefill", "decode")
 PARTS = 5  # in which the documents are scored
+PROGRAMS = 8  # sizes of the cached tier whose compiled programs are kept
 
 Speed = Literal["measured", "model"]
 
@@ -71,6 +73,7 @@ class Objective:
 
     def evaluate(self, config: VARConfig) -> Outcome:
         """The configuration on the tuning documents, as far as it is not hopeless, and its speed."""
+        self._make_room(config)
         table = with_policies(self._table, self.subject.stats, config, self.subject.answers)
         found, experts, learned = self._losses(config, table)
         change, seen = found - self._plain.nll[self._order][: len(found)], self._tokens[: len(found)]
@@ -110,6 +113,23 @@ class Objective:
         nothing = dataclasses.replace(self.subject.config, default=None, layers={})
         given = (self.subject.stats, nothing, self.subject.model.config.top_k, self.subject.answers)
         return build(*given, keep_shapes=True)
+
+    def _make_room(self, config: VARConfig) -> None:
+        """Let go of compiled programs before there are too many.
+
+        Each size of the cached tier has its own, some thousands of memory mappings on a CPU, and Linux gives a process
+        65,530 unless told otherwise; beyond them the compiler fails.
+        """
+        size = (config.cache_size, config.context_window_size) if config.cache_size else None
+        if size not in self._sizes and len(self._sizes) >= PROGRAMS:
+            jax.clear_caches()
+            self._sizes.clear()
+        self._sizes.add(size)
+
+    @cached_property
+    def _sizes(self) -> set[tuple[int, int] | None]:
+        """Of the cached tier, of which compiled programs are held."""
+        return set()
 
     @cached_property
     def _plain(self) -> Losses:

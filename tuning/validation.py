@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -148,6 +149,7 @@ def validate(
             measured.append(Repeat(len(share), estimate, speedups, mean))
         overall = _degradation(change, plain.tokens, test.seed)
         found.append(Validated(name, name in candidates, scored.experts_per_token, overall, tuple(measured)))
+        jax.clear_caches()  # no other configuration has a table of this size, and programs are not to pile up
     certified = certify(
         _of(calibrate, losses(calibrate)),
         {name: _of(calibrate, one) for name, one in increases.items()},

@@ -113,3 +113,14 @@ def test_predicted_speed_grows_with_every_expert_that_is_saved(saved_model):
 def test_settings_out_of_range_are_refused(subject, settings, message):
     with pytest.raises(ValueError, match=message):
         Objective(subject, **settings)
+
+
+def test_programs_of_many_cache_sizes_do_not_pile_up(subject, objective, monkeypatch):
+    cleared = []
+    monkeypatch.setattr("tuning.objective.jax.clear_caches", lambda: cleared.append(1))
+    monkeypatch.setattr("tuning.objective.PROGRAMS", 2)
+    fresh = dataclasses.replace(objective)
+    few = dataclasses.replace(fresh, subject=dataclasses.replace(subject, documents=subject.documents[:8]))
+    for size in (4, 4, 8, 12, 4):
+        few.evaluate(dataclasses.replace(kept(subject, 1), cache_size=size, context_window_size=2))
+    assert len(cleared) == 1  # for the third size; then there is room for the first again
