@@ -132,7 +132,7 @@ def measure(
     *,
     keys: int = 2000,
     repeats: int = 15,
-    run_tokens: int = 512,
+    run_tokens: int = 256,
     seed: int = 0,
 ) -> list[Point]:
     """Times every task, interleaved; the points are in the order of `wanted`.
@@ -141,7 +141,7 @@ def measure(
         texts: token ids of documents, for the tokens that the model reads; None: the embedded corpus.
         keys: contexts of orders 1 and 2 that the table holds.
         repeats: rounds, each of which times every task once.
-        run_tokens: a timed run makes as many calls as it takes to read so many tokens, 4 to 32.
+        run_tokens: a timed run makes as many calls as it takes to read so many tokens, 2 to 16.
     """
     texts = embedded_texts(model) if texts is None else texts
     stream = np.concatenate(texts)
@@ -150,27 +150,29 @@ def measure(
     runs: dict[str, Callable[[], Any]] = {}
     about: dict[str, tuple[Workload, Mix]] = {}
     rng = np.random.default_rng(seed)
+    longest = max((task.cached + _calls(task, run_tokens) for task in wanted if task.decodes), default=0)
     for task in wanted:
-        calls = min(max(math.ceil(run_tokens / (task.batch * task.length)), 4), 32)
+        calls = _calls(task, run_tokens)
         var_model = var_models[task.policy]
         if task.decodes:
-            ids = _draw(stream, (task.batch, task.cached + calls), rng)
-            run = decoding(model, ids, as_step(var_model), var_model.init(task.batch), task.cached)
+            ids = _draw(stream, (task.batch, longest), rng)
+            step = as_step(var_model)
+            run = decoding(model, ids[:, : task.cached + calls], step, var_model.init(task.batch), task.cached)
         else:
             ids = _draw(stream, (calls, task.batch, task.length), rng)
             run = _prefilling(var_model, ids)
         runs[task.name] = run
-        about[task.name] = _workload(model, task, calls), _mix(var_model, task, ids)
+        about[task.name] = _workload(model, task, calls), _mix(var_model, task, ids, calls)
     seconds = compare(runs, repeats, warmup=1, seed=seed)
     found = []
     for task in wanted:
-        one = typical(seconds[task.name] / calls_of(task, run_tokens))
+        one = typical(seconds[task.name] / _calls(task, run_tokens))
         found.append(Point(task.name, *about[task.name], one.value, one.low, one.high))
     return found
 
 
-def calls_of(task: Task, run_tokens: int) -> int:
-    return min(max(math.ceil(run_tokens / (task.batch * task.length)), 4), 32)
+def _calls(task: Task, run_tokens: int) -> int:
+    return min(max(math.ceil(run_tokens / (task.batch * task.length)), 2), 16)
 
 
 def embedded_texts(model: Model, documents: int = 1500) -> list[np.ndarray]:
@@ -238,23 +240,36 @@ def _workload(model: Model, task: Task, calls: int) -> Workload:
     )
 
 
-def _mix(var_model: VARModel, task: Task, ids: np.ndarray) -> Mix:
+def _mix(var_model: VARModel, task: Task, ids: np.ndarray, calls: int) -> Mix:
     """What ran, read from the routing of the tokens that are timed."""
     config = var_model.model.config
     if task.decodes:
-        used = used_experts(var_model, ids)[:, :, task.cached :]  # [L, B, calls, E]
-        hit = used.any(axis=1)
+        # Text by text and all of one length, which compiles once; what comes later changes nothing before it.
+        used = np.concatenate([used_experts(var_model, text[None]) for text in ids], axis=1)
+        rows = used[:, :, task.cached : task.cached + calls].sum(axis=1)  # [L, calls, E]
     else:
-        used = np.stack([used_experts(var_model, text) for text in ids], axis=1)  # [L, calls, B, T, E]
-        hit = used.any(axis=(2, 3))
-    experts, distinct = float(used.sum(-1).mean()), float(hit.sum(-1).mean())
+        used = np.stack([used_experts(var_model, text) for text in ids], axis=1)
+        rows = used.sum(axis=(2, 3))
+    distinct = float((rows > 0).sum(-1).mean())
+    experts = float(rows.sum(-1).mean()) / (task.batch * task.length)
     if var_model.table is None:
-        return Mix(experts, distinct)
+        return Mix(experts, distinct, spread=_spread(rows))
     answered = var_model.table.answers is not None
     return Mix(
         experts,
         distinct,
+        spread=_spread(rows),
         answers=config.top_k - experts if answered else 0.0,
         planned=True,
         table_bytes=table_bytes(config, task.batch * task.length, orders=len(ORDERS)),
     )
+
+
+def _spread(rows: np.ndarray) -> float:
+    """Of rows int [..., E] of a call: their coefficient of variation over the experts hit, less what chance gives."""
+    hit = rows[rows > 0]
+    if not len(hit):
+        return 0.0
+    calls = rows.sum(axis=-1, keepdims=True) / np.maximum((rows > 0).sum(axis=-1, keepdims=True), 1)  # mean of each
+    relative = (rows / np.maximum(calls, 1))[rows > 0]
+    return math.sqrt(max(float(relative.var()) - 1 / float(hit.mean()), 0.0))
