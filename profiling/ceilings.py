@@ -3,9 +3,9 @@
     python -m profiling.ceilings [--full]
 
 The programs are as simple as can be: one product, one copy, one sum. What they reach is a ceiling for programs that do
-the same among other things; a model's call comes near it where its shapes are as kind. Bandwidth is measured twice: over
-an array that is larger than any last-level cache, and over one that fits, for the weights of a small model stay there.
-All is timed in the same rounds (`profiling.timing`); a figure is a median with a 95 % interval over rounds.
+the same among other things. Bandwidth is measured twice: over an array that is larger than the usual last-level cache,
+and over one that fits, for the weights of a small model stay there. All is timed in the same rounds
+(`profiling.timing`); a figure is a median with a 95 % interval over rounds.
 """
 
 from __future__ import annotations

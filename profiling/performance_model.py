@@ -1,4 +1,4 @@
-"""How long a call takes, from what it costs and a few numbers of the machine: calibrated on some points, tested on others.
+"""How long a call takes, from its costs and a few numbers of the machine: fitted to some points, tested on others.
 
     python -m profiling.performance_model [--repeats 15] [--output results/performance.json]
 
@@ -7,17 +7,17 @@
 
 Letters: N tokens of a call, K slots per token, E experts, L layers, R rows of a block of the expert engine.
 
-A call is the sum of its components (`profiling.costs`, as written). Each takes max(FLOPs / rate, bytes / bandwidth), and
-on top come a price per call, per layer, per block of the experts and per call with a plan:
+A call is the sum of its components (`profiling.costs`, as written). Each takes max(FLOPs / rate, bytes / bandwidth),
+and on top come a price per call, per layer, per block of the experts and per call with a plan:
 
-- A product of R rows runs at `product * R / (R + half_rows)`: its weights are read and packed for every product, however
-  few rows share them. A product of one row packs nothing and reads its weights at `weights`.
+- A product of R rows runs at `product * R / (R + half_rows)`: its weights are packed for every product, however few
+  rows share them. A product of one row packs nothing and is bound by reading its weights, at `weights`.
 - The experts run in blocks, and a block's rows are computed whether they are used or not. How many blocks there are
   follows from the rows per expert that the mix gives (`expert_blocks`).
-- Attention's scores are many small products between softmaxes: they have a rate of their own.
-- Everything else moves its bytes at `stream`, the slots' outputs as often as the engine writes and reads them.
+- Everything else moves its bytes at `stream`: attention's scores, which stand in memory between their two products, and
+  the slots' outputs, as often as the engine writes and reads them.
 
-Nine numbers, each with a meaning, each at least zero, none better than the machine's measured ceiling allows. They are
+Eight numbers, each with a meaning, each at least zero, none better than the machine's measured ceiling allows. They are
 fitted to the logarithm of time, so that a short call counts as much as a long one.
 """
 
@@ -26,22 +26,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq, least_squares
+from scipy.optimize import least_squares
 from scipy.stats import nbinom, poisson
 
 from analysis.provenance import provenance, write_json
-from models import load_model
+from models import Model, load_model
 from models.config import MoEConfig
 from models.experts_blocks import block_rows
-from profiling import ceilings as machine
 from profiling.ceilings import Ceilings
+from profiling.ceilings import measure as measure_ceilings
 from profiling.costs import Cost, component_costs
-from profiling.points import Point, measure, tasks
+from profiling.points import Point, Task, measure, tasks
 from profiling.timing import typical
-from profiling.workload import FLOAT32, Mix, Workload, distinct_experts
+from profiling.workload import FLOAT32, Mix, Workload
 
 TARGET = 0.10  # median relative error on unseen points
 NOISE = 1.25  # how far an effective rate may lie above a ceiling's interval
@@ -56,7 +55,6 @@ class PerformanceModel:
     product: float  # FLOP/s of a matrix product with many rows
     half_rows: float  # rows at which a product reaches half of that
     weights: float  # bytes/s at which products take their arrays
-    scores: float  # FLOP/s of attention's scores
     stream: float  # bytes/s of everything that is no product
     call: float  # s per call
     layer: float  # s per layer: its small kernels
@@ -94,6 +92,17 @@ class Errors:
         return self.median < TARGET
 
 
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A model of one machine, what it was held against, and how far it was off."""
+
+    config: MoEConfig
+    ceilings: Ceilings
+    model: PerformanceModel
+    calibrated: Errors
+    unseen: Errors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="reference", help="directory, hub id or 'reference' (the default)")
@@ -103,16 +112,9 @@ def main() -> None:
     args = parser.parse_args()
 
     model = load_model(args.model)
-    ceilings = machine.measure()
-    print(ceilings)
-    wanted = tasks()
-    points = measure(model, wanted, repeats=args.repeats, seed=args.seed)
-    known = [point for point, task in zip(points, wanted, strict=True) if task.calibrates]
-    unseen = [point for point, task in zip(points, wanted, strict=True) if not task.calibrates]
-    fitted = fit(known, model.config, ceilings)
-    found = {"calibrated": errors(fitted, model.config, known), "unseen": errors(fitted, model.config, unseen)}
-    print("\n".join(["", *described(fitted), ""]))
-    for name, one in found.items():
+    found = study(model, repeats=args.repeats, seed=args.seed)
+    print("\n".join([str(found.ceilings), "", "The performance model", *described(found.model), ""]))
+    for name, one in (("calibrated", found.calibrated), ("unseen", found.unseen)):
         print(
             f"{name}: {len(one.each)} points, median error {one.median:.1%} [{one.low:.1%}, {one.high:.1%}], "
             f"worst {one.worst.relative:+.1%} at {one.worst.point.name}"
@@ -123,10 +125,26 @@ def main() -> None:
                 f"  {each.point.name:48}{each.point.seconds * 1e3:>9.3f} ms ±{half:>4.0%}"
                 f"{each.predicted * 1e3:>10.3f} ms{each.relative:>+8.1%}"
             )
-    print(f"{'PASS' if found['unseen'].passed else 'FAIL'}: median error on unseen points under {TARGET:.0%}")
+    print(f"{'PASS' if found.unseen.passed else 'FAIL'}: median error on unseen points under {TARGET:.0%}")
     if args.output:
-        about = provenance(seed=args.seed, model=model.fingerprint)
-        write_json(args.output, {"provenance": about, "ceilings": ceilings, "model": fitted, "errors": found})
+        write_json(args.output, {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found})
+
+
+def study(model: Model, wanted: Sequence[Task] | None = None, *, repeats: int = 15, seed: int = 0) -> Study:
+    """Measures ceilings and points, fits on those that calibrate, and is held against the others.
+
+    Args:
+        wanted: None: `points.tasks()`.
+    """
+    wanted = tasks() if wanted is None else wanted
+    ceilings = measure_ceilings()
+    points = measure(model, wanted, repeats=repeats, seed=seed)
+    known = [point for point, task in zip(points, wanted, strict=True) if task.calibrates]
+    unseen = [point for point, task in zip(points, wanted, strict=True) if not task.calibrates]
+    fitted = fit(known, model.config, ceilings)
+    return Study(
+        model.config, ceilings, fitted, errors(fitted, model.config, known), errors(fitted, model.config, unseen)
+    )
 
 
 def fit(points: Sequence[Point], config: MoEConfig, ceilings: Ceilings) -> PerformanceModel:
@@ -149,8 +167,7 @@ def fit(points: Sequence[Point], config: MoEConfig, ceilings: Ceilings) -> Perfo
         return np.concatenate([np.log(times) - measured, PULL * (x - first)])
 
     upper = np.log([getattr(most, name) for name in PARAMETERS])
-    # A soft loss: a point that another program on the machine disturbed must not bend all the others.
-    found = least_squares(residuals, first, bounds=(np.minimum(first, upper) - 9, upper), loss="soft_l1", f_scale=0.1)
+    found = least_squares(residuals, first, bounds=(np.minimum(first, upper) - 9, upper))
     return PerformanceModel(*np.exp(found.x).tolist())
 
 
@@ -169,7 +186,7 @@ def seconds_by_part(model: PerformanceModel, config: MoEConfig, workload: Worklo
         if name in rows:
             parts[name] = _product(model, cost, rows[name])
         elif name == "scores":
-            parts[name] = max(cost.flops / model.scores, cost.bytes / model.stream)
+            parts[name] = max(cost.flops / model.product, cost.bytes / model.stream)
         elif name == "experts":
             parts[name] = _experts(model, config, workload, mix)
         elif name == "dispatch":
@@ -217,54 +234,9 @@ def expert_blocks(config: MoEConfig, workload: Workload, mix: Mix) -> list[tuple
     return [(size, mix.distinct * float(number @ chance)) for size, number in ((rows, whole), (tail, tails))]
 
 
-def break_even(
-    model: PerformanceModel, config: MoEConfig, workload: Workload, *, orders: int = 1, answered: bool = True
-) -> float | None:
-    """Experts per token and layer under which a call with VAR is quicker than the plain one; K if it always is.
-
-    The tokens draw their experts evenly and independently.
-
-    Args:
-        orders: context orders that VAR looks up.
-        answered: answers stand in for the experts that do not run.
-
-    Returns:
-        None if not even running no expert at all pays for the overhead.
-    """
-    plain = predict(model, config, workload, Mix.plain(config, workload.tokens))
-
-    def surplus(experts: float) -> float:
-        return predict(model, config, workload, _even(config, workload, experts, orders, answered)) - plain
-
-    most = float(config.top_k)
-    if surplus(0.0) >= 0:
-        return None
-    # Blocks come in whole numbers, so time may step back a little; the crossing nearest to K is the one that counts.
-    grid = np.linspace(0, most, 41)
-    losing = [k for k in grid if surplus(float(k)) >= 0]
-    if not losing:
-        return most
-    first = losing[0]
-    return float(brentq(surplus, max(first - grid[1], 0.0), first))
-
-
-def speedup(
-    model: PerformanceModel,
-    config: MoEConfig,
-    workload: Workload,
-    experts: float,
-    *,
-    orders: int = 1,
-    answered: bool = True,
-) -> float:
-    """Predicted time of the plain call over that of VAR at `experts` per token and layer."""
-    plain = predict(model, config, workload, Mix.plain(config, workload.tokens))
-    return plain / predict(model, config, workload, _even(config, workload, experts, orders, answered))
-
-
 def described(model: PerformanceModel) -> list[str]:
     """The numbers for people."""
-    units = {"product": (1e-9, "GFLOP/s"), "scores": (1e-9, "GFLOP/s"), "half_rows": (1, "rows")}
+    units = {"product": (1e-9, "GFLOP/s"), "half_rows": (1, "rows")}
     units |= {"weights": (1e-9, "GB/s"), "stream": (1e-9, "GB/s")}
     lines = []
     for name, value in dataclasses.asdict(model).items():
@@ -287,19 +259,13 @@ def _experts(model: PerformanceModel, config: MoEConfig, workload: Workload, mix
     return config.num_layers * total
 
 
-def _even(config: MoEConfig, workload: Workload, experts: float, orders: int, answered: bool) -> Mix:
-    mix = Mix.even(config, workload.tokens, experts, orders=orders)
-    return mix if answered else dataclasses.replace(mix, answers=0.0)
-
-
 def _start(ceilings: Ceilings) -> PerformanceModel:
-    """Half of each ceiling; a layer has some twenty small kernels, a block five, plan and commit some fifty."""
+    """What a program of many parts may hope for; a layer has some twenty small kernels, plan and commit some fifty."""
     half_rows = ceilings.product / ceilings.best("product", name="decode") * 8
     return PerformanceModel(
         product=ceilings.product / 1.5,
         half_rows=max(half_rows, 1.0),
         weights=ceilings.cache / 1.5,
-        scores=ceilings.product / 5,
         stream=ceilings.cache / 3,
         call=ceilings.call,
         layer=20 * ceilings.kernel,
@@ -312,7 +278,7 @@ def _most(ceilings: Ceilings) -> PerformanceModel:
     """What no number may exceed: ceilings with their noise; a tenth of a second for any overhead."""
     product = NOISE * max(one.high for one in ceilings.figures if one.kind == "product")
     bandwidth = NOISE * max(one.high for one in ceilings.figures if one.kind in ("copy", "read"))
-    return PerformanceModel(product, 4096.0, bandwidth, product, bandwidth, 0.1, 0.1, 0.1, 0.1)
+    return PerformanceModel(product, 4096.0, bandwidth, bandwidth, 0.1, 0.1, 0.1, 0.1)
 
 
 if __name__ == "__main__":

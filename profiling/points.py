@@ -20,7 +20,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,8 +32,9 @@ from profiling.timing import compare, typical
 from profiling.workload import Mix, Workload, table_bytes
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.answers import Answers
-from varjax.table import build
+from varjax.table import RouteTable, build, with_policies
 
+Shapes = dict[str, list[tuple[int, ...]]]  # policy -> (B, T) of prefills, (B, 1, S) of steps of decoding
 EVERY = (0, *ORDERS)  # every token is planned, those that the table knows from their own rows
 
 
@@ -50,7 +50,9 @@ class Task:
 
     def __post_init__(self) -> None:
         if (self.length == 1) != (self.cached > 0):
-            raise ValueError(f"{self}: a prefill has cached=0 and length > 1, a step of decoding length=1 and cached > 0")
+            raise ValueError(
+                f"{self}: a prefill has cached=0 and length > 1, a step of decoding length=1 and cached > 0"
+            )
 
     @property
     def decodes(self) -> bool:
@@ -58,7 +60,9 @@ class Task:
 
     @property
     def name(self) -> str:
-        shape = f"decode {self.batch} x 1 after {self.cached}" if self.decodes else f"prefill {self.batch} x {self.length}"
+        shape = (
+            f"decode {self.batch} x 1 after {self.cached}" if self.decodes else f"prefill {self.batch} x {self.length}"
+        )
         return f"{shape}, {self.policy}"
 
 
@@ -79,9 +83,7 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
     halves = num_layers // 2
 
     def config(kept: Sequence[int], *, answers: bool, orders: tuple[int, ...] = EVERY, often: int = 1) -> VARConfig:
-        layers = {
-            layer: LayerPolicy(kept=number, residual=answers, orders=orders) for layer, number in enumerate(kept)
-        }
+        layers = {layer: LayerPolicy(kept=number, residual=answers, orders=orders) for layer, number in enumerate(kept)}
         return VARConfig(
             frequency_threshold=often, entropy_threshold=100.0, confidence_threshold=1.0, cache_size=0, layers=layers
         )
@@ -101,28 +103,32 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
 
 
 def tasks() -> list[Task]:
-    """What the reference model is calibrated and tested on: lengths, batches and mixes that do not coincide."""
-    calibrating = [
-        (1, 48, 0, "plain"), (1, 256, 0, "plain"), (8, 128, 0, "plain"), (4, 256, 0, "one"), (8, 128, 0, "none"),
-        (2, 128, 0, "answers, rising"),
-        (1, 1, 64, "plain"), (1, 1, 224, "one"), (4, 1, 128, "plain"), (8, 1, 64, "answers, none"),
-        (16, 1, 128, "plain"), (16, 1, 128, "one"), (32, 1, 64, "plain"),
-    ]  # fmt: skip
-    testing = [
-        *((batch, length, 0, "plain") for batch, length in ((1, 96), (1, 160), (2, 64), (2, 256), (4, 128), (8, 256), (16, 64))),
-        *((batch, length, 0, "one") for batch, length in ((1, 96), (2, 256), (8, 128), (16, 64))),
-        *((batch, length, 0, "none") for batch, length in ((1, 160), (4, 128), (8, 256))),
-        *((batch, length, 0, "one if known") for batch, length in ((2, 64), (8, 256))),
-        *((batch, length, 0, "answers, one") for batch, length in ((1, 160), (8, 128))),
-        (4, 128, 0, "answers, rising"),
-        *((batch, 1, cached, "plain") for batch, cached in ((1, 160), (2, 96), (4, 224), (8, 64), (8, 192), (24, 96))),
-        *((batch, 1, cached, "one") for batch, cached in ((1, 64), (2, 96), (8, 192), (24, 96))),
-        *((batch, 1, cached, "none") for batch, cached in ((1, 160), (8, 64), (24, 96))),
-        *((batch, 1, cached, "open") for batch, cached in ((2, 96), (8, 192))),
-        *((batch, 1, cached, "answers, one") for batch, cached in ((1, 160), (4, 224), (24, 96))),
-        *((batch, 1, cached, "answers, rising") for batch, cached in ((2, 96), (8, 64))),
-    ]  # fmt: skip
-    return [Task(*one, calibrates=True) for one in calibrating] + [Task(*one) for one in testing]
+    """What the reference model is calibrated (13) and tested on (39): no shape under a policy is on both sides."""
+    calibrating: Shapes = {
+        "plain": [(1, 48), (1, 256), (8, 128), (1, 1, 64), (4, 1, 128), (16, 1, 128), (32, 1, 64)],
+        "one": [(4, 256), (1, 1, 224), (16, 1, 128)],
+        "none": [(8, 128)],
+        "answers, none": [(8, 1, 64)],
+        "answers, rising": [(2, 128)],
+    }
+    testing: Shapes = {
+        "plain": [
+            *((1, 96), (1, 160), (2, 64), (2, 256), (4, 128), (8, 256), (16, 64)),
+            *((1, 1, 160), (2, 1, 96), (4, 1, 224), (8, 1, 64), (8, 1, 192), (24, 1, 96)),
+        ],
+        "one": [(1, 96), (2, 256), (8, 128), (16, 64), (1, 1, 64), (2, 1, 96), (8, 1, 192), (24, 1, 96)],
+        "none": [(1, 160), (4, 128), (8, 256), (1, 1, 160), (8, 1, 64), (24, 1, 96)],
+        "one if known": [(2, 64), (8, 256)],
+        "open": [(2, 1, 96), (8, 1, 192)],
+        "answers, one": [(1, 160), (8, 128), (1, 1, 160), (4, 1, 224), (24, 1, 96)],
+        "answers, rising": [(4, 128), (2, 1, 96), (8, 1, 64)],
+    }
+    return [
+        Task(shape[0], shape[1], shape[2] if len(shape) > 2 else 0, policy, calibrates=shapes is calibrating)
+        for shapes in (calibrating, testing)
+        for policy, several in shapes.items()
+        for shape in several
+    ]
 
 
 def measure(
@@ -142,7 +148,12 @@ def measure(
         keys: contexts of orders 1 and 2 that the table holds.
         repeats: rounds, each of which times every task once.
         run_tokens: a timed run makes as many calls as it takes to read so many tokens, 2 to 16.
+
+    Raises:
+        ValueError: a task is there twice, or the texts are too short for the longest.
     """
+    if len({task.name for task in wanted}) < len(wanted):
+        raise ValueError("a task is there twice; a point that calibrates must not also test")
     texts = embedded_texts(model) if texts is None else texts
     stream = np.concatenate(texts)
     configs = policies(model.config.num_layers)
@@ -184,30 +195,35 @@ def embedded_texts(model: Model, documents: int = 1500) -> list[np.ndarray]:
 def _var_models(
     model: Model, configs: Mapping[str, VARConfig], texts: Sequence[np.ndarray], keys: int
 ) -> dict[str, VARModel]:
+    """One table with answers and one without, which the policies share: other policies compile nothing anew."""
     stats = random_stats(model, list(texts), keys)
-    rng = np.random.default_rng(0)
-    answers = None
-    if any(name.startswith("answers") for name in configs):
-        empty = Answers.empty(stats.keys, range(model.config.num_layers), model.config.num_experts, model.config.hidden_size)
-        answers = dataclasses.replace(
-            empty,
-            mean=rng.standard_normal(empty.mean.shape, np.float32) * np.float32(1e-3),
-            mass=np.ones(empty.mass.shape),
-            count=np.ones_like(empty.count),
-        )
+    tables: dict[bool, tuple[RouteTable, Answers | None]] = {}
     found = {}
     for name, config in configs.items():
         table = None
         if config.enable_var:
-            known = answers if name.startswith("answers") else None
-            table = build(stats, config, model.config.top_k, known, keep_shapes=True)
+            answered = name.startswith("answers")
+            if answered not in tables:
+                answers = _random_answers(model, stats.keys) if answered else None
+                tables[answered] = build(stats, config, model.config.top_k, answers, keep_shapes=True), answers
+            shared, answers = tables[answered]
+            table = with_policies(shared, stats, config, answers)
         found[name] = VARModel(model, config, table=table)
     return found
+
+
+def _random_answers(model: Model, keys: np.ndarray) -> Answers:
+    """One for every expert of every layer at every key int32 [R, C]: small, so that the text goes on as before."""
+    empty = Answers.empty(keys, range(model.config.num_layers), model.config.num_experts, model.config.hidden_size)
+    mean = np.random.default_rng(0).standard_normal(empty.mean.shape, np.float32) * np.float32(1e-3)
+    return dataclasses.replace(empty, mean=mean, mass=np.ones(empty.mass.shape), count=np.ones_like(empty.count))
 
 
 def _draw(stream: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
     """int32 [*shape]: stretches of a stream of ids, from anywhere."""
     length = shape[-1]
+    if len(stream) <= length:
+        raise ValueError(f"the texts hold {len(stream)} tokens, a task wants {length} in a row; give more text")
     starts = rng.integers(0, len(stream) - length, shape[:-1])
     return stream[starts[..., None] + np.arange(length)].astype(np.int32)
 
@@ -266,10 +282,10 @@ def _mix(var_model: VARModel, task: Task, ids: np.ndarray, calls: int) -> Mix:
 
 
 def _spread(rows: np.ndarray) -> float:
-    """Of rows int [..., E] of a call: their coefficient of variation over the experts hit, less what chance gives."""
-    hit = rows[rows > 0]
-    if not len(hit):
-        return 0.0
-    calls = rows.sum(axis=-1, keepdims=True) / np.maximum((rows > 0).sum(axis=-1, keepdims=True), 1)  # mean of each
-    relative = (rows / np.maximum(calls, 1))[rows > 0]
-    return math.sqrt(max(float(relative.var()) - 1 / float(hit.mean()), 0.0))
+    """`Mix.spread` of the rows int [..., E] that calls gave the experts of their layers."""
+    hit = rows > 0
+    mean = rows.sum(axis=-1, keepdims=True) / np.maximum(hit.sum(axis=-1, keepdims=True), 1)
+    chance = np.broadcast_to(mean - 1, rows.shape)[hit]  # variance, of a Poisson number behind the first row
+    scale = float((chance**2).sum())
+    beyond = float(((rows - mean)[hit] ** 2 - chance).sum())
+    return math.sqrt(max(beyond, 0.0) / scale) if scale else 0.0
