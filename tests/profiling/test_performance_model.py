@@ -2,16 +2,19 @@
 
 import dataclasses
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 from models.config import read_config
 from models.model import REFERENCE
+from profiling import performance_section
 from profiling.break_even import break_even, even_mix, speedup
 from profiling.ceilings import Ceilings, Figure
 from profiling.performance_model import (
     PARAMETERS,
     PerformanceModel,
+    Study,
     errors,
     expert_blocks,
     fit,
@@ -151,6 +154,20 @@ def test_break_even_lies_where_the_times_are_equal():
     assert speedup(TRUE, CONFIG, workload, k - 0.1) > 1 > speedup(TRUE, CONFIG, workload, k + 0.1)
     dear = dataclasses.replace(TRUE, plan=1.0)
     assert break_even(dear, CONFIG, workload) is None
+
+
+def test_the_report_says_how_far_off_and_where_the_gain_vanishes():
+    known, unseen = split(noise=0.02)
+    fitted = fit(known, CONFIG, CEILINGS)
+    found = Study(CONFIG, CEILINGS, fitted, errors(fitted, CONFIG, known), errors(fitted, CONFIG, unseen))
+    section = performance_section.section(found)
+    assert section.verdict == "PASS" and f"over {len(unseen)} points" in section.outcome
+    assert found.unseen.worst.point.name in section.words[1]
+    assert [len(table.rows) for table in section.tables] == [8, len(PARAMETERS), 12, len(unseen), len(known)]
+    slow = dataclasses.replace(found, model=dataclasses.replace(fitted, plan=1.0))
+    assert "decode at batch 1" in performance_section.section(slow).words[2]
+    for draw in (performance_section.figure, performance_section.roofline):
+        plt.close(draw(found))
 
 
 def test_a_tiny_model_is_measured_fitted_and_predicted(saved_model, documents):
