@@ -53,7 +53,7 @@ def _one_token(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Ar
 def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Array:
     """float32[N, K, D], each slot's expert output; rubbish in unused slots."""
     num_slots = routing.experts.shape[1]
-    rows, tail = _block_rows(routing, len(branches))
+    rows, tail = block_rows(routing.experts.size, len(branches))
     by_expert = _sort(routing, len(branches), rows)
 
     def run_blocks(rows: int, starts: jax.Array, blocks: jax.Array, sorted_out: jax.Array) -> jax.Array:
@@ -78,9 +78,12 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.
     return sorted_out[_inverse(by_expert, routing)]
 
 
-def _block_rows(routing: Routing, num_experts: int) -> tuple[int, int]:
-    """Rows of a block and of a tail block: large ones waste rows at each expert's end, small ones reread weights."""
-    per_expert = routing.experts.size / num_experts
+def block_rows(slots: int, num_experts: int) -> tuple[int, int]:
+    """Rows of a block and of a tail block for N * K slots, used or not.
+
+    Large ones waste rows at each expert's end, small ones reread weights.
+    """
+    per_expert = slots / num_experts
     for rows, tail in ((8, 8), (32, 8), (64, 16)):
         if per_expert <= 2 * rows:
             return rows, tail
@@ -119,7 +122,7 @@ def _backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
     """Gradients by recomputation, one expert after the other: only its own weight gradients travel through its loop."""
     x, routing, experts = saved
     num_slots = routing.experts.shape[1]
-    rows, _ = _block_rows(routing, len(experts))
+    rows, _ = block_rows(routing.experts.size, len(experts))
     by_expert = _sort(routing, len(experts), rows)
     ends = by_expert.starts + by_expert.counts
     flat_weights = routing.weights.reshape(-1).astype(jnp.float32)

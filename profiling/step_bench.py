@@ -101,17 +101,22 @@ def as_step(var_model: VARModel) -> Step:
     return run
 
 
-def decoding(model: Model, text: np.ndarray, step: Step, carry: Any) -> Callable[[], Any]:
-    """Feeds the second half of a text token by token; its first half is in the key/value cache beforehand.
+def decoding(model: Model, text: np.ndarray, step: Step, carry: Any, cached: int | None = None) -> Callable[[], Any]:
+    """Feeds texts, int32 [B, n] or [n], token by token; the first ones are in the key/value cache beforehand.
 
     The carry goes on from run to run. Of the key/value cache, which every step spends, only the count of positions goes
     back: what stands behind it is not looked at.
+
+    Args:
+        cached: tokens of each text that are in the cache; None: the first half.
     """
-    prompt, tokens = jnp.asarray(text[None, : len(text) // 2]), pieces(text)
-    _, kv, carry = step(model.empty_cache(1, len(text)), carry, prompt, jnp.ones(prompt.shape, bool))
+    ids = jnp.asarray(np.atleast_2d(text))
+    half = ids.shape[1] // 2 if cached is None else cached
+    prompt, tokens = ids[:, :half], [ids[:, at : at + 1] for at in range(half, ids.shape[1])]
+    _, kv, carry = step(model.empty_cache(*ids.shape), carry, prompt, jnp.ones(prompt.shape, bool))
     begin = {name: np.asarray(getattr(kv, name)) for name in ("mask", "positions", "length")}
     held = [kv, carry]
-    one = jnp.ones((1, 1), bool)
+    one = jnp.ones((len(ids), 1), bool)
 
     def run() -> Any:
         kv, carry = dataclasses.replace(held[0], **begin), held[1]
@@ -127,7 +132,8 @@ def plan_and_commit(model: Model, table: RouteTable, config: VARConfig, text: np
     """The same tokens through `plan` and `commit`, with what the model's routers said to the last of them."""
     out = model.network.forward(model.params, jnp.asarray(text[None]))
     routing, probs = jax.tree.map(lambda leaf: leaf[:, :, -1:], (out.routing, out.router_probs))
-    settings, tokens = Settings.of(config, model.config.num_layers), pieces(text)
+    settings = Settings.of(config, model.config.num_layers)
+    tokens = [jnp.asarray(text[None, at : at + 1]) for at in range(len(text) // 2, len(text))]
     var_model = VARModel(model, config, table=table)
     held = [var_step.init(table, config, 1)]
     one = jnp.ones((1, 1), bool)
@@ -143,11 +149,6 @@ def plan_and_commit(model: Model, table: RouteTable, config: VARConfig, text: np
         return plan.tier
 
     return run
-
-
-def pieces(text: np.ndarray) -> list[jax.Array]:
-    """int32 [1, 1] each: the tokens of the second half."""
-    return [jnp.asarray(text[None, at : at + 1]) for at in range(len(text) // 2, len(text))]
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def by_batch(
             ("decode", _decode, text, text[:, half:].size),
         ):
             seconds = compare({name: make(side, ids) for name, side in sides.items()}, repeats, seed=seed)
-            used = {name: _used(side, ids) for name, side in sides.items()}  # bool [L, B, T, E]
+            used = {name: used_experts(side, ids) for name, side in sides.items()}  # bool [L, B, T, E]
             if phase == "decode":
                 used = {name: one[:, :, half:] for name, one in used.items()}
             call = 1 if phase == "decode" else (1, 2)  # the axes that one call spans
@@ -156,7 +156,7 @@ def _decode(var_model: VARModel, text: np.ndarray) -> Callable[[], Any]:
     return run
 
 
-def _used(var_model: VARModel, ids: np.ndarray) -> np.ndarray:
+def used_experts(var_model: VARModel, ids: np.ndarray) -> np.ndarray:
     """bool [L, B, T, E]: which experts run at each token of whole texts [B, T]."""
     out, _ = var_model(ids, var_model.init(len(ids)))
     assert out.routing is not None

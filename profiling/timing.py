@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Median of paired ratios and its 95 % bootstrap interval."""
+    """Median, of paired ratios as a rule, and its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -52,8 +52,12 @@ def compare(
 
 def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, samples: int = 2000, seed: int = 0) -> Ratio:
     """Median over rounds of numerator / denominator, float64 [repeats] each, with a bootstrap over rounds."""
-    ratios = numerator / denominator
+    return typical(numerator / denominator, samples, seed)
+
+
+def typical(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Ratio:
+    """Median of float64 [repeats], with a bootstrap over them."""
     rng = np.random.default_rng(seed)
-    draws = np.median(ratios[rng.integers(0, len(ratios), (samples, len(ratios)))], axis=1)
+    draws = np.median(values[rng.integers(0, len(values), (samples, len(values)))], axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return Ratio(float(np.median(values)), float(low), float(high))

@@ -51,6 +51,7 @@ class Mix:
     answer_itemsize: int = FLOAT32  # bytes of an answer's number
     planned: bool = False  # there are a plan and a commit
     table_bytes: float = 0.0  # read from table and cache by the plan, all layers; see `table_bytes`
+    spread: float = 0.0  # of the rows that a call gives the experts it hits: coefficient of variation beyond chance
 
     @classmethod
     def plain(cls, config: MoEConfig, tokens: int, skew: np.ndarray | None = None) -> Mix:

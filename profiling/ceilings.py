@@ -1,0 +1,198 @@
+"""What this machine can do at most, measured on the spot: matrix products, memory, and the price of a call.
+
+    python -m profiling.ceilings [--full]
+
+The programs are as simple as can be: one product, one copy, one sum. What they reach is a ceiling for programs that do
+the same among other things. Bandwidth is measured twice: over an array that is larger than the usual last-level cache,
+and over one that fits, for the weights of a small model stay there. All is timed in the same rounds
+(`profiling.timing`); a figure is a median with a 95 % interval over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from analysis.provenance import write_json
+from profiling.timing import compare, typical
+
+DTYPES = ("float32", "bfloat16")
+MEBIBYTE = 2**20
+CALLS = 50  # in a timed run of what takes microseconds
+KERNELS = 65  # in the long program; the short one has one
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One measured figure: median and 95 % bootstrap interval over rounds."""
+
+    kind: str  # "product", "copy", "read" or "overhead"
+    name: str  # its shape or size
+    dtype: str
+    value: float  # FLOP/s, bytes/s or seconds
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """The figures of one machine; `str` shows them, `dataclasses.asdict` makes JSON of them."""
+
+    device: str
+    figures: tuple[Figure, ...]
+
+    def best(self, kind: str, dtype: str = "float32", name: str | None = None) -> float:
+        """The highest figure of a kind. Raises ValueError if none was measured."""
+        found = [
+            one.value
+            for one in self.figures
+            if one.kind == kind and one.dtype == dtype and (name is None or one.name.startswith(name))
+        ]
+        if not found:
+            raise ValueError(f"no figure of kind {kind!r}, dtype {dtype!r}, name {name!r} was measured; see measure()")
+        return max(found)
+
+    @property
+    def product(self) -> float:
+        """FLOP/s of the best float32 product."""
+        return self.best("product")
+
+    @property
+    def memory(self) -> float:
+        """Bytes/s, the better of copy and read, from beyond the caches."""
+        return max(self.best("copy", name="memory"), self.best("read", name="memory"))
+
+    @property
+    def cache(self) -> float:
+        """Bytes/s, the better of copy and read, within the last-level cache."""
+        return max(self.best("copy", name="cache"), self.best("read", name="cache"))
+
+    @property
+    def call(self) -> float:
+        """Seconds of a jitted call that does nothing, waited for."""
+        return self.best("overhead", name="call")
+
+    @property
+    def kernel(self) -> float:
+        """Seconds of one more small kernel inside a program."""
+        return self.best("overhead", name="kernel")
+
+    def __str__(self) -> str:
+        units = {"product": (1e-9, "GFLOP/s"), "copy": (1e-9, "GB/s"), "read": (1e-9, "GB/s"), "overhead": (1e6, "µs")}
+        lines = [f"{self.device}, median and 95 % interval over rounds"]
+        for one in self.figures:
+            scale, unit = units[one.kind]
+            interval = f"[{one.low * scale:,.1f}, {one.high * scale:,.1f}]"
+            lines.append(f"  {one.kind:9}{one.name:32}{one.dtype:10}{one.value * scale:>10,.1f} {unit:8}{interval:>20}")
+        return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="larger arrays, more rounds: half a minute")
+    parser.add_argument("--output", help="JSON file to write")
+    args = parser.parse_args()
+    found = measure(quick=not args.full)
+    print(found)
+    if args.output:
+        write_json(args.output, found)
+
+
+def measure(quick: bool = True, repeats: int | None = None, seed: int = 0) -> Ceilings:
+    """All figures of the default device.
+
+    Args:
+        quick: smaller arrays; a few seconds.
+        repeats: rounds; None: 7, or 15 if not quick.
+    """
+    size, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
+    rounds = (7 if quick else 15) if repeats is None else repeats
+    rng = np.random.default_rng(seed)
+    runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}
+    for dtype in DTYPES:
+        for name, rows, inner, columns in (
+            ("square", size, size, size),
+            ("prefill", 256, 1024, 2 * size),
+            ("decode, 8 rows", 8, 2 * size, 2 * size),
+            ("matrix-vector", 1, 4096, 4096),
+        ):
+            shape = f"{name}: {rows} x {inner} x {columns}"
+            left, right = (_random(rng, *of, dtype=dtype) for of in ((rows, inner), (inner, columns)))
+            runs["product", shape, dtype] = (_bound(_product, left, right), 2.0 * rows * inner * columns)
+    for place, count, number in (("memory", large, 1), ("cache", 4 * MEBIBYTE, CALLS)):
+        array = jnp.ones(count // 4, jnp.float32)
+        name = f"{place}: {count // MEBIBYTE} MiB"
+        runs["copy", name, "float32"] = (_repeated(_bound(_copy, array), number), 2.0 * count * number)
+        runs["read", name, "float32"] = (_repeated(_bound(_read, array), number), 1.0 * count * number)
+    small = jnp.ones((8, 8), jnp.float32)
+    runs["overhead", "call", "float32"] = (_repeated(_bound(_chain, small, 1), CALLS), 0)
+    runs["overhead", "kernel", "float32"] = (_repeated(_bound(_chain, small, KERNELS), CALLS), 0)
+
+    seconds = compare({"/".join(key): run for key, (run, _) in runs.items()}, rounds, seed=seed)
+    figures = []
+    for key, (_, work) in runs.items():
+        own = seconds["/".join(key)]
+        if key[1] == "call":
+            values = own / CALLS
+        elif key[1] == "kernel":
+            # What noise makes negative is nothing: an overhead is at least a nanosecond.
+            values = np.maximum(own - seconds["overhead/call/float32"], 0) / CALLS / (KERNELS - 1) + 1e-9
+        else:
+            values = work / own
+        one = typical(values)
+        figures.append(Figure(*key, one.value, one.low, one.high))
+    return Ceilings(jax.devices()[0].device_kind, tuple(figures))
+
+
+@jax.jit
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.dot(left, right, preferred_element_type=jnp.float32)
+
+
+@jax.jit
+def _copy(x: jax.Array) -> jax.Array:
+    return -x  # a copy alone might be taken away
+
+
+@jax.jit
+def _read(x: jax.Array) -> jax.Array:
+    return x.sum()
+
+
+@partial(jax.jit, static_argnames="kernels")
+def _chain(x: jax.Array, kernels: int) -> jax.Array:
+    """Products too small to count, each of which waits for the one before."""
+    y = x
+    for _ in range(kernels):
+        y = jnp.dot(y, x)
+    return y
+
+
+def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def _repeated(run: Callable[[], Any], number: int) -> Callable[[], Any]:
+    """`run` so often, each waited for."""
+
+    def several() -> Any:
+        for _ in range(number):
+            out = jax.block_until_ready(run())
+        return out
+
+    return several
+
+
+def _random(rng: np.random.Generator, *shape: int, dtype: str) -> jax.Array:
+    return jnp.asarray(rng.standard_normal(shape, np.float32) / np.sqrt(np.float32(shape[0])), dtype)
+
+
+if __name__ == "__main__":
+    main()

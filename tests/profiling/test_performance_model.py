@@ -1,0 +1,198 @@
+"""Times that the model itself makes are explained by it, and those that it cannot make are not."""
+
+import dataclasses
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from models.config import read_config
+from models.model import REFERENCE
+from profiling import performance_section
+from profiling.break_even import break_even, even_mix, speedup
+from profiling.ceilings import Ceilings, Figure
+from profiling.performance_model import (
+    PARAMETERS,
+    PerformanceModel,
+    Study,
+    errors,
+    expert_blocks,
+    fit,
+    predict,
+    seconds_by_part,
+)
+from profiling.points import Point, Task, measure, tasks
+from profiling.workload import Mix, Workload
+
+CONFIG = read_config(REFERENCE / "config.json")
+TRUE = PerformanceModel(
+    product=300e9, half_rows=35.0, weights=30e9, stream=8e9, call=30e-6, layer=15e-6, block=5e-6, plan=120e-6
+)
+
+
+def _figure(kind, name, value):
+    return Figure(kind, name, "float32", value, 0.9 * value, 1.1 * value)
+
+
+CEILINGS = Ceilings(
+    "made up",
+    (
+        *(_figure("product", *one) for one in (("square: 1024", 400e9), ("decode, 8 rows", 60e9))),
+        *(_figure("copy", *one) for one in (("memory: 128 MiB", 10e9), ("cache: 4 MiB", 20e9))),
+        *(_figure("read", *one) for one in (("memory: 128 MiB", 15e9), ("cache: 4 MiB", 40e9))),
+        *(_figure("overhead", *one) for one in (("call", 20e-6), ("kernel", 0.5e-6))),
+    ),
+)
+
+
+def made(wanted, noise=0.0, seed=0, slower=lambda task: 1.0) -> list[Point]:
+    """Points whose times are those of TRUE, times log-normal noise."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for task in wanted:
+        workload = Workload(task.batch, task.length, cached=task.cached, last_logits_only=task.decodes)
+        kept = {"plain": 2.0, "open": 2.0, "none": 0.0, "one": 1.0, "one if known": 1.1}
+        experts = kept.get(task.policy.removeprefix("answers, "), 0.5)
+        mix = even_mix(CONFIG, workload, experts, orders=2, answered=task.policy.startswith("answers"))
+        mix = Mix.plain(CONFIG, workload.tokens) if task.policy == "plain" else mix
+        seconds = predict(TRUE, CONFIG, workload, mix) * slower(task) * float(np.exp(noise * rng.standard_normal()))
+        found.append(Point(task.name, workload, mix, seconds, seconds, seconds))
+    return found
+
+
+def split(**options):
+    wanted = tasks()
+    points = made(wanted, **options)
+    return [
+        [point for point, task in zip(points, wanted, strict=True) if task.calibrates is side] for side in (True, False)
+    ]
+
+
+def test_few_points_calibrate_and_many_others_test():
+    known, unseen = split()
+    assert 10 <= len(known) <= 14 and len(unseen) >= 30
+    assert not {point.name for point in known} & {point.name for point in unseen}
+
+
+def test_parameters_are_recovered_from_times_with_noise():
+    known, _ = split(noise=0.01)
+    found = fit(known, CONFIG, CEILINGS)
+    for name in ("product", "half_rows", "weights", "stream", "plan"):
+        assert getattr(found, name) == pytest.approx(getattr(TRUE, name), rel=0.25), name
+    # One more layer costs what one more call does, four times: together they are known, apart they hardly are.
+    overhead, true = (one.call + CONFIG.num_layers * one.layer for one in (found, TRUE))
+    assert overhead == pytest.approx(true, rel=0.25)
+
+
+def test_unseen_points_are_predicted():
+    known, unseen = split(noise=0.03, seed=1)
+    found = errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen)
+    assert found.passed and found.median < 0.05 and found.low <= found.median <= found.high
+
+
+def test_a_machine_that_the_model_does_not_describe_shows():
+    """Decoding three times as slow wherever tokens are many, which no point of the calibration says."""
+    known, unseen = split(slower=lambda task: 3.0 if task.decodes and not task.calibrates else 1.0)
+    found = errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen)
+    assert found.worst.relative < -0.6 and "decode" in found.worst.point.name
+    # And a machine that makes one component dear at long prefills only cannot be fitted either.
+    known, unseen = split(slower=lambda task: 3.0 if task.batch * task.length >= 1000 else 1.0)
+    assert not errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen).passed
+
+
+def test_the_worst_point_is_named():
+    known, _ = split()
+    spoilt = [*known[:3], dataclasses.replace(known[3], seconds=known[3].seconds / 2), *known[4:]]
+    found = errors(TRUE, CONFIG, spoilt)
+    assert found.worst.point.name == known[3].name and found.worst.relative == pytest.approx(1.0)
+    assert found.median == pytest.approx(0, abs=1e-12)
+
+
+def test_no_number_beats_its_ceiling():
+    known, _ = split()
+    quick = [dataclasses.replace(point, seconds=point.seconds / 50) for point in known]
+    found = fit(quick, CONFIG, CEILINGS)
+    assert found.product <= 1.4 * CEILINGS.product and max(found.weights, found.stream) <= 1.4 * CEILINGS.cache
+    assert all(value >= 0 for value in dataclasses.astuple(found))
+
+
+def test_too_few_points_are_refused():
+    with pytest.raises(ValueError, match="cannot settle"):
+        fit(split()[0][: len(PARAMETERS) - 1], CONFIG, CEILINGS)
+    with pytest.raises(ValueError, match="no points"):
+        errors(TRUE, CONFIG, [])
+
+
+def test_parts_sum_to_the_prediction():
+    workload = Workload(4, 128)
+    mix = even_mix(CONFIG, workload, 1.0, orders=2, answered=True)
+    parts = seconds_by_part(TRUE, CONFIG, workload, mix)
+    assert sum(parts.values()) == predict(TRUE, CONFIG, workload, mix)
+    assert all(seconds > 0 for seconds in parts.values())
+    plain = seconds_by_part(TRUE, CONFIG, workload, Mix.plain(CONFIG, workload.tokens))
+    assert plain["plan"] == plain["commit"] == plain["answers"] == 0
+    assert plain["experts"] > parts["experts"]
+
+
+def test_blocks_are_those_of_drawn_rows():
+    """Against the engine's own rule on rows that are drawn: 160 tokens, 8 experts, blocks of 32 and 8 rows."""
+    rng = np.random.default_rng(0)
+    chosen = np.argsort(rng.random((2000, 160, 8)))[..., :2]
+    rows = (chosen[..., None] == np.arange(8)).sum((1, 2))
+    whole, tails = rows // 32, -(-(rows % 32) // 8)
+    (large, number), (small, rest) = expert_blocks(CONFIG, Workload(1, 160), Mix(2.0, 8.0))
+    assert (large, small) == (32, 8)
+    assert number == pytest.approx(whole.sum(1).mean(), rel=0.1)
+    assert rest == pytest.approx(tails.sum(1).mean(), rel=0.1)
+
+
+def test_break_even_lies_where_the_times_are_equal():
+    workload = Workload(4, 1, cached=128, last_logits_only=True)
+    k = break_even(TRUE, CONFIG, workload)
+    assert k is not None and 0 < k < 2
+    assert speedup(TRUE, CONFIG, workload, k) == pytest.approx(1, rel=1e-3)
+    assert speedup(TRUE, CONFIG, workload, k - 0.1) > 1 > speedup(TRUE, CONFIG, workload, k + 0.1)
+    dear = dataclasses.replace(TRUE, plan=1.0)
+    assert break_even(dear, CONFIG, workload) is None
+
+
+def test_the_report_says_how_far_off_and_where_the_gain_vanishes():
+    known, unseen = split(noise=0.02)
+    fitted = fit(known, CONFIG, CEILINGS)
+    found = Study(CONFIG, CEILINGS, fitted, errors(fitted, CONFIG, known), errors(fitted, CONFIG, unseen))
+    section = performance_section.section(found)
+    assert section.verdict == "PASS" and f"over {len(unseen)} points" in section.outcome
+    assert found.unseen.worst.point.name in section.words[1]
+    assert [len(table.rows) for table in section.tables] == [8, len(PARAMETERS), 12, len(unseen), len(known)]
+    slow = dataclasses.replace(found, model=dataclasses.replace(fitted, plan=1.0))
+    assert "decode at batch 1" in performance_section.section(slow).words[2]
+    for draw in (performance_section.figure, performance_section.roofline):
+        plt.close(draw(found))
+
+
+def test_a_tiny_model_is_measured_fitted_and_predicted(saved_model, documents):
+    """Policies and batches by two calls each; how well it is predicted decides nothing here."""
+    texts = [document.ids for document in documents[:60]]
+    shapes = [(1, 12, 0), (2, 24, 0), (1, 1, 8), (3, 1, 6)]
+    wanted = [
+        Task(*shape, policy=policy, calibrates=policy != "one")
+        for shape in shapes
+        for policy in ("plain", "none", "one")
+    ]
+    wanted += [Task(2, 12, policy="answers, one", calibrates=True), Task(1, 1, 8, policy="answers, rising")]
+    points = measure(saved_model, wanted, texts, keys=40, repeats=2, run_tokens=24)
+    by_name = {point.name: point for point in points}
+    assert [point.name for point in points] == [task.name for task in wanted]
+    for point, task in zip(points, wanted, strict=True):
+        assert 0 < point.low <= point.seconds <= point.high
+        assert point.mix.planned == (task.policy != "plain")
+        expected = {"plain": 2.0, "none": 0.0, "one": 1.0, "answers, one": 1.0, "answers, rising": 0.5}[task.policy]
+        assert point.mix.experts == expected
+        assert point.mix.distinct >= point.mix.experts
+    assert by_name["prefill 2 x 24, plain"].mix.distinct > by_name["decode 1 x 1 after 8, plain"].mix.distinct == 2
+    assert by_name["decode 1 x 1 after 8, answers, rising"].mix.answers == 1.5
+
+    known = [point for point, task in zip(points, wanted, strict=True) if task.calibrates]
+    fitted = fit(known, saved_model.config, CEILINGS)
+    found = errors(fitted, saved_model.config, points)
+    assert len(found.each) == len(points) and np.isfinite(found.median)
