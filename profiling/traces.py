@@ -1,29 +1,24 @@
 """Profiler traces of a jitted program, and the time of each component in them.
 
     path = capture(calls, "traces", "prefill")                   # a folder that TensorBoard and XProf open
-    times = component_times(path, [compiled.as_text()])
+    times = component_times(path, [describe(step.trace(*arguments))])
 
-A trace names the operations of the compiled program as they run, not what they were written for. The program's own text
-says that: XLA keeps the `jax.named_scope` of what an instruction was made from. The innermost scope that is one of
-`profiling.costs.COMPONENTS` is the instruction's component. Where XLA put an instruction in without saying why (a copy),
-it belongs to what uses it. A fusion is one operation, with the scope of its last one: work that XLA fused across the
-border of two components counts for one of them.
+The events of a trace name the operations of the compiled program; `profiling.programs` says what these are for.
 
 **Time of a loop.** The event of a loop, a conditional or a call spans those inside it. On one thread only the innermost
 event counts; and over all threads control flow counts only while nothing else runs.
 
-**Wall and busy.** Independent operations may run at the same time on several threads. `seconds` shares wall time: at each
-instant, in equal parts among the operations that run, so that components and `other` sum to the wall time of the calls.
-`busy` adds threads up; workers that help with one operation have no events of their own and are in neither.
+**Wall and busy.** Independent operations may run at the same time on several threads. `seconds` shares wall time: at
+each instant, in equal parts among the operations that run, so that components and `other` sum to the wall time of the
+calls. `busy` adds threads up; workers that help with one operation have no events of their own and are in neither.
 
 Read from CPU traces; events of other devices are taken if they name their operation in the same way (`hlo_op`).
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,16 +27,11 @@ import jax
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
 
 from profiling.costs import COMPONENTS
-
-OTHER = "other"  # no operation runs (host, dispatch, gaps), or one without a component
+from profiling.programs import Instruction, Module
+from profiling.scopes import OTHER
 
 _CALL = "call"  # the annotation around each call
-_CONTROL = frozenset({"while", "conditional", "call"})
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
-_OPCODE = re.compile(r" ([\w-]+)\(")
-_NAME = re.compile(r"%([\w.-]+)")
-_SCOPE = re.compile(r'op_name="([^"]*)"')
+_UNKNOWN = Instruction(((OTHER, 1.0),), control=False)
 
 
 @dataclass(frozen=True)
@@ -53,13 +43,6 @@ class ComponentTimes:
     seconds: dict[str, float]  # component or OTHER -> its share of `wall`; they sum to it
     idle: float  # in OTHER: no operation ran
     busy: dict[str, float]  # component or OTHER -> time of its operations, threads added up
-
-
-class Instruction(NamedTuple):
-    """What the program's text says of one operation."""
-
-    component: str  # or OTHER
-    control: bool  # spans the operations of its body
 
 
 class _Event(NamedTuple):
@@ -96,86 +79,40 @@ def capture(calls: Iterable[Callable[[], Any]], folder: str | Path, name: str) -
     return path
 
 
-def component_times(path: str | Path, programs: Sequence[str]) -> ComponentTimes:
+def component_times(path: str | Path, programs: Sequence[Module]) -> ComponentTimes:
     """Where the time of the calls of a trace went.
 
     Args:
         path: what `capture` returned.
-        programs: HLO text of the compiled programs that ran (`compiled.as_text()`), each module's name once.
+        programs: those that ran, each of a name of its own; what others ran is OTHER.
 
     Raises:
         ValueError: two programs of one name; a trace without a call, or without an operation of these programs.
     """
-    known: dict[str, dict[str, Instruction]] = {}
-    for text in programs:
-        module = text.removeprefix("HloModule ").split(",", 1)[0]
-        if module in known:
-            raise ValueError(f"two programs are called {module}: the trace cannot tell them apart; trace them singly")
-        known[module] = instructions(text)
+    known = {program.name: program.instructions for program in programs}
+    names = ", ".join(program.name for program in programs)
+    if len(known) < len(programs):
+        raise ValueError(f"programs {names}: two of one name cannot be told apart in a trace; trace them singly")
     calls, threads = _read(path, known)
-    if not calls or not any(event.instruction.component != OTHER for thread in threads for event in thread):
+    if not calls or all(event.instruction is _UNKNOWN for thread in threads for event in thread):
         raise ValueError(
-            f"{path}: {len(calls)} calls and no operation with a component of {', '.join(known)}; "
-            "give the texts of the programs that were traced by `capture`"
+            f"{path}: {len(calls)} calls and no operation of {names}; give the programs that `capture` traced"
         )
     stretches = [stretch for thread in threads for stretch in innermost(thread)]
     seconds, idle = _shared(stretches, calls)
-    busy = {name: 0.0 for name in (*COMPONENTS, OTHER)}
+    busy = dict.fromkeys((*COMPONENTS, OTHER), 0.0)
     for start, end, instruction in stretches:
         if not instruction.control:
-            busy[instruction.component] += (end - start) * 1e-9
+            for name, share in instruction.shares:
+                busy[name] += (end - start) * 1e-9 * share
     return ComponentTimes(len(calls), sum(end - start for start, end in calls) * 1e-9, seconds, idle, busy)
-
-
-def component(scope: str) -> str:
-    """The innermost component in an `op_name` such as `jit(f)/attention/scores/dot_general`; OTHER if there is none."""
-    for part in reversed(scope.split("/")):
-        if part.startswith(("jit(", "pjit(")):
-            continue  # a function's name, not a scope
-        bare = part.rstrip(")").rpartition("(")[2]  # transformations wrap a scope: vmap(scores)
-        if bare in COMPONENTS:
-            return bare
-    return OTHER
-
-
-def instructions(text: str) -> dict[str, Instruction]:
-    """Every instruction of an optimised HLO module."""
-    scopes: dict[str, str] = {}
-    opcodes: dict[str, str] = {}
-    uses: dict[str, list[str]] = {}  # what an instruction names: operands, and the computations that it calls
-    users: dict[str, list[str]] = defaultdict(list)
-    computation = ""
-    for line in text.splitlines():
-        found = _INSTRUCTION.match(line)
-        if found is None:
-            opening = _COMPUTATION.match(line)
-            computation = opening[1] if opening else computation
-            continue
-        root, name, rest = found.groups()
-        scope, opcode = _SCOPE.search(rest), _OPCODE.search(rest)
-        scopes[name] = component(scope[1]) if scope else OTHER
-        opcodes[name] = opcode[1] if opcode else ""
-        uses[name] = _NAME.findall(rest)
-        for used in uses[name]:
-            users[used].append(name)
-        if root:  # what a computation returns is used where it is called
-            uses.setdefault(computation, []).append(name)
-            users[name].append(f"{computation}()")
-            uses[f"{computation}()"] = []
-    for name in list(users):  # a call names the computation
-        for result in (one for one in users[name] if one.endswith("()")):
-            users[result] = users[result[:-2]]
-    return {
-        name: Instruction(_nearest(name, scopes, users) or _nearest(name, scopes, uses) or OTHER, opcode in _CONTROL)
-        for name, opcode in opcodes.items()
-    }
 
 
 def innermost(events: Iterable[_Event]) -> Iterator[tuple[float, float, Instruction]]:
     """Disjoint stretches of one thread: start, end, and the innermost operation that runs in it."""
     stack: list[_Event] = []
     at = 0.0
-    last = _Event(float("inf"), float("inf"), Instruction(OTHER, True))
+    last = _Event(float("inf"), float("inf"), _UNKNOWN)
     for event in [*sorted(events, key=lambda one: (one.start, -one.end)), last]:
         while stack and stack[-1].end <= event.start:
             over = stack.pop()
@@ -189,9 +126,9 @@ def innermost(events: Iterable[_Event]) -> Iterator[tuple[float, float, Instruct
 
 
 def _read(
-    path: str | Path, known: dict[str, dict[str, Instruction]]
+    path: str | Path, known: Mapping[str, Mapping[str, Instruction]]
 ) -> tuple[list[tuple[float, float]], list[list[_Event]]]:
-    """Start and end of each call, and the operations of each thread; one of an unknown program has no component."""
+    """Start and end of each call, and the operations of each thread."""
     calls, threads = [], []
     for plane in ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
@@ -202,8 +139,8 @@ def _read(
                     continue
                 about = dict(event.stats)
                 if "hlo_op" in about:
-                    module = known.get(str(about.get("hlo_module")), {})
-                    instruction = module.get(str(about["hlo_op"]), Instruction(OTHER, False))
+                    instructions = known.get(str(about.get("hlo_module")), {})
+                    instruction = instructions.get(str(about["hlo_op"]), _UNKNOWN)
                     thread.append(_Event(event.start_ns, event.end_ns, instruction))
             threads.append(thread)
     return calls, threads
@@ -212,37 +149,26 @@ def _read(
 def _shared(
     stretches: Iterable[tuple[float, float, Instruction]], calls: Iterable[tuple[float, float]]
 ) -> tuple[dict[str, float], float]:
-    """Wall time of the calls by component, and what is left of it, in seconds."""
+    """Wall time of the calls by component, and how much of it nothing ran, in seconds."""
     points: list[tuple[float, int, Instruction | None]] = []  # None: a call
     for start, end, what in (*stretches, *((start, end, None) for start, end in calls)):
         points += [(start, 1, what), (end, -1, what)]
-    seconds = {name: 0.0 for name in (*COMPONENTS, OTHER)}
-    work: Counter[str] = Counter()
-    control: Counter[str] = Counter()
+    seconds = dict.fromkeys((*COMPONENTS, OTHER), 0.0)
+    work: Counter[Instruction] = Counter()
+    control: Counter[Instruction] = Counter()
     inside, before, idle = 0, 0.0, 0.0
     for time, change, what in sorted(points, key=lambda point: point[0]):
         if inside and time > before:
             running = +work or +control
-            for name, number in running.items():
-                seconds[name] += (time - before) * 1e-9 * number / running.total()
+            for instruction, number in running.items():
+                for name, share in instruction.shares:
+                    seconds[name] += (time - before) * 1e-9 * share * number / running.total()
             if not running:
                 idle += (time - before) * 1e-9
         before = time
         if what is None:
             inside += change
         else:
-            (control if what.control else work)[what.component] += change
+            (control if what.control else work)[what] += change
     seconds[OTHER] += idle
     return seconds, idle
-
-
-def _nearest(start: str, components: dict[str, str], neighbours: dict[str, list[str]]) -> str | None:
-    """The component of the nearest instruction that has one, along users or operands; None if there is none."""
-    seen, frontier = {start}, [start]
-    while frontier:
-        for name in frontier:
-            if components.get(name, OTHER) != OTHER:
-                return components[name]
-        frontier = [other for name in frontier for other in neighbours.get(name, ()) if other not in seen]
-        seen.update(frontier)
-    return None
