@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Literal
 
 from profiling.costs import COMPONENTS
@@ -82,7 +83,10 @@ def _opened(
     names |= {variable: Constant(value) for variable, value in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)}
 
     def name(atom: Any) -> Any:
-        return Constant(atom.val) if isinstance(atom, Literal) else names[atom]
+        if not isinstance(atom, Literal):
+            return names[atom]
+        shaped: Any = atom.aval
+        return Constant(np.asarray(atom.val, shaped.dtype))
 
     for equation in jaxpr.jaxpr.eqns:
         inside = f"{scope}/{equation.source_info.name_stack}"

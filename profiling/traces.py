@@ -17,13 +17,18 @@ Read from CPU traces; events of other devices are taken if they name their opera
 
 from __future__ import annotations
 
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
 
 from profiling.costs import COMPONENTS
@@ -31,18 +36,20 @@ from profiling.programs import Instruction, Module
 from profiling.scopes import OTHER
 
 _CALL = "call"  # the annotation around each call
+_NAMES = (*COMPONENTS, OTHER)
 _UNKNOWN = Instruction(((OTHER, 1.0),), control=False)
 
 
 @dataclass(frozen=True)
 class ComponentTimes:
-    """Seconds of all calls of a trace together."""
+    """Seconds of each call of a trace, float64 [calls] each."""
 
-    calls: int
-    wall: float  # from each call to its end, added up
-    seconds: dict[str, float]  # component or OTHER -> its share of `wall`; they sum to it
-    idle: float  # in OTHER: no operation ran
-    busy: dict[str, float]  # component or OTHER -> time of its operations, threads added up
+    wall: np.ndarray  # from the call to the end of its last operation
+    seconds: dict[str, np.ndarray]  # component or OTHER -> its share of `wall`; they sum to it
+    idle: np.ndarray  # in OTHER: no operation ran
+    busy: dict[str, float]  # component or OTHER -> time of its operations, all calls and threads added up
+    # Component or OTHER -> events per call recorded in its time: those inside a loop in the loop's, others in OTHER.
+    recorded: dict[str, float]
 
 
 class _Event(NamedTuple):
@@ -99,13 +106,54 @@ def component_times(path: str | Path, programs: Sequence[Module]) -> ComponentTi
             f"{path}: {len(calls)} calls and no operation of {names}; give the programs that `capture` traced"
         )
     stretches = [stretch for thread in threads for stretch in innermost(thread)]
-    seconds, idle = _shared(stretches, calls)
-    busy = dict.fromkeys((*COMPONENTS, OTHER), 0.0)
+    busy, recorded = dict.fromkeys(_NAMES, 0.0), dict.fromkeys(_NAMES, 0.0)
     for start, end, instruction in stretches:
         if not instruction.control:
             for name, share in instruction.shares:
                 busy[name] += (end - start) * 1e-9 * share
-    return ComponentTimes(len(calls), sum(end - start for start, end in calls) * 1e-9, seconds, idle, busy)
+    for thread in threads:
+        for around in enclosing(thread):
+            for name, share in (around or _UNKNOWN).shares:
+                recorded[name] += share / len(calls)
+    seconds, idle = _shared(stretches, calls)
+    wall = np.array([end - start for start, end in calls]) * 1e-9
+    return ComponentTimes(wall, seconds, idle, busy, recorded)
+
+
+def cost_of_recording(operations: int = 300, calls: int = 15) -> float:
+    """Seconds that the profiler takes to record one operation, measured on a program of very many tiny ones.
+
+    An event is written before its operation begins and after it has ended, so what this costs lies between operations.
+    """
+    size = 8
+
+    @jax.jit
+    def chain(x: jax.Array) -> jax.Array:
+        for _ in range(operations):
+            x = x @ x  # no fusion joins two products
+        return x
+
+    x = jnp.eye(size)
+    each = [partial(chain, x)] * calls
+    jax.block_until_ready(chain(x))
+    untraced = wall_times(each)
+    with tempfile.TemporaryDirectory() as folder:
+        path = capture(each, folder, "recording")
+        spans, threads = _read(path, {})
+    untraced = np.concatenate([untraced, wall_times(each)])
+    events = sum(map(len, threads)) / calls
+    traced = np.median([end - start for start, end in spans]) * 1e-9
+    return max(float(traced - np.median(untraced)) / events, 0.0)
+
+
+def wall_times(calls: Iterable[Callable[[], Any]]) -> np.ndarray:
+    """float64 [calls]: seconds of calls as `capture` makes them, without a trace."""
+    found = []
+    for call in calls:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - start)
+    return np.array(found)
 
 
 def innermost(events: Iterable[_Event]) -> Iterator[tuple[float, float, Instruction]]:
@@ -113,7 +161,7 @@ def innermost(events: Iterable[_Event]) -> Iterator[tuple[float, float, Instruct
     stack: list[_Event] = []
     at = 0.0
     last = _Event(float("inf"), float("inf"), _UNKNOWN)
-    for event in [*sorted(events, key=lambda one: (one.start, -one.end)), last]:
+    for event in [*sorted(events, key=_outer_first), last]:
         while stack and stack[-1].end <= event.start:
             over = stack.pop()
             if over.end > at:
@@ -122,6 +170,16 @@ def innermost(events: Iterable[_Event]) -> Iterator[tuple[float, float, Instruct
         if stack and event.start > at:
             yield at, event.start, stack[-1].instruction
         at = max(at, event.start)
+        stack.append(event)
+
+
+def enclosing(events: Iterable[_Event]) -> Iterator[Instruction | None]:
+    """Of each event of a thread, by its start, the operation that it lies in; None if in none."""
+    stack: list[_Event] = []
+    for event in sorted(events, key=_outer_first):
+        while stack and stack[-1].end <= event.start:
+            stack.pop()
+        yield stack[-1].instruction if stack else None
         stack.append(event)
 
 
@@ -143,32 +201,39 @@ def _read(
                     instruction = instructions.get(str(about["hlo_op"]), _UNKNOWN)
                     thread.append(_Event(event.start_ns, event.end_ns, instruction))
             threads.append(thread)
-    return calls, threads
+    return sorted(calls), threads
 
 
 def _shared(
-    stretches: Iterable[tuple[float, float, Instruction]], calls: Iterable[tuple[float, float]]
-) -> tuple[dict[str, float], float]:
-    """Wall time of the calls by component, and how much of it nothing ran, in seconds."""
-    points: list[tuple[float, int, Instruction | None]] = []  # None: a call
-    for start, end, what in (*stretches, *((start, end, None) for start, end in calls)):
-        points += [(start, 1, what), (end, -1, what)]
-    seconds = dict.fromkeys((*COMPONENTS, OTHER), 0.0)
+    stretches: Iterable[tuple[float, float, Instruction]], calls: Sequence[tuple[float, float]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Wall time of each call by component, and how much of it nothing ran, in seconds."""
+    points: list[tuple[float, int, Instruction | int]] = []  # an int: a call
+    for start, end, instruction in stretches:
+        points += [(start, 1, instruction), (end, -1, instruction)]
+    for index, (start, end) in enumerate(calls):
+        points += [(start, 1, index), (end, -1, index)]
+    seconds = {name: np.zeros(len(calls)) for name in _NAMES}
+    idle = np.zeros(len(calls))
     work: Counter[Instruction] = Counter()
     control: Counter[Instruction] = Counter()
-    inside, before, idle = 0, 0.0, 0.0
-    for time, change, what in sorted(points, key=lambda point: point[0]):
-        if inside and time > before:
+    call, before = -1, 0.0  # -1: between two calls
+    for now, change, what in sorted(points, key=lambda point: point[:2]):
+        elapsed, before = (now - before) * 1e-9, now
+        if call >= 0 and elapsed > 0:
             running = +work or +control
             for instruction, number in running.items():
                 for name, share in instruction.shares:
-                    seconds[name] += (time - before) * 1e-9 * share * number / running.total()
+                    seconds[name][call] += elapsed * share * number / running.total()
             if not running:
-                idle += (time - before) * 1e-9
-        before = time
-        if what is None:
-            inside += change
+                idle[call] += elapsed
+        if isinstance(what, int):
+            call = what if change > 0 else -1
         else:
             (control if what.control else work)[what] += change
     seconds[OTHER] += idle
     return seconds, idle
+
+
+def _outer_first(event: _Event) -> tuple[float, float]:
+    return event.start, -event.end
