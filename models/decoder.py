@@ -8,6 +8,8 @@ Architecture: Jiang et al. 2024 (arXiv 2401.04088); rotary embeddings: Su et al.
 Parameters are a plain dict `{"decoder": ..., "experts": [one entry per layer]}`. The experts stand apart because their
 engine owns their layout (`models.experts`); `Experts` declares their canonical one. Shapes, random initialisation and
 the target of loading all derive from these declarations.
+
+The innermost `jax.named_scope` of every operation is the component that `profiling` reports its time under.
 """
 
 from __future__ import annotations
@@ -75,15 +77,20 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         batch, length, _ = x.shape
         heads = (batch, length, -1, self.config.head_dim)
-        queries = rotate(self.q_proj(x).reshape(heads), *rotation)
-        keys = rotate(self.k_proj(x).reshape(heads), *rotation)
-        values = self.v_proj(x).reshape(heads)
-        if kv is None:
-            out = attend_causally(queries, keys, values, mask)
-        else:
-            kv = kv.store(layer, keys, values)
-            out = attend(queries, kv.keys[layer], kv.values[layer], mask)
-        return self.o_proj(out.reshape(batch, length, -1)), kv
+        with jax.named_scope("projections"):
+            queries = self.q_proj(x).reshape(heads)
+            keys = self.k_proj(x).reshape(heads)
+            values = self.v_proj(x).reshape(heads)
+        with jax.named_scope("norms"):
+            queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+        with jax.named_scope("scores"):
+            if kv is None:
+                out = attend_causally(queries, keys, values, mask)
+            else:
+                kv = kv.store(layer, keys, values)
+                out = attend(queries, kv.keys[layer], kv.values[layer], mask)
+        with jax.named_scope("projections"):
+            return self.o_proj(out.reshape(batch, length, -1)), kv
 
 
 class DecoderLayer(nnx.Module):
@@ -174,26 +181,30 @@ def forward(
             none, which costs nothing.
     """
     mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-    if kv is None:
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        seen = visible(positions, positions, mask, config.sliding_window, offset=0)
-    else:
-        kv, positions = extend(kv, mask)
-        offset = kv.length - token_ids.shape[1]
-        seen = visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
+    with jax.named_scope("scores"):
+        if kv is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+            seen = visible(positions, positions, mask, config.sliding_window, offset=0)
+        else:
+            kv, positions = extend(kv, mask)
+            offset = kv.length - token_ids.shape[1]
+            seen = visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
 
     model = nnx.merge(_graph(config, params["decoder"]["embed"]["embedding"].dtype), params["decoder"])
-    with jax.named_scope("embed"):
+    with jax.named_scope("norms"):
         x = model.embed(token_ids)
-    rotation = rotary_angles(positions, config, x.dtype)
+        rotation = rotary_angles(positions, config, x.dtype)
     probs, routings, wanted, audited = [], [], [], []
     for index, layer in enumerate(model.layers):
         with jax.named_scope("attention"):
-            attended, kv = layer.attention(layer.input_norm(x), rotation, seen, kv, index)
+            with jax.named_scope("norms"):
+                normed = layer.input_norm(x)
+            attended, kv = layer.attention(normed, rotation, seen, kv, index)
+        with jax.named_scope("norms"):
             x = x + attended
+            flat = layer.expert_norm(x).reshape(-1, config.hidden_size)
         with jax.named_scope("gate"):
             # The router sees the normalised hidden state inside this block, not the layer's output.
-            flat = layer.expert_norm(x).reshape(-1, config.hidden_size)
             layer_probs = jax.nn.softmax(layer.gate(flat).astype(jnp.float32), axis=-1)
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
@@ -205,7 +216,7 @@ def forward(
         with jax.named_scope("experts"):
             y = engine.apply(flat, flat_routing, params["experts"][index]).reshape(x.shape)
         if known is not None:
-            with jax.named_scope("residual"):
+            with jax.named_scope("answers"):
                 y = y + known.total(dropped).astype(y.dtype)
         if index in slot_outputs_of:
             slots = slot_outputs(engine, flat, flat_routing, params["experts"][index])
@@ -216,16 +227,22 @@ def forward(
                 audited.append(
                     audit_error(audit, flat, layer_probs, y, config=config, engine=engine, experts=layer_experts)
                 )
-        x = x + y
+        with jax.named_scope("norms"):
+            x = x + y
         probs.append(layer_probs)
         routings.append(routing)
-    with jax.named_scope("head"):
+    with jax.named_scope("norms"):
         x = model.norm(x[:, -1:] if last_logits_only else x)
+    with jax.named_scope("head"):
         logits = model.embed.attend(x) if config.tie_word_embeddings else model.head(x)
+        logits = logits.astype(jnp.float32)
+    with jax.named_scope("gate"):
+        router_probs = jnp.stack(probs)
+        routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
     return Output(
-        logits=logits.astype(jnp.float32),
-        router_probs=jnp.stack(probs),
-        routing=jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings),
+        logits=logits,
+        router_probs=router_probs,
+        routing=routing,
         kv=kv,
         slot_outputs=jnp.stack(wanted) if wanted else None,
         audit=jnp.stack(audited) if audited else None,

@@ -39,9 +39,10 @@ def apply_blocks(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]) ->
     """
     branches: list[Branch] = [partial(_swiglu, expert) for expert in experts]
     slots = _one_token(x, routing, branches) if len(x) == 1 else _many_tokens(x, routing, branches)
-    active = (routing.experts < len(experts))[..., None]
-    weighted = jnp.where(active, slots * routing.weights[..., None].astype(jnp.float32), 0)
-    return weighted.sum(1).astype(x.dtype)
+    with jax.named_scope("dispatch"):
+        active = (routing.experts < len(experts))[..., None]
+        weighted = jnp.where(active, slots * routing.weights[..., None].astype(jnp.float32), 0)
+        return weighted.sum(1).astype(x.dtype)
 
 
 def _one_token(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Array:
@@ -54,7 +55,8 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.
     """float32[N, K, D], each slot's expert output; rubbish in unused slots."""
     num_slots = routing.experts.shape[1]
     rows, tail = block_rows(routing.experts.size, len(branches))
-    by_expert = _sort(routing, len(branches), rows)
+    with jax.named_scope("dispatch"):
+        by_expert = _sort(routing, len(branches), rows)
 
     def run_blocks(rows: int, starts: jax.Array, blocks: jax.Array, sorted_out: jax.Array) -> jax.Array:
         """Runs `blocks` [E] blocks of `rows` rows of each expert, the first of them at `starts` [E]."""
@@ -75,7 +77,8 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.
     sorted_out = jnp.zeros((by_expert.order.shape[0], x.shape[1]), jnp.float32)
     sorted_out = run_blocks(tail, by_expert.starts + whole * rows, (rest + tail - 1) // tail, sorted_out)
     sorted_out = run_blocks(rows, by_expert.starts, whole, sorted_out)
-    return sorted_out[_inverse(by_expert, routing)]
+    with jax.named_scope("dispatch"):
+        return sorted_out[_inverse(by_expert, routing)]
 
 
 def block_rows(slots: int, num_experts: int) -> tuple[int, int]:

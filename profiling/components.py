@@ -1,0 +1,161 @@
+"""Where the time of a call goes, component by component, measured in two ways that share nothing but the clock.
+
+    found = measure_components(var_model, ids, "decode", folder="traces")
+    found.by_trace["experts"], found.by_ablation["experts"], found.disagreements()
+
+A profiler trace says what ran when (`profiling.traces`); leaving a component out says what its absence saves
+(`profiling.ablation`). Where both agree, the number may be believed. The call itself is timed without a trace, before
+and after it.
+
+A trace slows the call down: recording an operation takes a third of a microsecond or more, and a step of decoding has
+hundreds. What recording costs is measured apart, on another program (`traces.cost_of_recording`), and taken off where
+it falls: of the time between operations, in a loop of that of the loop. So the sum over components can be held against
+the untraced call, and `recording` says how much was taken off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from profiling.ablation import WHOLE, by_ablation
+from profiling.calls import jitted, prepare
+from profiling.programs import describe
+from profiling.scopes import OTHER
+from profiling.traces import ComponentTimes, capture, component_times, cost_of_recording, wall_times
+from varjax.config import VARConfig
+from varjax.model import VARModel
+
+AGREE = 1.5  # factor within which two measurements of a component agree
+SMALL = 0.03  # share of the call under which a difference is no disagreement
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds per call: the median over rounds at each call of a round, their mean over the round."""
+
+    side: str  # "plain" or "VAR"
+    phase: str  # "prefill" or "decode"
+    batch: int  # B
+    length: int  # T of a call
+    total: float  # untraced
+    traced: float  # of the call while it is traced
+    recording: float  # what the trace is held to have added
+    by_trace: dict[str, float]  # of COMPONENTS and OTHER, less `recording`
+    idle: float  # in OTHER, less its part of `recording`: no operation ran
+    whole: float | None  # of the program that components were left out of; None: nothing was
+    by_ablation: dict[str, float]  # of the COMPONENTS that the program has; may come out below zero
+
+    @property
+    def explained(self) -> float:
+        """Sum of the components by trace, OTHER included, over the untraced call."""
+        return sum(self.by_trace.values()) / self.total
+
+    @property
+    def attributed(self) -> float:
+        """The same without OTHER: what has a name."""
+        return self.explained - self.by_trace[OTHER] / self.total
+
+    @property
+    def saved(self) -> float | None:
+        """Sum of the components by ablation, over the whole."""
+        return sum(self.by_ablation.values()) / self.whole if self.whole else None
+
+    def disagreements(self, factor: float = AGREE, small: float = SMALL) -> list[str]:
+        """Components whose two measurements are a factor apart, and more than a small share of the call."""
+        return [
+            name
+            for name, ablated in self.by_ablation.items()
+            for less, more in [sorted((self.by_trace[name], ablated))]
+            if more - less > small * self.total and more > factor * less
+        ]
+
+
+def measure_components(
+    var_model: VARModel,
+    ids: np.ndarray,
+    phase: str,
+    *,
+    folder: str | Path,
+    name: str | None = None,
+    rounds: int = 9,
+    max_calls: int = 16,
+    ablate: bool = True,
+    recording: float | None = None,
+    seed: int = 0,
+) -> Breakdown:
+    """The components of a call of `var_model`, VAR on or off.
+
+    Args:
+        ids: int32 [B, T], texts, all positions real; see `profiling.calls` for what is made of them.
+        phase: "prefill" or "decode".
+        folder: TensorBoard's log directory, which the trace is added to.
+        name: of the trace in it; None: side, phase and batch.
+        rounds: traced, and as many untraced before and after; each has one prefill, or up to `max_calls` steps.
+        ablate: compile and time the program without each component as well, which takes two programs for each.
+        recording: seconds per operation, from `cost_of_recording`; None: it is measured.
+
+    Raises:
+        ValueError: an unknown phase, or texts too short.
+    """
+    calls = prepare(var_model, ids, phase, max_calls)
+    side = "plain" if var_model.table is None else "VAR"
+    step = jitted(calls.step)
+    module = describe(step.trace(calls.fixed, calls.carry, calls.inputs[0]))
+    wall_times(calls.each(step, 2))  # compiles
+    cost = cost_of_recording() if recording is None else recording
+
+    before = wall_times(calls.each(step, rounds))
+    path = capture(calls.each(step, rounds), folder, name or f"{phase}-{side}-batch-{calls.batch}")
+    after = wall_times(calls.each(step, rounds))
+    times = component_times(path, [module])
+
+    untraced = np.concatenate([before, after]).reshape(2 * rounds, -1)
+    ablated = by_ablation(calls, rounds, seed) if ablate else {}
+    medians = {part: float(np.median(seconds)) for part, seconds in ablated.items()}
+    return Breakdown(
+        side=side,
+        phase=phase,
+        batch=calls.batch,
+        length=calls.length,
+        total=float(np.median(untraced, axis=0).mean()),
+        whole=medians.pop(WHOLE, None),
+        by_ablation=medians,
+        **_typical(times, rounds, cost),
+    )
+
+
+def measure_sides(
+    var_model: VARModel, texts: Mapping[str, np.ndarray], *, folder: str | Path, **options: Any
+) -> list[Breakdown]:
+    """The plain model and `var_model`, phase by phase.
+
+    Args:
+        texts: phase -> int32 [B, T].
+        options: those of `measure_components`.
+    """
+    sides = [VARModel(var_model.model, VARConfig(enable_var=False)), var_model]
+    options.setdefault("recording", cost_of_recording())
+    return [
+        measure_components(side, ids, phase, folder=folder, **options) for phase, ids in texts.items() for side in sides
+    ]
+
+
+def _typical(times: ComponentTimes, rounds: int, cost: float) -> dict[str, Any]:
+    """What a trace says of a call: at each call of a round, that of the round whose wall time is the median."""
+    walls = times.wall.reshape(rounds, -1)
+    number = walls.shape[1]
+    rows = np.argsort(walls, axis=0)[(rounds - 1) // 2]
+    picked = rows * number + np.arange(number)
+    off = {part: cost * events for part, events in times.recorded.items()}
+    by_trace = {part: float(seconds[picked].mean()) - off[part] for part, seconds in times.seconds.items()}
+    return {
+        "traced": float(times.wall[picked].mean()),
+        "recording": sum(off.values()),
+        "by_trace": by_trace,
+        "idle": float(times.idle[picked].mean()) - off[OTHER],
+    }
