@@ -57,7 +57,7 @@ def by_batch(
     sides = {"plain": VARModel(var_model.model, VARConfig(enable_var=False)), "var": var_model}
     found = []
     for batch in (size for size in batch_sizes if size <= len(documents)):
-        prompt = _prompt(documents, batch, max_length)
+        prompt = longest_texts(documents, batch, max_length)
         text = prompt[:, : min(2 * decode_tokens, prompt.shape[1])]
         half = text.shape[1] // 2
         for phase, make, ids, tokens in (
@@ -99,7 +99,7 @@ def measure(
         repeats: rounds, each of which times both sides once.
         phases: those to time.
     """
-    prompt = _prompt(documents, batch_size, max_length)
+    prompt = longest_texts(documents, batch_size, max_length)
     text = prompt[:1, : min(2 * decode_tokens, max_length)]
     sides = {"var": var_model} if var_model.table is not None else {}
     sides["plain"] = VARModel(var_model.model, VARConfig(enable_var=False))
@@ -118,13 +118,6 @@ def measure(
         if "var" in sides:
             result["speedup"][phase] = dataclasses.asdict(paired_ratio(seconds["plain"], seconds["var"]))
     return result
-
-
-def _prompt(documents: Sequence[Encoded], batch_size: int, max_length: int) -> np.ndarray:
-    """int32 [B, T]: the beginnings of the longest documents, cut to the shortest of them."""
-    longest = sorted(documents, key=lambda document: -len(document.ids))[:batch_size]
-    length = min(max_length, len(longest[-1].ids))
-    return np.stack([document.ids[:length] for document in longest])
 
 
 def _prefill(var_model: VARModel, prompt: np.ndarray) -> Callable[[], Any]:
@@ -154,6 +147,18 @@ def _decode(var_model: VARModel, text: np.ndarray) -> Callable[[], Any]:
         return out.logits
 
     return run
+
+
+def longest_texts(documents: Sequence[Encoded], batch_size: int, max_length: int) -> np.ndarray:
+    """int32 [B, T]: the beginnings of the longest documents, cut to the shortest of them.
+
+    Raises ValueError where there is no document at all.
+    """
+    if not documents:
+        raise ValueError("there is no document to read; raise --num_samples, or name another split")
+    longest = sorted(documents, key=lambda document: -len(document.ids))[:batch_size]
+    length = min(max_length, len(longest[-1].ids))
+    return np.stack([document.ids[:length] for document in longest])
 
 
 def used_experts(var_model: VARModel, ids: np.ndarray) -> np.ndarray:

@@ -1,0 +1,128 @@
+"""Phase 5: where the time of a call goes, a model that predicts it, and what stands in the way.
+
+  --var_config C --output DIR           C is a policy of phase 2 or 3
+  --quick                               fewer rounds, no ablation: under two minutes
+
+Writes systems.json, .txt, .html and figures into DIR, and profiler traces into DIR/traces with --trace (else into a
+folder that is thrown away). `tensorboard --logdir DIR/traces` opens them (pip install 'varjax[tensorboard]').
+
+Four questions: what does a call cost, by component, counted and as XLA says; where does its time go, by profiler trace
+and by leaving components out; does a performance model, fitted to some calls, predict others; and what keeps VAR from
+being faster. Criteria: median prediction error under 10 %, no bottleneck of high severity, time that grows with the
+tokens as expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.provenance import provenance
+from analysis.report import Report, Section, summary
+from analysis.report_files import write_report
+from experiments.arguments import load, parser, run
+from profiling import (
+    bottlenecks_section,
+    components_section,
+    costs_section,
+    evidence,
+    performance_model,
+    performance_section,
+    scaling,
+)
+from profiling.bottlenecks import bottlenecks
+from profiling.components import measure_sides
+from profiling.points import tasks
+from profiling.throughput import longest_texts
+from varjax import VARConfig, VARModel
+
+DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
+NOTES = (
+    "All times are of one machine, in one run; the report's JSON names it. Compare ratios, not milliseconds.",
+    "FAIL is a finding about this model, policy and machine, not a fault of the run.",
+)
+
+
+def main() -> None:
+    arguments = parser(__doc__, "results/phase5")
+    arguments.set_defaults(num_samples=200)
+    arguments.add_argument("--var_config", type=Path, required=True, help="a VARConfig as JSON")
+    arguments.add_argument("--routing_stats", type=Path, help="statistics in the place of those that the config names")
+    arguments.add_argument("--answers", type=Path, help="answers in the place of those that the config names")
+    arguments.add_argument("--split", default="test", help="documents whose texts are run")
+    arguments.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls, no ablation")
+    arguments.add_argument("--trace", action="store_true", help="keep the profiler's traces")
+    args = arguments.parse_args()
+    if args.output.suffix:
+        arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
+    model, documents, origin = load(args, args.split)
+    config = VARConfig.load(args.var_config)
+    if args.routing_stats:
+        config = config.at(args.routing_stats, args.answers)
+    if not config.enable_var:
+        raise ValueError(f"{args.var_config}: enable_var is false; there is nothing to compare with the plain model")
+    var_model = VARModel(model, config)
+    texts = {
+        "prefill": longest_texts(documents, args.batch_size, args.max_length),
+        "decode": longest_texts(documents, 1, DECODED),
+    }
+
+    with tempfile.TemporaryDirectory() as thrown_away:
+        folder = args.output / "traces" if args.trace else Path(thrown_away)
+        options = {"rounds": 3 if args.quick else 9, "ablate": not args.quick, "seed": args.seed}
+        step(1, "components: traces" + (" and ablation" if not args.quick else ""))
+        breakdowns = measure_sides(var_model, texts, folder=folder, **options)
+    step(2, "costs")
+    counted = costs_section.count(var_model, texts)
+    step(3, "performance model: calibration and unseen calls")
+    wanted = [task for task in tasks() if not args.quick or task.calibrates or task.policy in ("plain", "one")]
+    study = performance_model.study(model, wanted, repeats=5 if args.quick else 15, seed=args.seed)
+    scales = scaling.scalings(study)
+    step(4, "bottlenecks")
+    seen = evidence.gather(
+        *(var_model, texts, breakdowns),
+        ceilings=study.ceilings,
+        scalings=scales,
+        rounds=5 if args.quick else 11,
+        seed=args.seed,
+    )
+    found = [one for phase in seen for one in bottlenecks(phase)]
+
+    experts = seen[0].experts[1]
+    sections: Sequence[Section] = (
+        bottlenecks_section.section(found),
+        components_section.section(breakdowns),
+        costs_section.section(counted),
+        performance_section.section(study, experts=experts),
+        scaling.section(scales),
+    )
+    figures = {
+        components_section.NAME: components_section.figure(breakdowns),
+        performance_section.NAME: performance_section.figure(study),
+        performance_section.ROOFLINE: performance_section.roofline(study),
+        scaling.NAME: scaling.figure(scales),
+    }
+    facts = (
+        ("model", f"{model.name} ({args.dtype})"),
+        ("policy", f"{args.var_config}: {experts:.2f} of {model.config.top_k} experts per token"),
+        ("calls", ", ".join(f"{name} {ids.shape[0]} x {ids.shape[1]}" for name, ids in texts.items())),
+        ("device", study.ceilings.device),
+    )
+    said = Report("Systems analysis", facts, NOTES, tuple(sections))
+    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
+    measured: dict[str, Any] = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales}
+    measured |= {"evidence": seen, "bottlenecks": [dataclasses.asdict(one) for one in found]}
+    write_report(said, args.output, "systems", figures=figures, beside={"results": measured, "provenance": made})
+    print("\n".join(summary(said)))
+    print(f"written to {args.output}")
+
+
+def step(number: int, what: str) -> None:
+    print(f"[{number}/4] {what}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,96 @@
+"""What a call costs, counted from its shapes, beside what XLA says of the compiled program."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.report import Column, Section, Table
+from profiling.calls import jitted, prepare
+from profiling.costs import COMPONENTS, Cost, component_costs
+from profiling.evidence import workload_and_mix
+from profiling.xla_costs import XlaCost, analyse, explain
+from varjax.config import VARConfig
+from varjax.model import VARModel
+
+NAME = "costs"
+
+
+@dataclass(frozen=True)
+class CallCosts:
+    """One call, counted in two ways."""
+
+    side: str  # "plain" or "VAR"
+    phase: str
+    batch: int
+    needed: dict[str, Cost]  # by component
+    written: dict[str, Cost]  # what the code does
+    xla: XlaCost
+
+
+def count(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> list[CallCosts]:
+    """Of both sides of every phase.
+
+    Args:
+        texts: phase -> int32 [B, T].
+    """
+    found = []
+    for phase, ids in texts.items():
+        for side, model in (("plain", VARModel(var_model.model, VARConfig(enable_var=False))), ("VAR", var_model)):
+            workload, mix = workload_and_mix(model, ids, phase)
+            calls = prepare(model, ids, phase)
+            xla = analyse(jitted(calls.step).trace(calls.fixed, calls.carry, calls.inputs[0]))
+            given = (var_model.model.config, workload, mix)
+            needed, written = component_costs(*given), component_costs(*given, as_written=True)
+            found.append(CallCosts(side, phase, len(ids), needed, written, xla))
+    return found
+
+
+def section(found: Sequence[CallCosts]) -> Section:
+    totals = tuple(_total(one) for one in found)
+    columns = (
+        *(Column("call"), Column("MFLOP", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f")),
+        *(Column("MB", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f"), Column("peak memory, MB", ",.1f")),
+    )
+    doubts = {name: number for one in found for name, number in one.xla.doubts.items()}
+    parts = tuple(
+        Table(
+            f"{_name(one)}, by component",
+            (Column("component"), Column("MFLOP", ",.3f"), Column("MB", ",.3f"), Column("FLOP per byte", ",.1f")),
+            tuple(
+                (name, cost.flops / 1e6, cost.bytes / 1e6, cost.flops / cost.bytes if cost.bytes else None)
+                for name in COMPONENTS
+                for cost in [one.needed[name]]
+                if cost.flops or cost.bytes
+            ),
+        )
+        for one in found
+    )
+    return Section(
+        NAME,
+        "What does a call cost?",
+        "reported",
+        "operations and bytes counted from shapes, and what XLA says of the compiled programs",
+        (
+            "Counted: what the call has to do; as written: what the code does beyond it (scores that the mask throws "
+            "away, answers gathered whether wanted or not).",
+            "XLA's counts are its own, and wrong where its program holds: " + "; ".join(explain(doubts)) + "."
+            if doubts
+            else "XLA's counts hold: its programs have none of the constructs that it counts wrongly.",
+        ),
+        (Table("Totals of one call", columns, totals), *parts),
+    )
+
+
+def _total(one: CallCosts) -> tuple[str | float, ...]:
+    needed, written = (sum(costs.values(), Cost()) for costs in (one.needed, one.written))
+    return (
+        *(_name(one), needed.flops / 1e6, written.flops / 1e6, one.xla.flops / 1e6),
+        *(needed.bytes / 1e6, written.bytes / 1e6, one.xla.bytes / 1e6, one.xla.peak_bytes / 1e6),
+    )
+
+
+def _name(one: CallCosts) -> str:
+    return f"{one.phase}, batch {one.batch}, {one.side}"

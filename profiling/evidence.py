@@ -1,0 +1,126 @@
+"""What the rules of `profiling.bottlenecks` judge by, measured on one model, one policy and some texts.
+
+Letters: B sequences, T positions.
+
+    breakdowns = measure_sides(var_model, texts, folder="traces")
+    for found in gather(var_model, texts, breakdowns):
+        bottlenecks(found)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from profiling.bottlenecks import Evidence
+from profiling.calls import jitted, prepare
+from profiling.ceilings import Ceilings
+from profiling.components import Breakdown
+from profiling.costs import component_costs
+from profiling.scaling import Scaling
+from profiling.scopes import OTHER
+from profiling.throughput import used_experts
+from profiling.timing import compare, paired_ratio
+from profiling.workload import Mix, Workload
+from varjax.config import VARConfig
+from varjax.model import VARModel
+from varjax.step import summary
+
+
+def gather(
+    var_model: VARModel,
+    texts: Mapping[str, np.ndarray],
+    breakdowns: Sequence[Breakdown],
+    *,
+    ceilings: Ceilings | None = None,
+    scalings: Sequence[Scaling] = (),
+    rounds: int = 11,
+    seed: int = 0,
+) -> list[Evidence]:
+    """One piece of evidence per phase.
+
+    Args:
+        texts: phase -> int32 [B, T], those that `breakdowns` were measured on.
+        breakdowns: of both sides of every phase.
+        ceilings: of this machine, to tell what waits for memory; None: that is left open.
+        scalings: of a performance study; None of a phase leaves its scaling open.
+        rounds: of timing.
+    """
+    plain_model = VARModel(var_model.model, VARConfig(enable_var=False))
+    found = []
+    for phase, ids in texts.items():
+        times = {one.side: one.by_trace for one in breakdowns if one.phase == phase}
+        sides = {"plain": plain_model, "VAR": var_model}
+        cached = var_model.config.cache_size > 0
+        if cached:
+            config = dataclasses.replace(var_model.config, cache_size=0)
+            sides["no cache"] = VARModel(var_model.model, config, table=var_model.table, clock=var_model.clock)
+        seconds = _seconds(sides, ids, phase, rounds, seed)
+        _, state = var_model(ids, var_model.init(len(ids)))
+        assert state is not None  # VAR is on
+        shares = summary(state.counters, var_model.model.config.top_k)
+        experts = (float(var_model.model.config.top_k), shares["experts_per_token"])
+        scales = [one for one in scalings if one.phase == phase]
+        found.append(
+            Evidence(
+                phase=phase,
+                batch=len(ids),
+                plain=times["plain"],
+                var=times["VAR"],
+                speedup=paired_ratio(seconds["plain"], seconds["VAR"]),
+                experts=experts,
+                tiers=shares["tiers"],
+                cached_tier=cached,
+                overhead=times["VAR"][OTHER],
+                waiting=None if ceilings is None else _waiting(var_model, ids, phase, ceilings),
+                exponent=(scales[-1].exponent, scales[-1].expected) if scales else None,
+                tried={"cache use": paired_ratio(seconds["VAR"], seconds["no cache"]).value} if cached else {},
+            )
+        )
+    return found
+
+
+def _seconds(
+    sides: Mapping[str, VARModel], ids: np.ndarray, phase: str, rounds: int, seed: int
+) -> dict[str, np.ndarray]:
+    """float64 [rounds] per side: a round's calls one after the other."""
+
+    def runner(side: VARModel) -> Callable[[], jax.Array]:
+        calls = prepare(side, ids, phase)
+        step = jitted(calls.step)
+
+        def run() -> jax.Array:
+            for call in calls.each(step):
+                out = call()
+            return out
+
+        return run
+
+    return compare({name: runner(side) for name, side in sides.items()}, rounds, seed=seed)
+
+
+def _waiting(var_model: VARModel, ids: np.ndarray, phase: str, ceilings: Ceilings) -> dict[str, bool]:
+    """By component, whether its bytes take longer than its operations, at the machine's ceilings."""
+    workload, mix = workload_and_mix(var_model, ids, phase)
+    costs = component_costs(var_model.model.config, workload, mix)
+    return {name: one.bytes / ceilings.memory > one.flops / ceilings.product for name, one in costs.items()}
+
+
+def workload_and_mix(var_model: VARModel, ids: np.ndarray, phase: str) -> tuple[Workload, Mix]:
+    """What one call of a phase is asked to do on texts int32 [B, T], as `profiling.costs` counts it.
+
+    VAR may be off. A step of decoding is one at the middle of the texts.
+    """
+    config, (batch, length) = var_model.model.config, ids.shape
+    used = used_experts(var_model, ids)  # bool [L, B, T, E]
+    decodes = phase == "decode"
+    distinct = float(used.any(axis=1 if decodes else (1, 2)).sum(-1).mean())
+    experts, planned = float(used.sum(-1).mean()), var_model.table is not None
+    answers = config.top_k - experts if planned else 0.0
+    mix = Mix(min(experts, config.top_k), distinct, answers=max(answers, 0.0), planned=planned)
+    if decodes:
+        return Workload(batch, 1, cached=length // 2, capacity=length, last_logits_only=True), mix
+    return Workload(batch, length), mix
