@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -130,15 +131,19 @@ def main() -> None:
         write_json(args.output, {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found})
 
 
-def study(model: Model, wanted: Sequence[Task] | None = None, *, repeats: int = 15, seed: int = 0) -> Study:
+def study(
+    model: Model, wanted: Sequence[Task] | None = None, *, ceilings: Ceilings | None = None, **options: Any
+) -> Study:
     """Measures ceilings and points, fits on those that calibrate, and is held against the others.
 
     Args:
         wanted: None: `points.tasks()`.
+        ceilings: of this machine; None: they are measured.
+        options: of `points.measure`, such as `repeats` and `seed`.
     """
     wanted = tasks() if wanted is None else wanted
-    ceilings = measure_ceilings()
-    points = measure(model, wanted, repeats=repeats, seed=seed)
+    ceilings = measure_ceilings() if ceilings is None else ceilings
+    points = measure(model, wanted, **options)
     known = [point for point, task in zip(points, wanted, strict=True) if task.calibrates]
     unseen = [point for point, task in zip(points, wanted, strict=True) if not task.calibrates]
     fitted = fit(known, model.config, ceilings)

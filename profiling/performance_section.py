@@ -33,7 +33,7 @@ NOTES = (
         "Components at their arithmetic intensity",
         "Each marker is a component of a plain call: its operations over the bytes that it must move, and the rate at "
         "which the performance model says that it runs. Black lines: measured ceilings of this machine, the product "
-        "and the bandwidths of memory (solid) and cache (dashed). Grey: published ceilings of an accelerator.",
+        "and the bandwidths of memory (solid) and cache (dashed). Grey: published bfloat16 ceilings of an accelerator.",
         "Rates are the model's, not timed one by one. A component under its roof is not at fault where its shapes are "
         "small; bytes are counted once, whichever cache they come from. Components without products stand at the few "
         "operations that are counted for them.",

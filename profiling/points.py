@@ -103,7 +103,10 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
 
 
 def tasks() -> list[Task]:
-    """What the reference model is calibrated (13) and tested on (39): no shape under a policy is on both sides."""
+    """What the reference model is calibrated on (13) and tested on (41): no shape is on both sides.
+
+    The form of `performance_model` was chosen on other shapes than those that test it, so these test form and numbers.
+    """
     calibrating: Shapes = {
         "plain": [(1, 48), (1, 256), (8, 128), (1, 1, 64), (4, 1, 128), (16, 1, 128), (32, 1, 64)],
         "one": [(4, 256), (1, 1, 224), (16, 1, 128)],
@@ -113,15 +116,15 @@ def tasks() -> list[Task]:
     }
     testing: Shapes = {
         "plain": [
-            *((1, 96), (1, 160), (2, 64), (2, 256), (4, 128), (8, 256), (16, 64)),
-            *((1, 1, 160), (2, 1, 96), (4, 1, 224), (8, 1, 64), (8, 1, 192), (24, 1, 96)),
+            *((1, 80), (1, 192), (2, 96), (2, 160), (4, 64), (4, 192), (8, 192), (16, 96)),
+            *((1, 1, 96), (2, 1, 160), (3, 1, 64), (6, 1, 128), (12, 1, 192), (20, 1, 64), (28, 1, 128)),
         ],
-        "one": [(1, 96), (2, 256), (8, 128), (16, 64), (1, 1, 64), (2, 1, 96), (8, 1, 192), (24, 1, 96)],
-        "none": [(1, 160), (4, 128), (8, 256), (1, 1, 160), (8, 1, 64), (24, 1, 96)],
-        "one if known": [(2, 64), (8, 256)],
-        "open": [(2, 1, 96), (8, 1, 192)],
-        "answers, one": [(1, 160), (8, 128), (1, 1, 160), (4, 1, 224), (24, 1, 96)],
-        "answers, rising": [(4, 128), (2, 1, 96), (8, 1, 64)],
+        "one": [(1, 192), (2, 160), (4, 64), (16, 96), (1, 1, 96), (3, 1, 64), (12, 1, 192), (20, 1, 64)],
+        "none": [(1, 80), (4, 192), (8, 64), (2, 1, 160), (12, 1, 192)],
+        "one if known": [(4, 64), (8, 192)],
+        "open": [(3, 1, 64), (12, 1, 192)],
+        "answers, one": [(2, 96), (8, 64), (1, 1, 96), (6, 1, 128), (20, 1, 64)],
+        "answers, rising": [(1, 192), (4, 192), (3, 1, 64), (12, 1, 192)],
     }
     return [
         Task(shape[0], shape[1], shape[2] if len(shape) > 2 else 0, policy, calibrates=shapes is calibrating)

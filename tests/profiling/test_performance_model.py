@@ -20,8 +20,9 @@ from profiling.performance_model import (
     fit,
     predict,
     seconds_by_part,
+    study,
 )
-from profiling.points import Point, Task, measure, tasks
+from profiling.points import Point, Task, tasks
 from profiling.workload import Mix, Workload
 
 CONFIG = read_config(REFERENCE / "config.json")
@@ -71,7 +72,11 @@ def split(**options):
 def test_few_points_calibrate_and_many_others_test():
     known, unseen = split()
     assert 10 <= len(known) <= 14 and len(unseen) >= 30
-    assert not {point.name for point in known} & {point.name for point in unseen}
+    shapes = [
+        {(task.batch, task.length, task.cached) for task in tasks() if task.calibrates is side}
+        for side in (True, False)
+    ]
+    assert not shapes[0] & shapes[1]
 
 
 def test_parameters_are_recovered_from_times_with_noise():
@@ -180,9 +185,11 @@ def test_a_tiny_model_is_measured_fitted_and_predicted(saved_model, documents):
         for policy in ("plain", "none", "one")
     ]
     wanted += [Task(2, 12, policy="answers, one", calibrates=True), Task(1, 1, 8, policy="answers, rising")]
-    points = measure(saved_model, wanted, texts, keys=40, repeats=2, run_tokens=24)
-    by_name = {point.name: point for point in points}
-    assert [point.name for point in points] == [task.name for task in wanted]
+    found = study(saved_model, wanted, ceilings=CEILINGS, texts=texts, keys=40, repeats=2, run_tokens=24)
+    by_name = {one.point.name: one.point for one in (*found.calibrated.each, *found.unseen.each)}
+    points = [by_name[task.name] for task in wanted]
+    assert len(found.unseen.each) == sum(not task.calibrates for task in wanted) == 5
+    assert np.isfinite(found.unseen.median)
     for point, task in zip(points, wanted, strict=True):
         assert 0 < point.low <= point.seconds <= point.high
         assert point.mix.planned == (task.policy != "plain")
@@ -191,8 +198,3 @@ def test_a_tiny_model_is_measured_fitted_and_predicted(saved_model, documents):
         assert point.mix.distinct >= point.mix.experts
     assert by_name["prefill 2 x 24, plain"].mix.distinct > by_name["decode 1 x 1 after 8, plain"].mix.distinct == 2
     assert by_name["decode 1 x 1 after 8, answers, rising"].mix.answers == 1.5
-
-    known = [point for point, task in zip(points, wanted, strict=True) if task.calibrates]
-    fitted = fit(known, saved_model.config, CEILINGS)
-    found = errors(fitted, saved_model.config, points)
-    assert len(found.each) == len(points) and np.isfinite(found.median)
