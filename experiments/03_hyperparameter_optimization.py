@@ -211,7 +211,8 @@ def put_to_the_test(args: argparse.Namespace) -> None:
         name: config.at(args.routing_stats, args.answers) for name, config in chosen.read(args.validate).items()
     }
     calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
-    documents, data = load_encoded(calibrate.model, args, "test", args.validate_samples)
+    args.num_samples = args.validate_samples
+    documents, data = load_encoded(calibrate.model, args, "test", args.num_samples)
     test = dataclasses.replace(calibrate, documents=documents)
     presets = {
         f"preset {name}": VARConfig.from_routing_stats(args.routing_stats, **fields) for name, fields in PRESETS.items()

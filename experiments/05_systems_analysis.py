@@ -36,7 +36,7 @@ from profiling import (
 from profiling.bottlenecks import bottlenecks
 from profiling.components import measure_sides
 from profiling.points import tasks
-from profiling.throughput import longest_texts
+from profiling.throughput import drawn_texts
 from varjax import VARConfig, VARModel
 
 DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
@@ -66,8 +66,8 @@ def main() -> None:
         raise ValueError(f"{args.var_config}: enable_var is false; there is nothing to compare with the plain model")
     var_model = VARModel(model, config)
     texts = {
-        "prefill": longest_texts(documents, args.batch_size, args.max_length),
-        "decode": longest_texts(documents, 1, DECODED),
+        "prefill": drawn_texts(documents, args.batch_size, args.max_length, args.seed),
+        "decode": drawn_texts(documents, 1, DECODED, args.seed),
     }
 
     with tempfile.TemporaryDirectory() as thrown_away:

@@ -1,9 +1,10 @@
 """Tokens per second of a VAR model against its plain model, on real text, paired.
 
-Letters: B sequences, T positions.
+Letters: B sequences, T positions, G groups of B texts.
 
 Prefill reads whole windows of B documents; decode feeds B documents token by token through the key/value cache. The
 tokens are the documents' own, not the model's: what VAR saves depends on the text, and small models repeat themselves.
+So a timed run reads several texts, drawn at random, one group of B after the other.
 
 What a step of decoding must read is the experts that any of its B tokens runs. Where a machine's time goes into reading
 weights, the gain is that of the distinct experts and vanishes as B grows; where it goes into arithmetic, it is that of
@@ -24,6 +25,8 @@ from analysis.text.encoding import Encoded
 from profiling.timing import Ratio, compare, paired_ratio
 from varjax.config import VARConfig
 from varjax.model import VARModel
+
+TEXTS = 8  # that a timed run reads at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,25 +60,23 @@ def by_batch(
     sides = {"plain": VARModel(var_model.model, VARConfig(enable_var=False)), "var": var_model}
     found = []
     for batch in (size for size in batch_sizes if size <= len(documents)):
-        prompt = longest_texts(documents, batch, max_length)
-        text = prompt[:, : min(2 * decode_tokens, prompt.shape[1])]
-        half = text.shape[1] // 2
+        prompt = grouped(documents, batch, max_length, seed)
+        text = prompt[..., : min(2 * decode_tokens, prompt.shape[2])]
+        half = text.shape[2] // 2
         for phase, make, ids, tokens in (
             ("prefill", _prefill, prompt, prompt.size),
-            ("decode", _decode, text, text[:, half:].size),
+            ("decode", _decode, text, text[..., half:].size),
         ):
             seconds = compare({name: make(side, ids) for name, side in sides.items()}, repeats, seed=seed)
-            used = {name: used_experts(side, ids) for name, side in sides.items()}  # bool [L, B, T, E]
+            used = {name: np.stack([used_experts(side, group) for group in ids]) for name, side in sides.items()}
             if phase == "decode":
-                used = {name: one[:, :, half:] for name, one in used.items()}
-            call = 1 if phase == "decode" else (1, 2)  # the axes that one call spans
+                used = {name: one[..., half:, :] for name, one in used.items()}  # bool [G, L, B, T, E]
+            call = 2 if phase == "decode" else (2, 3)  # the axes that one call spans
             distinct = tuple(float(one.any(axis=call).sum(-1).mean()) for one in used.values())
             rates = {name: tokens / float(np.median(one)) for name, one in seconds.items()}
             ratio = paired_ratio(seconds["plain"], seconds["var"])
             experts = tuple(float(one.sum(-1).mean()) for one in used.values())
-            found.append(
-                Throughput(phase, len(ids), tokens, **rates, speedup=ratio, experts=experts, distinct=distinct)
-            )
+            found.append(Throughput(phase, batch, tokens, **rates, speedup=ratio, experts=experts, distinct=distinct))
     return found
 
 
@@ -93,14 +94,14 @@ def measure(
     """Throughput of `var_model`, and its paired speed-up over the plain model where VAR is switched on.
 
     Args:
-        documents: text to read; the longest ones are taken.
+        documents: text to read; `seed` draws those of a run.
         batch_size, max_length: of the prefill.
         decode_tokens: tokens per timed decode run, batch 1, after a prompt of the same length.
         repeats: rounds, each of which times both sides once.
         phases: those to time.
     """
-    prompt = longest_texts(documents, batch_size, max_length)
-    text = prompt[:1, : min(2 * decode_tokens, max_length)]
+    prompt = grouped(documents, batch_size, max_length, seed)
+    text = grouped(documents, 1, min(2 * decode_tokens, max_length), seed)
     sides = {"var": var_model} if var_model.table is not None else {}
     sides["plain"] = VARModel(var_model.model, VARConfig(enable_var=False))
     subject = next(iter(sides))
@@ -108,57 +109,78 @@ def measure(
     result: dict[str, Any] = {"repeats": repeats, "speedup": {}}
     runs: dict[str, tuple[int, Callable[[VARModel, np.ndarray], Callable[[], Any]], np.ndarray]] = {
         "prefill": (prompt.size, _prefill, prompt),
-        "decode": (text.shape[1] - text.shape[1] // 2, _decode, text),
+        "decode": (text[..., text.shape[2] // 2 :].size, _decode, text),
     }
     for phase in phases:
         tokens, make, ids = runs[phase]
         seconds = compare({name: make(side, ids) for name, side in sides.items()}, repeats, seed=seed)
         result[f"{phase}_tokens_per_second"] = tokens / float(np.median(seconds[subject]))
-        result[phase] = {"batch": ids.shape[0], "tokens": tokens}
+        result[phase] = {"batch": ids.shape[1], "tokens": tokens}
         if "var" in sides:
             result["speedup"][phase] = dataclasses.asdict(paired_ratio(seconds["plain"], seconds["var"]))
     return result
 
 
-def _prefill(var_model: VARModel, prompt: np.ndarray) -> Callable[[], Any]:
-    ids, mask = jnp.asarray(prompt), jnp.ones(prompt.shape, bool)
-    start = var_model.init(len(prompt))
+def _prefill(var_model: VARModel, prompts: np.ndarray) -> Callable[[], Any]:
+    """Reads texts [G, B, T], group by group."""
+    groups = [jnp.asarray(group) for group in prompts]
+    mask, start = jnp.ones(groups[0].shape, bool), var_model.init(prompts.shape[1])
 
     def run() -> Any:
-        out, _ = var_model(ids, jax.tree.map(jnp.copy, start), mask)  # a cache that knew this very text would flatter
+        for ids in groups:
+            out, _ = var_model(ids, jax.tree.map(jnp.copy, start), mask)  # a cache that knew these texts would flatter
         return out.logits
 
     return run
 
 
-def _decode(var_model: VARModel, text: np.ndarray) -> Callable[[], Any]:
-    """Feeds the second halves of texts [B, T] token by token; the first halves are in the cache beforehand, untimed."""
-    batch, half = text.shape[0], text.shape[1] // 2
-    steps = [jnp.asarray(text[:, index : index + 1]) for index in range(half, text.shape[1])]
-    one = jnp.ones((batch, 1), bool)
-    out, state = var_model.prefill(text[:, :half], var_model.init(batch), capacity=text.shape[1])
-    start = (out.kv, state)
+def _decode(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
+    """Feeds the second halves of texts [G, B, T] token by token; the first halves are in the cache beforehand, untimed.
+
+    One group after the other.
+    """
+    _, batch, length = texts.shape
+    half, one = length // 2, jnp.ones((batch, 1), bool)
+    groups = []
+    for text in texts:
+        out, state = var_model.prefill(text[:, :half], var_model.init(batch), capacity=length)
+        groups.append(((out.kv, state), [jnp.asarray(text[:, at : at + 1]) for at in range(half, length)]))
 
     def run() -> Any:
-        kv, state = jax.tree.map(jnp.copy, start)  # every step spends what it is given
-        for ids in steps:
-            out, state = var_model.advance(state, ids, one, kv, last_logits_only=True)
-            kv = out.kv
+        for start, steps in groups:
+            kv, state = jax.tree.map(jnp.copy, start)  # every step spends what it is given
+            for ids in steps:
+                out, state = var_model.advance(state, ids, one, kv, last_logits_only=True)
+                kv = out.kv
         return out.logits
 
     return run
 
 
-def longest_texts(documents: Sequence[Encoded], batch_size: int, max_length: int) -> np.ndarray:
-    """int32 [B, T]: the beginnings of the longest documents, cut to the shortest of them.
+def grouped(documents: Sequence[Encoded], batch_size: int, max_length: int, seed: int) -> np.ndarray:
+    """int32 [G, B, T]: at least TEXTS texts, if there are as many, and one group in any case."""
+    groups = max(1, min(TEXTS, len(documents)) // batch_size)
+    texts = drawn_texts(documents, groups * batch_size, max_length, seed)
+    return texts[: len(texts) // groups * groups].reshape(groups, -1, texts.shape[1])
 
-    Raises ValueError where there is no document at all.
+
+def drawn_texts(documents: Sequence[Encoded], number: int, max_length: int, seed: int = 0) -> np.ndarray:
+    """int32 [B, T]: the beginnings of so many documents, drawn at random among those of `max_length` ids or more.
+
+    Where there are too few of these, the longest ones, cut to the shortest of them.
+
+    Raises:
+        ValueError: there is no document at all.
     """
     if not documents:
         raise ValueError("there is no document to read; raise --num_samples, or name another split")
-    longest = sorted(documents, key=lambda document: -len(document.ids))[:batch_size]
-    length = min(max_length, len(longest[-1].ids))
-    return np.stack([document.ids[:length] for document in longest])
+    long = [document for document in documents if len(document.ids) >= max_length]
+    if len(long) >= number:
+        chosen = [long[index] for index in np.random.default_rng(seed).permutation(len(long))[:number]]
+    else:
+        chosen = sorted(documents, key=lambda document: -len(document.ids))[:number]
+    length = min(max_length, len(chosen[-1].ids))
+    return np.stack([document.ids[:length] for document in chosen])
 
 
 def used_experts(var_model: VARModel, ids: np.ndarray) -> np.ndarray:
