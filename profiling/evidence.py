@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from profiling.bottlenecks import Evidence
@@ -27,7 +28,7 @@ from profiling.timing import compare, paired_ratio
 from profiling.workload import Mix, Workload
 from varjax.config import VARConfig
 from varjax.model import VARModel
-from varjax.step import summary
+from varjax.step import Counters, summary
 
 
 def gather(
@@ -59,9 +60,7 @@ def gather(
             config = dataclasses.replace(var_model.config, cache_size=0)
             sides["no cache"] = VARModel(var_model.model, config, table=var_model.table, clock=var_model.clock)
         seconds = _seconds(sides, ids, phase, rounds, seed)
-        _, state = var_model(ids, var_model.init(len(ids)))
-        assert state is not None  # VAR is on
-        shares = summary(state.counters, var_model.model.config.top_k)
+        shares = summary(_counters(var_model, ids, phase), var_model.model.config.top_k)
         experts = (float(var_model.model.config.top_k), shares["experts_per_token"])
         scales = [one for one in scalings if one.phase == phase]
         found.append(
@@ -81,6 +80,25 @@ def gather(
             )
         )
     return found
+
+
+def _counters(var_model: VARModel, ids: np.ndarray, phase: str) -> Counters:
+    """What the tiers decided on texts int32 [B, T], one call after the other, so that a cached tier may learn.
+
+    A prefill reads one text per call, a step of decoding one token of each.
+    """
+    if phase == "prefill":
+        state = var_model.init(1)
+        for text in ids:
+            _, state = var_model(text[None], state)
+    else:
+        out, state = var_model.prefill(ids[:, :1], var_model.init(len(ids)), capacity=ids.shape[1])
+        kv, real = out.kv, jnp.ones((len(ids), 1), bool)
+        for at in range(1, ids.shape[1]):
+            out, state = var_model.advance(state, jnp.asarray(ids[:, at : at + 1]), real, kv, last_logits_only=True)
+            kv = out.kv
+    assert state is not None  # VAR is on
+    return state.counters
 
 
 def _seconds(
