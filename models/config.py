@@ -144,7 +144,10 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
 
 
 def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
-    """The fields of a `config.json` that transformers 4 and 5 both read (`rope_theta` and `rope_parameters`)."""
+    """The fields of a `config.json` that transformers 4 and 5 both read (`rope_theta` and `rope_parameters`).
+
+    Raises ConfigError if the family's format has no words for what this architecture does.
+    """
     family = FAMILIES[config.family]
     fields = {theirs: getattr(config, ours) for ours, theirs in {**COMMON_FIELDS, **family.fields}.items()}
     if family.window_switch is not None:
@@ -152,7 +155,7 @@ def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
     if family.dense_layers is not None:
         listed, every = family.dense_layers
         fields |= {listed: list(config.dense_layers), every: 1}
-    return {
+    written = {
         "architectures": [family.architecture],
         "model_type": config.family,
         "hidden_act": "silu",
@@ -165,6 +168,11 @@ def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
         "output_router_logits": False,
         "use_cache": True,
     }
+    said = dataclasses.asdict(config_from_hf(written, source="this architecture"))
+    lost = [f"{name}={value!r}" for name, value in dataclasses.asdict(config).items() if said[name] != value]
+    if lost:
+        raise ConfigError(f"the {config.family} format cannot say {', '.join(lost)}; save it as another family")
+    return written
 
 
 def _rope_theta(fields: Mapping[str, Any], source: str, default: float) -> Any:

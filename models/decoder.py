@@ -230,7 +230,7 @@ def forward(
             attended, kv = layer.attention(layer.input_norm(x), rotation, seen, kv, place)
             x = x + attended
         if place in config.dense_layers:
-            with jax.named_scope("mlp"):
+            with jax.named_scope("experts"):
                 x = x + layer.mlp(layer.expert_norm(x))
             continue
         index = len(routings)  # among the layers with experts

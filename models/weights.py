@@ -64,6 +64,8 @@ def ledger(config: MoEConfig) -> dict[str, Entry]:
         template = "/".join("{}" if isinstance(part, int) else part for part in path)
         if path[0] == "experts":  # counted over the layers that have some; published, over all
             numbers[0] = config.expert_layers[numbers[0]]
+        if template not in table:
+            raise CheckpointError(f"the {config.family} format has no tensor for {template}; choose another family")
         name, transposed = table[template]
         entries[name.format(*numbers)] = Entry(path, leaf.shape[::-1] if transposed else leaf.shape, transposed)
     return entries
