@@ -62,7 +62,7 @@ class Attention(nnx.Module):
     Queries and keys are normalised first, then clipped, then rotated, as far as the config asks for it.
     """
 
-    def __init__(self, config: MoEConfig, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         linear = partial(linear, use_bias=config.attention_bias, rngs=rngs)
         self.q_proj = linear(config.hidden_size, queries)
@@ -123,7 +123,7 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: MoEConfig, place: int, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, linear, dtype, rngs)
+        self.attention = Attention(config, linear, rngs, dtype)
         self.expert_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if place in config.dense_layers:
             self.mlp = MLP(config, linear, rngs)
