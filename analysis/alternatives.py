@@ -19,7 +19,7 @@ from tqdm import tqdm
 from analysis.comparison import Estimate
 from analysis.families import SCALES, VAR, Family, families, table_of
 from analysis.scored_points import Losses, Measured, Subject, degradations, losses, measured, resampled
-from varjax.table import build
+from varjax.model import build_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def evaluate(subject: Subject) -> Alternatives:
     Raises:
         ValueError: as `analysis.families.families`.
     """
-    table = build(subject.stats, subject.config, subject.model.config.top_k, subject.answers, keep_shapes=True)
+    table = build_for(subject.model, subject.stats, subject.config, subject.answers, keep_shapes=True)
     wanted = families(subject)
     plain = losses(subject)
     counts = resampled(len(plain.nll), subject.samples, subject.seed)

@@ -33,11 +33,12 @@ from models.decoder import Network, Params
 from varjax import step as var_step
 from varjax.answers import Answers
 from varjax.config import VARConfig
+from varjax.model import build_for
 from varjax.routing import NO_ANSWER, Dropped, LayerAnswers
 from varjax.shrinkage import lineage, shrunk
 from varjax.stats import RoutingStats
 from varjax.step import Settings
-from varjax.table import RouteTable, build
+from varjax.table import RouteTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def distil(
     if answers.distilled:
         raise ValueError("these answers were distilled already; give the means that were collected")
     config = dataclasses.replace(config, cache_size=0, answer_dtype="float32")
-    table = build(stats, config, model.config.top_k, answers, keep_shapes=True)
+    table = build_for(model, stats, config, answers, keep_shapes=True)
     lines = [_lines(answers, layer, settings.min_count) for layer in answers.layers]
     trained = [int((count >= settings.min_count).sum()) for count in answers.count]
     if 0 in trained:

@@ -30,10 +30,10 @@ from analysis.token_losses import BY_CACHE, BY_ROUTER, TokenLosses, differences,
 from models import Model
 from varjax.answers import Answers
 from varjax.config import VARConfig
-from varjax.model import VARModel
+from varjax.model import VARModel, build_for
 from varjax.routing import LayerRules
 from varjax.stats import RoutingStats
-from varjax.table import RouteTable, build
+from varjax.table import RouteTable
 
 DECILES = 10
 _BINS = 12  # of the number of experts, at most
@@ -135,7 +135,7 @@ def prepare(
         samples: bootstrap draws.
         seed: of the draws.
     """
-    table = build(stats, config, model.config.top_k, answers, keep_shapes=True)
+    table = build_for(model, stats, config, answers, keep_shapes=True)
     reading: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
     plain = token_losses(VARModel(model, dataclasses.replace(config, enable_var=False)), documents, **reading)
     without = VARModel(model, _fast_alone(config), table=table)

@@ -22,10 +22,9 @@ from analysis.text.encoding import Encoded
 from models import Model
 from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
-from varjax.model import VARModel
+from varjax.model import VARModel, build_for
 from varjax.stats import RoutingStats
 from varjax.step import summary
-from varjax.table import build
 
 FREQUENT = 5  # occurrences that a key needs before its answers are asked
 FACTOR, FINEST = 1.3, 0.02  # the first factor tried on all tolerances; factors nearer to 1 than this are not
@@ -80,7 +79,7 @@ def search(
         )
 
     everywhere = config_of([Choice(layer, 1.0) for layer in answers.layers])
-    table = build(stats, everywhere, model.config.top_k, answers, keep_shapes=True)
+    table = build_for(model, stats, everywhere, answers, keep_shapes=True)
 
     def measure(choices: Sequence[Choice]) -> Measured:
         tolerances = np.zeros(model.config.num_layers, np.float32)

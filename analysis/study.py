@@ -29,8 +29,7 @@ from analysis import (
 from analysis.report import Report, Section
 from analysis.report_files import write_report
 from analysis.scored_points import Subject
-from varjax.model import VARModel
-from varjax.table import build
+from varjax.model import VARModel, build_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ def sources_of_error(subject: Subject) -> Finding:
 
 def free_generation(subject: Subject) -> Finding:
     """Does the text stay the same when the model writes it?"""
-    table = build(subject.stats, subject.config, subject.model.config.top_k, subject.answers)
+    table = build_for(subject.model, subject.stats, subject.config, subject.answers)
     var_model = VARModel(subject.model, subject.config, table=table)
     found = generation_drift.drift(var_model, subject.documents, seed=subject.seed)
     return Finding("generation", error_report.sections(None, found), dict(error_figures.draw(None, found)), found)

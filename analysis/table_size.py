@@ -19,8 +19,9 @@ from tqdm import tqdm
 from analysis.scored_points import Measured, Subject, losses, measured, resampled
 from varjax.config import AnswerType
 from varjax.keys import KeyIndex
+from varjax.model import build_for
 from varjax.routing import NO_ANSWER
-from varjax.table import RouteTable, build
+from varjax.table import RouteTable
 
 SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the answers of the layer that has the most
 TYPES: tuple[AnswerType, ...] = ("float32", "bfloat16", "int8")
@@ -59,13 +60,13 @@ def table_sizes(subject: Subject) -> TableSizes:
     counts = resampled(len(plain.nll), subject.samples, subject.seed)
     top_k = subject.model.config.top_k
     whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
-    most = max(shipped(build(subject.stats, whole, top_k, subject.answers, keep_shapes=True)).answers)
+    most = max(shipped(build_for(subject.model, subject.stats, whole, subject.answers, keep_shapes=True)).answers)
     bounds = sorted({max(round(share * most), 1) for share in SHARES})
     configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
     configs += [dataclasses.replace(whole, answer_dtype=one) for one in TYPES]
     found = []
     for config in tqdm(configs, unit="table", desc="table sizes", disable=not subject.progress):
-        table = build(subject.stats, config, top_k, subject.answers, keep_shapes=True)
+        table = build_for(subject.model, subject.stats, config, subject.answers, keep_shapes=True)
         size = shipped(table)
         number = sum(size.answers)
         point = measured(number, plain, losses(subject, config, table), counts)

@@ -43,8 +43,8 @@ from profiling import throughput_section
 from profiling.throughput import by_batch, measure
 from varjax import VARConfig, VARModel, answersfile
 from varjax.config import PRESETS
+from varjax.model import build_for
 from varjax.step import summary
-from varjax.table import build
 
 
 def main() -> None:
@@ -214,7 +214,7 @@ def study_policy(args: argparse.Namespace) -> None:
 
 def throughput_of(subject: Subject, repeats: int) -> Finding:
     """How much faster, and where must the gain vanish?"""
-    table = build(subject.stats, subject.config, subject.model.config.top_k, subject.answers)
+    table = build_for(subject.model, subject.stats, subject.config, subject.answers)
     var_model = VARModel(subject.model, subject.config, table=table)
     found = by_batch(var_model, subject.documents, max_length=subject.max_length, repeats=repeats, seed=subject.seed)
     drawn = {throughput_section.NAME: throughput_section.figure(found)}

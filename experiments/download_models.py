@@ -1,4 +1,4 @@
-"""Fetch a Mixtral-format checkpoint from the Hugging Face hub, or check one that is here already.
+"""Fetch a Mixtral, OLMoE or Qwen3-MoE checkpoint from the Hugging Face hub, or check one that is here already.
 
 Only safetensors, JSON and tokenizer.model are fetched. The directory appears when everything in it has been verified;
 an interrupted download is taken up again by the same command.

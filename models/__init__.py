@@ -1,4 +1,4 @@
-"""Mixtral-like decoders in Flax: load a checkpoint, run it, generate from it, save it."""
+"""Decoders with experts (Mixtral, OLMoE, Qwen3-MoE) in Flax: load a checkpoint, run it, generate from it, save it."""
 
 from models.config import ConfigError, MoEConfig
 from models.generation import Sampling

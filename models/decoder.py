@@ -1,13 +1,15 @@
-"""The Mixtral decoder: Flax NNX declares its parameters and its per-layer maths, `forward` is a pure function.
+"""The decoder: Flax NNX declares its parameters and its per-layer maths, `forward` is a pure function.
 
-Letters: B sequences, T positions of this call, S positions of the cache, L layers, V vocabulary, D hidden size,
-H query heads, G key/value heads, E experts, K experts per token.
+Letters: B sequences, T positions of this call, S positions of the cache, L layers with experts, V vocabulary, D hidden
+size, H query heads, G key/value heads, E experts, K experts per token.
 
-Architecture: Jiang et al. 2024 (arXiv 2401.04088); rotary embeddings: Su et al. 2021 (arXiv 2104.09864).
+Architecture: Jiang et al. 2024 (arXiv 2401.04088); rotary embeddings: Su et al. 2021 (arXiv 2104.09864). What other
+families do differently are fields of `MoEConfig`: norms of queries and keys, clipping, biases, gate weights that are
+not divided by their sum, layers without experts. No family is known here by its name.
 
-Parameters are a plain dict `{"decoder": ..., "experts": [one entry per layer]}`. The experts stand apart because their
-engine owns their layout (`models.experts`); `Experts` declares their canonical one. Shapes, random initialisation and
-the target of loading all derive from these declarations.
+Parameters are a plain dict `{"decoder": ..., "experts": [one entry per layer with experts]}`. The experts stand apart
+because their engine owns their layout (`models.experts`); `Experts` declares their canonical one. Shapes, random
+initialisation and the target of loading all derive from these declarations.
 
 The innermost `jax.named_scope` of every operation is the component that `profiling` reports its time under.
 """
@@ -57,14 +59,21 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped key/value heads, rotary positions and an optional sliding window."""
+    """Causal self-attention with grouped key/value heads, rotary positions and an optional sliding window.
 
-    def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs):
+    Queries and keys are normalised first, then clipped, then rotated, as far as the config asks for it.
+    """
+
+    def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = linear(config.hidden_size, queries, rngs=rngs)
-        self.k_proj = linear(config.hidden_size, keys, rngs=rngs)
-        self.v_proj = linear(config.hidden_size, keys, rngs=rngs)
-        self.o_proj = linear(queries, config.hidden_size, rngs=rngs)
+        linear = partial(linear, use_bias=config.attention_bias, rngs=rngs)
+        self.q_proj = linear(config.hidden_size, queries)
+        self.k_proj = linear(config.hidden_size, keys)
+        self.v_proj = linear(config.hidden_size, keys)
+        self.o_proj = linear(queries, config.hidden_size)
+        if config.query_key_norm is not None:
+            sizes = {"head": (config.head_dim, config.head_dim), "projection": (queries, keys)}[config.query_key_norm]
+            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps, dtype) for size in sizes)
         self.config = config
 
     def __call__(
@@ -76,11 +85,8 @@ class Attention(nnx.Module):
         layer: int,
     ) -> tuple[jax.Array, KVCache | None]:
         batch, length, _ = x.shape
-        heads = (batch, length, -1, self.config.head_dim)
         with jax.named_scope("projections"):
-            queries = self.q_proj(x).reshape(heads)
-            keys = self.k_proj(x).reshape(heads)
-            values = self.v_proj(x).reshape(heads)
+            queries, keys, values = self.project(x)
         with jax.named_scope("norms"):
             queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
         with jax.named_scope("scores"):
@@ -92,13 +98,43 @@ class Attention(nnx.Module):
         with jax.named_scope("projections"):
             return self.o_proj(out.reshape(batch, length, -1)), kv
 
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B, T, H, head_dim], keys and values [B, T, G, head_dim], not yet rotated."""
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.config.query_key_norm == "projection":
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys, values = queries.reshape(heads), keys.reshape(heads), values.reshape(heads)
+        if self.config.query_key_norm == "head":
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        if (most := self.config.clip_qkv) is not None:
+            queries, keys, values = (jnp.clip(one, -most, most) for one in (queries, keys, values))
+        return queries, keys, values
+
+
+class MLP(nnx.Module):
+    """The SwiGLU block of a layer without experts."""
+
+    def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs):
+        self.gate_proj = linear(config.hidden_size, config.dense_size, rngs=rngs)
+        self.up_proj = linear(config.hidden_size, config.dense_size, rngs=rngs)
+        self.down_proj = linear(config.dense_size, config.hidden_size, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: MoEConfig, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
+    """Attention, and what comes before the experts; or the `mlp` in their place."""
+
+    def __init__(self, config: MoEConfig, place: int, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, linear, rngs)
+        self.attention = Attention(config, linear, rngs, dtype)
         self.expert_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.gate = linear(config.hidden_size, config.num_experts, rngs=rngs)
+        if place in config.dense_layers:
+            self.mlp = MLP(config, linear, rngs)
+        else:
+            self.gate = linear(config.hidden_size, config.num_experts, rngs=rngs)
 
 
 class Decoder(nnx.Module):
@@ -109,7 +145,7 @@ class Decoder(nnx.Module):
         linear = partial(nnx.Linear, use_bias=False, param_dtype=dtype, kernel_init=init)
         embed = partial(nnx.Embed, param_dtype=dtype, embedding_init=init)
         self.embed = embed(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, linear, dtype, rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List([DecoderLayer(config, place, linear, dtype, rngs) for place in range(config.depth)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
             self.head = linear(config.hidden_size, config.vocab_size, rngs=rngs)
@@ -125,7 +161,7 @@ class Expert(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The experts of all layers in the canonical layout."""
+    """The experts of all layers that have some, in the canonical layout."""
 
     def __init__(self, config: MoEConfig, dtype: jnp.dtype, key: jax.Array):
         # Not nnx.Rngs: under a trace each of its draws costs more than the last, minutes for a large model.
@@ -174,9 +210,9 @@ def forward(
         attention_mask: bool or int[B, T], true for real tokens; padding may stand on either side. None: all are real.
         kv: cache with the positions before these ones; None: `token_ids` are the whole text.
         plan: what is settled before layer 0 (`varjax.plan`); None: the learned router decides everything.
-        answers: one per layer, what stands in for the experts that the plan drops.
+        answers: one per layer with experts, what stands in for those that the plan drops.
         last_logits_only: compute the head for the last position only.
-        slot_outputs_of: layers whose slots' outputs are wanted (costs their experts a second time).
+        slot_outputs_of: layers (0 to L - 1) whose slots' outputs are wanted (costs their experts a second time).
         audit: int32[S], tokens b * T + t whose experts are also run as the learned router would have it; negative for
             none, which costs nothing.
     """
@@ -194,21 +230,31 @@ def forward(
     with jax.named_scope("norms"):
         x = model.embed(token_ids)
         rotation = rotary_angles(positions, config, x.dtype)
-    probs, routings, wanted, audited = [], [], [], []
-    for index, layer in enumerate(model.layers):
+    probs, wanted, audited = [], [], []
+    routings: list[Routing] = []
+    for place, layer in enumerate(model.layers):
         with jax.named_scope("attention"):
             with jax.named_scope("norms"):
                 normed = layer.input_norm(x)
-            attended, kv = layer.attention(normed, rotation, seen, kv, index)
+            attended, kv = layer.attention(normed, rotation, seen, kv, place)
         with jax.named_scope("norms"):
             x = x + attended
-            flat = layer.expert_norm(x).reshape(-1, config.hidden_size)
+            normed = layer.expert_norm(x)
+        if place in config.dense_layers:
+            with jax.named_scope("experts"):
+                dense = layer.mlp(normed)
+            with jax.named_scope("norms"):
+                x = x + dense
+            continue
+        index = len(routings)  # among the layers with experts
+        flat = normed.reshape(-1, config.hidden_size)
         with jax.named_scope("gate"):
             # The router sees the normalised hidden state inside this block, not the layer's output.
             layer_probs = jax.nn.softmax(layer.gate(flat).astype(jnp.float32), axis=-1)
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
-            routing, dropped = resolve(layer_probs, config.top_k, None if plan is None else plan.layer(index), known)
+            settled = None if plan is None else plan.layer(index)
+            routing, dropped = resolve(layer_probs, config.top_k, settled, known, config.normalise_top_k)
             # Padding runs no expert: nobody reads what it would give.
             real = mask[..., None]
             routing = Routing(jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0))
@@ -269,7 +315,7 @@ def audit_error(
         experts: the layer's, prepared for `engine`.
     """
     wanted = (tokens >= 0)[:, None]
-    learned = top_k(probs.reshape(-1, config.num_experts)[tokens], config.top_k)
+    learned = top_k(probs.reshape(-1, config.num_experts)[tokens], config.top_k, config.normalise_top_k)
     routing = Routing(jnp.where(wanted, learned.experts, config.num_experts), jnp.where(wanted, learned.weights, 0))
     full = engine.apply(x[tokens], routing, experts).astype(jnp.float32)
     missed = y.reshape(x.shape)[tokens].astype(jnp.float32) - full

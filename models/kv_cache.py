@@ -18,7 +18,7 @@ from models.config import MoEConfig
 class KVCache:
     """Keys and values of the positions so far. All sequences fill the same slots; `mask` tells padding apart."""
 
-    keys: list[jax.Array]  # one [B, S, G, head_dim] per layer, rotated
+    keys: list[jax.Array]  # one [B, S, G, head_dim] per layer, with experts or without, rotated
     values: list[jax.Array]  # likewise
     mask: jax.Array  # bool[B, S], a real token stands in this slot
     positions: jax.Array  # int32[B, S], its position in its own text
@@ -29,8 +29,8 @@ class KVCache:
         """A cache for `capacity` positions (slots), padding included."""
         shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
         return cls(
-            keys=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
-            values=[jnp.zeros(shape, dtype) for _ in range(config.num_layers)],
+            keys=[jnp.zeros(shape, dtype) for _ in range(config.depth)],
+            values=[jnp.zeros(shape, dtype) for _ in range(config.depth)],
             mask=jnp.zeros(shape[:2], bool),
             positions=jnp.zeros(shape[:2], jnp.int32),
             length=jnp.zeros((), jnp.int32),

@@ -1,6 +1,6 @@
 """A loaded checkpoint: architecture, parameters, tokenizer and the engine that runs its experts.
 
-Letters: B sequences, T positions, L layers, V vocabulary, E experts.
+Letters: B sequences, T positions, L layers with experts, V vocabulary, E experts.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _plain_step(
 
 
 def load_model(directory_or_hub_id: str | Path, dtype: str = "float32", implementation: str | None = None) -> Model:
-    """Load a Mixtral-format checkpoint from a local directory or the Hugging Face hub.
+    """Load a checkpoint of one of `models.families.FAMILIES` from a local directory or the Hugging Face hub.
 
     Args:
         directory_or_hub_id: a directory with config.json and safetensors, or a hub id; "reference" is the small model

@@ -1,9 +1,10 @@
 """Hugging Face safetensors in and out, by one table and a strict ledger.
 
-`_TABLE` maps each parameter of the canonical tree (`models.decoder`) to its published name; the ledger, derived from
-the declared shapes, says which tensors a checkpoint must hold. Every tensor of the files must match exactly one row:
-missing, surplus and misshapen ones are all named in one error before anything is read. Linear kernels are stored
-transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one file at a time.
+A family's table (`models.families`) maps each parameter of the canonical tree (`models.decoder`) to its published name;
+the ledger, derived from the declared shapes, says which tensors a checkpoint must hold. Every tensor of the files must
+match exactly one row: missing, surplus and misshapen ones are all named in one error before anything is read. Linear
+kernels are stored transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one file at a
+time.
 
 Format: https://huggingface.co/docs/safetensors; sharded checkpoints carry a `model.safetensors.index.json`.
 """
@@ -28,29 +29,15 @@ from safetensors.numpy import save_file
 
 from models.config import MoEConfig, config_to_hf
 from models.decoder import Params, init_params
+from models.families import COMMON_TENSORS, FAMILIES
 from varjax.files import replacing
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-# canonical path, {} standing for a layer or expert number -> (published name, stored transposed)
-_TABLE = {
-    "decoder/embed/embedding": ("model.embed_tokens.weight", False),
-    "decoder/layers/{}/input_norm/weight": ("model.layers.{}.input_layernorm.weight", False),
-    "decoder/layers/{}/attention/q_proj/kernel": ("model.layers.{}.self_attn.q_proj.weight", True),
-    "decoder/layers/{}/attention/k_proj/kernel": ("model.layers.{}.self_attn.k_proj.weight", True),
-    "decoder/layers/{}/attention/v_proj/kernel": ("model.layers.{}.self_attn.v_proj.weight", True),
-    "decoder/layers/{}/attention/o_proj/kernel": ("model.layers.{}.self_attn.o_proj.weight", True),
-    "decoder/layers/{}/expert_norm/weight": ("model.layers.{}.post_attention_layernorm.weight", False),
-    "decoder/layers/{}/gate/kernel": ("model.layers.{}.block_sparse_moe.gate.weight", True),
-    "experts/{}/{}/gate": ("model.layers.{}.block_sparse_moe.experts.{}.w1.weight", True),
-    "experts/{}/{}/down": ("model.layers.{}.block_sparse_moe.experts.{}.w2.weight", True),
-    "experts/{}/{}/up": ("model.layers.{}.block_sparse_moe.experts.{}.w3.weight", True),
-    "decoder/norm/weight": ("model.norm.weight", False),
-    "decoder/head/kernel": ("lm_head.weight", True),
-}
 _STORED = ("F32", "BF16", "F16")  # safetensors' names of the dtypes that hold weights; others hold quantised ones
 # What decides the maths beside the tensors and is not seen in their shapes.
 _MATHS = ("num_heads", "num_kv_heads", "head_dim", "top_k", "rope_theta", "rms_norm_eps", "sliding_window")
+_MORE_MATHS = ("clip_qkv", "normalise_top_k")  # counted where they are not the usual, so that older prints stand
 
 
 class CheckpointError(ValueError):
@@ -69,12 +56,17 @@ class Entry:
 def ledger(config: MoEConfig) -> dict[str, Entry]:
     """Published name -> where it belongs and its shape on disk, for every tensor of a checkpoint of this config."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    table = {**COMMON_TENSORS, **FAMILIES[config.family].tensors}
     entries = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
         path = tuple(key.key if isinstance(key, jax.tree_util.DictKey) else key.idx for key in keys)
         numbers = [part for part in path if isinstance(part, int)]
         template = "/".join("{}" if isinstance(part, int) else part for part in path)
-        name, transposed = _TABLE[template]
+        if path[0] == "experts":  # counted over the layers that have some; published, over all
+            numbers[0] = config.expert_layers[numbers[0]]
+        if template not in table:
+            raise CheckpointError(f"the {config.family} format has no tensor for {template}; choose another family")
+        name, transposed = table[template]
         entries[name.format(*numbers)] = Entry(path, leaf.shape[::-1] if transposed else leaf.shape, transposed)
     return entries
 
@@ -93,7 +85,7 @@ def load_params(directory: Path, config: MoEConfig, dtype: Any = jnp.float32) ->
     expected = ledger(config)
     files = locate_tensors(directory, expected)
     params: Params = {"decoder": {}, "experts": [{} for _ in range(config.num_layers)]}
-    digest = hashlib.sha256(repr([getattr(config, field) for field in _MATHS]).encode())
+    digest = hashlib.sha256(repr(_maths(config)).encode())
     for name in sorted(expected):
         entry, tensor = expected[name], _read(files[name], name)
         digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
@@ -103,6 +95,12 @@ def load_params(directory: Path, config: MoEConfig, dtype: Any = jnp.float32) ->
             raise CheckpointError(f"{files[name]}: {name} holds NaN or infinite values; fetch or save the file again")
         _insert(params, entry.path, array)
     return params, digest.hexdigest()
+
+
+def _maths(config: MoEConfig) -> list[Any]:
+    usual = {field.name: field.default for field in dataclasses.fields(MoEConfig)}
+    more = {name: getattr(config, name) for name in _MORE_MATHS if getattr(config, name) != usual[name]}
+    return [*(getattr(config, name) for name in _MATHS), *more.items()]
 
 
 def save_params(

@@ -94,7 +94,7 @@ def estimate(config: MoEConfig, hardware: Hardware, workload: Workload, experts:
 def needed_memory(config: MoEConfig, workload: Workload) -> int:
     """Bytes of the parameters and of the key/value cache; what a call needs in between comes on top."""
     positions = workload.batch * (workload.cached + workload.length)
-    cache = 2 * config.num_layers * positions * config.num_kv_heads * config.head_dim
+    cache = 2 * config.depth * positions * config.num_kv_heads * config.head_dim
     return workload.itemsize * (parameters(config) + cache)
 
 

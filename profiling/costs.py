@@ -1,7 +1,8 @@
 """What one call of the decoder costs, counted from its shapes: floating-point operations and bytes, part by part.
 
-Letters: B sequences, T positions of the call, N = B * T tokens, S positions in the key/value cache before it, L layers,
-D hidden size, F expert size, H query heads, G key/value heads, E experts, K slots per token, V vocabulary.
+Letters: B sequences, T positions of the call, N = B * T tokens, S positions in the key/value cache before it, L layers
+with experts, D hidden size, F expert size, H query heads, G key/value heads, E experts, K slots per token, V
+vocabulary.
 
     costs = component_costs(config, Workload(batch=1, length=1, cached=1023), Mix.even(config, tokens=1, experts=1.0))
     total = sum(costs.values(), Cost())
@@ -35,7 +36,7 @@ COMPONENTS = (
     "scores",  # queries times keys, weights times values; reads the key/value cache
     "gate",  # its matrix and its probabilities
     "dispatch",  # assignments sorted by expert, the slots' outputs summed
-    "experts",  # the SwiGLU blocks that run
+    "experts",  # the SwiGLU blocks that run, those of layers without experts included
     "answers",  # rows of the table gathered and added
     "norms",  # with the embedding's look-up, rotary angles and the residual sums
     "head",
@@ -66,17 +67,17 @@ def component_costs(config: MoEConfig, workload: Workload, mix: Mix, *, as_writt
     for name, most in (("experts", config.top_k), ("distinct", config.num_experts), ("answers", config.top_k)):
         if not 0 <= getattr(mix, name) <= most:
             raise ValueError(f"mix.{name}={getattr(mix, name)}: expected 0 to {most} in this model")
-    per_layer = {
-        "projections": _projections(config, workload),
-        "scores": _scores(config, workload, as_written),
-        "gate": _gate(config, workload),
-        "dispatch": _dispatch(config, workload, mix),
-        "experts": _experts(config, workload, mix),
-        "answers": _answers(config, workload, mix, as_written),
-        "norms": _norms(config, workload),
+    per_layer = {  # and how many layers have it
+        "projections": (config.depth, _projections(config, workload)),
+        "scores": (config.depth, _scores(config, workload, as_written)),
+        "gate": (config.num_layers, _gate(config, workload)),
+        "dispatch": (config.num_layers, _dispatch(config, workload, mix)),
+        "experts": (config.num_layers, _experts(config, workload, mix)),
+        "answers": (config.num_layers, _answers(config, workload, mix, as_written)),
+        "norms": (config.depth, _norms(config, workload)),
     }
-    layers = config.num_layers
-    found = {name: Cost(layers * one.flops, layers * one.bytes) for name, one in per_layer.items()}
+    found = {name: Cost(layers * one.flops, layers * one.bytes) for name, (layers, one) in per_layer.items()}
+    found["experts"] += _dense_layers(config, workload)
     found["norms"] += _embedding_and_last_norm(config, workload)
     found["head"] = _head(config, workload)
     found["plan"] = _plan(config, workload, mix)
@@ -98,10 +99,11 @@ def flops_per_token(config: MoEConfig, context: int, experts: float) -> dict[str
 
 def parameters(config: MoEConfig) -> int:
     """How many numbers the checkpoint holds."""
-    matrices = _projection_weights(config) + config.hidden_size * config.num_experts
-    layer = matrices + config.num_experts * _expert_weights(config) + 2 * config.hidden_size
+    layer = _projection_weights(config) + _projection_vectors(config) + 2 * config.hidden_size
+    experts = config.num_experts * (config.hidden_size + _expert_weights(config))  # the gate's rows too
     embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return config.num_layers * layer + embeddings + config.hidden_size
+    blocks = config.depth * layer + config.num_layers * experts + len(config.dense_layers) * _dense_weights(config)
+    return blocks + embeddings + config.hidden_size
 
 
 def _projections(config: MoEConfig, workload: Workload) -> Cost:
@@ -182,6 +184,14 @@ def _experts(config: MoEConfig, workload: Workload, mix: Mix) -> Cost:
     )
 
 
+def _dense_layers(config: MoEConfig, workload: Workload) -> Cost:
+    layers, weights = len(config.dense_layers), _dense_weights(config)
+    hidden = workload.tokens * config.hidden_size
+    return Cost(
+        flops=2.0 * layers * workload.tokens * weights, bytes=layers * workload.itemsize * (weights + 2 * hidden)
+    )
+
+
 def _answers(config: MoEConfig, workload: Workload, mix: Mix, as_written: bool) -> Cost:
     """Rows are added where the slots are summed: that sum moves no second time."""
     if not mix.answers:
@@ -195,11 +205,15 @@ def _answers(config: MoEConfig, workload: Workload, mix: Mix, as_written: bool) 
 
 
 def _norms(config: MoEConfig, workload: Workload) -> Cost:
-    """Two norms (square, mean, scale, weight), two residual sums, and three operations to rotate each query and key."""
+    """Two norms (square, mean, scale, weight), two residual sums, and three operations to rotate each query and key.
+
+    Where queries and keys have norms of their own, these are counted with the rotation: they move nothing more.
+    """
     hidden = workload.tokens * config.hidden_size
     rotated = workload.tokens * (config.num_heads + config.num_kv_heads) * config.head_dim
+    per_query = 3.0 if config.query_key_norm is None else 3.0 + 4.0
     # A sum and the norm behind it read the stream and what is added, and write the stream and the norm.
-    return Cost(flops=2.0 * (4 + 1) * hidden + 3.0 * rotated, bytes=workload.itemsize * 2 * 4 * hidden)
+    return Cost(flops=2.0 * (4 + 1) * hidden + per_query * rotated, bytes=workload.itemsize * 2 * 4 * hidden)
 
 
 def _embedding_and_last_norm(config: MoEConfig, workload: Workload) -> Cost:
@@ -234,6 +248,17 @@ def _commit(config: MoEConfig, workload: Workload, mix: Mix) -> Cost:
 
 def _projection_weights(config: MoEConfig) -> int:
     return 2 * config.hidden_size * (config.num_heads + config.num_kv_heads) * config.head_dim
+
+
+def _projection_vectors(config: MoEConfig) -> int:
+    """Biases, and the norms' weights of queries and keys."""
+    rows = (config.num_heads + config.num_kv_heads) * config.head_dim
+    biases = rows + config.num_kv_heads * config.head_dim + config.hidden_size if config.attention_bias else 0
+    return biases + {None: 0, "head": 2 * config.head_dim, "projection": rows}[config.query_key_norm]
+
+
+def _dense_weights(config: MoEConfig) -> int:
+    return 3 * config.hidden_size * (config.dense_size or 0)
 
 
 def _expert_weights(config: MoEConfig) -> int:

@@ -32,7 +32,8 @@ from profiling.timing import compare, typical
 from profiling.workload import Mix, Workload, table_bytes
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.answers import Answers
-from varjax.table import RouteTable, build, with_policies
+from varjax.model import build_for
+from varjax.table import RouteTable, with_policies
 
 Shapes = dict[str, list[tuple[int, ...]]]  # policy -> (B, T) of prefills, (B, 1, S) of steps of decoding
 EVERY = (0, *ORDERS)  # every token is planned, those that the table knows from their own rows
@@ -208,7 +209,7 @@ def _var_models(
             answered = name.startswith("answers")
             if answered not in tables:
                 answers = _random_answers(model, stats.keys) if answered else None
-                tables[answered] = build(stats, config, model.config.top_k, answers, keep_shapes=True), answers
+                tables[answered] = build_for(model, stats, config, answers, keep_shapes=True), answers
             shared, answers = tables[answered]
             table = with_policies(shared, stats, config, answers)
         found[name] = VARModel(model, config, table=table)

@@ -32,9 +32,9 @@ from profiling.timing import compare, paired_ratio
 from varjax import LayerPolicy, Plan, RouteTable, VARConfig, VARModel, VARState
 from varjax import step as var_step
 from varjax.keys import count_contexts
+from varjax.model import build_for
 from varjax.stats import RoutingStats
 from varjax.step import Settings
-from varjax.table import build
 
 ORDERS = (1, 2)
 NEVER = 10**9  # occurrences that no key has
@@ -55,7 +55,7 @@ def main() -> None:
     text = next(ids for ids in documents if len(ids) >= 2 * args.tokens)[: 2 * args.tokens]
     sides: dict[str, Callable[[], Any]] = {"plain": decoding(model, text, model._step, None)}
     for name, config in configs().items():
-        table = build(stats, config, model.config.top_k, keep_shapes=True) if config.enable_var else None
+        table = build_for(model, stats, config, keep_shapes=True) if config.enable_var else None
         var_model = VARModel(model, config, table=table)
         sides[name] = decoding(model, text, as_step(var_model), var_model.init())
         if table is not None and config.frequency_threshold != NEVER:

@@ -37,9 +37,9 @@ from profiling.timing import Ratio
 from tuning.points import PREDICTED, Outcome
 from varjax import bounds
 from varjax.config import VARConfig
-from varjax.model import VARModel
+from varjax.model import VARModel, build_for
 from varjax.step import TIERS, summary
-from varjax.table import RouteTable, asked_orders, build, with_policies
+from varjax.table import RouteTable, asked_orders, with_policies
 
 PHASES = ("prefill", "decode")
 PARTS = 5  # in which the documents are scored
@@ -111,8 +111,7 @@ class Objective:
     @cached_property
     def _table(self) -> RouteTable:
         nothing = dataclasses.replace(self.subject.config, default=None, layers={})
-        given = (self.subject.stats, nothing, self.subject.model.config.top_k, self.subject.answers)
-        return build(*given, keep_shapes=True)
+        return build_for(self.subject.model, self.subject.stats, nothing, self.subject.answers, keep_shapes=True)
 
     def _make_room(self, config: VARConfig) -> None:
         """Let go of compiled programs before there are too many.

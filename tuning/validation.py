@@ -28,8 +28,7 @@ from analysis.scored_points import Losses, Subject, losses
 from profiling.throughput import measure
 from profiling.timing import Ratio
 from varjax.config import VARConfig
-from varjax.model import VARModel
-from varjax.table import build
+from varjax.model import VARModel, build_for
 
 MIN_SPEEDUP = 1.3  # published criterion
 SPREAD = 0.1  # relative distance of a repeat's speed-up from their mean, up to which repeats agree
@@ -127,7 +126,7 @@ def validate(
     shares = np.array_split(np.random.default_rng(test.seed).permutation(len(test.documents)), repeats)
     plain, increases, found = losses(test), {}, []
     for name, config in tqdm(every.items(), unit="configuration", desc="validation", disable=not test.progress):
-        table = build(test.stats, config, test.model.config.top_k, test.answers)
+        table = build_for(test.model, test.stats, config, test.answers)
         var_model = VARModel(test.model, config, table=table)
         if name in candidates:
             increases[name] = losses(calibrate, config, table)

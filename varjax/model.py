@@ -1,6 +1,6 @@
 """A model with adaptive routing around it: load, configure, call.
 
-Letters: L layers, B sequences, T positions, K experts per token.
+Letters: L layers with experts, B sequences, T positions, K experts per token.
 
     var_model = VARModel(model, VARConfig.from_routing_stats("results/routing_stats.parquet"))
     state = var_model.init(batch_size=1)
@@ -47,7 +47,9 @@ class RoutedModel(Protocol):
     """What VARModel needs of a model; `models.Model` is one."""
 
     @property
-    def config(self) -> Any: ...  # with num_layers, num_experts, top_k
+    def config(self) -> Any:
+        """With `num_layers` (L, those with experts: others take no part), `num_experts`, `top_k` and `normalise_top_k`
+        (the K gate weights are divided by their sum)."""
 
     @property
     def params(self) -> Any: ...
@@ -296,7 +298,19 @@ def build_table(model: RoutedModel, config: VARConfig) -> RouteTable:
     Raises ValueError naming the file at fault.
     """
     stats, answers = read_files(model, config)
-    return build(stats, config, model.config.top_k, answers)
+    return build_for(model, stats, config, answers)
+
+
+def build_for(
+    model: RoutedModel,
+    stats: RoutingStats,
+    config: VARConfig,
+    answers: Answers | None = None,
+    *,
+    keep_shapes: bool = False,
+) -> RouteTable:
+    """`varjax.table.build` for a model: with its experts per token and its way of weighing them."""
+    return build(stats, config, model.config.top_k, answers, model.config.normalise_top_k, keep_shapes)
 
 
 def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Answers | None]:

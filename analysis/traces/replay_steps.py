@@ -186,6 +186,7 @@ def _advance(
         state = replace(state, recent=jnp.where(given.fresh, NONE, state.recent))
         plan = var_step.plan(table, state, given.ids, given.now, settings, given.mask)
         probs = gate(given.experts, given.probs, table.num_experts, over_all)[:, None]  # [L, 1, T, E]
+        # Undivided gate weights would decide the same: without answers, rules compare shares only.
         routing, _ = jax.vmap(lambda p, layer: resolve(p, table.top_k, layer))(probs, plan)
         sums = _measured(plan, given, _age(state, given), age_edges, table.num_experts)
         state = var_step.commit(state, plan, given.ids, routing, probs, given.now, settings, given.mask)

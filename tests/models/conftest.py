@@ -26,6 +26,32 @@ TINY = MoEConfig(
 )
 
 
+# Fields in which other families differ, each with a layer without experts among its three.
+FAMILY_FIELDS = {
+    "olmoe": {
+        "family": "olmoe",
+        "query_key_norm": "projection",
+        "clip_qkv": 1.0,
+        "normalise_top_k": False,
+        "dense_layers": (2,),
+        "dense_size": 20,
+    },
+    "qwen3_moe": {
+        "family": "qwen3_moe",
+        "query_key_norm": "head",
+        "attention_bias": True,
+        "dense_layers": (0,),
+        "dense_size": 20,
+    },
+}
+
+
+@pytest.fixture(scope="session", params=FAMILY_FIELDS.values(), ids=FAMILY_FIELDS.keys())
+def family_fields(request) -> dict:
+    """Fields of `MoEConfig` that make TINY a model of another family."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def tiny_config() -> MoEConfig:
     return TINY

@@ -1,5 +1,6 @@
 """The decoder against itself (cache, padding, open plan) and, under a plan, against slow NumPy in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,14 @@ CLOSE = {"rtol": 0, "atol": 2e-5}
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_prefill_and_decode_equal_the_whole_forward(make_model, padded_texts, window):
-    model = make_model(sliding_window=window)
+    check_pieces(make_model(sliding_window=window), padded_texts)
+
+
+def test_prefill_and_decode_equal_the_whole_forward_in_other_families(make_model, padded_texts, family_fields):
+    check_pieces(make_model(**family_fields), padded_texts)
+
+
+def check_pieces(model, padded_texts) -> None:
     ids, mask = padded_texts("left")
     whole = model(ids, mask)
     kv = model.empty_cache(*ids.shape)
@@ -56,12 +64,53 @@ def test_padding_changes_nothing_and_runs_nothing(tiny_model, padded_texts):
 
 
 def test_an_open_plan_is_the_plain_model_bit_for_bit(tiny_model, padded_texts):
+    check_open_plan(tiny_model, padded_texts)
+
+
+def test_an_open_plan_is_the_plain_model_bit_for_bit_in_other_families(make_model, padded_texts, family_fields):
+    check_open_plan(make_model(**family_fields), padded_texts)
+
+
+def check_open_plan(model, padded_texts) -> None:
     ids, mask = padded_texts("left")
-    config = tiny_model.config
-    plan = Plan.open(config.num_layers, *ids.shape, config.top_k, config.num_experts)
-    plain = tiny_model.network.forward(tiny_model.params, jnp.asarray(ids), attention_mask=mask)
-    opened = tiny_model.network.forward(tiny_model.params, jnp.asarray(ids), attention_mask=mask, plan=plan)
+    forward = functools.partial(model.network.forward, model.params, jnp.asarray(ids), attention_mask=mask)
+    plain, opened = forward(), forward(plan=open_plan(model, ids))
     jax.tree.map(np.testing.assert_array_equal, plain, opened)
+
+
+def open_plan(model, ids) -> Plan:
+    config = model.config
+    return Plan.open(config.num_layers, *ids.shape, config.top_k, config.num_experts)
+
+
+def test_routing_is_numbered_over_the_layers_with_experts(make_model, family_fields):
+    model = make_model(**family_fields)
+    config, ids = model.config, np.arange(6)[None]
+    assert (config.depth, config.num_layers, len(model.params["experts"])) == (3, 2, 2)
+    plain = model(ids)
+    assert plain.router_probs.shape == (2, 1, 6, config.num_experts)
+    last = jnp.array([False, True])[:, None, None]
+    opened = open_plan(model, ids)
+    emptied = dataclasses.replace(opened, tier=jnp.where(last, FAST, opened.tier), kept=jnp.where(last, 0, opened.kept))
+    emptied = model.network.forward(model.params, jnp.asarray(ids), plan=emptied)
+    np.testing.assert_array_equal(emptied.routing.experts[0], plain.routing.experts[0])
+    np.testing.assert_array_equal(emptied.routing.experts[1], config.num_experts)
+    place = config.expert_layers[1]  # without its experts the layer is its attention only
+    silent = jax.tree.map(lambda leaf: leaf, model.params)
+    silent["experts"][1] = jax.tree.map(jnp.zeros_like, silent["experts"][1])
+    assert place not in config.dense_layers
+    np.testing.assert_allclose(emptied.logits, model.network.forward(silent, jnp.asarray(ids)).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_weights_and_the_audit_follow_the_gate_divided_or_not(make_model, normalise):
+    model = make_model(normalise_top_k=normalise)
+    ids = jnp.arange(6)[None]
+    out = model.network.forward(model.params, ids, plan=open_plan(model, ids), audit=jnp.arange(6))
+    best = -np.sort(-np.asarray(out.router_probs), axis=-1)[..., : model.config.top_k]
+    expected = best / best.sum(-1, keepdims=True) if normalise else best
+    np.testing.assert_allclose(out.routing.weights, expected, rtol=1e-6)
+    np.testing.assert_allclose(out.audit, 0, atol=1e-5)
 
 
 # --- under a plan ----------------------------------------------------------------------------------------------------

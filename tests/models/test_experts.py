@@ -77,8 +77,8 @@ def test_every_pattern_of_empty_experts_and_nothing_compiles_twice(engine):
 
 @pytest.mark.parametrize(
     ("rows", "slots", "num_experts"),
-    [(1, 2, 4), (1, 1, 4), (70, 2, 4), (301, 2, 4), (5, 3, 1), (19, 8, 64)],
-    ids=["one-token", "one-slot", "medium-blocks", "large-blocks", "one-expert", "many-experts"],
+    [(1, 2, 4), (1, 1, 4), (70, 2, 4), (301, 2, 4), (5, 3, 1), (19, 8, 64), (19, 8, 128), (1, 8, 64)],
+    ids=["one-token", "one-slot", "medium-blocks", "large-blocks", "one-expert", "64", "128", "64-one-token"],
 )
 def test_shapes(engine, rows, slots, num_experts):
     rng = np.random.default_rng(1)

@@ -1,4 +1,4 @@
-"""The decoder against transformers, on random checkpoints that together use every feature of the format."""
+"""The decoder against transformers, on random checkpoints that together use every feature of each family's format."""
 
 import dataclasses
 import json
@@ -33,6 +33,8 @@ class Case:
     tied: bool = False
     old_style: bool = False  # rope_theta and torch_dtype in config.json
     shard: str = "1GB"  # largest file
+    family: str = "mixtral"
+    more: dict = dataclasses.field(default_factory=dict)  # fields of the family's own
 
 
 CASES = {
@@ -47,12 +49,39 @@ CASES = {
 }
 
 
+def olmoe(*shape, more=None, **fields) -> Case:
+    return Case(*shape, family="olmoe", more=more or {}, **fields)
+
+
+def qwen3_moe(*shape, more=None, **fields) -> Case:
+    sizes = {"moe_intermediate_size": 24, "use_sliding_window": fields.get("window") is not None}
+    return Case(*shape, family="qwen3_moe", more={**sizes, **(more or {})}, **fields)
+
+
+CASES |= {
+    "olmoe-as-published": olmoe(2, 16, (4, 4), (8, 4), theta=1e4, old_style=True),
+    "olmoe-clipped": olmoe(1, 16, (2, 2), (4, 2), more={"clip_qkv": 0.7}),
+    "olmoe-normalised": olmoe(2, 16, (4, 2), (4, 3), more={"norm_topk_prob": True}, shard="6KB"),
+    "olmoe-biased": olmoe(1, 24, (4, 1), (4, 2), more={"attention_bias": True, "clip_qkv": 1.5}, eps=1e-3),
+    "olmoe-tied": olmoe(1, 16, (2, 2), (3, 1), tied=True),
+    "olmoe-one-head": olmoe(3, 16, (1, 1), (2, 2), theta=500.0),
+    "qwen3-as-published": qwen3_moe(2, 16, (4, 2), (8, 4), head_dim=8, more={"norm_topk_prob": True}, old_style=True),
+    "qwen3-first-layer-dense": qwen3_moe(3, 16, (2, 1), (4, 2), eps=1e-6, more={"mlp_only_layers": [0]}),
+    "qwen3-every-second-dense": qwen3_moe(4, 16, (2, 2), (3, 2), more={"decoder_sparse_step": 2}, shard="6KB"),
+    "qwen3-both-rules": qwen3_moe(
+        4, 16, (2, 1), (3, 1), head_dim=12, more={"decoder_sparse_step": 2, "mlp_only_layers": [3]}, old_style=True
+    ),
+    "qwen3-window": qwen3_moe(2, 24, (4, 2), (4, 2), window=4, more={"mlp_only_layers": [1]}),
+    "qwen3-biased-and-tied": qwen3_moe(1, 16, (4, 4), (4, 2), head_dim=2, tied=True, more={"attention_bias": True}),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """One checkpoint, opened on both sides."""
 
     case: Case
-    theirs: "transformers.MixtralForCausalLM"
+    theirs: "transformers.PreTrainedModel"
     directory: object
 
 
@@ -60,28 +89,35 @@ class Pair:
 def pair(request, tmp_path_factory) -> Pair:
     case = request.param
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(
+    head_dim = {} if case.family == "olmoe" else {"head_dim": case.head_dim or case.hidden // case.heads[0]}
+    config = transformers.AutoConfig.for_model(
+        case.family,
         vocab_size=VOCAB,
         hidden_size=case.hidden,
         intermediate_size=40,
         num_hidden_layers=case.layers,
         num_attention_heads=case.heads[0],
         num_key_value_heads=case.heads[1],
-        head_dim=case.head_dim,
         num_local_experts=case.experts[0],
         num_experts_per_tok=case.experts[1],
         rms_norm_eps=case.eps,
         rope_parameters={"rope_type": "default", "rope_theta": case.theta},
-        sliding_window=case.window,
+        **({} if case.family == "olmoe" else {"sliding_window": case.window}),
         tie_word_embeddings=case.tied,
+        bos_token_id=None,
         eos_token_id=None,
+        pad_token_id=None,
+        **head_dim,
+        **case.more,
         initializer_range=0.4,  # the usual 0.02 gives logits so close together that rounding decides
     )
-    theirs = transformers.MixtralForCausalLM(config).eval()
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, tensor in theirs.named_parameters():
             if "norm" in name:  # all ones by default, which hides a norm in the wrong place
                 tensor.uniform_(0.5, 1.5)
+            if name.endswith("bias"):  # all zeros
+                tensor.uniform_(-0.5, 0.5)
     directory = tmp_path_factory.mktemp("checkpoint")
     theirs.save_pretrained(directory, max_shard_size=case.shard)
     if case.old_style:
@@ -89,6 +125,8 @@ def pair(request, tmp_path_factory) -> Pair:
         fields = json.loads(file.read_text())
         fields["rope_theta"] = fields.pop("rope_parameters")["rope_theta"]
         fields["torch_dtype"] = fields.pop("dtype")
+        if case.family == "qwen3_moe":
+            fields["num_experts"] = fields.pop("num_local_experts")
         file.write_text(json.dumps(fields))
     return Pair(case, theirs, directory)
 
@@ -110,6 +148,7 @@ def test_the_config_is_read_as_written(pair):
     config, case = read_config(pair.directory / "config.json"), pair.case
     assert (config.rope_theta, config.rms_norm_eps) == (case.theta, case.eps)
     assert (config.num_kv_heads, config.sliding_window) == (case.heads[1], case.window)
+    assert (config.family, config.depth) == (case.family, case.layers)
     assert (config.head_dim, config.tie_word_embeddings) == (pair.theirs.model.layers[0].self_attn.head_dim, case.tied)
     assert (pair.directory / "model.safetensors.index.json").exists() == (case.shard != "1GB")
 
@@ -141,7 +180,8 @@ def test_greedy_tokens(pair, ours, padded_texts):
 
 def test_transformers_opens_what_is_saved_here(pair, ours, padded_texts, tmp_path):
     save_params(tmp_path, ours.params, ours.config, shard_bytes=8_000)
-    reopened = transformers.MixtralForCausalLM.from_pretrained(tmp_path).eval()
+    reopened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(reopened) is type(pair.theirs)
     ids, mask = padded_texts("left")
     for saved, original in zip(logits_of(reopened, ids, mask), logits_of(pair.theirs, ids, mask), strict=True):
         np.testing.assert_array_equal(saved, original)

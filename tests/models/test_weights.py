@@ -73,6 +73,16 @@ def test_the_published_mixtral_maps_one_to_one(shared_data):
     assert len(back) == len(entries)  # and no two tensors share one
 
 
+@pytest.mark.parametrize(
+    ("file", "tensors", "parameters"),
+    [("olmoe_config.json", 3_219, 6_919_161_856), ("qwen3_moe_config.json", 18_867, 30_532_122_624)],
+    ids=["OLMoE-1B-7B", "Qwen3-30B-A3B"],
+)
+def test_other_families_have_their_published_size(shared_data, file, tensors, parameters):
+    entries = ledger(read_config(shared_data / file))
+    assert (len(entries), sum(math.prod(entry.shape) for entry in entries.values())) == (tensors, parameters)
+
+
 # --- there and back --------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +104,8 @@ def test_the_fingerprint_knows_the_model_and_nothing_else(checkpoint, tiny_confi
     assert fingerprint(tmp_path / "sharded") == original
     assert fingerprint(config=dataclasses.replace(tiny_config, initializer_range=0.02)) == original
 
-    assert fingerprint(config=dataclasses.replace(tiny_config, top_k=1)) != original
+    for maths in ({"top_k": 1}, {"clip_qkv": 1.0}, {"normalise_top_k": False}):
+        assert fingerprint(config=dataclasses.replace(tiny_config, **maths)) != original
     last_value = np.asarray(load_file(checkpoint / "model.safetensors")[EXPERT]).copy()
     last_value[-1, -1] += 1e-3
     edit(checkpoint, **{EXPERT: last_value})
@@ -223,6 +234,41 @@ def test_config_faults_are_named(checkpoint, changes, named):
         load_model(checkpoint)
     for words in (str(checkpoint / "config.json"), *named):
         assert words in str(caught.value)
+
+
+QWEN3_MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 4, "num_hidden_layers": 3}
+FAMILY_FAULTS = {
+    "clip": ({"model_type": "olmoe", "num_experts": 4, "clip_qkv": 0}, ["clip_qkv is 0", "positive number"]),
+    "window-of-no-meaning": (
+        {"model_type": "olmoe", "num_experts": 4, "sliding_window": 8},
+        ["sliding_window is 8", "only None"],
+    ),
+    "flag": (QWEN3_MOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob is 'yes'", "true or false"]),
+    "dense-layers": (
+        QWEN3_MOE | {"mlp_only_layers": 1, "decoder_sparse_step": 0},
+        ["mlp_only_layers is 1", "a list of layers", "decoder_sparse_step is 0"],
+    ),
+    "dense-size": (
+        QWEN3_MOE | {"mlp_only_layers": [0], "intermediate_size": None},
+        ["intermediate_size is missing", "1 layers without"],
+    ),
+    "no-experts": (QWEN3_MOE | {"mlp_only_layers": [0, 1, 2]}, ["none of the 3 layers has experts"]),
+    "missing": ({"model_type": "qwen3_moe"}, ["moe_intermediate_size", "add them"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "named"), FAMILY_FAULTS.values(), ids=FAMILY_FAULTS.keys())
+def test_config_faults_of_other_families_are_named(checkpoint, changes, named):
+    test_config_faults_are_named(checkpoint, changes, named)
+
+
+@pytest.mark.parametrize(
+    "field", [{"clip_qkv": 1.0}, {"normalise_top_k": False}, {"dense_layers": (2,), "dense_size": 8}]
+)
+def test_what_a_format_cannot_say_is_not_saved_in_it(tiny_config, tiny_params, tmp_path, field):
+    with pytest.raises(ValueError, match="the mixtral format"):
+        save_params(tmp_path, tiny_params, dataclasses.replace(tiny_config, **field))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("content", "named"), [(None, "does not exist"), ("{", "not valid JSON"), ("[]", "JSON list")])

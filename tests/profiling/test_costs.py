@@ -175,6 +175,19 @@ def test_tied_embeddings_hold_fewer_parameters_and_cost_the_same():
     assert component_costs(tied, workload, mix) == component_costs(CONFIG, workload, mix)
 
 
+@pytest.mark.parametrize("norm", ["head", "projection"])
+def test_layers_without_experts_biases_and_norms_are_counted(norm):
+    changes = {"query_key_norm": norm, "attention_bias": True, "dense_layers": (0, 2), "dense_size": 320}
+    other = dataclasses.replace(CONFIG, **changes)
+    tree = jax.eval_shape(partial(init_params, other), jax.random.key(0))
+    assert parameters(other) == sum(leaf.size for leaf in jax.tree.leaves(tree))
+    workload, mix = Workload(2, 3), Mix.plain(CONFIG, 6)
+    before, after = (component_costs(config, workload, mix) for config in (CONFIG, other))
+    assert after["experts"].flops - before["experts"].flops == 2 * 6 * 2 * 3 * 320 * CONFIG.hidden_size
+    assert after["scores"].flops == before["scores"].flops * (CONFIG.num_layers + 2) / CONFIG.num_layers
+    assert after["gate"] == before["gate"]
+
+
 def test_a_mix_of_another_model_is_refused():
     with pytest.raises(ValueError, match=r"mix\.experts=3: expected 0 to 2"):
         component_costs(CONFIG, Workload(1, 1), Mix(experts=3, distinct=3))
