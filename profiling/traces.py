@@ -120,12 +120,16 @@ def component_times(path: str | Path, programs: Sequence[Module]) -> ComponentTi
     return ComponentTimes(wall, seconds, idle, busy, recorded)
 
 
-def cost_of_recording(operations: int = 300, calls: int = 15) -> float:
+def cost_of_recording(operations: int = 300, calls: int = 15, repeats: int = 5) -> float:
     """Seconds that the profiler takes to record one operation, measured on a program of very many tiny ones.
 
     An event is written before its operation begins and after it has ended, so what this costs lies between operations.
+
+    Args:
+        operations: of the program.
+        calls: of it in one trace, and as many before without.
+        repeats: traces; the median over them counts.
     """
-    size = 8
 
     @jax.jit
     def chain(x: jax.Array) -> jax.Array:
@@ -133,17 +137,17 @@ def cost_of_recording(operations: int = 300, calls: int = 15) -> float:
             x = x @ x  # no fusion joins two products
         return x
 
-    x = jnp.eye(size)
+    x = jnp.eye(8)
     each = [partial(chain, x)] * calls
-    jax.block_until_ready(chain(x))
-    untraced = wall_times(each)
+    wall_times(each)  # compiles
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        path = capture(each, folder, "recording")
-        spans, threads = _read(path, {})
-    untraced = np.concatenate([untraced, wall_times(each)])
-    events = sum(map(len, threads)) / calls
-    traced = np.median([end - start for start, end in spans]) * 1e-9
-    return max(float(traced - np.median(untraced)) / events, 0.0)
+        for _ in range(repeats):
+            untraced = np.median(wall_times(each))
+            spans, threads = _read(capture(each, folder, "recording"), {})
+            traced = np.median([end - start for start, end in spans]) * 1e-9
+            found.append((traced - untraced) * calls / sum(map(len, threads)))
+    return max(float(np.median(found)), 0.0)
 
 
 def wall_times(calls: Iterable[Callable[[], Any]]) -> np.ndarray:
