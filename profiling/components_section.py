@@ -23,7 +23,7 @@ NOTE = FigureNote(
     "A fused operation is shared among the components of what it fuses by the number of elements, which is an "
     "estimate. `other` is the time in which nothing runs: for short calls mostly the host's.",
 )
-_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "")
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx")
 
 
 def section(found: Sequence[Breakdown]) -> Section:
