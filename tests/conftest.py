@@ -25,6 +25,19 @@ from varjax.table import build
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """Compiled programs are let go of before there are too many.
+
+    Each takes memory mappings, of which Linux gives a process 65,530 unless told otherwise; beyond them the compiler
+    crashes.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the checkout; tests that need it skip where it is absent."""

@@ -1,0 +1,53 @@
+"""`05_systems_analysis.py` as a user runs it."""
+
+import json
+
+import pytest
+
+from profiling import points
+from profiling.points import Task
+from varjax import VARConfig
+from varjax.config import LayerPolicy
+
+
+@pytest.fixture
+def policy(statistics, tmp_path):
+    path = tmp_path / "policy.json"
+    layer = LayerPolicy(kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
+    VARConfig(default=layer, cache_size=0).at(statistics).save(path)
+    return path
+
+
+def test_a_policy_is_analysed_and_its_traces_are_kept(script, common, policy, tmp_path, monkeypatch, capsys):
+    shapes = [(1, 8), (2, 8), (2, 16), (4, 12), (1, 1, 8), (2, 1, 8), (4, 1, 12)]
+    few = [Task(*shape, policy=name, calibrates=name == "plain") for name in ("plain", "one") for shape in shapes]
+    few += [Task(3, 12, policy="none", calibrates=True), Task(2, 12, policy="answers, one", calibrates=True)]
+    monkeypatch.setattr(points, "tasks", lambda: few)
+    output = tmp_path / "systems"
+    script(
+        "05_systems_analysis.py",
+        *(*common, "--split", "all", "--num_samples", 40, "--var_config", policy, "--quick", "--trace"),
+        *("--output", output),
+    )
+    printed = capsys.readouterr().out
+    assert "[4/4] bottlenecks" in printed and "Where the time of a call goes" in printed
+    found = json.loads((output / "systems.json").read_text())
+    assert {one["side"] for one in found["results"]["components"]} == {"plain", "VAR"}
+    assert len(found["results"]["performance"]["unseen"]["each"]) == len(shapes)
+    assert {one["phase"] for one in found["results"]["evidence"]} == {"prefill", "decode"}
+    written = {path.name for path in output.iterdir()}
+    assert {"systems.html", "systems.txt", "roofline.png", "components.png", "scaling.pdf", "traces"} <= written
+    assert len(list(output.glob("traces/plugins/profile/*/*.xplane.pb"))) == 4  # both sides of both phases
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (VARConfig(enable_var=False), "enable_var is false"),
+        (VARConfig(), "routing_stats is not set"),
+    ],
+)
+def test_what_cannot_be_analysed_is_said(script, common, tmp_path, config, message):
+    config.save(tmp_path / "config.json")
+    with pytest.raises(SystemExit, match=message):
+        script("05_systems_analysis.py", *common, "--split", "all", "--var_config", tmp_path / "config.json")
