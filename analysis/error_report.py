@@ -20,15 +20,13 @@ import numpy as np
 from analysis.comparison import Estimate
 from analysis.error_figures import DRIFT, GROUPS, KINDS, LAYERS, draw
 from analysis.error_sources import Change, ErrorSources, Group, LayersAlone, examine, prepare
-from analysis.figures import save
 from analysis.generation_drift import Drift, drift
-from analysis.html_report import write_html
-from analysis.provenance import provenance, write_json
-from analysis.report import Column, Report, Section, Table, fields, text
+from analysis.provenance import provenance
+from analysis.report import Column, Report, Section, Table, text
+from analysis.report_files import write_report
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
 from varjax.config import VARConfig
-from varjax.files import replacing
 from varjax.model import VARModel, read_files
 
 INTERVALS = (
@@ -101,17 +99,12 @@ def _run(args: argparse.Namespace) -> None:
         (INTERVALS,),
         sections(sources, drifted),
     )
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw(sources, drifted):
-        save(figure, args.output, name)
     about = provenance(
         seed=args.seed, model={"name": model.name, "fingerprint": model.fingerprint}, data=corpus.about,
         config=config, config_sha256=config.digest(),
     )  # fmt: skip
-    with replacing(args.output / "error_sources.txt") as temporary:
-        temporary.write_text(text(said), encoding="utf-8")
-    write_json(args.output / "error_sources.json", fields(said) | {"provenance": about})
-    write_html(args.output / "error_sources.html", said, args.output)
+    figures = dict(draw(sources, drifted))
+    write_report(said, args.output, "error_sources", figures=figures, beside={"provenance": about})
     print(text(said))
     print(f"written to {args.output}, with figures")
 

@@ -21,7 +21,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from analysis.figures import save
-from analysis.html_report import write_html
 from analysis.hypotheses import statistics_figures, trace_figures
 from analysis.hypotheses.document_draws import SAMPLES
 from analysis.hypotheses.entropy_kind import entropy_kind
@@ -32,11 +31,11 @@ from analysis.hypotheses.statistics_findings import Drawn, StatisticsFindings, e
 from analysis.hypotheses.statistics_sections import statistics_sections
 from analysis.hypotheses.trace_findings import Settings, TraceFindings, examine_trace
 from analysis.hypotheses.trace_sections import trace_sections
-from analysis.provenance import provenance, write_json
-from analysis.report import Report, fields, summary, text
+from analysis.provenance import provenance
+from analysis.report import Report, summary
+from analysis.report_files import write_report
 from analysis.traces import trace as traces
 from analysis.traces.trace import Trace
-from varjax.files import replacing
 from varjax.stats import RoutingStats
 
 TRACE_FILE = "routing_trace.parquet"  # looked for beside the statistics
@@ -144,15 +143,12 @@ def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, An
         about: provenance.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw(found):
+    for name, figure in draw(found):  # one by one: there are too many to be open at once
         save(figure, folder, name)
-    with replacing(folder / "hypotheses.txt") as temporary:
-        temporary.write_text(text(said), encoding="utf-8")
-    saved = {**fields(said), "provenance": about}
+    beside: dict[str, Any] = {"provenance": about}
     if found.trace is not None and not isinstance(found.trace.load, str):
-        saved["expert_load"] = found.trace.load.share  # of every expert: too wide for a table
-    write_json(folder / "hypotheses.json", saved)
-    write_html(folder / "hypotheses.html", said, folder)
+        beside["expert_load"] = found.trace.load.share  # of every expert: too wide for a table
+    write_report(said, folder, "hypotheses", beside=beside)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

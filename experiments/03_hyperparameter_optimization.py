@@ -33,9 +33,10 @@ from analysis.report import Report, summary
 from analysis.report_files import write_report
 from analysis.scored_points import Subject
 from experiments.arguments import load, load_encoded, parser, read_answers, run
+from profiling.calls import PHASES
 from tuning import chosen
 from tuning import report as search_report
-from tuning.objective import PHASES, Objective
+from tuning.objective import Objective
 from tuning.points import Point, best
 from tuning.space import Space, config_at, default_space, only, suggest, with_ranges
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work

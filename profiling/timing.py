@@ -7,8 +7,9 @@ an order that is drawn anew, and a ratio is taken inside the round.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -61,3 +62,9 @@ def typical(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Ratio:
     draws = np.median(values[rng.integers(0, len(values), (samples, len(values)))], axis=1)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Ratio(float(np.median(values)), float(low), float(high))
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """Of one ratio or more."""
+    found = list(ratios)
+    return math.prod(found) ** (1 / len(found))

@@ -31,9 +31,10 @@ from analysis.policy import policies
 from analysis.quality import batch_clock, score, var_runner
 from analysis.scored_points import Losses, Subject, losses
 from models import MoEConfig
+from profiling.calls import PHASES
 from profiling.costs import flops_per_token
 from profiling.throughput import measure
-from profiling.timing import Ratio
+from profiling.timing import Ratio, geometric_mean
 from tuning.points import PREDICTED, Outcome
 from varjax import bounds
 from varjax.config import VARConfig
@@ -41,7 +42,6 @@ from varjax.model import VARModel, build_for
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable, asked_orders, with_policies
 
-PHASES = ("prefill", "decode")
 PARTS = 5  # in which the documents are scored
 PROGRAMS = 8  # sizes of the cached tier whose compiled programs are kept
 
@@ -68,8 +68,8 @@ class Objective:
             raise ValueError(f"confidence={self.confidence}: expected a probability between 0 and 1, such as 0.95")
         if not 0 < self.limit < math.expm1(CLIP):
             raise ValueError(f"limit={self.limit}: expected a relative change between 0 and {math.expm1(CLIP):.2f}")
-        if strange := [phase for phase in self.phases if phase not in PHASES] or not self.phases:
-            raise ValueError(f"phases {strange or self.phases}: expected one or more of {', '.join(PHASES)}")
+        if not self.phases or not set(self.phases) <= set(PHASES):
+            raise ValueError(f"phases={self.phases}: expected one or more of {', '.join(PHASES)}")
 
     def evaluate(self, config: VARConfig) -> Outcome:
         """The configuration on the tuning documents, as far as it is not hopeless, and its speed."""
@@ -87,7 +87,7 @@ class Objective:
             experts_per_token=experts,
             learned_share=learned,
             speedups=speedups,
-            speedup=math.prod(one.value for one in speedups.values()) ** (1 / len(speedups)),
+            speedup=geometric_mean(one.value for one in speedups.values()),
         )
 
     def ladder(self) -> Ladder:

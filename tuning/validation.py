@@ -26,7 +26,7 @@ from analysis.certificate import LIMIT, Certificate, Drawn, certify
 from analysis.comparison import Estimate, ratio_interval
 from analysis.scored_points import Losses, Subject, losses
 from profiling.throughput import measure
-from profiling.timing import Ratio
+from profiling.timing import Ratio, geometric_mean
 from varjax.config import VARConfig
 from varjax.model import VARModel, build_for
 
@@ -57,7 +57,7 @@ class Validated:
     @property
     def speedup(self) -> float:
         """The geometric mean over the repeats."""
-        return math.prod(one.speedup for one in self.repeats) ** (1 / len(self.repeats))
+        return geometric_mean(one.speedup for one in self.repeats)
 
     def consistent(self, limit: float) -> bool:
         """Whether every repeat is on the same side of both criteria, and no speed-up is far from their mean.
@@ -143,7 +143,7 @@ def validate(
                 seed=test.seed + index,
             )
             speedups = {phase: Ratio(**ratio) for phase, ratio in timed["speedup"].items()}
-            mean = math.prod(one.value for one in speedups.values()) ** (1 / len(speedups))
+            mean = geometric_mean(one.value for one in speedups.values())
             estimate = _degradation(change[share], plain.tokens[share], test.seed + index)
             measured.append(Repeat(len(share), estimate, speedups, mean))
         overall = _degradation(change, plain.tokens, test.seed)
