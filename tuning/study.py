@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+import sqlalchemy
 from optuna.trial import TrialState
 
 from analysis.provenance import hash_json
@@ -89,7 +90,8 @@ def open_study(
         StudyError: the storage cannot be opened, or holds a study of this name about something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    engine = {"connect_args": {"timeout": 60}} if storage.startswith("sqlite") else {}
+    one_file = storage.startswith("sqlite")
+    engine = {"connect_args": {"timeout": 60, "isolation_level": None}} if one_file else {}
     directions = ["maximize", "minimize"] if method == "nsga2" else ["maximize"]  # the second: degradation
     try:
         with _quiet():
@@ -100,6 +102,8 @@ def open_study(
                 grace_period=grace,
                 heartbeat_stale_trial_callback=_try_again,
             )
+        if one_file:
+            sqlalchemy.event.listen(database.engine, "begin", _begin_writing)
         study = optuna.create_study(storage=database, study_name=name, directions=directions, load_if_exists=True)
     except Exception as error:  # of SQLAlchemy, of any driver, of Optuna: they share no class
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -184,9 +188,7 @@ def work(
         states = [trial.state for trial in trials]
         if TrialState.WAITING in states:
             place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
-            study.sampler = _sampler(
-                method, int(np.random.SeedSequence([seed, place]).generate_state(1)[0]), len(trials)
-            )
+            study.sampler = _sampler(method, _seed(seed, place), len(trials))
             study.optimize(objective, n_trials=1)
             on_point()
         elif TrialState.RUNNING in states:  # another worker's, or one whose worker is gone
@@ -207,6 +209,13 @@ def points(study: optuna.Study) -> list[Point]:
             outcome = Outcome(**fields, speedups=speedups)
             found.append(Point(trial.number, dict(trial.params), trial.user_attrs[_CONFIG], outcome))
     return found
+
+
+def _begin_writing(connection: sqlalchemy.Connection) -> None:
+    """Lock the file before a transaction reads: SQLite knows no row locks, and Python's driver begins at the first write,
+    so two workers could both find a ticket waiting and both take it.
+    """
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
 def _sampler(method: Method, seed: int, trials: int) -> optuna.samplers.BaseSampler:

@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import optuna
 import pytest
+from optuna.trial import TrialState
 
 from profiling.timing import Ratio
 from tuning import landscape
@@ -99,6 +101,27 @@ def test_two_workers_share_a_grid_without_trying_a_point_twice(url, start):
     assert min(output.count("done") for output in outputs) > 0  # both had their share
     tried = [point.values for point in points(study)]
     assert len(tried) == 18 and all(tried.count(one) == 1 for one in grid(SPACE, 3))
+
+
+def test_a_ticket_is_taken_once_though_two_workers_reach_for_it_at_the_same_moment(url, monkeypatch):
+    one, other = (open_study(url, "s", "random", ABOUT) for _ in range(2))
+    fill(one, "random", SPACE, 1, 3)
+    (trial,) = one.get_trials(deepcopy=False)
+    taken, reaching = [], threading.Thread(target=lambda: taken.append(take(other)))
+
+    def take(study):
+        return study._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+
+    def between(*_):
+        """The first worker has read that the ticket waits, and has not written yet."""
+        if not reaching.ident:
+            reaching.start()
+            reaching.join(0.3)  # it either takes the ticket by then, or waits for the file
+
+    monkeypatch.setattr(one._storage._backend, "check_trial_is_updatable", between)
+    taken.append(take(one))
+    reaching.join()
+    assert sorted(taken) == [False, True]
 
 
 def test_a_search_killed_in_a_trial_loses_and_repeats_none_that_was_finished(url, start):
