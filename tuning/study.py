@@ -212,8 +212,10 @@ def points(study: optuna.Study) -> list[Point]:
 
 
 def _begin_writing(connection: sqlalchemy.Connection) -> None:
-    """Lock the file before a transaction reads: SQLite knows no row locks, and Python's driver begins at the first write,
-    so two workers could both find a ticket waiting and both take it.
+    """Lock the file before a transaction reads.
+
+    SQLite knows no row locks, and Python's driver begins at the first write: two workers could both find a ticket
+    waiting, and both take it.
     """
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 

@@ -82,7 +82,8 @@ def test_a_cache_of_one_entry_is_found_and_a_useful_one_is_not(saved_model, docu
 
 def test_an_engine_that_runs_experts_for_nothing_is_found(texts, tmp_path):
     ids = np.concatenate(texts)[None, :256].astype(np.int32)
-    seen, named = found(one_expert(load_model("reference", implementation="reference"), texts), ids, "prefill", tmp_path)
+    padding = load_model("reference", implementation="reference")  # every expert for every token
+    seen, named = found(one_expert(padding, texts), ids, "prefill", tmp_path)
     assert seen.experts == (2.0, 1.0)
     assert "padding waste" in named and "0.50 of the plain model's expert runs" in named["padding waste"].evidence
 
