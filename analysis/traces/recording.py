@@ -174,11 +174,12 @@ def _read(
     shape = (int(ends[-1]), model.config.num_layers, model.config.top_k)
     experts, probs = np.zeros(shape, np.int16), np.zeros(shape, np.float32)
     entropy, finite = np.zeros(shape[:2], np.float32), np.zeros(shape[0], bool)
+    columns: tuple[np.ndarray, ...] = (experts, probs, entropy, finite)
     for batch in batches(pieces, batch_size, max_length):
         found = _decisions(model.params, jnp.asarray(batch.ids), jnp.asarray(batch.mask), model.network)
         rows, places = np.nonzero(batch.mask)
         token = ends[batch.documents[rows]] - batch.mask.sum(axis=1)[rows] + places
-        for values, one in zip((experts, probs, entropy, finite), found, strict=True):
+        for values, one in zip(columns, found, strict=True):
             values[token] = np.asarray(one)[rows, places]
     return experts, probs, entropy, finite
 
