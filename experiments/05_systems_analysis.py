@@ -78,8 +78,7 @@ def main() -> None:
     step(2, "costs")
     counted = costs_section.count(var_model, texts)
     step(3, "performance model: calibration and unseen calls")
-    wanted = [task for task in tasks() if not args.quick or task.calibrates or task.policy in ("plain", "one")]
-    study = performance_model.study(model, wanted, repeats=5 if args.quick else 15, seed=args.seed)
+    study = performance_model.study(model, tasks(args.quick), repeats=5 if args.quick else 15, seed=args.seed)
     scales = scaling.scalings(study)
     step(4, "bottlenecks")
     seen = evidence.gather(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -87,7 +87,7 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
         raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
     batch, length = ids.shape
     fixed = Fixed(var_model.model.params, var_model.table, var_model.settings, milliseconds(var_model.clock()))
-    step = partial(_step, network=var_model.model.network, decoding=phase == "decode")
+    step = _stepping(var_model.model.network, phase == "decode")
     if phase == "prefill":
         carry = Carry(None, var_model.init(batch))
         return Calls(phase, batch, length, 0, step, fixed, carry, [jnp.asarray(ids)])
@@ -99,7 +99,14 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
     return Calls(phase, batch, 1, half, step, fixed, Carry(out.kv, state), inputs)
 
 
-def jitted(step: Any) -> Any:
+@cache
+def _stepping(network: Any, decoding: bool) -> Step:
+    """The same function for the same network: whoever asks again compiles nothing anew."""
+    return partial(_step, network=network, decoding=decoding)
+
+
+@cache
+def jitted(step: Step) -> Any:
     """The step as it is run: what it carries is spent."""
     return jax.jit(step, donate_argnums=1, keep_unused=True)  # `programs.describe` wants all arguments
 

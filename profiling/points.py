@@ -18,14 +18,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
 from models import Model
+from profiling.compiling import at_once
 from profiling.step_bench import NEVER, ORDERS, as_step, decoding, random_stats
 from profiling.throughput import used_experts
 from profiling.timing import compare, typical
@@ -103,8 +106,8 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
     }
 
 
-def tasks() -> list[Task]:
-    """What the reference model is calibrated on (13) and tested on (41): no shape is on both sides.
+def tasks(quick: bool = False) -> list[Task]:
+    """What the reference model is calibrated on (13) and tested on (41; 8 if `quick`): no shape is on both sides.
 
     The form of `performance_model` was chosen on other shapes than those that test it, so these test form and numbers.
     """
@@ -127,6 +130,8 @@ def tasks() -> list[Task]:
         "answers, one": [(2, 96), (8, 64), (1, 1, 96), (6, 1, 128), (20, 1, 64)],
         "answers, rising": [(1, 192), (4, 192), (3, 1, 64), (12, 1, 192)],
     }
+    if quick:
+        testing = {policy: testing[policy][::3] for policy in ("plain", "one")}
     return [
         Task(shape[0], shape[1], shape[2] if len(shape) > 2 else 0, policy, calibrates=shapes is calibrating)
         for shapes in (calibrating, testing)
@@ -162,28 +167,34 @@ def measure(
     stream = np.concatenate(texts)
     configs = policies(model.config.num_layers)
     var_models = _var_models(model, {task.policy: configs[task.policy] for task in wanted}, texts, keys)
-    runs: dict[str, Callable[[], Any]] = {}
-    about: dict[str, tuple[Workload, Mix]] = {}
     rng = np.random.default_rng(seed)
     longest = max((task.cached + _calls(task, run_tokens) for task in wanted if task.decodes), default=0)
+    jobs = []
     for task in wanted:
         calls = _calls(task, run_tokens)
-        var_model = var_models[task.policy]
-        if task.decodes:
-            ids = _draw(stream, (task.batch, longest), rng)
-            step = as_step(var_model)
-            run = decoding(model, ids[:, : task.cached + calls], step, var_model.init(task.batch), task.cached)
-        else:
-            ids = _draw(stream, (calls, task.batch, task.length), rng)
-            run = _prefilling(var_model, ids)
-        runs[task.name] = run
-        about[task.name] = _workload(model, task, calls), _mix(var_model, task, ids, calls)
+        shape = (task.batch, longest) if task.decodes else (calls, task.batch, task.length)
+        jobs.append(partial(_prepared, model, var_models[task.policy], task, _draw(stream, shape, rng), calls))
+    prepared = at_once(jobs)
+    runs = {task.name: run for task, (run, _, _) in zip(wanted, prepared, strict=True)}
     seconds = compare(runs, repeats, warmup=1, seed=seed)
     found = []
-    for task in wanted:
+    for task, (_, workload, mix) in zip(wanted, prepared, strict=True):
         one = typical(seconds[task.name] / _calls(task, run_tokens))
-        found.append(Point(task.name, *about[task.name], one.value, one.low, one.high))
+        found.append(Point(task.name, workload, mix, one.value, one.low, one.high))
     return found
+
+
+def _prepared(
+    model: Model, var_model: VARModel, task: Task, ids: np.ndarray, calls: int
+) -> tuple[Callable[[], Any], Workload, Mix]:
+    """The run of a task, compiled, and what it is asked to do; ids [B, T] of decoding, [calls, B, T] of prefills."""
+    if task.decodes:
+        step, text = as_step(var_model), ids[:, : task.cached + calls]
+        run = decoding(model, text, step, var_model.init(task.batch), task.cached)
+    else:
+        run = _prefilling(var_model, ids)
+    jax.block_until_ready(run())
+    return run, _workload(model, task, calls), _mix(var_model, task, ids, calls)
 
 
 def _calls(task: Task, run_tokens: int) -> int:

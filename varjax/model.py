@@ -39,6 +39,8 @@ from varjax.table import RouteTable, build
 class Network(Protocol):
     """The pure part of a model; hashable, because it is static under jit."""
 
+    def __hash__(self) -> int: ...
+
     def forward(self, params: Any, token_ids: jax.Array, **options: Any) -> Any:
         """An output with `logits`, `router_probs`, `routing` and `kv`; see `models.decoder.forward`."""
 

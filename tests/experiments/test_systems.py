@@ -22,7 +22,7 @@ def test_a_policy_is_analysed_and_its_traces_are_kept(script, common, policy, tm
     shapes = [(1, 8), (2, 8), (2, 16), (4, 12), (1, 1, 8), (2, 1, 8), (4, 1, 12)]
     few = [Task(*shape, policy=name, calibrates=name == "plain") for name in ("plain", "one") for shape in shapes]
     few += [Task(3, 12, policy="none", calibrates=True), Task(2, 12, policy="answers, one", calibrates=True)]
-    monkeypatch.setattr(points, "tasks", lambda: few)
+    monkeypatch.setattr(points, "tasks", lambda quick: few)
     output = tmp_path / "systems"
     script(
         "05_systems_analysis.py",
