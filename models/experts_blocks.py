@@ -2,9 +2,10 @@
 
 Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, A = N * K assignments, R rows of a block.
 
-Assignments are sorted by expert and cut into blocks of R rows that never mix experts, each expert's rest into smaller
-ones. A flat loop runs over the blocks in use (a traced number, so unused slots cost nothing); inside, `lax.switch`
-picks the expert, so XLA sees plain matrix products with whole weight arrays and copies none of them. Never `vmap` over
+Assignments are sorted by expert and cut into blocks that never mix experts: large ones, and smaller ones for the rest.
+A flat loop runs over the blocks in use (a traced number, so unused slots cost nothing); inside, `lax.switch` picks the
+expert, so XLA sees plain matrix products with whole weight arrays and copies none of them. The program holds every
+expert once per size of a block, however many tokens and slots there are: compile time goes by that. Never `vmap` over
 this engine: a batched switch computes every branch.
 """
 
@@ -25,10 +26,13 @@ Expert = dict[str, jax.Array]  # gate [D, F], up [D, F], down [F, D]
 Branch = Callable[[jax.Array], jax.Array]  # one expert: [R, D] -> float32[R, D]
 
 
-class _Sorted(NamedTuple):
-    order: jax.Array  # int32[A + R] assignments sorted by expert, padded so that a block never runs off the end
-    starts: jax.Array  # int32[E] first sorted row of an expert
-    counts: jax.Array  # int32[E] its rows
+class _ByExpert(NamedTuple):
+    """Assignments in the order of their experts, those of unused slots last."""
+
+    order: jax.Array  # int32[A + R], padded so that a block never runs off the end
+    starts: jax.Array  # int32[E], an expert's first row in that order
+    ends: jax.Array  # int32[E], the row after its last
+    nowhere: int  # A
 
 
 @jax.custom_vjp
@@ -38,73 +42,96 @@ def apply_blocks(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]) ->
     Products accumulate in float32; the result has the dtype of `x`. Differentiable in `x`, the weights and the experts.
     """
     branches: list[Branch] = [partial(_swiglu, expert) for expert in experts]
-    slots = _one_token(x, routing, branches) if len(x) == 1 else _many_tokens(x, routing, branches)
-    with jax.named_scope("dispatch"):
-        active = (routing.experts < len(experts))[..., None]
-        weighted = jnp.where(active, slots * routing.weights[..., None].astype(jnp.float32), 0)
-        return weighted.sum(1).astype(x.dtype)
+    run = _one_token if len(x) == 1 else _many_tokens
+    return run(x, routing, branches).astype(x.dtype)
 
 
 def _one_token(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Array:
-    """float32[1, K, D], each slot's expert output: with one token there is nothing to sort."""
-    choices = [*branches, lambda x: jnp.zeros(x.shape, jnp.float32)]  # the last: an unused slot
-    return jnp.stack([lax.switch(index, choices, x) for index in routing.experts[0]], axis=1)
+    """float32[1, D]: with one token there is nothing to sort."""
+
+    def adding(branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        return lambda total, weight: total + weight * branch(x)
+
+    choices = [*map(adding, branches), lambda total, weight: total]  # the last: an unused slot
+
+    def run_slot(total: jax.Array, slot: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        expert, weight = slot
+        return lax.switch(expert, choices, total, weight), None
+
+    slots = routing.experts[0], routing.weights[0].astype(jnp.float32)
+    return lax.scan(run_slot, jnp.zeros(x.shape, jnp.float32), slots)[0]
 
 
 def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Array:
-    """float32[N, K, D], each slot's expert output; rubbish in unused slots."""
+    """float32[N, D]."""
     num_slots = routing.experts.shape[1]
-    rows, tail = block_rows(routing.experts.size, len(branches))
+    sizes = block_sizes(routing.experts.size, len(branches))
     with jax.named_scope("dispatch"):
-        by_expert = _sort(routing, len(branches), rows)
+        by_expert = _sort(routing, len(branches), padding=sizes[0])
+        weights = routing.weights.reshape(-1, 1).astype(jnp.float32)
 
-    def run_blocks(rows: int, starts: jax.Array, blocks: jax.Array, sorted_out: jax.Array) -> jax.Array:
+    def run_blocks(rows: int, starts: jax.Array, blocks: jax.Array, total: jax.Array) -> jax.Array:
         """Runs `blocks` [E] blocks of `rows` rows of each expert, the first of them at `starts` [E]."""
         last_block = jnp.cumsum(blocks, dtype=jnp.int32)
         first_row = starts - (last_block - blocks) * rows  # of the expert's block 0, counted over all experts
 
-        def run_block(block: jax.Array, sorted_out: jax.Array) -> jax.Array:
+        def run_block(block: jax.Array, total: jax.Array) -> jax.Array:
             index = (last_block <= block).sum(dtype=jnp.int32)
-            start = first_row[index] + block * rows
-            tokens = lax.dynamic_slice(by_expert.order, (start,), (rows,)) // num_slots
-            return lax.dynamic_update_slice(sorted_out, lax.switch(index, branches, x[tokens]), (start, 0))
+            assignments = _block(by_expert, index, first_row[index] + block * rows, rows)
+            tokens = assignments // num_slots
+            y = lax.switch(index, branches, x.at[tokens].get(mode="clip"))
+            with jax.named_scope("dispatch"):
+                return total.at[tokens].add(weights.at[assignments].get(mode="clip") * y, mode="drop")
 
-        return lax.fori_loop(0, last_block[-1], run_block, sorted_out)
+        return lax.fori_loop(0, last_block[-1], run_block, total)
 
-    # The tails first: one may write rubbish past its expert's last row, and the block that owns those rows runs later.
-    whole = by_expert.counts // rows
-    rest = by_expert.counts - whole * rows
-    sorted_out = jnp.zeros((by_expert.order.shape[0], x.shape[1]), jnp.float32)
-    sorted_out = run_blocks(tail, by_expert.starts + whole * rows, (rest + tail - 1) // tail, sorted_out)
-    sorted_out = run_blocks(rows, by_expert.starts, whole, sorted_out)
-    with jax.named_scope("dispatch"):
-        return sorted_out[_inverse(by_expert, routing)]
+    total, starts = jnp.zeros(x.shape, jnp.float32), by_expert.starts
+    for rows, blocks in zip(sizes, cut(by_expert.ends - by_expert.starts, sizes), strict=True):
+        total = run_blocks(rows, starts, blocks, total)
+        starts += blocks * rows
+    return total
 
 
-def block_rows(slots: int, num_experts: int) -> tuple[int, int]:
-    """Rows of a block and of a tail block for N * K slots, used or not.
+def block_sizes(slots: int, num_experts: int) -> tuple[int, ...]:
+    """Rows of the blocks for N * K slots, used or not; the largest first.
 
-    Large ones waste rows at each expert's end, small ones reread weights.
+    Large blocks waste rows at an expert's end, small ones reread its weights. A product of one row packs no weights and
+    is the fastest for its size, but takes five times as long to compile: many experts do without.
     """
     per_expert = slots / num_experts
-    for rows, tail in ((8, 8), (32, 8), (64, 16)):
-        if per_expert <= 2 * rows:
-            return rows, tail
-    return 128, 32
+    few_rows = (8, 1) if num_experts <= 16 else (8, 2)
+    for most, sizes in ((4, few_rows), (16, (8,)), (64, (32, 8)), (128, (128, 64, 16))):
+        if per_expert <= most:
+            return sizes
+    return 256, 128, 32
 
 
-def _sort(routing: Routing, num_experts: int, padding: int) -> _Sorted:
+def cut(rows: Any, sizes: tuple[int, ...]) -> list[Any]:
+    """How many blocks of each size hold so many rows, integers [E]; arrays of JAX or NumPy.
+
+    A block runs partly empty where the smaller sizes, each once and the smallest twice, would not hold what is left.
+    """
+    blocks = []
+    for place, size in enumerate(sizes):
+        smaller = sizes[place + 1 :]
+        spared = min(sum(smaller) + sum(smaller[-1:]), size - 1)
+        blocks.append((rows + (size - 1 - spared)) // size)
+        rows = (rows - blocks[-1] * size).clip(0)
+    return blocks
+
+
+def _sort(routing: Routing, num_experts: int, padding: int) -> _ByExpert:
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     counts = (flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)).sum(0, dtype=jnp.int32)
-    return _Sorted(jnp.pad(order, (0, padding)), jnp.cumsum(counts, dtype=jnp.int32) - counts, counts)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    return _ByExpert(jnp.pad(order, (0, padding)), ends - counts, ends, nowhere=flat.size)
 
 
-def _inverse(by_expert: _Sorted, routing: Routing) -> jax.Array:
-    """int32[N, K]: the sorted row of each assignment."""
-    size = routing.experts.size
-    ranks = jnp.zeros(size, jnp.int32).at[by_expert.order[:size]].set(jnp.arange(size, dtype=jnp.int32))
-    return ranks.reshape(routing.experts.shape)
+def _block(by_expert: _ByExpert, expert: jax.Array | int, start: jax.Array, rows: int) -> jax.Array:
+    """int32[R]: the assignments from row `start` on; `nowhere` in rows that are not the expert's."""
+    inside = start + jnp.arange(rows, dtype=jnp.int32) < by_expert.ends[expert]
+    return jnp.where(inside, lax.dynamic_slice(by_expert.order, (start,), (rows,)), by_expert.nowhere)
 
 
 def _swiglu(expert: Expert, x: jax.Array) -> jax.Array:
@@ -125,41 +152,33 @@ def _backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
     """Gradients by recomputation, one expert after the other: only its own weight gradients travel through its loop."""
     x, routing, experts = saved
     num_slots = routing.experts.shape[1]
-    rows, _ = block_rows(routing.experts.size, len(experts))
-    by_expert = _sort(routing, len(experts), rows)
-    ends = by_expert.starts + by_expert.counts
-    flat_weights = routing.weights.reshape(-1).astype(jnp.float32)
+    rows = block_sizes(routing.experts.size, len(experts))[0]
+    by_expert = _sort(routing, len(experts), padding=rows)
+    weights = routing.weights.reshape(-1, 1).astype(jnp.float32)
 
-    x_grad = jnp.zeros((by_expert.order.shape[0], x.shape[1]), jnp.float32)
-    weight_grad = jnp.zeros(by_expert.order.shape[0], jnp.float32)
+    x_grad, weight_grad = jnp.zeros(x.shape, jnp.float32), jnp.zeros(routing.experts.size, jnp.float32)
     expert_grads = []
     for index, expert in enumerate(experts):
 
         def run_block(block: jax.Array, carry: Any, index: int = index, expert: Expert = expert) -> Any:
             x_grad, weight_grad, grads = carry
-            start = by_expert.starts[index] + block * rows
-            assignments = lax.dynamic_slice(by_expert.order, (start,), (rows,))
-            inside = start + jnp.arange(rows, dtype=jnp.int32) < ends[index]
+            assignments = _block(by_expert, index, by_expert.starts[index] + block * rows, rows)
             tokens = assignments // num_slots
-            weight = jnp.where(inside, flat_weights[assignments], 0)
-            y, pullback = jax.vjp(_swiglu, expert, x[tokens])
-            y_grad = out_grad[tokens].astype(jnp.float32)
-            block_grads, block_x_grad = pullback(weight[:, None] * y_grad)
-            x_grad = lax.dynamic_update_slice(x_grad, block_x_grad.astype(jnp.float32), (start, 0))
-            weight_grad = lax.dynamic_update_slice(weight_grad, (y * y_grad).sum(-1), (start,))
+            y, pullback = jax.vjp(_swiglu, expert, x.at[tokens].get(mode="fill", fill_value=0))
+            y_grad = out_grad.at[tokens].get(mode="fill", fill_value=0).astype(jnp.float32)
+            block_grads, block_x_grad = pullback(weights.at[assignments].get(mode="clip") * y_grad)
+            x_grad = x_grad.at[tokens].add(block_x_grad.astype(jnp.float32), mode="drop")
+            weight_grad = weight_grad.at[assignments].set((y * y_grad).sum(-1), mode="drop")
             return x_grad, weight_grad, jax.tree.map(jnp.add, grads, block_grads)
 
-        blocks = (by_expert.counts[index] + rows - 1) // rows
+        blocks = (by_expert.ends[index] - by_expert.starts[index] + rows - 1) // rows
         carry = (x_grad, weight_grad, jax.tree.map(jnp.zeros_like, expert))
         x_grad, weight_grad, grads = lax.fori_loop(0, blocks, run_block, carry)
         expert_grads.append(grads)
 
-    ranks = _inverse(by_expert, routing)
-    active = routing.experts < len(experts)
-    weight_grad = jnp.where(active, weight_grad[ranks], 0).astype(routing.weights.dtype)
-    x_grad = jnp.where(active[..., None], x_grad[ranks], 0).sum(1).astype(x.dtype)
+    weight_grad = weight_grad.reshape(routing.weights.shape).astype(routing.weights.dtype)
     no_grad: Any = np.zeros(routing.experts.shape, jax.dtypes.float0)  # what JAX wants for integers
-    return x_grad, Routing(no_grad, weight_grad), tuple(expert_grads)
+    return x_grad.astype(x.dtype), Routing(no_grad, weight_grad), tuple(expert_grads)
 
 
 apply_blocks.defvjp(_forward, _backward)

@@ -15,7 +15,7 @@ and on top come a price per call, per layer, per block of the experts and per ca
 - The experts run in blocks, and a block's rows are computed whether they are used or not. How many blocks there are
   follows from the rows per expert that the mix gives (`expert_blocks`).
 - Everything else moves its bytes at `stream`: attention's scores, which stand in memory between their two products, and
-  the slots' outputs, as often as the engine writes and reads them.
+  the slots' outputs, as often as the engine reads and writes them.
 
 Eight numbers, each with a meaning, each at least zero, none better than the machine's measured ceiling allows. They are
 fitted to the logarithm of time, so that a short call counts as much as a long one.
@@ -35,7 +35,7 @@ from scipy.stats import nbinom, poisson
 from analysis.provenance import provenance, write_json
 from models import Model, load_model
 from models.config import MoEConfig
-from models.experts_blocks import block_rows
+from models.experts_blocks import block_sizes, cut
 from profiling.ceilings import Ceilings
 from profiling.ceilings import measure as measure_ceilings
 from profiling.costs import Cost, component_costs
@@ -45,7 +45,7 @@ from profiling.workload import FLOAT32, Mix, Workload
 
 TARGET = 0.10  # median relative error on unseen points
 NOISE = 1.25  # how far an effective rate may lie above a ceiling's interval
-MOVES = 5  # of every slot's output: zeros, written, gathered (read, written), summed
+MOVES = 3  # of every slot's output: read, and added to its token's row (read, written)
 PULL = 0.05  # of a parameter towards its start, per e-fold; a point's residual is its error in e-folds
 
 
@@ -226,7 +226,7 @@ def expert_blocks(config: MoEConfig, workload: Workload, mix: Mix) -> list[tuple
         return []
     if workload.tokens == 1:
         return [(1, mix.experts)]
-    rows, tail = block_rows(workload.tokens * config.top_k, config.num_experts)
+    sizes = block_sizes(workload.tokens * config.top_k, config.num_experts)
     mean = max(workload.tokens * mix.experts / mix.distinct - 1, 1e-9)
     extra = np.arange(int(mean * (1 + 6 * mix.spread) + 8 * np.sqrt(mean) + 12))
     if mix.spread:
@@ -234,9 +234,8 @@ def expert_blocks(config: MoEConfig, workload: Workload, mix: Mix) -> list[tuple
         chance = nbinom.pmf(extra, shape, shape / (shape + mean))
     else:
         chance = poisson.pmf(extra, mean)
-    whole = (1 + extra) // rows
-    tails = -(-(1 + extra - whole * rows) // tail)
-    return [(size, mix.distinct * float(number @ chance)) for size, number in ((rows, whole), (tail, tails))]
+    numbers = cut(1 + extra, sizes)
+    return [(size, mix.distinct * float(number @ chance)) for size, number in zip(sizes, numbers, strict=True)]
 
 
 def described(model: PerformanceModel) -> list[str]:

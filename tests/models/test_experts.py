@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from models.experts import ENGINES, get_engine, slot_outputs
+from models.experts_blocks import block_sizes, cut
 from varjax.routing import Routing
 
 HIDDEN, SIZE, EXPERTS, SLOTS = 8, 12, 4, 2
 ROWS = 13  # not a multiple of any block
+FAST = sorted(ENGINES.keys() - {"reference"})
 
 
 @pytest.fixture(params=sorted(ENGINES))
@@ -77,16 +79,43 @@ def test_every_pattern_of_empty_experts_and_nothing_compiles_twice(engine):
 
 @pytest.mark.parametrize(
     ("rows", "slots", "num_experts"),
-    [(1, 2, 4), (1, 1, 4), (70, 2, 4), (301, 2, 4), (5, 3, 1), (19, 8, 64), (19, 8, 128), (1, 8, 64)],
-    ids=["one-token", "one-slot", "medium-blocks", "large-blocks", "one-expert", "64", "128", "64-one-token"],
+    [(1, 2, 4), (1, 1, 4), (2, 2, 4), (70, 2, 4), (301, 2, 4), (601, 2, 4), (5, 3, 1)],
+    ids=["one-token", "one-slot", "few-rows", "medium-blocks", "large-blocks", "largest-blocks", "one-expert"],
 )
 def test_shapes(engine, rows, slots, num_experts):
     rng = np.random.default_rng(1)
-    experts = random_experts(rng, num_experts)
-    apply = jax.jit(engine.apply) if num_experts < 64 else engine.apply  # so much unrolled code compiles for long
+    experts, apply = random_experts(rng, num_experts), jax.jit(engine.apply)
     for unused_share in (0.0, 0.5):
         routing = random_routing(rng, rows, slots, num_experts, unused_share=unused_share)
         check(engine, apply, random_rows(rng, rows), routing, experts)
+
+
+@pytest.mark.parametrize("num_experts", [64, 128])
+@pytest.mark.parametrize("rows", [1, 19])
+@pytest.mark.parametrize("engine", FAST, indirect=True)  # the reference unrolls them all, which compiles for long
+def test_many_experts_with_any_number_of_slots_unused(engine, rows, num_experts):
+    rng = np.random.default_rng(7)
+    experts, x, apply = random_experts(rng, num_experts), random_rows(rng, rows), jax.jit(engine.apply)
+    for unused in range(9):
+        chosen = np.argsort(rng.random((rows, num_experts)))[:, :8]
+        chosen[np.argsort(rng.random((rows, 8))) < unused] = num_experts  # anywhere among the slots
+        weights = np.where(chosen < num_experts, rng.random(chosen.shape), 0)
+        routing = Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(weights, jnp.float32))
+        assert (np.asarray(routing.experts) == num_experts).sum(1).tolist() == [unused] * rows
+        check(engine, apply, x, routing, experts, atol=5e-4)
+
+
+@pytest.mark.parametrize("num_slots", [16, 64, 640, 6400, 64000])
+@pytest.mark.parametrize("num_experts", [8, 64])
+def test_blocks_hold_all_rows_and_none_is_idle(num_slots, num_experts):
+    sizes = block_sizes(num_slots, num_experts)
+    assert list(sizes) == sorted(sizes, reverse=True)
+    rows = np.arange(1, 3 * sizes[0])
+    blocks = cut(rows, sizes)
+    held = sum(size * number for size, number in zip(sizes, blocks, strict=True))
+    used = [np.where(number > 0, size, sizes[0]) for size, number in zip(sizes, blocks, strict=True)]
+    assert ((held >= rows) & (held - np.min(used, axis=0) < rows)).all()
+    assert [int(number[0]) for number in cut(np.array([0]), sizes)] == [0] * len(sizes)
 
 
 def test_one_expert_in_several_slots_counts_each_time(engine):
@@ -118,21 +147,23 @@ def test_bfloat16_stays_bfloat16(engine):
     check(engine, jax.jit(engine.apply), x, routing, experts, atol=0.02 * largest)
 
 
-@pytest.mark.parametrize("rows", [1, ROWS, 301])
-@pytest.mark.parametrize("engine", sorted(ENGINES.keys() - {"reference"}), indirect=True)
-def test_gradients_are_those_of_the_reference(engine, rows):
+@pytest.mark.parametrize(("rows", "slots", "num_experts"), [(1, 2, 4), (ROWS, 2, 4), (601, 2, 4), (5, 8, 16)], ids=str)
+@pytest.mark.parametrize("engine", FAST, indirect=True)
+def test_gradients_are_those_of_the_reference(engine, rows, slots, num_experts):
     rng = np.random.default_rng(5)
-    experts, x, routing = random_experts(rng), random_rows(rng, rows), random_routing(rng, rows)
-    pull = random_rows(rng, rows)
+    experts, x = random_experts(rng, num_experts), random_rows(rng, rows)
+    routing, pull = random_routing(rng, rows, slots, num_experts), random_rows(rng, rows)
 
     def gradients(engine):
         def objective(x, weights, experts):
             return (engine.apply(x, Routing(routing.experts, weights), engine.prepare(experts)) * pull).sum()
 
-        return jax.jit(jax.grad(objective, argnums=(0, 1, 2)))(x, routing.weights, experts)
+        return jax.grad(objective, argnums=(0, 1, 2))
 
-    for ours, reference in zip(*map(jax.tree.leaves, map(gradients, (engine, get_engine("reference")))), strict=True):
-        np.testing.assert_allclose(ours, reference, rtol=1e-4, atol=1e-4 * float(jnp.abs(reference).max()))
+    ours = jax.jit(gradients(engine))(x, routing.weights, experts)
+    theirs = gradients(get_engine("reference"))(x, routing.weights, experts)
+    for one, reference in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        np.testing.assert_allclose(one, reference, rtol=1e-4, atol=1e-4 * float(jnp.abs(reference).max()))
 
 
 def test_slot_outputs_are_the_summands(engine):
