@@ -189,8 +189,7 @@ def _prepared(
 ) -> tuple[Callable[[], Any], Workload, Mix]:
     """The run of a task, compiled, and what it is asked to do; ids [B, T] of decoding, [calls, B, T] of prefills."""
     if task.decodes:
-        step, text = as_step(var_model), ids[:, : task.cached + calls]
-        run = decoding(model, text, step, var_model.init(task.batch), task.cached)
+        run = decoding(model, ids, as_step(var_model), var_model.init(task.batch), task.cached, calls)
     else:
         run = _prefilling(var_model, ids)
     jax.block_until_ready(run())

@@ -28,6 +28,7 @@ from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
 from models import Model, load_model
 from models.generation import Step
+from models.kv_cache import KVCache
 from profiling.timing import compare, paired_ratio
 from varjax import LayerPolicy, Plan, RouteTable, VARConfig, VARModel, VARState
 from varjax import step as var_step
@@ -101,7 +102,9 @@ def as_step(var_model: VARModel) -> Step:
     return run
 
 
-def decoding(model: Model, text: np.ndarray, step: Step, carry: Any, cached: int | None = None) -> Callable[[], Any]:
+def decoding(
+    model: Model, text: np.ndarray, step: Step, carry: Any, cached: int | None = None, steps: int | None = None
+) -> Callable[[], Any]:
     """Feeds texts, int32 [B, n] or [n], token by token; the first ones are in the key/value cache beforehand.
 
     The carry goes on from run to run. Of the key/value cache, which every step spends, only the count of positions goes
@@ -109,13 +112,14 @@ def decoding(model: Model, text: np.ndarray, step: Step, carry: Any, cached: int
 
     Args:
         cached: tokens of each text that are in the cache; None: the first half.
+        steps: tokens that a run feeds; None: the rest of the text.
     """
-    ids = jnp.asarray(np.atleast_2d(text))
+    ids = np.atleast_2d(text)
     half = ids.shape[1] // 2 if cached is None else cached
-    prompt, tokens = ids[:, :half], [ids[:, at : at + 1] for at in range(half, ids.shape[1])]
-    _, kv, carry = step(model.empty_cache(*ids.shape), carry, prompt, jnp.ones(prompt.shape, bool))
-    begin = {name: np.asarray(getattr(kv, name)) for name in ("mask", "positions", "length")}
-    held = [kv, carry]
+    end = ids.shape[1] if steps is None else half + steps
+    tokens = [jnp.asarray(ids[:, at : at + 1]) for at in range(half, end)]
+    held = [_read(model, ids, half, end), carry]
+    begin = {name: np.asarray(getattr(held[0], name)) for name in ("mask", "positions", "length")}
     one = jnp.ones((len(ids), 1), bool)
 
     def run() -> Any:
@@ -126,6 +130,18 @@ def decoding(model: Model, text: np.ndarray, step: Step, carry: Any, cached: int
         return logits
 
     return run
+
+
+def _read(model: Model, ids: np.ndarray, cached: int, capacity: int) -> KVCache:
+    """A key/value cache of `capacity` positions in which the first `cached` of texts int32 [B, n] stand.
+
+    The texts are read whole and one by one, which compiles the same whatever their number and what is cached of them.
+    """
+    empty = partial(model.empty_cache, 1, ids.shape[1])
+    rows = [model.network.forward(model.params, jnp.asarray(row[None]), kv=empty()).kv for row in ids]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:, :capacity] if leaves[0].ndim else leaves[0], *rows)
+    there = np.broadcast_to(np.arange(capacity) < cached, (len(ids), capacity))
+    return jax.tree.map(jnp.asarray, dataclasses.replace(whole, mask=there, length=np.int32(cached)))
 
 
 def plan_and_commit(model: Model, table: RouteTable, config: VARConfig, text: np.ndarray) -> Callable[[], Any]:
