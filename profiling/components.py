@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from profiling.ablation import WHOLE, by_ablation
 from profiling.calls import jitted, prepare
+from profiling.compiling import at_once
 from profiling.programs import describe
 from profiling.scopes import OTHER
 from profiling.traces import ComponentTimes, capture, component_times, cost_of_recording, wall_times
@@ -140,9 +142,15 @@ def measure_sides(
     """
     sides = [VARModel(var_model.model, VARConfig(enable_var=False)), var_model]
     options.setdefault("recording", cost_of_recording())
-    return [
-        measure_components(side, ids, phase, folder=folder, **options) for phase, ids in texts.items() for side in sides
-    ]
+    kinds = [(side, ids, phase) for phase, ids in texts.items() for side in sides]
+    at_once(partial(_compile, *kind) for kind in kinds)
+    return [measure_components(*kind, folder=folder, **options) for kind in kinds]
+
+
+def _compile(var_model: VARModel, ids: np.ndarray, phase: str) -> None:
+    """The step of these calls, so that who measures them finds it compiled."""
+    calls = prepare(var_model, ids, phase)
+    jitted(calls.step).lower(calls.fixed, calls.carry, calls.inputs[0]).compile()
 
 
 def _typical(times: ComponentTimes, rounds: int, cost: float) -> dict[str, Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from analysis.report import Column, Section, Table
 from profiling.calls import jitted, prepare
+from profiling.compiling import at_once
 from profiling.costs import COMPONENTS, Cost, component_costs
 from profiling.evidence import workload_and_mix
 from profiling.xla_costs import XlaCost, analyse, explain
@@ -36,16 +38,17 @@ def count(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> list[CallCost
     Args:
         texts: phase -> int32 [B, T].
     """
-    found = []
-    for phase, ids in texts.items():
-        for side, model in (("plain", VARModel(var_model.model, VARConfig(enable_var=False))), ("VAR", var_model)):
-            workload, mix = workload_and_mix(model, ids, phase)
-            calls = prepare(model, ids, phase)
-            xla = analyse(jitted(calls.step).trace(calls.fixed, calls.carry, calls.inputs[0]))
-            given = (var_model.model.config, workload, mix)
-            needed, written = component_costs(*given), component_costs(*given, as_written=True)
-            found.append(CallCosts(side, phase, len(ids), needed, written, xla))
-    return found
+    sides = {"plain": VARModel(var_model.model, VARConfig(enable_var=False)), "VAR": var_model}
+    return at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in sides.items())
+
+
+def _count(side: str, var_model: VARModel, phase: str, ids: np.ndarray) -> CallCosts:
+    workload, mix = workload_and_mix(var_model, ids, phase)
+    calls = prepare(var_model, ids, phase)
+    xla = analyse(jitted(calls.step).trace(calls.fixed, calls.carry, calls.inputs[0]))
+    given = (var_model.model.config, workload, mix)
+    needed, written = component_costs(*given), component_costs(*given, as_written=True)
+    return CallCosts(side, phase, len(ids), needed, written, xla)
 
 
 def section(found: Sequence[CallCosts]) -> Section:
