@@ -8,7 +8,7 @@ A profiler trace says what ran when (`profiling.traces`); leaving a component ou
 and after it.
 
 A trace slows the call down: recording an operation takes a third of a microsecond or more, and a step of decoding has
-hundreds. What recording costs is measured apart, on another program (`traces.cost_of_recording`), and taken off where
+hundreds. What recording costs is measured apart, on the plain model's decoding (`plain_recording`), and taken off where
 it falls: of the time between operations, in a loop of that of the loop. So the sum over components can be held against
 the untraced call, and `recording` says how much was taken off.
 """
@@ -99,7 +99,7 @@ def measure_components(
         name: of the trace in it; None: side, phase and batch.
         rounds: traced, and as many untraced before and after; each has one prefill, or up to `max_calls` steps.
         ablate: compile and time the program without each component as well, which takes two programs for each.
-        recording: seconds per operation, from `cost_of_recording`; None: it is measured.
+        recording: seconds per operation, from `plain_recording`; None: it is measured.
 
     Raises:
         ValueError: an unknown phase, or texts too short.
@@ -109,7 +109,7 @@ def measure_components(
     step = jitted(calls.step)
     module = describe(step.trace(calls.fixed, calls.carry, calls.inputs[0]))
     wall_times(calls.each(step, 2))  # compiles
-    cost = cost_of_recording() if recording is None else recording
+    cost = plain_recording(var_model, ids, phase, max_calls) if recording is None else recording
 
     before = wall_times(calls.each(step, rounds))
     path = capture(calls.each(step, rounds), folder, name or f"{phase}-{side}-batch-{calls.batch}")
@@ -141,10 +141,19 @@ def measure_sides(
         options: those of `measure_components`.
     """
     sides = [VARModel(var_model.model, VARConfig(enable_var=False)), var_model]
-    options.setdefault("recording", cost_of_recording())
+    phase = "decode" if "decode" in texts else next(iter(texts))
+    options.setdefault("recording", plain_recording(var_model, texts[phase], phase))
     kinds = [(side, ids, phase) for phase, ids in texts.items() for side in sides]
     at_once(partial(_compile, *kind) for kind in kinds)
     return [measure_components(*kind, folder=folder, **options) for kind in kinds]
+
+
+def plain_recording(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 16) -> float:
+    """`cost_of_recording` by the plain model's calls: what it says of other programs is tested by their sums."""
+    calls = prepare(VARModel(var_model.model, VARConfig(enable_var=False)), ids, phase, max_calls)
+    step = jitted(calls.step)
+    wall_times(calls.each(step))  # compiles
+    return cost_of_recording(lambda: calls.each(step, 2))
 
 
 def _compile(var_model: VARModel, ids: np.ndarray, phase: str) -> None:

@@ -22,12 +22,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
 
@@ -120,33 +118,22 @@ def component_times(path: str | Path, programs: Sequence[Module]) -> ComponentTi
     return ComponentTimes(wall, seconds, idle, busy, recorded)
 
 
-def cost_of_recording(operations: int = 300, calls: int = 15, repeats: int = 5) -> float:
-    """Seconds that the profiler takes to record one operation, measured on a program of very many tiny ones.
+def cost_of_recording(calls: Callable[[], Iterable[Callable[[], Any]]], repeats: int = 5) -> float:
+    """Seconds that the profiler takes to record one operation: by how much a trace slows calls down, over operations.
 
     An event is written before its operation begins and after it has ended, so what this costs lies between operations.
 
     Args:
-        operations: of the program.
-        calls: of it in one trace, and as many before without.
-        repeats: traces; the median over them counts.
+        calls: gives the same calls each time, compiled and run before; the shorter their operations, the better.
+        repeats: traces, each right after as many calls without; the median over them counts.
     """
-
-    @jax.jit
-    def chain(x: jax.Array) -> jax.Array:
-        for _ in range(operations):
-            x = x @ x  # no fusion joins two products
-        return x
-
-    x = jnp.eye(8)
-    each = [partial(chain, x)] * calls
-    wall_times(each)  # compiles
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):
-            untraced = np.median(wall_times(each))
-            spans, threads = _read(capture(each, folder, "recording"), {})
-            traced = np.median([end - start for start, end in spans]) * 1e-9
-            found.append((traced - untraced) * calls / sum(map(len, threads)))
+            untraced = wall_times(calls())
+            spans, threads = _read(capture(calls(), folder, "recording"), {})
+            traced = np.array([end - start for start, end in spans]) * 1e-9
+            found.append(np.median(traced - untraced) * len(spans) / sum(map(len, threads)))
     return max(float(np.median(found)), 0.0)
 
 
