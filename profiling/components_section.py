@@ -52,8 +52,8 @@ def section(found: Sequence[Breakdown]) -> Section:
         (
             agreement,
             f"The trace slowed the calls down by {_span([one.traced / one.total - 1 for one in found])}; "
-            f"{_span([one.recording / one.total for one in found])} of a call, by what the plain model's decoding says, "
-            f"was taken off as the cost of recording. `{OTHER}` is time in which no operation runs, and work without a name.",
+            f"{_span([one.recording / one.total for one in found])} of a call, by what plain decoding says, was taken "
+            f"off as the cost of recording. `{OTHER}` is time in which no operation runs, and work without a name.",
         ),
         (
             Table("Milliseconds of a call", _CALL_COLUMNS, tuple(_call_row(one) for one in found)),
