@@ -23,6 +23,7 @@ from jax import lax
 from varjax.routing import Routing
 
 Expert = dict[str, jax.Array]  # gate [D, F], up [D, F], down [F, D]
+READING = 24  # an expert's weights are read in the time of so many rows more, about
 Branch = Callable[[jax.Array], jax.Array]  # one expert: [R, D] -> float32[R, D]
 
 
@@ -100,7 +101,7 @@ def block_sizes(slots: int, num_experts: int) -> tuple[int, ...]:
     """
     per_expert = slots / num_experts
     few_rows = (8, 1) if num_experts <= 16 else (8, 2)
-    for most, sizes in ((4, few_rows), (16, (8,)), (64, (32, 8)), (128, (128, 64, 16))):
+    for most, sizes in ((2, few_rows), (16, (8,)), (64, (32, 8)), (128, (128, 64, 16))):
         if per_expert <= most:
             return sizes
     return 256, 128, 32
@@ -109,15 +110,23 @@ def block_sizes(slots: int, num_experts: int) -> tuple[int, ...]:
 def cut(rows: Any, sizes: tuple[int, ...]) -> list[Any]:
     """How many blocks of each size hold so many rows, integers [E]; arrays of JAX or NumPy.
 
-    A block runs partly empty where the smaller sizes, each once and the smallest twice, would not hold what is left.
+    What would be dearer in smaller blocks runs as a larger one, partly empty.
     """
     blocks = []
     for place, size in enumerate(sizes):
-        smaller = sizes[place + 1 :]
-        spared = min(sum(smaller) + sum(smaller[-1:]), size - 1)
+        spared = _most_rows(size, sizes[place + 1 :])
         blocks.append((rows + (size - 1 - spared)) // size)
         rows = (rows - blocks[-1] * size).clip(0)
     return blocks
+
+
+def _most_rows(size: int, smaller: tuple[int, ...]) -> int:
+    """How many rows cost no more in smaller blocks than in one of `size` rows."""
+    if not smaller:
+        return 0
+    numbers = cut(np.arange(size), smaller)
+    cost = sum(number * (rows + READING) for number, rows in zip(numbers, smaller, strict=True))
+    return int(np.sum(cost <= size + READING)) - 1  # none at all cost nothing
 
 
 def _sort(routing: Routing, num_experts: int, padding: int) -> _ByExpert:

@@ -145,8 +145,8 @@ def test_blocks_are_those_of_drawn_rows():
     chosen = np.argsort(rng.random((2000, 160, 8)))[..., :2]
     rows = (chosen[..., None] == np.arange(8)).sum((1, 2))
     rest = rows % 32
-    whole = rows // 32 + (rest > 16)
-    tails = np.where(rest > 16, 0, -(-rest // 8))
+    whole = rows // 32 + (rest > 8)
+    tails = np.where(rest > 8, 0, -(-rest // 8))
     (large, number), (small, smaller) = expert_blocks(CONFIG, Workload(1, 160), Mix(2.0, 8.0))
     assert (large, small) == (32, 8)
     assert number == pytest.approx(whole.sum(1).mean(), rel=0.1)
