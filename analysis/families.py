@@ -23,7 +23,7 @@ from varjax.table import RouteTable, with_policies
 
 VAR = "VAR"
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the first expert's weight
-MASSES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the gate's probability
+MASSES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the gate's probability; many experts share it
 CACHES = ((0.9, 0.9), (0.7, 0.8), (0.5, 0.7), (0.3, 0.6), (0.0, 0.5))  # confidence to remember, weight to keep
 SCALES = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0)  # of the policy's tolerances
 WIDE_SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)  # where the policy says little about the tolerances to try
@@ -89,9 +89,12 @@ def families(subject: Subject) -> tuple[Family, ...]:
     def points(dials: Iterable[float], config_at: Callable[[float], VARConfig]) -> tuple[Point, ...]:
         return tuple(Point(dial, config_at(dial)) for dial in dials)
 
-    scale, none = "scale of the tolerances", "none: one expert for every token"
+    scale, number, smaller = "scale of the tolerances", "m, experts that run", "a smaller K"
     mone, top_one = "MoNE, arXiv 2507.00390", Point(1, everywhere(kept=1, residual=True))
-    renormalised, own = Point(1, everywhere(kept=1, renormalise=True)), Point(1, everywhere(kept=1))
+    fewer = range(top_k - 1, -1, -1)
+    renormalised = points(fewer[:-1], lambda m: everywhere(kept=int(m), renormalise=True))
+    own = points(fewer, lambda m: everywhere(kept=int(m)))
+    answered = points(fewer, lambda m: each(lambda one: dataclasses.replace(one, kept=int(m), tolerance=None)))
     by_ratio = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, renormalise=True))
     by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalise=True))
     means = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, residual=True))
@@ -99,10 +102,10 @@ def families(subject: Subject) -> tuple[Family, ...]:
     uniform = points(
         [typical * one for one in WIDE_SCALES], lambda t: each(lambda one: dataclasses.replace(one, tolerance=t))
     )
-    return (
+    found = (
         Family(VAR, scale, "the given policy", points(SCALES, scaled)),
-        Family("top-1 for all, renormalised", none, "a smaller K", (renormalised,), from_plain=False),
-        Family("top-1 for all, own weight", none, "a smaller K", (own,), from_plain=False),
+        Family("top-m for all, renormalised", number, smaller, renormalised, from_plain=False),
+        Family("top-m for all, own weights", number, smaller, own, from_plain=False),
         Family("weight ratio", "weight ratio", "NAEE, arXiv 2402.14800", by_ratio),
         Family("top-p", "probability to reach", "Huang et al. 2024, arXiv 2403.07652", by_mass),
         Family("one mean per expert, by ratio", "weight ratio; last: top-1", mone, (*means, top_one)),
@@ -129,7 +132,9 @@ def families(subject: Subject) -> tuple[Family, ...]:
             change="shuffled",
         ),
         Family("one tolerance for all layers", "tolerance", "no search by layer", uniform),
+        Family("m experts and answers", number, "no tolerance: as many at every known key", answered, from_plain=False),
     )
+    return tuple(one for one in found if one.points)  # no m is between 0 and K where K = 1
 
 
 def table_of(subject: Subject, table: RouteTable, family: Family, point: Point) -> RouteTable:

@@ -1,11 +1,15 @@
-"""Train the small Mixtral-format reference model on the embedded corpus, and write its card.
+"""Train a small model on the embedded corpus, and write its card: the Mixtral-format reference model, or any shape.
 
-A killed run continues from its last checkpoint when the same command is given again.
+  --config my_config.json    the shape, a config.json of any family that the decoder knows (see experiments/configs)
+
+The tokenizer in --output is used; where there is none, one with the config's vocabulary is trained. A killed run
+continues from its last checkpoint when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -14,15 +18,18 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from analysis.collection.checkpoints import note, resumed
 from analysis.provenance import provenance, write_json
 from analysis.quality import plain_runner, score
 from analysis.text.batches import batches
-from analysis.text.corpus import corpus_hash, load_documents
+from analysis.text.corpus import Document, corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode
 from analysis.text.ngram_baselines import ngram_losses
-from experiments.arguments import run
+from experiments.arguments import HelpFormatter, run
 from models import Model, MoEConfig, load_model
+from models.config import read_config
 from models.experts import get_engine
+from models.families import FAMILIES
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.training import TrainConfig, pack, restore, train_steps
 from models.weights import save_params
@@ -41,37 +48,63 @@ CONFIG = MoEConfig(
     rope_theta=1e4,
     max_position_embeddings=256,
 )
+REFERENCE = Path("models/reference")
 
 
 def main() -> None:
     defaults = TrainConfig()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("models/reference"), help="directory of the model")
-    parser.add_argument("--checkpoints", type=Path, default=Path("results/train_reference"), help="for resuming")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--config", type=Path, help="shape of the model; none: the reference model's")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="directory of the model; none: models/reference, or checkpoints/NAME for a --config called NAME.json",
+    )
+    parser.add_argument("--checkpoints", type=Path, help="for resuming; none: results/train_NAME, as --output's")
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="sequences per step")
     parser.add_argument("--length", type=int, default=defaults.length, help="tokens per sequence")
     parser.add_argument("--learning_rate", type=float, default=defaults.learning_rate, help="peak")
+    parser.add_argument("--balance", type=float, default=defaults.balance, help="weight of the load-balancing loss")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     args = parser.parse_args()
 
-    train = TrainConfig(args.steps, args.batch_size, args.length, args.learning_rate, seed=args.seed)
+    config = CONFIG if args.config is None else read_config(args.config)
+    output = args.output or (REFERENCE if args.config is None else Path("checkpoints") / args.config.stem)
+    checkpoints = args.checkpoints or Path("results") / f"train_{output.name}"
+    train = TrainConfig(
+        args.steps, args.batch_size, args.length, args.learning_rate, balance=args.balance, seed=args.seed
+    )
     texts = load_documents("embedded", split="train")
-    if load_tokenizer(args.output) is None:
-        tokenizer = train_bpe((text.text for text in texts), CONFIG.vocab_size)
-        save_tokenizer(tokenizer, args.output, CONFIG.max_position_embeddings)
-    documents = encode(texts, load_tokenizer(args.output), CONFIG)
-    (end,) = CONFIG.eos_token_ids
+    documents, end = tokenize(texts, config, output)
+    work = {"config": dataclasses.asdict(config), "train": vars(train), "data_sha256": corpus_hash(texts)}
+    if resumed(checkpoints / "run.json", work) is None:
+        note(checkpoints / "run.json", work, {})
     rows = pack([np.append(document.ids, end) for document in documents], train.length)
     print(f"{len(documents):,} documents, {rows.shape[0]:,} rows of {train.length} tokens")
-    steps = train_steps(CONFIG, train, get_engine(), rows, args.checkpoints, args.save_every)
+    steps = train_steps(config, train, get_engine(), rows, checkpoints, args.save_every)
     with tqdm(steps, total=train.steps, unit="step", mininterval=10) as bar:
         for index, _, info in bar:
             if index % 20 == 0:
                 bar.set_postfix(loss=f"{float(info.loss):.3f}", balance=f"{float(info.balance):.3f}", step=index)
-    save_params(args.output, restore(CONFIG, train, args.checkpoints).params, CONFIG, dtype="bfloat16")
-    write_card(args.output, train, documents, corpus_hash(texts), seen=train.steps * train.batch_size * train.length)
+    save_params(output, restore(config, train, checkpoints).params, config, dtype="bfloat16")
+    write_card(output, train, documents, corpus_hash(texts), seen=train.steps * train.batch_size * train.length)
+
+
+def tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple[list[Encoded], int]:
+    """The texts in ids of the directory's tokenizer, which is trained where there is none, and the id that ends one."""
+    if load_tokenizer(directory) is None:
+        trained = train_bpe((text.text for text in texts), config.vocab_size)
+        save_tokenizer(trained, directory, config.max_position_embeddings)
+    tokenizer = load_tokenizer(directory)
+    assert tokenizer is not None  # it was saved above
+    if (config.bos_token_id, config.eos_token_id) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        raise ValueError(
+            f"bos_token_id and eos_token_id are {config.bos_token_id} and {config.eos_token_id}, but those of the "
+            f"tokenizer in {directory} are {tokenizer.bos_token_id} and {tokenizer.eos_token_id}; correct --config"
+        )
+    return encode(texts, tokenizer, config), tokenizer.eos_token_id
 
 
 def write_card(directory: Path, train: TrainConfig, documents: list[Encoded], data_hash: str, seen: int) -> None:
@@ -85,14 +118,15 @@ def write_card(directory: Path, train: TrainConfig, documents: list[Encoded], da
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
         "training": {**vars(train), "tokens_seen": seen, "documents": len(documents), "data_sha256": data_hash},
         "test": {"documents": len(texts), "data_sha256": corpus_hash(texts), **scores.summary()},
-        "nats_per_token": {"model": scores.nll_per_token, **ngram_losses(documents, held_out, CONFIG.vocab_size)},
+        "nats_per_token": {"model": scores.nll_per_token, **ngram_losses(documents, held_out, model.config.vocab_size)},
         "expert_load": expert_load(model, held_out, train).tolist(),
         "provenance": provenance(seed=train.seed),
     }
     write_json(directory / "card.json", card)
+    text = card_text(card, model.config, title="The reference model" if directory == REFERENCE else directory.name)
     with replacing(directory / "README.md") as temporary:
-        temporary.write_text(card_text(card))
-    print(card_text(card))
+        temporary.write_text(text)
+    print(text)
 
 
 def expert_load(model: Model, documents: list[Encoded], train: TrainConfig) -> np.ndarray:
@@ -106,7 +140,7 @@ def expert_load(model: Model, documents: list[Encoded], train: TrainConfig) -> n
     return used / used.sum(axis=1, keepdims=True)
 
 
-def card_text(card: dict[str, Any]) -> str:
+def card_text(card: dict[str, Any], config: MoEConfig, title: str) -> str:
     """The model card, Markdown."""
     training, test = card["training"], card["test"]
     perplexity = {name: math.exp(nats) for name, nats in card["nats_per_token"].items()}
@@ -114,13 +148,14 @@ def card_text(card: dict[str, Any]) -> str:
         f"| {layer} | " + " | ".join(f"{share:.1%}" for share in row) + " |"
         for layer, row in enumerate(card["expert_load"])
     )
-    experts = CONFIG.num_experts
-    return f"""# The reference model
+    experts, architecture = config.num_experts, FAMILIES[config.family].architecture
+    kind = architecture.removesuffix("ForCausalLM")
+    return f"""# {title}
 
-A small Mixtral for trying varjax without a download: {card["parameters"] / 1e6:.1f} million parameters,
-{CONFIG.num_layers} layers, hidden size {CONFIG.hidden_size}, {experts} experts of size {CONFIG.intermediate_size},
-{CONFIG.top_k} per token, a byte-level BPE of {CONFIG.vocab_size} entries, contexts of up to
-{CONFIG.max_position_embeddings} tokens. `transformers.MixtralForCausalLM` opens it as well. It knows the prose of
+A small {kind} for trying varjax without a download: {card["parameters"] / 1e6:.1f} million parameters,
+{config.depth} layers, hidden size {config.hidden_size}, {experts} experts of size {config.intermediate_size},
+{config.top_k} per token, a byte-level BPE of {config.vocab_size} entries, contexts of up to
+{config.max_position_embeddings} tokens. `transformers.{architecture}` opens it as well. It knows the prose of
 Python documentation and nothing else; it is for studying routing, not for use.
 
 - **Data**: the embedded corpus (docstrings of installed packages), its train split: {training["documents"]:,}

@@ -33,7 +33,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences per step
     length: int = 256  # tokens per sequence
     learning_rate: float = 3e-3  # peak
-    warmup_steps: int = 80
+    warmup_steps: int = 80  # at most half of all
     final_learning_rate: float = 1e-4
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0
@@ -58,8 +58,9 @@ class TrainInfo:
 
 
 def optimizer(train: TrainConfig) -> optax.GradientTransformation:
+    warmup = min(train.warmup_steps, train.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, train.learning_rate, train.warmup_steps, train.steps, train.final_learning_rate
+        0.0, train.learning_rate, warmup, train.steps, train.final_learning_rate
     )
 
     def matrices(params: Params) -> Params:

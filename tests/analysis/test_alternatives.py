@@ -81,11 +81,23 @@ def plain_losses(subject) -> np.ndarray:
     return losses(subject).nll
 
 
-def test_top_1_runs_exactly_one_expert_for_every_token(run):
-    for name in ("top-1 for all, renormalised", "top-1 for all, own weight"):
-        _, counted = run(name, 0)
-        assert counted["experts_per_token"] == 1 and counted["tiers"]["fast"] == 1
-    assert (run("top-1 for all, renormalised", 0)[0] != run("top-1 for all, own weight", 0)[0]).any()
+def test_top_m_runs_exactly_m_experts_for_every_token(run, family):
+    for name, numbers in (("top-m for all, renormalised", [1]), ("top-m for all, own weights", [1, 0])):
+        assert [point.dial for point in family(name).points] == numbers
+        for number, experts in enumerate(numbers):
+            _, counted = run(name, number)
+            assert counted["experts_per_token"] == experts and counted["tiers"]["fast"] == 1
+    assert (run("top-m for all, renormalised", 0)[0] != run("top-m for all, own weights", 0)[0]).any()
+
+
+def test_m_experts_and_answers_run_m_experts_at_known_keys(subject, run, family):
+    """But for experts that have no answer at the key, which run."""
+    for number, experts in enumerate([1, 0]):
+        assert family("m experts and answers").points[number].dial == experts
+        _, counted = run("m experts and answers", number)
+        assert counted["tiers"] == run(VAR, 0)[1]["tiers"]
+        fewest = experts + (2 - experts) * counted["tiers"]["learned"]
+        assert fewest <= counted["experts_per_token"] < fewest + 0.5
 
 
 def test_the_weight_ratio_drops_who_weighs_less(run, gate):
