@@ -1,7 +1,7 @@
 """Phase 5: where the time of a call goes, a model that predicts it, and what stands in the way.
 
   --var_config C --output DIR           C is a policy of phase 2 or 3
-  --quick                               fewer rounds, no ablation: under two minutes
+  --quick                               fewer rounds and kinds of calls, no ablation
 
 Writes systems.json, .txt, .html and figures into DIR, and profiler traces into DIR/traces with --trace (else into a
 folder that is thrown away). `tensorboard --logdir DIR/traces` opens them (pip install 'varjax[tensorboard]').
