@@ -1,19 +1,22 @@
-"""Expert engines against a plain SwiGLU block of the same FLOPs, by how many assignments are active.
+"""Expert engines against a plain SwiGLU block of the same FLOPs, by how many experts a token keeps.
 
-    python -m profiling.experts_bench [--tokens 2048] [--hidden 512 1024] [--experts 8] [--top_k 2] [--ffn 3.0]
+    python -m profiling.experts_bench [--tokens 2048 1] [--hidden 512 1024] [--ffn 3.0]              # like Mixtral
+    python -m profiling.experts_bench --engines blocks --experts 64 --top_k 8 --hidden 2048 --ffn 0.5    # OLMoE
+    python -m profiling.experts_bench --engines blocks --experts 128 --top_k 8 --hidden 2048 --ffn 0.375 # Qwen3-30B-A3B
 
-Letters: N tokens, D hidden size, F expert size, E experts, K slots per token.
+Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, m experts that a token keeps.
 
 The plain block has K * F inner units and runs on the same N rows: what an ideal engine costs when every slot is used.
-Each cell is the time over the plain block's in the same round, median and 95 % interval; the last column is the time
-over the engine's own full one.
+A few tokens hit more than K experts together, whose weights all have to be read: their number stands beside. Each cell
+is the time over the plain block's in the same round, median and 95 % interval; the last column is the time over the
+engine's own with all K kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,48 +31,63 @@ from varjax.routing import Routing
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048, help="N of the prefill rows; decode rows have one")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 1], help="N: prefill, and decode of a batch")
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024], help="D")
     parser.add_argument("--experts", type=int, default=8, help="E")
     parser.add_argument("--top_k", type=int, default=2, help="K")
     parser.add_argument("--ffn", type=float, default=3.0, help="F / D; Mixtral has 3.5")
+    parser.add_argument("--kept", type=float, nargs="+", help="m, a mean over tokens; default: K, 3/4 K, ..., 0")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), default=sorted(ENGINES))
     parser.add_argument("--repeats", type=int, default=11)
     args = parser.parse_args()
 
+    kept = [args.top_k * share / 4 for share in (4, 3, 2, 1, 0)] if args.kept is None else args.kept
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; {args.dtype}, E={args.experts}, K={args.top_k}")
     for hidden in args.hidden:
-        for tokens in (args.tokens, 1):
-            size = int(args.ffn * hidden)
+        size = int(args.ffn * hidden)
+        for tokens in args.tokens:
+            routings = cases(tokens, args.experts, args.top_k, kept)
+            seconds = measure(routings, hidden, size, args.experts, args.dtype, args.engines, args.repeats)
             print(f"\nN={tokens}, D={hidden}, F={size}")
-            seconds = measure(tokens, hidden, size, args.experts, args.top_k, args.dtype, args.engines, args.repeats)
-            print_table(seconds, args.engines, cases(tokens, args.experts, args.top_k))
+            print_table(seconds, args.engines, routings, args.experts)
 
 
-def cases(tokens: int, num_experts: int, k: int) -> dict[str, Routing]:
-    """Routings [N, K] that differ in how many slots are used; the experts are drawn evenly."""
+def cases(tokens: int, num_experts: int, k: int, kept: Sequence[float]) -> dict[float, Routing]:
+    """m -> Routing [N, K] that uses m slots of a token on average; all K first. The experts are drawn evenly.
+
+    What is no whole number of slots in all is left out: one token cannot keep 1.5 experts.
+    """
     rng = np.random.default_rng(0)
     experts = np.argsort(rng.random((tokens, num_experts)))[:, :k]
-    later = np.arange(k) > 0  # the slots that a single-expert token does without
-    half = np.arange(tokens)[:, None] % 2 == 0
-    unused = {"all slots": np.zeros_like(later), "one expert": later, "none": np.ones_like(later)}
-    if tokens > 1:
-        unused = {"all slots": unused["all slots"], "half one expert": half & later, **unused}
     weights = rng.dirichlet(np.ones(k), tokens)
-    return {
-        name: Routing(
+    found = {}
+    for m in dict.fromkeys(map(float, (k, *kept))):
+        if not (m * tokens).is_integer():
+            continue
+        each = np.diff(np.arange(tokens + 1) * m // 1, axis=0)  # m or, where it is no whole number, its neighbours
+        gone = np.arange(k) >= each[:, None]
+        found[m] = Routing(
             jnp.asarray(np.where(gone, num_experts, experts), jnp.int32),
             jnp.asarray(np.where(gone, 0, weights), jnp.float32),
         )
-        for name, gone in unused.items()
-    }
+    return found
 
 
 def measure(
-    tokens: int, hidden: int, size: int, num_experts: int, k: int, dtype: str, engines: list[str], repeats: int
+    routings: dict[float, Routing],
+    hidden: int,
+    size: int,
+    num_experts: int,
+    dtype: str,
+    engines: Sequence[str],
+    repeats: int,
 ) -> dict[str, np.ndarray]:
-    """Seconds [repeats] of "plain" and of each "engine/case", interleaved."""
+    """Seconds [repeats] of "plain" and of each "engine/m", interleaved.
+
+    Args:
+        routings: m -> Routing [N, K], as from `cases`.
+    """
     keys = iter(jax.random.split(jax.random.key(0), 3 * num_experts + 4))
 
     def matrix(rows: int, columns: int) -> jax.Array:
@@ -78,13 +96,14 @@ def measure(
     def block(width: int) -> dict[str, jax.Array]:
         return {"gate": matrix(hidden, width), "up": matrix(hidden, width), "down": matrix(width, hidden)}
 
+    tokens, k = next(iter(routings.values())).experts.shape
     x = matrix(tokens, hidden)
     experts = {index: block(size) for index in range(num_experts)}
     runs: dict[str, Callable[[], Any]] = {"plain": partial(jax.jit(plain), x, block(k * size))}
     for engine in engines:
         params, apply = ENGINES[engine].prepare(experts), jax.jit(ENGINES[engine].apply)
-        for name, routing in cases(tokens, num_experts, k).items():
-            runs[f"{engine}/{name}"] = partial(apply, x, routing, params)
+        for m, routing in routings.items():
+            runs[f"{engine}/{m}"] = partial(apply, x, routing, params)
     return compare(runs, repeats)
 
 
@@ -95,16 +114,18 @@ def plain(x: jax.Array, params: dict[str, jax.Array]) -> jax.Array:
     return dot(hidden, params["down"]).astype(x.dtype)
 
 
-def print_table(seconds: dict[str, np.ndarray], engines: list[str], names: dict[str, Routing]) -> None:
-    print(f"  {'':30}{'ms':>9}{'x plain':>10}{'':16}{'x all slots':>12}")
-    print(f"  {'plain':30}{np.median(seconds['plain']) * 1e3:>9.3f}")
+def print_table(
+    seconds: dict[str, np.ndarray], engines: Sequence[str], routings: dict[float, Routing], num_experts: int
+) -> None:
+    print(f"  {'':12}{'kept':>6}{'hit':>6}{'ms':>12}{'x plain':>10}{'':16}{'x all kept':>12}")
+    print(f"  {'plain':24}{np.median(seconds['plain']) * 1e3:>12.3f}")
     for engine in engines:
-        full = seconds[f"{engine}/all slots"]
-        for name in names:
-            taken = seconds[f"{engine}/{name}"]
+        full = seconds[f"{engine}/{max(routings)}"]
+        for m, routing in routings.items():
+            taken, hit = seconds[f"{engine}/{m}"], np.sum(np.unique(routing.experts) < num_experts)
             over, own = paired_ratio(taken, seconds["plain"]), paired_ratio(taken, full)
-            milliseconds, interval = np.median(taken) * 1e3, f"[{over.low:.2f}, {over.high:.2f}]"
-            print(f"  {engine:12}{name:18}{milliseconds:>9.3f}{over.value:>10.2f}  {interval:16}{own.value:>10.2f}")
+            over_plain = f"{over.value:>10.2f}  [{over.low:.2f}, {over.high:.2f}]"
+            print(f"  {engine:12}{m:>6g}{hit:>6}{np.median(taken) * 1e3:>12.3f}{over_plain:28}{own.value:>10.2f}")
 
 
 if __name__ == "__main__":
