@@ -61,6 +61,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
     """
     config = dataclasses.replace(subject.config, cache_size=0, cache_layers=None)
     top_k = subject.model.config.top_k
+    rescaled = subject.model.config.normalise_top_k  # what others proposed weighs the rest as the model weighs its K
     policies = _policies(subject)
     tolerances = [policy.tolerance for policy in policies.values() if policy is not None and policy.tolerance]
     typical = math.exp(sum(map(math.log, tolerances)) / len(tolerances))
@@ -77,13 +78,13 @@ def families(subject: Subject) -> tuple[Family, ...]:
         return each(lambda one: dataclasses.replace(one, tolerance=scale * (one.tolerance or 0), **fields))
 
     def unanswered(ratio: float) -> VARConfig:
-        fields: dict[str, Any] = {"kept": top_k, "tolerance": None, "residual": False, "renormalise": True}
+        fields: dict[str, Any] = {"kept": top_k, "tolerance": None, "residual": False, "renormalise": rescaled}
         return each(lambda one: dataclasses.replace(one, gate_ratio=ratio, **fields))
 
     def cached(confidence: float, mass: float) -> VARConfig:
         nothing: dict[str, Any] = {"kept": None, "orders": subject.stats.orders, "frequency_threshold": _NEVER}
         size = subject.config.cache_size or VARConfig().cache_size
-        alone = everywhere(renormalise=True, **nothing)
+        alone = everywhere(renormalise=rescaled, **nothing)
         return dataclasses.replace(alone, cache_size=size, confidence_threshold=confidence, mass_threshold=mass)
 
     def points(dials: Iterable[float], config_at: Callable[[float], VARConfig]) -> tuple[Point, ...]:
@@ -95,8 +96,8 @@ def families(subject: Subject) -> tuple[Family, ...]:
     renormalised = points(fewer[:-1], lambda m: everywhere(kept=int(m), renormalise=True))
     own = points(fewer, lambda m: everywhere(kept=int(m)))
     answered = points(fewer, lambda m: each(lambda one: dataclasses.replace(one, kept=int(m), tolerance=None)))
-    by_ratio = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, renormalise=True))
-    by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalise=True))
+    by_ratio = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, renormalise=rescaled))
+    by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalise=rescaled))
     means = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, residual=True))
     by_cache = tuple(Point(confidence, cached(confidence, mass)) for confidence, mass in CACHES)
     uniform = points(
@@ -113,7 +114,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
         Family(
             "VAR without answers",
             "weight ratio",
-            "the same keys, renormalised",
+            "the same keys, by weight ratio",
             points(RATIOS, unanswered),
             change="same keys",
         ),

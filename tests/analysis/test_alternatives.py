@@ -100,6 +100,17 @@ def test_m_experts_and_answers_run_m_experts_at_known_keys(subject, run, family)
         assert fewest <= counted["experts_per_token"] < fewest + 0.5
 
 
+def test_rules_of_others_rescale_where_the_model_does(subject):
+    config = dataclasses.replace(subject.model.config, normalise_top_k=False)
+    raw = dataclasses.replace(subject, model=dataclasses.replace(subject.model, config=config))
+    for one, other in zip(families(subject), families(raw), strict=True):
+        if one.name in ("weight ratio", "top-p", "VAR without answers", "cache only"):
+            assert all(point.config.policy(0).renormalise for point in one.points)
+            assert not any(point.config.policy(0).renormalise for point in other.points)
+        else:
+            assert one == other
+
+
 def test_the_weight_ratio_drops_who_weighs_less(run, gate):
     for number, ratio in enumerate(RATIOS):
         expected = 1 + np.mean(gate[:, 1] >= ratio * gate[:, 0])
