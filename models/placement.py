@@ -1,0 +1,175 @@
+"""Where arrays lie when a model runs on several devices: names of axes, and the mesh axes that divide them.
+
+Letters: B sequences, T positions, S cache positions, V vocabulary, H query heads, G key/value heads, F expert size.
+
+    mesh = make_mesh("data=2,model=4")
+    placement = Placement.of(config, mesh)
+    x = placement.constrain(x, "batch", None, None)        # [B, T, D], B over `data`
+
+Parameters (`models.decoder`), the key/value cache and activations name their axes; `AXES` alone says what a name means.
+The maths is written as for one device and JAX divides it, but for the experts (`models.divided_experts`). On one device
+(`ONE_DEVICE`) nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from models.config import MoEConfig
+from varjax.routing import LayerAnswers
+
+DATA, MODEL = "data", "model"  # the axes of a mesh
+REPLICATED_ANSWERS = 1 << 30  # bytes of a table's answers that every device may hold whole
+
+T = TypeVar("T")
+
+
+class Axis(NamedTuple):
+    """What a name of an axis stands for."""
+
+    over: str  # the axis of the mesh that divides it
+    counted_by: str | None = None  # the field of MoEConfig that must be a multiple; None: the array's own size decides
+    or_whole: bool = False  # where it is none, every device holds all of it; else the mesh is refused
+
+
+AXES = {
+    "batch": Axis(DATA, or_whole=True),
+    "heads": Axis(MODEL, "num_heads"),
+    "kv_heads": Axis(MODEL, "num_kv_heads", or_whole=True),
+    "vocabulary": Axis(MODEL, "vocab_size", or_whole=True),
+    "expert_size": Axis(MODEL, "intermediate_size"),
+    "dense_size": Axis(MODEL, "dense_size"),
+    "answer": Axis(MODEL, "hidden_size", or_whole=True),  # of a table that is too large for every device
+}
+
+
+class MeshError(ValueError):
+    """A mesh that cannot be had, or that a model cannot be divided over; names the mend."""
+
+
+def make_mesh(shape: str) -> Mesh:
+    """The mesh that a text such as "data=2,model=4" asks for, over the first devices; an axis left out has size 1.
+
+    Raises:
+        MeshError: the text says something else, or there are not so many devices.
+    """
+    sizes = {DATA: 1, MODEL: 1}
+    asked = [re.fullmatch(rf"({DATA}|{MODEL})=([1-9]\d*)", part.strip()) for part in shape.split(",")]
+    names = [found[1] for found in asked if found]
+    if len(names) < len(asked) or len(set(names)) < len(names):
+        raise MeshError(f"mesh {shape!r}: expected something like {DATA}=2,{MODEL}=4, each of the two at most once")
+    sizes |= {found[1]: int(found[2]) for found in asked if found}
+    devices, wanted = jax.devices(), math.prod(sizes.values())
+    if wanted > len(devices):
+        raise MeshError(f"mesh {shape!r} needs {wanted} devices, here are {len(devices)}; give a smaller one")
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:wanted], axis_types=kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How the arrays of one architecture lie on a mesh. Hashable, so it can be static under jit."""
+
+    mesh: Mesh | None = None
+    rules: tuple[tuple[str, str | None], ...] = ()  # name -> axis of the mesh, None where all devices hold all of it
+
+    @classmethod
+    def of(cls, config: MoEConfig, mesh: Mesh | None) -> Placement:
+        """That of a model on a mesh with the axes `data` and `model`; None: on one device.
+
+        Raises:
+            MeshError: naming what the mesh would have to divide and cannot.
+        """
+        if mesh is None:
+            return ONE_DEVICE
+        if set(mesh.axis_names) != {DATA, MODEL}:
+            raise MeshError(f"a mesh over {mesh.axis_names}: expected the axes {DATA} and {MODEL} (see make_mesh)")
+        rules: dict[str, str | None] = {}
+        faults = []
+        for name, axis in AXES.items():
+            count = None if axis.counted_by is None else getattr(config, axis.counted_by)
+            divides = count is None or count % mesh.shape[axis.over] == 0
+            if not divides and not axis.or_whole:
+                faults.append((axis, count))
+            rules[name] = axis.over if divides else None
+        if faults:
+            named = ", ".join(f"{axis.counted_by} {count}" for axis, count in faults)
+            most = math.gcd(*(getattr(config, axis.counted_by) or 0 for axis in AXES.values() if _divides(axis)))
+            raise MeshError(
+                f"{MODEL}={mesh.shape[MODEL]} does not divide {named} of this model; it can be a divisor of {most}"
+            )
+        return cls(mesh, tuple(rules.items()))
+
+    def size(self, axis: str) -> int:
+        """Devices along an axis of the mesh."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    def spec(self, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
+        """What divides each axis of an array; nothing where the array's own size is no multiple."""
+        over = [None if name is None else dict(self.rules)[name] for name in names]
+        fits = [axis is not None and size % self.size(axis) == 0 for size, axis in zip(shape, over, strict=True)]
+        return PartitionSpec(*(axis if fit else None for axis, fit in zip(over, fits, strict=True)))
+
+    def sharding(self, shape: tuple[int, ...], *names: str | None) -> NamedSharding | None:
+        """Where an array lies whose axes have these names (None: whole); None on one device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(shape, names))
+
+    def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
+        """`x` inside a jitted function, divided so."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *names))
+
+    def whole(self, tree: T) -> T:
+        """The arrays inside a jitted function, all of them on every device."""
+        return jax.tree.map(lambda leaf: self.constrain(leaf, *[None] * leaf.ndim), tree)
+
+    def by_rows(self, f: Callable[..., T], *arguments: Any) -> T:
+        """`f(*arguments)` inside a jitted function, with arrays [B, ...] in and out that do not depend on each other's
+        rows, and scalars: every device works on its own rows."""
+        leaves = [leaf for leaf in jax.tree.leaves(arguments) if leaf.ndim]
+        if self.size(DATA) == 1 or any(len(leaf) % self.size(DATA) for leaf in leaves):
+            return f(*arguments)
+        specs = jax.tree.map(lambda leaf: PartitionSpec(DATA) if leaf.ndim else PartitionSpec(), arguments)
+        run = jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(DATA), check_vma=False)
+        return run(*arguments)
+
+    def place(self, tree: T) -> T:
+        """Arrays outside of jit, moved to the devices, every one of them whole on each.
+
+        The answers of a table (`LayerAnswers`) that are larger than REPLICATED_ANSWERS together are divided: a device
+        looks up its part of each row.
+        """
+        if self.mesh is None:
+            return tree
+        answers = [leaf.answers for leaf in jax.tree.leaves(tree, is_leaf=_is_answers) if _is_answers(leaf)]
+        large = sum(leaf.nbytes for leaf in answers) > REPLICATED_ANSWERS
+
+        def sharding(leaf: Any, *names: str | None) -> NamedSharding:
+            return NamedSharding(self.mesh, self.spec(leaf.shape, names or (None,) * leaf.ndim))
+
+        def shardings(node: Any) -> Any:
+            every = jax.tree.map(sharding, node)
+            if large and _is_answers(node):
+                every = dataclasses.replace(every, answers=sharding(node.answers, None, "answer"))
+            return every
+
+        return jax.device_put(tree, jax.tree.map(shardings, tree, is_leaf=_is_answers))
+
+
+ONE_DEVICE = Placement()
+
+
+def _divides(axis: Axis) -> bool:
+    return axis.over == MODEL and not axis.or_whole
+
+
+def _is_answers(node: Any) -> bool:
+    return isinstance(node, LayerAnswers)
