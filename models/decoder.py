@@ -248,9 +248,9 @@ def forward(
 
     Args:
         params: parameters prepared for `engine`.
-        placement: where the arrays lie. On several devices what is small comes in and goes out whole on each (ids,
-            masks, plans, routing, the last logits), so what is made of it needs no exchange; all logits and the
-            outputs of slots are divided.
+        placement: where the arrays lie. On several devices every output is divided over `data`, but for the last
+            logits; under a plan routing and gate probabilities are whole on each device too, so all of them make the
+            same state of it and the next plan, without an exchange.
         token_ids: int32[B, T].
         attention_mask: bool or int[B, T], true for real tokens; padding may stand on either side. None: all are real.
         kv: cache with the positions before these ones; None: `token_ids` are the whole text.
@@ -262,7 +262,9 @@ def forward(
             none, which costs nothing.
     """
     mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
-    token_ids, mask, plan = placement.whole((token_ids, mask, plan))
+    batch = "batch" if plan is None else None
+    token_ids, mask = (placement.constrain(one, batch, None) for one in (token_ids, mask))
+    plan = placement.whole(plan)
     engine = divided(engine, placement, _param_specs(config, placement)["experts"][0])
     with jax.named_scope("scores"):
         if kv is None:
@@ -301,12 +303,12 @@ def forward(
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
             settled = None if plan is None else plan.layer(index)
+            # What stands in for an expert is looked up; its rows, which may be divided, are read below.
+            index_only = None if known is None else dataclasses.replace(known, answers=known.answers[:0])
             routing, dropped = placement.by_rows(
-                lambda probs, settled, known=known: resolve(
-                    probs, config.top_k, settled, known, config.normalise_top_k
-                ),
-                layer_probs,
-                settled,
+                partial(resolve, k=config.top_k, normalise=config.normalise_top_k),
+                rows={"probs": layer_probs, "plan": settled},
+                whole={"answers": index_only},
             )
             # Padding runs no expert: nobody reads what it would give.
             real = mask[..., None]
@@ -338,8 +340,10 @@ def forward(
         names = (None, None, None) if last_logits_only else ("batch", None, "vocabulary")
         logits = placement.constrain(logits, *names)
     with jax.named_scope("gate"):
-        router_probs = placement.whole(jnp.stack(probs))
-        routing = placement.whole(jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings))
+        router_probs = placement.constrain(jnp.stack(probs), None, batch, None, None)
+        routing = jax.tree.map(
+            lambda *leaves: placement.constrain(jnp.stack(leaves), None, batch, None, None), *routings
+        )
     return Output(
         logits=logits,
         router_probs=router_probs,

@@ -48,7 +48,5 @@ def _apply(
 
     rows = placement.spec(x.shape, ("batch", None))
     # check_vma: the engine's loops begin with zeros, which the checker takes for equal on all devices.
-    run = jax.shard_map(
-        one_device, mesh=placement.mesh, in_specs=(rows, rows, specs), out_specs=rows, check_vma=False
-    )
+    run = jax.shard_map(one_device, mesh=placement.mesh, in_specs=(rows, rows, specs), out_specs=rows, check_vma=False)
     return run(x, routing, experts)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -54,8 +54,11 @@ class MeshError(ValueError):
     """A mesh that cannot be had, or that a model cannot be divided over; names the mend."""
 
 
-def make_mesh(shape: str) -> Mesh:
-    """The mesh that a text such as "data=2,model=4" asks for, over the first devices; an axis left out has size 1.
+def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a text such as "data=2,model=4" asks for; an axis left out has size 1.
+
+    Args:
+        devices: to take the first ones of; None: all that there are.
 
     Raises:
         MeshError: the text says something else, or there are not so many devices.
@@ -66,11 +69,11 @@ def make_mesh(shape: str) -> Mesh:
     if len(names) < len(asked) or len(set(names)) < len(names):
         raise MeshError(f"mesh {shape!r}: expected something like {DATA}=2,{MODEL}=4, each of the two at most once")
     sizes |= {found[1]: int(found[2]) for found in asked if found}
-    devices, wanted = jax.devices(), math.prod(sizes.values())
-    if wanted > len(devices):
-        raise MeshError(f"mesh {shape!r} needs {wanted} devices, here are {len(devices)}; give a smaller one")
+    present, wanted = jax.devices() if devices is None else devices, math.prod(sizes.values())
+    if wanted > len(present):
+        raise MeshError(f"mesh {shape!r} needs {wanted} devices, here are {len(present)}; give a smaller one")
     kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=devices[:wanted], axis_types=kinds)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=present[:wanted], axis_types=kinds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +95,17 @@ class Placement:
         if set(mesh.axis_names) != {DATA, MODEL}:
             raise MeshError(f"a mesh over {mesh.axis_names}: expected the axes {DATA} and {MODEL} (see make_mesh)")
         rules: dict[str, str | None] = {}
-        faults = []
+        must: dict[str, int] = {}  # field of the config -> what has to be divided
         for name, axis in AXES.items():
-            count = None if axis.counted_by is None else getattr(config, axis.counted_by)
+            count = getattr(config, axis.counted_by) if axis.counted_by else None
+            if count is not None and not axis.or_whole:
+                must[str(axis.counted_by)] = count
             divides = count is None or count % mesh.shape[axis.over] == 0
-            if not divides and not axis.or_whole:
-                faults.append((axis, count))
             rules[name] = axis.over if divides else None
-        if faults:
-            named = ", ".join(f"{axis.counted_by} {count}" for axis, count in faults)
-            most = math.gcd(*(getattr(config, axis.counted_by) or 0 for axis in AXES.values() if _divides(axis)))
-            raise MeshError(
-                f"{MODEL}={mesh.shape[MODEL]} does not divide {named} of this model; it can be a divisor of {most}"
-            )
+        size, most = mesh.shape[MODEL], math.gcd(*must.values())
+        if most % size:
+            faults = ", ".join(f"{field}={count}" for field, count in must.items() if count % size)
+            raise MeshError(f"{MODEL}={size} does not divide {faults} of this model; give it a divisor of {most}")
         return cls(mesh, tuple(rules.items()))
 
     def size(self, axis: str) -> int:
@@ -123,23 +124,34 @@ class Placement:
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """`x` inside a jitted function, divided so."""
-        if self.mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, *names))
+        where = self.sharding(x.shape, *names)
+        return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
     def whole(self, tree: T) -> T:
         """The arrays inside a jitted function, all of them on every device."""
         return jax.tree.map(lambda leaf: self.constrain(leaf, *[None] * leaf.ndim), tree)
 
-    def by_rows(self, f: Callable[..., T], *arguments: Any) -> T:
-        """`f(*arguments)` inside a jitted function, with arrays [B, ...] in and out that do not depend on each other's
-        rows, and scalars: every device works on its own rows."""
-        leaves = [leaf for leaf in jax.tree.leaves(arguments) if leaf.ndim]
-        if self.size(DATA) == 1 or any(len(leaf) % self.size(DATA) for leaf in leaves):
-            return f(*arguments)
-        specs = jax.tree.map(lambda leaf: PartitionSpec(DATA) if leaf.ndim else PartitionSpec(), arguments)
-        run = jax.shard_map(f, mesh=self.mesh, in_specs=specs, out_specs=PartitionSpec(DATA), check_vma=False)
-        return run(*arguments)
+    def by_rows(self, f: Callable[..., T], rows: dict[str, Any], whole: dict[str, Any]) -> T:
+        """`f(**rows, **whole)` inside a jitted function, each device for its own sequences and without the others.
+
+        For what JAX would not divide by itself: it brings all rows together for a `top_k`, for one.
+
+        Args:
+            rows: arrays [B, ...], whose sequences have nothing to do with each other, and scalars. So are the results.
+            whole: what every device needs all of.
+        """
+        sizes = {len(leaf) for leaf in jax.tree.leaves(rows) if leaf.ndim}
+        if self.size(DATA) == 1 or any(size % self.size(DATA) for size in sizes):
+            return f(**rows, **whole)
+        specs = jax.tree.map(lambda leaf: PartitionSpec(DATA) if leaf.ndim else PartitionSpec(), rows)
+        run = jax.shard_map(
+            lambda rows, whole: f(**rows, **whole),
+            mesh=self.mesh,
+            in_specs=(specs, PartitionSpec()),
+            out_specs=PartitionSpec(DATA),
+            check_vma=False,
+        )
+        return run(rows, whole)
 
     def place(self, tree: T) -> T:
         """Arrays outside of jit, moved to the devices, every one of them whole on each.
@@ -149,26 +161,19 @@ class Placement:
         """
         if self.mesh is None:
             return tree
-        answers = [leaf.answers for leaf in jax.tree.leaves(tree, is_leaf=_is_answers) if _is_answers(leaf)]
-        large = sum(leaf.nbytes for leaf in answers) > REPLICATED_ANSWERS
-
-        def sharding(leaf: Any, *names: str | None) -> NamedSharding:
-            return NamedSharding(self.mesh, self.spec(leaf.shape, names or (None,) * leaf.ndim))
+        nodes = jax.tree.leaves(tree, is_leaf=_is_answers)
+        large = sum(node.answers.nbytes for node in nodes if _is_answers(node)) > REPLICATED_ANSWERS
 
         def shardings(node: Any) -> Any:
-            every = jax.tree.map(sharding, node)
+            every = jax.tree.map(lambda leaf: self.sharding(leaf.shape, *[None] * leaf.ndim), node)
             if large and _is_answers(node):
-                every = dataclasses.replace(every, answers=sharding(node.answers, None, "answer"))
+                every = dataclasses.replace(every, answers=self.sharding(node.answers.shape, None, "answer"))
             return every
 
         return jax.device_put(tree, jax.tree.map(shardings, tree, is_leaf=_is_answers))
 
 
 ONE_DEVICE = Placement()
-
-
-def _divides(axis: Axis) -> bool:
-    return axis.over == MODEL and not axis.or_whole
 
 
 def _is_answers(node: Any) -> bool:
