@@ -26,7 +26,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from models.config import MoEConfig
 from models.divided_experts import divided
@@ -168,13 +167,16 @@ class Decoder(nnx.Module):
             self.head = linear(config.hidden_size, config.vocab_size, (None, "vocabulary"), rngs=rngs)
 
 
+EXPERT_AXES = {"gate": (None, "expert_size"), "up": (None, "expert_size"), "down": ("expert_size", None)}
+
+
 class Expert(nnx.Module):
     def __init__(self, config: MoEConfig, dtype: jnp.dtype, keys: Iterator[jax.Array]):
         init = nnx.initializers.normal(config.initializer_range)
-        inner, axes = (config.hidden_size, config.intermediate_size), (None, "expert_size")
-        self.gate = nnx.Param(init(next(keys), inner, dtype), **named(*axes))
-        self.up = nnx.Param(init(next(keys), inner, dtype), **named(*axes))
-        self.down = nnx.Param(init(next(keys), inner[::-1], dtype), **named(*axes[::-1]))
+        inner = (config.hidden_size, config.intermediate_size)
+        self.gate = nnx.Param(init(next(keys), inner, dtype), **named(*EXPERT_AXES["gate"]))
+        self.up = nnx.Param(init(next(keys), inner, dtype), **named(*EXPERT_AXES["up"]))
+        self.down = nnx.Param(init(next(keys), inner[::-1], dtype), **named(*EXPERT_AXES["down"]))
 
 
 class Experts(nnx.Module):
@@ -198,18 +200,14 @@ def init_params(config: MoEConfig, key: jax.Array, dtype: Any = jnp.float32) -> 
 
 def param_shardings(config: MoEConfig, placement: Placement) -> Params:
     """Where each parameter of the canonical layout lies: a NamedSharding each; None each on one device."""
-    return jax.tree.map(
-        lambda spec: None if placement.mesh is None else NamedSharding(placement.mesh, spec),
-        _param_specs(config, placement),
-    )
+    return jax.tree.map(placement.named, _axis_names(config))
 
 
 @lru_cache(maxsize=16)
-def _param_specs(config: MoEConfig, placement: Placement) -> Params:
-    """A PartitionSpec for each parameter of the canonical layout."""
+def _axis_names(config: MoEConfig) -> Params:
+    """The names of the axes of each parameter of the canonical layout, as a PartitionSpec."""
     states = nnx.eval_shape(lambda: _declared(config, jax.random.key(0), jnp.dtype(jnp.float32)))
-    with nnx.logical_axis_rules(placement.rules):
-        return _as_params(config, *nnx.get_partition_spec(states))
+    return _as_params(config, *nnx.get_partition_spec(states))
 
 
 def _declared(config: MoEConfig, key: jax.Array, dtype: jnp.dtype) -> tuple[nnx.State, nnx.State]:
@@ -265,7 +263,7 @@ def forward(
     batch = "batch" if plan is None else None
     token_ids, mask = (placement.constrain(one, batch, None) for one in (token_ids, mask))
     plan = placement.whole(plan)
-    engine = divided(engine, placement, _param_specs(config, placement)["experts"][0])
+    engine = divided(engine, placement, config.num_experts, EXPERT_AXES)
     with jax.named_scope("scores"):
         if kv is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)

@@ -16,6 +16,7 @@ same. The price: products of F/M columns, narrow for models with many small expe
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -26,17 +27,22 @@ from models.placement import MODEL, Placement
 from varjax.routing import Routing
 
 
-def divided(engine: Engine, placement: Placement, specs: Any) -> Engine:
+def divided(
+    engine: Engine, placement: Placement, num_experts: int, axes: Mapping[str, tuple[str | None, ...]]
+) -> Engine:
     """`engine` on the devices of a placement; itself on one device.
 
+    The engine's `prepare` also lays out what divides the weights: a PartitionSpec in the place of each array. One that
+    only orders the experts can do that as it is.
+
     Args:
-        specs: what divides the canonical weights of one layer, `{expert: {"gate": PartitionSpec, ...}}`. `prepare` must
-            be able to lay these out in the place of arrays, as one that only orders experts can.
+        axes: the names of the axes of an expert's weights, `{"gate": (None, "expert_size"), ...}`.
     """
     if placement.mesh is None:
         return engine
-    laid_out = engine.prepare(specs)
-    return dataclasses.replace(engine, apply=partial(_apply, engine=engine, placement=placement, specs=laid_out))
+    expert = {name: placement.over(*names) for name, names in axes.items()}
+    specs = engine.prepare(dict.fromkeys(range(num_experts), expert))
+    return dataclasses.replace(engine, apply=partial(_apply, engine=engine, placement=placement, specs=specs))
 
 
 def _apply(
@@ -46,7 +52,7 @@ def _apply(
         part = engine.apply(x, routing, experts)
         return jax.lax.psum(part, MODEL) if placement.size(MODEL) > 1 else part
 
-    rows = placement.spec(x.shape, ("batch", None))
+    rows = placement.spec(x.shape, "batch", None)
     # check_vma: the engine's loops begin with zeros, which the checker takes for equal on all devices.
     run = jax.shard_map(one_device, mesh=placement.mesh, in_specs=(rows, rows, specs), out_specs=rows, check_vma=False)
     return run(x, routing, experts)

@@ -103,7 +103,7 @@ class Model:
         return generate(step or self._step, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
 
     def _step(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
-        logits, kv = _plain_step(self.params, kv, ids, mask, self.network)
+        logits, kv = plain_step(self.params, kv, ids, mask, self.network)
         return logits, kv, carry
 
     def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]:
@@ -125,7 +125,7 @@ class Model:
 
 
 @partial(jax.jit, static_argnames="network", donate_argnames="kv")
-def _plain_step(
+def plain_step(
     params: Params, kv: KVCache, ids: jax.Array, mask: jax.Array, network: Network
 ) -> tuple[jax.Array, KVCache | None]:
     out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=True)

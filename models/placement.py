@@ -112,15 +112,22 @@ class Placement:
         """Devices along an axis of the mesh."""
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
-    def spec(self, shape: tuple[int, ...], names: tuple[str | None, ...]) -> PartitionSpec:
-        """What divides each axis of an array; nothing where the array's own size is no multiple."""
-        over = [None if name is None else dict(self.rules)[name] for name in names]
-        fits = [axis is not None and size % self.size(axis) == 0 for size, axis in zip(shape, over, strict=True)]
-        return PartitionSpec(*(axis if fit else None for axis, fit in zip(over, fits, strict=True)))
+    def over(self, *names: str | None) -> PartitionSpec:
+        """What divides each axis of a parameter whose axes have these names (None: nothing)."""
+        return PartitionSpec(*(None if name is None else dict(self.rules)[name] for name in names))
+
+    def named(self, names: PartitionSpec) -> NamedSharding | None:
+        """Where a parameter lies whose axes have these names; None on one device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.over(*names))
+
+    def spec(self, shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
+        """What divides each axis of any array; nothing where the array's own size is no multiple."""
+        over = zip(shape, self.over(*names), strict=True)
+        return PartitionSpec(*(axis if axis and size % self.size(axis) == 0 else None for size, axis in over))
 
     def sharding(self, shape: tuple[int, ...], *names: str | None) -> NamedSharding | None:
-        """Where an array lies whose axes have these names (None: whole); None on one device."""
-        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(shape, names))
+        """Where any array lies whose axes have these names (None: whole); None on one device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(shape, *names))
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """`x` inside a jitted function, divided so."""

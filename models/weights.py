@@ -230,9 +230,7 @@ def _blocks(slices: Any, entry: Entry) -> Iterator[np.ndarray]:
     """A tensor on the disk in blocks of about BLOCK_BYTES; safetensors wants no end beyond the last row."""
     rows = entry.shape[0]
     step = max(BLOCK_BYTES // (4 * math.prod(entry.shape[1:])), 1)
-    return (
-        slices[start : min(start + step, rows)] for start in range(0, rows, step)
-    )
+    return (slices[start : min(start + step, rows)] for start in range(0, rows, step))
 
 
 def _distribute(slices: Any, entry: Entry, where: NamedSharding) -> jax.Array:
