@@ -2,8 +2,8 @@
 
 Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
 figures. A killed run continues from its last checkpoint when the same command is given again. Runs on all devices of
-the machine; several machines divide the documents: start it on each, with --num_processes P, --process_id 0 to P - 1
-and one --output that all of them see.
+the machine, each with the whole model unless --mesh divides it; several machines divide the documents: start it on
+each, with --num_processes P, --process_id 0 to P - 1 and one --output that all of them see.
 
   --merge A B ...    collect nothing: put the outputs of several finished runs together
 """
@@ -24,8 +24,7 @@ from analysis.collection.statistics import KeySettings
 from analysis.hypotheses import statistics_figures
 from analysis.provenance import provenance, write_json
 from analysis.traces.recording import record
-from experiments.arguments import open_corpus, parser, run
-from models import load_model
+from experiments.arguments import open_corpus, open_model, parser, run
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
 
@@ -94,7 +93,7 @@ def collect(args: argparse.Namespace) -> None:
         save_tokens=args.save_tokens,
     )
     share = Share(args.process_id, args.num_processes)
-    model = load_model(args.model, args.dtype, args.implementation)
+    model = open_model(args)
     corpus = open_corpus(model, args, args.split)
     found = analyse(model, corpus, args.output, settings, share=share, seed=args.seed)
     if found is None:

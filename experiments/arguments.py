@@ -11,6 +11,7 @@ from typing import Any
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
+from models.placement import make_mesh
 from varjax import RoutingStats, VARConfig
 from varjax.answers import Answers
 from varjax.model import read_files
@@ -27,6 +28,12 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
     made.add_argument("--implementation", default=None, help="expert engine; see models.experts")
     made.add_argument(
+        "--mesh",
+        default=None,
+        metavar="data=D,model=M",
+        help="divide the model over M devices and a batch over D groups of them (docs/scaling.md); none: undivided",
+    )
+    made.add_argument(
         "--dataset",
         default="embedded",
         help="'embedded', a .txt, .jsonl or .parquet file, a directory of such or of prepare_datasets.py, "
@@ -41,9 +48,14 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     return made
 
 
+def open_model(args: argparse.Namespace) -> Model:
+    """The model, on the devices that the arguments name."""
+    return load_model(args.model, args.dtype, args.implementation, make_mesh(args.mesh) if args.mesh else None)
+
+
 def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], dict[str, Any]]:
     """The model, the documents of a split in its token ids, and what a result file says of both."""
-    model = load_model(args.model, args.dtype, args.implementation)
+    model = open_model(args)
     documents, data = load_encoded(model, args, split, args.num_samples)
     origin = {"model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}, "data": data}
     return model, documents, origin

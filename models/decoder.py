@@ -9,7 +9,8 @@ not divided by their sum, layers without experts. No family is known here by its
 
 Parameters are a plain dict `{"decoder": ..., "experts": [one entry per layer with experts]}`. The experts stand apart
 because their engine owns their layout (`models.experts`); `Experts` declares their canonical one. Shapes, random
-initialisation and the target of loading all derive from these declarations.
+initialisation, the target of loading and what each of several devices holds (`models.placement`) all derive from these
+declarations.
 
 The innermost `jax.named_scope` of every operation is the component that `profiling` reports its time under.
 """
@@ -27,8 +28,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.config import MoEConfig
+from models.divided_experts import divided
 from models.experts import Engine, slot_outputs
 from models.kv_cache import KVCache, extend, visible
+from models.placement import ONE_DEVICE, Placement
 from varjax.routing import LayerAnswers, Plan, Routing, resolve, top_k
 
 Params = dict[str, Any]
@@ -47,9 +50,19 @@ class Output:
     audit: jax.Array | None = None  # float32[L, S], `audit_error` of the tokens that were asked for
 
 
+def named(*axes: str | None) -> dict[str, Any]:
+    """What a parameter says of its axes: their names in `models.placement.AXES`, None for one that is never divided."""
+    return {"out_sharding": axes, "eager_sharding": False}  # said, not done: a declaration knows no mesh
+
+
+def make_linear(inner: int, outer: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
+    """A projection whose kernel [inner, outer] has axes of these names; a bias is divided as the outer one."""
+    return nnx.Linear(inner, outer, kernel_metadata=named(*axes), bias_metadata=named(axes[1]), **options)
+
+
 class RMSNorm(nnx.Module):
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype):
-        self.weight = nnx.Param(jnp.ones(size, dtype))
+    def __init__(self, size: int, eps: float, dtype: jnp.dtype, axis: str | None = None):
+        self.weight = nnx.Param(jnp.ones(size, dtype), **named(axis))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -67,13 +80,15 @@ class Attention(nnx.Module):
     def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs, dtype: Any = jnp.float32):
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         linear = partial(linear, use_bias=config.attention_bias, rngs=rngs)
-        self.q_proj = linear(config.hidden_size, queries)
-        self.k_proj = linear(config.hidden_size, keys)
-        self.v_proj = linear(config.hidden_size, keys)
-        self.o_proj = linear(queries, config.hidden_size)
-        if config.query_key_norm is not None:
-            sizes = {"head": (config.head_dim, config.head_dim), "projection": (queries, keys)}[config.query_key_norm]
-            self.q_norm, self.k_norm = (RMSNorm(size, config.rms_norm_eps, dtype) for size in sizes)
+        self.q_proj = linear(config.hidden_size, queries, (None, "heads"))
+        self.k_proj = linear(config.hidden_size, keys, (None, "kv_heads"))
+        self.v_proj = linear(config.hidden_size, keys, (None, "kv_heads"))
+        self.o_proj = linear(queries, config.hidden_size, ("heads", None))
+        norm = partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
+        if config.query_key_norm == "head":
+            self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
+        elif config.query_key_norm == "projection":
+            self.q_norm, self.k_norm = norm(queries, axis="heads"), norm(keys, axis="kv_heads")
         self.config = config
 
     def __call__(
@@ -116,9 +131,9 @@ class MLP(nnx.Module):
     """The SwiGLU block of a layer without experts."""
 
     def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs):
-        self.gate_proj = linear(config.hidden_size, config.dense_size, rngs=rngs)
-        self.up_proj = linear(config.hidden_size, config.dense_size, rngs=rngs)
-        self.down_proj = linear(config.dense_size, config.hidden_size, rngs=rngs)
+        self.gate_proj = linear(config.hidden_size, config.dense_size, (None, "dense_size"), rngs=rngs)
+        self.up_proj = linear(config.hidden_size, config.dense_size, (None, "dense_size"), rngs=rngs)
+        self.down_proj = linear(config.dense_size, config.hidden_size, ("dense_size", None), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -134,7 +149,7 @@ class DecoderLayer(nnx.Module):
         if place in config.dense_layers:
             self.mlp = MLP(config, linear, rngs)
         else:
-            self.gate = linear(config.hidden_size, config.num_experts, rngs=rngs)
+            self.gate = linear(config.hidden_size, config.num_experts, (None, None), rngs=rngs)
 
 
 class Decoder(nnx.Module):
@@ -142,22 +157,26 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         init = nnx.initializers.normal(config.initializer_range)
-        linear = partial(nnx.Linear, use_bias=False, param_dtype=dtype, kernel_init=init)
+        linear = partial(make_linear, use_bias=False, param_dtype=dtype, kernel_init=init)
         embed = partial(nnx.Embed, param_dtype=dtype, embedding_init=init)
-        self.embed = embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        axes = named("vocabulary", None)
+        self.embed = embed(config.vocab_size, config.hidden_size, embedding_metadata=axes, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, place, linear, dtype, rngs) for place in range(config.depth)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
-            self.head = linear(config.hidden_size, config.vocab_size, rngs=rngs)
+            self.head = linear(config.hidden_size, config.vocab_size, (None, "vocabulary"), rngs=rngs)
+
+
+EXPERT_AXES = {"gate": (None, "expert_size"), "up": (None, "expert_size"), "down": ("expert_size", None)}
 
 
 class Expert(nnx.Module):
     def __init__(self, config: MoEConfig, dtype: jnp.dtype, keys: Iterator[jax.Array]):
         init = nnx.initializers.normal(config.initializer_range)
         inner = (config.hidden_size, config.intermediate_size)
-        self.gate = nnx.Param(init(next(keys), inner, dtype))
-        self.up = nnx.Param(init(next(keys), inner, dtype))
-        self.down = nnx.Param(init(next(keys), inner[::-1], dtype))
+        self.gate = nnx.Param(init(next(keys), inner, dtype), **named(*EXPERT_AXES["gate"]))
+        self.up = nnx.Param(init(next(keys), inner, dtype), **named(*EXPERT_AXES["up"]))
+        self.down = nnx.Param(init(next(keys), inner[::-1], dtype), **named(*EXPERT_AXES["down"]))
 
 
 class Experts(nnx.Module):
@@ -176,10 +195,30 @@ class Experts(nnx.Module):
 
 def init_params(config: MoEConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
     """Random parameters in the canonical layout; under `jax.eval_shape` they cost nothing at any size."""
-    dtype = jnp.dtype(dtype)
-    decoder = nnx.to_pure_dict(nnx.state(Decoder(config, dtype, nnx.Rngs(key))))
-    experts = nnx.to_pure_dict(nnx.state(Experts(config, dtype, jax.random.fold_in(key, 1))))
-    return {"decoder": decoder, "experts": [experts["layers"][index] for index in range(config.num_layers)]}
+    return _as_params(config, *_declared(config, key, jnp.dtype(dtype)))
+
+
+def param_shardings(config: MoEConfig, placement: Placement) -> Params:
+    """Where each parameter of the canonical layout lies: a NamedSharding each; None each on one device."""
+    return jax.tree.map(placement.named, _axis_names(config))
+
+
+@lru_cache(maxsize=16)
+def _axis_names(config: MoEConfig) -> Params:
+    """The names of the axes of each parameter of the canonical layout, as a PartitionSpec."""
+    states = nnx.eval_shape(lambda: _declared(config, jax.random.key(0), jnp.dtype(jnp.float32)))
+    return _as_params(config, *nnx.get_partition_spec(states))
+
+
+def _declared(config: MoEConfig, key: jax.Array, dtype: jnp.dtype) -> tuple[nnx.State, nnx.State]:
+    """The variables of the decoder and of the experts."""
+    decoder, experts = Decoder(config, dtype, nnx.Rngs(key)), Experts(config, dtype, jax.random.fold_in(key, 1))
+    return nnx.state(decoder), nnx.state(experts)
+
+
+def _as_params(config: MoEConfig, decoder: nnx.State, experts: nnx.State) -> Params:
+    layers = nnx.to_pure_dict(experts)["layers"]
+    return {"decoder": nnx.to_pure_dict(decoder), "experts": [layers[index] for index in range(config.num_layers)]}
 
 
 def prepare(params: Params, engine: Engine) -> Params:
@@ -187,13 +226,14 @@ def prepare(params: Params, engine: Engine) -> Params:
     return {"decoder": params["decoder"], "experts": [engine.prepare(layer) for layer in params["experts"]]}
 
 
-@partial(jax.jit, static_argnames=("config", "engine", "last_logits_only", "slot_outputs_of"))
+@partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "slot_outputs_of"))
 def forward(
     params: Params,
     token_ids: jax.Array,
     *,
     config: MoEConfig,
     engine: Engine,
+    placement: Placement = ONE_DEVICE,
     attention_mask: jax.Array | None = None,
     kv: KVCache | None = None,
     plan: Plan | None = None,
@@ -206,6 +246,9 @@ def forward(
 
     Args:
         params: parameters prepared for `engine`.
+        placement: where the arrays lie. On several devices every output is divided over `data`, but for the last
+            logits; under a plan routing and gate probabilities are whole on each device too, so all of them make the
+            same state of it and the next plan, without an exchange.
         token_ids: int32[B, T].
         attention_mask: bool or int[B, T], true for real tokens; padding may stand on either side. None: all are real.
         kv: cache with the positions before these ones; None: `token_ids` are the whole text.
@@ -217,6 +260,10 @@ def forward(
             none, which costs nothing.
     """
     mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
+    batch = "batch" if plan is None else None
+    token_ids, mask = (placement.constrain(one, batch, None) for one in (token_ids, mask))
+    plan = placement.whole(plan)
+    engine = divided(engine, placement, config.num_experts, EXPERT_AXES)
     with jax.named_scope("scores"):
         if kv is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
@@ -228,7 +275,7 @@ def forward(
 
     model = nnx.merge(_graph(config, params["decoder"]["embed"]["embedding"].dtype), params["decoder"])
     with jax.named_scope("norms"):
-        x = model.embed(token_ids)
+        x = placement.constrain(model.embed(token_ids), "batch", None, None)
         rotation = rotary_angles(positions, config, x.dtype)
     probs, wanted, audited = [], [], []
     routings: list[Routing] = []
@@ -239,7 +286,7 @@ def forward(
             attended, kv = layer.attention(normed, rotation, seen, kv, place)
         with jax.named_scope("norms"):
             x = x + attended
-            normed = layer.expert_norm(x)
+            normed = placement.constrain(layer.expert_norm(x), "batch", None, None)
         if place in config.dense_layers:
             with jax.named_scope("experts"):
                 dense = layer.mlp(normed)
@@ -254,7 +301,13 @@ def forward(
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
             settled = None if plan is None else plan.layer(index)
-            routing, dropped = resolve(layer_probs, config.top_k, settled, known, config.normalise_top_k)
+            # What stands in for an expert is looked up; its rows, which may be divided, are read below.
+            index_only = None if known is None else dataclasses.replace(known, answers=known.answers[:0])
+            routing, dropped = placement.by_rows(
+                partial(resolve, k=config.top_k, normalise=config.normalise_top_k),
+                rows={"probs": layer_probs, "plan": settled},
+                whole={"answers": index_only},
+            )
             # Padding runs no expert: nobody reads what it would give.
             real = mask[..., None]
             routing = Routing(jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0))
@@ -274,7 +327,7 @@ def forward(
                     audit_error(audit, flat, layer_probs, y, config=config, engine=engine, experts=layer_experts)
                 )
         with jax.named_scope("norms"):
-            x = x + y
+            x = placement.constrain(x + y, "batch", None, None)
         probs.append(layer_probs)
         routings.append(routing)
     with jax.named_scope("norms"):
@@ -282,16 +335,20 @@ def forward(
     with jax.named_scope("head"):
         logits = model.embed.attend(x) if config.tie_word_embeddings else model.head(x)
         logits = logits.astype(jnp.float32)
+        names = (None, None, None) if last_logits_only else ("batch", None, "vocabulary")
+        logits = placement.constrain(logits, *names)
     with jax.named_scope("gate"):
-        router_probs = jnp.stack(probs)
-        routing = jax.tree.map(lambda *leaves: jnp.stack(leaves), *routings)
+        router_probs = placement.constrain(jnp.stack(probs), None, batch, None, None)
+        routing = jax.tree.map(
+            lambda *leaves: placement.constrain(jnp.stack(leaves), None, batch, None, None), *routings
+        )
     return Output(
         logits=logits,
         router_probs=router_probs,
         routing=routing,
-        kv=kv,
-        slot_outputs=jnp.stack(wanted) if wanted else None,
-        audit=jnp.stack(audited) if audited else None,
+        kv=None if kv is None else kv.constrain(placement),
+        slot_outputs=placement.constrain(jnp.stack(wanted), None, "batch", None, None, None) if wanted else None,
+        audit=placement.whole(jnp.stack(audited)) if audited else None,
     )
 
 
@@ -325,14 +382,16 @@ def audit_error(
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """An architecture and the engine that runs its experts: all of `forward` that is not data."""
+    """An architecture, the engine that runs its experts, and where: all of `forward` that is not data."""
 
     config: MoEConfig
     engine: Engine
+    placement: Placement = ONE_DEVICE
 
     def forward(self, params: Params, token_ids: jax.Array, **options: Any) -> Output:
-        """`forward` with this config and engine; `options` are its keyword arguments."""
-        return forward(params, token_ids, config=self.config, engine=self.engine, **options)
+        """`forward` with this config, engine and placement; `options` are its keyword arguments."""
+        own = {"config": self.config, "engine": self.engine, "placement": self.placement}
+        return forward(params, token_ids, **own, **options)
 
 
 def rotary_angles(positions: jax.Array, config: MoEConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from models.config import MoEConfig
+from models.placement import ONE_DEVICE, Placement
+
+AXES = ("batch", None, "kv_heads", None)  # of keys and values
 
 
 @jax.tree_util.register_dataclass
@@ -25,15 +28,23 @@ class KVCache:
     length: jax.Array  # int32[], slots in use
 
     @classmethod
-    def empty(cls, config: MoEConfig, batch_size: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    def empty(
+        cls,
+        config: MoEConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: jnp.dtype,
+        placement: Placement = ONE_DEVICE,
+    ) -> KVCache:
         """A cache for `capacity` positions (slots), padding included."""
         shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
+        where, everywhere = placement.sharding(shape, *AXES), placement.sharding(())
         return cls(
-            keys=[jnp.zeros(shape, dtype) for _ in range(config.depth)],
-            values=[jnp.zeros(shape, dtype) for _ in range(config.depth)],
-            mask=jnp.zeros(shape[:2], bool),
-            positions=jnp.zeros(shape[:2], jnp.int32),
-            length=jnp.zeros((), jnp.int32),
+            keys=[jnp.zeros(shape, dtype, device=where) for _ in range(config.depth)],
+            values=[jnp.zeros(shape, dtype, device=where) for _ in range(config.depth)],
+            mask=jnp.zeros(shape[:2], bool, device=everywhere),
+            positions=jnp.zeros(shape[:2], jnp.int32, device=everywhere),
+            length=jnp.zeros((), jnp.int32, device=everywhere),
         )
 
     def store(self, layer: int, keys: jax.Array, values: jax.Array) -> KVCache:
@@ -43,6 +54,11 @@ class KVCache:
         new_keys[layer] = jax.lax.dynamic_update_slice(self.keys[layer], keys, start)
         new_values[layer] = jax.lax.dynamic_update_slice(self.values[layer], values, start)
         return dataclasses.replace(self, keys=new_keys, values=new_values)
+
+    def constrain(self, placement: Placement) -> KVCache:
+        """The cache inside a jitted function, where `empty` put it."""
+        keys, values = ([placement.constrain(one, *AXES) for one in layers] for layers in (self.keys, self.values))
+        return KVCache(keys, values, *placement.whole((self.mask, self.positions, self.length)))
 
 
 def extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:

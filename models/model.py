@@ -8,23 +8,26 @@ from __future__ import annotations
 import dataclasses
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from models.config import MoEConfig, read_config
 from models.decoder import Network, Output, Params, prepare
 from models.experts import Engine, get_engine
 from models.generation import Sampling, Step, generate
 from models.kv_cache import KVCache
+from models.placement import ONE_DEVICE, Placement
 from models.tokenizer import load_tokenizer
 from models.weights import CheckpointError, load_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
@@ -38,6 +41,7 @@ class Model:
     name: str  # the directory or hub id that it came from
     fingerprint: str  # of the checkpoint's tensors, see `models.weights.load_params`
     tokenizer: PreTrainedTokenizerBase | None = None
+    placement: Placement = ONE_DEVICE  # of the parameters, and of all that is made of them
 
     def __call__(self, input_ids: Any, attention_mask: Any | None = None) -> Output:
         """Logits [B, T, V] float32 and gate probabilities [L, B, T, E] float32 of whole texts.
@@ -52,7 +56,7 @@ class Model:
     @cached_property
     def network(self) -> Network:
         """The pure part: what runs on any parameters of this shape. Hashable, so it can be static under jit."""
-        return Network(self.config, self.engine)
+        return Network(self.config, self.engine, self.placement)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -61,7 +65,14 @@ class Model:
 
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
         """A key/value cache for `capacity` positions, padding included."""
-        return KVCache.empty(self.config, batch_size, capacity, self.dtype)
+        return KVCache.empty(self.config, batch_size, capacity, self.dtype, self.placement)
+
+    def place(self, tree: T) -> T:
+        """Arrays such as a table's or a state's, moved to where the model runs: to every device of its mesh.
+
+        On one device they are where they should be. Large tables are divided, see `models.placement`.
+        """
+        return self.placement.place(tree)
 
     def generate(
         self,
@@ -92,7 +103,7 @@ class Model:
         return generate(step or self._step, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
 
     def _step(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
-        logits, kv = _plain_step(self.params, kv, ids, mask, self.network)
+        logits, kv = plain_step(self.params, kv, ids, mask, self.network)
         return logits, kv, carry
 
     def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]:
@@ -110,18 +121,23 @@ class Model:
         mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
         if mask.shape != ids.shape:
             raise ValueError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}")
-        return jnp.asarray(ids, jnp.int32), jnp.asarray(mask)
+        return self.place((jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
 
 
 @partial(jax.jit, static_argnames="network", donate_argnames="kv")
-def _plain_step(
+def plain_step(
     params: Params, kv: KVCache, ids: jax.Array, mask: jax.Array, network: Network
 ) -> tuple[jax.Array, KVCache | None]:
     out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=True)
     return out.logits[:, -1], out.kv
 
 
-def load_model(directory_or_hub_id: str | Path, dtype: str = "float32", implementation: str | None = None) -> Model:
+def load_model(
+    directory_or_hub_id: str | Path,
+    dtype: str = "float32",
+    implementation: str | None = None,
+    mesh: Mesh | None = None,
+) -> Model:
     """Load a checkpoint of one of `models.families.FAMILIES` from a local directory or the Hugging Face hub.
 
     Args:
@@ -129,9 +145,11 @@ def load_model(directory_or_hub_id: str | Path, dtype: str = "float32", implemen
             that comes with this package.
         dtype: "float32" or "bfloat16", of the parameters and the activations.
         implementation: expert engine, see `models.experts.get_engine`.
+        mesh: the devices to divide it over, see `models.placement.make_mesh`; None: one device holds all of it.
 
     Raises:
         ConfigError, CheckpointError: the config or the weights cannot be run faithfully.
+        MeshError: the model cannot be divided over the mesh.
         FileNotFoundError: neither a local directory nor a hub id that can be reached.
     """
     if dtype not in DTYPES:
@@ -139,14 +157,16 @@ def load_model(directory_or_hub_id: str | Path, dtype: str = "float32", implemen
     engine = get_engine(implementation)
     directory = _resolve_directory(directory_or_hub_id)
     config = read_config(directory / "config.json")
-    params, fingerprint = load_params(directory, config, DTYPES[dtype])
+    placement = Placement.of(config, mesh)
+    params, fingerprint = load_params(directory, config, DTYPES[dtype], placement)
     tokenizer = load_tokenizer(directory)
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
             f"{config.vocab_size}; use the tokenizer that belongs to the model"
         )
-    return Model(config, prepare(params, engine), engine, str(directory_or_hub_id), fingerprint, tokenizer)
+    prepared = prepare(params, engine)
+    return Model(config, prepared, engine, str(directory_or_hub_id), fingerprint, tokenizer, placement)
 
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -4,7 +4,7 @@ A family's table (`models.families`) maps each parameter of the canonical tree (
 the ledger, derived from the declared shapes, says which tensors a checkpoint must hold. Every tensor of the files must
 match exactly one row: missing, surplus and misshapen ones are all named in one error before anything is read. Linear
 kernels are stored transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one file at a
-time.
+time; for several devices each one's slice of a tensor is read.
 
 Format: https://huggingface.co/docs/safetensors; sharded checkpoints carry a `model.safetensors.index.json`.
 """
@@ -15,7 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.config import MoEConfig, config_to_hf
-from models.decoder import Params, init_params
+from models.decoder import Params, init_params, param_shardings
 from models.families import COMMON_TENSORS, FAMILIES
+from models.placement import ONE_DEVICE, Placement
 from varjax.files import replacing
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+BLOCK_BYTES = 1 << 24  # read at a time where a tensor is only hashed
 
 _STORED = ("F32", "BF16", "F16")  # safetensors' names of the dtypes that hold weights; others hold quantised ones
 # What decides the maths beside the tensors and is not seen in their shapes.
@@ -71,26 +74,36 @@ def ledger(config: MoEConfig) -> dict[str, Entry]:
     return entries
 
 
-def load_params(directory: Path, config: MoEConfig, dtype: Any = jnp.float32) -> tuple[Params, str]:
-    """Canonical parameters of the checkpoint in `directory`, and its fingerprint.
+def load_params(
+    directory: Path, config: MoEConfig, dtype: Any = jnp.float32, placement: Placement = ONE_DEVICE
+) -> tuple[Params, str]:
+    """Canonical parameters of the checkpoint in `directory`, where `placement` puts them, and its fingerprint.
 
-    Tensors travel one at a time, so the host never holds more than the parameters and one tensor. The fingerprint is a
-    SHA-256 of every tensor's name, shape and stored bytes and of what the config adds to their maths: it tells models
-    apart, wherever they lie, however they are sharded and whatever dtype they are loaded in. The same weights stored
-    in another dtype are another checkpoint.
+    Tensors travel one at a time, so the host never holds more than one beside what lies on the devices; of several
+    devices each gets its slice, read by itself. The fingerprint is a SHA-256 of every tensor's name, shape and stored
+    bytes and of what the config adds to their maths: it tells models apart, wherever they lie, however they are sharded
+    and whatever dtype they are loaded in. The same weights stored in another dtype are another checkpoint.
 
     Raises CheckpointError naming every missing, surplus, repeated or misshapen tensor, or the first unreadable or
     non-finite one.
     """
     expected = ledger(config)
     files = locate_tensors(directory, expected)
+    shardings = param_shardings(config, placement)
     params: Params = {"decoder": {}, "experts": [{} for _ in range(config.num_layers)]}
     digest = hashlib.sha256(repr(_maths(config)).encode())
     for name in sorted(expected):
-        entry, tensor = expected[name], _read(files[name], name)
-        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        digest.update(tensor.reshape(-1).view(np.uint8).data)
-        array, finite = _place(tensor, entry.transposed, jnp.dtype(dtype))
+        entry = expected[name]
+        where = _lookup(shardings, entry.path)
+        with _open(files[name]) as tensors:
+            if where is None:
+                stored = tensors.get_tensor(name)
+                _hash(digest, name, entry, [stored])
+            else:
+                slices = tensors.get_slice(name)
+                _hash(digest, name, entry, _blocks(slices, entry))
+                stored = _distribute(slices, entry, where)
+        array, finite = _place(stored, entry.transposed, jnp.dtype(dtype), where)
         if not finite:
             raise CheckpointError(f"{files[name]}: {name} holds NaN or infinite values; fetch or save the file again")
         _insert(params, entry.path, array)
@@ -205,15 +218,42 @@ def _open(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file} is truncated or not safetensors ({error}); fetch the file again") from None
 
 
-def _read(file: Path, name: str) -> np.ndarray:
-    with _open(file) as tensors:
-        return tensors.get_tensor(name)
+def _hash(digest: Any, name: str, entry: Entry, blocks: Iterable[np.ndarray]) -> None:
+    """Takes a tensor into the fingerprint, in one block or several along its first axis."""
+    for number, block in enumerate(blocks):
+        if number == 0:
+            digest.update(f"{name} {entry.shape} {block.dtype}".encode())
+        digest.update(block.reshape(-1).view(np.uint8).data)
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _place(stored: Any, transposed: bool, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """A stored tensor in the canonical layout on the device, and whether all of it is finite; in one pass."""
+def _blocks(slices: Any, entry: Entry) -> Iterator[np.ndarray]:
+    """A tensor on the disk in blocks of about BLOCK_BYTES; safetensors wants no end beyond the last row."""
+    rows = entry.shape[0]
+    step = max(BLOCK_BYTES // (4 * math.prod(entry.shape[1:])), 1)
+    return (slices[start : min(start + step, rows)] for start in range(0, rows, step))
+
+
+def _distribute(slices: Any, entry: Entry, where: NamedSharding) -> jax.Array:
+    """A tensor as it is on the disk, on several devices: each one's slice is read, and no more.
+
+    Args:
+        where: its place in the canonical layout.
+    """
+    axes = [*where.spec, *[None] * (len(entry.shape) - len(where.spec))]
+    on_disk = NamedSharding(where.mesh, PartitionSpec(*(axes[::-1] if entry.transposed else axes)))
+    return jax.make_array_from_callback(entry.shape, on_disk, lambda index: slices[index])
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _place(stored: Any, transposed: bool, dtype: jnp.dtype, where: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
+    """A stored tensor in the canonical layout on the device, and whether all of it is finite; in one pass.
+
+    Args:
+        where: it lies on several devices; None: on one.
+    """
     array = (stored.T if transposed else stored).astype(dtype)
+    if where is not None:
+        array = jax.lax.with_sharding_constraint(array, where)
     return array, jnp.isfinite(array).all()
 
 
@@ -229,7 +269,7 @@ def _insert(params: Params, path: tuple[Any, ...], value: jax.Array) -> None:
     node[path[-1]] = value
 
 
-def _lookup(params: Params, path: tuple[Any, ...]) -> jax.Array:
+def _lookup(params: Params, path: tuple[Any, ...]) -> Any:
     node: Any = params
     for part in path:
         node = node[part]

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.collection.passes import FLUSH_TOKENS, data_mesh, on_all_devices, per_device
+from analysis.collection.passes import FLUSH_TOKENS, mesh_of, on_all_devices, on_mesh, per_device
 from analysis.collection.statistics import KeySettings, choose_keys, collect_step, find_rows
 from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
@@ -50,15 +50,17 @@ def main() -> None:
     full = next(batch for batch in batches(documents, 8, 256) if batch.ids.shape[1] == 256)
     ids, mask = jnp.asarray(full.ids), jnp.asarray(full.mask)
 
-    mesh, orders = data_mesh(), tuple(count.order for count in keys.orders)
+    orders = tuple(count.order for count in keys.orders)
+    mesh = mesh_of(model)
+    model = on_mesh(model, mesh)
     layers = tuple(range(model.config.num_layers))
     empty = RoutingStats.empty(keys.keys, orders, len(layers), model.config.num_experts)
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)
-    shared = on_all_devices((KeyIndex.build(keys.keys), special, model.params), mesh)
+    shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
     windows = [per_device(stats.init(empty), mesh)]
 
     def collecting() -> jax.Array:
-        windows[0] = collect_step(windows[0], *shared, ids, mask, model.network, orders, layers, mesh)
+        windows[0] = collect_step(windows[0], *shared, model.params, ids, mask, model.network, orders, layers, mesh)
         return windows[0].tokens
 
     @jax.jit

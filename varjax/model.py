@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -34,6 +34,8 @@ from varjax.routing import Plan, Routing
 from varjax.stats import RoutingStats
 from varjax.step import Settings, VARState
 from varjax.table import RouteTable, build
+
+T = TypeVar("T")
 
 
 class Network(Protocol):
@@ -63,6 +65,8 @@ class RoutedModel(Protocol):
     def network(self) -> Network: ...
 
     def empty_cache(self, batch_size: int, capacity: int) -> Any: ...
+
+    def place(self, tree: T) -> T: ...  # arrays moved to the devices that the model runs on, if these are several
 
     def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]: ...
 
@@ -116,8 +120,8 @@ class VARModel:
         self.clock = clock or time.monotonic
         self.table = None
         if config.enable_var:
-            self.table = build_table(model, config) if table is None else table
-        self.settings = Settings.of(config, model.config.num_layers)
+            self.table = model.place(build_table(model, config) if table is None else table)
+        self.settings = model.place(Settings.of(config, model.config.num_layers))
 
     def disabled(self) -> VARModel:
         """The same model with VAR switched off: bit for bit the plain one.
@@ -129,7 +133,7 @@ class VARModel:
 
     def init(self, batch_size: int = 1) -> VARState | None:
         """The state before the first call; None with VAR switched off."""
-        return None if self.table is None else step.init(self.table, self.config, batch_size)
+        return None if self.table is None else self.model.place(step.init(self.table, self.config, batch_size))
 
     def __call__(
         self, input_ids: Any, state: VARState | None, attention_mask: Any | None = None
@@ -142,9 +146,7 @@ class VARModel:
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask)
-        if state is not None:
-            state = step.begin(state, batch_size=ids.shape[0])
-        return self.advance(state, ids, mask)
+        return self.advance(self._begin(state, len(ids)), ids, mask)
 
     def prefill(
         self, input_ids: Any, state: VARState | None, capacity: int, attention_mask: Any | None = None
@@ -163,9 +165,8 @@ class VARModel:
         ids, mask = self.model.check_inputs(input_ids, attention_mask)
         if capacity < ids.shape[1]:
             raise ValueError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
-        if state is not None:
-            state = step.begin(state, batch_size=ids.shape[0])
-        return self.advance(state, ids, mask, self.model.empty_cache(ids.shape[0], capacity), last_logits_only=True)
+        kv = self.model.empty_cache(len(ids), capacity)
+        return self.advance(self._begin(state, len(ids)), ids, mask, kv, last_logits_only=True)
 
     def advance(
         self, state: VARState | None, ids: jax.Array, mask: jax.Array, kv: Any = None, last_logits_only: bool = False
@@ -200,10 +201,12 @@ class VARModel:
             out, state = self.advance(state, ids, mask, kv, last_logits_only=True)
             return out.logits[:, -1], out.kv, state
 
-        if state is not None:
-            state = step.begin(state, batch_size=np.shape(input_ids)[0])
+        state = self._begin(state, len(input_ids))
         options = {"attention_mask": attention_mask, "sampling": sampling}
         return self.model.generate(input_ids, max_new_tokens, step=run, carry=state, **options)
+
+    def _begin(self, state: VARState | None, batch_size: int) -> VARState | None:
+        return None if state is None else self.model.place(step.begin(state, batch_size))
 
     def summary(self, state: VARState | None) -> str:
         """Share per tier and layer, hits and experts per token so far, as a table to print."""
@@ -237,7 +240,7 @@ class VARModel:
         like = self.init()
         if like is None:
             raise ValueError("VAR is switched off, so there is no state to load; load it with VAR on (enable_var=True)")
-        return statefile.load(path, like, step.milliseconds(self.clock()), self._about)
+        return self.model.place(statefile.load(path, like, step.milliseconds(self.clock()), self._about))
 
     @property
     def _about(self) -> dict[str, Any]:

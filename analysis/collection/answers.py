@@ -16,7 +16,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from analysis.collection.checkpoints import Checkpoints
-from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, run_pass
+from analysis.collection.passes import (
+    SAVE_TOKENS,
+    SPLIT,
+    SPLIT_LAYERS,
+    WHOLE,
+    mesh_of,
+    on_all_devices,
+    on_each_device,
+    on_mesh,
+    run_pass,
+)
 from analysis.collection.statistics import find_rows
 from analysis.text.encoding import Encoded
 from models import Model
@@ -24,6 +34,7 @@ from models.decoder import Network, Params
 from varjax import answers
 from varjax.answers import Answers, AnswerSums
 from varjax.keys import KeyIndex
+from varjax.routing import Routing
 
 
 def collect_answers(
@@ -46,13 +57,14 @@ def collect_answers(
         layers: those to collect, ascending.
         batch_size, max_length, checkpoints, save_tokens, progress: as in `analysis.collection.statistics.collect`.
     """
-    mesh = data_mesh()
+    mesh = mesh_of(model)
+    model = on_mesh(model, mesh)
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)
     empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size)
-    shared = on_all_devices((KeyIndex.build(empty.keys), special, model.params), mesh)
+    shared = on_all_devices((KeyIndex.build(empty.keys), special), mesh)
 
     def step(windows: AnswerSums, ids: jax.Array, mask: jax.Array) -> AnswerSums:
-        return _step(windows, *shared, ids, mask, model.network, empty.orders, mesh)
+        return _step(windows, *shared, model.params, ids, mask, model.network, empty.orders, mesh)
 
     found, _ = run_pass(
         empty,
@@ -84,12 +96,20 @@ def _step(
     mesh: Mesh,
 ) -> AnswerSums:
     """One batch [G * B, T] through the model and into the windows [G, ...] of the devices."""
+    out = network.forward(params, ids, attention_mask=mask, slot_outputs_of=windows.layers)
 
-    def step(
-        window: AnswerSums, index: KeyIndex, special: jax.Array, params: Params, ids: jax.Array, mask: jax.Array
+    def add(
+        window: AnswerSums,
+        index: KeyIndex,
+        special: jax.Array,
+        ids: jax.Array,
+        mask: jax.Array,
+        slot_outputs: jax.Array,
+        routing: Routing,
     ) -> AnswerSums:
-        out = network.forward(params, ids, attention_mask=mask, slot_outputs_of=window.layers)
         rows = find_rows(index, ids, mask, orders)
-        return answers.update(window, rows, out.slot_outputs, out.routing, mask & ~jnp.isin(ids, special))
+        return answers.update(window, rows, slot_outputs, routing, mask & ~jnp.isin(ids, special))
 
-    return on_each_device(step, mesh, shared=3)(windows, index, special, params, ids, mask)
+    specs = (WHOLE, WHOLE, SPLIT, SPLIT, SPLIT_LAYERS, SPLIT_LAYERS)
+    run = on_each_device(add, mesh, *specs)
+    return run(windows, index, special, ids, mask, out.slot_outputs, out.routing)

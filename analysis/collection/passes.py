@@ -1,9 +1,11 @@
 """A pass of the model over documents: sums on the devices, totals on the host, checkpoints on the way.
 
-Letters: G devices, B sequences, T positions.
+Letters: G devices, L layers, B sequences, T positions.
 
 Every device runs its own rows of a batch and adds to its own window of sums; the host absorbs the windows one after
-the other. So devices never wait for each other inside a step, and the result is that of one device up to rounding.
+the other. So devices never wait for each other inside a step, and the result is that of one device up to rounding. If
+the model is divided over a mesh, "device" stands for a place along `data`: the devices there run one model together,
+and each of them has the whole window.
 Processes on several hosts each take their share of the documents (`Share`) and write results of their own.
 
 The result depends on when windows are moved to the host, so that follows from the documents alone, and a checkpoint is
@@ -14,21 +16,24 @@ again, without running the model on those that are done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from analysis.collection.checkpoints import Checkpoints
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
+from models import Model
+from models.placement import DATA, Placement, make_mesh
 
-SPLIT, WHOLE = PartitionSpec("data"), PartitionSpec()
+SPLIT, WHOLE = PartitionSpec(DATA), PartitionSpec()  # the first axis over the devices; the same on all of them
+SPLIT_LAYERS = PartitionSpec(None, DATA)  # [L, B, ...]
 FLUSH_TOKENS = 1 << 18  # device sums are moved to the host's float64 this often
 SAVE_TOKENS = 1 << 21  # tokens between checkpoints
 
@@ -65,11 +70,17 @@ class _Part:
         return islice(self.every, self.share.index, None, self.share.of)
 
 
-def data_mesh() -> Mesh:
-    """All devices of this process along one axis, `data`."""
-    return jax.make_mesh(
-        (jax.local_device_count(),), ("data",), devices=jax.local_devices(), axis_types=(AxisType.Auto,)
-    )
+def mesh_of(model: Model) -> Mesh:
+    """The mesh that the model is divided over; if it is not, all devices of this process along `data`."""
+    return model.placement.mesh or make_mesh(f"{DATA}={jax.local_device_count()}", jax.local_devices())
+
+
+def on_mesh(model: Model, mesh: Mesh) -> Model:
+    """The model on the mesh that `mesh_of` found: all of it on each device, unless it is divided already."""
+    if mesh.size == 1 or model.placement.mesh is not None:
+        return model
+    placement = Placement.of(model.config, mesh)
+    return replace(model, params=placement.place(model.params), placement=placement)
 
 
 def on_all_devices(tree: T, mesh: Mesh) -> T:
@@ -79,25 +90,24 @@ def on_all_devices(tree: T, mesh: Mesh) -> T:
 
 def per_device(tree: Window, mesh: Mesh) -> Window:
     """[G, ...]: a copy of every array on each device, behind a leading axis."""
-    devices = mesh.devices.size
+    devices = mesh.shape[DATA]
     return jax.device_put(
         jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *leaf.shape)), tree), NamedSharding(mesh, SPLIT)
     )
 
 
-def on_each_device(step: Callable[..., Window], mesh: Mesh, shared: int) -> Callable[..., Window]:
-    """`step(window, *shared, ids, mask) -> window` as a function of windows [G, ...] and whole batches [G * B, T].
+def on_each_device(step: Callable[..., Window], mesh: Mesh, *specs: PartitionSpec) -> Callable[..., Window]:
+    """`step(window, *arguments) -> window` as a function of windows [G, ...] and of whole arguments.
 
     Args:
-        shared: how many arguments after the first every device needs whole.
+        specs: what each device gets of an argument: SPLIT, SPLIT_LAYERS or WHOLE.
     """
 
     def local(windows: Window, *arguments: jax.Array) -> Window:
         window = step(jax.tree.map(lambda leaf: leaf[0], windows), *arguments)
         return jax.tree.map(lambda leaf: leaf[None], window)
 
-    specs = (SPLIT, *[WHOLE] * shared, SPLIT, SPLIT)
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=SPLIT, check_vma=False)
+    return jax.shard_map(local, mesh=mesh, in_specs=(SPLIT, *specs), out_specs=SPLIT, check_vma=False)
 
 
 def run_pass(
@@ -135,7 +145,7 @@ def run_pass(
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
     with tqdm(documents, desc=name, unit="document", disable=not progress) as read:
-        for number, batch in enumerate(batches(read, batch_size * mesh.devices.size, max_length), start=1):
+        for number, batch in enumerate(batches(read, batch_size * mesh.shape[DATA], max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:
                 continue
@@ -156,7 +166,8 @@ def run_pass(
 def _absorbed(windows: Window, total: Total, absorb: Callable[[Window, Total], Total]) -> Total:
     """The total with the windows [G, ...] of all devices in it, in the order of the mesh."""
     leaves, structure = jax.tree.flatten(windows)
-    shards = [sorted(leaf.addressable_shards, key=lambda shard: shard.index[0].start or 0) for leaf in leaves]
-    for parts in zip(*shards, strict=True):
+    shards = [[shard for shard in leaf.addressable_shards if shard.replica_id == 0] for leaf in leaves]
+    ordered = [sorted(own, key=lambda shard: shard.index[0].start or 0) for own in shards]
+    for parts in zip(*ordered, strict=True):
         total = absorb(jax.tree.unflatten(structure, [np.asarray(part.data)[0] for part in parts]), total)
     return total

@@ -15,14 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.collection.merging import merge_files
-from analysis.collection.passes import EVERY_DOCUMENT, SAVE_TOKENS, Share
+from analysis.collection.passes import EVERY_DOCUMENT, SAVE_TOKENS, Share, mesh_of
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.provenance import provenance
 from analysis.text.corpus import CorpusError
@@ -119,7 +118,7 @@ def analyse(
         "data": corpus.request,
         "settings": dataclasses.asdict(settings),
         "processes": share.of,
-        "devices": jax.local_device_count(),
+        "devices": dict(mesh_of(model).shape),
     }
     works = [output / WORK / f"process-{index}" for index in range(share.of)]
     work, alone = works[share.index], share.of == 1

@@ -18,7 +18,17 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from analysis.collection.checkpoints import Checkpoints
-from analysis.collection.passes import SAVE_TOKENS, data_mesh, on_all_devices, on_each_device, run_pass
+from analysis.collection.passes import (
+    SAVE_TOKENS,
+    SPLIT,
+    SPLIT_LAYERS,
+    WHOLE,
+    mesh_of,
+    on_all_devices,
+    on_each_device,
+    on_mesh,
+    run_pass,
+)
 from analysis.text.batches import windows
 from analysis.text.encoding import Encoded
 from models import Model
@@ -80,7 +90,7 @@ def collect(
 ) -> RoutingStats:
     """The statistics of `model` over `documents`, on the keys that `choose_keys` found.
 
-    Runs on all devices of this process.
+    Runs on the mesh that the model is divided over, or on all devices of this process.
 
     Args:
         layers: those to collect, ascending; None: all. The others have no occurrences.
@@ -92,12 +102,14 @@ def collect(
     """
     num_layers = model.config.num_layers
     chosen = tuple(range(num_layers)) if layers is None else tuple(layers)
-    orders, mesh = tuple(count.order for count in keys.orders), data_mesh()
+    orders = tuple(count.order for count in keys.orders)
+    mesh = mesh_of(model)
+    model = on_mesh(model, mesh)
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)
-    shared = on_all_devices((KeyIndex.build(keys.keys), special, model.params), mesh)
+    shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
 
     def step(windows: StatsBuffer, ids: jax.Array, mask: jax.Array) -> StatsBuffer:
-        return collect_step(windows, *shared, ids, mask, model.network, orders, chosen, mesh)
+        return collect_step(windows, *shared, model.params, ids, mask, model.network, orders, chosen, mesh)
 
     found, read = run_pass(
         RoutingStats.empty(keys.keys, orders, len(chosen), model.config.num_experts),
@@ -133,15 +145,16 @@ def collect_step(
 
     Special tokens (int32 [S]) route but do not count.
     """
+    probs = network.forward(params, ids, attention_mask=mask).router_probs
 
-    def step(
-        window: StatsBuffer, index: KeyIndex, special: jax.Array, params: Params, ids: jax.Array, mask: jax.Array
+    def add(
+        window: StatsBuffer, index: KeyIndex, special: jax.Array, ids: jax.Array, mask: jax.Array, probs: jax.Array
     ) -> StatsBuffer:
-        probs = network.forward(params, ids, attention_mask=mask).router_probs
         rows = find_rows(index, ids, mask, orders)
         return stats.update(window, rows, probs[jnp.array(layers)], mask & ~jnp.isin(ids, special))
 
-    return on_each_device(step, mesh, shared=3)(windows, index, special, params, ids, mask)
+    specs = (WHOLE, WHOLE, SPLIT, SPLIT, SPLIT_LAYERS)
+    return on_each_device(add, mesh, *specs)(windows, index, special, ids, mask, probs)
 
 
 def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[int, ...]) -> jax.Array:

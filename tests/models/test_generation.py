@@ -9,7 +9,7 @@ import pytest
 
 from models import Sampling
 from models.generation import choose, generate
-from models.model import _plain_step
+from models.model import plain_step
 
 PROMPT = np.array([[3, 4, 5], [6, 7, 8]])
 END, OTHER_END, FILL = 2, 9, 0
@@ -57,15 +57,15 @@ def test_generation_is_reproducible_by_seed_and_compiles_once(tiny_model):
         sampling = Sampling(temperature=1.0, seed=seed)
         return tiny_model.generate(prompt, 12, sampling=sampling)[0]
 
-    before = _plain_step._cache_size()
+    before = plain_step._cache_size()
     first = run(0)
-    assert _plain_step._cache_size() == before + 2  # one prefill, one decode step for all tokens
+    assert plain_step._cache_size() == before + 2  # one prefill, one decode step for all tokens
     assert (first.shape, first.dtype) == ((2, 15), np.int32)
     np.testing.assert_array_equal(first[:, :3], PROMPT)
     np.testing.assert_array_equal(run(0), first)
     assert (run(1) != first).any()
     run(0, PROMPT + 1)
-    assert _plain_step._cache_size() == before + 2
+    assert plain_step._cache_size() == before + 2
 
 
 def scripted(*tokens_of_rows):
