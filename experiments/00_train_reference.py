@@ -20,9 +20,10 @@ from analysis.text.batches import batches
 from analysis.text.corpus import corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode
 from analysis.text.ngram_baselines import ngram_losses
-from experiments.arguments import run
+from experiments.arguments import add_mesh, asked_mesh, run
 from models import Model, MoEConfig, load_model
 from models.experts import get_engine
+from models.placement import Placement
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.training import TrainConfig, pack, restore, train_steps
 from models.weights import save_params
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=defaults.learning_rate, help="peak")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
+    add_mesh(parser)
     args = parser.parse_args()
 
     train = TrainConfig(args.steps, args.batch_size, args.length, args.learning_rate, seed=args.seed)
@@ -65,12 +67,13 @@ def main() -> None:
     (end,) = CONFIG.eos_token_ids
     rows = pack([np.append(document.ids, end) for document in documents], train.length)
     print(f"{len(documents):,} documents, {rows.shape[0]:,} rows of {train.length} tokens")
-    steps = train_steps(CONFIG, train, get_engine(), rows, args.checkpoints, args.save_every)
+    placement = Placement.of(CONFIG, asked_mesh(args))
+    steps = train_steps(CONFIG, train, get_engine(), rows, args.checkpoints, args.save_every, placement)
     with tqdm(steps, total=train.steps, unit="step", mininterval=10) as bar:
         for index, _, info in bar:
             if index % 20 == 0:
                 bar.set_postfix(loss=f"{float(info.loss):.3f}", balance=f"{float(info.balance):.3f}", step=index)
-    save_params(args.output, restore(CONFIG, train, args.checkpoints).params, CONFIG, dtype="bfloat16")
+    save_params(args.output, restore(CONFIG, train, args.checkpoints, placement).params, CONFIG, dtype="bfloat16")
     write_card(args.output, train, documents, corpus_hash(texts), seen=train.steps * train.batch_size * train.length)
 
 

@@ -40,7 +40,7 @@ def divided(
     """
     if placement.mesh is None:
         return engine
-    expert = {name: placement.over(*names) for name, names in axes.items()}
+    expert: Any = {name: placement.over(*names) for name, names in axes.items()}
     specs = engine.prepare(dict.fromkeys(range(num_experts), expert))
     return dataclasses.replace(engine, apply=partial(_apply, engine=engine, placement=placement, specs=specs))
 
