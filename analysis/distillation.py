@@ -118,7 +118,7 @@ def distil(
     if answers.distilled:
         raise ValueError("these answers were distilled already; give the means that were collected")
     config = dataclasses.replace(config, cache_size=0, answer_dtype="float32")
-    table = build_for(model, stats, config, answers, keep_shapes=True)
+    table = model.place(build_for(model, stats, config, answers, keep_shapes=True))
     lines = [_lines(answers, layer, settings.min_count) for layer in answers.layers]
     trained = [int((count >= settings.min_count).sum()) for count in answers.count]
     if 0 in trained:
@@ -130,9 +130,9 @@ def distil(
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     state: Any = (corrections, optimizer.init(corrections), jnp.zeros(settings.steps, jnp.float32))
     done, state = (checkpoints and checkpoints.newest(state)) or (0, state)
-    state = jax.tree.map(jnp.asarray, state)
+    state = model.place(jax.tree.map(jnp.asarray, state))
     update = _make_step(model.network, optimizer, config, answers.layers)
-    on_device = [jnp.asarray(line) for line in lines]
+    on_device = model.place([jnp.asarray(line) for line in lines])
 
     numbered = zip(range(settings.steps), _endless(documents, settings), strict=False)
     with tqdm(numbered, total=settings.steps, unit="step", desc="distillation", disable=not progress) as bar:

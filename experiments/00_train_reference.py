@@ -25,11 +25,12 @@ from analysis.text.batches import batches
 from analysis.text.corpus import Document, corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode
 from analysis.text.ngram_baselines import ngram_losses
-from experiments.arguments import HelpFormatter, run
+from experiments.arguments import HelpFormatter, add_mesh, asked_mesh, run
 from models import Model, MoEConfig, load_model
 from models.config import read_config
 from models.experts import get_engine
 from models.families import FAMILIES
+from models.placement import Placement
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.training import TrainConfig, pack, restore, train_steps
 from models.weights import save_params
@@ -68,6 +69,7 @@ def main() -> None:
     parser.add_argument("--balance", type=float, default=defaults.balance, help="weight of the load-balancing loss")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
+    add_mesh(parser)
     args = parser.parse_args()
 
     config = CONFIG if args.config is None else read_config(args.config)
@@ -83,12 +85,13 @@ def main() -> None:
         note(checkpoints / "run.json", work, {})
     rows = pack([np.append(document.ids, end) for document in documents], train.length)
     print(f"{len(documents):,} documents, {rows.shape[0]:,} rows of {train.length} tokens")
-    steps = train_steps(config, train, get_engine(), rows, checkpoints, args.save_every)
+    placement = Placement.of(config, asked_mesh(args))
+    steps = train_steps(config, train, get_engine(), rows, checkpoints, args.save_every, placement)
     with tqdm(steps, total=train.steps, unit="step", mininterval=10) as bar:
         for index, _, info in bar:
             if index % 20 == 0:
                 bar.set_postfix(loss=f"{float(info.loss):.3f}", balance=f"{float(info.balance):.3f}", step=index)
-    save_params(output, restore(config, train, checkpoints).params, config, dtype="bfloat16")
+    save_params(output, restore(config, train, checkpoints, placement).params, config, dtype="bfloat16")
     write_card(output, train, documents, corpus_hash(texts), seen=train.steps * train.batch_size * train.length)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
@@ -27,12 +29,7 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     made.add_argument("--model", default="reference", help="directory, hub id, or 'reference' (comes with varjax)")
     made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
     made.add_argument("--implementation", default=None, help="expert engine; see models.experts")
-    made.add_argument(
-        "--mesh",
-        default=None,
-        metavar="data=D,model=M",
-        help="divide the model over M devices and a batch over D groups of them (docs/scaling.md); none: undivided",
-    )
+    add_mesh(made)
     made.add_argument(
         "--dataset",
         default="embedded",
@@ -48,9 +45,23 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     return made
 
 
+def add_mesh(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--mesh",
+        default=None,
+        metavar="data=D,model=M",
+        help="divide the model over M devices and a batch over D groups of them (docs/scaling.md); none: undivided",
+    )
+
+
+def asked_mesh(args: argparse.Namespace) -> Mesh | None:
+    """The devices that the arguments ask for; None: one."""
+    return None if args.mesh is None else make_mesh(args.mesh)
+
+
 def open_model(args: argparse.Namespace) -> Model:
-    """The model, on the devices that the arguments name."""
-    return load_model(args.model, args.dtype, args.implementation, make_mesh(args.mesh) if args.mesh else None)
+    """The model, on the devices that the arguments ask for."""
+    return load_model(args.model, args.dtype, args.implementation, asked_mesh(args))
 
 
 def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], dict[str, Any]]:

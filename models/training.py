@@ -21,8 +21,9 @@ import optax
 import orbax.checkpoint as ocp
 
 from models.config import MoEConfig
-from models.decoder import Params, forward, init_params, prepare
+from models.decoder import Params, forward, init_params, param_shardings, prepare
 from models.experts import Engine
+from models.placement import ONE_DEVICE, Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +73,28 @@ def optimizer(train: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def init_train_state(config: MoEConfig, train: TrainConfig) -> TrainState:
+def init_train_state(config: MoEConfig, train: TrainConfig, placement: Placement = ONE_DEVICE) -> TrainState:
+    """The parameters where `placement` puts them, and what the optimiser keeps of each beside it."""
     params = init_params(config, jax.random.key(train.seed))
-    return TrainState(params, optimizer(train).init(params), jnp.zeros((), jnp.int32))
+    state = optimizer(train).init(params)
+    if placement.mesh is not None:
+        shardings = param_shardings(config, placement)
+        params = jax.device_put(params, shardings)
+        state = optax.tree.map_params(
+            optimizer(train), jax.device_put, state, shardings, transform_non_params=placement.place
+        )
+    return TrainState(params, state, placement.place(jnp.zeros((), jnp.int32)))
 
 
 def make_step(
-    config: MoEConfig, train: TrainConfig, engine: Engine
+    config: MoEConfig, train: TrainConfig, engine: Engine, placement: Placement = ONE_DEVICE
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, TrainInfo]]:
     """A jitted `step(state, tokens int32[B, T + 1]) -> (state, info)` that donates the state."""
     update = optimizer(train).update
 
     def objective(params: Params, tokens: jax.Array) -> tuple[jax.Array, TrainInfo]:
-        out = forward(prepare(params, engine), tokens[:, :-1], config=config, engine=engine)
+        own = {"config": config, "engine": engine, "placement": placement}
+        out = forward(prepare(params, engine), tokens[:, :-1], **own)
         nll = optax.softmax_cross_entropy_with_integer_labels(out.logits, tokens[:, 1:]).mean()
         chosen = jax.nn.one_hot(out.routing.experts, config.num_experts).mean(axis=(1, 2, 3))
         balance = config.num_experts * (chosen * out.router_probs.mean(axis=(1, 2))).sum(-1).mean()
@@ -120,22 +130,28 @@ def batch_of(rows: np.ndarray, step: int, train: TrainConfig) -> np.ndarray:
     return rows[[orders[epoch][place] for epoch, place in zip(epochs.tolist(), places.tolist(), strict=True)]]
 
 
-def restore(config: MoEConfig, train: TrainConfig, checkpoints: Path) -> TrainState:
+def restore(config: MoEConfig, train: TrainConfig, checkpoints: Path, placement: Placement = ONE_DEVICE) -> TrainState:
     """The newest state in `checkpoints`, or the initial one if there is none yet."""
     with _manager(checkpoints) as manager:
-        return _newest(manager, config, train)
+        return _newest(manager, config, train, placement)
 
 
 def train_steps(
-    config: MoEConfig, train: TrainConfig, engine: Engine, rows: np.ndarray, checkpoints: Path, save_every: int = 200
+    config: MoEConfig,
+    train: TrainConfig,
+    engine: Engine,
+    rows: np.ndarray,
+    checkpoints: Path,
+    save_every: int = 200,
+    placement: Placement = ONE_DEVICE,
 ) -> Iterator[tuple[int, TrainState, TrainInfo]]:
     """Run (or resume from `checkpoints`) and yield `(step, state, info)` after each step.
 
     The yielded state is donated to the next step: read from it before asking for the next one.
     """
     with _manager(checkpoints) as manager:
-        state = _newest(manager, config, train)
-        step = make_step(config, train, engine)
+        state = _newest(manager, config, train, placement)
+        step = make_step(config, train, engine, placement)
         for index in range(int(state.step), train.steps):
             state, info = step(state, jnp.asarray(batch_of(rows, index, train)))
             if (index + 1) % save_every == 0 or index + 1 == train.steps:
@@ -148,7 +164,7 @@ def _manager(checkpoints: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(checkpoints.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
 
-def _newest(manager: ocp.CheckpointManager, config: MoEConfig, train: TrainConfig) -> TrainState:
-    state = init_train_state(config, train)
+def _newest(manager: ocp.CheckpointManager, config: MoEConfig, train: TrainConfig, placement: Placement) -> TrainState:
+    state = init_train_state(config, train, placement)
     latest = manager.latest_step()
     return state if latest is None else manager.restore(latest, args=ocp.args.StandardRestore(state))
