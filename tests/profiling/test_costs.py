@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from models.config import MoEConfig, read_config
-from models.decoder import Attention, attend, attend_causally, forward, init_params
+from models.decoder import Attention, attend, attend_causally, forward, init_params, make_linear
 from models.experts import Engine, get_engine
 from models.kv_cache import KVCache, visible
 from profiling.calculator import MIXTRAL_8X7B
@@ -54,7 +54,7 @@ def check(traced, flops: float) -> None:
 
 @pytest.mark.parametrize("length", [48, 160, 384])
 def test_attention_of_a_whole_text_agrees_with_xla(length):
-    linear = partial(nnx.Linear, use_bias=False)
+    linear = partial(make_linear, use_bias=False)
     graph, state = nnx.split(nnx.eval_shape(lambda: Attention(CONFIG, linear, nnx.Rngs(0))))
     heads = SHAPE((2, length, 1, 256))
 
