@@ -157,7 +157,7 @@ def look_at(situation: Situation, share: float, seed: int, **reading: Any) -> Se
     """Run the documents under audit, and with and without VAR."""
     var_model, texts = situation
     tally, _ = tally_documents(var_model, texts, share, seed=seed, **reading)
-    off = VARModel(var_model.model, VARConfig(enable_var=False))
+    off = var_model.disabled()
     plain, _ = score(var_runner(off), off.init(), texts, **reading)
     under_var, state = score(var_runner(var_model), var_model.init(), texts, **reading)
     experts = summary(state.counters, var_model.model.config.top_k)["experts_per_token"]

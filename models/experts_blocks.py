@@ -12,7 +12,7 @@ this engine: a batched switch computes every branch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -120,6 +120,7 @@ def cut(rows: Any, sizes: tuple[int, ...]) -> list[Any]:
     return blocks
 
 
+@cache
 def _most_rows(size: int, smaller: tuple[int, ...]) -> int:
     """How many rows cost no more in smaller blocks than in one of `size` rows."""
     if not smaller:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Traced
 
 from varjax.model import VARModel, routed_forward
 from varjax.step import VARState, milliseconds
@@ -59,6 +60,10 @@ class Calls:
     fixed: Fixed
     carry: Carry  # before the first call; not to be spent
     inputs: list[jax.Array]  # int32 [B, T], one per call
+
+    def traced(self) -> Traced:
+        """The step as it is run, traced for these calls: what `programs.describe` and `xla_costs.analyse` take."""
+        return jitted(self.step).trace(self.fixed, self.carry, self.inputs[0])
 
     def fresh(self) -> Carry:
         """A copy of the first carry, to be spent."""

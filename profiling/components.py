@@ -29,7 +29,6 @@ from profiling.compiling import at_once
 from profiling.programs import describe
 from profiling.scopes import OTHER
 from profiling.traces import ComponentTimes, capture, component_times, cost_of_recording, wall_times
-from varjax.config import VARConfig
 from varjax.model import VARModel
 
 AGREE = 1.5  # factor within which two measurements of a component agree
@@ -107,7 +106,7 @@ def measure_components(
     calls = prepare(var_model, ids, phase, max_calls)
     side = "plain" if var_model.table is None else "VAR"
     step = jitted(calls.step)
-    module = describe(step.trace(calls.fixed, calls.carry, calls.inputs[0]))
+    module = describe(calls.traced())
     wall_times(calls.each(step, 2))  # compiles
     cost = plain_recording(var_model, ids, phase, max_calls) if recording is None else recording
 
@@ -140,17 +139,17 @@ def measure_sides(
         texts: phase -> int32 [B, T].
         options: those of `measure_components`.
     """
-    sides = [VARModel(var_model.model, VARConfig(enable_var=False)), var_model]
-    phase = "decode" if "decode" in texts else next(iter(texts))
-    options.setdefault("recording", plain_recording(var_model, texts[phase], phase))
-    kinds = [(side, ids, phase) for phase, ids in texts.items() for side in sides]
+    kinds = [(side, ids, phase) for phase, ids in texts.items() for side in (var_model.disabled(), var_model)]
     at_once(partial(_compile, *kind) for kind in kinds)
+    phase = "decode" if "decode" in texts else next(iter(texts))
+    if "recording" not in options:
+        options["recording"] = plain_recording(var_model, texts[phase], phase)
     return [measure_components(*kind, folder=folder, **options) for kind in kinds]
 
 
 def plain_recording(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 16) -> float:
     """`cost_of_recording` by the plain model's calls: what it says of other programs is tested by their sums."""
-    calls = prepare(VARModel(var_model.model, VARConfig(enable_var=False)), ids, phase, max_calls)
+    calls = prepare(var_model.disabled(), ids, phase, max_calls)
     step = jitted(calls.step)
     wall_times(calls.each(step))  # compiles
     return cost_of_recording(lambda: calls.each(step, 2))
@@ -158,8 +157,7 @@ def plain_recording(var_model: VARModel, ids: np.ndarray, phase: str, max_calls:
 
 def _compile(var_model: VARModel, ids: np.ndarray, phase: str) -> None:
     """The step of these calls, so that who measures them finds it compiled."""
-    calls = prepare(var_model, ids, phase)
-    jitted(calls.step).lower(calls.fixed, calls.carry, calls.inputs[0]).compile()
+    prepare(var_model, ids, phase, max_calls=1).traced().lower().compile()
 
 
 def _typical(times: ComponentTimes, rounds: int, cost: float) -> dict[str, Any]:

@@ -9,12 +9,11 @@ from functools import partial
 import numpy as np
 
 from analysis.report import Column, Section, Table
-from profiling.calls import jitted, prepare
+from profiling.calls import prepare
 from profiling.compiling import at_once
 from profiling.costs import COMPONENTS, Cost, component_costs
 from profiling.evidence import workload_and_mix
 from profiling.xla_costs import XlaCost, analyse, explain
-from varjax.config import VARConfig
 from varjax.model import VARModel
 
 NAME = "costs"
@@ -38,14 +37,13 @@ def count(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> list[CallCost
     Args:
         texts: phase -> int32 [B, T].
     """
-    sides = {"plain": VARModel(var_model.model, VARConfig(enable_var=False)), "VAR": var_model}
+    sides = {"plain": var_model.disabled(), "VAR": var_model}
     return at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in sides.items())
 
 
 def _count(side: str, var_model: VARModel, phase: str, ids: np.ndarray) -> CallCosts:
     workload, mix = workload_and_mix(var_model, ids, phase)
-    calls = prepare(var_model, ids, phase)
-    xla = analyse(jitted(calls.step).trace(calls.fixed, calls.carry, calls.inputs[0]))
+    xla = analyse(prepare(var_model, ids, phase).traced())
     given = (var_model.model.config, workload, mix)
     needed, written = component_costs(*given), component_costs(*given, as_written=True)
     return CallCosts(side, phase, len(ids), needed, written, xla)

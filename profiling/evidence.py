@@ -26,7 +26,6 @@ from profiling.scopes import OTHER
 from profiling.throughput import used_experts
 from profiling.timing import compare, paired_ratio
 from profiling.workload import Mix, Workload
-from varjax.config import VARConfig
 from varjax.model import VARModel
 from varjax.step import Counters, summary
 
@@ -50,7 +49,7 @@ def gather(
         scalings: of a performance study; None of a phase leaves its scaling open.
         rounds: of timing.
     """
-    plain_model = VARModel(var_model.model, VARConfig(enable_var=False))
+    plain_model = var_model.disabled()
     found = []
     for phase, ids in texts.items():
         times = {one.side: one.by_trace for one in breakdowns if one.phase == phase}

@@ -29,6 +29,7 @@ from analysis.text.encoding import iter_encode
 from models import Model, load_model
 from models.generation import Step
 from models.kv_cache import KVCache
+from models.model import plain_step
 from profiling.timing import compare, paired_ratio
 from varjax import LayerPolicy, Plan, RouteTable, VARConfig, VARModel, VARState
 from varjax import step as var_step
@@ -137,8 +138,13 @@ def _read(model: Model, ids: np.ndarray, cached: int, capacity: int) -> KVCache:
 
     The texts are read whole and one by one, which compiles the same whatever their number and what is cached of them.
     """
-    empty = partial(model.empty_cache, 1, ids.shape[1])
-    rows = [model.network.forward(model.params, jnp.asarray(row[None]), kv=empty()).kv for row in ids]
+    real = jnp.ones((1, ids.shape[1]), bool)
+
+    def read(row: np.ndarray) -> KVCache | None:
+        _, kv = plain_step(model.params, model.empty_cache(1, len(row)), jnp.asarray(row[None]), real, model.network)
+        return kv
+
+    rows = [read(row) for row in ids]
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:, :capacity] if leaves[0].ndim else leaves[0], *rows)
     there = np.broadcast_to(np.arange(capacity) < cached, (len(ids), capacity))
     return jax.tree.map(jnp.asarray, dataclasses.replace(whole, mask=there, length=np.int32(cached)))

@@ -23,7 +23,6 @@ import numpy as np
 
 from analysis.text.encoding import Encoded
 from profiling.timing import Ratio, compare, paired_ratio
-from varjax.config import VARConfig
 from varjax.model import VARModel
 
 TEXTS = 8  # that a timed run reads at least
@@ -57,7 +56,7 @@ def by_batch(
 
     VAR must be switched on.
     """
-    sides = {"plain": VARModel(var_model.model, VARConfig(enable_var=False)), "var": var_model}
+    sides = {"plain": var_model.disabled(), "var": var_model}
     found = []
     for batch in (size for size in batch_sizes if size <= len(documents)):
         prompt = grouped(documents, batch, max_length, seed)
@@ -103,7 +102,7 @@ def measure(
     prompt = grouped(documents, batch_size, max_length, seed)
     text = grouped(documents, 1, min(2 * decode_tokens, max_length), seed)
     sides = {"var": var_model} if var_model.table is not None else {}
-    sides["plain"] = VARModel(var_model.model, VARConfig(enable_var=False))
+    sides["plain"] = var_model.disabled()
     subject = next(iter(sides))
 
     result: dict[str, Any] = {"repeats": repeats, "speedup": {}}

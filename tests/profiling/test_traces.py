@@ -127,7 +127,7 @@ def test_every_component_of_a_var_step_is_found(small_var_model, documents, tmp_
     ids = np.stack([one.ids[:16] for one in documents if len(one.ids) >= 16][:2])
     calls = prepare(small_var_model, ids, phase, max_calls=2)
     step = jitted(calls.step)
-    module = describe(step.trace(calls.fixed, calls.carry, calls.inputs[0]))
+    module = describe(calls.traced())
     for call in calls.each(step):
         call()
     times = component_times(capture(calls.each(step), tmp_path, phase), [module])
