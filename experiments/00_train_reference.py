@@ -87,8 +87,9 @@ def main() -> None:
     print(f"{len(documents):,} documents, {rows.shape[0]:,} rows of {train.length} tokens")
     placement = Placement.of(config, asked_mesh(args))
     steps = train_steps(config, train, get_engine(), rows, checkpoints, args.save_every, placement)
-    with tqdm(steps, total=train.steps, unit="step", mininterval=10) as bar:
-        for index, _, info in bar:
+    with tqdm(total=train.steps, unit="step", mininterval=10) as bar:
+        for index, _, info in steps:
+            bar.update(index - bar.n)  # a resumed run begins in the middle
             if index % 20 == 0:
                 bar.set_postfix(loss=f"{float(info.loss):.3f}", balance=f"{float(info.balance):.3f}", step=index)
     save_params(output, restore(config, train, checkpoints, placement).params, config, dtype="bfloat16")

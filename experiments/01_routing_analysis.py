@@ -57,7 +57,10 @@ def main() -> None:
     arguments.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
     arguments.add_argument("--save_tokens", type=int, default=defaults.save_tokens, help="tokens between checkpoints")
     arguments.add_argument(
-        "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of their sums per device"
+        "--stats_gib", type=float, default=defaults.stats_bytes / GIB, help="GiB of statistics per device"
+    )
+    arguments.add_argument(
+        "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of the answers' sums per device"
     )
     arguments.add_argument("--num_processes", type=int, default=1, help="how many divide the documents among them")
     arguments.add_argument("--process_id", type=int, default=0, help="which of them this one is, from 0")
@@ -87,6 +90,7 @@ def collect(args: argparse.Namespace) -> None:
         layers=args.layers and tuple(sorted(set(args.layers))),
         residual_orders=tuple(sorted(set(answered))) if args.residuals else (),
         residual_min_count=args.residual_min_count,
+        stats_bytes=int(args.stats_gib * GIB),
         residual_bytes=int(args.residual_gib * GIB),
         batch_size=args.batch_size,
         max_length=args.max_length,
@@ -105,7 +109,10 @@ def collect(args: argparse.Namespace) -> None:
             print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
     print_keys(found.keys)
     if settings.residual_orders:
-        print(f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough")
+        print(
+            f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough, "
+            f"for {found.pairs:,} pairs of a key and an expert in each layer at most"
+        )
     present(args.output, found.stats)
     finish(args.output)
 

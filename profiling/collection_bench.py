@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.collection.passes import FLUSH_TOKENS, mesh_of, on_all_devices, on_mesh, per_device
+from analysis.collection.passes import FLUSH_TOKENS, on_all_devices, on_mesh, per_device
 from analysis.collection.statistics import KeySettings, choose_keys, collect_step, find_rows
 from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
@@ -51,8 +51,7 @@ def main() -> None:
     ids, mask = jnp.asarray(full.ids), jnp.asarray(full.mask)
 
     orders = tuple(count.order for count in keys.orders)
-    mesh = mesh_of(model)
-    model = on_mesh(model, mesh)
+    model, mesh = on_mesh(model)
     layers = tuple(range(model.config.num_layers))
     empty = RoutingStats.empty(keys.keys, orders, len(layers), model.config.num_experts)
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)

@@ -54,11 +54,25 @@ class Answers:
     distilled: bool = field(default=False, metadata={"static": True})
 
     @classmethod
-    def empty(cls, keys: np.ndarray, layers: Sequence[int], num_experts: int, hidden_size: int) -> Answers:
-        """No occurrence yet; room for every expert at every key int32 [R, C], and at that of order 0 in front."""
+    def empty(
+        cls,
+        keys: np.ndarray,
+        layers: Sequence[int],
+        num_experts: int,
+        hidden_size: int,
+        pairs: np.ndarray | None = None,
+    ) -> Answers:
+        """No occurrence yet; room for some experts at every key int32 [R, C], and for all at that of order 0 in front.
+
+        Args:
+            pairs: bool [A, R, E], which experts have room at which keys (`varjax.selection.likeliest`); None: all.
+        """
+        shape = (len(layers), 1 + len(keys), num_experts)
+        there = np.ones(shape, bool)
+        if pairs is not None:
+            there[:, 1:] = pairs
         keys = np.concatenate([np.full((1, keys.shape[1]), ANY, np.int32), np.asarray(keys, np.int32)])
-        entry = np.arange(len(keys) * num_experts, dtype=np.int32).reshape(len(keys), num_experts)
-        return _nothing(keys, tuple(layers), np.broadcast_to(entry, (len(layers), *entry.shape)), hidden_size)
+        return _nothing(keys, tuple(layers), _numbered(there), hidden_size)
 
     @property
     def orders(self) -> tuple[int, ...]:
@@ -78,6 +92,11 @@ class AnswerSums:
     count: Array  # int32 [A, N]
     nonfinite: Array  # int32 [A]
     layers: tuple[int, ...] = field(metadata={"static": True})
+
+
+def bytes_a_pair(num_layers: int, num_experts: int, hidden_size: int) -> int:
+    """On the device, in all layers together: its sums, and a row of `entry`, for there are no more keys than pairs."""
+    return 4 * num_layers * (hidden_size + 3 + num_experts)
 
 
 def init(answers: Answers) -> AnswerSums:
@@ -178,7 +197,7 @@ def merge(a: Answers, b: Answers) -> Answers:
     there = np.zeros((num_layers, len(keys), num_experts), bool)
     for part, rows in parts:
         there[:, rows] |= part.entry != NO_ANSWER
-    entry = np.where(there, np.cumsum(there.reshape(num_layers, -1), axis=1).reshape(there.shape) - 1, NO_ANSWER)
+    entry = _numbered(there)
     whole = _nothing(keys, a.layers, entry, a.mean.shape[-1])
     for part, rows in parts:
         for layer in range(num_layers):
@@ -206,6 +225,12 @@ def pruned(answers: Answers) -> Answers:
         for name in ("mean", "mass", "m2", "count"):
             getattr(parts, name)[a, : len(pairs)] = getattr(answers, name)[a, pairs]
     return replace(parts, entry=entry, nonfinite=answers.nonfinite, distilled=answers.distilled)
+
+
+def _numbered(there: np.ndarray) -> np.ndarray:
+    """int32 [A, R, E]: the pairs bool [A, R, E] of each layer in a row, NO_ANSWER where there is none."""
+    number = np.cumsum(there.reshape(len(there), -1), axis=1, dtype=np.int32).reshape(there.shape) - 1
+    return np.where(there, number, np.int32(NO_ANSWER))
 
 
 def _nothing(

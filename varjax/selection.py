@@ -1,22 +1,47 @@
-"""Which answers a table of bounded size keeps: those that remove the most error.
+"""Which answers are collected where memory is bounded, and which a table of bounded size keeps.
 
-Letters: R keys, E experts, N answers of a layer, D hidden size.
+Letters: A layers that are collected, R keys, C key width, E experts, N answers of a layer, D hidden size.
 
 Where an answer is not kept, that of the longest shorter key stands in, and where there is none the expert runs. All
-answers of a layer take the same bytes, so the ones that are worth most are kept.
+answers of a layer take the same bytes, so the ones that are worth most are kept: those that remove the most error. What
+an answer will be worth is not known before it is collected, but what the gate thought of the expert at the key is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 
 from varjax.answers import Answers
-from varjax.keys import ANY
+from varjax.keys import ANY, KeyIndex
 from varjax.routing import NO_ANSWER
 from varjax.shrinkage import shrunk
+from varjax.stats import RoutingStats
+
+
+def likeliest(stats: RoutingStats, keys: np.ndarray, layers: Sequence[int], bound: int) -> np.ndarray:
+    """bool [A, R, E]: in every layer the `bound` pairs of a key and an expert with the largest squared gate weight.
+
+    That is n p^2 for n occurrences and a mean gate probability p. Pairs that the statistics know nothing of are left
+    out.
+
+    Args:
+        stats: of the same model, over text of the kind that will be read.
+        keys: int32 [R, C], the candidates.
+        layers: those to collect.
+        bound: pairs per layer.
+    """
+    row = np.asarray(KeyIndex.build(stats.keys).find(jnp.asarray(keys)))
+    wanted = np.zeros((len(layers), len(keys), stats.num_experts), bool)
+    for a, layer in enumerate(layers):
+        count = np.where(row < 0, 0, stats.count[layer, row])[:, None]
+        mass = np.where(count > 0, np.square(stats.sum_probs[layer, row]) / np.maximum(count, 1), 0).reshape(-1)
+        best = np.argsort(-mass, kind="stable")[:bound]
+        wanted[a].reshape(-1)[best] = mass[best] > 0
+    return wanted
 
 
 def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, shrinkage: float) -> Answers:

@@ -127,6 +127,11 @@ class StatsBuffer:
     tokens: Array  # int32 []
 
 
+def bytes_a_key(num_layers: int, num_experts: int) -> int:
+    """On the device, in all layers together."""
+    return 4 * num_layers * (11 + 3 * num_experts)
+
+
 def init(stats: RoutingStats) -> StatsBuffer:
     """An empty window for the keys, layers and experts of `stats`, around the means known so far."""
     num_layers, num_rows = stats.count.shape
@@ -223,12 +228,14 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
             f"{tokens} tokens since the last flush, but float32 counts only to {MAX_WINDOW}: flush more often"
         )
     sums, lows, centre, centre_probs = (
-        np.asarray(values).swapaxes(0, 1).astype(np.float64)  # [L, R, ...]
+        np.asarray(values).swapaxes(0, 1)  # [L, R, ...]
         for values in (buffer.sums, buffer.lows, buffer.centre, buffer.centre_probs)
     )
+    # What there is once per expert stays in float32: whole numbers, and parts of sums that are made in float64.
+    sums, top1, probs = np.split(sums, [5, 5 + stats.num_experts], axis=-1)
+    sums, lows, centre = (values.astype(np.float64) for values in (sums, lows, centre))
     count = sums[..., 0]
     seen = count > 0
-    top1, probs = np.split(sums[..., 5:], 2, axis=-1)
     lows[~seen] = np.nan
 
     def moments(i: int) -> Moments:

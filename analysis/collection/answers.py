@@ -21,7 +21,6 @@ from analysis.collection.passes import (
     SPLIT,
     SPLIT_LAYERS,
     WHOLE,
-    mesh_of,
     on_all_devices,
     on_each_device,
     on_mesh,
@@ -43,6 +42,7 @@ def collect_answers(
     keys: np.ndarray,
     layers: Sequence[int],
     *,
+    pairs: np.ndarray | None = None,
     batch_size: int = 8,
     max_length: int = 256,
     checkpoints: Checkpoints | None = None,
@@ -52,15 +52,16 @@ def collect_answers(
     """The mean output of each expert at each key, and at all tokens; pairs that never occurred are left out.
 
     Args:
-        keys: int32 [R, C], of order 1 and more. Memory is `A * (1 + R) * E * D` float32 on each device, and twice
-            that in float64 on the host.
+        keys: int32 [R, C], of order 1 and more.
         layers: those to collect, ascending.
+        pairs: bool [A, R, E], which experts are collected at which keys; None: all. With N pairs in a layer, those of
+            order 0 among them, memory is `A * (N * D + R * E)` float32 on each device, and five times that on the host
+            while a window is absorbed.
         batch_size, max_length, checkpoints, save_tokens, progress: as in `analysis.collection.statistics.collect`.
     """
-    mesh = mesh_of(model)
-    model = on_mesh(model, mesh)
+    model, mesh = on_mesh(model)
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)
-    empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size)
+    empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size, pairs)
     shared = on_all_devices((KeyIndex.build(empty.keys), special), mesh)
 
     def step(windows: AnswerSums, ids: jax.Array, mask: jax.Array) -> AnswerSums:

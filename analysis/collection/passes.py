@@ -75,12 +75,13 @@ def mesh_of(model: Model) -> Mesh:
     return model.placement.mesh or make_mesh(f"{DATA}={jax.local_device_count()}", jax.local_devices())
 
 
-def on_mesh(model: Model, mesh: Mesh) -> Model:
-    """The model on the mesh that `mesh_of` found: all of it on each device, unless it is divided already."""
+def on_mesh(model: Model) -> tuple[Model, Mesh]:
+    """The model on `mesh_of` it, all of it on each device unless it is divided already; and that mesh."""
+    mesh = mesh_of(model)
     if mesh.size == 1 or model.placement.mesh is not None:
-        return model
+        return model, mesh
     placement = Placement.of(model.config, mesh)
-    return replace(model, params=placement.place(model.params), placement=placement)
+    return replace(model, params=placement.place(model.params), placement=placement), mesh
 
 
 def on_all_devices(tree: T, mesh: Mesh) -> T:

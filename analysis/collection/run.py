@@ -26,11 +26,12 @@ from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.provenance import provenance
 from analysis.text.corpus import CorpusError
 from analysis.text.encoded_corpus import EncodedCorpus
-from models import Model
-from varjax import answersfile, statsfile
+from models import Model, MoEConfig
+from varjax import answers, answersfile, statsfile
 from varjax.config import residuals_beside
 from varjax.keys import ContextCounts, OrderCount
-from varjax.stats import RoutingStats
+from varjax.selection import likeliest
+from varjax.stats import RoutingStats, bytes_a_key
 
 STATS, TRACE = "routing_stats.parquet", "routing_trace.parquet"
 WORK = "routing_checkpoints"  # the folder inside the output; removed by `finish`
@@ -48,13 +49,15 @@ class Settings:
     layers: tuple[int, ...] | None = None  # to collect statistics of; None: all
     residual_orders: tuple[int, ...] = (1, 2, 3)  # context orders that get answers; (): none does
     residual_min_count: int = 10  # occurrences that a key with answers needs
-    residual_bytes: int = 1 << 32  # of sums on each device: where they are more, the rarer keys get no answers
+    stats_bytes: int = 1 << 32  # of statistics on each device: where they are more, fewer keys are admitted
+    residual_bytes: int = 1 << 32  # of answers' sums on each device: where they are more, only the likeliest are taken
     batch_size: int = 8  # rows per device and batch at `max_length`
     max_length: int = 256  # tokens per window
     save_tokens: int = SAVE_TOKENS  # tokens between checkpoints
 
     def __post_init__(self) -> None:
-        least = {"residual_min_count": 1, "residual_bytes": 0, "batch_size": 1, "max_length": 2, "save_tokens": 1}
+        least = {"residual_min_count": 1, "stats_bytes": 0, "residual_bytes": 0}
+        least |= {"batch_size": 1, "max_length": 2, "save_tokens": 1}
         faults = [
             f"{name}={getattr(self, name)}: expected at least {bound}"
             for name, bound in least.items()
@@ -74,6 +77,20 @@ class Settings:
             raise ValueError(f"layers {list(chosen)}: expected some of 0 to {len(every) - 1}, the layers of the model")
         return chosen
 
+    def keys_of(self, config: MoEConfig, num_layers: int) -> KeySettings:
+        """Which keys are worth a row, with as many as there is room for at most. Raises ValueError if there is none."""
+        one = bytes_a_key(num_layers, config.num_experts)
+        room = self.stats_bytes // one
+        if room < 1:
+            raise ValueError(f"stats_bytes={self.stats_bytes}: one key takes {one:,}; allow more, or fewer layers")
+        most = room if self.keys.max_keys is None else min(self.keys.max_keys, room)
+        return dataclasses.replace(self.keys, max_keys=most)
+
+    def pairs_of(self, config: MoEConfig, num_layers: int) -> int:
+        """For how many pairs of a key and an expert there is room in each layer, beside those of order 0."""
+        one = answers.bytes_a_pair(num_layers, config.num_experts, config.hidden_size)
+        return max(self.residual_bytes // one - config.num_experts, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
@@ -83,6 +100,7 @@ class Analysis:
     keys: ContextCounts  # with their counts over all documents
     answered: int  # keys that got answers
     answerable: int  # keys that were frequent enough for them
+    pairs: int  # of a key and an expert with room for an answer, in each layer at most
 
 
 def analyse(
@@ -126,11 +144,11 @@ def analyse(
     reading["progress"] = progress
 
     keys, noted = _keys(model, corpus, settings, work, run, progress)
-    order = np.sum(keys.keys >= 0, axis=1)
+    order, num_experts = np.sum(keys.keys >= 0, axis=1), model.config.num_experts
     answerable = np.isin(order, settings.residual_orders) & (keys.counts >= settings.residual_min_count)
-    bytes_a_key = 4 * len(layers) * model.config.num_experts * model.config.hidden_size
-    room = max(settings.residual_bytes // bytes_a_key - 1, 0)  # one is the key of order 0
-    answered = _most_frequent(answerable, keys.counts, room)
+    room = settings.pairs_of(model.config, len(layers))
+    answered = _most_frequent(answerable, keys.counts, room)  # more keys than pairs would be of no use
+    pairs = min(room, len(answered) * num_experts)
 
     documents, folder = share.documents(corpus), output if alone else work
     meta = {
@@ -152,10 +170,13 @@ def analyse(
         statsfile.write(folder / STATS, stats, meta | origin, strings)
 
     def residuals() -> None:
+        chosen, wanted = keys.keys[answered], None
+        if pairs < len(answered) * num_experts:
+            wanted = likeliest(statsfile.read(folder / STATS)[0], chosen, layers, pairs)
         with Checkpoints(work / "residuals") as saved:
-            answers = collect_answers(model, documents, keys.keys[answered], layers, checkpoints=saved, **reading)
+            found = collect_answers(model, documents, chosen, layers, pairs=wanted, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
-        answersfile.write(residuals_beside(folder / STATS), answers, meta | origin)
+        answersfile.write(residuals_beside(folder / STATS), found, meta | origin)
 
     _once(work / "statistics.done", statistics)
     if len(answered):
@@ -167,7 +188,7 @@ def analyse(
         _wait([path / "part.done" for path in works], progress)
         merge_files([path / STATS for path in works], output / STATS, origin)
     stats, _ = statsfile.read(output / STATS)
-    return Analysis(stats, keys, len(answered), int(answerable.sum()))
+    return Analysis(stats, keys, len(answered), int(answerable.sum()), pairs)
 
 
 def finish(output: Path) -> None:
@@ -185,7 +206,8 @@ def _keys(
             chosen = saved.newest(_no_keys(settings.keys))
         if chosen is not None:
             return chosen[1], noted
-    keys = choose_keys(model, corpus, settings.max_length, settings.keys, progress=progress)
+    wanted = settings.keys_of(model.config, len(settings.layers_of(model)))
+    keys = choose_keys(model, corpus, settings.max_length, wanted, progress=progress)
     note(work / "run.json", run, corpus.about)
     with Checkpoints(work / "keys") as saved:
         saved.save(0, keys)

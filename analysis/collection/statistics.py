@@ -23,7 +23,6 @@ from analysis.collection.passes import (
     SPLIT,
     SPLIT_LAYERS,
     WHOLE,
-    mesh_of,
     on_all_devices,
     on_each_device,
     on_mesh,
@@ -103,8 +102,7 @@ def collect(
     num_layers = model.config.num_layers
     chosen = tuple(range(num_layers)) if layers is None else tuple(layers)
     orders = tuple(count.order for count in keys.orders)
-    mesh = mesh_of(model)
-    model = on_mesh(model, mesh)
+    model, mesh = on_mesh(model)
     special = jnp.asarray(model.config.special_token_ids, jnp.int32)
     shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from varjax import answersfile
-from varjax.answers import Answers, flush, init, merge, pruned, update
+from varjax.answers import Answers, bytes_a_pair, flush, init, merge, pruned, update
 from varjax.keys import ANY
 from varjax.routing import FAST, NO_ANSWER, LayerAnswers, LayerRules, Plan, Routing, resolve
 from varjax.shrinkage import shrunk
@@ -105,6 +105,38 @@ def test_the_key_of_order_0_comes_first_and_room_is_for_every_pair():
     assert EMPTY.keys[0].tolist() == [ANY, ANY] and EMPTY.orders == (0, 1, 2)
     assert sorted(EMPTY.entry[1].ravel()) == list(range(7 * EXPERTS))
     assert Answers.empty(KEYS[:0], (1,), EXPERTS, HIDDEN).orders == (0,)
+
+
+def test_only_the_pairs_asked_for_have_room():
+    rng = np.random.default_rng(4)
+    pairs = rng.random((len(COLLECTED), len(KEYS), EXPERTS)) < 0.3
+    some = Answers.empty(KEYS, COLLECTED, EXPERTS, HIDDEN, pairs)
+    np.testing.assert_array_equal(some.entry[:, 1:] != NO_ANSWER, pairs)
+    assert (some.entry[:, 0] != NO_ANSWER).all()
+    for entry in some.entry:  # numbered without a gap
+        assert sorted(entry[entry != NO_ANSWER]) == list(range((entry != NO_ANSWER).sum()))
+    assert some.count.shape[1] == EXPERTS + pairs.sum((1, 2)).max()
+
+    batches = [random_batch(rng) for _ in range(2)]
+    sums = init(some)
+    for batch in batches:
+        sums = update(sums, *batch)
+    every, found = collected(batches), flush(sums, some)[1]
+    for a, row, expert in np.argwhere(some.entry != NO_ANSWER):
+        ours, theirs = found.entry[a, row, expert], every.entry[a, row, expert]
+        assert found.count[a, ours] == every.count[a, theirs]
+        np.testing.assert_allclose(found.mean[a, ours], every.mean[a, theirs], rtol=1e-6)
+
+
+def test_bytes_a_pair_are_those_of_the_sums():
+    """As many keys as pairs, each key with one."""
+    pairs = np.zeros((len(COLLECTED), len(KEYS), EXPERTS), bool)
+    pairs[..., 0] = True
+    sums = jax.eval_shape(init, Answers.empty(KEYS, COLLECTED, EXPERTS, HIDDEN, pairs))
+    one = bytes_a_pair(len(COLLECTED), EXPERTS, HIDDEN)
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in (sums.entry, sums.mean, sums.mass, sums.m2, sums.count))
+    room = EXPERTS + len(KEYS)
+    assert held == room * one - 4 * len(COLLECTED) * EXPERTS * (EXPERTS - 1)  # order 0 has one row for all experts
 
 
 @pytest.mark.parametrize("noise", [0.001, 0.01, 1.0])

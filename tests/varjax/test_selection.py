@@ -9,7 +9,8 @@ import pytest
 from varjax.answers import Answers
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.selection import most_valuable, worth
+from varjax.selection import likeliest, most_valuable, worth
+from varjax.stats import RoutingStats
 
 EXPERTS, HIDDEN, IDS = 3, 4, 3
 KEYS = [(ANY, i) for i in range(IDS)] + [(j, i) for j in range(IDS) for i in range(IDS)]
@@ -82,3 +83,21 @@ def test_order_0_counts_where_it_is_in_use(answers):
 def test_a_bound_that_is_no_bound_keeps_everything(answers):
     used = {5: np.unique(answers.entry[0])}
     np.testing.assert_array_equal(most_valuable(answers, used, 10**6, 1.0).entry, answers.entry)
+
+
+def test_the_likeliest_pairs_are_those_of_the_largest_squared_gate_weight():
+    rng = np.random.default_rng(1)
+    keys = np.array(KEYS, np.int32)
+    stats = RoutingStats.empty(keys[::-1], (1, 2), 3, EXPERTS)
+    count = rng.integers(0, 9, stats.count.shape)
+    stats = dataclasses.replace(stats, count=count, sum_probs=count[..., None] * rng.dirichlet([1] * 3, count.shape))
+    unknown = np.array([[7, 7]], np.int32)
+    wanted = likeliest(stats, np.concatenate([keys, unknown]), (0, 2), bound=10)
+    assert wanted.shape == (2, len(KEYS) + 1, EXPERTS) and wanted.sum((1, 2)).tolist() == [10, 10]
+    assert not wanted[:, -1].any()
+    for a, layer in enumerate((0, 2)):
+        share = np.nan_to_num(stats.mean_probs[layer][::-1])
+        mass = count[layer][::-1, None] * share**2
+        assert mass[wanted[a, :-1]].min() > mass[~wanted[a, :-1]].max()
+    every = likeliest(stats, keys, (0, 2), bound=1000)  # but for those that never occurred
+    np.testing.assert_array_equal(every, np.broadcast_to((count[[0, 2], ::-1] > 0)[..., None], every.shape))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varjax.keys import ANY
-from varjax.stats import MAX_WINDOW, Moments, RoutingStats, flush, init, merge, spread, update
+from varjax.stats import MAX_WINDOW, Moments, RoutingStats, bytes_a_key, flush, init, merge, spread, update
 
 LAYERS, EXPERTS, BATCH, LENGTH = 2, 3, 2, 5
 ORDERS = (1, 2)
@@ -160,6 +160,12 @@ def test_resuming_from_the_flushed_statistics_changes_nothing():
 
 def test_documents_are_added():
     assert flush(init(EMPTY), replace(EMPTY, documents=2), documents=3)[1].documents == 5
+
+
+def test_bytes_a_key_are_those_of_the_window():
+    buffer = init(EMPTY)
+    by_key = (buffer.sums, buffer.lows, buffer.centre, buffer.centre_probs)
+    assert sum(leaf.nbytes for leaf in by_key) == len(KEYS) * bytes_a_key(LAYERS, EXPERTS)
 
 
 def test_no_keys_at_all():
