@@ -29,7 +29,8 @@ from analysis.collection.checkpoints import Checkpoints
 from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from models import Model
-from models.decoder import Network, Params
+from models.decoder import Network
+from models.parameters import Params
 from varjax import step as var_step
 from varjax.answers import Answers
 from varjax.config import VARConfig

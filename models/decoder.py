@@ -1,16 +1,11 @@
-"""The decoder: Flax NNX declares its parameters and its per-layer maths, `forward` is a pure function.
+"""The decoder: `forward`, a pure function of its parameters (`models.parameters`) and of token ids.
 
 Letters: B sequences, T positions of this call, S positions of the cache, L layers with experts, V vocabulary, D hidden
 size, H query heads, G key/value heads, E experts, K experts per token.
 
-Architecture: Jiang et al. 2024 (arXiv 2401.04088); rotary embeddings: Su et al. 2021 (arXiv 2104.09864). What other
+Architecture: Jiang et al. 2024 (arXiv 2401.04088). What other
 families do differently are fields of `MoEConfig`: norms of queries and keys, clipping, biases, gate weights that are
 not divided by their sum, layers without experts. No family is known here by its name.
-
-Parameters are a plain dict `{"decoder": ..., "experts": [one entry per layer with experts]}`. The experts stand apart
-because their engine owns their layout (`models.experts`); `Experts` declares their canonical one. Shapes, random
-initialisation, the target of loading and what each of several devices holds (`models.placement`) all derive from these
-declarations.
 
 The innermost `jax.named_scope` of every operation is the component that `profiling` reports its time under.
 """
@@ -18,23 +13,20 @@ The innermost `jax.named_scope` of every operation is the component that `profil
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from models.config import MoEConfig
 from models.divided_experts import divided
 from models.experts import Engine, slot_outputs
 from models.kv_cache import KVCache, extend, visible
+from models.layers import rotary_angles
+from models.parameters import EXPERT_AXES, Params, with_methods
 from models.placement import ONE_DEVICE, Placement
 from varjax.routing import LayerAnswers, Plan, Routing, resolve, top_k
-
-Params = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -48,182 +40,6 @@ class Output:
     kv: KVCache | None  # the cache with this call's positions in it, where one was passed
     slot_outputs: jax.Array | None  # [len(slot_outputs_of), B, T, K, D], each slot's gate-weighted expert output
     audit: jax.Array | None = None  # float32[L, S], `audit_error` of the tokens that were asked for
-
-
-def named(*axes: str | None) -> dict[str, Any]:
-    """What a parameter says of its axes: their names in `models.placement.AXES`, None for one that is never divided."""
-    return {"out_sharding": axes, "eager_sharding": False}  # said, not done: a declaration knows no mesh
-
-
-def make_linear(inner: int, outer: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
-    """A projection whose kernel [inner, outer] has axes of these names; a bias is divided as the outer one."""
-    return nnx.Linear(inner, outer, kernel_metadata=named(*axes), bias_metadata=named(axes[1]), **options)
-
-
-class RMSNorm(nnx.Module):
-    def __init__(self, size: int, eps: float, dtype: jnp.dtype, axis: str | None = None):
-        self.weight = nnx.Param(jnp.ones(size, dtype), **named(axis))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
-        return self.weight[...] * y.astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """Causal self-attention with grouped key/value heads, rotary positions and an optional sliding window.
-
-    Queries and keys are normalised first, then clipped, then rotated, as far as the config asks for it.
-    """
-
-    def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs, dtype: Any = jnp.float32):
-        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        linear = partial(linear, use_bias=config.attention_bias, rngs=rngs)
-        self.q_proj = linear(config.hidden_size, queries, (None, "heads"))
-        self.k_proj = linear(config.hidden_size, keys, (None, "kv_heads"))
-        self.v_proj = linear(config.hidden_size, keys, (None, "kv_heads"))
-        self.o_proj = linear(queries, config.hidden_size, ("heads", None))
-        norm = partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
-        if config.query_key_norm == "head":
-            self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
-        elif config.query_key_norm == "projection":
-            self.q_norm, self.k_norm = norm(queries, axis="heads"), norm(keys, axis="kv_heads")
-        self.config = config
-
-    def __call__(
-        self,
-        x: jax.Array,
-        rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
-        kv: KVCache | None,
-        layer: int,
-    ) -> tuple[jax.Array, KVCache | None]:
-        batch, length, _ = x.shape
-        with jax.named_scope("projections"):
-            queries, keys, values = self.project(x)
-        with jax.named_scope("norms"):
-            queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
-        with jax.named_scope("scores"):
-            if kv is None:
-                out = attend_causally(queries, keys, values, mask)
-            else:
-                kv = kv.store(layer, keys, values)
-                out = attend(queries, kv.keys[layer], kv.values[layer], mask)
-        with jax.named_scope("projections"):
-            return self.o_proj(out.reshape(batch, length, -1)), kv
-
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, head_dim], keys and values [B, T, G, head_dim], not yet rotated."""
-        heads = (*x.shape[:2], -1, self.config.head_dim)
-        queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.config.query_key_norm == "projection":
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys, values = queries.reshape(heads), keys.reshape(heads), values.reshape(heads)
-        if self.config.query_key_norm == "head":
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        if (most := self.config.clip_qkv) is not None:
-            queries, keys, values = (jnp.clip(one, -most, most) for one in (queries, keys, values))
-        return queries, keys, values
-
-
-class MLP(nnx.Module):
-    """The SwiGLU block of a layer without experts."""
-
-    def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs):
-        self.gate_proj = linear(config.hidden_size, config.dense_size, (None, "dense_size"), rngs=rngs)
-        self.up_proj = linear(config.hidden_size, config.dense_size, (None, "dense_size"), rngs=rngs)
-        self.down_proj = linear(config.dense_size, config.hidden_size, ("dense_size", None), rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nnx.Module):
-    """Attention, and what comes before the experts; or the `mlp` in their place."""
-
-    def __init__(self, config: MoEConfig, place: int, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, linear, rngs, dtype)
-        self.expert_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        if place in config.dense_layers:
-            self.mlp = MLP(config, linear, rngs)
-        else:
-            self.gate = linear(config.hidden_size, config.num_experts, (None, None), rngs=rngs)
-
-
-class Decoder(nnx.Module):
-    """Everything but the experts."""
-
-    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
-        linear = partial(make_linear, use_bias=False, param_dtype=dtype, kernel_init=init)
-        embed = partial(nnx.Embed, param_dtype=dtype, embedding_init=init)
-        axes = named("vocabulary", None)
-        self.embed = embed(config.vocab_size, config.hidden_size, embedding_metadata=axes, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, place, linear, dtype, rngs) for place in range(config.depth)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        if not config.tie_word_embeddings:
-            self.head = linear(config.hidden_size, config.vocab_size, (None, "vocabulary"), rngs=rngs)
-
-
-EXPERT_AXES = {"gate": (None, "expert_size"), "up": (None, "expert_size"), "down": ("expert_size", None)}
-
-
-class Expert(nnx.Module):
-    def __init__(self, config: MoEConfig, dtype: jnp.dtype, keys: Iterator[jax.Array]):
-        init = nnx.initializers.normal(config.initializer_range)
-        inner = (config.hidden_size, config.intermediate_size)
-        self.gate = nnx.Param(init(next(keys), inner, dtype), **named(*EXPERT_AXES["gate"]))
-        self.up = nnx.Param(init(next(keys), inner, dtype), **named(*EXPERT_AXES["up"]))
-        self.down = nnx.Param(init(next(keys), inner[::-1], dtype), **named(*EXPERT_AXES["down"]))
-
-
-class Experts(nnx.Module):
-    """The experts of all layers that have some, in the canonical layout."""
-
-    def __init__(self, config: MoEConfig, dtype: jnp.dtype, key: jax.Array):
-        # Not nnx.Rngs: under a trace each of its draws costs more than the last, minutes for a large model.
-        keys = (jax.random.fold_in(key, index) for index in itertools.count())
-        self.layers = nnx.List(
-            [
-                nnx.List([Expert(config, dtype, keys) for _ in range(config.num_experts)])
-                for _ in range(config.num_layers)
-            ]
-        )
-
-
-def init_params(config: MoEConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Random parameters in the canonical layout; under `jax.eval_shape` they cost nothing at any size."""
-    return _as_params(config, *_declared(config, key, jnp.dtype(dtype)))
-
-
-def param_shardings(config: MoEConfig, placement: Placement) -> Params:
-    """Where each parameter of the canonical layout lies: a NamedSharding each; None each on one device."""
-    return jax.tree.map(placement.named, _axis_names(config))
-
-
-@lru_cache(maxsize=16)
-def _axis_names(config: MoEConfig) -> Params:
-    """The names of the axes of each parameter of the canonical layout, as a PartitionSpec."""
-    states = nnx.eval_shape(lambda: _declared(config, jax.random.key(0), jnp.dtype(jnp.float32)))
-    return _as_params(config, *nnx.get_partition_spec(states))
-
-
-def _declared(config: MoEConfig, key: jax.Array, dtype: jnp.dtype) -> tuple[nnx.State, nnx.State]:
-    """The variables of the decoder and of the experts."""
-    decoder, experts = Decoder(config, dtype, nnx.Rngs(key)), Experts(config, dtype, jax.random.fold_in(key, 1))
-    return nnx.state(decoder), nnx.state(experts)
-
-
-def _as_params(config: MoEConfig, decoder: nnx.State, experts: nnx.State) -> Params:
-    layers = nnx.to_pure_dict(experts)["layers"]
-    return {"decoder": nnx.to_pure_dict(decoder), "experts": [layers[index] for index in range(config.num_layers)]}
-
-
-def prepare(params: Params, engine: Engine) -> Params:
-    """Canonical parameters with the experts in the layout of `engine`."""
-    return {"decoder": params["decoder"], "experts": [engine.prepare(layer) for layer in params["experts"]]}
 
 
 @partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "slot_outputs_of"))
@@ -273,7 +89,7 @@ def forward(
             offset = kv.length - token_ids.shape[1]
             seen = visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
 
-    model = nnx.merge(_graph(config, params["decoder"]["embed"]["embedding"].dtype), params["decoder"])
+    model = with_methods(config, params["decoder"])
     with jax.named_scope("norms"):
         x = placement.constrain(model.embed(token_ids), "batch", None, None)
         rotation = rotary_angles(positions, config, x.dtype)
@@ -392,49 +208,3 @@ class Network:
         """`forward` with this config, engine and placement; `options` are its keyword arguments."""
         own = {"config": self.config, "engine": self.engine, "placement": self.placement}
         return forward(params, token_ids, **own, **options)
-
-
-def rotary_angles(positions: jax.Array, config: MoEConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [B, T, 1, head_dim] of the rotary angles, computed in float32."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) / config.rope_theta**exponents
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of `x` [B, T, heads, head_dim]: halves are paired, as in Hugging Face's checkpoints."""
-    first, second = jnp.split(x, 2, axis=-1)
-    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
-
-
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention [B, T, H, head_dim] of queries [B, T, H, head_dim] to keys and values [B, S, G, head_dim].
-
-    `mask` is bool[B, T, S], true where a query sees a key.
-    """
-    with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with float32 on the way
-        return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
-
-
-def attend_causally(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` over a whole text, S = T, where no query sees a key that comes after it.
-
-    In at most 8 blocks of queries, each with the keys up to its own end: nearly half of the scores are never computed.
-    """
-    length = queries.shape[1]
-    size = max(-(-length // 8), 64)
-    blocks = [
-        attend(queries[:, start:end], keys[:, :end], values[:, :end], mask[:, start:end, :end])
-        for start in range(0, length, size)
-        for end in [min(start + size, length)]
-    ]
-    return jnp.concatenate(blocks, axis=1)
-
-
-@lru_cache(maxsize=16)
-def _graph(config: MoEConfig, dtype: jnp.dtype) -> Any:
-    """The decoder's structure without values; NNX needs it to give a dict of parameters its methods back."""
-    # Of the parameters' own dtype: an embedding keeps its dtype as part of the structure.
-    abstract = nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0)))
-    return nnx.split(abstract)[0]

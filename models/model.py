@@ -16,10 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.config import MoEConfig, read_config
-from models.decoder import Network, Output, Params, prepare
+from models.decoder import Network, Output
 from models.experts import Engine, get_engine
 from models.generation import Sampling, Step, generate
 from models.kv_cache import KVCache
+from models.parameters import Params, prepare
 from models.placement import ONE_DEVICE, Placement
 from models.tokenizer import load_tokenizer
 from models.weights import CheckpointError, load_params

@@ -6,9 +6,9 @@ Letters: B sequences, T positions, S cache positions, V vocabulary, H query head
     placement = Placement.of(config, mesh)
     x = placement.constrain(x, "batch", None, None)        # [B, T, D], B over `data`
 
-Parameters (`models.decoder`), the key/value cache and activations name their axes; `AXES` alone says what a name means.
-The maths is written as for one device and JAX divides it, but for the experts (`models.divided_experts`). On one device
-(`ONE_DEVICE`) nothing here does anything.
+Parameters (`models.parameters`), the key/value cache and activations name their axes; `AXES` alone says what a name
+means. The maths is written as for one device and JAX divides it, but for the experts (`models.divided_experts`). On one
+device (`ONE_DEVICE`) nothing here does anything.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ import optax
 import orbax.checkpoint as ocp
 
 from models.config import MoEConfig
-from models.decoder import Params, forward, init_params, param_shardings, prepare
+from models.decoder import forward
 from models.experts import Engine
+from models.parameters import Params, init_params, param_shardings, prepare
 from models.placement import ONE_DEVICE, Placement
 
 

@@ -1,10 +1,10 @@
 """Hugging Face safetensors in and out, by one table and a strict ledger.
 
-A family's table (`models.families`) maps each parameter of the canonical tree (`models.decoder`) to its published name;
-the ledger, derived from the declared shapes, says which tensors a checkpoint must hold. Every tensor of the files must
-match exactly one row: missing, surplus and misshapen ones are all named in one error before anything is read. Linear
-kernels are stored transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one file at a
-time; for several devices each one's slice of a tensor is read.
+A family's table (`models.families`) maps each parameter of the canonical tree (`models.parameters`) to its published
+name; the ledger, derived from the declared shapes, says which tensors a checkpoint must hold. Every tensor of the files
+must match exactly one row: missing, surplus and misshapen ones are all named in one error before anything is read.
+Linear kernels are stored transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one
+file at a time; for several devices each one's slice of a tensor is read.
 
 Format: https://huggingface.co/docs/safetensors; sharded checkpoints carry a `model.safetensors.index.json`.
 """
@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.config import MoEConfig, config_to_hf
-from models.decoder import Params, init_params, param_shardings
 from models.families import COMMON_TENSORS, FAMILIES
+from models.parameters import Params, init_params, param_shardings
 from models.placement import ONE_DEVICE, Placement
 from varjax.files import replacing
 

@@ -2,10 +2,10 @@
 
     python -m profiling.calculator --model mixtral-8x7b --hardware h200 --batch 1 --experts 1.0
 
-Give the model (a directory with a config.json, such a file, "mixtral-8x7b" or "reference"), the accelerator, and how
-many experts VAR runs per token and layer: what `VARModel.summary` prints for your text and your policy. Nothing is
-loaded and nothing is timed: each part of a call takes as long as its arithmetic or its memory traffic at the hardware's
-full speed, whichever is slower. That is a ceiling, not a forecast.
+Give the model (a directory with a config.json, such a file, "reference", "mixtral-8x7b", "olmoe-1b-7b" or
+"qwen3-30b-a3b"), the accelerator, and how many experts VAR runs per token and layer: what `VARModel.summary` prints for
+your text and your policy. Nothing is loaded and nothing is timed: each part of a call takes as long as its arithmetic
+or its memory traffic at the hardware's full speed, whichever is slower. That is a ceiling, not a forecast.
 """
 
 from __future__ import annotations
@@ -19,20 +19,10 @@ from models.config import MoEConfig, read_config
 from models.model import REFERENCE
 from profiling.costs import component_costs, parameters
 from profiling.hardware import HARDWARE, Hardware, ceiling, get_hardware
+from profiling.published import PUBLISHED
 from profiling.workload import Mix, Workload
 
-# The published checkpoint's config.json (mistralai/Mixtral-8x7B-v0.1).
-MIXTRAL_8X7B = MoEConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    num_experts=8,
-    top_k=2,
-)
+KNOWN = ", ".join(("reference", *PUBLISHED))  # models that need no file
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
 BATCHES = tuple(2**power for power in range(13))  # 1 to 4096
 NO_GAIN = 1.05  # a speed-up under this counts as none
@@ -177,15 +167,14 @@ def _batch_row(config: MoEConfig, hardware: Hardware, one: Estimate) -> str:
 
 def _model(name: str) -> MoEConfig:
     """The architecture of a directory, a config.json or a known name. Raises ValueError naming the mend."""
-    if name == "mixtral-8x7b":
-        return MIXTRAL_8X7B
+    if name in PUBLISHED:
+        return PUBLISHED[name]
     path = REFERENCE if name == "reference" else Path(name)
     if path.is_dir():
         path /= "config.json"
     if not path.is_file():
         raise ValueError(
-            f"--model {name}: there is no {path}; give a directory with a config.json, such a file, "
-            "'mixtral-8x7b' or 'reference'"
+            f"--model {name}: there is no {path}; give a directory with a config.json, such a file, or one of {KNOWN}"
         )
     return read_config(path)
 
@@ -211,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="directory, config.json, 'mixtral-8x7b' or 'reference'")
+    parser.add_argument("--model", required=True, help=f"directory, config.json, or one of {KNOWN}")
     parser.add_argument("--hardware", help=f"one of {', '.join(HARDWARE)}")
     parser.add_argument("--tflops", type=_positive, help="instead: dense matrix products, 10^12 operations a second")
     parser.add_argument("--bandwidth", type=_positive, help="and: memory bandwidth, TB/s")

@@ -25,8 +25,8 @@ from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
 from models import Model, MoEConfig, load_model
-from models.decoder import Params, init_params, prepare
 from models.experts import get_engine
+from models.parameters import Params, init_params, prepare
 from profiling.timing import compare, paired_ratio
 from varjax import stats
 from varjax.keys import KeyIndex

@@ -150,7 +150,7 @@ def _computed(workload: Workload) -> tuple[int, int]:
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    """First and last query of each block of `models.decoder.attend_causally`; a block sees the keys up to its end."""
+    """First and last query of each block of `models.layers.attend_causally`; a block sees the keys up to its end."""
     size = max(-(-length // 8), 64)
     for start in range(0, length, size):
         yield start, min(start + size, length)

@@ -5,7 +5,7 @@
     python -m profiling.device_memory my_model/config.json --devices 2 4
 
 Nothing is loaded and no device is needed: shapes and their division follow from the declarations that loading and
-running use (`models.decoder`, `models.placement`). `--compile` divides the program over simulated CPU devices, in
+running use (`models.parameters`, `models.placement`). `--compile` divides the program over simulated CPU devices, in
 float32: the CPU's compiler would turn bfloat16 weights into copies in float32, which no accelerator does.
 """
 
@@ -23,46 +23,14 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from models.config import MoEConfig, read_config
-from models.decoder import Network, Params, init_params, param_shardings, prepare
+from models.decoder import Network
 from models.experts import get_engine
 from models.kv_cache import AXES, KVCache
 from models.model import plain_step
+from models.parameters import Params, init_params, param_shardings, prepare
 from models.placement import DATA, MODEL, MeshError, Placement, make_mesh
-from profiling.calculator import MIXTRAL_8X7B
+from profiling.published import PUBLISHED
 
-# The published checkpoints' config.json (allenai/OLMoE-1B-7B-0924, Qwen/Qwen3-30B-A3B).
-OLMOE_1B_7B = MoEConfig(
-    family="olmoe",
-    vocab_size=50304,
-    hidden_size=2048,
-    intermediate_size=1024,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=128,
-    num_experts=64,
-    top_k=8,
-    rope_theta=1e4,
-    max_position_embeddings=4096,
-    query_key_norm="projection",
-    normalise_top_k=False,
-)
-QWEN3_30B_A3B = MoEConfig(
-    family="qwen3_moe",
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=768,
-    num_layers=48,
-    num_heads=32,
-    num_kv_heads=4,
-    head_dim=128,
-    num_experts=128,
-    top_k=8,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=40960,
-    query_key_norm="head",
-)
-PUBLISHED = {"Mixtral-8x7B": MIXTRAL_8X7B, "OLMoE-1B-7B": OLMOE_1B_7B, "Qwen3-30B-A3B": QWEN3_30B_A3B}
 GB = 1e9
 
 

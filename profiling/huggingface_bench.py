@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from models import Model, MoEConfig, load_model
-from models.decoder import init_params
+from models.parameters import init_params
 from models.weights import save_params
 from profiling.timing import compare, paired_ratio
 

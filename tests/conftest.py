@@ -27,7 +27,7 @@ from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import Encoded, encode
 from models import Model, MoEConfig, load_model
-from models.decoder import init_params
+from models.parameters import init_params
 from models.tokenizer import save_tokenizer, train_bpe
 from models.weights import save_params
 from varjax import LayerPolicy, VARConfig, VARModel

@@ -29,7 +29,8 @@ from analysis.collection.passes import (
 from analysis.collection.statistics import find_rows
 from analysis.text.encoding import Encoded
 from models import Model
-from models.decoder import Network, Params
+from models.decoder import Network
+from models.parameters import Params
 from varjax import answers
 from varjax.answers import Answers, AnswerSums
 from varjax.keys import KeyIndex

@@ -31,7 +31,8 @@ from analysis.collection.passes import (
 from analysis.text.batches import windows
 from analysis.text.encoding import Encoded
 from models import Model
-from models.decoder import Network, Params
+from models.decoder import Network
+from models.parameters import Params
 from varjax import stats
 from varjax.keys import NONE, ContextCounts, KeyIndex, contexts, count_contexts, find_orders
 from varjax.stats import RoutingStats, StatsBuffer

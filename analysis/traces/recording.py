@@ -26,7 +26,8 @@ from analysis.text.encoding import Encoded
 from analysis.text.prepared import tokenizer_hash
 from analysis.traces.trace import Trace, TraceError, writing
 from models import Model
-from models.decoder import Network, Params
+from models.decoder import Network
+from models.parameters import Params
 
 TOGETHER = 1 << 16  # tokens whose decisions are held at once: some 400 bytes each in Mixtral-8x7B
 

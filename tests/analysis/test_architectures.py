@@ -12,8 +12,8 @@ from analysis.policy import search
 from analysis.traces.recording import record
 from analysis.traces.trace import read
 from models import Model
-from models.decoder import init_params, prepare
 from models.experts import get_engine
+from models.parameters import init_params, prepare
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.model import build_for
 

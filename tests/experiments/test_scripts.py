@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from models.decoder import init_params
+from models.parameters import init_params
 from models.weights import save_params
 from varjax import VARConfig
 

@@ -11,7 +11,7 @@ from analysis.text import corpus
 from analysis.text.corpus import load_documents
 from models import load_model
 from models.config import read_config
-from models.decoder import init_params
+from models.parameters import init_params
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "00_train_reference.py"

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from models import Model, MoEConfig
-from models.decoder import init_params, prepare
 from models.experts import get_engine
+from models.parameters import init_params, prepare
 
 TINY = MoEConfig(
     vocab_size=61,

@@ -21,9 +21,10 @@ from analysis.collection.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
 from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
-from models.decoder import EXPERT_AXES, forward, init_params, param_shardings, prepare
+from models.decoder import forward
 from models.divided_experts import divided
 from models.experts import get_engine
+from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
 from profiling.device_memory import abstract_params, bytes_per_device, compile_decode

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.decoder import forward, init_params, prepare
+from models.decoder import forward
 from models.experts import get_engine
+from models.parameters import init_params, prepare
 from models.training import TrainConfig, batch_of, pack, train_steps
 
 REFERENCE = get_engine("reference")  # compiles quickest; that the others have its gradients is tested below

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from models import CheckpointError, ConfigError, load_model
 from models.config import config_to_hf, read_config
-from models.decoder import init_params
+from models.parameters import init_params
 from models.tokenizer import save_tokenizer, train_bpe
 from models.weights import ledger, load_params, save_params
 

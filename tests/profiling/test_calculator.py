@@ -9,8 +9,9 @@ import pytest
 
 from models.config import config_to_hf
 from profiling import calculator
-from profiling.calculator import MIXTRAL_8X7B, estimate, needed_memory, where_it_vanishes
+from profiling.calculator import estimate, needed_memory, where_it_vanishes
 from profiling.hardware import get_hardware
+from profiling.published import MIXTRAL_8X7B
 from profiling.workload import Workload
 
 

@@ -10,11 +10,13 @@ import pytest
 from flax import nnx
 
 from models.config import MoEConfig, read_config
-from models.decoder import Attention, attend, attend_causally, forward, init_params, make_linear
+from models.decoder import forward
 from models.experts import Engine, get_engine
 from models.kv_cache import KVCache, visible
-from profiling.calculator import MIXTRAL_8X7B
+from models.layers import Attention, attend, attend_causally, make_linear
+from models.parameters import init_params
 from profiling.costs import COMPONENTS, Cost, component_costs, flops_per_token, parameters
+from profiling.published import MIXTRAL_8X7B, PUBLISHED
 from profiling.workload import Mix, Workload
 from profiling.xla_costs import analyse, equations
 from varjax.routing import Plan, Routing
@@ -195,13 +197,17 @@ def test_a_mix_of_another_model_is_refused():
         component_costs(CONFIG, Workload(1, 1), Mix(experts=2, distinct=9))
 
 
-def test_mixtral_is_the_published_one(shared_data):
-    published = read_config(shared_data / "mixtral" / "config.json")
-    assert published == MIXTRAL_8X7B
-
-
-def test_mixtral_has_its_published_number_of_parameters():
-    assert parameters(MIXTRAL_8X7B) == 46_702_792_704
+@pytest.mark.parametrize(
+    "file, name, number",
+    [
+        ("mixtral/config.json", "mixtral-8x7b", 46_702_792_704),
+        ("olmoe_config.json", "olmoe-1b-7b", 6_919_161_856),
+        ("qwen3_moe_config.json", "qwen3-30b-a3b", 30_532_122_624),
+    ],
+)
+def test_published_models_are_as_published(shared_data, file, name, number):
+    assert read_config(shared_data / file) == PUBLISHED[name]
+    assert parameters(PUBLISHED[name]) == number
 
 
 def test_shares_of_mixtrals_operations_and_bytes():

@@ -2,9 +2,9 @@
 
 import pytest
 
-from profiling.calculator import MIXTRAL_8X7B
 from profiling.costs import Cost, component_costs
 from profiling.hardware import HARDWARE, Hardware, ceiling, get_hardware
+from profiling.published import MIXTRAL_8X7B
 from profiling.workload import Mix, Workload
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from profiling.calculator import MIXTRAL_8X7B
+from profiling.published import MIXTRAL_8X7B
 from profiling.workload import Mix, Workload, distinct_experts, table_bytes
 from varjax import LayerPolicy, VARConfig
 from varjax.stats import RoutingStats
