@@ -10,8 +10,8 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 # Compiling is most of what the tests do, so LLVM spends little on each program; XLA's own passes all run. Tests that
-# hold two different programs against each other bit for bit ask for `optimised`; JAX_DISABLE_MOST_OPTIMIZATIONS=0 before
-# a run optimises everywhere.
+# hold two different programs against each other bit for bit ask for `optimised`; with JAX_DISABLE_MOST_OPTIMIZATIONS=0
+# in the environment all do as users do.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What is compiled twice in a run, by pytest's workers, by the processes that tests start, by files that share a model,
