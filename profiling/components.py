@@ -40,7 +40,8 @@ from profiling.traces import (
 from varjax.model import VARModel
 
 AGREE = 1.5  # factor within which two measurements of a component agree
-TURN = 0.06  # seconds of calls between those that are traced and those that are not
+TURN = 0.04  # seconds of calls between those that are traced and those that are not
+TURNS = 9
 SMALL = 0.03  # share of the call under which a difference is no disagreement
 
 
@@ -92,7 +93,7 @@ def measure_components(
     *,
     folder: str | Path,
     name: str | None = None,
-    turns: int = 9,
+    turns: int = TURNS,
     max_calls: int = 16,
     ablate: bool = True,
     recording: float | None = None,
@@ -118,7 +119,7 @@ def measure_components(
     step = jitted(calls.step)
     module = describe(calls.traced())
     each_turn = turn(calls, step)
-    cost = plain_recording(var_model, ids, phase, max_calls) if recording is None else recording
+    cost = plain_recording(var_model, ids, phase, max_calls, turns) if recording is None else recording
     name = name or f"{phase}-{side}-batch-{calls.batch}"
     untraced, traced = in_turns(each_turn, folder, name, turns, lambda path: component_times(path, [module]))
     ablated = by_ablation(calls, turns, seed) if ablate else {}
@@ -148,14 +149,14 @@ def measure_sides(
     at_once(partial(_compile, *kind) for kind in kinds)
     phase = "decode" if "decode" in texts else next(iter(texts))
     if "recording" not in options:
-        options["recording"] = plain_recording(var_model, texts[phase], phase)
+        options["recording"] = plain_recording(var_model, texts[phase], phase, turns=options.get("turns", TURNS))
     return [measure_components(*kind, folder=folder, **options) for kind in kinds]
 
 
-def plain_recording(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 16) -> float:
+def plain_recording(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 16, turns: int = TURNS) -> float:
     """`cost_of_recording` by the plain model's calls: what it says of other programs is tested by their sums."""
     calls = prepare(var_model.disabled(), ids, phase, max_calls)
-    return cost_of_recording(turn(calls, jitted(calls.step)))
+    return cost_of_recording(turn(calls, jitted(calls.step)), turns)
 
 
 def turn(calls: Calls, step: Any) -> Callable[[], Iterator[Callable[[], Any]]]:
