@@ -1,4 +1,7 @@
-"""One conformance suite for all expert engines: against a slow loop over tokens in float64."""
+"""One conformance suite for all expert engines: against a slow loop over tokens in float64.
+
+Kernels for GPUs are interpreted here; `test_experts_pallas.py` lowers them.
+"""
 
 import itertools
 
@@ -7,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.experts import ENGINES, get_engine, slot_outputs
+from models.experts import ENGINES, get_engine, pallas_engine, slot_outputs
 from models.experts_blocks import block_sizes, cut
 from varjax.routing import Routing
 
 HIDDEN, SIZE, EXPERTS, SLOTS = 8, 12, 4, 2
 ROWS = 13  # not a multiple of any block
+ANYWHERE = ENGINES | {"pallas": pallas_engine(interpret=True)}  # what runs on any device
 FAST = sorted(ENGINES.keys() - {"reference"})
 
 
 @pytest.fixture(params=sorted(ENGINES))
 def engine(request):
-    return get_engine(request.param)
+    return ANYWHERE[request.param]
 
 
 def random_experts(rng, num_experts=EXPERTS, dtype=jnp.float32):
@@ -179,5 +183,5 @@ def test_slot_outputs_are_the_summands(engine):
 
 
 def test_an_unknown_engine_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'magic' is not an expert engine; choose one of \['blocks', 'reference'\]"):
+    with pytest.raises(ValueError, match=r"'magic' is not an expert engine; choose one of \['blocks', 'pallas', 'reference'\]"):
         get_engine("magic")
