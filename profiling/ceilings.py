@@ -105,14 +105,16 @@ def main() -> None:
         write_json(args.output, found)
 
 
-def measure(quick: bool = True, repeats: int | None = None, seed: int = 0) -> Ceilings:
+def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size: int | None = None) -> Ceilings:
     """All figures of the default device.
 
     Args:
         quick: smaller arrays; a few seconds.
         repeats: rounds; None: 7, or 15 if not quick.
+        size: of the square product, other than these; a fast device needs a large one to be busy.
     """
-    size, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
+    usual, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
+    size = usual if size is None else size
     rounds = (7 if quick else 15) if repeats is None else repeats
     rng = np.random.default_rng(seed)
     runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}
