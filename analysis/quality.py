@@ -36,6 +36,7 @@ from tqdm import tqdm
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
 from models import Model
+from models.placement import to_host
 from varjax.files import replacing
 from varjax.model import VARModel
 from varjax.step import VARState, begin
@@ -166,7 +167,7 @@ def score(
         read = (dataclasses.replace(one, ids=prefixed(prefix_id, one.ids)) for one in read)
     for batch in batches(read, batch_size, max_length, stride, full_last):
         logits, carry = run(carry, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
-        losses = np.asarray(token_nll(logits, jnp.asarray(batch.targets), jnp.asarray(batch.scored)), np.float64)
+        losses = to_host(token_nll(logits, jnp.asarray(batch.targets), jnp.asarray(batch.scored))).astype(np.float64)
         owned = batch.documents >= 0
         np.add.at(nll, batch.documents[owned], losses.sum(1)[owned])
         np.add.at(tokens, batch.documents[owned], batch.scored.sum(1)[owned])

@@ -18,6 +18,7 @@ import numpy as np
 from analysis.quality import token_nll
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
+from models.placement import to_host
 from varjax.keys import ANY
 from varjax.model import VARModel
 from varjax.routing import CACHED, FAST, Plan, Routing
@@ -66,7 +67,7 @@ def token_losses(
         scored = jnp.asarray(batch.scored)
         out, state = var_model.advance(state, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
         assert out.routing is not None and out.router_probs is not None  # only a step of decoding leaves them out
-        losses = token_nll(out.logits, jnp.asarray(batch.targets), scored)
+        losses = to_host(token_nll(out.logits, jnp.asarray(batch.targets), scored))
         answered, active = _account(out.plan, order, out.routing, out.router_probs.shape[-1])
         owner = np.broadcast_to(batch.documents[:, None], batch.ids.shape)
         kept = (np.asarray(one)[batch.scored] for one in (losses, owner, batch.ids, answered, active))

@@ -2,8 +2,9 @@
 
 Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
 figures. A killed run continues from its last checkpoint when the same command is given again. Runs on all devices of
-the machine, each with the whole model unless --mesh divides it; several machines divide the documents: start it on
-each, with --num_processes P, --process_id 0 to P - 1 and one --output that all of them see.
+the machine, each with the whole model unless --mesh divides it. Several machines divide the documents: start it on
+each, with --num_processes P, --process_id 0 to P - 1 and one --output that all of them see. With --coordinator as well
+they run as one, with the model divided over all their devices.
 
   --merge A B ...    collect nothing: put the outputs of several finished runs together
 """
@@ -18,13 +19,14 @@ import numpy as np
 
 from analysis import figures
 from analysis.collection.merging import merge_files
-from analysis.collection.passes import Share
+from analysis.collection.passes import EVERY_DOCUMENT, Share
 from analysis.collection.run import STATS, TRACE, Settings, analyse, finish
 from analysis.collection.statistics import KeySettings
 from analysis.hypotheses import statistics_figures
 from analysis.provenance import provenance, write_json
 from analysis.traces.recording import record
 from experiments.arguments import open_corpus, open_model, parser, run
+from experiments.hosts import add_hosts, join
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
 
@@ -62,10 +64,10 @@ def main() -> None:
     arguments.add_argument(
         "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of the answers' sums per device"
     )
-    arguments.add_argument("--num_processes", type=int, default=1, help="how many divide the documents among them")
-    arguments.add_argument("--process_id", type=int, default=0, help="which of them this one is, from 0")
+    add_hosts(arguments)
     arguments.add_argument("--merge", type=Path, nargs="+", metavar="A", help="outputs to put together")
     args = arguments.parse_args()
+    join(args)
     if args.merge:
         merge(args)
     else:
@@ -96,7 +98,7 @@ def collect(args: argparse.Namespace) -> None:
         max_length=args.max_length,
         save_tokens=args.save_tokens,
     )
-    share = Share(args.process_id, args.num_processes)
+    share = EVERY_DOCUMENT if args.coordinator else Share(args.process_id, args.num_processes)
     model = open_model(args)
     corpus = open_corpus(model, args, args.split)
     found = analyse(model, corpus, args.output, settings, share=share, seed=args.seed)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,13 @@ from analysis.report import summary as overview
 from analysis.scored_points import Subject
 from analysis.study import PARTS, Finding, Part, study
 from experiments.arguments import load, load_encoded, parser, read_answers, run
+from experiments.hosts import add_hosts, join
 from models import Model
 from profiling import throughput_section
 from profiling.throughput import by_batch, measure
 from varjax import VARConfig, VARModel, answersfile
 from varjax.config import PRESETS
+from varjax.files import remove
 from varjax.model import build_for
 from varjax.step import summary
 
@@ -77,7 +78,11 @@ def main() -> None:
     arguments.add_argument(
         "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
     )
+    add_hosts(arguments)
     args = arguments.parse_args()
+    if args.num_processes > 1 and not args.coordinator:
+        arguments.error("--num_processes needs --coordinator here: the processes run one evaluation together")
+    join(args)
     of_var = ("routing_stats", "answers", "var_config", "search_policy")
     for name in of_var if args.mode == "baseline" else ():
         if getattr(args, name):
@@ -176,7 +181,7 @@ def distil_answers(args: argparse.Namespace) -> None:
     answersfile.write(path, done.answers, {"model": model.name, "fingerprint": model.fingerprint, "provenance": made})
     dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
     write_json(args.output / "distillation.json", {"divergence": done.divergence, "provenance": made})
-    shutil.rmtree(work)
+    remove(work)
     if len(done.divergence) >= 2 * TENTH:
         first, last = done.divergence[:TENTH].mean(), done.divergence[-TENTH:].mean()
         print(f"divergence from the full model: {first:.5f} nats per token at first, {last:.5f} at last (build split)")

@@ -29,6 +29,7 @@ from profiling import (
     components_section,
     costs_section,
     evidence,
+    memory,
     performance_model,
     performance_section,
     scaling,
@@ -77,6 +78,9 @@ def main() -> None:
         breakdowns = measure_sides(var_model, texts, folder=folder, **options)
     step(2, "costs")
     counted = costs_section.count(var_model, texts)
+    batch, length = texts["prefill"].shape
+    sizes = [] if args.quick else [(1, length), (batch, length // 2), (batch, length), (2 * batch, length)]
+    peaks = memory.prefill_peaks(var_model, sizes)
     step(3, "performance model: calibration and unseen calls")
     study = performance_model.study(model, tasks(args.quick), repeats=5 if args.quick else 15, seed=args.seed)
     scales = scaling.scalings(study)
@@ -97,6 +101,7 @@ def main() -> None:
         costs_section.section(counted),
         performance_section.section(study, experts=experts),
         scaling.section(scales),
+        memory.section(peaks),
     )
     figures = {
         components_section.NAME: components_section.figure(breakdowns),
@@ -113,7 +118,7 @@ def main() -> None:
     said = Report("Systems analysis", facts, NOTES, tuple(sections))
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     measured: dict[str, Any] = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales}
-    measured |= {"evidence": seen, "bottlenecks": [dataclasses.asdict(one) for one in found]}
+    measured |= {"memory": peaks, "evidence": seen, "bottlenecks": [dataclasses.asdict(one) for one in found]}
     write_report(said, args.output, "systems", figures=figures, beside={"results": measured, "provenance": made})
     print("\n".join(summary(said)))
     print(f"written to {args.output}")

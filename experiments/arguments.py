@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
+from experiments.hosts import leave
 from models import Model, load_model
-from models.placement import make_mesh
+from models.placement import DATA, MeshError, make_mesh
 from varjax import RoutingStats, VARConfig
 from varjax.answers import Answers
 from varjax.model import read_files
@@ -55,8 +57,14 @@ def add_mesh(made: argparse.ArgumentParser) -> None:
 
 
 def asked_mesh(args: argparse.Namespace) -> Mesh | None:
-    """The devices that the arguments ask for; None: one."""
-    return None if args.mesh is None else make_mesh(args.mesh)
+    """The devices that the arguments ask for; None: one. Processes that are joined use all that they have."""
+    if not jax.distributed.is_initialized():
+        return None if args.mesh is None else make_mesh(args.mesh)
+    present = jax.device_count()
+    mesh = make_mesh(args.mesh or f"{DATA}={present}")
+    if mesh.size < present:
+        raise MeshError(f"mesh {args.mesh!r}: the joined processes have {present} devices; give one of so many")
+    return mesh
 
 
 def open_model(args: argparse.Namespace) -> Model:
@@ -97,9 +105,17 @@ def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers
 
 def run(main: Callable[[], None]) -> None:
     """Run a script; bad input ends in its one message instead of a traceback."""
+    streams = sys.stdout, sys.stderr  # `join` may take them
     try:
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        sys.stderr = streams[1]
+        leave(error)
+    finally:
+        sys.stdout, sys.stderr = streams

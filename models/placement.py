@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.config import MoEConfig
@@ -181,6 +183,13 @@ class Placement:
 
 
 ONE_DEVICE = Placement()
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The array, also where other processes hold parts of it; then all of them have to ask for it."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return process_allgather(x, tiled=True)
 
 
 def _is_answers(node: Any) -> bool:

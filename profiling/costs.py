@@ -120,7 +120,7 @@ def _scores(config: MoEConfig, workload: Workload, as_written: bool) -> Cost:
     pairs, keys = _needed(config, workload)
     kept = 0.0
     if as_written:
-        pairs, keys = _computed(workload)
+        pairs, keys = computed(workload)
         # Scores in float32 and weights in the activations' type are written and read.
         kept = workload.batch * config.num_heads * pairs * 2.0 * (FLOAT32 + workload.itemsize)
     queries = 2 * workload.tokens * config.num_heads * config.head_dim  # and what comes of them
@@ -140,8 +140,8 @@ def _needed(config: MoEConfig, workload: Workload) -> tuple[int, int]:
     return pairs, min(last, window + workload.length - 1)
 
 
-def _computed(workload: Workload) -> tuple[int, int]:
-    """Of one sequence: pairs that are computed, and keys that are read, block by block."""
+def computed(workload: Workload) -> tuple[int, int]:
+    """Of one sequence: (query, key) pairs whose scores the code computes, and keys that it reads, block by block."""
     if workload.cached or workload.capacity:
         slots = workload.capacity or workload.cached + workload.length
         return workload.length * slots, slots

@@ -1,27 +1,59 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and once, however many processes run the program.
+
+Processes that `jax.distributed` joined run one program together and hold the same results: the first one's files stay,
+and all go on when they are there.
+"""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+from jax.experimental.multihost_utils import sync_global_devices
+
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, to write inside the `with`; it takes `path`'s place if that ends well.
 
     After an error or an interruption `path` is what it was before, and the temporary file is gone. Missing
     folders above `path` are made.
+
+    Args:
+        of_this_machine: no result of the program but a cache, say: a process that writes it does so for itself.
     """
     target = Path(path)
+    together = jax.distributed.is_initialized() and not of_this_machine
+    number = jax.process_index() if together else 0
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{number}.{os.getpid()}.tmp")
     try:
         yield temporary
         # Some writers keep their file to its owner; here everyone reads who may read other new files.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        os.replace(temporary, target)
+        if together:
+            _meet(target)  # from here on nobody asks whether the file was there before
+        if number == 0:
+            os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+    if together:
+        _meet(target)
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of the program's with all that is in it."""
+    together = jax.distributed.is_initialized()
+    if together:
+        _meet(folder)
+    if not together or jax.process_index() == 0:
+        shutil.rmtree(folder)
+
+
+def _meet(path: Path) -> None:
+    """Go on when all processes have come to this path."""
+    sync_global_devices(str(path))

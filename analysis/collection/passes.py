@@ -166,9 +166,13 @@ def run_pass(
 
 def _absorbed(windows: Window, total: Total, absorb: Callable[[Window, Total], Total]) -> Total:
     """The total with the windows [G, ...] of all devices in it, in the order of the mesh."""
-    leaves, structure = jax.tree.flatten(windows)
-    shards = [[shard for shard in leaf.addressable_shards if shard.replica_id == 0] for leaf in leaves]
-    ordered = [sorted(own, key=lambda shard: shard.index[0].start or 0) for own in shards]
-    for parts in zip(*ordered, strict=True):
-        total = absorb(jax.tree.unflatten(structure, [np.asarray(part.data)[0] for part in parts]), total)
+    devices = len(jax.tree.leaves(windows)[0])
+    for device in range(devices):
+        total = absorb(jax.tree.map(partial(_window, device=device), windows), total)
     return total
+
+
+def _window(leaf: jax.Array, device: int) -> np.ndarray:
+    """Row `device` of [G, ...]; what another process holds comes over the network, one array at a time."""
+    own = (shard for shard in leaf.addressable_shards if (shard.index[0].start or 0) == device)
+    return np.asarray(next(own).data)[0] if leaf.is_fully_addressable else np.asarray(leaf[device])

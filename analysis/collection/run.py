@@ -9,7 +9,6 @@ at different times, and one that was killed is started again by itself.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +28,7 @@ from analysis.text.encoded_corpus import EncodedCorpus
 from models import Model, MoEConfig
 from varjax import answers, answersfile, statsfile
 from varjax.config import residuals_beside
+from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
 from varjax.selection import likeliest
 from varjax.stats import RoutingStats, bytes_a_key
@@ -193,7 +193,7 @@ def analyse(
 
 def finish(output: Path) -> None:
     """Remove the checkpoints: everything that the run had to write is written."""
-    shutil.rmtree(output / WORK)
+    remove(output / WORK)
 
 
 def _keys(

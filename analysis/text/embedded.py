@@ -135,7 +135,7 @@ def _cache_file() -> Path:
 def _save(found: list[Row], path: Path) -> None:
     """Keep the result for the next call; where that fails the corpus is only slower to get, so: a warning."""
     try:
-        with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        with replacing(path, of_this_machine=True) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"group": group, "text": text}) + "\n" for text, group in found)
     except OSError as error:
         logger.warning("%s: the embedded corpus is not cached (%s) and will be parsed again", path, error)

@@ -28,6 +28,7 @@ from analysis.traces.trace import Trace, TraceError, writing
 from models import Model
 from models.decoder import Network
 from models.parameters import Params
+from models.placement import to_host
 
 TOGETHER = 1 << 16  # tokens whose decisions are held at once: some 400 bytes each in Mixtral-8x7B
 
@@ -181,7 +182,7 @@ def _read(
         rows, places = np.nonzero(batch.mask)
         token = ends[batch.documents[rows]] - batch.mask.sum(axis=1)[rows] + places
         for values, one in zip(columns, found, strict=True):
-            values[token] = np.asarray(one)[rows, places]
+            values[token] = to_host(one)[rows, places]
     return experts, probs, entropy, finite
 
 

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,6 +39,8 @@ def command(model_directory, corpus_file):
 
 def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices}"
+    if devices > 1:  # little time is spent on making programs fast that run on a few numbers
+        flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
@@ -112,6 +115,44 @@ def test_eight_devices_give_the_result_of_one(command, whole, tmp_path):
     ours, theirs = load_file(tmp_path / ROWS), load_file(whole / ROWS)
     np.testing.assert_array_equal(ours["count"], theirs["count"])
     np.testing.assert_allclose(ours["mean"], theirs["mean"], atol=1e-5)
+
+
+def joined(arguments: list[str], devices: int) -> list[subprocess.Popen]:
+    """Two processes that run one program together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        together = ("--coordinator", f"127.0.0.1:{free.getsockname()[1]}", "--num_processes", "2")
+    return [start([*arguments, *together, "--process_id", str(index)], devices) for index in range(2)]
+
+
+def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
+    command, whole, script, model_directory, corpus_file, tmp_path
+):
+    run = command(tmp_path, "--mesh", "data=4,model=2")
+    first, second = joined(run, devices=4)
+    work = tmp_path / "routing_checkpoints" / "process-0"
+    while first.poll() is None and not list(work.glob("statistics/*/_CHECKPOINT_METADATA")):
+        time.sleep(0.005)
+    second.kill()
+    second.communicate()
+    output, _ = first.communicate(timeout=60)
+    assert first.returncode != 0
+    assert "Start all of them again with the same arguments" in output or "another task died" in output
+    first, second = joined(run, devices=4)
+    silent, _ = second.communicate(timeout=300)
+    finish(first)
+    assert second.returncode == 0 and "tokens of" not in silent
+    assert_equal_up_to_rounding(tmp_path / STATS, whole / STATS)
+
+    asked = ("--mode", "var", "--preset", "aggressive", "--routing_stats", tmp_path / STATS, "--num_samples", 12)
+    reading = ("--model", model_directory, "--dataset", corpus_file, "--max_length", 16, "--no_throughput")
+    script("02_evaluate_var.py", *asked, *reading, "--output", tmp_path / "one.json")
+    evaluate = [sys.executable, str(ROOT / "experiments" / "02_evaluate_var.py"), *map(str, (*asked, *reading))]
+    finish(*joined([*evaluate, "--mesh", "model=2", "--output", str(tmp_path / "two.json")], devices=1))
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
+    assert (two["tiers"], two["experts_per_token"]) == (one["tiers"], one["experts_per_token"])
+    assert two["tiers"]["fast"] > 0
 
 
 def test_two_processes_give_the_result_of_one_though_one_is_killed(command, whole, tmp_path):
