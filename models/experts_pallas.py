@@ -46,8 +46,8 @@ class Tiles(NamedTuple):
     stages: int  # steps along the depth whose operands are in flight
 
 
-# Rows that an expert gets if all get equally many, at most; tiles. They are those that vLLM tuned for Mixtral on an H200
-# at 1, 64 and 256 tokens. A program takes 96 KiB of shared memory at most on Ampere, 144 on Hopper and Blackwell.
+# Rows that an expert gets if all get equally many, at most; tiles. They are those that vLLM tuned for Mixtral on an
+# H200 at 1, 64 and 256 tokens. A program takes 96 KiB of shared memory at most on Ampere, 144 on Hopper and Blackwell.
 TILES = (
     (4, Tiles(rows=16, columns=128, depth=128, warps=4, stages=3)),
     (32, Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)),
@@ -204,7 +204,7 @@ def _down(
 def _call(
     kernel: Callable[..., None], out: Any, grid: tuple[int, int], tiles: Tiles, name: str, interpret: bool
 ) -> Callable[..., jax.Array]:
-    """The kernel on whole arrays: it finds its place in them. Programs of one expert next to each other share weights."""
+    """The kernel on whole arrays, in which it finds its place. Neighbours of one expert read the same weights."""
     params = backend.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)
     return pl.pallas_call(kernel, out, grid=grid, compiler_params=params, name=name, interpret=interpret)
 

@@ -105,7 +105,7 @@ def measure(
         def run() -> None:
             for _ in range(steps):
                 model(token, **{cache_name: cache})
-            cache.crop(cached)
+            cache.crop(-steps)
 
         return run
 
