@@ -73,7 +73,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as thrown_away:
         folder = args.output / "traces" if args.trace else Path(thrown_away)
-        options = {"rounds": 3 if args.quick else 9, "ablate": not args.quick, "seed": args.seed}
+        options = {"turns": 5 if args.quick else 15, "ablate": not args.quick, "seed": args.seed}
         step(1, "components: traces" + (" and ablation" if not args.quick else ""))
         breakdowns = measure_sides(var_model, texts, folder=folder, **options)
     step(2, "costs")

@@ -4,8 +4,8 @@
     found.by_trace["experts"], found.by_ablation["experts"], found.disagreements()
 
 A profiler trace says what ran when (`profiling.traces`); leaving a component out says what its absence saves
-(`profiling.ablation`). Where both agree, the number may be believed. The call itself is timed without a trace, before
-and after it.
+(`profiling.ablation`). Where both agree, the number may be believed. The call itself is timed without a trace, in turns
+with those that are traced.
 
 A trace slows the call down: recording an operation takes a third of a microsecond or more, and a step of decoding has
 hundreds. What recording costs is measured apart, on the plain model's decoding (`plain_recording`), and taken off where
@@ -15,7 +15,7 @@ the untraced call, and `recording` says how much was taken off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,20 +24,29 @@ from typing import Any
 import numpy as np
 
 from profiling.ablation import WHOLE, by_ablation
-from profiling.calls import jitted, prepare
+from profiling.calls import Calls, jitted, prepare
 from profiling.compiling import at_once
 from profiling.programs import describe
 from profiling.scopes import OTHER
-from profiling.traces import ComponentTimes, capture, component_times, cost_of_recording, wall_times
+from profiling.traces import (
+    ComponentTimes,
+    component_times,
+    cost_of_recording,
+    in_turns,
+    quartile,
+    undisturbed,
+    wall_times,
+)
 from varjax.model import VARModel
 
 AGREE = 1.5  # factor within which two measurements of a component agree
+TURN = 0.06  # seconds of calls between those that are traced and those that are not
 SMALL = 0.03  # share of the call under which a difference is no disagreement
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds per call: the median over rounds at each call of a round, their mean over the round."""
+    """Seconds per call: at each call of a turn the lower quartile over turns, and their mean over the turn."""
 
     side: str  # "plain" or "VAR"
     phase: str  # "prefill" or "decode"
@@ -83,7 +92,7 @@ def measure_components(
     *,
     folder: str | Path,
     name: str | None = None,
-    rounds: int = 9,
+    turns: int = 9,
     max_calls: int = 16,
     ablate: bool = True,
     recording: float | None = None,
@@ -96,7 +105,8 @@ def measure_components(
         phase: "prefill" or "decode".
         folder: TensorBoard's log directory, which the trace is added to.
         name: of the trace in it; None: side, phase and batch.
-        rounds: traced, and as many untraced before and after; each has one prefill, or up to `max_calls` steps.
+        turns: without a trace and with one. Each takes as many rounds as fill `TURN`; a round is a prefill, or up to
+            `max_calls` steps.
         ablate: compile and time the program without each component as well, which takes two programs for each.
         recording: seconds per operation, from `plain_recording`; None: it is measured.
 
@@ -107,26 +117,21 @@ def measure_components(
     side = "plain" if var_model.table is None else "VAR"
     step = jitted(calls.step)
     module = describe(calls.traced())
-    wall_times(calls.each(step, 2))  # compiles
+    each_turn = turn(calls, step)
     cost = plain_recording(var_model, ids, phase, max_calls) if recording is None else recording
-
-    before = wall_times(calls.each(step, rounds))
-    path = capture(calls.each(step, rounds), folder, name or f"{phase}-{side}-batch-{calls.batch}")
-    after = wall_times(calls.each(step, rounds))
-    times = component_times(path, [module])
-
-    untraced = np.concatenate([before, after]).reshape(2 * rounds, -1)
-    ablated = by_ablation(calls, rounds, seed) if ablate else {}
+    name = name or f"{phase}-{side}-batch-{calls.batch}"
+    untraced, traced = in_turns(each_turn, folder, name, turns, lambda path: component_times(path, [module]))
+    ablated = by_ablation(calls, turns, seed) if ablate else {}
     medians = {part: float(np.median(seconds)) for part, seconds in ablated.items()}
     return Breakdown(
         side=side,
         phase=phase,
         batch=calls.batch,
         length=calls.length,
-        total=float(np.median(untraced, axis=0).mean()),
+        total=float(undisturbed(untraced).mean()),
         whole=medians.pop(WHOLE, None),
         by_ablation=medians,
-        **_typical(times, rounds, cost),
+        **_undisturbed(traced, cost),
     )
 
 
@@ -150,9 +155,14 @@ def measure_sides(
 def plain_recording(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 16) -> float:
     """`cost_of_recording` by the plain model's calls: what it says of other programs is tested by their sums."""
     calls = prepare(var_model.disabled(), ids, phase, max_calls)
-    step = jitted(calls.step)
-    wall_times(calls.each(step))  # compiles
-    return cost_of_recording(lambda: calls.each(step, 2))
+    return cost_of_recording(turn(calls, jitted(calls.step)))
+
+
+def turn(calls: Calls, step: Any) -> Callable[[], Iterator[Callable[[], Any]]]:
+    """The calls of a turn: as many rounds of a jitted `step` as fill `TURN`, one at least. Compiles it."""
+    wall_times(calls.each(step))
+    seconds = wall_times(calls.each(step)).sum()
+    return partial(calls.each, step, max(round(TURN / seconds), 1))
 
 
 def _compile(var_model: VARModel, ids: np.ndarray, phase: str) -> None:
@@ -160,17 +170,18 @@ def _compile(var_model: VARModel, ids: np.ndarray, phase: str) -> None:
     prepare(var_model, ids, phase, max_calls=1).traced().lower().compile()
 
 
-def _typical(times: ComponentTimes, rounds: int, cost: float) -> dict[str, Any]:
-    """What a trace says of a call: at each call of a round, that of the round whose wall time is the median."""
-    walls = times.wall.reshape(rounds, -1)
-    number = walls.shape[1]
-    rows = np.argsort(walls, axis=0)[(rounds - 1) // 2]
-    picked = rows * number + np.arange(number)
-    off = {part: cost * events for part, events in times.recorded.items()}
-    by_trace = {part: float(seconds[picked].mean()) - off[part] for part, seconds in times.seconds.items()}
+def _undisturbed(traced: list[ComponentTimes], cost: float) -> dict[str, Any]:
+    """What the traces of the turns say of a call: at each call, that of the turn whose wall time is `undisturbed`."""
+    walls = np.stack([times.wall for times in traced])
+    chosen = np.argsort(walls, axis=0)[quartile(len(walls))]
+
+    def mean(values: list[np.ndarray]) -> float:
+        return float(np.take_along_axis(np.stack(values), chosen[None], axis=0).mean())
+
+    off = {part: cost * events for part, events in traced[-1].recorded.items()}  # alike in all
     return {
-        "traced": float(times.wall[picked].mean()),
+        "traced": mean([times.wall for times in traced]),
         "recording": sum(off.values()),
-        "by_trace": by_trace,
-        "idle": float(times.idle[picked].mean()) - off[OTHER],
+        "by_trace": {part: mean([times.seconds[part] for times in traced]) - off[part] for part in off},
+        "idle": mean([times.idle for times in traced]) - off[OTHER],
     }

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from profiling.costs import COMPONENTS
 from profiling.programs import Instruction, Module
 from profiling.scopes import OTHER
 
+T = TypeVar("T")
 _CALL = "call"  # the annotation around each call
 _NAMES = (*COMPONENTS, OTHER)
 _UNKNOWN = Instruction(((OTHER, 1.0),), control=False)
@@ -118,23 +119,54 @@ def component_times(path: str | Path, programs: Sequence[Module]) -> ComponentTi
     return ComponentTimes(wall, seconds, idle, busy, recorded)
 
 
-def cost_of_recording(calls: Callable[[], Iterable[Callable[[], Any]]], repeats: int = 5) -> float:
+def in_turns(
+    calls: Callable[[], Iterable[Callable[[], Any]]],
+    folder: str | Path,
+    name: str,
+    turns: int,
+    read: Callable[[Path], T],
+) -> tuple[np.ndarray, list[T]]:
+    """Calls without a trace and with one, in turns: what else the machine does meanwhile falls on both.
+
+    Args:
+        calls: gives the same calls each time, compiled and run before.
+        folder, name: of the traces, as in `capture`; the last one stays.
+        read: takes what is wanted from a trace.
+
+    Returns:
+        Wall times without a trace, float64 [turns, calls], and what was read of each turn's trace.
+    """
+    untraced, traced = [], []
+    for _ in range(turns):
+        untraced.append(wall_times(calls()))
+        traced.append(read(capture(calls(), folder, name)))
+    return np.stack(untraced), traced
+
+
+def cost_of_recording(calls: Callable[[], Iterable[Callable[[], Any]]], turns: int = 8) -> float:
     """Seconds that the profiler takes to record one operation: by how much a trace slows calls down, over operations.
 
     An event is written before its operation begins and after it has ended, so what this costs lies between operations.
 
     Args:
-        calls: gives the same calls each time, compiled and run before; the shorter their operations, the better.
-        repeats: traces, each right after as many calls without; the median over them counts.
+        calls: as in `in_turns`; the shorter their operations, the better.
     """
-    found = []
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(repeats):
-            untraced = wall_times(calls())
-            spans, threads = _read(capture(calls(), folder, "recording"), {})
-            traced = np.array([end - start for start, end in spans]) * 1e-9
-            found.append(np.median(traced - untraced) * len(spans) / sum(map(len, threads)))
-    return max(float(np.median(found)), 0.0)
+        untraced, read = in_turns(calls, folder, "recording", turns, lambda path: _read(path, {}))
+    traced = np.array([[end - start for start, end in spans] for spans, _ in read]) * 1e-9
+    operations = sum(len(thread) for _, threads in read for thread in threads) / traced.size
+    slower = undisturbed(traced) - undisturbed(untraced)
+    return max(float(slower.mean()) / operations, 0.0)
+
+
+def undisturbed(times: np.ndarray) -> np.ndarray:
+    """Of times [turns, ...] the lower quartile: what other work on the machine adds is in the slower ones."""
+    return np.sort(times, axis=0)[quartile(len(times))]
+
+
+def quartile(turns: int) -> int:
+    """The place of the lower quartile among so many sorted times."""
+    return (turns - 1) // 4
 
 
 def wall_times(calls: Iterable[Callable[[], Any]]) -> np.ndarray:

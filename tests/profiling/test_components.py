@@ -53,7 +53,7 @@ def test_the_section_names_what_fails_and_what_differs():
 
 def test_both_sides_and_phases_are_measured(small_var_model, texts, tmp_path):
     found = measure_sides(
-        small_var_model, {"prefill": texts, "decode": texts[:1]}, folder=tmp_path, rounds=2, max_calls=2, ablate=False
+        small_var_model, {"prefill": texts, "decode": texts[:1]}, folder=tmp_path, turns=2, max_calls=2, ablate=False
     )
     assert [(one.phase, one.side, one.batch, one.length) for one in found] == [
         ("prefill", "plain", 2, 16),
@@ -74,7 +74,7 @@ def test_both_sides_and_phases_are_measured(small_var_model, texts, tmp_path):
 def test_a_component_is_left_out_of_the_plain_model_too(saved_model, texts, tmp_path):
 
     plain = VARModel(saved_model, VARConfig(enable_var=False))
-    found = measure_components(plain, texts, "decode", folder=tmp_path, rounds=1, max_calls=1, recording=0.0)
+    found = measure_components(plain, texts, "decode", folder=tmp_path, turns=1, max_calls=1, recording=0.0)
     assert set(found.by_ablation) == set(COMPONENTS) - {"plan", "answers", "commit"}
     assert found.whole > 0 and found.recording == 0
 
