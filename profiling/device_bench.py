@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     # The memory is shared with a process of torch, and then all of it is wanted. JAX reads these when it begins.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     config = PUBLISHED[args.model] if args.model in PUBLISHED else read_config(Path(args.model))
     write_json(args.output, run(config, QUICK if args.quick else FULL))
     print(f"{args.output} is written")

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from models import experts_pallas
 from models.experts import default_engine, get_engine
 from models.experts_pallas import block_table, choose_tiles, most_blocks, stack_experts
+from models.parameters import init_params, prepare
 from profiling.published import PUBLISHED
 from varjax.routing import Routing
 
@@ -77,6 +78,15 @@ def test_tiles_follow_the_rows_of_an_expert_and_the_bytes_of_a_number():
 def test_specs_are_stacked_as_arrays_are():
     specs = stack_experts({index: {"down": PartitionSpec("model", None)} for index in range(3)})
     assert specs == {"down": PartitionSpec(None, "model", None)}
+
+
+def test_layers_are_let_go_of_where_parameters_are_donated(tiny_config):
+    params = init_params(tiny_config, jax.random.key(0))
+    kept = prepare(params, get_engine("pallas"))
+    assert len(params["experts"]) == tiny_config.num_layers
+    donated = prepare(params, get_engine("pallas"), donate=True)
+    assert params["experts"] == []
+    jax.tree.map(np.testing.assert_array_equal, donated, kept)
 
 
 def gpu(capability: str | None, platform: str = "gpu"):
