@@ -57,7 +57,7 @@ CAPABILITY = (8, 0)  # the least compute capability: Ampere, which multiplies bf
 
 
 class Blocks(NamedTuple):
-    """The table of blocks, those in use first."""
+    """The table of blocks, those in use first; of a token alone, a block for each slot where it stands."""
 
     experts: jax.Array  # int32[S]; E: not in use
     starts: jax.Array  # int32[S], the first of a block's places in `order`
