@@ -4,7 +4,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_FLAGS ?= -q -n 2 --dist loadfile -m "not gpu"
+# Files in their own order: started in the order of how many tests they have, the few and long ones would come last.
+PYTEST_FLAGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
 
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base

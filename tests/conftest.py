@@ -9,9 +9,13 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
+# Compiling is most of what the tests do, so LLVM spends little on each program; XLA's own passes all run. Tests that
+# hold two different programs against each other bit for bit ask for `optimised`; with JAX_DISABLE_MOST_OPTIMIZATIONS=0
+# in the environment all do as users do.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # What is compiled twice in a run, by pytest's workers, by the processes that tests start, by files that share a model,
-# is compiled once. Compiling is most of what the tests do.
+# is compiled once.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="varjax-programs-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -47,6 +51,17 @@ def room_for_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
         jax.clear_caches()
+
+
+@pytest.fixture
+def optimised():
+    """Programs are compiled as users' are: a fused multiply-add may then be in one program and not in another."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.clear_caches()  # what was compiled before would be run again as it is
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

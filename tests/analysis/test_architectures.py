@@ -65,6 +65,7 @@ def test_the_table_weighs_experts_as_the_gate_does(model, stats):
     np.testing.assert_allclose(sums, 1 if model.config.normalise_top_k else best, rtol=1e-5)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_switched_off_it_is_the_plain_model_bit_for_bit(model, known, stats, answers):
     config = VARConfig(default=LayerPolicy(kept=1), frequency_threshold=3, entropy_threshold=9.0)
     var_model = VARModel(model, config, table=build_for(model, stats, config, answers))

@@ -30,13 +30,13 @@ def common(model_directory, corpus_file):
     return ("--model", model_directory, "--dataset", corpus_file, "--max_length", 16, "--batch_size", 4)
 
 
-@pytest.fixture
-def statistics(saved_model, documents, tmp_path):
-    """A statistics file with its answers beside it, from the first 60 documents."""
+@pytest.fixture(scope="session")
+def statistics(saved_model, documents, tmp_path_factory):
+    """A statistics file with its answers beside it, from the first 60 documents; to be read only."""
     known, reading = documents[:60], {"batch_size": 4, "max_length": 16, "progress": False}
     keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
     stats = collect(saved_model, known, keys, **reading)
-    path = tmp_path / "routing_stats.parquet"
+    path = tmp_path_factory.mktemp("statistics") / "routing_stats.parquet"
     statsfile.write(path, stats, {"fingerprint": saved_model.fingerprint})
     answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
     answersfile.write(residuals_beside(path), answers, {"fingerprint": saved_model.fingerprint})

@@ -42,6 +42,7 @@ def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:
     if devices > 1:  # little time is spent on making programs fast that run on a few numbers
         flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # programs for one and for eight devices are compared by bits
     return subprocess.Popen(
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )

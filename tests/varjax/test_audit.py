@@ -224,6 +224,7 @@ def test_warns_once_names_what_drifted_and_goes_on(small_var_model, calibration,
     assert report["streams"][0]["calibrated"]["mean"] == calibrated
 
 
+@pytest.mark.usefixtures("optimised")
 def test_disabled_is_bit_identical_to_the_plain_model_until_begun_anew(small_var_model, calibration, ids):
     auditor = Auditor(broken(small_var_model), calibration, on_drift="disable")
     state, audit_state, message = drifting(auditor, ids)
