@@ -33,7 +33,7 @@ def divided(
     """`engine` on the devices of a placement; itself on one device.
 
     The engine's `prepare` also lays out what divides the weights: a PartitionSpec in the place of each array. One that
-    only orders the experts can do that as it is.
+    only orders the experts can do that as it is; one that stacks them stacks these too.
 
     Args:
         axes: the names of the axes of an expert's weights, `{"gate": (None, "expert_size"), ...}`.

@@ -11,12 +11,15 @@ unused and cost nothing in an engine whose work follows the active assignments.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from models import experts_pallas
 from models.experts_blocks import apply_blocks
 from varjax.routing import Routing
 
@@ -30,14 +33,42 @@ class Engine:
     name: str
     prepare: Callable[[dict[int, dict[str, jax.Array]]], ExpertParams]
     apply: Callable[[jax.Array, Routing, ExpertParams], jax.Array]  # [N, D], [N, K], params -> [N, D]
+    obstacle: Callable[[Any], str | None] = lambda device: None  # why it cannot run on a jax.Device; None: it can
 
 
 def get_engine(implementation: str | None = None) -> Engine:
-    """The engine called `implementation`; None means "blocks". Raises ValueError for an unknown name."""
-    name = "blocks" if implementation is None else implementation
-    if name not in ENGINES:
-        raise ValueError(f"implementation={name!r} is not an expert engine; choose one of {sorted(ENGINES)}")
-    return ENGINES[name]
+    """The engine called `implementation`; None: what `default_engine` chooses for the first device.
+
+    An engine that is named is the one that runs, or fails. Raises ValueError for an unknown name.
+    """
+    if implementation is None:
+        return default_engine(jax.devices()[0])
+    if implementation not in ENGINES:
+        raise ValueError(f"implementation={implementation!r} is not an expert engine; choose one of {sorted(ENGINES)}")
+    return ENGINES[implementation]
+
+
+PREFERRED = {"gpu": ("pallas", "blocks")}  # platform -> engines, the best one first
+ANYWHERE = ("blocks",)  # on other platforms
+
+
+def default_engine(device: Any) -> Engine:
+    """The engine for a `jax.Device`: on a GPU "pallas", or "blocks" where that cannot run; elsewhere "blocks".
+
+    Warns (once, as Python's warnings do) where it had to fall back, and says why.
+    """
+    names = PREFERRED.get(device.platform, ANYWHERE)
+    obstacles = {name: ENGINES[name].obstacle(device) for name in names}
+    chosen = next(name for name in names if obstacles[name] is None)
+    for name in names[: names.index(chosen)]:
+        warnings.warn(f"experts run on the engine {chosen!r}, not {name!r}: {obstacles[name]}", stacklevel=2)
+    return ENGINES[chosen]
+
+
+def pallas_engine(interpret: bool = False) -> Engine:
+    """The engine "pallas"; with `interpret` it runs on any device, slowly: for tests."""
+    apply = partial(experts_pallas.apply_pallas, interpret=interpret)
+    return Engine("pallas", experts_pallas.stack_experts, apply, experts_pallas.obstacle)
 
 
 def slot_outputs(engine: Engine, x: jax.Array, routing: Routing, params: ExpertParams) -> jax.Array:
@@ -72,4 +103,5 @@ def _apply_reference(x: jax.Array, routing: Routing, params: tuple[dict[str, jax
 ENGINES = {
     "reference": Engine("reference", _in_order, _apply_reference),
     "blocks": Engine("blocks", _in_order, apply_blocks),
+    "pallas": pallas_engine(),
 }

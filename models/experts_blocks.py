@@ -27,10 +27,10 @@ READING = 24  # an expert's weights are read in the time of so many rows more, a
 Branch = Callable[[jax.Array], jax.Array]  # one expert: [R, D] -> float32[R, D]
 
 
-class _ByExpert(NamedTuple):
+class ByExpert(NamedTuple):
     """Assignments in the order of their experts, those of unused slots last."""
 
-    order: jax.Array  # int32[A + R], padded so that a block never runs off the end
+    order: jax.Array  # int32[A + padding], padded so that a block never runs off the end
     starts: jax.Array  # int32[E], an expert's first row in that order
     ends: jax.Array  # int32[E], the row after its last
     nowhere: int  # A
@@ -68,7 +68,7 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.
     num_slots = routing.experts.shape[1]
     sizes = block_sizes(routing.experts.size, len(branches))
     with jax.named_scope("dispatch"):
-        by_expert = _sort(routing, len(branches), padding=sizes[0])
+        by_expert = sort_by_expert(routing, len(branches), padding=sizes[0])
         weights = routing.weights.reshape(-1, 1).astype(jnp.float32)
 
     def run_blocks(rows: int, starts: jax.Array, blocks: jax.Array, total: jax.Array) -> jax.Array:
@@ -130,15 +130,16 @@ def _most_rows(size: int, smaller: tuple[int, ...]) -> int:
     return int(np.sum(cost <= size + READING)) - 1  # none at all cost nothing
 
 
-def _sort(routing: Routing, num_experts: int, padding: int) -> _ByExpert:
+def sort_by_expert(routing: Routing, num_experts: int, padding: int = 0) -> ByExpert:
+    """The assignments of `routing` [N, K], N * K of them, sorted; `padding` more places at the end."""
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     counts = (flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)).sum(0, dtype=jnp.int32)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
-    return _ByExpert(jnp.pad(order, (0, padding)), ends - counts, ends, nowhere=flat.size)
+    return ByExpert(jnp.pad(order, (0, padding)), ends - counts, ends, nowhere=flat.size)
 
 
-def _block(by_expert: _ByExpert, expert: jax.Array | int, start: jax.Array, rows: int) -> jax.Array:
+def _block(by_expert: ByExpert, expert: jax.Array | int, start: jax.Array, rows: int) -> jax.Array:
     """int32[R]: the assignments from row `start` on; `nowhere` in rows that are not the expert's."""
     inside = start + jnp.arange(rows, dtype=jnp.int32) < by_expert.ends[expert]
     return jnp.where(inside, lax.dynamic_slice(by_expert.order, (start,), (rows,)), by_expert.nowhere)
@@ -158,12 +159,12 @@ def _forward(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]) -> tup
     return apply_blocks(x, routing, experts), (x, routing, experts)
 
 
-def _backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
+def apply_blocks_backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
     """Gradients by recomputation, one expert after the other: only its own weight gradients travel through its loop."""
     x, routing, experts = saved
     num_slots = routing.experts.shape[1]
     rows = block_sizes(routing.experts.size, len(experts))[0]
-    by_expert = _sort(routing, len(experts), padding=rows)
+    by_expert = sort_by_expert(routing, len(experts), padding=rows)
     weights = routing.weights.reshape(-1, 1).astype(jnp.float32)
 
     x_grad, weight_grad = jnp.zeros(x.shape, jnp.float32), jnp.zeros(routing.experts.size, jnp.float32)
@@ -191,4 +192,4 @@ def _backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
     return x_grad.astype(x.dtype), Routing(no_grad, weight_grad), tuple(expert_grads)
 
 
-apply_blocks.defvjp(_forward, _backward)
+apply_blocks.defvjp(_forward, apply_blocks_backward)

@@ -166,7 +166,7 @@ def load_model(
             f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
             f"{config.vocab_size}; use the tokenizer that belongs to the model"
         )
-    prepared = prepare(params, engine)
+    prepared = prepare(params, engine, donate=True)
     return Model(config, prepared, engine, str(directory_or_hub_id), fingerprint, tokenizer, placement)
 
 

@@ -107,9 +107,20 @@ def _as_params(config: MoEConfig, decoder: nnx.State, experts: nnx.State) -> Par
     return {"decoder": nnx.to_pure_dict(decoder), "experts": [layers[index] for index in range(config.num_layers)]}
 
 
-def prepare(params: Params, engine: Engine) -> Params:
-    """Canonical parameters with the experts in the layout of `engine`."""
-    return {"decoder": params["decoder"], "experts": [engine.prepare(layer) for layer in params["experts"]]}
+def prepare(params: Params, engine: Engine, donate: bool = False) -> Params:
+    """Canonical parameters with the experts in the layout of `engine`.
+
+    Args:
+        donate: `params` lets go of its experts layer by layer, so an engine that copies them needs room for one layer
+            more, not for all.
+    """
+    layers = params["experts"] if donate else list(params["experts"])
+    experts = []
+    while layers:
+        experts.append(engine.prepare(layers.pop(0)))
+        if donate:
+            jax.block_until_ready(experts[-1])
+    return {"decoder": params["decoder"], "experts": experts}
 
 
 def with_methods(config: MoEConfig, decoder: Params) -> Any:

@@ -105,14 +105,20 @@ def main() -> None:
         write_json(args.output, found)
 
 
-def measure(quick: bool = True, repeats: int | None = None, seed: int = 0) -> Ceilings:
+def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size: int | None = None) -> Ceilings:
     """All figures of the default device.
 
     Args:
         quick: smaller arrays; a few seconds.
         repeats: rounds; None: 7, or 15 if not quick.
+        size: rows and columns of the square product on a fast device, which is busy with larger arrays only; memory is
+            then measured over 2 GiB. None: those of `quick`.
     """
-    size, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
+    usual, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
+    if size is None:
+        size = usual
+    else:
+        large = 2048 * MEBIBYTE
     rounds = (7 if quick else 15) if repeats is None else repeats
     rng = np.random.default_rng(seed)
     runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.experts import ENGINES
+from models.experts import ENGINES, Engine
 from profiling.timing import compare, paired_ratio
 from varjax.routing import Routing
 
@@ -38,19 +38,21 @@ def main() -> None:
     parser.add_argument("--ffn", type=float, default=3.0, help="F / D; Mixtral has 3.5")
     parser.add_argument("--kept", type=float, nargs="+", help="m, a mean over tokens; default: K, 3/4 K, ..., 0")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), default=sorted(ENGINES))
+    parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), help="default: all that run here")
     parser.add_argument("--repeats", type=int, default=11)
     args = parser.parse_args()
 
+    here = [name for name, engine in sorted(ENGINES.items()) if engine.obstacle(jax.devices()[0]) is None]
+    engines = {name: ENGINES[name] for name in args.engines or here}
     kept = [args.top_k * share / 4 for share in (4, 3, 2, 1, 0)] if args.kept is None else args.kept
     print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; {args.dtype}, E={args.experts}, K={args.top_k}")
     for hidden in args.hidden:
         size = int(args.ffn * hidden)
         for tokens in args.tokens:
             routings = cases(tokens, args.experts, args.top_k, kept)
-            seconds = measure(routings, hidden, size, args.experts, args.dtype, args.engines, args.repeats)
+            seconds = measure(routings, hidden, size, args.experts, args.dtype, engines, args.repeats)
             print(f"\nN={tokens}, D={hidden}, F={size}")
-            print_table(seconds, args.engines, routings, args.experts)
+            print_table(seconds, list(engines), routings, args.experts)
 
 
 def cases(tokens: int, num_experts: int, k: int, kept: Sequence[float]) -> dict[float, Routing]:
@@ -80,7 +82,7 @@ def measure(
     size: int,
     num_experts: int,
     dtype: str,
-    engines: Sequence[str],
+    engines: Mapping[str, Engine],
     repeats: int,
 ) -> dict[str, np.ndarray]:
     """Seconds [repeats] of "plain" and of each "engine/m", interleaved.
@@ -100,10 +102,10 @@ def measure(
     x = matrix(tokens, hidden)
     experts = {index: block(size) for index in range(num_experts)}
     runs: dict[str, Callable[[], Any]] = {"plain": partial(jax.jit(plain), x, block(k * size))}
-    for engine in engines:
-        params, apply = ENGINES[engine].prepare(experts), jax.jit(ENGINES[engine].apply)
+    for name, engine in engines.items():
+        params, apply = engine.prepare(experts), jax.jit(engine.apply)
         for m, routing in routings.items():
-            runs[f"{engine}/{m}"] = partial(apply, x, routing, params)
+            runs[f"{name}/{m}"] = partial(apply, x, routing, params)
     return compare(runs, repeats)
 
 

@@ -23,7 +23,7 @@ from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
 from models.decoder import forward
 from models.divided_experts import divided
-from models.experts import get_engine
+from models.experts import get_engine, pallas_engine
 from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
@@ -271,6 +271,22 @@ def test_gradients_are_those_of_one_device(texts):
 
     ours, theirs = gradients(model), gradients(alone)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), ours, theirs)
+
+
+def test_stacked_weights_are_divided_too():
+    """The engine for GPUs, interpreted."""
+    rng, engine = np.random.default_rng(3), pallas_engine(interpret=True)
+    placement, params = random_model("data=2,model=4").placement, init_params(CONFIG, jax.random.key(0))
+    layer = jax.device_put(params, param_shardings(CONFIG, placement))["experts"][0]
+    several = divided(engine, placement, CONFIG.num_experts, EXPERT_AXES)
+    x = jnp.asarray(rng.normal(size=(6, CONFIG.hidden_size)), jnp.float32)
+    experts = jnp.asarray(rng.integers(0, CONFIG.num_experts + 1, (6, 2)), jnp.int32)
+    routing = Routing(experts, jnp.asarray(rng.random((6, 2)), jnp.float32))
+    stacked = several.prepare(layer)
+    assert stacked["down"].sharding.shard_shape(stacked["down"].shape)[1] == CONFIG.intermediate_size // 4
+    alone = get_engine("reference")
+    expected = alone.apply(x, routing, alone.prepare(params["experts"][0]))
+    np.testing.assert_allclose(jax.jit(several.apply)(x, routing, stacked), expected, **CLOSE)
 
 
 def test_slots_and_audits(texts):

@@ -1,4 +1,7 @@
-"""One conformance suite for all expert engines: against a slow loop over tokens in float64."""
+"""One conformance suite for all expert engines: against a slow loop over tokens in float64.
+
+Kernels for GPUs are interpreted here; `test_experts_pallas.py` lowers them.
+"""
 
 import itertools
 
@@ -7,18 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.experts import ENGINES, get_engine, slot_outputs
+from models.experts import ENGINES, get_engine, pallas_engine, slot_outputs
 from models.experts_blocks import block_sizes, cut
 from varjax.routing import Routing
 
 HIDDEN, SIZE, EXPERTS, SLOTS = 8, 12, 4, 2
 ROWS = 13  # not a multiple of any block
+ANYWHERE = ENGINES | {"pallas": pallas_engine(interpret=True)}  # what runs on any device
 FAST = sorted(ENGINES.keys() - {"reference"})
 
 
 @pytest.fixture(params=sorted(ENGINES))
 def engine(request):
-    return get_engine(request.param)
+    return ANYWHERE[request.param]
 
 
 def random_experts(rng, num_experts=EXPERTS, dtype=jnp.float32):
@@ -147,8 +151,14 @@ def test_bfloat16_stays_bfloat16(engine):
     check(engine, jax.jit(engine.apply), x, routing, experts, atol=0.02 * largest)
 
 
-@pytest.mark.parametrize(("rows", "slots", "num_experts"), [(1, 2, 4), (ROWS, 2, 4), (601, 2, 4), (5, 8, 16)], ids=str)
-@pytest.mark.parametrize("engine", FAST, indirect=True)
+@pytest.mark.parametrize(
+    ("engine", "rows", "slots", "num_experts"),
+    [
+        *(("blocks", *shape) for shape in ((1, 2, 4), (ROWS, 2, 4), (601, 2, 4), (5, 8, 16))),
+        ("pallas", ROWS, 2, 4),  # whose gradients are those of blocks
+    ],
+    indirect=["engine"],
+)
 def test_gradients_are_those_of_the_reference(engine, rows, slots, num_experts):
     rng = np.random.default_rng(5)
     experts, x = random_experts(rng, num_experts), random_rows(rng, rows)
@@ -179,5 +189,7 @@ def test_slot_outputs_are_the_summands(engine):
 
 
 def test_an_unknown_engine_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'magic' is not an expert engine; choose one of \['blocks', 'reference'\]"):
+    with pytest.raises(
+        ValueError, match=r"'magic' is not an expert engine; choose one of \['blocks', 'pallas', 'reference'\]"
+    ):
         get_engine("magic")

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from models.experts import get_engine
 from profiling.experts_bench import cases, measure, print_table
 
 
@@ -19,7 +20,7 @@ def test_cases_keep_what_they_say():
 
 def test_a_table_is_measured_and_printed(capsys):
     routings = cases(4, 3, 2, [1])
-    seconds = measure(routings, 8, 6, 3, "float32", ["blocks"], repeats=2)
+    seconds = measure(routings, 8, 6, 3, "float32", {"blocks": get_engine("blocks")}, repeats=2)
     assert set(seconds) == {"plain", "blocks/2.0", "blocks/1.0"}
     print_table(seconds, ["blocks"], routings, 3)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
