@@ -148,7 +148,7 @@ def validate(
         overall = _degradation(change, plain.tokens, test.seed)
         found.append(Validated(name, name in candidates, scored.experts_per_token, overall, tuple(measured)))
         # No other configuration has a table of this size, and programs are not to pile up; the plain model's stay.
-        routed_forward.clear_cache()  # type: ignore[attr-defined]  (a method of what jax.jit makes)
+        routed_forward.clear_cache()  # type: ignore[attr-defined]
     certified = certify(
         _of(calibrate, losses(calibrate)),
         {name: _of(calibrate, one) for name, one in increases.items()},
