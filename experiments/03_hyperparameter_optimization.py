@@ -102,7 +102,7 @@ class Setting:
     @classmethod
     def of(cls, args: argparse.Namespace, progress: bool = True) -> Setting:
         subject, origin = make_subject(args, "tune", args.num_samples, progress)
-        space = with_ranges(default_space(subject.stats.orders), args.ranges)
+        space = with_ranges(default_space(subject.stats.orders, subject.stats.num_experts), args.ranges)
         space = only(space, args.parameters) if args.parameters else space
         limit = subject.config.max_quality_degradation if args.limit is None else args.limit
         judged = {

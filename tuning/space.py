@@ -92,18 +92,27 @@ THRESHOLDS: Space = (
     Parameter("cache_ttl_seconds", "float", 10, 300, log=True, unit="seconds"),
     Parameter("context_window_size", "int", 2, 8, unit="ids"),
 )
+PUBLISHED_FOR = 8  # experts
 CACHED = ("confidence_threshold", "cache_size", "cache_ttl_seconds", "context_window_size")  # of the cached tier
 
 
-def default_space(orders: Sequence[int]) -> Space:
+def default_space(orders: Sequence[int], num_experts: int = PUBLISHED_FOR) -> Space:
     """The six thresholds in their published ranges, the loss budget, the cached tier and the context orders.
+
+    A gate's entropy is at most ln E, so its range is stretched by ln E / ln 8 for another number of experts.
 
     Args:
         orders: of the statistics.
+        num_experts: E, of the statistics.
     """
+    stretch = math.log(num_experts) / math.log(PUBLISHED_FOR)
+    thresholds = tuple(
+        dataclasses.replace(one, low=stretch * one.low, high=stretch * one.high) if one.unit == "nats" else one
+        for one in THRESHOLDS
+    )
     longest = Parameter("longest_context", "int", min(orders), max(orders), unit="ids") if len(orders) > 1 else None
     policy = Parameter("loss_budget", "float", 0.001, 0.03, log=True, unit="relative change of perplexity")
-    return (policy, *THRESHOLDS, *([longest] if longest else []), Parameter("cached_tier", "bool"))
+    return (policy, *thresholds, *([longest] if longest else []), Parameter("cached_tier", "bool"))
 
 
 def with_ranges(space: Space, ranges: Sequence[str]) -> Space:

@@ -69,6 +69,13 @@ def test_the_default_space_has_the_published_ranges_and_the_orders_of_the_statis
     assert "longest_context" not in {one.name for one in default_space((1,))}
 
 
+def test_entropies_grow_with_the_number_of_experts():
+    few, many = ({one.name: one for one in default_space((1,), number)} for number in (8, 64))
+    assert many.pop("entropy_threshold").high == pytest.approx(3.0)  # twice that of 8: ln 64 = 2 ln 8
+    del few["entropy_threshold"]
+    assert few == many
+
+
 def test_ranges_are_replaced_by_name():
     changed = with_ranges(THRESHOLDS, ["cache_size=200:400", "entropy_threshold=0.5:1"])
     assert [one.name for one in changed] == [one.name for one in THRESHOLDS]
