@@ -132,7 +132,8 @@ def workload_and_mix(var_model: VARModel, ids: np.ndarray, phase: str) -> tuple[
     VAR may be off. A step of decoding is one at the middle of the texts.
     """
     config, (batch, length) = var_model.model.config, ids.shape
-    used = used_experts(var_model, ids)  # bool [L, B, T, E]
+    # bool [L, B, T, E]; text by text, as `_counters` reads them: one program for both.
+    used = np.concatenate([used_experts(var_model, text[None]) for text in ids], axis=1)
     decodes = phase == "decode"
     distinct = float(used.any(axis=1 if decodes else (1, 2)).sum(-1).mean())
     experts, planned = float(used.sum(-1).mean()), var_model.table is not None
