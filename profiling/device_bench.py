@@ -2,8 +2,8 @@
 
     python -m profiling.device_bench --output benchmarks/h200.json            # 8 minutes at most; --quick: 2
 
-In this order: transformers' Mixtral with grouped products, where torch has a CUDA device, in a process of its own; the
-machine's ceilings; one layer's experts, ours and others', against one plain SwiGLU block of the same operations, at
+In this order: the model in transformers with grouped products, where torch has a CUDA device, in a process of its own;
+the machine's ceilings; one layer's experts, ours and others', against one plain SwiGLU block of the same operations, at
 several numbers of tokens of which some keep one expert; a whole model of the shape of Mixtral-8x7B with random bfloat16
 weights, of as many layers as fit, plain and under VAR. It installs nothing and goes on without what is not there: the
 file says what was left out and why.
@@ -121,7 +121,7 @@ def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = prin
         say(f"{name}: {time.monotonic() - began:.0f} s since the beginning")
         return result[name]
 
-    reason = torch_bench.obstacle() if config.family == "mixtral" else "the model is no Mixtral"
+    reason = torch_bench.obstacle()
     if reason is None:
         try:
             part("transformers", partial(_transformers, fitting, settings))

@@ -1,4 +1,4 @@
-"""A Mixtral of random weights in transformers, with torch's grouped matrix products: what `device_bench` compares with.
+"""A model of random weights in transformers, with torch's grouped matrix products: what `device_bench` compares with.
 
     python -m profiling.torch_bench '{"config": ..., "tokens": [1], "length": 8, ...}'     # as device_bench starts it
 
@@ -39,9 +39,9 @@ def in_a_process(config: MoEConfig, timeout: float, **options: Any) -> dict[str,
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"transformers' Mixtral took more than {timeout:.0f} s") from None
+        raise RuntimeError(f"transformers' model took more than {timeout:.0f} s") from None
     if done.returncode:
-        raise RuntimeError(f"transformers' Mixtral failed: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(f"transformers' model failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -76,7 +76,8 @@ def measure(
     fields = config_to_hf(dataclasses.replace(config, eos_token_id=None), "bfloat16")
     options = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm", "dtype": torch.bfloat16}
     with torch.device(device):
-        model = transformers.MixtralForCausalLM._from_config(transformers.MixtralConfig(**fields), **options).eval()
+        asked = transformers.AutoConfig.for_model(**fields)
+        model = transformers.AutoModelForCausalLM.from_config(asked, **options).eval()
 
     # Renamed during version 5.
     cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

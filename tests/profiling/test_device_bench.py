@@ -95,9 +95,14 @@ def test_rivals_compute_the_same():
         np.testing.assert_allclose(engine.apply(x, routing, engine.prepare(experts)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_transformers_is_timed_where_torch_is():
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"family": "olmoe", "query_key_norm": "projection", "normalise_top_k": False}],
+    ids=["Mixtral", "OLMoE"],
+)
+def test_transformers_is_timed_where_torch_is(fields):
     pytest.importorskip("torch")
     options = {"tokens": [1, 4], "length": 8, "cached": 4, "batches": [1, 2], "steps": 2, "rounds": 2}
-    found = torch_bench.measure(TINY, device="cpu", **options)
+    found = torch_bench.measure(dataclasses.replace(TINY, **fields), device="cpu", **options)
     assert found["seconds"].keys() == {"experts/1", "experts/4", "prefill", "decode/1", "decode/2"}
     assert all(len(own) == 2 and min(own) > 0 for own in found["seconds"].values())
