@@ -1,0 +1,76 @@
+"""What holds of the project as a whole: which way imports point, and that the documents name what is there."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("varjax", "models", "analysis", "profiling", "tuning", "experiments")  # each may import those before it
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, wherever it does."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_point_downwards_only(folder):
+    above = FOLDERS[FOLDERS.index(folder) + 1 :]
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for name in imported(path)
+        if name.split(".")[0] in (*above, "tests")
+    ]
+    assert not wrong
+
+
+def test_varjax_knows_no_flax_and_no_optuna():
+    found = {name.split(".")[0] for path in (ROOT / "varjax").glob("*.py") for name in imported(path)}
+    assert found.isdisjoint({"flax", "optuna", "transformers", "datasets"})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    links = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
+    gone = [link for link in links if "://" not in link and not (document.parent / link).exists()]
+    assert not gone
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_and_modules_that_documents_name_exist(document):
+    text = document.read_text(encoding="utf-8")
+    scripts = re.findall(r"(?:experiments|tests|models|varjax|analysis|profiling|tuning)/[\w/]+\.(?:py|json)\b", text)
+    modules = re.findall(r"python -m ((?:varjax|models|analysis|profiling|tuning|experiments)[\w.]*\w)", text)
+    missing = [name for name in scripts if not (ROOT / name).exists()]
+    missing += [name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_that_documents_give_are_options_of_that_script(document):
+    """Of scripts started with `python experiments/…`: each `--option` stands in its source or in what all share."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    shared = "".join((ROOT / "experiments" / name).read_text() for name in ("arguments.py", "hosts.py"))
+    unknown = []
+    for script, rest in re.findall(r"^python (experiments/\w+\.py)(.*)$", text, re.MULTILINE):
+        source = shared + (ROOT / script).read_text(encoding="utf-8")
+        unknown += [f"{script} {flag}" for flag in re.findall(r"(--\w+)", rest) if f'"{flag}"' not in source]
+    assert not unknown
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_in_documents_is_python_and_imports_what_is_there(document):
+    for block in re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in FOLDERS:
+                module = __import__(str(node.module), fromlist=["*"])
+                assert all(hasattr(module, alias.name) for alias in node.names)
