@@ -38,6 +38,18 @@ def test_varjax_knows_no_flax_and_no_optuna():
     assert found.isdisjoint({"flax", "optuna", "transformers", "datasets"})
 
 
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_architecture_names_every_file_in_its_own_words(folder):
+    _, _, listed = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition(f"### `{folder}/`\n")
+    listed, _, _ = listed.partition("###")
+    lines = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        if path.name != "__init__.py":
+            said = str(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))).split("\n\n")[0]
+            lines.append(f"- `{path.relative_to(ROOT / folder).as_posix()}`: " + said.replace("\n", " "))
+    assert [line for line in listed.split("\n") if line] == lines
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document):
     links = re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8"))
