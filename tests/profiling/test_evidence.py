@@ -17,7 +17,7 @@ from varjax import VARModel, step
 from varjax.config import VARConfig
 from varjax.table import build
 
-MEASURING = {"rounds": 2, "max_calls": 4, "ablate": False, "recording": 0.0}
+MEASURING = {"turns": 2, "max_calls": 4, "ablate": False, "recording": 0.0}
 
 
 @pytest.fixture(scope="module")
