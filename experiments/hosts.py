@@ -35,7 +35,7 @@ def join(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the arguments do not go together.
     """
-    if args.coordinator is None or jax.distributed.is_initialized():
+    if args.coordinator is None:
         return
     given: dict[str, Any] = {}
     if args.coordinator != AUTO:

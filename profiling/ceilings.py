@@ -114,11 +114,9 @@ def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size:
         size: rows and columns of the square product on a fast device, which is busy with larger arrays only; memory is
             then measured over 2 GiB. None: those of `quick`.
     """
-    usual, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
+    large = 2048 * MEBIBYTE
     if size is None:
-        size = usual
-    else:
-        large = 2048 * MEBIBYTE
+        size, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
     rounds = (7 if quick else 15) if repeats is None else repeats
     rng = np.random.default_rng(seed)
     runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}

@@ -135,11 +135,9 @@ def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = prin
     hardware = Hardware(
         device.device_kind, DTYPE, found.best("product", DTYPE), found.memory, _memory(device) or 0, "measured", True
     )
-    engines = {name: one for name, one in ENGINES.items() if name != "reference"}
-    for name, one in list(engines.items()):
-        if (hindrance := one.obstacle(device)) is not None:
-            left_out[name] = hindrance
-            del engines[name]
+    obstacles = {name: one.obstacle(device) for name, one in ENGINES.items() if name != "reference"}
+    left_out |= {name: why for name, why in obstacles.items() if why is not None}
+    engines = {name: ENGINES[name] for name, why in obstacles.items() if why is None}
     others, missing = rivals(device)
     left_out |= missing
     for tokens in settings.tokens:
@@ -189,11 +187,9 @@ def random_model(config: MoEConfig, engine: Engine) -> Model:
     return Model(config, {"decoder": decoder, "experts": experts}, engine, "random", "none")
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _random(key: jax.Array, shape: tuple[int, ...], scale: float) -> jax.Array:
-    return _normal(key, shape) * jnp.asarray(scale, DTYPE)
-
-
-_normal = jax.jit(lambda key, shape: jax.random.normal(key, shape, DTYPE), static_argnums=1)
+    return jax.random.normal(key, shape, DTYPE) * jnp.asarray(scale, DTYPE)
 
 
 def _memory(device: Any) -> float | None:

@@ -143,7 +143,7 @@ def in_turns(
     return np.stack(untraced), traced
 
 
-def cost_of_recording(calls: Callable[[], Iterable[Callable[[], Any]]], turns: int = 9) -> float:
+def cost_of_recording(calls: Callable[[], Iterable[Callable[[], Any]]], turns: int) -> float:
     """Seconds that the profiler takes to record one operation: by how much a trace slows calls down, over operations.
 
     An event is written before its operation begins and after it has ended, so what this costs lies between operations.

@@ -25,33 +25,37 @@ def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Pa
         of_this_machine: no result of the program but a cache, say: a process that writes it does so for itself.
     """
     target = Path(path)
-    together = jax.distributed.is_initialized() and not of_this_machine
-    number = jax.process_index() if together else 0
+    process = None if of_this_machine else _joined()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{number}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{process or 0}.{os.getpid()}.tmp")
     try:
         yield temporary
         # Some writers keep their file to its owner; here everyone reads who may read other new files.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
-        if together:
+        if process is not None:
             _meet(target)  # from here on nobody asks whether the file was there before
-        if number == 0:
+        if not process:
             os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    if together:
+    if process is not None:
         _meet(target)
 
 
 def remove(folder: Path) -> None:
     """Remove a folder of the program's with all that is in it."""
-    together = jax.distributed.is_initialized()
-    if together:
+    process = _joined()
+    if process is not None:
         _meet(folder)
-    if not together or jax.process_index() == 0:
+    if not process:
         shutil.rmtree(folder)
+
+
+def _joined() -> int | None:
+    """The number of this process among those that run the program together; None: it is alone."""
+    return jax.process_index() if jax.distributed.is_initialized() else None
 
 
 def _meet(path: Path) -> None:

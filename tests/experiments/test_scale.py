@@ -39,10 +39,7 @@ def command(model_directory, corpus_file):
 
 def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    # All alike, for their results are compared: little time is spent on making programs fast that run on a few numbers.
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"
     return subprocess.Popen(
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
     )

@@ -17,11 +17,7 @@ from models.config import config_to_hf
 from models.weights import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
-# Little time is spent on making programs fast that run once, on a few numbers.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+FLAGS = "--xla_force_host_platform_device_count=8"
 
 
 def run(*command: str) -> str:
