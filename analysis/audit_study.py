@@ -5,7 +5,7 @@
 Calibrates on documents of the split `calibrate` and lets held-out documents of `test` come in, many times in random
 order: once as they are, then with planted faults. Each document is run once per fault; the repeats only reorder what
 was observed, so they share their documents. The cached tier is off, because what it has learnt depends on the order.
-Writes a JSON file and prints the table in it.
+Writes a JSON file, and beside it the report that is printed, as text and as a page with its figure.
 
 Letters: N documents, M streams (`varjax.streams`).
 """
@@ -24,10 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from analysis import audit_report
 from analysis.audit_faults import faults, random_texts
 from analysis.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.provenance import provenance, write_json
+from analysis.provenance import provenance
 from analysis.quality import score, var_runner
+from analysis.report import text
+from analysis.report_files import write_report
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
@@ -91,23 +94,23 @@ def main() -> None:
     top_k, same = model.config.top_k, seen["same domain"]
     pairs = model.config.num_layers * same.tally.tokens.sum()
     runs = {"var": same.experts_per_token, "audit": float(top_k * same.tally.audited.sum() / pairs)}
-    print(table(outcomes, calibration, runs))
-    write_json(
-        args.output,
-        {
-            "outcomes": outcomes,
-            "expert_runs_per_token_and_layer": runs,
-            "false_alarm_probability": ALPHA,
-            "calibration_file": saved.name,
-            "provenance": provenance(
-                seed=args.seed,
-                model={"name": model.name, "fingerprint": model.fingerprint},
-                data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
-                config=var_model.config,
-                config_sha256=var_model.config.digest(),
-            ),
-        },
-    )
+    said = audit_report.report(outcomes, calibration, runs)
+    beside = {
+        "outcomes": outcomes,
+        "expert_runs_per_token_and_layer": runs,
+        "false_alarm_probability": ALPHA,
+        "calibration_file": saved.name,
+        "provenance": provenance(
+            seed=args.seed,
+            model={"name": model.name, "fingerprint": model.fingerprint},
+            data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
+            config=var_model.config,
+            config_sha256=var_model.config.digest(),
+        ),
+    }
+    figures = {audit_report.NAME: audit_report.figure(outcomes)}
+    write_report(said, args.output.parent, args.output.stem, figures=figures, beside=beside)
+    print(text(said))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -236,28 +239,6 @@ def repeat(
         longest=max(until, default=None),
         first=dict(first),
     )
-
-
-def table(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[str, float]) -> str:
-    """The outcomes for people."""
-    lines = [
-        f"{'':30}{'harm':>8}{'error':>8}{'agree':>8}{'open':>8}{'noticed':>13}{'documents until':>22}  first signal",
-        f"{'calibration':30}{'':8}" + "".join(f"{value.mean or 0:>8.3f}" for value in calibration.values[:3]),
-    ]
-    for row in outcomes:
-        harm = "" if row.harm is None else f"{row.harm:+.4f}"
-        until = "" if row.median is None else f"{row.median:.0f}, at most {row.longest}"
-        signals = ", ".join(sorted(row.first))
-        lines.append(
-            f"{row.name:30}{harm:>8}{row.error:>8.3f}{row.agreement:>8.3f}{row.open:>8.3f}"
-            f"{f'{row.noticed} of {row.repeats}':>13}{until:>22}  {signals}"
-        )
-    lines.append(
-        f"\nHarm: nats per token lost against the plain model. {calibration.texts} calibration documents; "
-        f"{calibration.share:.0%} of the planned\ntokens audited, {runs['audit']:.2f} expert runs per token and layer "
-        f"beside VAR's {runs['var']:.2f}. At most {ALPHA:.0%} false alarms promised."
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -21,54 +21,75 @@ th:first-child, td:first-child { text-align: left } thead th { position: sticky;
 table.words td { white-space: normal; text-align: left; vertical-align: top }
 .verdict { font-weight: 700; border: 1px solid #111; padding: 0 .4rem } .PASS { background: #111; color: #fff }
 figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto } figcaption { font-size: 14px; max-width: 60rem }
+.runs { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1.5rem }
+.runs article { border: 1px solid #bbb; padding: 0 1rem 1rem } .runs img { max-height: 16rem }
 """
 
 
-def write_html(path: str | Path, report: Report, folder: str | Path) -> None:
+def write_html(path: str | Path, report: Report, folder: str | Path, index: str | None = None) -> None:
     """Write the page, whole or not at all; the PNG of each figure that the report names is looked for in `folder`.
 
     A figure that does not lie there is left out of the page.
+
+    Args:
+        index: where the page of all runs lies, seen from this one; None: there is none.
     """
     names = (note.name for section in report.sections for note in section.figures)
     files = {name: Path(folder) / f"{name}.png" for name in names}
     images = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
     with replacing(path) as temporary:
-        temporary.write_text(page(report, images), encoding="utf-8")
+        temporary.write_text(page(report, images, index), encoding="utf-8")
 
 
-def page(report: Report, images: Mapping[str, bytes]) -> str:
+def page(report: Report, images: Mapping[str, bytes], index: str | None = None) -> str:
     """The page as text.
 
     Args:
         images: name of a figure -> its PNG.
+        index: as in `write_html`.
     """
+    back = f'<p><a href="{escape(index)}">all runs</a></p>' if index else ""
     overview = "".join(
-        f'<tr><td><a href="#{escape(one.name)}">{escape(one.title)}</a></td><td>{_badge(one.verdict)}</td>'
+        f'<tr><td><a href="#{escape(one.name)}">{escape(one.title)}</a></td><td>{badge(one.verdict)}</td>'
         f"<td>{escape(one.outcome)}</td></tr>"
         for one in report.sections
     )
     facts = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in report.facts)
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
     sections = "\n".join(_section(section, images) for section in report.sections)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(report.title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{escape(report.title)}</h1>
+    return document(
+        report.title,
+        f"""{back}
 <table class="words">{facts}</table>
 <h2>Results</h2>
 <table class="words">{overview}</table>
 {sections}
 <h2>For all of the above</h2>
-<ul>{notes}</ul>
+<ul>{notes}</ul>""",
+    )
+
+
+def document(title: str, body: str) -> str:
+    """A page of the common style, as text; `body` is HTML."""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{body}
 </body>
 </html>
 """
+
+
+def badge(verdict: str) -> str:
+    """A verdict in a frame."""
+    return f'<span class="verdict {escape(verdict.split()[0])}">{escape(verdict)}</span>'
 
 
 def _section(section: Section, images: Mapping[str, bytes]) -> str:
@@ -77,7 +98,7 @@ def _section(section: Section, images: Mapping[str, bytes]) -> str:
     tables = "".join(map(_table, section.tables))
     return (
         f'<h2 id="{escape(section.name)}">{escape(section.title)}</h2>'
-        f"<p>{_badge(section.verdict)} {escape(section.outcome)}</p>{words}{figures}{tables}"
+        f"<p>{badge(section.verdict)} {escape(section.outcome)}</p>{words}{figures}{tables}"
     )
 
 
@@ -95,7 +116,3 @@ def _table(table: Table) -> str:
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.cells())
     caption = f"<caption>{escape(table.title)}</caption>" if table.title else ""
     return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _badge(verdict: str) -> str:
-    return f'<span class="verdict {escape(verdict.split()[0])}">{escape(verdict)}</span>'

@@ -10,28 +10,6 @@ tokens at a time; the router's own decision is the trace's. What depends on hidd
 and no logits, so nothing here says what the plans cost in quality. The clock is the trace's: `seconds_per_token` for
 every token replayed, in one stream; a server that interleaves many texts sees other ages and evictions.
 
-How to read the figures of a tier (all of them over tokens and layers that it decided):
-
-- share: of all tokens. The documents that score are other documents, but of the same domains as those that built the
-  table; text of another kind finds fewer keys.
-- agreement: its first expert is the router's first. false hits: 1 - agreement. Says how well the *choice* is foretold;
-  a layer whose gate chooses (`choice_from="gate"`) takes no harm from a false hit.
-- recall: share of the router's K experts among the predicted K. kept: share of the
-  predicted experts that the plan keeps which the router chose too: what a prefetch of those would have used.
-- mass: share of the chosen experts' probability that falls on predicted ones. Near 1 says little where the
-  probabilities are flat and K is large.
-- experts: those that run per token. It counts the work, not the time.
-- constant: agreement and recall of a table that gives every token the layer's busiest experts of the build documents,
-  over all tokens replayed. What a tier has above that, the ids foretell; uniform chance, K / E, is less.
-- unlimited: what the cached tier would decide with no bound on size or age, after the same fast tier. Where it is
-  hardly above the cached share, a larger cache gains nothing.
-- false hits by age of the decision: each bucket holds other contexts, not one decision as it ages. Young decisions are
-  repetitions inside a document, old ones mostly of what many documents share, such as the fixed words of a prompt, and
-  these may well be the truer ones. Buckets with few decisions say nothing.
-
-Two drawings come with it: `replay_tiers` (shares, agreement and recall by layer) and `replay_false_hits` (by layer and
-age, hatched where fewer than 20 decisions would be compared).
-
 All of it is teacher-forced: the ids are those of the trace, whatever the plans would have done to the text. Generated
 text (phase `decode`) repeats itself more than prose does, and flatters every cache. A look-up sees earlier steps only:
 with a long step, as in prefill, repetitions inside a step are lost; a step of one token is decoding. Layers and tokens
@@ -51,8 +29,10 @@ from typing import Any
 
 import numpy as np
 
-from analysis.provenance import hash_json, provenance, write_json
-from analysis.traces import importing
+from analysis.provenance import hash_json, provenance
+from analysis.report import text
+from analysis.report_files import write_report
+from analysis.traces import importing, replay_report
 from analysis.traces.replay_inputs import applicable, table_statistics, with_stand_ins
 from analysis.traces.replay_steps import Sums, run_steps, unlimited_cache
 from analysis.traces.trace import Trace, TraceError
@@ -62,7 +42,6 @@ from varjax.step import TIERS
 from varjax.table import build
 
 _AGE_BUCKETS = 18  # up to one step, then each twice as long; the last has no end
-_COLUMNS = ("agreement", "recall", "kept", "mass")  # of a planned tier in the report
 
 
 @dataclass(frozen=True)
@@ -212,44 +191,6 @@ def _ratio(part: Any, whole: Any) -> float | None:
     return float(part) / float(whole) if whole else None
 
 
-def report(found: Replay) -> str:
-    """The figures as a table to print; how to read them is said at the top of this module."""
-    lines = [
-        f"{found.origin.get('model', 'a trace')}: {found.tokens:,} tokens of {found.documents:,} documents, table of "
-        f"{found.keys:,} keys from {found.build_tokens:,} tokens of {found.build_documents:,} others",
-        f"steps of {found.step} tokens, {found.seconds_per_token:g} s per token; chance recall "
-        f"{found.top_k / found.num_experts:.1%}",
-        *(f"note: {note}" for note in found.notes),
-        "",
-        f"{'':7}{'fast':^40}{'cached':^40}{'':9}{'':9}{'unlimited cache':^16}{'constant':^16}",
-        f"{'layer':>7}" + f"{'share':>8}{'agree':>8}{'recall':>8}{'kept':>8}{'mass':>8}" * 2 + f"{'learned':>9}"
-        f"{'experts':>9}{'share':>8}{'agree':>8}{'agree':>8}{'recall':>8}",
-    ]
-    for layer in (*range(len(found.sums.tokens)), None):
-        rates = found.rates(layer)
-        row = "all" if layer is None else str(layer)
-        cells = [
-            value for tier in TIERS[:2] for value in (rates["shares"][tier], *(rates[tier][name] for name in _COLUMNS))
-        ]
-        lines.append(
-            f"{row:>7}{''.join(map(_percent, cells))}{rates['shares']['learned']:>9.1%}"
-            f"{rates['experts_per_token']:>9.2f}{''.join(map(_percent, rates['unlimited_cache'].values()))}"
-            f"{''.join(map(_percent, rates['constant'].values()))}"
-        )
-    if not found.sums.aged.any():
-        return "\n".join(lines)
-    lines += ["", f"{'age of a cached decision':>27}{'decisions':>12}{'false hits':>12}"]
-    for bucket in found.rates()["false_hits_by_age"]:
-        tokens = bucket["from_tokens"]
-        age = f"from {tokens:,} tokens, {tokens * found.seconds_per_token:.4g} s"
-        lines.append(f"{age:>27}{bucket['decisions']:>12,}{_percent(bucket['false_hits']):>12}")
-    return "\n".join(lines)
-
-
-def _percent(value: float | None) -> str:
-    return f"{'–':>8}" if value is None else f"{value:>8.1%}"
-
-
 def fields_of(found: Replay) -> dict[str, Any]:
     """What is saved: the settings, and `rates` of all layers together and of each."""
     plain = {name: value for name, value in vars(found).items() if name not in ("config", "sums", "age_edges")}
@@ -258,9 +199,6 @@ def fields_of(found: Replay) -> dict[str, Any]:
 
 
 def main() -> None:
-    from analysis.figures import save
-    from analysis.traces.replay_figures import false_hits_by_age, tiers_by_layer
-
     parser = argparse.ArgumentParser(
         description="Replay a VARConfig against a routing trace.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -280,13 +218,13 @@ def main() -> None:
         found = replay(importing.load(args.trace), config, **settings)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print(report(found))
+    said = replay_report.report(found)
+    print(text(said))
     applied = json.loads(found.config.to_json())
     hashes: dict[str, Any] = {"trace_sha256": _file_hash(args.trace), "config_sha256": hash_json(applied)}
     origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
-    write_json(args.output / "replay.json", {**fields_of(found), "provenance": origin})
-    save(tiers_by_layer(found), args.output, "replay_tiers")
-    save(false_hits_by_age(found), args.output, "replay_false_hits")
+    beside = {**fields_of(found), "provenance": origin}
+    write_report(said, args.output, "replay", figures=replay_report.draw(found), beside=beside)
     print(f"\nwritten to {args.output}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 
 from analysis.figures import save
 from analysis.html_report import write_html
+from analysis.index_page import index_of, write_index
 from analysis.provenance import write_json
 from analysis.report import Report, fields, text
 from varjax.files import replacing
@@ -25,6 +27,8 @@ def write_report(
 ) -> None:
     """Write `folder/name.txt`, `.json` and `.html`, and the figures, each whole or not at all.
 
+    The page of all runs (`analysis.index_page`) is written anew.
+
     Args:
         figures: by the names that the sections give them; they are closed. Those of earlier calls that lie in the
             folder are on the page too.
@@ -36,4 +40,6 @@ def write_report(
     with replacing(folder / f"{name}.txt") as temporary:
         temporary.write_text(text(report), encoding="utf-8")
     write_json(folder / f"{name}.json", fields(report) | dict(beside or {}))
-    write_html(folder / f"{name}.html", report, folder)
+    index = index_of(folder)
+    write_html(folder / f"{name}.html", report, folder, os.path.relpath(index, folder.resolve()))
+    write_index(index)

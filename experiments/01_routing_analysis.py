@@ -12,18 +12,17 @@ they run as one, with the model divided over all their devices.
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-from analysis import figures
+from analysis import collection_report
 from analysis.collection.merging import merge_files
 from analysis.collection.passes import EVERY_DOCUMENT, Share
 from analysis.collection.run import STATS, TRACE, Settings, analyse, finish
 from analysis.collection.statistics import KeySettings
-from analysis.hypotheses import statistics_figures
-from analysis.provenance import provenance, write_json
+from analysis.provenance import provenance
+from analysis.report import text
+from analysis.report_files import write_report
 from analysis.traces.recording import record
 from experiments.arguments import open_corpus, open_model, parser, run
 from experiments.hosts import add_hosts, join
@@ -80,7 +79,7 @@ def merge(args: argparse.Namespace) -> None:
     (args.output / TRACE).unlink(missing_ok=True)  # that of other statistics, if any
     if without:
         print(f"no answers: there are none beside {', '.join(map(str, without))}")
-    present(args.output, stats)
+    present(args, stats, (("merged from", ", ".join(map(str, args.merge))),))
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -115,7 +114,7 @@ def collect(args: argparse.Namespace) -> None:
             f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough, "
             f"for {found.pairs:,} pairs of a key and an expert in each layer at most"
         )
-    present(args.output, found.stats)
+    present(args, found.stats, (("model", model.name), ("data", f"{args.dataset}, split {args.split}")))
     finish(args.output)
 
 
@@ -131,46 +130,15 @@ def print_keys(keys: ContextCounts) -> None:
         )
 
 
-def present(output: Path, stats: RoutingStats) -> None:
+def present(args: argparse.Namespace, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """The summary, printed and written, and the figures."""
-    figures.save(statistics_figures.frequency_against_entropy(stats), output, "frequency_entropy")
-    figures.save(statistics_figures.entropy_distribution(stats), output, "entropy_distribution")
-    rows = summarise(stats)
-    write_json(output / "routing_summary.json", {"layers": rows, "provenance": provenance()})
-    print(f"\n{stats.tokens:,} tokens of {stats.documents:,} documents; over occurrences of token ids:")
-    print(f"{'layer':>5}{'gate entropy [nats]':>21}{'of ln E':>9}{'< 0.5 nats':>12}{'consistency':>13}")
-    for row in rows:
-        print(
-            f"{row['layer']:>5}{row['mean_entropy']:>21.3f}{row['normalised_entropy']:>9.1%}"
-            f"{row['share_below_half_nat']:>12.1%}{row['routing_consistency']:>13.1%}"
-        )
-    for layer, left_out in enumerate(stats.nonfinite):
-        if left_out:
-            print(f"layer {layer}: {left_out:,} tokens left out, the router gave NaN or infinity")
-    print(f"\nwritten to {output}; next: python -m analysis.hypothesis_validation --input {output / STATS}")
-
-
-def summarise(stats: RoutingStats) -> list[dict[str, float]]:
-    """Per layer that has any, over the occurrences of all token ids that are keys."""
-    rows = []
-    ones = stats.row_orders == 1
-    for layer in range(len(stats.count)):
-        seen = ones & (stats.count[layer] > 0)
-        if not seen.any():
-            continue
-        weight = stats.count[layer, seen]
-        entropy = stats.entropy.mean[layer, seen]
-        mean = float(np.average(entropy, weights=weight))
-        rows.append(
-            {
-                "layer": layer,
-                "mean_entropy": mean,
-                "normalised_entropy": mean / math.log(stats.num_experts),
-                "share_below_half_nat": float(np.average(entropy < 0.5, weights=weight)),
-                "routing_consistency": float(np.average(stats.routing_consistency[layer, seen], weights=weight)),
-            }
-        )
-    return rows
+    said = collection_report.report(stats, facts)
+    beside = {"layers": collection_report.summarise(stats), "provenance": provenance(seed=args.seed)}
+    write_report(said, args.output, "routing_summary", figures=collection_report.draw(stats), beside=beside)
+    print(f"\n{text(said)}\nwritten to {args.output}; next:")
+    print(
+        f"python -m analysis.hypothesis_validation --input {args.output / STATS} --output {args.output / 'hypotheses'}"
+    )
 
 
 if __name__ == "__main__":

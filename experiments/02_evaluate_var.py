@@ -25,15 +25,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from analysis import certificate_text, figures
+from analysis import certificate_report, comparison_report, evaluation_report
 from analysis.certificate import CLIP, TESTS, certify_results
 from analysis.collection.checkpoints import Checkpoints, note, resumed
-from analysis.comparison import read_result, report
+from analysis.comparison import read_result
 from analysis.distillation import DistilConfig, distil
 from analysis.policy import Search, search
 from analysis.provenance import provenance, write_json
 from analysis.quality import batch_clock, score, var_runner
 from analysis.report import summary as overview
+from analysis.report import text
+from analysis.report_files import write_report
 from analysis.scored_points import Subject
 from analysis.study import PARTS, Finding, Part, study
 from experiments.arguments import load, load_encoded, parser, read_answers, run
@@ -109,9 +111,12 @@ def main() -> None:
 
 
 def compare(base: Path, other: Path, output: Path) -> None:
-    text, fields = report(read_result(base), read_result(other))
-    print(text)
-    write_json(_file(output, "comparison"), fields | {"provenance": provenance()})
+    sides = read_result(base), read_result(other)
+    said, fields = comparison_report.report(*sides)
+    path = _file(output, "comparison")
+    figures = {comparison_report.NAME: comparison_report.figure(*sides)}
+    write_report(said, path.parent, path.stem, figures=figures, beside=fields | {"provenance": provenance()})
+    print(text(said))
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -119,10 +124,12 @@ def certify(args: argparse.Namespace) -> None:
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
     candidates = {str(path): read_result(path) for path in others}
     certificate = certify_results(read_result(base), candidates, **settings)
-    print(certificate_text.text(certificate))
-    write_json(
-        _file(args.output, "certificate"), {"certificate": certificate, "provenance": provenance(seed=args.seed)}
-    )
+    said = certificate_report.report(certificate)
+    path = _file(args.output, "certificate")
+    beside = {"certificate": certificate, "provenance": provenance(seed=args.seed)}
+    figures = {certificate_report.NAME: certificate_report.figure(certificate)}
+    write_report(said, path.parent, path.stem, figures=figures, beside=beside)
+    print(text(said))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -149,12 +156,11 @@ def evaluate(args: argparse.Namespace) -> None:
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, **reading)
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
-        figure = figures.quality_against_experts(
-            frontier(found), config.max_quality_degradation, f"Tuning documents ({args.tune_samples} at most)"
-        )
-        figures.save(figure, output.parent, f"{name}_frontier")
     result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
-    write_json(output, result)
+    facts = (("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}"))
+    drawn = evaluation_report.draw(name, result, found, config.max_quality_degradation, args.tune_samples)
+    said = evaluation_report.report(name, result, scores, facts)
+    write_report(said, output.parent, name, figures=drawn, beside=result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
@@ -251,15 +257,6 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
 def _file(output: Path, name: str) -> Path:
     """`output`, or a JSON file of that name in it where it is a folder."""
     return output if output.suffix == ".json" else output / f"{name}.json"
-
-
-def frontier(found: Search) -> dict[str, list[tuple[float, float]]]:
-    """The search's measurements as series of (experts per token, change of perplexity)."""
-    return {
-        "one layer, one tolerance": [(point.experts_per_token, point.degradation) for point in found.single],
-        "layers together": [(point.experts_per_token, point.degradation) for point in found.path],
-        "chosen": [(found.chosen.experts_per_token, found.chosen.degradation)],
-    }
 
 
 FOLDERS = {"distil": distil_answers, "study": study_policy}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis import certificate_text
+from analysis import certificate_report
 from analysis.report import Column, Section, Table
 from tuning.validation import MIN_SPEEDUP, SPREAD, Validated, Validation
 
@@ -103,7 +103,7 @@ def _repeats(found: Validation) -> Table:
 
 def _words(found: Validation) -> tuple[str, ...]:
     return (
-        certificate_text.paragraph(found.certificate),
+        *certificate_report.sentences(found.certificate),
         "Speed-ups are measured against the plain model in the same run, paired; a configuration's is the geometric "
         "mean of its phases, prefill of a whole batch and decode of one sequence.",
         "The presets are neither searched nor certified: they show what thresholds alone give.",

@@ -7,40 +7,31 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import matplotlib
-
-matplotlib.use("Agg")  # files only: no window, no display
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from analysis.figures import stacked_tiers
 from varjax.step import TIERS
 
 if TYPE_CHECKING:
     from analysis.replay import Replay
-
-_SHADES = ("0.25", "0.6", "0.9")  # of the tiers, fast first
 
 
 def tiers_by_layer(found: Replay) -> Figure:
     """Who decides in each layer, and how well the fast and the cached tier foretell the router's choice."""
     layers = [found.rates(layer) for layer in range(len(found.sums.tokens))]
     figure, (shares, quality) = plt.subplots(2, 1, figsize=(6.4, 6.0), sharex=True)
-    bottom = np.zeros(len(layers))
-    for tier, shade in zip(TIERS, _SHADES, strict=True):
-        height = np.array([rates["shares"][tier] for rates in layers])
-        shares.bar(range(len(layers)), height, bottom=bottom, color=shade, edgecolor="0.0", linewidth=0.4, label=tier)
-        bottom += height
+    stacked_tiers(shares, [rates["shares"] for rates in layers])
     # The unlimited cache comes after the same fast tier.
     bound = [rates["shares"]["fast"] + rates["unlimited_cache"]["share"] for rates in layers]
     shares.plot(range(len(layers)), bound, "k_", markersize=10, label="fast + unlimited cache")
-    shares.set(ylabel="share of the tokens", ylim=(0, 1), title=_caption(found))
+    shares.set(title=_caption(found))
     shares.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.02))
 
     lines = (("agreement", "-"), ("recall", ":"))
-    for tier, shade, marker in zip(TIERS[:2], _SHADES, "os", strict=False):
+    for tier, shade, marker in zip(TIERS[:2], ("0.25", "0.6"), "os", strict=True):
         for name, style in lines:
             values = np.array([rates[tier][name] for rates in layers], float)  # None becomes NaN, and is not drawn
             if np.isfinite(values).any():
@@ -53,8 +44,7 @@ def tiers_by_layer(found: Replay) -> Figure:
     quality.set(xlabel="layer", ylabel="first expert, all experts foretold", ylim=(0, 1.02))
     quality.xaxis.set_major_locator(MaxNLocator(integer=True))
     quality.legend(fontsize="small", ncols=2)
-    for axis in (shares, quality):
-        axis.yaxis.set_major_formatter(PercentFormatter(1))
+    quality.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 

@@ -122,7 +122,7 @@ def test_the_study_writes_what_it_prints(
     assert {"same domain", "same domain, calibrated anew", "answers shuffled", "random token ids", "sentences"} <= set(
         rows
     )
-    assert rows["same domain"]["noticed"] == 0
+    assert rows["same domain"]["noticed"] == 0 and result["sections"]["audit"]["verdict"] == "PASS"
     assert rows["experts renumbered"]["agreement"] < rows["same domain"]["agreement"]
     assert rows["answers shuffled"]["error"] > rows["same domain"]["error"]
     assert 0 < result["expert_runs_per_token_and_layer"]["audit"] < result["expert_runs_per_token_and_layer"]["var"]

@@ -15,11 +15,12 @@ from analysis.certificate import (
     fixed_sequence,
     holm,
 )
+from analysis.certificate_report import figure, report, sentences
 from analysis.certificate_simulation import GOOD, POPULATIONS, allowed, coverage, family_wise
-from analysis.certificate_text import paragraph, text
 from analysis.comparison import Result, ResultError, degradation
 from analysis.provenance import write_json
 from analysis.quality import Scores
+from analysis.report import text
 from varjax.bounds import upper_bound
 
 CLIP = 0.2
@@ -151,11 +152,16 @@ def test_the_text_says_what_is_certified_and_what_is_not_covered():
     ):
         assert promise in words
     assert f"good: about {result.configurations[0].overall.needed_for_half:,} documents" in words
-    lines = text(result).splitlines()
-    row = next(line for line in lines if line.startswith("good"))
+    lines = text(report(result)).splitlines()
+    row = next(line for line in lines if line.startswith("  good"))
     assert f"{result.configurations[0].overall.perplexity_bound:+.2%}" in row and row.endswith("yes")
     assert any("1 not certified, under 20 documents" in line for line in lines)
+    assert [tick.get_text() for tick in figure(result).axes[0].get_yticklabels()][:2] == ["good", "bad"]
     assert paragraph(certificate({"bad": losses(increases(0.012))})).startswith("Certified: none.")
+
+
+def paragraph(result):
+    return " ".join(sentences(result))
 
 
 ORIGIN = {"model": {"fingerprint": "m"}, "config_sha256": "c-var", "data": {"split": "calibrate"}}

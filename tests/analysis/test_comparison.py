@@ -5,7 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.comparison import ResultError, degradation, ratio_interval, read_result, report
+from analysis.comparison import ResultError, degradation, ratio_interval, read_result
+from analysis.comparison_report import figure, report
 
 
 def write_result(folder, name, nll, tokens=100, **fields):
@@ -53,7 +54,7 @@ def test_bootstrap_covers_the_truth():
 
 
 def test_report_says_pass_fail_and_not_measured(pair):
-    text, saved = report(*map(read_result, pair))
+    said, saved = report(*map(read_result, pair))
     verdicts = {row["name"]: row["passed"] for row in saved["criteria"]}
     assert verdicts == {
         "perplexity degradation": True,
@@ -61,7 +62,16 @@ def test_report_says_pass_fail_and_not_measured(pair):
         "speed-up, decode": None,
         "learned tier": False,
     }
-    assert "PASS" in text and "FAIL" in text and "not measured" in text
+    assert [section.verdict for section in said.sections] == ["reported", "PASS", "PASS", "not measured", "FAIL"]
+    assert "at 1.10 of 2.00 experts" in said.sections[0].outcome
+
+
+def test_the_change_of_every_document_is_drawn(pair):
+    base, other = map(read_result, pair)
+    changes, mean = figure(base, other).axes[0].lines[:2]
+    values = changes.get_ydata()
+    assert len(values) == 50 and (np.diff(values) >= 0).all()
+    assert math.expm1(mean.get_ydata()[0]) == pytest.approx(degradation(base, other).value)
 
 
 def test_what_cannot_be_paired_is_refused(pair, tmp_path):

@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.replay import constant_table, fields_of, main, replay, report
+from analysis.replay import constant_table, fields_of, main, replay
+from analysis.report import text
 from analysis.traces import replay_inputs, replay_steps
 from analysis.traces import trace as trace_file
 from analysis.traces.importing import import_npz
 from analysis.traces.replay_inputs import applicable, table_statistics, with_stand_ins
+from analysis.traces.replay_report import draw, report
 from analysis.traces.replay_steps import gate, unlimited_cache
 from analysis.traces.trace import Trace, TraceError
 from varjax.config import LayerPolicy, VARConfig
@@ -182,7 +184,7 @@ def test_without_a_cached_tier_there_is_no_unlimited_one():
     assert hits.tolist() == agreements.tolist() == [0, 0]
     found = replay(trace, config, step=8)
     assert not found.sums.tokens[:, CACHED].any() and found.rates()["false_hits_by_age"] == []
-    assert "age of a cached decision" not in report(found)
+    assert [section.name for section in report(found).sections] == ["tiers"] and len(draw(found)) == 1
 
 
 def settled_trace(kind: str) -> Trace:
@@ -323,12 +325,14 @@ def test_the_command_writes_report_numbers_and_figures(tmp_path, monkeypatch, ca
     run_main(monkeypatch, *given, "--output", tmp_path / "out")
     printed = capsys.readouterr().out
     found = replay(random_trace(1), CONFIG, step=8)
-    assert report(found) in printed and "dice: " in printed and all(note in printed for note in found.notes)
+    assert text(report(found)) in printed and "dice: " in printed
+    assert all(note in " ".join(printed.split()) for note in found.notes)
     saved = json.loads((tmp_path / "out" / "replay.json").read_text())
     assert {name: saved[name] for name in fields_of(found)} == json.loads(json.dumps(fields_of(found)))
     assert saved["provenance"]["config"] == json.loads(CONFIG.to_json())
     assert len(saved["layers"]) == LAYERS and saved["notes"]
-    names = {"replay_tiers.png", "replay_tiers.pdf", "replay_false_hits.png", "replay_false_hits.pdf", "replay.json"}
+    names = {f"{name}.{kind}" for name in ("replay_tiers", "replay_false_hits") for kind in ("png", "pdf")}
+    names |= {"replay.json", "replay.txt", "replay.html", "index.html"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
 
@@ -337,7 +341,7 @@ def test_a_trace_without_ranks_is_drawn_too(tmp_path, monkeypatch, capsys):
     CONFIG.save(tmp_path / "config.json")
     given = ("--trace", tmp_path / "trace.parquet", "--config", tmp_path / "config.json", "--step", 8)
     run_main(monkeypatch, *given, "--output", tmp_path / "out")
-    assert "the experts are not ranked" in capsys.readouterr().out
+    assert "the experts are not ranked" in " ".join(capsys.readouterr().out.split())
 
 
 def test_bad_input_ends_in_one_message(tmp_path, monkeypatch):

@@ -58,7 +58,7 @@ def test_phases_one_and_two(script, many_experts, corpus_file, tmp_path, capsys)
         "02_evaluate_var.py",
         *("--compare", tmp_path / "baseline.json", tmp_path / "var.json", "--output", tmp_path / "comparison.json"),
     )
-    assert "perplexity degradation" in capsys.readouterr().out
+    assert "Perplexity degradation" in capsys.readouterr().out
     assert json.loads((tmp_path / "comparison.json").read_text())["documents"] == baseline["documents"]
 
 

@@ -1,38 +1,80 @@
-"""A certificate in words and in a table, for people who are no statisticians."""
+"""A certificate in words, in tables and in a figure, for people who are no statisticians."""
 
 from __future__ import annotations
 
 import math
-import textwrap
 
-from analysis.certificate import MIN_DOCUMENTS, Certificate, Configuration
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
-_WIDTH = 110  # characters of a line of words
+from analysis.certificate import MIN_DOCUMENTS, Bound, Certificate, Configuration
+from analysis.report import Column, FigureNote, Report, Section, Table
+
+NAME = "certificate_bounds"
+NOTE = FigureNote(
+    NAME,
+    "What was measured, and what is certain",
+    "Dots: the mean increase over documents. Bars reach up to the bound that holds with the stated confidence; what "
+    "ends left of the dashed line is within the limit. Groups are those of the first configuration, the surest first.",
+    "A wide bar says that there are few documents, not that the loss is high.",
+)
+_GROUPS = 30  # in the figure, the surest first
 
 
-def text(certificate: Certificate) -> str:
-    """The table of configurations, the paragraph, and the hashes of model, data and configurations."""
-    names = max(13, *(len(one.name) for one in certificate.configurations))
-    heads = ("all tokens", "documents", "at most", "limit", "clipped")
-    lines = [
-        f"Certificate at {certificate.level:.4g} confidence: increase of perplexity on {certificate.documents:,} "
-        f"documents, {certificate.tokens:,} tokens",
-        f"{'configuration':{names}}" + "".join(f"{head:>12}" for head in heads) + "   certified",
-    ]
-    for one in certificate.configurations:
-        increases = (one.overall.pooled, one.overall.mean, one.overall.bound, certificate.limit)
-        cells = [f"{_percent(nats, '+'):>12}" for nats in increases]
-        verdict = "yes" if one.certified else "no"
-        lines.append(f"{one.name:{names}}{''.join(cells)}{one.overall.clipped:>12.1%}   {verdict}")
-        if len(one.groups) > 1:
-            lines.append(f"  {_groups(one)}")
-    lines += ["", *textwrap.wrap(paragraph(certificate), _WIDTH), ""]
+def report(certificate: Certificate) -> Report:
+    """The verdict, the table of configurations and their groups, and the hashes of model, data and configurations."""
+    tried, passed = certificate.configurations, certificate.certified
     hashes = {"model": certificate.model_sha256, "data": certificate.data_sha256}
-    hashes |= {one.name: one.sha256 for one in certificate.configurations}
-    return "\n".join(lines + [f"{name:{names}}  {sha256}" for name, sha256 in hashes.items()])
+    hashes |= {one.name: one.sha256 for one in tried}
+    section = Section(
+        "certificate",
+        f"Does perplexity rise by no more than {_percent(certificate.limit)}?",
+        "PASS" if passed else "FAIL",
+        f"{len(passed)} of {len(tried)} certified at {certificate.level:.4g} confidence; at most "
+        + ", ".join(f"{_percent(one.overall.bound, '+')} ({one.name})" for one in tried),
+        tuple(sentences(certificate)) + tuple(_groups(one) for one in tried if len(one.groups) > 1),
+        (
+            Table(
+                "Increase of perplexity",
+                _COLUMNS,
+                tuple((*_row(one.name, one.overall), one.certified) for one in tried),
+            ),
+            *(
+                Table(
+                    f"Groups of {one.name}",
+                    _COLUMNS[:-1],
+                    tuple(_row(name, group) for name, group in one.groups.items()),
+                )
+                for one in tried
+                if len(one.groups) > 1
+            ),
+        ),
+        (NOTE,),
+    )
+    documents = f"{certificate.documents:,}, {certificate.tokens:,} tokens"
+    return Report("Certificate of the loss", (("documents", documents), *hashes.items()), (), (section,))
 
 
-def paragraph(certificate: Certificate) -> str:
+def figure(certificate: Certificate) -> Figure:
+    """Means and bounds of the configurations, and of the groups of the first one."""
+    first = certificate.configurations[0]
+    rows = [(one.name, one.overall) for one in certificate.configurations]
+    bounded = [(name, group) for name, group in first.groups.items() if group.bound is not None]
+    if len(first.groups) > 1:
+        rows += sorted(bounded, key=lambda row: row[1].bound or 0.0)[:_GROUPS]
+    means = [100 * math.expm1(one.mean) for _, one in rows]
+    ends = [100 * math.expm1(one.bound) if one.bound is not None else math.nan for _, one in rows]
+    drawn, axis = plt.subplots(figsize=(6.4, 1.6 + 0.24 * len(rows)))
+    axis.hlines(range(len(rows)), means, ends, color="0.5")
+    axis.plot(means, range(len(rows)), "o", color="0", markersize=4)
+    axis.axvline(100 * math.expm1(certificate.limit), color="0.4", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.invert_yaxis()
+    axis.set(xlabel=f"increase of perplexity [%], up to the bound at {certificate.level:.4g} confidence")
+    return drawn
+
+
+def sentences(certificate: Certificate) -> list[str]:
     """What is certified, what that covers, what it does not, and what a tighter bound would take."""
     error = f"{100 * (1 - certificate.level):.2g}%"
     limit = _percent(certificate.limit)
@@ -68,7 +110,7 @@ def paragraph(certificate: Certificate) -> str:
     ]
     if certificate.unscored:
         words.append(f"Left out for having no scored token: {certificate.unscored} documents.")
-    return " ".join(words)
+    return words
 
 
 def _sample(certificate: Certificate) -> str:
@@ -116,7 +158,7 @@ def _more_documents(one: Configuration) -> str:
 def _groups(one: Configuration) -> str:
     bounds = {name: group.bound for name, group in one.groups.items() if group.bound is not None}
     within = sum(group.within_limit for group in one.groups.values())
-    words = f"groups: {within} of {len(one.groups)} bounded within the limit"
+    words = f"{one.name}, groups: {within} of {len(one.groups)} bounded within the limit"
     if bounds:
         worst = max(bounds, key=lambda name: bounds[name])
         words += f"; highest bound {worst}, {_percent(bounds[worst], '+')}"
@@ -127,3 +169,15 @@ def _groups(one: Configuration) -> str:
 def _percent(nats: float | None, sign: str = "") -> str:
     """An increase of log perplexity as one of perplexity."""
     return "–" if nats is None else f"{math.expm1(nats):{sign}.2%}"
+
+
+def _row(name: str, one: Bound) -> tuple[str | float | None, ...]:
+    increases = (math.nan if nats is None else math.expm1(nats) for nats in (one.pooled, one.mean, one.bound))
+    return (name, one.documents, one.tokens, *increases, one.clipped)
+
+
+_COLUMNS = (
+    *(Column(""), Column("documents", ","), Column("tokens", ",")),
+    *(Column(name, "+.2%") for name in ("all tokens", "mean", "at most")),
+    *(Column("clipped", ".1%"), Column("certified")),
+)
