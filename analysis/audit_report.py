@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from analysis.figures import subplots
 from analysis.report import Column, FigureNote, Report, Section, Table
 from varjax.drift import ALPHA, Calibration
 
@@ -51,7 +51,7 @@ def report(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[
 
 def figure(outcomes: Sequence[Outcome]) -> Figure:
     """Share of the orders in which each situation was noticed, and after how many documents."""
-    drawn, axis = plt.subplots(figsize=(6.4, 1.4 + 0.3 * len(outcomes)))
+    drawn, axis = subplots(figsize=(6.4, 1.4 + 0.3 * len(outcomes)))
     shares = [row.noticed / row.repeats for row in outcomes]
     axis.barh(range(len(outcomes)), shares, color="0.7", edgecolor="0", linewidth=0.5)
     for place, row in enumerate(outcomes):

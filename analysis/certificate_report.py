@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from analysis.certificate import MIN_DOCUMENTS, Bound, Certificate, Configuration
+from analysis.figures import subplots
 from analysis.report import Column, FigureNote, Report, Section, Table
 
 NAME = "certificate_bounds"
@@ -64,7 +64,7 @@ def figure(certificate: Certificate) -> Figure:
         rows += sorted(bounded, key=lambda row: row[1].bound or 0.0)[:_GROUPS]
     means = [100 * math.expm1(one.mean) for _, one in rows]
     ends = [100 * math.expm1(one.bound) if one.bound is not None else math.nan for _, one in rows]
-    drawn, axis = plt.subplots(figsize=(6.4, 1.6 + 0.24 * len(rows)))
+    drawn, axis = subplots(figsize=(6.4, 1.6 + 0.24 * len(rows)))
     axis.hlines(range(len(rows)), means, ends, color="0.5")
     axis.plot(means, range(len(rows)), "o", color="0", markersize=4)
     axis.axvline(100 * math.expm1(certificate.limit), color="0.4", linewidth=0.8, linestyle="--")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.comparison import Criterion, Estimate, Result, criteria, degradation
+from analysis.figures import subplots
 from analysis.report import Column, FigureNote, Report, Section, Table, shown
 
 NAME = "comparison_documents"
@@ -58,7 +58,7 @@ def figure(base: Result, other: Result) -> Figure:
     pair = pair[pair["tokens"] > 0]
     gained = pair["nll_other"] - pair["nll"]
     change = np.sort((gained / pair["tokens"]).to_numpy())
-    drawn, axis = plt.subplots(figsize=(5.2, 3.6))
+    drawn, axis = subplots(figsize=(5.2, 3.6))
     axis.plot(np.arange(1, len(change) + 1) / len(change), change, ".", color="0.4", markersize=3)
     axis.axhline(gained.sum() / pair["tokens"].sum(), color="0", linewidth=0.9)
     axis.axhline(0, color="0.8", linewidth=0.8)

@@ -9,13 +9,12 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.comparison import Estimate
 from analysis.error_sources import ErrorSources
-from analysis.figures import panels
+from analysis.figures import panels, subplots
 from analysis.generation_drift import Drift
 from analysis.report import FigureNote
 
@@ -71,7 +70,7 @@ def draw(sources: ErrorSources | None = None, drifted: Drift | None = None) -> I
 
 def _draw_kinds(found: ErrorSources) -> Figure:
     parts = (found.kinds, found.dropping)
-    figure, axes = plt.subplots(2, 1, figsize=(6.4, 4.4), height_ratios=[len(part) for part in parts])
+    figure, axes = subplots(2, 1, figsize=(6.4, 4.4), height_ratios=[len(part) for part in parts])
     for axis, part in zip(axes, parts, strict=True):
         _dot_rows(axis, [(change.name, change.perplexity) for change in part], scale=100)
     axes[0].set(title=_size(found))
@@ -83,7 +82,7 @@ def _draw_kinds(found: ErrorSources) -> Figure:
 def _draw_layers(found: ErrorSources) -> Figure:
     rows = [(change.name, change.nats) for change in found.layers.alone]
     rows += [("their sum", found.layers.total), ("all together", found.layers.joint.nats)]
-    figure, axis = plt.subplots(figsize=(6.4, 0.3 * len(rows) + 1.2))
+    figure, axis = subplots(figsize=(6.4, 0.3 * len(rows) + 1.2))
     _dot_rows(axis, rows)
     axis.set(xlabel="loss added [nats per token]", title=_size(found))
     figure.tight_layout()
@@ -116,7 +115,7 @@ def _draw_groups(found: ErrorSources) -> Figure:
 
 
 def _draw_drift(found: Drift) -> Figure:
-    figure, axis = plt.subplots(figsize=(5.6, 3.8))
+    figure, axis = subplots(figsize=(5.6, 3.8))
     agreed, position = found.agreement, np.arange(1, found.new_tokens + 1)
     named = {"single step": agreed.single_step, "free": agreed.free, "together": agreed.together}
     for style, (name, curve) in zip(("-", "--", ":"), named.items(), strict=True):

@@ -8,14 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")  # files only: no window, no display
-
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -28,15 +23,27 @@ _LEAST = (5.2, 4.6)  # inches of a figure of panels; captions, and the label at 
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """`folder/name.png` (200 dpi) and `.pdf`, each whole or not at all; the figure is closed."""
+    """`folder/name.png` (200 dpi) and `.pdf`, each whole or not at all."""
     written = []
     for kind in ("png", "pdf"):
         path = folder / f"{name}.{kind}"
         with replacing(path) as temporary:
             figure.savefig(temporary, format=kind, dpi=200, bbox_inches="tight")
         written.append(path)
-    plt.close(figure)
     return written
+
+
+def subplots(
+    rows: int = 1,
+    columns: int = 1,
+    *,
+    figsize: tuple[float, float] | None = None,
+    layout: Literal["constrained"] | None = None,
+    **options: Any,
+) -> tuple[Figure, Any]:
+    """As pyplot's function of that name, but nobody else knows the figure: no window, and nothing to be closed."""
+    figure = Figure(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) -> tuple[Figure, list[Any]]:
@@ -45,12 +52,12 @@ def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) 
     Args:
         width: inches of a panel, if there are few.
         height: inches of a panel, if there are few.
-        shared: passed on to `plt.subplots`, such as `sharey=True`.
+        shared: passed on to `subplots`, such as `sharey=True`.
     """
     rows = max(1, round(math.sqrt(number / 1.5)))
     columns = math.ceil(number / rows)
     scale = 1.0 if columns <= 4 else max(4 / columns, 0.55)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         rows,
         columns,
         figsize=(max(width * scale * columns, _LEAST[0]), max(height * scale * rows + _CAPTIONS, _LEAST[1])),
@@ -104,7 +111,7 @@ def quality_against_experts(series: Mapping[str, Sequence[tuple[float, float]]],
         budget: the change that is still acceptable, drawn as a line.
         caption: which documents were scored.
     """
-    figure, axis = plt.subplots(figsize=(5.2, 3.6))
+    figure, axis = subplots(figsize=(5.2, 3.6))
     for index, (name, points) in enumerate(series.items()):
         experts, change = np.array(sorted(points)).T
         grey = str(0.6 * index / max(len(series) - 1, 1))

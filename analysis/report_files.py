@@ -30,8 +30,8 @@ def write_report(
     The page of all runs (`analysis.index_page`) is written anew.
 
     Args:
-        figures: by the names that the sections give them; they are closed. Those of earlier calls that lie in the
-            folder are on the page too.
+        figures: by the names that the sections give them. Those of earlier calls that lie in the folder are on the page
+            too.
         beside: what else stands in the JSON file, such as provenance.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis.figures import panels
+from analysis.figures import panels, subplots
 from analysis.report import FigureNote
 from tuning.importance import Importance, Sensitivity
 from tuning.points import Point, pareto, predicted
@@ -72,7 +71,7 @@ def history(points: Sequence[Point], limit: float) -> Figure:
     Args:
         limit: on the relative change of perplexity.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure, axis = subplots(figsize=(6.4, 3.8), layout="constrained")
     _marks(axis, points, limit, lambda point: point.number)
     fastest, numbers, so_far = -math.inf, [], []
     for point in sorted(points, key=lambda point: point.number):
@@ -94,7 +93,7 @@ def front(points: Sequence[Point], limit: float) -> Figure:
     Args:
         limit: on the relative change of perplexity.
     """
-    figure, axis = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figure, axis = subplots(figsize=(6.4, 4.6), layout="constrained")
     for point in points:
         found = point.outcome
         if not found.hopeless and math.isfinite(found.upper):
@@ -115,7 +114,7 @@ def importance(importances: Sequence[Importance]) -> Figure:
     """Shares of the parameters, the most important for the first target on top."""
     names = list(dict.fromkeys(name for one in importances for name in one.shares))
     size = (6.4, 0.45 * max(len(names), 3) + 1.6)
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure, axis = subplots(figsize=size, layout="constrained")
     height = 0.8 / max(len(importances), 1)
     for index, one in enumerate(importances):
         face, line = ("0", "--") if index == 0 else ("1", ":")
@@ -134,7 +133,7 @@ def sensitivity(sensitivities: Sequence[Sensitivity]) -> Figure:
     """Rank correlations with intervals, a panel for each target."""
     names = list(dict.fromkeys(name for one in sensitivities for name in one.correlations))
     size = (7.2, 0.32 * max(len(names), 3) + 1.4)
-    figure, axes = plt.subplots(1, max(len(sensitivities), 1), figsize=size, sharey=True, squeeze=False)
+    figure, axes = subplots(1, max(len(sensitivities), 1), figsize=size, sharey=True, squeeze=False)
     for axis, one in zip(axes.flat, sensitivities, strict=False):
         there = [(place, one.correlations[name]) for place, name in enumerate(names) if name in one.correlations]
         for place, found in there:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.figures import MARKERS, heat_map, panels, shade
+from analysis.figures import MARKERS, heat_map, panels, shade, subplots
 from analysis.hypotheses.consistency import DECILES, Consistency
 from analysis.hypotheses.criteria import ENTROPIES, GRID_ENTROPIES, GRID_FREQUENCIES, LOW_ENTROPY, MIN_COVERED, Coverage
 from varjax.config import PRESETS
@@ -57,7 +56,7 @@ def entropy_distribution(stats: RoutingStats, experts_in_entropy: int | None = N
     measured = stats.entropy.mean[:, stats.row_orders == 1]
     bins = np.linspace(0, max(most, measured[~np.isnan(measured)].max(initial=1e-3)), _BINS + 1)
     shares = np.full((layers, _BINS), np.nan)
-    figure, axis = plt.subplots(figsize=(5.2, 3.6 if layers <= _LINES else max(3.6, 0.16 * layers + 1.2)))
+    figure, axis = subplots(figsize=(5.2, 3.6 if layers <= _LINES else max(3.6, 0.16 * layers + 1.2)))
     for layer in range(layers):
         entropy = stats.entropy.mean[layer]
         seen = (stats.row_orders == 1) & (stats.count[layer] > 0) & ~np.isnan(entropy)
@@ -111,7 +110,7 @@ def consistency_by_decile(found: Consistency, stats: RoutingStats) -> Figure:
 def fast_path_coverage(found: Coverage, stats: RoutingStats) -> Figure:
     """Coverage by layer under the presets, and its mean over layers by threshold."""
     layers = np.arange(len(stats.count))
-    figure, (by_layer, grid) = plt.subplots(1, 2, figsize=(10.5, 3.8))
+    figure, (by_layer, grid) = subplots(1, 2, figsize=(10.5, 3.8))
     for index, (name, values) in enumerate(found.presets.items()):
         preset = PRESETS[name]
         label = f"{name}: ≥ {preset['frequency_threshold']}, ≤ {preset['entropy_threshold']} nats"
@@ -158,7 +157,7 @@ def token_experts(stats: RoutingStats, strings: Mapping[int, str], ids: int = 30
     rows = ones[np.argsort(-frequency, kind="stable")[:ids]]
     labels = [readable(strings.get(int(one), f"id {one}")) for one in stats.keys[rows, -1]]
     width = min(1.0 + 0.09 * stats.num_experts, 6)
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         1, len(shown), figsize=(1.4 + width * len(shown), 0.9 + 0.17 * max(len(rows), 4)), squeeze=False, sharey=True
     )
     for axis, layer in zip(axes.flat, shown, strict=True):

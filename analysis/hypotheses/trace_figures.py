@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -18,7 +17,7 @@ from analysis.estimators.expert_load import Load
 from analysis.estimators.predictability import Predictability
 from analysis.estimators.repetition import Repetition
 from analysis.estimators.resampling import Measure
-from analysis.figures import heat_map
+from analysis.figures import heat_map, subplots
 from analysis.hypotheses.trace_findings import TraceFindings
 
 SHORTEST = "_of_shortest"  # ends the names of what the shortest order gets at another order's tokens
@@ -107,7 +106,7 @@ def expert_load(found: Load) -> Figure:
     """Load of every expert in every layer, in multiples of the even share."""
     share = found.share.value.T  # [L, E]
     layers, experts = share.shape
-    figure, axis = plt.subplots(figsize=(min(2.5 + 0.12 * experts, 9), min(1.8 + 0.15 * layers, 8)))
+    figure, axis = subplots(figsize=(min(2.5 + 0.12 * experts, 9), min(1.8 + 0.15 * layers, 8)))
     image = heat_map(axis, share * experts, vmin=0)
     figure.colorbar(image, label="load / even load")
     axis.set(xlabel="expert", ylabel="layer")
@@ -125,7 +124,7 @@ def co_activation_ratios(found: CoActivation, size: str, layers: int = 4) -> Fig
         layers: how many panels at most.
     """
     shown = np.unique(np.linspace(0, len(found.share) - 1, layers).round().astype(int))
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.4 * len(shown) + 1.2, 2.9), squeeze=False, sharey=True)
+    figure, axes = subplots(1, len(shown), figsize=(2.4 * len(shown) + 1.2, 2.9), squeeze=False, sharey=True)
     for axis, layer in zip(axes.flat, shown, strict=True):
         ratio = found.ratio[layer]
         known = np.where(ratio > 0, ratio, np.where(np.isnan(ratio), np.nan, 0.25))  # never together: the lightest
@@ -154,4 +153,4 @@ def against_null(axis: Any, measure: Measure, row: int) -> None:
 
 def _grid(rows: int, columns: int, sharey: str | bool = "row") -> tuple[Figure, np.ndarray]:
     size = (max(3.2 * columns, 5.5), 2.2 * rows + 1.3)
-    return plt.subplots(rows, columns, figsize=size, sharex=True, sharey=sharey, squeeze=False)
+    return subplots(rows, columns, figsize=size, sharex=True, sharey=sharey, squeeze=False)

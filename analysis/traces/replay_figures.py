@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis.figures import stacked_tiers
+from analysis.figures import stacked_tiers, subplots
 from varjax.step import TIERS
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 def tiers_by_layer(found: Replay) -> Figure:
     """Who decides in each layer, and how well the fast and the cached tier foretell the router's choice."""
     layers = [found.rates(layer) for layer in range(len(found.sums.tokens))]
-    figure, (shares, quality) = plt.subplots(2, 1, figsize=(6.4, 6.0), sharex=True)
+    figure, (shares, quality) = subplots(2, 1, figsize=(6.4, 6.0), sharex=True)
     stacked_tiers(shares, [rates["shares"] for rates in layers])
     # The unlimited cache comes after the same fast tier.
     bound = [rates["shares"]["fast"] + rates["unlimited_cache"]["share"] for rates in layers]
@@ -54,7 +53,7 @@ def false_hits_by_age(found: Replay) -> Figure:
     decisions, agreed = found.sums.aged[:, :buckets], found.sums.aged_agreements[:, :buckets]
     enough = (decisions >= 20) & found.ranked
     rate = np.where(enough, 1 - agreed / np.maximum(decisions, 1), np.nan)
-    figure, axis = plt.subplots(figsize=(6.4, 1.8 + 0.16 * len(decisions)))
+    figure, axis = subplots(figsize=(6.4, 1.8 + 0.16 * len(decisions)))
     top = max(0.01, float(np.max(rate, where=enough, initial=0)))
     image = axis.imshow(rate, cmap="Greys", vmin=0, vmax=top, aspect="auto", origin="lower")
     figure.colorbar(image, ax=axis, label="false hits", format=PercentFormatter(1))

@@ -3,7 +3,7 @@
 import json
 from html.parser import HTMLParser
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from analysis.index_page import index_of, write_index
 from analysis.report import FigureNote, Report, Section
@@ -26,7 +26,7 @@ def written(folder, name, time, verdict="PASS"):
     said = Report(
         f"Run <{name}>", (("model", "tiny & small"),), (), (Section("a", "A", verdict, "o", figures=(note,)),)
     )
-    drawn = {note.name: plt.figure()}
+    drawn = {note.name: Figure()}
     write_report(said, folder, name, figures=drawn, beside={"provenance": {"time_utc": time}})
 
 

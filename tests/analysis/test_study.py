@@ -2,9 +2,9 @@
 
 import json
 
-import matplotlib.pyplot as plt
 import pytest
 
+from analysis.figures import subplots
 from analysis.report import FigureNote, Section
 from analysis.study import Finding, study
 
@@ -13,7 +13,7 @@ def part(name: str):
     """A question whose answer is its subject."""
 
     def asked(subject) -> Finding:
-        figure, axis = plt.subplots()
+        figure, axis = subplots()
         axis.plot([0, 1])
         note = FigureNote(name, f"The figure {name}", "Look.", "Never.")
         section = Section(name, f"About {name}", "reported", f"{name} is {subject}", figures=(note,))
@@ -32,7 +32,7 @@ def test_every_part_stands_in_every_file(tmp_path):
     assert "1. About sky" in text and "2. About sea" in text
     assert page.count("data:image/png;base64,") == 2
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("study.json", "study.txt", "study.html", "sky.png", "sky.pdf", "sea.png", "sea.pdf")
+        *("study.json", "study.txt", "study.html", "index.html", "sky.png", "sky.pdf", "sea.png", "sea.pdf")
     }
 
 

@@ -1,8 +1,8 @@
 """Figures of a search are drawn for none, few and many points, and show each of them once."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from analysis.figures import save
 from tuning import figures
@@ -14,14 +14,8 @@ LIMIT = 0.01
 SEARCHES = ("none", "one", "many", "none feasible", "all given up", "all the same")
 
 
-@pytest.fixture(autouse=True)
-def closed():
-    yield
-    plt.close("all")
-
-
 def words(figure) -> str:
-    return " ".join(one.get_text() for one in figure.findobj(plt.Text))
+    return " ".join(one.get_text() for one in figure.findobj(Text))
 
 
 def marks(axis) -> dict[str, np.ndarray]:
