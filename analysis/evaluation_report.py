@@ -49,8 +49,7 @@ def draw(name: str, result: Mapping[str, Any], search: Search | None, bound: flo
     if "tiers" in result:
         drawn[f"{name}_layers"] = layers(result)
     if search is not None:
-        caption = f"Tuning documents ({tuned:,} at most)"
-        drawn[f"{name}_frontier"] = quality_against_experts(frontier(search), bound, caption)
+        drawn[f"{name}_frontier"] = frontier(search, bound, f"Tuning documents ({tuned:,} at most)")
     return drawn
 
 
@@ -67,13 +66,20 @@ def layers(result: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def frontier(search: Search) -> dict[str, list[tuple[float, float]]]:
-    """The search's measurements as series of (experts per token, change of perplexity)."""
-    return {
-        "one layer, one tolerance": [(point.experts_per_token, point.degradation) for point in search.single],
+def frontier(search: Search, bound: float, caption: str) -> Figure:
+    """What the search measured: change of perplexity over experts per token.
+
+    Args:
+        bound: the change that is allowed.
+        caption: which documents were scored.
+    """
+    alone = "one layer, one tolerance"
+    series = {
+        alone: [(point.experts_per_token, point.degradation) for point in search.single],
         "layers together": [(point.experts_per_token, point.degradation) for point in search.path],
         "chosen": [(search.chosen.experts_per_token, search.chosen.degradation)],
     }
+    return quality_against_experts(series, bound, caption, dots=(alone,))
 
 
 def _quality(result: Mapping[str, Any], scores: Scores) -> Section:

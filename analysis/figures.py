@@ -6,7 +6,7 @@ Letters: L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,19 +103,22 @@ def stacked_tiers(axis: Any, layers: Sequence[Mapping[str, float]], **labels: An
     axis.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
-def quality_against_experts(series: Mapping[str, Sequence[tuple[float, float]]], budget: float, caption: str) -> Figure:
+def quality_against_experts(
+    series: Mapping[str, Sequence[tuple[float, float]]], budget: float, caption: str, dots: Collection[str] = ()
+) -> Figure:
     """What fewer experts cost.
 
     Args:
         series: name -> points (experts per token and layer, relative change of perplexity).
         budget: the change that is still acceptable, drawn as a line.
         caption: which documents were scored.
+        dots: names of series that no line joins, for their points do not follow from each other.
     """
     figure, axis = subplots(figsize=(5.2, 3.6))
     for index, (name, points) in enumerate(series.items()):
         experts, change = np.array(sorted(points)).T
         grey = str(0.6 * index / max(len(series) - 1, 1))
-        line = "-" if len(points) > 1 else ""
+        line = "-" if len(points) > 1 and name not in dots else ""
         axis.plot(experts, 100 * change, line, color=grey, marker=MARKERS[index % len(MARKERS)], label=name)
     axis.axhline(100 * budget, color="0.6", linewidth=0.8, linestyle="--")
     axis.axhline(0, color="0.8", linewidth=0.8)

@@ -4,8 +4,10 @@ Special ids are Mixtral's: `<unk>` 0, `<s>` 1, `</s>` 2. Encoding puts `<s>` in 
 """
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -80,8 +82,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     """
     folder = Path(directory)
     if (folder / _FAST).is_file():
-        import transformers
-
+        transformers = _transformers()
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds
@@ -101,8 +102,8 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
     runs of spaces and no `<s>`. The result is compared with SentencePiece itself before it is handed out.
     """
     import sentencepiece
-    import transformers
 
+    transformers = _transformers()
     try:
         source = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
@@ -143,6 +144,21 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _transformers() -> ModuleType:
+    """transformers, without its remark that it found no PyTorch: its tokenizers need none."""
+    quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+    before = os.environ.get(quiet)
+    os.environ[quiet] = "1"
+    try:
+        import transformers
+    finally:
+        if before is None:
+            del os.environ[quiet]
+        else:
+            os.environ[quiet] = before
+    return transformers
 
 
 def _bos_in_front(tokenizer: Tokenizer) -> processors.TemplateProcessing:

@@ -42,7 +42,7 @@ def tiers_by_layer(found: Replay) -> Figure:
             quality.plot(values, style, color="0.75", linewidth=0.9, label=f"constant table, {name}")
     quality.set(xlabel="layer", ylabel="first expert, all experts foretold", ylim=(0, 1.02))
     quality.xaxis.set_major_locator(MaxNLocator(integer=True))
-    quality.legend(fontsize="small", ncols=2)
+    quality.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     quality.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
