@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis.figures import panels, quality_against_experts, stacked_tiers
 from analysis.policy import Search
@@ -56,11 +57,13 @@ def draw(name: str, result: Mapping[str, Any], search: Search | None, bound: flo
 def layers(result: Mapping[str, Any]) -> Figure:
     """Who decides in each layer, and how many experts run there."""
     figure, (shares, experts) = panels(2)
-    numbers = range(len(result["layers"]))
     stacked_tiers(shares, [layer["tiers"] for layer in result["layers"]])
+    shares.legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    numbers = range(len(result["layers"]))
     experts.bar(numbers, [layer["experts_per_token"] for layer in result["layers"]], color="0.6", edgecolor="0")
     experts.axhline(result["experts_per_token"], color="0", linewidth=0.8, linestyle="--")
-    experts.set(ylabel="experts run per token", xticks=numbers if len(numbers) <= 12 else None)
+    experts.set(ylabel="experts run per token")
+    experts.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.supxlabel("layer")
     figure.tight_layout()
     return figure

@@ -90,17 +90,16 @@ def heat_map(axis: Any, values: np.ndarray, numbers: str = "", **settings: Any) 
     return image
 
 
-def stacked_tiers(axis: Any, layers: Sequence[Mapping[str, float]], **labels: Any) -> None:
+def stacked_tiers(axis: Any, layers: Sequence[Mapping[str, float]]) -> None:
     """Bars of who decides: of each layer the shares by tier, fast first."""
     bottom = np.zeros(len(layers))
     for tier, grey in zip(TIERS, ("0.25", "0.6", "0.9"), strict=True):
         height = np.array([shares[tier] for shares in layers])
         axis.bar(range(len(layers)), height, bottom=bottom, color=grey, edgecolor="0", linewidth=0.4, label=tier)
         bottom += height
-    axis.set(ylabel="share of the tokens", ylim=(0, 1), **labels)
+    axis.set(ylabel="share of the tokens", ylim=(0, 1))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(1))
-    axis.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
 def quality_against_experts(

@@ -37,7 +37,7 @@ def main() -> None:
         *("--output", str(OUT / "comparison.json")),
     )
     overview()
-    print(f"\n{time.monotonic() - started:.0f} s; files and figures in {OUT}/")
+    print(f"\n{time.monotonic() - started:.0f} s; results/index.html leads to the pages of all runs")
 
 
 def evaluate(name: str, *arguments: str) -> None:
