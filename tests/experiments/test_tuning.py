@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tuning import study
@@ -18,24 +17,9 @@ SCRIPT = "03_hyperparameter_optimization.py"
 RANGES = ("--range", "frequency_threshold=2:20", "entropy_threshold=0.5:1.5", "cache_size=4:8", "loss_budget=0.001:0.1")
 
 
-@pytest.fixture(scope="module")
-def long_corpus(tmp_path_factory):
-    """Enough documents for every split: 8 % of them are for calibration."""
-    rng = np.random.default_rng(1)
-    nouns, verbs = ("router", "expert", "token", "layer", "table"), ("finds", "keeps", "drops", "meets")
-    path = tmp_path_factory.mktemp("long") / "sentences.jsonl"
-    texts = [
-        f"{i}: " + " ".join(f"the {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(3))
-        for i in range(500)
-    ]
-    path.write_text("\n".join(json.dumps({"text": text, "group": "a"}) for text in texts))
-    return path
-
-
 @pytest.fixture
-def asked(model_directory, long_corpus, statistics):
-    data = ("--model", model_directory, "--dataset", long_corpus, "--max_length", 16, "--batch_size", 4)
-    return (*data, "--routing_stats", statistics, *RANGES)
+def asked(common, statistics):
+    return (*common, "--routing_stats", statistics, *RANGES)
 
 
 def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys):
