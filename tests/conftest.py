@@ -11,14 +11,13 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
-# Compiling is most of what the tests do, so LLVM spends little on each program, and where XLA has two generators of code
-# for a CPU (jaxlib up to 0.10), the older one writes it in a third of the time; XLA's own passes all run. Tests that hold
-# two different programs against each other bit for bit are marked `optimised`, and test_optimised.py runs them compiled
-# as users' programs are. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all are.
-AS_USERS = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") in ("0", "false")
-QUICK_CODE = "--xla_cpu_use_fusion_emitters=false"
-if not AS_USERS and tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):  # others end at a flag they do not know
-    os.environ["XLA_FLAGS"] = f"{QUICK_CODE} {os.environ.get('XLA_FLAGS', '').replace(QUICK_CODE, '')}".strip()
+# Compiling is most of what the tests do, so LLVM spends little on each program, and where XLA has two generators of
+# code for a CPU (jaxlib 0.10), the older one writes it in a third of the time. XLA's own passes all run. Tests that
+# hold two different programs against each other bit for bit are marked `optimised`, and test_optimised.py runs them
+# compiled as users' programs are. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all are.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 
 # What is compiled twice in a run, by pytest's workers, by the processes that tests start, by files that share a model,
 # is compiled once.
@@ -60,7 +59,7 @@ def room_for_programs():
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("optimised") and not AS_USERS:
+    if item.get_closest_marker("optimised") and jax.config.read("jax_disable_most_optimizations"):
         pytest.skip("test_optimised.py runs it")
 
 
