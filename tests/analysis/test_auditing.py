@@ -8,34 +8,36 @@ import pytest
 from analysis import audit_study
 from analysis.audit_faults import perturbed, random_texts, renumbered, shuffled_answers
 from analysis.auditing import calibrate, calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.text.corpus import load_documents
+from analysis.text.encoding import encode
 from varjax import VARConfig, VARModel, answersfile, statsfile
 from varjax.drift import Calibration
 from varjax.streams import observe
 
-READING = {"batch_size": 8, "max_length": 32, "progress": False}
+READING = {"batch_size": 4, "max_length": 32, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def calibration(small_var_model, documents) -> Calibration:
-    return calibrate(small_var_model, documents[60:110], share=0.5, **READING)
+def texts(saved_model, even_corpus):
+    """In random order: each begins with its number in the corpus."""
+    every = encode(load_documents(even_corpus), saved_model.tokenizer, saved_model.config)
+    return [every[index] for index in np.random.default_rng(0).permutation(len(every))]
 
 
 @pytest.fixture(scope="module")
-def held_out(documents):
-    return documents[110:]
+def calibration(small_var_model, texts) -> Calibration:
+    return calibrate(small_var_model, texts[:50], share=0.5, **READING)
 
 
 def observed(var_model: VARModel, some, share: float = 0.5) -> np.ndarray:
     return observe(tally_documents(var_model, some, share, seed=1, **READING)[0], streams_of(var_model))
 
 
-def test_windows_of_a_document_add_up(small_var_model, documents):
-    some = documents[60:70]
-    sums, state = tally_documents(small_var_model, some, 1.0, **READING)
+def test_windows_of_a_document_add_up(small_var_model, texts):
+    some, reading = texts[:10], READING | {"max_length": 16}
+    sums, state = tally_documents(small_var_model, some, 1.0, **reading)
     np.testing.assert_array_equal(sums.tokens, [len(document.ids) for document in some])
-    assert sums.tokens.max() > READING["max_length"] and sums.planned.shape == (10, 2, 2)
+    assert sums.tokens.min() > reading["max_length"] and sums.planned.shape == (10, 2, 2)
     np.testing.assert_array_equal(sums.audited, sums.planned)
     # The counters of the model counted the same.
     np.testing.assert_array_equal(sums.planned.sum(0), state.counters.tokens[:, :2])
@@ -48,27 +50,24 @@ def test_a_calibration_is_of_its_model_and_documents(small_var_model, calibratio
     assert 0 < error < 1 and 0 < agreement < 1 and 0 < open_ < 1
 
 
-def test_quiet_on_held_out_documents_and_loud_under_faults(small_var_model, documents, held_out):
-    """Each document counts eightfold: the faults of a random model's rows are small, and there are 100 documents."""
+def test_quiet_on_held_out_documents_and_loud_under_faults(small_var_model, texts):
     model, config, table = small_var_model.model, small_var_model.config, small_var_model.table
 
-    def often(var_model, some):
-        return np.tile(observed(var_model, some), (8, 1))
-
-    calibration = calibrate_from(often(small_var_model, documents[60:110]), small_var_model, 0.5)
-    assert not until_drift(calibration, often(small_var_model, held_out)).drifts
+    known, held_out = texts[:200], texts[200:]
+    calibration = calibrate_from(observed(small_var_model, known), small_var_model, 0.5)
+    assert not until_drift(calibration, observed(small_var_model, held_out)).drifts
 
     rng = np.random.default_rng(0)
     wrong = {"error": shuffled_answers(table, rng), "agreement": renumbered(table, rng)}
     for signal, faulty in wrong.items():
-        monitor = until_drift(calibration, often(VARModel(model, config, table=faulty), held_out))
+        monitor = until_drift(calibration, observed(VARModel(model, config, table=faulty), held_out))
         assert {found.stream.signal for found in monitor.drifts} == {signal}
-        assert monitor.texts < 8 * len(held_out)  # it stopped there
+        assert monitor.texts < len(held_out)  # it stopped there
     other = perturbed(model, 1.0, jax.random.key(0))
-    monitor = until_drift(calibration, often(VARModel(other, config, table=table), held_out))
+    monitor = until_drift(calibration, observed(VARModel(other, config, table=table), held_out))
     assert "agreement" in {found.stream.signal for found in monitor.drifts}
     strange = random_texts(held_out, model.config.vocab_size, seed=0)
-    monitor = until_drift(calibration, often(small_var_model, strange))
+    monitor = until_drift(calibration, observed(small_var_model, strange))
     assert "open" in {found.stream.signal for found in monitor.drifts}
 
 
@@ -101,17 +100,13 @@ def test_switched_off_there_is_nothing_to_audit(saved_model, documents):
 
 
 def test_the_study_writes_what_it_prints(
-    saved_model, documents, model_directory, corpus_file, tmp_path, monkeypatch, capsys
+    saved_model, collected, model_directory, even_corpus, corpus_file, tmp_path, monkeypatch, capsys
 ):
-    stats = collect(
-        saved_model, documents[:60], choose_keys(saved_model, documents[:60], 32, KeySettings((1, 2), 3)), **READING
-    )
-    answers = collect_answers(saved_model, documents[:60], stats.keys, range(2), **READING)
     meta = {"fingerprint": saved_model.fingerprint, "model": "tiny"}
-    statsfile.write(tmp_path / "routing_stats.parquet", stats, meta)
-    answersfile.write(tmp_path / "routing_stats.residuals.safetensors", answers, meta)
-    command = f"audit_study --model {model_directory} --dataset {corpus_file} --foreign {corpus_file} --repeats 2"
-    command += f" --max_length 32 --fault_samples 8 --routing_stats {tmp_path}/routing_stats.parquet"
+    statsfile.write(tmp_path / "routing_stats.parquet", collected.stats, meta)
+    answersfile.write(tmp_path / "routing_stats.residuals.safetensors", collected.answers, meta)
+    command = f"audit_study --model {model_directory} --dataset {even_corpus} --foreign {corpus_file} --repeats 2"
+    command += f" --max_length 32 --routing_stats {tmp_path}/routing_stats.parquet"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--output", str(tmp_path / "audit.json")])
     audit_study.main()
 

@@ -23,25 +23,25 @@ SETTINGS = DistilConfig(steps=52, batch_size=8, max_length=16, learning_rate=0.0
 
 
 @pytest.fixture(scope="module")
-def collected(saved_model, documents):
-    keys = choose_keys(saved_model, documents[:80], 16, KeySettings(orders=(1, 2), min_count=3))
-    stats = collect(saved_model, documents[:80], keys, **READING)
-    return stats, collect_answers(saved_model, documents[:80], stats.keys, range(2), **READING)
+def collected(saved_model, even_documents):
+    keys = choose_keys(saved_model, even_documents[:80], 16, KeySettings(orders=(1, 2), min_count=3))
+    stats = collect(saved_model, even_documents[:80], keys, **READING)
+    return stats, collect_answers(saved_model, even_documents[:80], stats.keys, range(2), **READING)
 
 
 @pytest.fixture(scope="module")
-def distilled(saved_model, documents, collected):
-    return distil(saved_model, *collected, documents[:80], CONFIG, SETTINGS, progress=False)
+def distilled(saved_model, even_documents, collected):
+    return distil(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, progress=False)
 
 
-def test_training_brings_the_model_nearer_to_the_full_one(saved_model, documents, collected, distilled):
+def test_training_brings_the_model_nearer_to_the_full_one(saved_model, even_documents, collected, distilled):
     stats, answers = collected
-    plain, _ = score(plain_runner(saved_model), None, documents[:80], **READING)
+    plain, _ = score(plain_runner(saved_model), None, even_documents[:80], **READING)
     losses = {}
     for name, some in {"means": answers, "distilled": distilled.answers}.items():
         table = build(stats, CONFIG, 2, some)
         var_model = VARModel(saved_model, CONFIG, table=table)
-        scores, _ = score(var_runner(var_model), var_model.init(), documents[:80], **READING)
+        scores, _ = score(var_runner(var_model), var_model.init(), even_documents[:80], **READING)
         losses[name] = scores.nll_per_token - plain.nll_per_token
     assert distilled.divergence[-15:].mean() < distilled.divergence[:15].mean()
     assert losses["distilled"] < losses["means"]
@@ -59,10 +59,10 @@ def test_training_leaves_the_deviations_and_what_no_trained_answer_stands_above(
         np.testing.assert_array_equal(after.answers[alone], before.answers[alone])
 
 
-def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, documents, collected, distilled, tmp_path):
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, even_documents, collected, distilled, tmp_path):
     def run(checkpoints):
         options = {"checkpoints": checkpoints, "save_steps": 25, "progress": False}
-        return distil(saved_model, *collected, documents[:80], CONFIG, SETTINGS, **options)
+        return distil(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, **options)
 
     with Checkpoints(tmp_path) as saved:
         run(saved)
@@ -86,10 +86,10 @@ def test_a_line_of_descent_names_the_trained_ones_among_an_answer_and_those_abov
         assert [one for one in line[answer] if one < trained.sum()] == expected
 
 
-def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, documents, collected):
+def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, even_documents, collected):
     stats, answers = collected
     settings = dataclasses.replace(SETTINGS, steps=1, min_count=1)
-    found = distil(saved_model, stats, answers, documents[:1], CONFIG, settings, progress=False).answers
+    found = distil(saved_model, stats, answers, even_documents[:1], CONFIG, settings, progress=False).answers
     moved = [
         np.any(found.mean[layer] != shrunk(answers, layer, CONFIG.residual_shrinkage).answers, axis=-1)
         for layer in range(2)
@@ -97,11 +97,11 @@ def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, docu
     assert all(0 < one.sum() < len(one) for one in moved)
 
 
-def test_errors(saved_model, documents, collected, distilled):
+def test_errors(saved_model, even_documents, collected, distilled):
     with pytest.raises(ValueError, match="distilled already"):
-        distil(saved_model, collected[0], distilled.answers, documents, CONFIG, SETTINGS)
+        distil(saved_model, collected[0], distilled.answers, even_documents, CONFIG, SETTINGS)
     few = dataclasses.replace(SETTINGS, min_count=10**9)
     with pytest.raises(ValueError, match=r"layer 0 has no answer of min_count=1000000000 occurrences"):
-        distil(saved_model, *collected, documents, CONFIG, few)
+        distil(saved_model, *collected, even_documents, CONFIG, few)
     with pytest.raises(ValueError, match=r"steps=0: expected at least 1; learning_rate=0: expected more than 0"):
         DistilConfig(steps=0, learning_rate=0)

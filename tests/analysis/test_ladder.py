@@ -65,8 +65,8 @@ def test_prefixes_lie_on_the_frontier_when_layers_add_up():
 
 
 @pytest.fixture(scope="module")
-def answers(saved_model, documents):
-    build = documents[:120]
+def answers(saved_model, even_documents):
+    build = even_documents[:100]
     keys = choose_keys(saved_model, build, 16, KeySettings(orders=(1,), min_count=3))
     stats = collect(saved_model, build, keys, **READING)
     return collect_answers(saved_model, build, stats.keys, (0, 1), **READING)

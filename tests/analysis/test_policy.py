@@ -11,17 +11,17 @@ READING = {"batch_size": 4, "max_length": 16, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def collected(saved_model, documents):
-    build = documents[:120]
+def collected(saved_model, even_documents):
+    build = even_documents[:100]
     keys = choose_keys(saved_model, build, 16, KeySettings(orders=(1,), min_count=3))
     stats = collect(saved_model, build, keys, **READING)
     return stats, collect_answers(saved_model, build, stats.keys, (0, 1), **READING)
 
 
 @pytest.fixture(scope="module")
-def found(saved_model, documents, collected):
+def found(saved_model, even_documents, collected):
     def run(budget):
-        return search(saved_model, *collected, documents[120:], VARConfig(), budget=budget, **READING)
+        return search(saved_model, *collected, even_documents[100:], VARConfig(), budget=budget, **READING)
 
     return run
 
@@ -39,7 +39,7 @@ def test_search_spends_the_budget_and_no_more(found):
     )
 
 
-def test_the_config_that_was_chosen_does_what_was_measured(saved_model, documents, collected, found):
+def test_the_config_that_was_chosen_does_what_was_measured(saved_model, even_documents, collected, found):
     """The search shares one table, and gives the layers that stay open a tolerance of 0."""
     from analysis.quality import plain_runner, score, var_runner
     from varjax.model import VARModel
@@ -49,7 +49,7 @@ def test_the_config_that_was_chosen_does_what_was_measured(saved_model, document
     result = found(0.01)
     table = build(collected[0], result.config, saved_model.config.top_k, collected[1])
     var_model = VARModel(saved_model, result.config, table=table)
-    scoring = {"documents": documents[120:], **READING}
+    scoring = {"documents": even_documents[100:], **READING}
     plain, _ = score(plain_runner(saved_model), None, **scoring)
     scores, state = score(var_runner(var_model), var_model.init(), **scoring)
     assert np.expm1(scores.nll_per_token - plain.nll_per_token) == pytest.approx(result.chosen.degradation, abs=1e-5)

@@ -26,14 +26,14 @@ def script(monkeypatch):
 
 
 @pytest.fixture
-def common(model_directory, corpus_file):
-    return ("--model", model_directory, "--dataset", corpus_file, "--max_length", 16, "--batch_size", 4)
+def common(model_directory, even_corpus):
+    return ("--model", model_directory, "--dataset", even_corpus, "--max_length", 32, "--batch_size", 4)
 
 
 @pytest.fixture(scope="session")
-def statistics(saved_model, documents, tmp_path_factory):
+def statistics(saved_model, even_documents, tmp_path_factory):
     """A statistics file with its answers beside it, from the first 60 documents; to be read only."""
-    known, reading = documents[:60], {"batch_size": 4, "max_length": 16, "progress": False}
+    known, reading = even_documents[:60], {"batch_size": 4, "max_length": 16, "progress": False}
     keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
     stats = collect(saved_model, known, keys, **reading)
     path = tmp_path_factory.mktemp("statistics") / "routing_stats.parquet"

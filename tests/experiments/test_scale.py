@@ -24,21 +24,22 @@ STATS, ROWS = "routing_stats.parquet", "routing_stats.residuals.safetensors"
 
 
 @pytest.fixture(scope="module")
-def command(model_directory, corpus_file):
+def command(model_directory, even_corpus):
     """`command(output, *more)`: Phase 1 on the tiny model as a user would start it."""
-    reading = ("--max_length", "16", "--batch_size", "1", "--save_tokens", "400", "--split", "all")
+    reading = ("--max_length", "16", "--batch_size", "1", "--save_tokens", "400")
+    reading += ("--split", "all", "--num_samples", "160")
     keys = ("--min_count", "3", "--residual_min_count", "5", "--trace_tokens", "0")
     script = str(ROOT / "experiments" / "01_routing_analysis.py")
 
     def make(output: Path, *more: str) -> list[str]:
-        inputs = ("--model", str(model_directory), "--dataset", str(corpus_file), "--output", str(output))
+        inputs = ("--model", str(model_directory), "--dataset", str(even_corpus), "--output", str(output))
         return [sys.executable, script, *inputs, *reading, *keys, *more]
 
     return make
 
 
 def start(arguments: list[str], devices: int = 1) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
@@ -124,7 +125,7 @@ def joined(arguments: list[str], devices: int) -> list[subprocess.Popen]:
 
 
 def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
-    command, whole, script, model_directory, corpus_file, tmp_path
+    command, whole, script, model_directory, even_corpus, tmp_path
 ):
     run = command(tmp_path, "--mesh", "data=4,model=2")
     first, second = joined(run, devices=4)
@@ -143,7 +144,7 @@ def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
     assert_equal_up_to_rounding(tmp_path / STATS, whole / STATS)
 
     asked = ("--mode", "var", "--preset", "aggressive", "--routing_stats", tmp_path / STATS, "--num_samples", 12)
-    reading = ("--model", model_directory, "--dataset", corpus_file, "--max_length", 16, "--no_throughput")
+    reading = ("--model", model_directory, "--dataset", even_corpus, "--max_length", 16, "--no_throughput")
     script("02_evaluate_var.py", *asked, *reading, "--output", tmp_path / "one.json")
     evaluate = [sys.executable, str(ROOT / "experiments" / "02_evaluate_var.py"), *map(str, (*asked, *reading))]
     finish(*joined([*evaluate, "--mesh", "model=2", "--output", str(tmp_path / "two.json")], devices=1))
@@ -182,9 +183,9 @@ def test_two_processes_give_the_result_of_one_though_one_is_killed(command, whol
             assert 0 < ours["count"][a, part] <= theirs["count"][a, all_of_it]
 
 
-def test_runs_merged_equal_one(command, whole, tmp_path):
+def test_runs_merged_equal_one(script, command, whole, tmp_path):
     """Runs over parts of a corpus have keys of their own; here both are over the whole, so everything counts twice."""
-    finish(start(command(tmp_path / "twice", "--merge", str(whole), str(whole / STATS))))
+    script(*command(tmp_path / "twice", "--merge", str(whole), str(whole / STATS))[1:])
     (twice, _), (once, _) = statsfile.read(tmp_path / "twice" / STATS), statsfile.read(whole / STATS)
     np.testing.assert_array_equal(twice.count, 2 * once.count)
     np.testing.assert_allclose(twice.entropy.mean, once.entropy.mean, rtol=1e-12)
@@ -196,16 +197,15 @@ def test_runs_merged_equal_one(command, whole, tmp_path):
     assert strings and statsfile.token_strings(tmp_path / "twice" / STATS) == strings
 
 
-def test_a_run_is_not_resumed_with_other_settings(command, tmp_path):
+def test_a_run_is_not_resumed_with_other_settings(script, command, tmp_path):
     process = start(command(tmp_path))
     while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/process-0/keys/0")):
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    other = start(command(tmp_path, "--min_count", "4"))
-    output, _ = other.communicate(timeout=300)
-    assert other.returncode == 1
-    assert "of a run with settings.keys.min_count = 3 (here 4); give the same arguments" in output
+    with pytest.raises(SystemExit) as stop:
+        script(*command(tmp_path, "--min_count", "4")[1:])
+    assert "of a run with settings.keys.min_count = 3 (here 4); give the same arguments" in str(stop.value)
 
 
 WRONG = {

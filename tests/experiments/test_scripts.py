@@ -27,9 +27,9 @@ def many_experts(model_directory, saved_model, tmp_path_factory) -> Path:
     return folder
 
 
-def test_phases_one_and_two(script, many_experts, corpus_file, tmp_path, capsys):
+def test_phases_one_and_two(script, many_experts, even_corpus, tmp_path, capsys):
     """The other tests of scripts run on a Mixtral."""
-    common = ("--model", many_experts, "--dataset", corpus_file, "--max_length", 16, "--batch_size", 4)
+    common = ("--model", many_experts, "--dataset", even_corpus, "--max_length", 32, "--batch_size", 4)
     script("01_routing_analysis.py", *common, "--output", tmp_path, "--min_count", 3)
     stats = tmp_path / "routing_stats.parquet"
     written = {path.name for path in tmp_path.iterdir()}

@@ -38,7 +38,7 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
     script(*command, "--output", tmp_path / "study")
     printed = capsys.readouterr().out
     (subject,) = asked
-    assert len(subject.documents) == 20 and (subject.batch_size, subject.max_length) == (4, 16)
+    assert len(subject.documents) == 20 and (subject.batch_size, subject.max_length) == (4, 32)
     assert subject.config.policy(1).tolerance == 0.2 and subject.answers.layers == (0, 1)
     assert subject.folder == tmp_path / "study" / "losses"
     assert "What is asked" in printed and "it depends" in printed

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tuning import study
@@ -18,24 +17,9 @@ SCRIPT = "03_hyperparameter_optimization.py"
 RANGES = ("--range", "frequency_threshold=2:20", "entropy_threshold=0.5:1.5", "cache_size=4:8", "loss_budget=0.001:0.1")
 
 
-@pytest.fixture(scope="module")
-def long_corpus(tmp_path_factory):
-    """Enough documents for every split: 8 % of them are for calibration."""
-    rng = np.random.default_rng(1)
-    nouns, verbs = ("router", "expert", "token", "layer", "table"), ("finds", "keeps", "drops", "meets")
-    path = tmp_path_factory.mktemp("long") / "sentences.jsonl"
-    texts = [
-        f"{i}: " + " ".join(f"the {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(3))
-        for i in range(500)
-    ]
-    path.write_text("\n".join(json.dumps({"text": text, "group": "a"}) for text in texts))
-    return path
-
-
 @pytest.fixture
-def asked(model_directory, long_corpus, statistics):
-    data = ("--model", model_directory, "--dataset", long_corpus, "--max_length", 16, "--batch_size", 4)
-    return (*data, "--routing_stats", statistics, *RANGES)
+def asked(common, statistics):
+    return (*common, "--routing_stats", statistics, *RANGES)
 
 
 def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys):
@@ -44,7 +28,7 @@ def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys)
         "--method",
         "tpe",
         "--n_calls",
-        4,
+        2,
         "--limit",
         0.2,
         "--speed",
@@ -56,7 +40,7 @@ def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "What did the search find?" in printed and "predicted speed-up" in printed
     found = json.loads((tmp_path / "out" / "tuning.json").read_text())
-    assert len(found["points"]) == 4 and found["provenance"]["data"]["split"] == "tune"
+    assert len(found["points"]) == 2 and found["provenance"]["data"]["split"] == "tune"
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"study.db", "tuning.html", "tuning.txt", "tuning_front.png", "best_config.json"} <= written
     script(SCRIPT, *search)  # everything is there: nothing is searched again
@@ -80,11 +64,11 @@ def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys)
 
 
 def test_the_same_seed_gives_the_same_search_bit_for_bit(script, asked, tmp_path):
-    search = (*asked, "--method", "random", "--n_calls", 3, "--limit", 0.2, "--speed", "model", "--seed", 7)
+    search = (*asked, "--method", "random", "--n_calls", 2, "--limit", 0.2, "--speed", "model", "--seed", 7)
     for name in ("one", "other"):
         script(SCRIPT, *search, "--output", tmp_path / name)
     one, other = (json.loads((tmp_path / name / "tuning.json").read_text())["points"] for name in ("one", "other"))
-    assert one == other and len(one) == 3
+    assert one == other and len(one) == 2
 
 
 def test_an_empty_feasible_set_writes_the_least_bad_and_says_so(script, asked, tmp_path, capsys):

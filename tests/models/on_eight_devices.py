@@ -375,7 +375,7 @@ def test_each_device_gets_its_slices_and_only_these_are_read(directory, alone, m
 
 
 def test_mixtral_on_eight_devices_has_an_eighth_on_each(shared_data):
-    """By its shapes, and as XLA compiled a step of decoding through all 32 layers."""
+    """By its shapes, and as XLA compiled a step of decoding; through 4 layers of the 32, which are all alike."""
     config = read_config(shared_data / "mixtral" / "config.json")
     placement = Placement.of(config, make_mesh("model=8"))
     parameters = abstract_params(config, placement, jnp.bfloat16)
@@ -384,6 +384,7 @@ def test_mixtral_on_eight_devices_has_an_eighth_on_each(shared_data):
     expected = 46_702_792_704 * 2 / 8 + whole
     assert bytes_per_device(parameters) == pytest.approx(expected, rel=0.05)
 
+    config = dataclasses.replace(config, num_layers=4)
     compiled = compile_decode(config, placement, jnp.bfloat16, batch=1, capacity=128)
     expected = bytes_per_device(abstract_params(config, placement, jnp.bfloat16))
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)

@@ -63,12 +63,12 @@ def test_padding_changes_nothing_and_runs_nothing(tiny_model, padded_texts):
         np.testing.assert_array_equal(together.routing.weights[:, ~real], 0)
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.optimised
 def test_an_open_plan_is_the_plain_model_bit_for_bit(tiny_model, padded_texts):
     check_open_plan(tiny_model, padded_texts)
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.optimised
 def test_an_open_plan_is_the_plain_model_bit_for_bit_in_other_families(make_model, padded_texts, family_fields):
     check_open_plan(make_model(**family_fields), padded_texts)
 

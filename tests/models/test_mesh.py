@@ -17,7 +17,7 @@ from models.config import config_to_hf
 from models.weights import ledger
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "--xla_force_host_platform_device_count=8"
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 
 def run(*command: str) -> str:

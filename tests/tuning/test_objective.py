@@ -19,13 +19,13 @@ READING = {"batch_size": 4, "max_length": 16}
 
 
 @pytest.fixture(scope="module")
-def subject(saved_model, documents):
-    known = documents[:80]
+def subject(saved_model, even_documents):
+    known = even_documents[:57]
     keys = choose_keys(saved_model, known, 16, KeySettings((1, 2), min_count=3))
     stats = collect(saved_model, known, keys, **READING, progress=False)
     answers = collect_answers(saved_model, known, stats.keys, range(2), **READING, progress=False)
     config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0, default=None)
-    return Subject(saved_model, stats, answers, config, documents[80:], **READING, progress=False)
+    return Subject(saved_model, stats, answers, config, even_documents[57:], **READING, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -88,18 +88,18 @@ def test_without_a_certified_configuration_the_section_says_so_first():
 
 
 @pytest.fixture(scope="module")
-def subject(saved_model, documents):
+def subject(saved_model, even_documents):
     reading = {"batch_size": 4, "max_length": 16, "progress": False}
-    known = documents[:80]
+    known = even_documents[:57]
     keys = choose_keys(saved_model, known, 16, KeySettings((1,), min_count=3))
     stats = collect(saved_model, known, keys, **reading)
     answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
     config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0)
-    return Subject(saved_model, stats, answers, config, documents[80:110], **reading)
+    return Subject(saved_model, stats, answers, config, even_documents[57:87], **reading)
 
 
-def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject, documents):
-    test = dataclasses.replace(subject, documents=documents[110:160])
+def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject, even_documents):
+    test = dataclasses.replace(subject, documents=even_documents[87:])
     nothing = dataclasses.replace(subject.config, default=None)
     half = dataclasses.replace(subject.config, default=LayerPolicy(kept=1, residual=False))
     candidates = {"nothing": nothing, "half": half}

@@ -43,7 +43,7 @@ def ids(documents):
     return np.stack([document.ids[:16] for document in documents if len(document.ids) >= 16][:4])
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.optimised
 def test_switched_off_is_bit_identical_to_the_plain_model(saved_model, ids):
     var_model = VARModel(saved_model, VARConfig(enable_var=False))
     out, state = var_model(ids, var_model.init())
@@ -51,10 +51,10 @@ def test_switched_off_is_bit_identical_to_the_plain_model(saved_model, ids):
     assert state is None and out.plan is None
     np.testing.assert_array_equal(out.logits, plain.logits)
     np.testing.assert_array_equal(out.router_probs, plain.router_probs)
+    np.testing.assert_array_equal(var_model.generate(ids, None, 8)[0], saved_model.generate(ids, 8)[0])
 
 
-@pytest.mark.usefixtures("optimised")
-def test_disabled_is_bit_identical_and_hands_the_state_on(saved_model, stats_path, ids):
+def test_disabled_is_the_plain_model_and_hands_the_state_on(saved_model, stats_path, ids):
     """Off in the middle of a text: the plain model's logits and tokens; on again: the plans of the whole text."""
     wanted = config(stats_path, default=LayerPolicy(orders=(1, 2)), cache_size=0)
     on = VARModel(saved_model, wanted)
