@@ -253,9 +253,11 @@ def table(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[s
             f"{f'{row.noticed} of {row.repeats}':>13}{until:>22}  {signals}"
         )
     lines.append(
-        f"\nHarm: nats per token lost against the plain model. {calibration.texts} calibration documents; "
-        f"{calibration.share:.0%} of the planned\ntokens audited, {runs['audit']:.2f} expert runs per token and layer "
-        f"beside VAR's {runs['var']:.2f}. At most {ALPHA:.0%} false alarms promised."
+        "\nHarm: nats per token lost against the plain model. Error: relative, of a layer's output at audited tokens.\n"
+        "Agree: share of planned tokens whose first expert the router would choose. Open: share that the table does\n"
+        f"not know. {calibration.texts} calibration documents; {calibration.share:.0%} of the planned tokens audited, "
+        f"{runs['audit']:.2f} expert runs\nper token and layer beside VAR's {runs['var']:.2f}. At most {ALPHA:.0%} "
+        "false alarms promised."
     )
     return "\n".join(lines)
 

@@ -159,10 +159,15 @@ def report(base: Result, other: Result) -> tuple[str, dict[str, Any]]:
     lines.append("")
     for row in judged:
         verdict = {True: "PASS", False: "FAIL", None: "not measured"}[row.passed]
-        value = "" if row.value is None else (f"{row.value:.2f}x" if "speed" in row.name else f"{row.value:+.2%}")
+        value = "" if row.value is None else _value(row)
         lines.append(f"  {row.name:26}{row.bound:>8}{value:>10}   {verdict}")
     documents, tokens = len(base.documents), int(base.documents["tokens"].sum())
     lines.append(f"\n{documents} documents, {tokens:,} tokens; 95 % intervals by bootstrap over documents.")
+    if "throughput" in fields:
+        lines.append(
+            "Speed-ups are paired: both sides in turns inside the second run, intervals over its rounds. The tokens/s\n"
+            "of two runs may differ by more, for the machine may have been busier in one."
+        )
     saved = {
         "base": str(base.path),
         "other": str(other.path),
@@ -172,3 +177,10 @@ def report(base: Result, other: Result) -> tuple[str, dict[str, Any]]:
         "tokens": tokens,
     }
     return "\n".join(lines), saved
+
+
+def _value(row: Criterion) -> str:
+    """A factor, a change or a share, as its name says."""
+    if row.name.startswith("speed-up"):
+        return f"{row.value:.2f}x"
+    return f"{row.value:+.2%}" if "degradation" in row.name else f"{row.value:.2%}"

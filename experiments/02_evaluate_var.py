@@ -111,7 +111,9 @@ def main() -> None:
 def compare(base: Path, other: Path, output: Path) -> None:
     text, fields = report(read_result(base), read_result(other))
     print(text)
-    write_json(_file(output, "comparison"), fields | {"provenance": provenance()})
+    path = _file(output, "comparison")
+    write_json(path, fields | {"provenance": provenance()})
+    print(f"written to {path}")
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -120,9 +122,9 @@ def certify(args: argparse.Namespace) -> None:
     candidates = {str(path): read_result(path) for path in others}
     certificate = certify_results(read_result(base), candidates, **settings)
     print(certificate_text.text(certificate))
-    write_json(
-        _file(args.output, "certificate"), {"certificate": certificate, "provenance": provenance(seed=args.seed)}
-    )
+    path = _file(args.output, "certificate")
+    write_json(path, {"certificate": certificate, "provenance": provenance(seed=args.seed)})
+    print(f"written to {path}")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The commands of README and docs, as a reader's shell would take them, in the order in which a reader meets them.
 
-Commands are the lines of a fenced block without a language, or with `bash` or `sh`, and what stands between backticks and
-begins with a program. A document is one shell: what it sets holds until its end, and nothing from another one does.
+Commands are the lines of a fenced block without a language, or with `bash` or `sh`, and what stands between backticks
+and begins with a program. A document is one shell: what it sets holds until its end, and nothing from another one does.
 """
 
 import re
@@ -40,7 +40,7 @@ def commands() -> list[Command]:
 
 
 def commands_of(document: Path) -> Iterator[Command]:
-    """Those of one document, in order; raises ValueError for a line that is none, and for a variable that is not set."""
+    """Those of one document, in order; raises ValueError for a line that is none, and a variable that is not set."""
     text = document.read_text(encoding="utf-8")
     known: dict[str, str] = {}
     for code in _CODE.finditer(text):
