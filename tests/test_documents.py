@@ -169,16 +169,14 @@ def texts(seed: int, number: int = 400) -> list[str]:
         return " ".join(f"the {rng.choice(nouns)} {rng.choice(verbs)} a {rng.choice(nouns)}." for _ in range(sentences))
 
     long = next(one for one in iter(partial(text, 42), None) if Document(one, "").split == "train")
-    return sorted(
-        [long, *(text(10) for _ in range(number))], key=lambda one: Document(one, "").id
-    )  # as `embedded` does
+    found = [long, *(text(10) for _ in range(number))]
+    return sorted(found, key=lambda one: Document(one, "").id)  # as `embedded.rows` gives them
 
 
 def write_texts(path: Path, found: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        "".join(json.dumps({"text": text, "group": "ab"[index % 2]}) + "\n" for index, text in enumerate(found))
-    )
+    rows = ({"text": text, "group": "ab"[len(text) % 2]} for text in found)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def stage(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -476,9 +474,8 @@ def make_has(words: tuple[str, ...]) -> None:
 
 def pip_has(words: tuple[str, ...]) -> None:
     _, install, wanted = words
-    extra = re.fullmatch(r"\.\[(\w+)\]", wanted)
-    assert install == "install" and extra
-    assert extra[1] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert install == "install" and wanted in (*(f".[{extra}]" for extra in extras), "optuna-dashboard")
 
 
 def tensorboard_has(words: tuple[str, ...]) -> None:
@@ -503,3 +500,20 @@ ELSEWHERE: dict[str, Callable[[tuple[str, ...]], None]] = {
 )
 def test_a_command_does_what_it_says(index, reader):
     reader.reach(index)
+
+
+@pytest.mark.slow
+def test_the_demo_runs_and_the_code_of_the_readme_after_it(reader, monkeypatch, capsys):
+    def here(words: list[str], **_: object) -> subprocess.CompletedProcess:
+        assert words[0] == sys.executable
+        run_python(words[1:])
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", here)
+    run_python(["-m", "experiments.demo"])
+    assert re.search(r"^policy +[-+]\d", capsys.readouterr().out, re.MULTILINE)
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), found)
+    assert found["tokens"].shape[1] > found["input_ids"].shape[1]
+    assert "fast" in capsys.readouterr().out
