@@ -45,8 +45,7 @@ from profiling.points import Task
 from tests.documented import DOCUMENTS, ROOT
 from tuning import study
 
-FEWER = {"repeats": 2, "seeds": 1, "trials": 12, "hidden": [16], "permutations": 20, "samples": 50}
-FEWER |= {"validate_repeats": 2}
+FEWER = {"repeats": 2, "validate_repeats": 2, "seeds": 1, "hidden": [16], "permutations": 20, "samples": 50}
 ROUNDS, TRIALS, STEPS = 2, 3, 2
 SHAPES = [(1, 8), (2, 8), (2, 16), (4, 12), (1, 1, 8), (2, 1, 8), (4, 1, 12)]
 TASKS = [
