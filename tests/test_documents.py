@@ -213,7 +213,7 @@ def evaluated(reader: Reader) -> None:
         assert read_json(path)["documents"] == len(read_result(asked.compare[0]).documents)
     elif asked.certify:
         assert read_json(asked.output / "certificate.json")["certificate"]
-        assert "95 %" in reader.printed or "95%" in reader.printed
+        assert f"Certificate at {asked.level} confidence" in reader.printed
     elif asked.mode == "distil":
         config = VARConfig.load(asked.output / "var_config.json")
         assert answersfile.read(config.residuals)[0].layers == (0, 1)
@@ -367,8 +367,11 @@ def test_a_command_does_what_it_says(index, reader):
 
 @pytest.mark.slow
 def test_the_demo_runs_and_the_code_of_the_readme_after_it(reader, monkeypatch, capsys):
-    def here(words: list[str], **_: object) -> subprocess.CompletedProcess:
-        assert words[0] == sys.executable
+    run = subprocess.run
+
+    def here(words: list[str], **options: Any) -> subprocess.CompletedProcess:
+        if words[0] != sys.executable:
+            return run(words, **options)
         run_python(words[1:])
         return subprocess.CompletedProcess(words, 0)
 
