@@ -141,6 +141,8 @@ class Reader:
             if number not in self.given and command.document in known and slow(command) <= slow(wanted):
                 self.given.add(number)
                 self.give(command)
+                if slow(command):
+                    jax.clear_caches()  # all programs of all commands would be too many for one process
 
     def give(self, command: Command) -> None:
         words = python_words(command)
