@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 # Files in their own order: started in the order of how many tests they have, the few and long ones would come last.
-PYTEST_FLAGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu"
+PYTEST_FLAGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow"
 
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
@@ -16,10 +16,11 @@ CODE := varjax models analysis profiling tuning experiments tests
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types docs clean
+.PHONY: help demo test slow lint format types docs clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
+	@echo "make slow    the documented commands that take long, in small; the others are in make test"
 	@echo "make lint    ruff, only"
 	@echo "make types   mypy, only"
 	@echo "make format  let ruff format and mend the code"
@@ -31,6 +32,9 @@ demo: $(BASE)
 
 test: lint types
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+slow: $(TEST)
+	$(BIN)/python -m pytest -q -m slow
 
 lint: $(TEST)
 	$(BIN)/ruff check $(CODE)

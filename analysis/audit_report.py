@@ -38,8 +38,9 @@ def report(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[
         "PASS" if quiet.noticed <= ALPHA * quiet.repeats else "FAIL",
         f"{quiet.noticed} false alarms in {quiet.repeats} orders of the documents; at most {ALPHA:.0%} are promised",
         (
-            "Harm: nats per token lost against the plain model. Error, agreement, open: what is audited, means over "
-            "documents, all layers together.",
+            "Harm: nats per token lost against the plain model. Error: relative, of a layer's output where audited. "
+            "Agreement: share of planned tokens whose first expert the router would choose. Open: share that the table "
+            "does not know. The last three are means over documents, all layers together.",
             f"{calibration.texts} calibration documents; {calibration.share:.0%} of the planned tokens audited, "
             f"{runs['audit']:.2f} expert runs per token and layer beside VAR's {runs['var']:.2f}.",
         ),

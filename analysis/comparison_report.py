@@ -38,7 +38,11 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
             ("compared", f"{other.path} ({other.fields['mode']})"),
             ("documents", f"{documents:,}, {tokens:,} tokens, read by both"),
         ),
-        ("Intervals are 95 %, by bootstrap over documents; those of speed-ups over paired rounds of one run.",),
+        (
+            "Intervals are 95 %, by bootstrap over documents.",
+            "Speed-ups are paired: both sides in turns inside the run that is compared, intervals over its rounds. The "
+            "tokens/s of two runs may differ by more, for the machine may have been busier in one.",
+        ),
         (_side_by_side(base, other, change), *map(_judged, judged)),
     )
     saved = {
@@ -96,10 +100,18 @@ def _side_by_side(base: Result, other: Result, change: Estimate) -> Section:
 
 def _judged(row: Criterion) -> Section:
     verdict = {True: "PASS", False: "FAIL", None: "not measured"}[row.passed]
-    value = "" if row.value is None else (f"{row.value:.2f}x" if "speed" in row.name else f"{row.value:+.2%}")
     return Section(
         row.name.replace(",", "").replace(" ", "_"),
         row.name.capitalize(),
         verdict,
-        f"{row.bound}: {value or 'no figure'}",
+        f"{row.bound}: {_value(row)}",
     )
+
+
+def _value(row: Criterion) -> str:
+    """A factor, a change or a share, as its name says."""
+    if row.value is None:
+        return "no figure"
+    if row.name.startswith("speed-up"):
+        return f"{row.value:.2f}x"
+    return f"{row.value:+.2%}" if "degradation" in row.name else f"{row.value:.2%}"

@@ -116,7 +116,8 @@ class HarnessLM(TemplateLM):
             spelt = string.startswith(self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = False if spelt else self.add_bos_token
         options: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        return self.tokenizer.encode(string, **options)
+        # Not verbose: it would warn of long texts, which are cut into windows later.
+        return self.tokenizer.encode(string, verbose=False, **options)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log probability of each text, nats; requests hold (text,)."""

@@ -21,7 +21,8 @@ th:first-child, td:first-child { text-align: left } thead th { position: sticky;
 table.words td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 table.words td:first-child { min-width: 7rem }
 .verdict { font-weight: 700; border: 1px solid #111; padding: 0 .4rem } .PASS { background: #111; color: #fff }
-figure { margin: 1.5rem 0 } img { max-width: min(100%, 46rem); height: auto } figcaption { font-size: 14px; max-width: 60rem }
+figure { margin: 1.5rem 0 } img { max-width: min(100%, 46rem); height: auto }
+figcaption { font-size: 14px; max-width: 60rem }
 .runs { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1.5rem }
 .runs article { border: 1px solid #bbb; padding: 1rem } .runs img { max-height: 16rem }
 .runs h2 { margin: 0; border: 0; padding: 0 }

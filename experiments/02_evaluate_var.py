@@ -116,7 +116,7 @@ def compare(base: Path, other: Path, output: Path) -> None:
     path = _file(output, "comparison")
     figures = {comparison_report.NAME: comparison_report.figure(*sides)}
     write_report(said, path.parent, path.stem, figures=figures, beside=fields | {"provenance": provenance()})
-    print(text(said))
+    print(f"{text(said)}\nwritten to {path}")
 
 
 def certify(args: argparse.Namespace) -> None:
@@ -129,7 +129,7 @@ def certify(args: argparse.Namespace) -> None:
     beside = {"certificate": certificate, "provenance": provenance(seed=args.seed)}
     figures = {certificate_report.NAME: certificate_report.figure(certificate)}
     write_report(said, path.parent, path.stem, figures=figures, beside=beside)
-    print(text(said))
+    print(f"{text(said)}\nwritten to {path}")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -47,7 +47,9 @@ def main() -> None:
     documents, reading = timed(lambda: list(iter_encode(texts, model.tokenizer, model.config)))
     tokens = sum(len(document.ids) for document in documents)
     keys, counting = timed(lambda: choose_keys(model, documents, 256, KeySettings()))
-    full = next(batch for batch in batches(documents, 8, 256) if batch.ids.shape[1] == 256)
+    full = next((batch for batch in batches(documents, 8, 256) if batch.ids.shape[1] == 256), None)
+    if full is None:
+        parser.error(f"--num_samples {args.num_samples}: none of these documents fills half of a window of 256 tokens")
     ids, mask = jnp.asarray(full.ids), jnp.asarray(full.mask)
 
     orders = tuple(count.order for count in keys.orders)

@@ -1,6 +1,6 @@
 """What each of several devices holds, and what crosses between them: the table of `docs/scaling.md`.
 
-    python -m profiling.device_memory                                   # from shapes alone, in a second
+    python -m profiling.device_memory                                   # from shapes alone, in half a minute
     python -m profiling.device_memory --compile                         # what XLA says of a step of decoding beside it
     python -m profiling.device_memory my_model/config.json --devices 2 4
 

@@ -78,18 +78,6 @@ def test_commands_and_modules_that_documents_name_exist(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_options_that_documents_give_are_options_of_that_script(document):
-    """Of scripts started with `python experiments/…`: each `--option` stands in its source or in what all share."""
-    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
-    shared = "".join((ROOT / "experiments" / name).read_text() for name in ("arguments.py", "hosts.py"))
-    unknown = []
-    for script, rest in re.findall(r"^python (experiments/\w+\.py)(.*)$", text, re.MULTILINE):
-        source = shared + (ROOT / script).read_text(encoding="utf-8")
-        unknown += [f"{script} {flag}" for flag in re.findall(r"(--\w+)", rest) if f'"{flag}"' not in source]
-    assert not unknown
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_python_in_documents_is_python_and_imports_what_is_there(document):
     for block in re.findall(r"^```python\n(.*?)^```", document.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         for node in ast.walk(ast.parse(block)):

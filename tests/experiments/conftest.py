@@ -1,13 +1,12 @@
 """The phase scripts, run in this process."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from tests.running import run_python
 from varjax import answersfile, statsfile
 from varjax.config import residuals_beside
 
@@ -15,12 +14,11 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script():
     """`script(name, *arguments)`: run it as `__main__`; the name may be a path."""
 
     def run(name: str, *arguments: object) -> None:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        run_python([str(SCRIPTS / name), *map(str, arguments)])
 
     return run
 

@@ -2,7 +2,6 @@
 
 import runpy
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,17 +12,17 @@ from huggingface_hub.hf_api import RepoSibling
 from analysis.text.corpus import load_documents
 from analysis.text.prepared import open_prepared, read_manifest
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from tests.running import run_python
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
+def script(capsys):
     """`script(name, *arguments) -> str`: run it in this process; what it prints."""
 
     def run(name: str, *arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        run_python([str(SCRIPTS / name), *map(str, arguments)])
         return capsys.readouterr().out
 
     return run
