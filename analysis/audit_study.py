@@ -24,13 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from analysis import audit_report
-from analysis.audit_faults import faults, random_texts
-from analysis.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.provenance import provenance
-from analysis.quality import score, var_runner
-from analysis.report import text
-from analysis.report_files import write_report
+from analysis.audits import report as audit_report
+from analysis.audits.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
+from analysis.audits.faults import faults, random_texts
+from analysis.evaluation.quality import score, var_runner
+from analysis.reports.files import write_report
+from analysis.reports.provenance import provenance
+from analysis.reports.report import text
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model

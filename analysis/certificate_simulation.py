@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
-from analysis.certificate import LIMIT, TESTS
+from analysis.evaluation.certificate import LIMIT, TESTS
 from varjax.bounds import p_value, upper_bound
 
 CLIP = 0.2  # nats per token

@@ -3,7 +3,7 @@
     python -m analysis.harness --model reference --tasks my_task --include_path tasks --output results/harness.json
 
 Prints the harness's own table and writes a JSON result. A task is one of the harness's (most fetch data) or a YAML file
-of one's own below --include_path. Needs the extra `eval`. How texts are read: `analysis.harness_lm`.
+of one's own below --include_path. Needs the extra `eval`. How texts are read: `analysis.evaluation.harness_lm`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.harness_lm import HarnessLM  # says what to install where the harness is missing
-from analysis.provenance import provenance, write_json
+from analysis.evaluation.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.reports.provenance import provenance, write_json
 from models import load_model
 from varjax.config import VARConfig
 from varjax.model import VARModel

@@ -20,7 +20,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis.figures import save
 from analysis.hypotheses import statistics_figures, trace_figures
 from analysis.hypotheses.document_draws import SAMPLES
 from analysis.hypotheses.entropy_kind import entropy_kind
@@ -31,9 +30,10 @@ from analysis.hypotheses.statistics_findings import Drawn, StatisticsFindings, e
 from analysis.hypotheses.statistics_sections import statistics_sections
 from analysis.hypotheses.trace_findings import Settings, TraceFindings, examine_trace
 from analysis.hypotheses.trace_sections import trace_sections
-from analysis.provenance import provenance
-from analysis.report import Report, summary
-from analysis.report_files import write_report
+from analysis.reports.figures import save
+from analysis.reports.files import write_report
+from analysis.reports.provenance import provenance
+from analysis.reports.report import Report, summary
 from analysis.traces import trace as traces
 from analysis.traces.trace import Trace
 from varjax.stats import RoutingStats

@@ -29,9 +29,9 @@ from typing import Any
 
 import numpy as np
 
-from analysis.provenance import hash_json, provenance
-from analysis.report import text
-from analysis.report_files import write_report
+from analysis.reports.files import write_report
+from analysis.reports.provenance import hash_json, provenance
+from analysis.reports.report import text
 from analysis.traces import importing, replay_report
 from analysis.traces.replay_inputs import applicable, table_statistics, with_stand_ins
 from analysis.traces.replay_steps import Sums, run_steps, unlimited_cache

@@ -19,8 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis.collection.checkpoints import note, resumed
-from analysis.provenance import provenance, write_json
-from analysis.quality import plain_runner, score
+from analysis.evaluation.quality import plain_runner, score
+from analysis.reports.provenance import provenance, write_json
 from analysis.text.batches import batches
 from analysis.text.corpus import Document, corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode

@@ -15,14 +15,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis import collection_report
+from analysis.collection import report as collection_report
 from analysis.collection.merging import merge_files
 from analysis.collection.passes import EVERY_DOCUMENT, Share
 from analysis.collection.run import STATS, TRACE, Settings, analyse, finish
 from analysis.collection.statistics import KeySettings
-from analysis.provenance import provenance
-from analysis.report import text
-from analysis.report_files import write_report
+from analysis.reports.files import write_report
+from analysis.reports.provenance import provenance
+from analysis.reports.report import text
 from analysis.traces.recording import record
 from experiments.arguments import open_corpus, open_model, parser, run
 from experiments.hosts import add_hosts, join

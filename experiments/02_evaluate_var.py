@@ -25,19 +25,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from analysis import certificate_report, comparison_report, evaluation_report
-from analysis.certificate import CLIP, TESTS, certify_results
 from analysis.collection.checkpoints import Checkpoints, note, resumed
-from analysis.comparison import read_result
-from analysis.distillation import DistilConfig, distil
-from analysis.policy import Search, search
-from analysis.provenance import provenance, write_json
-from analysis.quality import batch_clock, score, var_runner
-from analysis.report import summary as overview
-from analysis.report import text
-from analysis.report_files import write_report
-from analysis.scored_points import Subject
-from analysis.study import PARTS, Finding, Part, study
+from analysis.evaluation import certificate_report, comparison_report
+from analysis.evaluation import report as evaluation_report
+from analysis.evaluation.certificate import CLIP, TESTS, certify_results
+from analysis.evaluation.comparison import read_result
+from analysis.evaluation.quality import batch_clock, score, var_runner
+from analysis.policies.distillation import DistilConfig, distil
+from analysis.policies.scored_points import Subject
+from analysis.policies.search import Search, search
+from analysis.reports.files import write_report
+from analysis.reports.provenance import provenance, write_json
+from analysis.reports.report import summary as overview
+from analysis.reports.report import text
+from analysis.studies.study import PARTS, Finding, Part, study
 from experiments.arguments import load, load_encoded, parser, read_answers, run
 from experiments.hosts import add_hosts, join
 from models import Model

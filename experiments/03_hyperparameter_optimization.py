@@ -26,12 +26,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from analysis.certificate import how_drawn
-from analysis.ladder import Ladder
-from analysis.provenance import provenance
-from analysis.report import Report, summary
-from analysis.report_files import write_report
-from analysis.scored_points import Subject
+from analysis.evaluation.certificate import how_drawn
+from analysis.policies.ladder import Ladder
+from analysis.policies.scored_points import Subject
+from analysis.reports.files import write_report
+from analysis.reports.provenance import provenance
+from analysis.reports.report import Report, summary
 from experiments.arguments import load, load_encoded, parser, read_answers, run
 from profiling.calls import PHASES
 from tuning import chosen

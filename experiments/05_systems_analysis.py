@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.provenance import provenance
-from analysis.report import Report, Section, summary
-from analysis.report_files import write_report
+from analysis.reports.files import write_report
+from analysis.reports.provenance import provenance
+from analysis.reports.report import Report, Section, summary
 from experiments.arguments import load, parser, run
 from profiling import (
     bottlenecks_section,

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from analysis import figures
-from analysis.comparison import degradation, read_result
+from analysis.evaluation.comparison import degradation, read_result
+from analysis.reports import figures
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")

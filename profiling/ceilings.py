@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.provenance import write_json
+from analysis.reports.provenance import write_json
 from profiling.timing import compare, typical
 
 DTYPES = ("float32", "bfloat16")

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
 
-from analysis.figures import panels, shade
-from analysis.report import Column, FigureNote, Section, Table
+from analysis.reports.figures import panels, shade
+from analysis.reports.report import Column, FigureNote, Section, Table
 from profiling.components import AGREE, SMALL, Breakdown
 from profiling.costs import COMPONENTS
 from profiling.scopes import OTHER

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from analysis.report import Column, Section, Table
+from analysis.reports.report import Column, Section, Table
 from profiling.calls import prepare
 from profiling.compiling import at_once
 from profiling.costs import COMPONENTS, Cost, component_costs

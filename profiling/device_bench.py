@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.provenance import provenance, write_json
+from analysis.reports.provenance import provenance, write_json
 from models import Model, MoEConfig
 from models.config import read_config
 from models.experts import ENGINES, Engine, get_engine

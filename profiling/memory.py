@@ -13,7 +13,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from analysis.report import Column, Section, Table
+from analysis.reports.report import Column, Section, Table
 from models.config import MoEConfig
 from profiling.calls import prepare
 from profiling.compiling import at_once

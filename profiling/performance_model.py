@@ -32,7 +32,7 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import nbinom, poisson
 
-from analysis.provenance import provenance, write_json
+from analysis.reports.provenance import provenance, write_json
 from models import Model, load_model
 from models.config import MoEConfig
 from models.experts_blocks import block_sizes, cut

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.figures import MARKERS, panels
-from analysis.report import Column, FigureNote, Section, Table
+from analysis.reports.figures import MARKERS, panels
+from analysis.reports.report import Column, FigureNote, Section, Table
 from profiling.break_even import break_even, speedup
 from profiling.costs import component_costs
 from profiling.hardware import HARDWARE

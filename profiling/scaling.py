@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import linregress
 
-from analysis.figures import MARKERS, panels
-from analysis.report import Column, FigureNote, Section, Table
+from analysis.reports.figures import MARKERS, panels
+from analysis.reports.report import Column, FigureNote, Section, Table
 from profiling.performance_model import PointError, Study
 
 NAME = "scaling"

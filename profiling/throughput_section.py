@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from analysis.comparison import MIN_SPEEDUP
-from analysis.figures import panels
-from analysis.report import Column, FigureNote, Section, Table
+from analysis.evaluation.comparison import MIN_SPEEDUP
+from analysis.reports.figures import panels
+from analysis.reports.report import Column, FigureNote, Section, Table
 from profiling.throughput import Throughput
 
 NAME = "throughput"

@@ -31,7 +31,8 @@ import pytest
 from huggingface_hub.hf_api import RepoSibling
 from lm_eval import tasks
 
-from analysis import distillation, families, table_size
+from analysis.policies import distillation
+from analysis.studies import families, table_size
 from analysis.text import embedded
 from analysis.text.corpus import Document
 from models import model as models_model

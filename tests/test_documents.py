@@ -28,7 +28,7 @@ import optuna
 import pytest
 
 from analysis.collection.run import STATS
-from analysis.comparison import read_result
+from analysis.evaluation.comparison import read_result
 from analysis.hypothesis_validation import TRACE_FILE
 from analysis.text.prepared import read_manifest
 from analysis.traces import trace

@@ -1,4 +1,4 @@
-"""Figures of a search, readable in greyscale, and how to read them. `analysis.figures.save` writes them.
+"""Figures of a search, readable in greyscale, and how to read them. `analysis.reports.figures.save` writes them.
 
 In all of them a trial within the limit is a black dot, one beyond it is hollow, one that was given up a small cross.
 """
@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis.figures import panels, subplots
-from analysis.report import FigureNote
+from analysis.reports.figures import panels, subplots
+from analysis.reports.report import FigureNote
 from tuning.importance import Importance, Sensitivity
 from tuning.points import Point, pareto, predicted
 from tuning.space import Parameter, Space

@@ -21,7 +21,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from scipy import stats as ranking
 
-from analysis.comparison import Estimate
+from analysis.evaluation.comparison import Estimate
 from tuning.points import Outcome, Point
 from tuning.space import Parameter, Space
 

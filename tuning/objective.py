@@ -25,11 +25,11 @@ import numpy as np
 from scipy import stats as distributions
 from tqdm import tqdm
 
-from analysis.certificate import CLIP, LIMIT
-from analysis.ladder import Choice, Ladder, Measured, climb
-from analysis.policy import policies
-from analysis.quality import batch_clock, score, var_runner
-from analysis.scored_points import Losses, Subject, losses
+from analysis.evaluation.certificate import CLIP, LIMIT
+from analysis.evaluation.quality import batch_clock, score, var_runner
+from analysis.policies.ladder import Choice, Ladder, Measured, climb
+from analysis.policies.scored_points import Losses, Subject, losses
+from analysis.policies.search import policies
 from models import MoEConfig
 from profiling.calls import PHASES
 from profiling.costs import flops_per_token
@@ -53,7 +53,7 @@ class Objective:
     """How configurations are judged. One table is built for all of them; they differ in its rules.
 
     Raises:
-        ValueError: settings out of their ranges, or as `analysis.scored_points.Subject`.
+        ValueError: settings out of their ranges, or as `analysis.policies.scored_points.Subject`.
     """
 
     subject: Subject  # its documents are those of the tune split

@@ -2,8 +2,8 @@
 
 A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig` by their own names. Three are not:
 
-- `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.ladder`). It is what the losses
-  of the single layers add up to; what a point really costs is measured.
+- `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.policies.ladder`). It is what the
+  losses of the single layers add up to; what a point really costs is measured.
 - `longest_context`: the orders that the layers look at, from 1 to this.
 - `cached_tier`: whether there is a cached tier at all. Where there is none, its settings (`CACHED`) mean nothing; they
   are drawn all the same, since a model of a space that changes its shape is a worse one.
@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import optuna
 
-from analysis.ladder import Ladder
+from analysis.policies.ladder import Ladder
 from varjax.config import LayerPolicy, VARConfig
 
 Value = int | float | bool

@@ -31,7 +31,7 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
-from analysis.provenance import hash_json
+from analysis.reports.provenance import hash_json
 from profiling.timing import Ratio
 from tuning.points import Outcome, Point
 from tuning.space import Space, grid

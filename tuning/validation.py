@@ -2,9 +2,9 @@
 
 Two sets of documents, none of which the search or its tables have seen, answer two questions:
 
-- The calibrate split certifies (`analysis.certificate`). The candidates are tested one after the other, those that
-  were surest on the tuning documents first, so the error of all certificates together is controlled: with the stated
-  confidence no candidate that is certified costs more than the limit.
+- The calibrate split certifies (`analysis.evaluation.certificate`). The candidates are tested one after the other,
+  those that were surest on the tuning documents first, so the error of all certificates together is controlled: with
+  the stated confidence no candidate that is certified costs more than the limit.
 - The test split measures. It is cut into several sets of different documents, and each repeat scores and times every
   candidate on its own set with its own seed. A result that holds on one set and not on the next is no result.
 
@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from analysis import certificate
-from analysis.certificate import LIMIT, Certificate, Drawn, certify
-from analysis.comparison import Estimate, ratio_interval
-from analysis.scored_points import Losses, Subject, losses
+from analysis.evaluation import certificate
+from analysis.evaluation.certificate import LIMIT, Certificate, Drawn, certify
+from analysis.evaluation.comparison import Estimate, ratio_interval
+from analysis.policies.scored_points import Losses, Subject, losses
 from profiling.throughput import measure
 from profiling.timing import Ratio, geometric_mean
 from varjax.config import VARConfig
@@ -119,7 +119,7 @@ def validate(
         drawn: how the calibrate documents came out of their split.
 
     Raises:
-        ValueError: too few repeats, or fewer test documents than repeats; as `analysis.certificate.certify`.
+        ValueError: too few repeats, or fewer test documents than repeats; as `analysis.evaluation.certificate.certify`.
     """
     if not 2 <= repeats <= len(test.documents):
         raise ValueError(f"{repeats} repeats of {len(test.documents)} test documents: expected at least 2, and no more")

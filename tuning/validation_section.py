@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from analysis import certificate_report
-from analysis.report import Column, Section, Table
+from analysis.evaluation import certificate_report
+from analysis.reports.report import Column, Section, Table
 from tuning.validation import MIN_SPEEDUP, SPREAD, Validated, Validation
 
 NAME = "validation"

@@ -22,7 +22,7 @@ from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.collection.merging import merge_files
 from analysis.collection.passes import EVERY_DOCUMENT, SAVE_TOKENS, Share, mesh_of
 from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.provenance import provenance
+from analysis.reports.provenance import provenance
 from analysis.text.corpus import CorpusError
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import Model, MoEConfig

@@ -1,6 +1,6 @@
 """How to read each figure of phase 1, and when it misleads."""
 
-from analysis.report import FigureNote
+from analysis.reports.report import FigureNote
 
 _ALL = (
     FigureNote(

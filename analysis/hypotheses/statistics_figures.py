@@ -1,4 +1,4 @@
-"""Figures of routing statistics (phase 1), readable in greyscale; `analysis.figures.save` writes them.
+"""Figures of routing statistics (phase 1), readable in greyscale; `analysis.reports.figures.save` writes them.
 
 Letters: L layers, R keys, E experts. Every figure says how many tokens and documents it rests on.
 """
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.figures import MARKERS, heat_map, panels, shade, subplots
 from analysis.hypotheses.consistency import DECILES, Consistency
 from analysis.hypotheses.criteria import ENTROPIES, GRID_ENTROPIES, GRID_FREQUENCIES, LOW_ENTROPY, MIN_COVERED, Coverage
+from analysis.reports.figures import MARKERS, heat_map, panels, shade, subplots
 from varjax.config import PRESETS
 from varjax.stats import RoutingStats
 

@@ -1,4 +1,4 @@
-"""Figures of what a routing trace says (phase 1), readable in greyscale; `analysis.figures.save` writes them.
+"""Figures of what a routing trace says (phase 1), readable in greyscale; `analysis.reports.figures.save` writes them.
 
 Letters: L layers, O context orders, E experts. Every figure says how many tokens and documents it rests on.
 """
@@ -17,8 +17,8 @@ from analysis.estimators.expert_load import Load
 from analysis.estimators.predictability import Predictability
 from analysis.estimators.repetition import Repetition
 from analysis.estimators.resampling import Measure
-from analysis.figures import heat_map, subplots
 from analysis.hypotheses.trace_findings import TraceFindings
+from analysis.reports.figures import heat_map, subplots
 
 SHORTEST = "_of_shortest"  # ends the names of what the shortest order gets at another order's tokens
 

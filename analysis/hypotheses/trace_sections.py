@@ -20,7 +20,7 @@ from analysis.estimators.resampling import MIN_DIFFERENT, MIN_DOCUMENTS, Measure
 from analysis.hypotheses.figure_notes import NOTES
 from analysis.hypotheses.trace_findings import TraceFindings
 from analysis.hypotheses.trace_tables import coverage_table, layers_above_null, measure_tables, verdict_above_null
-from analysis.report import Column, Section, Table
+from analysis.reports.report import Column, Section, Table
 
 NEEDS_TRACE = (
     "needs a trace: experiments/01_routing_analysis.py records one beside the statistics (--trace_tokens), "

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.estimators.resampling import Measure
-from analysis.report import Column, Table
+from analysis.reports.report import Column, Table
 
 
 def verdict_above_null(measure: Measure) -> str:

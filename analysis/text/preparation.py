@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from tqdm import tqdm
 
-from analysis.provenance import provenance, write_json
+from analysis.reports.provenance import provenance, write_json
 from analysis.text.corpus import CorpusError, CorpusHash, Document
 from analysis.text.encoding import Encoded, tokenised
 from analysis.text.prepared import (

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis.figures import stacked_tiers, subplots
+from analysis.reports.figures import stacked_tiers, subplots
 from varjax.step import TIERS
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from analysis.report import Column, FigureNote, Report, Section, Table
+from analysis.reports.report import Column, FigureNote, Report, Section, Table
 from analysis.traces.replay_figures import false_hits_by_age, tiers_by_layer
 from varjax.step import TIERS
 

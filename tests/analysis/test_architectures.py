@@ -8,7 +8,7 @@ import pytest
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.policy import search
+from analysis.policies.search import search
 from analysis.traces.recording import record
 from analysis.traces.trace import read
 from models import Model

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.comparison import Estimate
-from analysis.error_figures import draw
-from analysis.error_report import main, sections
-from analysis.error_sources import Change, ErrorSources, Group, Groups, LayersAlone
-from analysis.generation_drift import NOTHING, Drift, Likelihood, agreement
-from analysis.report import Report, fields, text
+from analysis.error_report import main
+from analysis.evaluation.comparison import Estimate
+from analysis.reports.report import Report, fields, text
+from analysis.studies.error_figures import draw
+from analysis.studies.error_sections import sections
+from analysis.studies.error_sources import Change, ErrorSources, Group, Groups, LayersAlone
+from analysis.studies.generation_drift import NOTHING, Drift, Likelihood, agreement
 from varjax import statsfile
 from varjax.config import LayerPolicy, VARConfig
 

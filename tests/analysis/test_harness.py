@@ -13,9 +13,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.evaluation.harness_lm import HarnessLM, _Wanted
+from analysis.evaluation.quality import plain_runner, score
 from analysis.harness import evaluate, main
-from analysis.harness_lm import HarnessLM, _Wanted
-from analysis.quality import plain_runner, score
 from analysis.text.corpus import Document
 from analysis.text.encoding import encode
 from models import load_model
@@ -236,7 +236,7 @@ def test_what_cannot_be_done_is_said(saved_model):
 
 def test_without_the_harness_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    for name in ("analysis.harness", "analysis.harness_lm"):
+    for name in ("analysis.harness", "analysis.evaluation.harness_lm"):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"varjax\[eval\]"):
         importlib.import_module("analysis.harness")

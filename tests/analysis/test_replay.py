@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from analysis.replay import constant_table, fields_of, main, replay
-from analysis.report import text
+from analysis.reports.report import text
 from analysis.traces import replay_inputs, replay_steps
 from analysis.traces import trace as trace_file
 from analysis.traces.importing import import_npz

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from analysis import study
-from analysis.report import Section
-from analysis.study import Finding
+from analysis.reports.report import Section
+from analysis.studies import study
+from analysis.studies.study import Finding
 from varjax import VARConfig
 from varjax.config import LayerPolicy
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.provenance import write_json
+from analysis.reports.provenance import write_json
 from models.experts import get_engine
 from profiling import torch_bench
 from profiling.costs import parameters

@@ -6,8 +6,8 @@ import pytest
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.quality import plain_runner, score, var_runner
-from analysis.scored_points import Subject
+from analysis.evaluation.quality import plain_runner, score, var_runner
+from analysis.policies.scored_points import Subject
 from profiling.timing import Ratio
 from tuning.objective import Objective, predicted_speedup, upper_limit
 from tuning.points import PREDICTED

@@ -6,7 +6,7 @@ import numpy as np
 import optuna
 import pytest
 
-from analysis.ladder import Choice, Ladder, Step
+from analysis.policies.ladder import Choice, Ladder, Step
 from tuning.space import THRESHOLDS, Parameter, config_at, default_space, grid, only, suggest, with_ranges
 from varjax.config import LayerPolicy, VARConfig
 

@@ -4,11 +4,11 @@ import math
 import numpy as np
 import pytest
 
-from analysis.certificate import Losses, certify
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.comparison import Estimate
-from analysis.scored_points import Subject
+from analysis.evaluation.certificate import Losses, certify
+from analysis.evaluation.comparison import Estimate
+from analysis.policies.scored_points import Subject
 from profiling.timing import Ratio
 from tuning.validation import Repeat, Validated, Validation, validate
 from tuning.validation_section import section

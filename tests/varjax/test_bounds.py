@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.provenance import write_json
+from analysis.reports.provenance import write_json
 from varjax.bounds import ConfidenceSequence, begin, documents_needed, interval, p_value, update, upper_bound
 
 REPEATS = 500

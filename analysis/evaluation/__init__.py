@@ -1,0 +1,1 @@
+"""What an evaluation measures: losses of whole documents, two runs compared, the certificate of a loss."""

@@ -1,0 +1,183 @@
+"""A certificate in words, in tables and in a figure, for people who are no statisticians."""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.figure import Figure
+
+from analysis.evaluation.certificate import MIN_DOCUMENTS, Bound, Certificate, Configuration
+from analysis.reports.figures import subplots
+from analysis.reports.report import Column, FigureNote, Report, Section, Table
+
+NAME = "certificate_bounds"
+NOTE = FigureNote(
+    NAME,
+    "What was measured, and what is certain",
+    "Dots: the mean increase over documents. Bars reach up to the bound that holds with the stated confidence; what "
+    "ends left of the dashed line is within the limit. Groups are those of the first configuration, the surest first.",
+    "A wide bar says that there are few documents, not that the loss is high.",
+)
+_GROUPS = 30  # in the figure, the surest first
+
+
+def report(certificate: Certificate) -> Report:
+    """The verdict, the table of configurations and their groups, and the hashes of model, data and configurations."""
+    tried, passed = certificate.configurations, certificate.certified
+    hashes = {"model": certificate.model_sha256, "data": certificate.data_sha256}
+    hashes |= {one.name: one.sha256 for one in tried}
+    section = Section(
+        "certificate",
+        f"Does perplexity rise by no more than {_percent(certificate.limit)}?",
+        "PASS" if passed else "FAIL",
+        f"{len(passed)} of {len(tried)} certified at {certificate.level:.4g} confidence; at most "
+        + ", ".join(f"{_percent(one.overall.bound, '+')} ({one.name})" for one in tried),
+        tuple(sentences(certificate)) + tuple(_groups(one) for one in tried if len(one.groups) > 1),
+        (
+            Table(
+                "Increase of perplexity",
+                _COLUMNS,
+                tuple((*_row(one.name, one.overall), one.certified) for one in tried),
+            ),
+            *(
+                Table(
+                    f"Groups of {one.name}",
+                    _COLUMNS[:-1],
+                    tuple(_row(name, group) for name, group in one.groups.items()),
+                )
+                for one in tried
+                if len(one.groups) > 1
+            ),
+        ),
+        (NOTE,),
+    )
+    documents = f"{certificate.documents:,}, {certificate.tokens:,} tokens"
+    return Report("Certificate of the loss", (("documents", documents), *hashes.items()), (), (section,))
+
+
+def figure(certificate: Certificate) -> Figure:
+    """Means and bounds of the configurations, and of the groups of the first one."""
+    first = certificate.configurations[0]
+    rows = [(one.name, one.overall) for one in certificate.configurations]
+    bounded = [(name, group) for name, group in first.groups.items() if group.bound is not None]
+    if len(first.groups) > 1:
+        rows += sorted(bounded, key=lambda row: row[1].bound or 0.0)[:_GROUPS]
+    means = [100 * math.expm1(one.mean) for _, one in rows]
+    ends = [100 * math.expm1(one.bound) if one.bound is not None else math.nan for _, one in rows]
+    drawn, axis = subplots(figsize=(6.4, 1.6 + 0.24 * len(rows)))
+    axis.hlines(range(len(rows)), means, ends, color="0.5")
+    axis.plot(means, range(len(rows)), "o", color="0", markersize=4)
+    axis.axvline(100 * math.expm1(certificate.limit), color="0.4", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.invert_yaxis()
+    axis.set(xlabel=f"increase of perplexity [%], up to the bound at {certificate.level:.4g} confidence")
+    return drawn
+
+
+def sentences(certificate: Certificate) -> list[str]:
+    """What is certified, what that covers, what it does not, and what a tighter bound would take."""
+    error = f"{100 * (1 - certificate.level):.2g}%"
+    limit = _percent(certificate.limit)
+    if certificate.certified:
+        verdict = (
+            f"Certified: {', '.join(certificate.certified)}. On text like the calibration documents perplexity rises "
+            f"by no more than {limit} on average; the chance of any wrong entry in this list was at most {error}."
+        )
+    else:
+        verdict = (
+            f"Certified: none. These documents do not show, at an error of {error}, that perplexity rises by no more "
+            f"than {limit} on average, which is no proof that it rises by more."
+        )
+    procedure = {
+        "fixed_sequence": "The configurations were tested in the order of the table, up to the first failure.",
+        "holm": "The configurations were tested together (Holm).",
+    }[certificate.testing]
+    words = [
+        verdict,
+        *([procedure] if len(certificate.configurations) > 1 else []),
+        f'The column "at most" is a bound for a configuration named beforehand; such a bound is too low in at most '
+        f"{error} of all calibrations. At the same error the bounds of one configuration's groups hold together.",
+        'Covered: the (geometric) mean over documents, each counted once however long; "all tokens" weighs them by '
+        f"length and is an estimate without guarantee. A document's change counts as {certificate.clip:g} nats per "
+        f"token ({_percent(certificate.clip)}) at most: how many were clipped is in the table, what they cost beyond "
+        f"that is not covered. {_sample(certificate)}",
+        "Not covered: text of other kinds; any single document; text that the model writes itself, because here it "
+        "reads given text and its prediction of each next token is scored; answers, other tasks and speed; another "
+        "model or configuration than those named by hash; a cache that carries over from document to document, because "
+        "documents are taken as independent.",
+        *_dependent(certificate),
+        *(_more_documents(one) for one in certificate.configurations),
+    ]
+    if certificate.unscored:
+        words.append(f"Left out for having no scored token: {certificate.unscored} documents.")
+    return words
+
+
+def _sample(certificate: Certificate) -> str:
+    """Which text the bound is about."""
+    if certificate.drawn == "hash":
+        return (
+            "The documents are a sample of the corpus, drawn by a hash of their text; the bound is about that corpus "
+            "and text of its kind."
+        )
+    if certificate.drawn == "first":
+        return (
+            f"The documents are the first {certificate.documents + certificate.unscored:,} of the split, not a random "
+            "sample: the bound is about text that these stand for, and about the corpus only if its order means "
+            "nothing."
+        )
+    return (
+        "If the documents are a random sample of a corpus, the bound is about that corpus and text of its kind; how "
+        "they were drawn is not known here."
+    )
+
+
+def _dependent(certificate: Certificate) -> list[str]:
+    """A warning where the certificate's assumption fails."""
+    named = ", ".join(one.name for one in certificate.configurations if one.cached)
+    if not named:
+        return []
+    return [
+        f"Take care: {named} ran with a cached tier, whose documents depend on those before, so the bound is not "
+        "guaranteed there; evaluate with cache_size=0."
+    ]
+
+
+def _more_documents(one: Configuration) -> str:
+    """How much calibration text a better bound takes, in one sentence."""
+    bound = one.overall
+    if bound.needed_for_limit is None:
+        return f"{one.name}: the measured mean is above the limit; more documents are not expected to certify it."
+    if not bound.within_limit:
+        return f"{one.name}: about {bound.needed_for_limit:,} documents would bring its bound to the limit."
+    if bound.needed_for_half is None:
+        return f"{one.name}: its bound is as low as the measured mean."
+    return f"{one.name}: about {bound.needed_for_half:,} documents would halve the bound's distance from the mean."
+
+
+def _groups(one: Configuration) -> str:
+    bounds = {name: group.bound for name, group in one.groups.items() if group.bound is not None}
+    within = sum(group.within_limit for group in one.groups.values())
+    words = f"{one.name}, groups: {within} of {len(one.groups)} bounded within the limit"
+    if bounds:
+        worst = max(bounds, key=lambda name: bounds[name])
+        words += f"; highest bound {worst}, {_percent(bounds[worst], '+')}"
+    small = len(one.groups) - len(bounds)
+    return words + (f"; {small} not certified, under {MIN_DOCUMENTS} documents" if small else "")
+
+
+def _percent(nats: float | None, sign: str = "") -> str:
+    """An increase of log perplexity as one of perplexity."""
+    return "–" if nats is None else f"{math.expm1(nats):{sign}.2%}"
+
+
+def _row(name: str, one: Bound) -> tuple[str | float | None, ...]:
+    increases = (math.nan if nats is None else math.expm1(nats) for nats in (one.pooled, one.mean, one.bound))
+    return (name, one.documents, one.tokens, *increases, one.clipped)
+
+
+_COLUMNS = (
+    *(Column(""), Column("documents", ","), Column("tokens", ",")),
+    *(Column(name, "+.2%") for name in ("all tokens", "mean", "at most")),
+    *(Column("clipped", ".1%"), Column("certified")),
+)

@@ -1,0 +1,117 @@
+"""What a comparison of two evaluations says: the sides beside each other, and the published criteria."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from analysis.evaluation.comparison import Criterion, Estimate, Result, criteria, degradation
+from analysis.reports.figures import subplots
+from analysis.reports.report import Column, FigureNote, Report, Section, Table, shown
+
+NAME = "comparison_documents"
+NOTE = FigureNote(
+    NAME,
+    "Change of loss, document by document",
+    "Every document's change of loss, in nats per token, from the one that gained most to the one that lost most. The "
+    "line is the change over all tokens. Flat but for the right end: few documents carry the loss.",
+    "Short documents are at both ends because few tokens make a noisy mean, not because they are treated worse.",
+)
+
+
+def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
+    """The comparison for people, and as fields for the file.
+
+    Raises:
+        ResultError: the two cannot be compared (`analysis.evaluation.comparison.degradation`).
+    """
+    change = degradation(base, other)
+    judged = criteria(change, other)
+    documents, tokens = len(base.documents), int(base.documents["tokens"].sum())
+    said = Report(
+        "Two evaluations side by side",
+        (
+            ("base", f"{base.path} ({base.fields['mode']})"),
+            ("compared", f"{other.path} ({other.fields['mode']})"),
+            ("documents", f"{documents:,}, {tokens:,} tokens, read by both"),
+        ),
+        (
+            "Intervals are 95 %, by bootstrap over documents.",
+            "Speed-ups are paired: both sides in turns inside the run that is compared, intervals over its rounds. The "
+            "tokens/s of two runs may differ by more, for the machine may have been busier in one.",
+        ),
+        (_side_by_side(base, other, change), *map(_judged, judged)),
+    )
+    saved = {
+        "base": str(base.path),
+        "other": str(other.path),
+        "degradation": dataclasses.asdict(change),
+        "criteria": [dataclasses.asdict(row) for row in judged],
+        "documents": documents,
+        "tokens": tokens,
+    }
+    return said, saved
+
+
+def figure(base: Result, other: Result) -> Figure:
+    """The change of every document that both evaluations read."""
+    pair = base.documents.merge(other.documents, on="id", suffixes=("", "_other"))
+    pair = pair[pair["tokens"] > 0]
+    gained = pair["nll_other"] - pair["nll"]
+    change = np.sort((gained / pair["tokens"]).to_numpy())
+    drawn, axis = subplots(figsize=(5.2, 3.6))
+    axis.plot(np.arange(1, len(change) + 1) / len(change), change, ".", color="0.4", markersize=3)
+    axis.axhline(gained.sum() / pair["tokens"].sum(), color="0", linewidth=0.9)
+    axis.axhline(0, color="0.8", linewidth=0.8)
+    axis.set(xlabel="share of the documents", ylabel="change of loss [nats per token]")
+    return drawn
+
+
+def _side_by_side(base: Result, other: Result, change: Estimate) -> Section:
+    sides = (base.fields, other.fields)
+    experts = tuple(fields.get("experts_per_token") for fields in sides)
+    change_of = (f"{end:+.2%}" for end in dataclasses.astuple(change))
+    rows: list[tuple[str, ...]] = [
+        ("perplexity per token", *(f"{fields['perplexity']:.3f}" for fields in sides), *change_of),
+        ("experts per token and layer", *(shown(value, ".2f") for value in experts), "", "", ""),
+    ]
+    for phase in ("prefill", "decode"):
+        rates = (fields.get("throughput", {}).get(f"{phase}_tokens_per_second") for fields in sides)
+        # The speed-up is measured pair by pair inside one run; the rates of two runs are not its quotient.
+        ratio = other.fields.get("throughput", {}).get("speedup", {}).get(phase, {})
+        ends = (f"{ratio[end]:.2f}x" if ratio else "" for end in ("value", "low", "high"))
+        rows.append((f"{phase}, tokens/s", *(shown(rate, ",.0f") for rate in rates), *ends))
+    for tier in other.fields.get("tiers", {}):
+        of = (fields.get("tiers", {}).get(tier) for fields in sides)
+        rows.append((f"{tier} tier", *(shown(share, ".1%") for share in of), "", "", ""))
+    return Section(
+        "side_by_side",
+        "Side by side",
+        "reported",
+        f"perplexity {change.value:+.2%} [{change.low:+.2%}, {change.high:+.2%}]"
+        + (f" at {experts[1]:.2f} of {experts[0]:.2f} experts" if None not in experts else ""),
+        tables=(Table("", tuple(map(Column, ("", "base", "compared", "change", "low", "high"))), tuple(rows)),),
+        figures=(NOTE,),
+    )
+
+
+def _judged(row: Criterion) -> Section:
+    verdict = {True: "PASS", False: "FAIL", None: "not measured"}[row.passed]
+    return Section(
+        row.name.replace(",", "").replace(" ", "_"),
+        row.name.capitalize(),
+        verdict,
+        f"{row.bound}: {_value(row)}",
+    )
+
+
+def _value(row: Criterion) -> str:
+    """A factor, a change or a share, as its name says."""
+    if row.value is None:
+        return "no figure"
+    if row.name.startswith("speed-up"):
+        return f"{row.value:.2f}x"
+    return f"{row.value:+.2%}" if "degradation" in row.name else f"{row.value:.2%}"

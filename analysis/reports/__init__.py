@@ -1,0 +1,1 @@
+"""Reports, whatever they are about: text, JSON, pages, figures, and where a result comes from."""

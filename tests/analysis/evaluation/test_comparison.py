@@ -1,0 +1,107 @@
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis.evaluation.comparison import ResultError, degradation, ratio_interval, read_result
+from analysis.evaluation.comparison_report import figure, report
+
+
+def write_result(folder, name, nll, tokens=100, **fields):
+    documents = pd.DataFrame({"id": [f"d{i}" for i in range(len(nll))], "group": "g", "nll": nll, "tokens": tokens})
+    documents.to_parquet(folder / f"{name}.documents.parquet")
+    perplexity = math.exp(np.sum(nll) / (tokens * len(nll)))
+    path = folder / f"{name}.json"
+    base = {"mode": name, "perplexity": perplexity, "documents_file": f"{name}.documents.parquet"}
+    path.write_text(json.dumps(base | fields))
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    rng = np.random.default_rng(0)
+    nll = rng.normal(300, 60, 50)
+    base = write_result(tmp_path, "baseline", nll, experts_per_token=2.0)
+    other = write_result(
+        tmp_path,
+        "var",
+        nll + rng.normal(0.5, 0.5, 50),
+        experts_per_token=1.1,
+        tiers={"fast": 0.8, "cached": 0.0, "learned": 0.2},
+        throughput={"speedup": {"prefill": {"value": 1.3, "low": 1.2, "high": 1.4}}},
+    )
+    return base, other
+
+
+def test_degradation_is_the_change_of_perplexity_and_pairing_narrows_it(pair):
+    base, other = map(read_result, pair)
+    change = degradation(base, other)
+    assert change.value == pytest.approx(other.fields["perplexity"] / base.fields["perplexity"] - 1)
+    assert change.low < change.value < change.high
+    assert change.high - change.low < 0.005  # documents differ by tens of per cent, their differences hardly
+
+
+def test_bootstrap_covers_the_truth():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        tokens = rng.integers(50, 400, 60)
+        estimate = ratio_interval(tokens * rng.normal(0.01, 0.02, 60), tokens, 300, seed, lambda x: x)
+        covered += estimate.low <= 0.01 <= estimate.high
+    assert covered >= 178  # 95 % nominal; three standard errors below 94 %, which 60 documents give
+
+
+def test_report_says_pass_fail_and_not_measured(pair):
+    said, saved = report(*map(read_result, pair))
+    verdicts = {row["name"]: row["passed"] for row in saved["criteria"]}
+    assert verdicts == {
+        "perplexity degradation": True,
+        "speed-up, prefill": True,
+        "speed-up, decode": None,
+        "learned tier": False,
+    }
+    assert [section.verdict for section in said.sections] == ["reported", "PASS", "PASS", "not measured", "FAIL"]
+    assert "at 1.10 of 2.00 experts" in said.sections[0].outcome
+
+
+def test_the_change_of_every_document_is_drawn(pair):
+    base, other = map(read_result, pair)
+    changes, mean = figure(base, other).axes[0].lines[:2]
+    values = changes.get_ydata()
+    assert len(values) == 50 and (np.diff(values) >= 0).all()
+    assert math.expm1(mean.get_ydata()[0]) == pytest.approx(degradation(base, other).value)
+
+
+def test_what_cannot_be_paired_is_refused(pair, tmp_path):
+    base = read_result(pair[0])
+    fewer = read_result(write_result(tmp_path, "fewer", [300.0] * 20))
+    with pytest.raises(ResultError, match="share 20 of 50 and 20"):
+        degradation(base, fewer)
+    longer = read_result(write_result(tmp_path, "longer", [300.0] * 50, tokens=200))
+    with pytest.raises(ResultError, match="different tokens"):
+        degradation(base, longer)
+    for fields in ({"stride": 64}, {"prefix_id": 1}, {"provenance": {"model": {"dtype": "bfloat16"}}}):
+        other = read_result(write_result(tmp_path, "other", [300.0] * 50, **fields))
+        with pytest.raises(ResultError, match=r"other\.json has another .*; evaluate both alike"):
+            report(base, other)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "does not exist"), ("{", "not JSON"), ("{}", "no field 'perplexity'")],
+)
+def test_broken_results_are_named(tmp_path, content, message):
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ResultError, match=message) as error:
+        read_result(path)
+    assert str(path) in str(error.value)
+
+
+def test_losses_must_lie_beside_their_result(pair):
+    (pair[0].parent / "baseline.documents.parquet").unlink()
+    with pytest.raises(ResultError, match="keep the two files together"):
+        read_result(pair[0])

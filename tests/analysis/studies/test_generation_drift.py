@@ -1,0 +1,91 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.evaluation.quality import plain_runner, score
+from analysis.studies.generation_drift import NOTHING, agreement, drift, ended, log_probability, next_tokens
+from varjax.config import LayerPolicy, VARConfig
+from varjax.model import VARModel
+from varjax.table import build
+
+SIZES = {"prompts": 12, "prompt_tokens": 6, "new_tokens": 10, "batch_size": 8, "samples": 50}
+
+
+@pytest.fixture(scope="module")
+def var_model(saved_model, documents):
+    """Every known token runs one expert, and nothing stands in for the other."""
+    some = [dataclasses.replace(document, ids=document.ids[:16]) for document in documents[:60]]
+    reading = {"batch_size": 16, "max_length": 16, "progress": False}
+    stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), 2)), **reading)
+    policy = LayerPolicy(kept=0, residual=False, frequency_threshold=2, entropy_threshold=9.0)
+    config = VARConfig(cache_size=0, default=policy)
+    return VARModel(saved_model, config, table=build(stats, config, 2))
+
+
+def test_agreement_by_position_of_a_hand_made_example():
+    plain = np.array([[1, 2, 3, 4], [1, 2, 9, NOTHING], [5, 6, 7, 8], [5, 6, 7, 8]])
+    var = np.array([[1, 2, 3, 4], [1, 2, 9, NOTHING], [5, 0, 7, 0], [9, NOTHING, NOTHING, NOTHING]])
+    taught = np.array([[1, 2, 3, 4], [1, 2, 9, 9], [5, 0, 7, 8], [9, 6, 7, 8]])
+    found = agreement(plain, var, taught, samples=20)
+    assert found.free.value.tolist() == pytest.approx([3 / 4, 2 / 4, 3 / 4, 1 / 3])
+    assert found.together.value.tolist() == pytest.approx([3 / 4, 2 / 4, 2 / 4, 1 / 3])
+    assert found.single_step.value.tolist() == pytest.approx([3 / 4, 3 / 4, 1, 1])
+    assert found.free_mean.value == pytest.approx(9 / 15)
+    assert found.single_step_mean.value == pytest.approx(13 / 15)
+    assert np.isnan(found.free.low).all()  # four prompts say too little of how prompts differ
+
+
+def test_texts_end_with_their_first_end_id():
+    text = np.array([[3, 7, 3, 7], [7, 0, 0, 0], [1, 2, 3, 4]])
+    expected = [[3, 7, -1, -1, -1], [7, -1, -1, -1, -1], [1, 2, 3, 4, -1]]
+    assert ended(text, (7, 9), 5).tolist() == expected
+    assert ended(text, (), 4).tolist() == text.tolist()
+
+
+def test_a_model_agrees_with_itself(saved_model, documents):
+    found = drift(VARModel(saved_model, VARConfig(enable_var=False)), documents, **SIZES)
+    assert found.prompts == 12
+    for curve in (found.agreement.free, found.agreement.together, found.agreement.single_step):
+        for values in (curve.value, curve.low, curve.high):
+            np.testing.assert_array_equal(values, 1.0)
+    assert dataclasses.astuple(found.likelihood.difference) == (0.0, 0.0, 0.0)
+    assert found.likelihood.plain == found.likelihood.var
+
+
+def test_texts_part_where_a_single_step_does(var_model, documents):
+    found = drift(var_model, documents, **SIZES)
+    together, single = found.agreement.together.value, found.agreement.single_step.value
+    assert together[0] == found.agreement.free.value[0] == single[0] < 1
+    assert (np.diff(together) <= 0).all()
+    assert (together <= np.minimum(single, found.agreement.free.value)).all()
+    assert found.agreement.free_mean.value < found.agreement.single_step_mean.value < 1
+
+
+def test_single_steps_that_agree_up_to_a_position_are_the_same_text(var_model, documents):
+    model = var_model.model
+    prompt = np.stack([document.ids[:6] for document in documents[:8]])
+    plain = model.generate(prompt, 10)[0][:, 6:]
+    var = var_model.generate(prompt, var_model.init(8), 10)[0][:, 6:]
+    taught = next_tokens(var_model, prompt, plain)
+    np.testing.assert_array_equal(
+        np.logical_and.accumulate(plain == taught, axis=1), np.logical_and.accumulate(plain == var, axis=1)
+    )
+    assert (plain != var).any() and (plain == taught).any()
+
+
+def test_log_probability_is_the_loss_of_the_text(saved_model, documents):
+    long = [document for document in documents if len(document.ids) >= 12]
+    some = [dataclasses.replace(document, ids=document.ids[:12]) for document in long[:4]]
+    whole = np.stack([document.ids for document in some])
+    nll = score(plain_runner(saved_model), None, some, batch_size=4, max_length=12, progress=False)[0].nll
+    np.testing.assert_allclose(-log_probability(saved_model, whole[:, :1], whole[:, 1:]), nll, rtol=1e-5)
+    cut = np.where(np.arange(11) < 5, whole[:, 1:], NOTHING)
+    shorter = log_probability(saved_model, whole[:, :1], whole[:, 1:6])
+    np.testing.assert_allclose(log_probability(saved_model, whole[:, :1], cut), shorter, rtol=1e-5)
+
+
+def test_too_short_documents_are_refused(saved_model, documents):
+    with pytest.raises(ValueError, match="no document has prompt_tokens"):
+        drift(VARModel(saved_model, VARConfig(enable_var=False)), documents, prompt_tokens=300, new_tokens=300)
