@@ -1,4 +1,4 @@
-"""Figures of a replay; how to read their quantities is said in `analysis.replay`.
+"""Figures of a replay; how to read them is said in `analysis.traces.replay_report`.
 
 Letters: L layers, A age buckets.
 """
