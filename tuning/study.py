@@ -91,7 +91,9 @@ def open_study(
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     one_file = storage.startswith("sqlite")
-    engine = {"connect_args": {"timeout": 60, "isolation_level": None}} if one_file else {}
+    engine: dict[str, Any] = {}
+    if one_file:  # opened for each transaction, so nothing is left to be closed when the study is let go of
+        engine = {"connect_args": {"timeout": 60, "isolation_level": None}, "poolclass": sqlalchemy.NullPool}
     directions = ["maximize", "minimize"] if method == "nsga2" else ["maximize"]  # the second: degradation
     try:
         with _quiet():

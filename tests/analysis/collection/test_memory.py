@@ -69,8 +69,8 @@ def test_the_published_sizes_stay_within_the_bounds(shared_data, name):
         keys=np.zeros((0, 3), np.int32),
         layers=tuple(range(config.num_layers)),
         entry=jax.ShapeDtypeStruct((config.num_layers, 1 + pairs, config.num_experts), np.int32),
-        mean=jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float64),
-        **{field: jax.ShapeDtypeStruct(shape, np.float64) for field in ("mass", "m2", "count")},
+        mean=jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32),  # float64 on the host: JAX asks which
+        **{field: jax.ShapeDtypeStruct(shape, np.float32) for field in ("mass", "m2", "count")},
         nonfinite=np.zeros(config.num_layers, np.int64),
     )
     sums = jax.tree.leaves(jax.eval_shape(init, answers))
