@@ -197,7 +197,7 @@ def trained(reader: Reader) -> None:
 
 def collected(reader: Reader) -> None:
     stats, about = statsfile.read(reader.arguments.output / STATS)
-    assert f"{stats.tokens:,} tokens of {stats.documents:,} documents" in reader.printed
+    assert f"{stats.tokens:,} tokens, {stats.documents:,} documents" in reader.printed
     assert about["model"] == reader.arguments.model
     assert len(trace.read(reader.arguments.output / TRACE_FILE).token_id)
     if reader.arguments.coordinator == "auto":
@@ -210,12 +210,12 @@ def collected(reader: Reader) -> None:
 def evaluated(reader: Reader) -> None:
     asked = reader.arguments
     if asked.compare:
-        assert "perplexity degradation" in reader.printed
+        assert "Perplexity degradation" in reader.printed
         path = asked.output if asked.output.suffix else asked.output / "comparison.json"
         assert read_json(path)["documents"] == len(read_result(asked.compare[0]).documents)
     elif asked.certify:
         assert read_json(asked.output / "certificate.json")["certificate"]
-        assert f"Certificate at {asked.level} confidence" in reader.printed
+        assert f"certified at {asked.level} confidence" in reader.printed
     elif asked.mode == "distil":
         config = VARConfig.load(asked.output / "var_config.json")
         assert answersfile.read(config.residuals)[0].layers == (0, 1)
@@ -385,3 +385,27 @@ def test_the_demo_runs_and_the_code_of_the_readme_after_it(reader, monkeypatch, 
     exec(compile(code, "README.md", "exec"), found)
     assert found["tokens"].shape[1] > found["input_ids"].shape[1]
     assert "fast" in capsys.readouterr().out
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+def code_of(notebook: Path) -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_was_executed_from_its_first_cell_to_its_last(notebook):
+    cells = code_of(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    kinds = [output["output_type"] for cell in cells for output in cell["outputs"]]
+    assert "error" not in kinds and "image/png" in str(cells)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
+def test_a_notebook_runs(notebook, reader):
+    """Its cells one after the other, without what only a notebook knows."""
+    found: dict[str, Any] = {}
+    for number, cell in enumerate(code_of(notebook), 1):
+        code = "".join(line for line in cell["source"] if not line.startswith("%"))
+        exec(compile(code, f"{notebook.name}, cell {number}", "exec"), found)
