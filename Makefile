@@ -16,7 +16,7 @@ CODE := varjax models analysis profiling tuning experiments tests
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format types docs clean
+.PHONY: help demo test slow lint format types docs notebooks clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -25,6 +25,7 @@ help:
 	@echo "make types   mypy, only"
 	@echo "make format  let ruff format and mend the code"
 	@echo "make docs    the documentation as HTML, into build/site"
+	@echo "make notebooks  run those of the documentation anew"
 	@echo "make clean   remove .venv and every cache"
 
 demo: $(BASE)
@@ -50,6 +51,10 @@ format: $(TEST)
 docs: $(BASE)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/mkdocs build --strict --site-dir build/site
+
+notebooks: $(BASE)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
