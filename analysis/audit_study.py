@@ -151,8 +151,12 @@ def situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> d
     found |= {name: Situation(faulty, some) for name, faulty in faults(var_model, args.seed).items()}
     found["random token ids"] = Situation(var_model, random_texts(some, model.config.vocab_size, args.seed))
     for path in args.foreign:
-        texts = passages(documents(model, path, None, args.fault_samples), args.max_length)
-        found[Path(path).stem] = Situation(var_model, list(texts)[: args.fault_samples])
+        texts = list(passages(documents(model, path, None, args.fault_samples), args.max_length))
+        if not texts:
+            raise ValueError(
+                f"--foreign {path}: no document has {args.max_length} tokens; give longer ones or less --max_length"
+            )
+        found[Path(path).stem] = Situation(var_model, texts[: args.fault_samples])
     return found
 
 
@@ -191,7 +195,7 @@ def judge(
     for name, values in observed.items():
         draw = partial(_in_any_order, calibration, values, rng)
         outcomes.append(repeat(name, values, seen[name].harm, draw, args.repeats))
-    outcomes.insert(1, repeat("same domain, calibrated anew", pool, None, anew, args.repeats))
+    outcomes.insert(1, repeat(audit_report.ANEW, pool, None, anew, args.repeats))
     late = repeat(
         f"answers shuffled after {before}", wrong, seen["answers shuffled"].harm, midway, args.repeats, before
     )

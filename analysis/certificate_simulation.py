@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
+from analysis.estimators.resampling import allowed
 from analysis.evaluation.certificate import LIMIT, TESTS
 from varjax.bounds import p_value, upper_bound
 
@@ -66,7 +67,7 @@ def main() -> None:
 
     print(
         f"{args.repeats:,} calibrations a line at {LEVEL:.0%}, clip {CLIP} nats per token; at most "
-        f"{allowed(args.repeats):.2%} may fail (5 % and three standard errors)\n"
+        f"{allowed(args.repeats, 1 - LEVEL):.2%} may fail (5 % and three standard errors)\n"
     )
     print(f"{'':22}{'failures':^33}{'width, 0.001 nats per token':^33}")
     print(f"{'population':16}{'N':>6}" + "".join(f"{name:>11}" for name in METHODS * 2))
@@ -84,11 +85,6 @@ def main() -> None:
     results = [family_wise(size, args.repeats, rng) for size in SIZES]
     for name in results[0].errors:
         print(f"{name:22}" + "".join(f"{one.errors[name]:>12.2%}{one.found[name]:>8.2f}" for one in results))
-
-
-def allowed(repeats: int, error: float = 1 - LEVEL) -> float:
-    """The share of failures that chance explains where the promise is just kept: three standard errors above it."""
-    return error + 3 * math.sqrt(error * (1 - error) / repeats)
 
 
 def coverage(quantile: Quantile, size: int, repeats: int, rng: np.random.Generator) -> Coverage:

@@ -143,12 +143,14 @@ def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, An
         about: provenance.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in draw(found):  # one by one: there are too many to be open at once
+    drawn = []
+    for name, figure in draw(found):  # one by one: all of them together take much memory
         save(figure, folder, name)
+        drawn.append(name)
     beside: dict[str, Any] = {"provenance": about}
     if found.trace is not None and not isinstance(found.trace.load, str):
         beside["expert_load"] = found.trace.load.share  # of every expert: too wide for a table
-    write_report(said, folder, "hypotheses", beside=beside)
+    write_report(said, folder, "hypotheses", earlier=drawn, beside=beside)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

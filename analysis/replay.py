@@ -69,6 +69,11 @@ class Replay:
     constant_agreements: np.ndarray  # int64 [L], tokens whose first expert is the layer's commonest first
     constant_recalled: np.ndarray  # int64 [L], chosen experts among the layer's K busiest
 
+    @property
+    def has_ages(self) -> bool:
+        """Whether decisions were used again, and can be judged."""
+        return self.ranked and bool(self.sums.aged.any())
+
     def rates(self, layer: int | None = None) -> dict[str, Any]:
         """The figures of one layer, or of all together, in shares; None where there is nothing to divide or judge."""
         whole = ("unlimited", "unlimited_agreements", "constant_agreements", "constant_recalled")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +56,7 @@ def section(found: Sequence[CallCosts]) -> Section:
         *(Column("call"), Column("MFLOP", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f")),
         *(Column("MB", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f"), Column("peak memory, MB", ",.1f")),
     )
-    doubts = {name: number for one in found for name, number in one.xla.doubts.items()}
+    doubts = sum((Counter(one.xla.doubts) for one in found), Counter())  # over all calls
     parts = tuple(
         Table(
             f"{_name(one)}, by component",

@@ -25,7 +25,7 @@ from profiling.scaling import Scaling
 from profiling.scopes import OTHER
 from profiling.throughput import used_experts
 from profiling.timing import compare, paired_ratio
-from profiling.workload import Mix, Workload
+from profiling.workload import Mix, Workload, table_bytes
 from varjax.model import VARModel
 from varjax.step import Counters, summary
 
@@ -131,14 +131,20 @@ def workload_and_mix(var_model: VARModel, ids: np.ndarray, phase: str) -> tuple[
 
     VAR may be off. A step of decoding is one at the middle of the texts.
     """
-    config, (batch, length) = var_model.model.config, ids.shape
+    model, table, (batch, length) = var_model.model, var_model.table, ids.shape
+    config = model.config
     # bool [L, B, T, E]; text by text, as `_counters` reads them: one program for both.
     used = np.concatenate([used_experts(var_model, text[None]) for text in ids], axis=1)
     decodes = phase == "decode"
     distinct = float(used.any(axis=1 if decodes else (1, 2)).sum(-1).mean())
-    experts, planned = float(used.sum(-1).mean()), var_model.table is not None
-    answers = config.top_k - experts if planned else 0.0
-    mix = Mix(min(experts, config.top_k), distinct, answers=max(answers, 0.0), planned=planned)
+    experts = float(used.sum(-1).mean())
+    mix = Mix(min(experts, config.top_k), distinct)
+    if table is not None:
+        answered = config.top_k - experts if table.answers is not None else 0.0
+        read = table_bytes(config, batch * (1 if decodes else length), orders=len(table.orders))
+        mix = dataclasses.replace(mix, answers=max(answered, 0.0), planned=True, table_bytes=read)
+    itemsize = jax.tree.leaves(model.params)[0].dtype.itemsize
     if decodes:
-        return Workload(batch, 1, cached=length // 2, capacity=length, last_logits_only=True), mix
-    return Workload(batch, length), mix
+        held = {"cached": length // 2, "capacity": length}
+        return Workload(batch, 1, **held, last_logits_only=True, itemsize=itemsize), mix
+    return Workload(batch, length, itemsize=itemsize), mix

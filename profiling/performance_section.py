@@ -115,7 +115,7 @@ def roofline(found: Study) -> Figure:
     drawn, axes = panels(2, width=4.6, sharey=True)
     published = HARDWARE[PUBLISHED]
     intensity = np.logspace(-2, 4, 200)
-    for axis, (title, workload) in zip(axes, _calls(), strict=True):
+    for axis, (title, workload) in zip(axes, _calls(found), strict=True):
         mix = Mix.plain(found.config, workload.tokens)
         costs = component_costs(found.config, workload, mix)
         seconds = seconds_by_part(found.model, found.config, workload, mix)
@@ -141,9 +141,17 @@ def roofline(found: Study) -> Figure:
     return drawn
 
 
-def _calls() -> tuple[tuple[str, Workload], ...]:
-    decode = Workload(batch=1, length=1, cached=128, last_logits_only=True)
-    return (("decode, batch 1", decode), ("prefill, 8 x 256", Workload(batch=8, length=256)))
+def _calls(found: Study) -> tuple[tuple[str, Workload], ...]:
+    decode = Workload(batch=1, length=1, cached=128, last_logits_only=True, itemsize=_itemsize(found))
+    return (
+        ("decode, batch 1", decode),
+        ("prefill, 8 x 256", Workload(batch=8, length=256, itemsize=_itemsize(found))),
+    )
+
+
+def _itemsize(found: Study) -> int:
+    """Bytes of a number of the model whose calls were measured."""
+    return found.unseen.worst.point.workload.itemsize
 
 
 def _gains(found: Study, experts: float, batches: Sequence[int]) -> list[tuple[str, int, float | None, float]]:
@@ -151,9 +159,9 @@ def _gains(found: Study, experts: float, batches: Sequence[int]) -> list[tuple[s
     rows = []
     for phase in ("decode", "prefill"):
         for batch in batches:
-            workload = Workload(batch, 1, cached=128, last_logits_only=True)
+            workload = Workload(batch, 1, cached=128, last_logits_only=True, itemsize=_itemsize(found))
             if phase == "prefill":
-                workload = Workload(batch, 128)
+                workload = Workload(batch, 128, itemsize=_itemsize(found))
             at = break_even(found.model, found.config, workload)
             rows.append((phase, batch, at, speedup(found.model, found.config, workload, experts)))
     return rows

@@ -2,7 +2,7 @@
 
 Letters: B sequences, T positions of a call, S positions in the key/value cache before it, L layers, E experts, K slots.
 
-    points = measure(model, REFERENCE_TASKS, keys=2000)
+    points = measure(model, tasks(), keys=2000)
 
 All tasks are timed in the same rounds, in an order drawn anew for each, so what the machine does meanwhile falls on
 those that calibrate and on those that test alike. A run is several calls in a row, on real text for routing that is

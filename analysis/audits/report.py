@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
+from analysis.estimators.resampling import allowed
 from analysis.reports.figures import subplots
 from analysis.reports.report import Column, FigureNote, Report, Section, Table
 from varjax.drift import ALPHA, Calibration
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from analysis.audit_study import Outcome
 
 NAME = "audit_noticed"
+ANEW = "same domain, calibrated anew"  # the situation that the promise is about: calibration and run, both by chance
 NOTE = FigureNote(
     NAME,
     "What the audit noticed, and how soon",
@@ -31,12 +33,14 @@ def report(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[
     Args:
         runs: expert runs per token and layer, of VAR and of the audit beside it.
     """
-    quiet = next(row for row in outcomes if row.name == "same domain")
+    quiet = next(row for row in outcomes if row.name == ANEW)
+    most = allowed(quiet.repeats, ALPHA)
     section = Section(
         "audit",
         "Does the audit notice what is wrong, and nothing else?",
-        "PASS" if quiet.noticed <= ALPHA * quiet.repeats else "FAIL",
-        f"{quiet.noticed} false alarms in {quiet.repeats} orders of the documents; at most {ALPHA:.0%} are promised",
+        "PASS" if quiet.noticed <= most * quiet.repeats else "FAIL",
+        f"where nothing is wrong, {quiet.noticed} false alarms in {quiet.repeats} calibrations, each drawn anew; "
+        f"{ALPHA:.0%} are promised at most, {most:.1%} are within chance",
         (
             "Harm: nats per token lost against the plain model. Error: relative, of a layer's output where audited. "
             "Agreement: share of planned tokens whose first expert the router would choose. Open: share that the table "

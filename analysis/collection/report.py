@@ -23,7 +23,7 @@ class Layer:
     layer: int
     mean_entropy: float  # of the gate, nats
     normalised_entropy: float  # over ln E
-    share_below_half_nat: float  # of the occurrences, by their ids' means
+    share_at_sure_ids: float  # of the occurrences: those of ids whose mean entropy is below `LOW_ENTROPY`
     routing_consistency: float  # share of an id's occurrences with its commonest first choice
 
 
@@ -64,7 +64,11 @@ def report(stats: RoutingStats, facts: Sequence[tuple[str, str]] = ()) -> Report
         "How sure the routers are",
         "reported",
         f"mean gate entropy by layer: {spread}",
-        ("Means over occurrences of token ids that are keys. Consistency is in sample: rare ids lift it.", *left_out),
+        (
+            "Over occurrences of token ids that are keys. An id is below a bound if the mean of its entropy is; single "
+            "occurrences need not be. Consistency is in sample: rare ids lift it.",
+            *left_out,
+        ),
         (Table("Routers by layer", _COLUMNS, tuple(map(astuple, layers))),),
         (NOTES["frequency_entropy"], NOTES["entropy_distribution"]),
     )
@@ -86,5 +90,5 @@ def draw(stats: RoutingStats) -> dict[str, Figure]:
 
 _COLUMNS = (
     *(Column("layer"), Column("gate entropy [nats]", ".3f"), Column("of ln E", ".1%")),
-    *(Column(f"< {LOW_ENTROPY} nats", ".1%"), Column("consistency", ".1%")),
+    *(Column(f"at ids below {LOW_ENTROPY} nats", ".1%"), Column("consistency", ".1%")),
 )

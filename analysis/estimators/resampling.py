@@ -110,6 +110,11 @@ def bootstrap(
     return np.where(missing, np.nan, low), np.where(missing, np.nan, high)
 
 
+def allowed(repeats: int, error: float) -> float:
+    """The share of failures that chance explains where a promised error is just kept: three standard errors above."""
+    return error + 3 * math.sqrt(error * (1 - error) / repeats)
+
+
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """float64, NaN where the denominator is 0."""
     with np.errstate(invalid="ignore", divide="ignore"):

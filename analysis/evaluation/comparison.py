@@ -74,7 +74,7 @@ def check_pair(base: Result, other: Result) -> None:
 
     def settings(result: Result) -> dict[str, Any]:
         model = result.fields.get("provenance", {}).get("model", {})
-        windows = {name: result.fields.get(name) for name in ("max_length", "stride", "prefix_id")}
+        windows = {name: result.fields.get(name) for name in ("max_length", "stride", "prefix_id", "full_last")}
         return {"model fingerprint": model.get("fingerprint"), "model dtype": model.get("dtype"), **windows}
 
     ours, theirs = settings(base), settings(other)

@@ -138,27 +138,24 @@ def _routing(name: str, result: Mapping[str, Any]) -> Section:
 
 
 def _throughput(found: Mapping[str, Any]) -> Section:
-    columns = (
-        *(Column("phase"), Column("batch"), Column("tokens/s", ",.0f")),
-        *(Column(one, ".2f") for one in ("speed-up", "low", "high")),
-    )
-    rows = []
-    for phase in ("prefill", "decode"):
-        ratio = found["speedup"].get(phase, {})
-        rate = found[f"{phase}_tokens_per_second"]
-        rows.append((phase, found[phase]["batch"], rate, *(ratio.get(end) for end in ("value", "low", "high"))))
-    ratios = [f"{phase} {row[3]:.2f}x" for phase, row in zip(("prefill", "decode"), rows, strict=True) if row[3]]
-    rates = [f"{row[0]} {row[2]:,.0f} tokens/s" for row in rows]
+    rates = [(phase, found[phase]["batch"], found[f"{phase}_tokens_per_second"]) for phase in ("prefill", "decode")]
+    columns: tuple[Column, ...] = (Column("phase"), Column("batch"), Column("tokens/s", ",.0f"))
+    words = f"Median of {found['repeats']} rounds. Tokens per second of two machines or runs do not compare."
+    ratios = found["speedup"]
+    if not ratios:
+        said = ", ".join(f"{phase} {rate:,.0f} tokens/s" for phase, _, rate in rates)
+        return Section("throughput", "Throughput", "reported", said, (words,), (Table("", columns, tuple(rates)),))
+    said = ", ".join(f"{phase} {ratio['value']:.2f}x" for phase, ratio in ratios.items())
+    ends = tuple((*rate, *(ratios[rate[0]][end] for end in ("value", "low", "high"))) for rate in rates)
+    columns += tuple(Column(one, ".2f") for one in ("speed-up", "low", "high"))
+    paired = "Speed-ups are paired: each round times VAR and the plain model in the same run; intervals are 95 %."
     return Section(
         "throughput",
         "Throughput",
         "reported",
-        ", ".join(ratios or rates) + (" of the plain model's speed" if ratios else ""),
-        (
-            f"Median of {found['repeats']} rounds. Speed-ups are paired: each round times VAR and the plain model in "
-            "the same run, with 95 % intervals. Tokens per second of two machines or runs do not compare.",
-        ),
-        (Table("Tokens per second", columns, tuple(rows)),),
+        f"{said} the plain model's speed",
+        (words, paired),
+        (Table("", columns, ends),),
     )
 
 
@@ -175,7 +172,7 @@ def _search(name: str, found: Mapping[str, Any]) -> Section:
                 "What fewer experts cost on the tuning documents",
                 "Dots: one layer at one tolerance, all others in full. Line: layers together, as the search went. "
                 "Dashed: what the config allows.",
-                "These documents chose the policy, so they flatter it; the evaluation above is on others.",
+                "These documents chose the policy, so they flatter it.",
             ),
         ),
     )

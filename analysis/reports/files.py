@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def write_report(
     name: str,
     *,
     figures: Mapping[str, Figure] | None = None,
+    earlier: Collection[str] = (),
     beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `folder/name.txt`, `.json` and `.html`, and the figures, each whole or not at all.
@@ -30,8 +31,8 @@ def write_report(
     The page of all runs (`analysis.reports.index_page`) is written anew.
 
     Args:
-        figures: by the names that the sections give them. Those of earlier calls that lie in the folder are on the page
-            too.
+        figures: by the names that the sections give them.
+        earlier: names of figures that this run has saved in the folder before; they are on the page too.
         beside: what else stands in the JSON file, such as provenance.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,5 +42,6 @@ def write_report(
         temporary.write_text(text(report), encoding="utf-8")
     write_json(folder / f"{name}.json", fields(report) | dict(beside or {}))
     index = index_of(folder)
-    write_html(folder / f"{name}.html", report, folder, os.path.relpath(index, folder.resolve()))
+    drawn = {*(figures or {}), *earlier}
+    write_html(folder / f"{name}.html", report, drawn, os.path.relpath(index, folder.resolve()))
     write_index(index)

@@ -1,15 +1,20 @@
-"""A report as one self-contained HTML page: pictures inside, a small stylesheet, no scripts, no links to elsewhere."""
+"""A report as one self-contained HTML page: pictures inside, a small stylesheet, no scripts.
+
+The one link that leads away is that to the page of all runs.
+"""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from analysis.reports.report import FigureNote, Report, Section, Table
 from varjax.files import replacing
 
+GENERATOR = '<meta name="generator" content="varjax">'
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #111 }
 h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-top: 1px solid #bbb; padding-top: 1rem }
@@ -29,17 +34,16 @@ figcaption { font-size: 14px; max-width: 60rem }
 """
 
 
-def write_html(path: str | Path, report: Report, folder: str | Path, index: str | None = None) -> None:
-    """Write the page, whole or not at all; the PNG of each figure that the report names is looked for in `folder`.
-
-    A figure that does not lie there is left out of the page.
+def write_html(path: Path, report: Report, drawn: Collection[str], index: str | None = None) -> None:
+    """Write the page, whole or not at all.
 
     Args:
+        drawn: figures whose PNG lies beside the page and is to be in it; others that the report names are left out,
+            though a file of that name may lie there from another run.
         index: where the page of all runs lies, seen from this one; None: there is none.
     """
-    names = (note.name for section in report.sections for note in section.figures)
-    files = {name: Path(folder) / f"{name}.png" for name in names}
-    images = {name: file.read_bytes() for name, file in files.items() if file.is_file()}
+    named = {note.name for section in report.sections for note in section.figures}
+    images = {name: (path.parent / f"{name}.png").read_bytes() for name in named & set(drawn)}
     with replacing(path) as temporary:
         temporary.write_text(page(report, images, index), encoding="utf-8")
 
@@ -51,7 +55,7 @@ def page(report: Report, images: Mapping[str, bytes], index: str | None = None) 
         images: name of a figure -> its PNG.
         index: as in `write_html`.
     """
-    back = f'<p><a href="{escape(index)}">all runs</a></p>' if index else ""
+    back = f'<p><a href="{escape(quote(index))}">all runs</a></p>' if index else ""
     overview = "".join(
         f'<tr><td><a href="#{escape(one.name)}">{escape(one.title)}</a></td><td>{badge(one.verdict)}</td>'
         f"<td>{escape(one.outcome)}</td></tr>"
@@ -59,6 +63,7 @@ def page(report: Report, images: Mapping[str, bytes], index: str | None = None) 
     )
     facts = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in report.facts)
     notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
+    rest = f"<h2>For all of the above</h2>\n<ul>{notes}</ul>" if notes else ""
     sections = "\n".join(_section(section, images) for section in report.sections)
     return document(
         report.title,
@@ -67,8 +72,7 @@ def page(report: Report, images: Mapping[str, bytes], index: str | None = None) 
 <h2>Results</h2>
 <table class="words">{overview}</table>
 {sections}
-<h2>For all of the above</h2>
-<ul>{notes}</ul>""",
+{rest}""",
     )
 
 
@@ -79,6 +83,7 @@ def document(title: str, body: str) -> str:
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+{GENERATOR}
 <title>{escape(title)}</title>
 <style>{_STYLE}</style>
 </head>

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from analysis.reports.html import badge, document
+from analysis.reports.html import GENERATOR, badge, document
 from varjax.files import replacing
 
 INDEX = "index.html"
@@ -18,24 +19,31 @@ def index_of(folder: Path) -> Path:
     """Where the page of all runs lies that a report in `folder` belongs to.
 
     Runs below the working directory share the page of the topmost folder there, such as `results/index.html`; a folder
-    elsewhere has a page of its own.
+    elsewhere, and the working directory itself, has a page of its own.
     """
     inside, here = folder.resolve(), Path.cwd().resolve()
     return (here / inside.relative_to(here).parts[0] if here in inside.parents else inside) / INDEX
 
 
 def write_index(index: Path) -> None:
-    """Write the page of all reports in its folder and below, whole or not at all."""
+    """Write the page of all reports in its folder and below, whole or not at all.
+
+    An `index.html` that is somebody else's is left as it is. In the working directory, which may hold anything, only
+    the directory itself is looked through.
+    """
+    if index.is_file() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace"):
+        return
     reports = sorted(_reports(index), key=lambda one: (_time(one[1]), one[0]), reverse=True)
     cards = "\n".join(_card(index.parent, *one) for one in reports)
+    title = f"varjax: {len(reports)} run{'s' * (len(reports) != 1)} in {index.parent.name}"
     with replacing(index) as temporary:
-        title = f"varjax: {len(reports)} run{'s' * (len(reports) != 1)} in {index.parent.name}"
         temporary.write_text(document(title, f'<div class="runs">{cards}</div>'), encoding="utf-8")
 
 
 def _reports(index: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
     """Every page with the JSON file of a report beside it (`analysis.reports.files`), and what stands in that."""
-    for path in index.parent.rglob("*.html"):
+    here = index.parent == Path.cwd().resolve()
+    for path in index.parent.glob("*.html" if here else "**/*.html"):
         beside = path.with_suffix(".json")
         if path == index or not beside.is_file():
             continue
@@ -64,7 +72,7 @@ def _card(root: Path, path: Path, said: Mapping[str, Any]) -> str:
     )
     return f"""<article>
 <h2><a href="{link}">{escape(said["title"])}</a></h2>
-<p>{escape(_time(said))} {link}</p>
+<p>{escape(_time(said))} {escape(path.relative_to(root).as_posix())}</p>
 {picture}
 <table class="words">{facts}</table>
 <details><summary>{_tally(said)}</summary><ul>{found}</ul></details>
@@ -72,7 +80,7 @@ def _card(root: Path, path: Path, said: Mapping[str, Any]) -> str:
 
 
 def _link(root: Path, path: Path) -> str:
-    return escape(path.relative_to(root).as_posix())
+    return escape(quote(path.relative_to(root).as_posix()))
 
 
 def _tally(said: Mapping[str, Any]) -> str:

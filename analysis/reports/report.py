@@ -56,7 +56,7 @@ class Section:
     name: str  # short, for files
     title: str
     verdict: str  # one of VERDICTS
-    outcome: str  # one line: the criterion, and in how many layers it holds
+    outcome: str  # one line: what was found, beside the criterion where there is one
     words: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[FigureNote, ...] = ()
@@ -86,7 +86,7 @@ def shown(value: Any, form: str = "") -> str:
 
 
 def text(report: Report) -> str:
-    """The report for a terminal or a text file; lines of words are as long as they are."""
+    """The report for a terminal or a text file; words are folded, tables are as wide as they are."""
     width = max((len(name) for name, _ in report.facts), default=0)
     lines = [report.title, "=" * len(report.title), ""]
     lines += [f"{name:<{width}}  {value}" for name, value in report.facts]

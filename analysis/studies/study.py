@@ -100,13 +100,15 @@ def study(
         parts: the questions, in the order of the report; None: `PARTS`.
     """
     results: dict[str, Any] = {}
+    drawn: list[str] = []
     report = Report("Study of an adaptive routing policy", tuple(facts), _NOTES, ())
     for part in PARTS if parts is None else parts:
         found = _answer(part, subject)
         results[found.name] = found.result
         report = dataclasses.replace(report, sections=(*report.sections, *found.sections))
         beside = {"results": results, "provenance": provenance}
-        write_report(report, folder, "study", figures=found.figures, beside=beside)
+        write_report(report, folder, "study", figures=found.figures, earlier=drawn, beside=beside)
+        drawn += found.figures
     return report
 
 

@@ -51,7 +51,7 @@ def false_hits_by_age(found: Replay) -> Figure:
     """False hits of the cached tier by the age of the decision, in each layer. Hatched: fewer than 20 decisions."""
     buckets = 1 + int(np.max(np.flatnonzero(found.sums.aged.any(axis=0)), initial=0))  # up to the last with any
     decisions, agreed = found.sums.aged[:, :buckets], found.sums.aged_agreements[:, :buckets]
-    enough = (decisions >= 20) & found.ranked
+    enough = decisions >= 20
     rate = np.where(enough, 1 - agreed / np.maximum(decisions, 1), np.nan)
     figure, axis = subplots(figsize=(6.4, 1.8 + 0.16 * len(decisions)))
     top = max(0.01, float(np.max(rate, where=enough, initial=0)))

@@ -35,7 +35,7 @@ def report(found: Replay) -> Report:
     origin = f"{found.origin.get('model', 'a trace')}: {found.tokens:,} tokens of {found.documents:,} documents"
     table = f"{found.keys:,} keys from {found.build_tokens:,} tokens of {found.build_documents:,} other documents"
     clock = f"steps of {found.step} tokens, {found.seconds_per_token:g} s per token"
-    sections = (_tiers(found), _ages(found)) if found.sums.aged.any() else (_tiers(found),)
+    sections = (_tiers(found), _ages(found)) if found.has_ages else (_tiers(found),)
     return Report(
         "Replay of a configuration", (("trace", origin), ("table", table), ("clock", clock)), found.notes, sections
     )
@@ -44,7 +44,7 @@ def report(found: Replay) -> Report:
 def draw(found: Replay) -> dict[str, Figure]:
     """The figures that the report names."""
     drawn = {_TIERS.name: tiers_by_layer(found)}
-    return drawn | ({_AGES.name: false_hits_by_age(found)} if found.sums.aged.any() else {})
+    return drawn | ({_AGES.name: false_hits_by_age(found)} if found.has_ages else {})
 
 
 def _tiers(found: Replay) -> Section:

@@ -239,6 +239,7 @@ def test_the_text_warns_of_a_cache_that_makes_documents_depend_on_each_other(tmp
             baseline_of(tmp_path / "a"), {"bold": result_of(tmp_path / "b", losses(0.001), **origin)}, clip=CLIP
         )
         assert ("bold ran with a cached tier" in paragraph(result)) == (size > 0)
+        assert report(result).sections[0].verdict == ("not testable" if size else "PASS")
 
 
 def changed(**fields):
@@ -274,20 +275,20 @@ def test_a_handful_of_documents_is_refused():
 @pytest.mark.parametrize("name", POPULATIONS)
 def test_simulated_calibrations_fail_no_more_often_than_promised(name):
     result = coverage(POPULATIONS[name], 200, 300, np.random.default_rng(3))
-    assert result.failures["betting"] <= allowed(300)
-    assert result.failures["bernstein"] <= allowed(300)
+    assert result.failures["betting"] <= allowed(300, 0.05)
+    assert result.failures["bernstein"] <= allowed(300, 0.05)
     assert result.widths["betting"] < result.widths["bernstein"]
 
 
 def test_the_simulation_notices_a_bound_that_is_not_valid():
     result = coverage(POPULATIONS["rare disaster"], 50, 300, np.random.default_rng(4))
     assert result.failures["t-interval"] == pytest.approx(0.99**50, abs=0.1)  # it fails wherever no disaster was seen
-    assert result.failures["betting"] <= allowed(300)
+    assert result.failures["betting"] <= allowed(300, 0.05)
 
 
 def test_twelve_simulated_configurations_keep_the_family_wise_error():
     result = family_wise(400, 200, np.random.default_rng(5))
     for procedure in ("fixed_sequence", "holm"):
-        assert result.errors[procedure] <= allowed(200)
+        assert result.errors[procedure] <= allowed(200, 0.05)
         assert result.found[procedure] > len(GOOD) - 1
     assert result.errors["mean below the limit"] > 0.5  # what the procedures are for

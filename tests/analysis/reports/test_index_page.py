@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from urllib.parse import unquote
 
 from matplotlib.figure import Figure
 
@@ -59,3 +60,26 @@ def test_what_is_no_report_is_passed_over(tmp_path):
         (tmp_path / f"{name}.json").write_text(content)
     write_index(tmp_path / "index.html")
     assert links(tmp_path / "index.html") == []
+
+
+def test_the_page_of_somebody_else_stays(tmp_path):
+    (tmp_path / "index.html").write_text("<p>my own")
+    written(tmp_path, "first", "")
+    assert (tmp_path / "index.html").read_text() == "<p>my own"
+
+
+def test_in_the_working_directory_only_what_lies_there_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "elsewhere", "deep", "")
+    written(tmp_path, "first", "")
+    assert [link for link in dict.fromkeys(links(tmp_path / "index.html")) if link.endswith(".html")] == ["first.html"]
+
+
+def test_names_that_mean_something_in_an_address(tmp_path):
+    written(tmp_path / "run #3, 100%", "first", "")
+    write_index(tmp_path / "index.html")
+    assert {unquote(link) for link in links(tmp_path / "index.html")} == {
+        "run #3, 100%/first.html",
+        "run #3, 100%/first_curve.png",
+    }
+    assert not any("#" in link for link in links(tmp_path / "index.html"))
