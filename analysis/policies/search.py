@@ -67,7 +67,7 @@ def search(
     budget = 0.9 * base.max_quality_degradation if budget is None else budget
     scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
     plain, _ = scoring(plain_runner(model), None)
-    bar = tqdm(unit="policy", disable=not progress, desc="policies")
+    bar = tqdm(unit=" policies", disable=not progress, desc="search")
     orders = tuple(order for order in answers.orders if order > 0)
 
     def config_of(choices: Sequence[Choice]) -> VARConfig:
