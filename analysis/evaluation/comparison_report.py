@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from analysis.estimators.resampling import MIN_DOCUMENTS
 from analysis.evaluation.comparison import Criterion, Estimate, Result, criteria, degradation
 from analysis.reports.figures import subplots
 from analysis.reports.report import Column, FigureNote, Report, Section, Table, shown
@@ -39,7 +40,8 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
             ("documents", f"{documents:,}, {tokens:,} tokens, read by both"),
         ),
         (
-            "Intervals are 95 %, by bootstrap over documents.",
+            "Intervals are 95 %, by bootstrap over documents."
+            + (documents < MIN_DOCUMENTS) * f" From {documents} documents they are too narrow: give {MIN_DOCUMENTS}.",
             "Speed-ups are paired: both sides in turns inside the run that is compared, intervals over its rounds. The "
             "tokens/s of two runs may differ by more, for the machine may have been busier in one.",
         ),
