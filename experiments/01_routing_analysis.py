@@ -109,6 +109,8 @@ def collect(args: argparse.Namespace) -> None:
         if unsound:
             print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
     print_keys(found.keys)
+    if found.stats.documents == 1:
+        print("one document: nothing can be tested on unseen text; lines <|endofdoc|> divide a text file")
     if settings.residual_orders:
         print(
             f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough, "

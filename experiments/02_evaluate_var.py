@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.collection.checkpoints import Checkpoints, note, resumed
+from analysis.estimators.resampling import MIN_DOCUMENTS
 from analysis.evaluation import certificate_report, comparison_report
 from analysis.evaluation import report as evaluation_report
 from analysis.evaluation.certificate import CLIP, TESTS, certify_results
@@ -250,6 +251,8 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
         return config, None
     stats, answers = read_answers(model, config)
     tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
+    if len(tuning) < MIN_DOCUMENTS:
+        print(f"only {len(tuning)} tune documents: on others the policy may lose far more than its budget")
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     found = search(model, stats, answers, tuning, config, budget=args.budget, **reading)
     return found.config, found

@@ -22,7 +22,10 @@ from varjax.model import read_files
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and every default."""
+    """The description as it stands, and every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
@@ -35,8 +38,8 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     made.add_argument(
         "--dataset",
         default="embedded",
-        help="'embedded', a .txt, .jsonl or .parquet file, a directory of such or of prepare_datasets.py, "
-        "or a datasets name[:config[:split]]",
+        help="'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl or .parquet file, a directory "
+        "of such or of prepare_datasets.py, or a datasets name[:config[:split]]",
     )
     made.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
     made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")

@@ -6,6 +6,7 @@ built on the build split, the policy is chosen on the tune split, and everything
 
 from __future__ import annotations
 
+import argparse
 import json
 import shlex
 import subprocess
@@ -81,4 +82,5 @@ def overview() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

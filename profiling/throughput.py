@@ -94,7 +94,8 @@ def measure(
 
     Args:
         documents: text to read; `seed` draws those of a run.
-        batch_size, max_length: of the prefill.
+        batch_size: texts of the prefill.
+        max_length: tokens of each.
         decode_tokens: tokens per timed decode run, batch 1, after a prompt of the same length.
         repeats: rounds, each of which times both sides once.
         phases: those to time.

@@ -94,7 +94,7 @@ class Objective:
         """Each layer alone at several tolerances; kept on disk by the subject, where it has a folder."""
         subject, top_k = self.subject, self.subject.model.config.top_k
         orders = tuple(order for order in subject.answers.orders if order > 0)
-        bar = tqdm(unit="policy", disable=not subject.progress, desc="layers alone")
+        bar = tqdm(unit=" policies", disable=not subject.progress, desc="layers alone")
 
         def measured(choices: Sequence[Choice]) -> Measured:
             layers = policies(choices, subject.model.config.num_experts, orders)

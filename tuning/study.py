@@ -84,7 +84,8 @@ def open_study(
         storage: URL of a database as SQLAlchemy writes it, such as "sqlite:///study.db" or
             "postgresql://user@host/database".
         about: whatever decides what a trial finds, as JSON can hold it; a study goes on only with the same.
-        heartbeat, grace: seconds.
+        heartbeat: seconds between two signs of life of a trial.
+        grace: seconds without one after which it is tried anew.
 
     Raises:
         StudyError: the storage cannot be opened, or holds a study of this name about something else.

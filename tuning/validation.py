@@ -108,8 +108,8 @@ def validate(
     """Certify the candidates, and measure them and the presets.
 
     Args:
-        calibrate, test: the same model, statistics and answers over documents of the two splits; `test.seed` deals its
-            documents out to the repeats.
+        calibrate: model, statistics and answers over documents of the calibrate split.
+        test: the same over documents of the test split; its `seed` deals them out to the repeats.
         candidates: by name, the surest first.
         presets: by name.
         repeats: sets of test documents, at least 2.

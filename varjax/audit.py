@@ -112,7 +112,8 @@ def audited(
 
     Args:
         state: spent by this call.
-        ids, mask: int32 and bool [B, T].
+        ids: int32 [B, T].
+        mask: bool [B, T].
         key: PRNG key of this call's draw.
         share: of the planned tokens that are also computed in full.
     """

@@ -45,7 +45,8 @@ def upper_bound(
 
     Args:
         values: [N], at least two, of a sample whose size did not depend on them.
-        low, high: limits that no observation can pass, known in advance, not read off the sample.
+        low: limit that no observation can pass, known in advance, not read off the sample.
+        high: likewise, from above.
 
     Raises:
         ValueError: values outside [low, high] or not finite, fewer than two, or a level outside (0, 1).

@@ -158,7 +158,8 @@ def with_policies(
     """A table that was built with `keep_shapes`, under the policies of another config; what it knows stays.
 
     Args:
-        stats, answers: those that `table` was built from.
+        stats: those that `table` was built from.
+        answers: likewise.
 
     Raises:
         ValueError: as `build`.

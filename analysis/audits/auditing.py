@@ -41,7 +41,8 @@ def calibrate(
         documents: from the population that VAR will meet, none of them used to build its table.
         share: of the planned tokens to compute in full, here and later.
         seed: of the draw of these tokens.
-        batch_size, max_length: as in `analysis.text.batches.batches`.
+        batch_size: as in `analysis.text.batches.batches`.
+        max_length: likewise.
 
     Raises:
         ValueError: fewer than two documents, a share outside (0, 1], or VAR is switched off.

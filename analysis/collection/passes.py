@@ -145,7 +145,7 @@ def run_pass(
     windows = per_device(begin(total), mesh)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
-    with tqdm(documents, desc=name, unit="document", disable=not progress) as read:
+    with tqdm(documents, desc=name, unit=" documents", disable=not progress) as read:
         for number, batch in enumerate(batches(read, batch_size * mesh.shape[DATA], max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:

@@ -64,7 +64,7 @@ def choose_keys(
     Raises:
         ValueError: no context is frequent enough to be a key.
     """
-    with tqdm(documents, desc="keys", unit="document", disable=not progress) as read:
+    with tqdm(documents, desc="keys", unit=" documents", disable=not progress) as read:
         rows = (window.ids[: window.size] for window in windows(read, max_length))
         special = model.config.special_token_ids
         keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)

@@ -115,7 +115,13 @@ def _size(measures: dict[str, Measure], judged: str, row: int, name: str, shorte
 def _choice_entropy(found: ChoiceEntropy, title: str) -> Section:
     orders = _orders(found.orders)
     outcome = "no permutations were made, so what ids explain beyond chance is not known"
-    if "explained_held_out" in found.measures:
+    if "explained_held_out" in found.measures and np.isnan(found.measures["held_out_coverage"].value).all():
+        outcome = "what ids explain on unseen text is not known: all documents are on one side of the split; in sample "
+        outcome += "; ".join(
+            f"{name} {_mean(inside):.1%}"
+            for name, inside in zip(orders, found.measures["explained"].value, strict=True)
+        )
+    elif "explained_held_out" in found.measures:
         outcome = "explained by the ids on held-out documents, mean over layers: " + "; ".join(
             f"{name} {_mean(held_out):.1%} at {covered:.0%} of tokens (in sample {_mean(inside):.1%})"
             for name, held_out, covered, inside in zip(

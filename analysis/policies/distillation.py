@@ -105,7 +105,8 @@ def distil(
     """Train the answers for the policy of `config`.
 
     Args:
-        stats, answers: as they were collected; `answers` must not be distilled already.
+        stats: as they were collected.
+        answers: as they were collected, not distilled already.
         documents: what to train on, the build documents.
         config: the policy under which the model will run; its cached tier plays no part.
         checkpoints: where to resume from and to save to.

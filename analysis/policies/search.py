@@ -56,18 +56,20 @@ def search(
     """The policy with the fewest experts whose perplexity on `documents` rises by at most `budget`.
 
     Args:
-        stats, answers: from documents other than these.
+        stats: from documents other than these.
+        answers: likewise.
         documents: the tuning documents; whoever reports the result must do so on others.
         base: the config whose layer policies are to be replaced; its cached tier is left out of the search.
         budget: relative change of perplexity; None: 90 % of `base.max_quality_degradation`, since the tuning
             documents flatter what was chosen on them.
         frequency_threshold: occurrences that a key needs.
-        batch_size, max_length: as in `analysis.evaluation.quality.score`.
+        batch_size: as in `analysis.evaluation.quality.score`.
+        max_length: likewise.
     """
     budget = 0.9 * base.max_quality_degradation if budget is None else budget
     scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
     plain, _ = scoring(plain_runner(model), None)
-    bar = tqdm(unit="policy", disable=not progress, desc="policies")
+    bar = tqdm(unit=" policies", disable=not progress, desc="search")
     orders = tuple(order for order in answers.orders if order > 0)
 
     def config_of(choices: Sequence[Choice]) -> VARConfig:

@@ -25,7 +25,8 @@ th, td { padding: .15rem .6rem; text-align: right; border-bottom: 1px solid #ddd
 th:first-child, td:first-child { text-align: left } thead th { position: sticky; top: 0; background: #fff }
 table.words td { white-space: normal; text-align: left; vertical-align: top; overflow-wrap: anywhere }
 table.words td:first-child { min-width: 7rem }
-.verdict { font-weight: 700; border: 1px solid #111; padding: 0 .4rem } .PASS { background: #111; color: #fff }
+.verdict { font-weight: 700; border: 1px solid #111; padding: 0 .4rem; white-space: nowrap }
+.PASS { background: #111; color: #fff }
 figure { margin: 1.5rem 0 } img { max-width: min(100%, 46rem); height: auto }
 figcaption { font-size: 14px; max-width: 60rem }
 .runs { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1.5rem }
