@@ -159,7 +159,10 @@ def evaluate(args: argparse.Namespace) -> None:
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
     result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
-    facts = (("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}"))
+    facts = [("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}")]
+    if args.mode == "var":
+        given = str(args.var_config or f"preset {args.preset}")
+        facts.append(("policy", "found under a loss budget" if found else given))
     drawn = evaluation_report.draw(name, result, found, config.max_quality_degradation, args.tune_samples)
     said = evaluation_report.report(name, result, scores, facts)
     write_report(said, output.parent, name, figures=drawn, beside=result)

@@ -338,9 +338,10 @@ def make_has(words: tuple[str, ...]) -> None:
 
 
 def pip_has(words: tuple[str, ...]) -> None:
-    _, install, wanted = words
+    _, install, *editable, wanted = words
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert install == "install" and wanted in (*(f".[{extra}]" for extra in extras), "optuna-dashboard")
+    assert install == "install" and (editable == ["-e"]) == (wanted in {f".[{extra}]" for extra in extras})
+    assert editable or wanted == "optuna-dashboard"
 
 
 def tensorboard_has(words: tuple[str, ...]) -> None:

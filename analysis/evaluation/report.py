@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -19,7 +19,7 @@ from varjax.step import TIERS
 _GROUPS = 40  # rows of the table of groups, the largest first
 
 
-def report(name: str, result: Mapping[str, Any], scores: Scores, facts: tuple[tuple[str, str], ...] = ()) -> Report:
+def report(name: str, result: Mapping[str, Any], scores: Scores, facts: Sequence[tuple[str, str]] = ()) -> Report:
     """What the result file of an evaluation says, for people.
 
     Args:
