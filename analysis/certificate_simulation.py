@@ -20,10 +20,9 @@ import numpy as np
 from scipy import special
 
 from analysis.estimators.resampling import allowed
-from analysis.evaluation.certificate import LIMIT, TESTS
+from analysis.evaluation.certificate import CLIP, LIMIT, TESTS
 from varjax.bounds import p_value, upper_bound
 
-CLIP = 0.2  # nats per token
 LEVEL = 0.95
 SIZES = (50, 200, 1000)
 METHODS = ("betting", "bernstein", "t-interval")

@@ -28,7 +28,7 @@ MAX_RHO = -0.4  # published: rho of frequency and entropy is below
 LOW_ENTROPY = 0.5  # nats
 MIN_LOW_SHARE = 0.3  # published: more of the token ids have entropy below LOW_ENTROPY
 MIN_COVERED = 0.4  # published: more of the occurrences are covered by the fast path
-LEVEL = 0.05  # of p values, after Holm's correction over layers
+ALPHA = 0.05  # of p values, after Holm's correction over layers
 
 MIN_KEYS = 10  # that a test needs
 ZIPF_FREQUENCY = 10  # least frequency of the ranks that are fitted: rarer ids tie in long steps

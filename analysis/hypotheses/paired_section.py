@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.hypotheses.criteria import LEVEL
+from analysis.hypotheses.criteria import ALPHA
 from analysis.hypotheses.paired_runs import PairedMeasure
 from analysis.hypotheses.section_parts import Name, layer_table, left_out_words, lengths, reasons
 from analysis.reports.report import Section, Table
@@ -18,7 +18,7 @@ def paired_section(found: Sequence[PairedMeasure] | None, other: str, name: Name
     if found is None:
         return Section("paired", title, "not measured", "needs a second run: --compare OTHER.parquet")
     testable = np.array([measure.difference.testable for measure in found])
-    differing = [int(np.sum(one.t_p < LEVEL)) for one in found]
+    differing = [int(np.sum(one.t_p < ALPHA)) for one in found]
     shares = ", ".join(f"{one.name} {n} of {len(one.first)}" for one, n in zip(found, differing, strict=True))
     tables: list[Table] = []
     words: list[str] = []
@@ -39,7 +39,7 @@ def paired_section(found: Sequence[PairedMeasure] | None, other: str, name: Name
         "paired",
         title,
         "reported" if testable.any() else "not testable",
-        f"layers that differ (t-test, Holm, p < {LEVEL:g}): {shares}; no published bound",
+        f"layers that differ (t-test, Holm, p < {ALPHA:g}): {shares}; no published bound",
         (
             f"Second run: {other}. Pairs are the token ids that both saw in a layer; differences are second minus "
             "first, with Student's 95 % interval (token ids as if independent). d: mean difference over its standard "
