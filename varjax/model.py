@@ -142,8 +142,11 @@ class VARModel:
 
         Args:
             input_ids: integers [B, T].
-            state: from `init` or the call before; spent by this call.
+            state: from `init` or the call before; spent by this call. None only with VAR switched off.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
+
+        Raises:
+            ValueError: no state, though VAR is on, or inputs that `models.Model.check_inputs` refuses.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask)
         return self.advance(self._begin(state, len(ids)), ids, mask)
@@ -206,7 +209,11 @@ class VARModel:
         return self.model.generate(input_ids, max_new_tokens, step=run, carry=state, **options)
 
     def _begin(self, state: VARState | None, batch_size: int) -> VARState | None:
-        return None if state is None else self.model.place(step.begin(state, batch_size))
+        if state is None:
+            if self.table is not None:
+                raise ValueError("VAR is on but state is None; begin with var_model.init(batch_size)")
+            return None
+        return self.model.place(step.begin(state, batch_size))
 
     def summary(self, state: VARState | None) -> str:
         """Share per tier and layer, hits and experts per token so far, as a table to print."""

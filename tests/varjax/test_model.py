@@ -80,6 +80,18 @@ def test_disabled_is_the_plain_model_and_hands_the_state_on(saved_model, stats_p
     assert int(state.counters.tokens.sum()) == 2 * len(ids) * 13
 
 
+def test_a_forgotten_state_is_no_switch(saved_model, stats_path, ids):
+    var_model = VARModel(saved_model, config(stats_path))
+    calls = (
+        lambda: var_model(ids, None),
+        lambda: var_model.prefill(ids, None, capacity=20),
+        lambda: var_model.generate(ids, None, 8),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"VAR is on but state is None; begin with var_model\.init\(batch_size\)"):
+            call()
+
+
 def test_nothing_planned_equals_the_plain_model(saved_model, stats_path, ids):
     nothing = config(stats_path, frequency_threshold=10**9, confidence_threshold=1.0)
     var_model = VARModel(saved_model, nothing)
