@@ -8,7 +8,8 @@ A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig`
 - `cached_tier`: whether there is a cached tier at all. Where there is none, its settings (`CACHED`) mean nothing; they
   are drawn all the same, since a model of a space that changes its shape is a worse one.
 
-To search another field of `VARConfig`, give a `Parameter` of its name.
+To search another field of `VARConfig`, give a `Parameter` of its name; but not of those in `OF_THE_TABLE`: all points of
+a search share one table, into which these went.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from varjax.config import LayerPolicy, VARConfig
 Value = int | float | bool
 Values = Mapping[str, Value]
 
+OF_THE_TABLE = ("residual_shrinkage", "answers_per_layer", "answer_dtype")
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """One setting and its range, both ends included; a "bool" has none.
 
     Raises:
-        ValueError: a range that is empty, not of the kind, or, on a logarithmic scale, not above 0.
+        ValueError: a range that is empty, not of the kind, or, on a logarithmic scale, not above 0; a name that is in
+            `OF_THE_TABLE`.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Parameter:
     unit: str = ""
 
     def __post_init__(self) -> None:
+        if self.name in OF_THE_TABLE:
+            raise ValueError(f"{self.name} is laid down in the table that all points share; run one search per value")
         if self.kind == "int" and not (float(self.low).is_integer() and float(self.high).is_integer()):
             raise ValueError(f"{self.name}={self.low}:{self.high}: expected whole numbers")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
