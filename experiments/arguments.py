@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,28 @@ def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers
     if answers is None:
         raise ValueError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
     return stats, answers
+
+
+def asked_config(args: argparse.Namespace, **fields: Any) -> VARConfig:
+    """The config that --var_config, --routing_stats and --answers name.
+
+    Args:
+        fields: of the config where there is no --var_config, in the place of the defaults.
+    """
+    return over_files(VARConfig.load(args.var_config), args) if args.var_config else new_config(args, **fields)
+
+
+def new_config(args: argparse.Namespace, **fields: Any) -> VARConfig:
+    """A config for --routing_stats, and for --answers in the place of those beside it."""
+    known = {"residuals": str(args.answers)} if args.answers else {}
+    return VARConfig.from_routing_stats(args.routing_stats, **fields, **known)
+
+
+def over_files(config: VARConfig, args: argparse.Namespace) -> VARConfig:
+    """The same settings over the --routing_stats and --answers that are given."""
+    if args.routing_stats:
+        return config.at(args.routing_stats, args.answers)
+    return dataclasses.replace(config, residuals=str(args.answers)) if args.answers else config
 
 
 def run(main: Callable[[], None]) -> None:

@@ -8,8 +8,8 @@ A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig`
 - `cached_tier`: whether there is a cached tier at all. Where there is none, its settings (`CACHED`) mean nothing; they
   are drawn all the same, since a model of a space that changes its shape is a worse one.
 
-To search another field of `VARConfig`, give a `Parameter` of its name; but not of those in `OF_THE_TABLE`: all points of
-a search share one table, into which these went.
+To search another field of `VARConfig`, give a `Parameter` of its name; but not of those in `OF_THE_TABLE`: they went into
+the one table that all points of a search share.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Parameter:
 
     def __post_init__(self) -> None:
         if self.name in OF_THE_TABLE:
-            raise ValueError(f"{self.name} is laid down in the table that all points share; run one search per value")
+            raise ValueError(f"{self.name} is laid down in the table that all points share; leave it to the config")
         if self.kind == "int" and not (float(self.low).is_integer() and float(self.high).is_integer()):
             raise ValueError(f"{self.name}={self.low}:{self.high}: expected whole numbers")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):

@@ -182,9 +182,10 @@ class VARConfig:
         rows = residuals_beside(stats)
         if rows.is_file():
             found["residuals"] = str(rows)
-        elif overrides.get("residuals") is None:
-            found["default"] = LayerPolicy(kept=None, residual=False)
-        return cls(**(found | _known(cls, overrides, "VARConfig")))
+        values = found | _known(cls, overrides, "VARConfig")
+        if values.get("residuals") is None:
+            values.setdefault("default", LayerPolicy(kept=None, residual=False))
+        return cls(**values)
 
     def at(self, routing_stats: str | os.PathLike[str], residuals: str | os.PathLike[str] | None = None) -> VARConfig:
         """The same settings over other files.
