@@ -95,13 +95,15 @@ class Setting:
 
     objective: Objective
     space: Space
+    orders: tuple[int, ...]  # of the contexts that have answers
     about: dict[str, Any]  # whatever decides what a trial finds
     origin: dict[str, Any]
 
     @classmethod
     def of(cls, args: argparse.Namespace, progress: bool = True) -> Setting:
         subject, origin = make_subject(args, "tune", args.num_samples, progress)
-        space = with_ranges(default_space(subject.stats.orders, subject.stats.num_experts), args.ranges)
+        orders = tuple(order for order in subject.answers.orders if order > 0)
+        space = with_ranges(default_space(orders, subject.stats.num_experts), args.ranges)
         space = only(space, args.parameters) if args.parameters else space
         limit = subject.config.max_quality_degradation if args.limit is None else args.limit
         judged = {
@@ -114,7 +116,7 @@ class Setting:
         objective = Objective(subject, **judged)
         about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
         about |= {"method": args.method, "seed": args.seed}
-        return cls(objective, space, about, origin)
+        return cls(objective, space, orders, about, origin)
 
     @cached_property
     def ladder(self) -> Ladder:
@@ -122,8 +124,7 @@ class Setting:
 
     def attempt(self, trial: Any) -> Point:
         values = suggest(self.space, trial)
-        subject = self.objective.subject
-        config = config_at(values, subject.config, self.ladder, [one for one in subject.answers.orders if one > 0])
+        config = config_at(values, self.objective.subject.config, self.ladder, self.orders)
         return Point(trial.number, values, config.to_json(), self.objective.evaluate(config))
 
 
