@@ -114,12 +114,14 @@ class VARModel:
             clock: seconds from any origin, never going back; None: `time.monotonic`.
 
         Raises:
-            ValueError: the files belong to another model, or do not fit it.
+            ValueError: the files belong to another model, or they or the table do not fit it.
         """
         self.model, self.config = model, config
         self.clock = clock or time.monotonic
         self.table = None
         if config.enable_var:
+            if table is not None:
+                _check_table(table, model)
             self.table = model.place(build_table(model, config) if table is None else table)
         self.settings = model.place(Settings.of(config, model.config.num_layers))
 
@@ -345,6 +347,16 @@ def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Ans
     answers, meta = answersfile.read(config.residuals)
     _check_origin(config.residuals, meta, model)
     return stats, answers
+
+
+def _check_table(table: RouteTable, model: RoutedModel) -> None:
+    theirs = (table.num_layers, table.num_experts, table.top_k)
+    ours = (model.config.num_layers, model.config.num_experts, model.config.top_k)
+    if theirs != ours:
+        raise ValueError(
+            f"the table has (layers, experts, experts per token) {theirs}, the model {ours}; build it for this model "
+            "(varjax.build_table)"
+        )
 
 
 def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:

@@ -9,7 +9,7 @@ import pytest
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
-from varjax import LayerPolicy, VARConfig, VARModel, answersfile, statsfile
+from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
 from varjax.model import routed_forward
 from varjax.routing import CACHED
 
@@ -275,6 +275,15 @@ def test_files_of_another_model_are_refused(saved_model, stats_path):
     other = dataclasses.replace(saved_model, fingerprint="0" * 64)
     with pytest.raises(ValueError, match=r"routing_stats\.parquet: fingerprint .* is of another model"):
         VARModel(other, config(stats_path))
+
+
+def test_a_table_of_another_model_is_refused(saved_model, stats_path):
+    wanted = config(stats_path)
+    table = build_table(saved_model, wanted)
+    for changes in ({"num_layers": 3}, {"num_experts": 9}, {"top_k": 1}):
+        other = dataclasses.replace(saved_model, config=dataclasses.replace(saved_model.config, **changes))
+        with pytest.raises(ValueError, match=r"the table has \(layers, .*\) \(2, .*, the model \(.*; build"):
+            VARModel(other, wanted, table=table)
 
 
 def test_a_config_without_statistics_says_so(saved_model):
