@@ -68,7 +68,9 @@ class RoutedModel(Protocol):
 
     def place(self, tree: T) -> T: ...  # arrays moved to the devices that the model runs on, if these are several
 
-    def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]: ...
+    def check_inputs(
+        self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
+    ) -> tuple[jax.Array, jax.Array]: ...
 
     def generate(
         self,
@@ -166,8 +168,11 @@ class VARModel:
 
         Returns:
             The logits of the last position, [B, 1, V], with `.kv` and nothing else, and the state.
+
+        Raises:
+            ValueError: as a call, and for texts that end in padding or do not fit into `capacity`.
         """
-        ids, mask = self.model.check_inputs(input_ids, attention_mask)
+        ids, mask = self.model.check_inputs(input_ids, attention_mask, going_on=True)
         if capacity < ids.shape[1]:
             raise ValueError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
         kv = self.model.empty_cache(len(ids), capacity)

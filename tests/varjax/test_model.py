@@ -92,6 +92,13 @@ def test_a_forgotten_state_is_no_switch(saved_model, stats_path, ids):
             call()
 
 
+def test_a_prefill_of_texts_that_end_in_padding_is_refused(saved_model, stats_path, ids):
+    var_model, mask = VARModel(saved_model, config(stats_path)), np.ones(ids.shape)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="ends in padding; pad on the left"):
+        var_model.prefill(ids, var_model.init(len(ids)), 20, attention_mask=mask)
+
+
 def test_nothing_planned_equals_the_plain_model(saved_model, stats_path, ids):
     nothing = config(stats_path, frequency_threshold=10**9, confidence_threshold=1.0)
     var_model = VARModel(saved_model, nothing)
