@@ -189,8 +189,8 @@ def distil_answers(args: argparse.Namespace) -> None:
     dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
     write_json(args.output / "distillation.json", {"divergence": done.divergence, "provenance": made})
     remove(work)
-    if len(done.divergence) >= 2 * TENTH:
-        first, last = done.divergence[:TENTH].mean(), done.divergence[-TENTH:].mean()
+    if len(done.divergence) >= 2 * AVERAGED:
+        first, last = done.divergence[:AVERAGED].mean(), done.divergence[-AVERAGED:].mean()
         print(f"divergence from the full model: {first:.5f} nats per token at first, {last:.5f} at last (build split)")
     print(f"written to {args.output}")
 
@@ -253,7 +253,7 @@ def _file(output: Path, name: str) -> Path:
 
 
 FOLDERS = {"distil": distil_answers, "study": study_policy}
-TENTH = 10  # steps over which a divergence is averaged
+AVERAGED = 10  # steps, at first and at last, over which a divergence is averaged
 
 if __name__ == "__main__":
     run(main)

@@ -22,8 +22,8 @@ from models.generation import Sampling, Step, generate
 from models.kv_cache import KVCache
 from models.parameters import Params, prepare
 from models.placement import ONE_DEVICE, Placement
-from models.tokenizer import load_tokenizer
-from models.weights import CheckpointError, load_params
+from models.verification import fitting_tokenizer
+from models.weights import load_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,12 +170,7 @@ def load_model(
     config = read_config(directory / "config.json")
     placement = Placement.of(config, mesh)
     params, fingerprint = load_params(directory, config, DTYPES[dtype], placement)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model"
-        )
+    tokenizer = fitting_tokenizer(directory, config)
     prepared = prepare(params, engine, donate=True)
     return Model(config, prepared, engine, str(directory_or_hub_id), fingerprint, tokenizer, placement)
 

@@ -73,8 +73,7 @@ def p_value(values: ArrayLike, limit: float, low: float, high: float, level: flo
     """For "the mean of the population is `limit` or more": how unlikely the sample is at most, if that holds.
 
     1 / the largest capital of the bets of `upper_bound`, so it is 1 - `level` or less where that bound is `limit` or
-    less and below `high`; at `high` one value below it says no. It is valid at every level; `level` says at which one the
-    bets do best.
+    less and below `high`. It is valid at every level; `level` says at which one the bets do best.
 
     Args and Raises: those of `upper_bound`.
     """
@@ -114,7 +113,7 @@ def documents_needed(values: ArrayLike, low: float, high: float, level: float, t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConfidenceSequence:
-    """Bounds that hold after every observation at once; from `begin`. Its fields are numbers, words and lists.
+    """Bounds that hold after every observation at once; from `begin`. Its fields are numbers, a word and an array.
 
     The bets are constant fractions of the capital, which is shared out over F of them in equal parts (Cover's universal
     portfolio on a grid; Orabona & Jun 2021, arXiv 2110.14099): the order of the observations plays no part. Capital
