@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import dis
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,9 @@ from models.placement import DATA, MeshError, make_mesh
 from varjax import RoutingStats, VARConfig
 from varjax.answers import Answers
 from varjax.model import read_files
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("analysis", "experiments", "models", "profiling", "tuning", "varjax")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -127,11 +131,19 @@ def over_files(config: VARConfig, args: argparse.Namespace) -> VARConfig:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; bad input ends in its one message instead of a traceback."""
+    """Run a script; bad input ends in its one message instead of a traceback.
+
+    Bad input is what the system or a `raise` of this project says no to. A ValueError of NumPy's, say, is a fault of
+    ours, which nobody finds without the traceback.
+    """
     streams = sys.stdout, sys.stderr  # `join` may take them
     try:
         main()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -142,3 +154,15 @@ def run(main: Callable[[], None]) -> None:
         leave(error)
     finally:
         sys.stdout, sys.stderr = streams
+
+
+def _raised_here(error: ValueError) -> bool:
+    """Whether a `raise` of this project's packages raised it: no library, and no operation on arrays."""
+    entry = error.__traceback__
+    while entry is not None and entry.tb_next is not None:
+        entry = entry.tb_next
+    if entry is None:
+        return False
+    code = entry.tb_frame.f_code
+    ours = any(Path(code.co_filename).resolve().is_relative_to(ROOT / name) for name in PACKAGES)
+    return ours and code.co_code[entry.tb_lasti] == dis.opmap["RAISE_VARARGS"]

@@ -7,12 +7,16 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from experiments.arguments import asked_config, new_config
+from experiments.arguments import asked_config, new_config, run
 from models.parameters import init_params
 from models.weights import save_params
+from tuning.objective import upper_limit
 from varjax import VARConfig
+from varjax.routing import top_k
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -79,6 +83,15 @@ def test_bad_input_ends_in_one_message(script, model_directory, corpus_file, tmp
         script("02_evaluate_var.py", *defaults, *arguments)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
     assert not list(tmp_path.iterdir())  # nothing half written
+
+
+def test_only_what_is_refused_is_said_in_short():
+    with pytest.raises(SystemExit, match="error: no preset is called 'bold'"):
+        run(lambda: VARConfig.preset("bold"))
+    with pytest.raises(ValueError, match="could not be broadcast together"):  # NumPy's
+        run(lambda: upper_limit(np.ones(2), np.ones(3), 0.95))
+    with pytest.raises(ValueError, match="k argument to top_k must be no larger"):  # JAX's
+        run(lambda: top_k(jnp.zeros((2, 3)), 5))
 
 
 @pytest.mark.parametrize("saved", [True, False])
