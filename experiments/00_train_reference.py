@@ -49,7 +49,7 @@ CONFIG = MoEConfig(
     rope_theta=1e4,
     max_position_embeddings=256,
 )
-REFERENCE = Path("models/reference")
+OUTPUT = Path("models/reference")  # of the checkout that one stands in, not of the installed package
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = CONFIG if args.config is None else read_config(args.config)
-    output = args.output or (REFERENCE if args.config is None else Path("checkpoints") / args.config.stem)
+    output = args.output or (OUTPUT if args.config is None else Path("checkpoints") / args.config.stem)
     checkpoints = args.checkpoints or Path("results") / f"train_{output.name}"
     train = TrainConfig(
         args.steps, args.batch_size, args.length, args.learning_rate, balance=args.balance, seed=args.seed
@@ -127,7 +127,7 @@ def write_card(directory: Path, train: TrainConfig, documents: list[Encoded], da
         "provenance": provenance(seed=train.seed),
     }
     write_json(directory / "card.json", card)
-    text = card_text(card, model.config, title="The reference model" if directory == REFERENCE else directory.name)
+    text = card_text(card, model.config, title="The reference model" if directory == OUTPUT else directory.name)
     with replacing(directory / "README.md") as temporary:
         temporary.write_text(text)
     print(text)

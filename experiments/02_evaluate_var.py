@@ -40,7 +40,7 @@ from analysis.reports.provenance import provenance, write_json
 from analysis.reports.report import summary as overview
 from analysis.reports.report import text
 from analysis.studies.study import PARTS, Finding, Part, study
-from experiments.arguments import load, load_encoded, parser, read_answers, run
+from experiments.arguments import asked_config, load, load_encoded, parser, read_answers, run
 from experiments.hosts import add_hosts, join
 from models import Model
 from profiling import throughput_section
@@ -193,8 +193,8 @@ def distil_answers(args: argparse.Namespace) -> None:
     dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
     write_json(args.output / "distillation.json", {"divergence": done.divergence, "provenance": made})
     remove(work)
-    if len(done.divergence) >= 2 * TENTH:
-        first, last = done.divergence[:TENTH].mean(), done.divergence[-TENTH:].mean()
+    if len(done.divergence) >= 2 * AVERAGED:
+        first, last = done.divergence[:AVERAGED].mean(), done.divergence[-AVERAGED:].mean()
         print(f"divergence from the full model: {first:.5f} nats per token at first, {last:.5f} at last (build split)")
     print(f"written to {args.output}")
 
@@ -241,15 +241,7 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
     """The config that the arguments ask for, and the search that found it, if one did."""
     if args.mode == "baseline":
         return VARConfig(enable_var=False), None
-    if args.var_config:
-        config = VARConfig.load(args.var_config)
-        if args.routing_stats:
-            config = config.at(args.routing_stats, args.answers)
-        elif args.answers:
-            config = dataclasses.replace(config, residuals=str(args.answers))
-    else:
-        known: dict[str, Any] = {"residuals": str(args.answers)} if args.answers else {}
-        config = VARConfig.from_routing_stats(args.routing_stats, **PRESETS[args.preset], **known)
+    config = asked_config(args, **PRESETS[args.preset])
     if not args.search_policy:
         return config, None
     stats, answers = read_answers(model, config)
@@ -267,7 +259,7 @@ def _file(output: Path, name: str) -> Path:
 
 
 FOLDERS = {"distil": distil_answers, "study": study_policy}
-TENTH = 10  # steps over which a divergence is averaged
+AVERAGED = 10  # steps, at first and at last, over which a divergence is averaged
 
 if __name__ == "__main__":
     run(main)

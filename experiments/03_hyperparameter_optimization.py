@@ -32,7 +32,7 @@ from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
-from experiments.arguments import load, load_encoded, parser, read_answers, run
+from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers, run
 from profiling.calls import PHASES
 from tuning import chosen
 from tuning import report as search_report
@@ -42,7 +42,6 @@ from tuning.space import Space, config_at, default_space, only, suggest, with_ra
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
 from tuning.validation import validate
 from tuning.validation_section import section
-from varjax import VARConfig
 from varjax.config import PRESETS
 
 
@@ -96,13 +95,15 @@ class Setting:
 
     objective: Objective
     space: Space
+    orders: tuple[int, ...]  # of the contexts that have answers
     about: dict[str, Any]  # whatever decides what a trial finds
     origin: dict[str, Any]
 
     @classmethod
     def of(cls, args: argparse.Namespace, progress: bool = True) -> Setting:
         subject, origin = make_subject(args, "tune", args.num_samples, progress)
-        space = with_ranges(default_space(subject.stats.orders, subject.stats.num_experts), args.ranges)
+        orders = tuple(order for order in subject.answers.orders if order > 0)
+        space = with_ranges(default_space(orders, subject.stats.num_experts), args.ranges)
         space = only(space, args.parameters) if args.parameters else space
         limit = subject.config.max_quality_degradation if args.limit is None else args.limit
         judged = {
@@ -115,7 +116,7 @@ class Setting:
         objective = Objective(subject, **judged)
         about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
         about |= {"method": args.method, "seed": args.seed}
-        return cls(objective, space, about, origin)
+        return cls(objective, space, orders, about, origin)
 
     @cached_property
     def ladder(self) -> Ladder:
@@ -123,8 +124,7 @@ class Setting:
 
     def attempt(self, trial: Any) -> Point:
         values = suggest(self.space, trial)
-        subject = self.objective.subject
-        config = config_at(values, subject.config, self.ladder, [one for one in subject.answers.orders if one > 0])
+        config = config_at(values, self.objective.subject.config, self.ladder, self.orders)
         return Point(trial.number, values, config.to_json(), self.objective.evaluate(config))
 
 
@@ -208,16 +208,12 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
 
 
 def put_to_the_test(args: argparse.Namespace) -> None:
-    candidates = {
-        name: config.at(args.routing_stats, args.answers) for name, config in chosen.read(args.validate).items()
-    }
+    candidates = {name: over_files(config, args) for name, config in chosen.read(args.validate).items()}
     calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
     args.num_samples = args.validate_samples
     documents, data = load_encoded(calibrate.model, args, "test", args.num_samples)
     test = dataclasses.replace(calibrate, documents=documents)
-    presets = {
-        f"preset {name}": VARConfig.from_routing_stats(args.routing_stats, **fields) for name, fields in PRESETS.items()
-    }
+    presets = {f"preset {name}": new_config(args, **fields) for name, fields in PRESETS.items()}
     limit = calibrate.config.max_quality_degradation if args.limit is None else args.limit
     found = validate(
         calibrate,
@@ -247,11 +243,7 @@ def make_subject(
     """What is searched or validated, on at most `limit` documents of a split, and what a result file says of it."""
     args = argparse.Namespace(**vars(args) | {"num_samples": limit})
     model, documents, origin = load(args, split)
-    known: dict[str, Any] = {"residuals": str(args.answers)} if args.answers else {}
-    if args.var_config:
-        config = VARConfig.load(args.var_config).at(args.routing_stats, args.answers)
-    else:
-        config = VARConfig.from_routing_stats(args.routing_stats, **known)
+    config = asked_config(args)
     stats, answers = read_answers(model, config)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
     folder = args.output / "losses"

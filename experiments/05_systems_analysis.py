@@ -23,7 +23,7 @@ from typing import Any
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, Section, summary
-from experiments.arguments import load, parser, run
+from experiments.arguments import asked_config, load, parser, run
 from profiling import (
     bottlenecks_section,
     components_section,
@@ -38,7 +38,7 @@ from profiling.bottlenecks import bottlenecks
 from profiling.components import measure_sides
 from profiling.points import tasks
 from profiling.throughput import drawn_texts
-from varjax import VARConfig, VARModel
+from varjax import VARModel
 
 DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
 NOTES = (
@@ -60,9 +60,7 @@ def main() -> None:
     if args.output.suffix:
         arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
     model, documents, origin = load(args, args.split)
-    config = VARConfig.load(args.var_config)
-    if args.routing_stats:
-        config = config.at(args.routing_stats, args.answers)
+    config = asked_config(args)
     if not config.enable_var:
         raise ValueError(f"{args.var_config}: enable_var is false; there is nothing to compare with the plain model")
     var_model = VARModel(model, config)

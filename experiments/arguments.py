@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import dis
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,9 @@ from models.placement import DATA, MeshError, make_mesh
 from varjax import RoutingStats, VARConfig
 from varjax.answers import Answers
 from varjax.model import read_files
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("analysis", "experiments", "models", "profiling", "tuning", "varjax")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -106,12 +111,42 @@ def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers
     return stats, answers
 
 
+def asked_config(args: argparse.Namespace, **fields: Any) -> VARConfig:
+    """The config that --var_config, --routing_stats and --answers name.
+
+    Args:
+        fields: of the config where there is no --var_config, in the place of the defaults.
+    """
+    return over_files(VARConfig.load(args.var_config), args) if args.var_config else new_config(args, **fields)
+
+
+def new_config(args: argparse.Namespace, **fields: Any) -> VARConfig:
+    """A config for --routing_stats, and for --answers in the place of those beside it."""
+    known = {"residuals": str(args.answers)} if args.answers else {}
+    return VARConfig.from_routing_stats(args.routing_stats, **fields, **known)
+
+
+def over_files(config: VARConfig, args: argparse.Namespace) -> VARConfig:
+    """The same settings over the --routing_stats and --answers that are given."""
+    if args.routing_stats:
+        return config.at(args.routing_stats, args.answers)
+    return dataclasses.replace(config, residuals=str(args.answers)) if args.answers else config
+
+
 def run(main: Callable[[], None]) -> None:
-    """Run a script; bad input ends in its one message instead of a traceback."""
+    """Run a script; bad input ends in its one message instead of a traceback.
+
+    Bad input is what the system or a `raise` of this project says no to. A ValueError of NumPy's, say, is a fault of
+    ours, which nobody finds without the traceback.
+    """
     streams = sys.stdout, sys.stderr  # `join` may take them
     try:
         main()
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -122,3 +157,15 @@ def run(main: Callable[[], None]) -> None:
         leave(error)
     finally:
         sys.stdout, sys.stderr = streams
+
+
+def _raised_here(error: ValueError) -> bool:
+    """Whether a `raise` of this project's packages raised it: no library, and no operation on arrays."""
+    entry = error.__traceback__
+    while entry is not None and entry.tb_next is not None:
+        entry = entry.tb_next
+    if entry is None:
+        return False
+    code = entry.tb_frame.f_code
+    ours = any(Path(code.co_filename).resolve().is_relative_to(ROOT / name) for name in PACKAGES)
+    return ours and code.co_code[entry.tb_lasti] == dis.opmap["RAISE_VARARGS"]

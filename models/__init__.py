@@ -3,6 +3,16 @@
 from models.config import ConfigError, MoEConfig
 from models.generation import Sampling
 from models.model import Model, load_model
+from models.placement import MeshError, make_mesh
 from models.weights import CheckpointError
 
-__all__ = ["CheckpointError", "ConfigError", "MoEConfig", "Model", "Sampling", "load_model"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "MeshError",
+    "MoEConfig",
+    "Model",
+    "Sampling",
+    "load_model",
+    "make_mesh",
+]

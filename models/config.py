@@ -74,7 +74,7 @@ class MoEConfig:
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
-        """Begin, end and padding ids: never counted in statistics, never planned."""
+        """Begin, end and padding ids: never counted in statistics, so no key ends in one."""
         named = {self.bos_token_id, self.pad_token_id, *self.eos_token_ids} - {None}
         return tuple(sorted(token for token in named if token is not None))
 

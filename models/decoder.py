@@ -1,11 +1,11 @@
 """The decoder: `forward`, a pure function of its parameters (`models.parameters`) and of token ids.
 
 Letters: B sequences, T positions of this call, S positions of the cache, L layers with experts, V vocabulary, D hidden
-size, H query heads, G key/value heads, E experts, K experts per token.
+size, H query heads, G key/value heads, E experts, K experts per token, Q tokens of the batch that are audited.
 
-Architecture: Jiang et al. 2024 (arXiv 2401.04088). What other
-families do differently are fields of `MoEConfig`: norms of queries and keys, clipping, biases, gate weights that are
-not divided by their sum, layers without experts. No family is known here by its name.
+Architecture: Jiang et al. 2024 (arXiv 2401.04088). What other families do differently are fields of `MoEConfig`: norms
+of queries and keys, clipping, biases, gate weights that are not divided by their sum, layers without experts. No family
+is known here by its name.
 
 The innermost `jax.named_scope` of every operation is the component that `profiling` reports its time under.
 """
@@ -39,7 +39,7 @@ class Output:
     routing: Routing  # [L, B, T, K], the experts that really ran; E = unused slot
     kv: KVCache | None  # the cache with this call's positions in it, where one was passed
     slot_outputs: jax.Array | None  # [len(slot_outputs_of), B, T, K, D], each slot's gate-weighted expert output
-    audit: jax.Array | None = None  # float32[L, S], `audit_error` of the tokens that were asked for
+    audit: jax.Array | None = None  # float32[L, Q], `audit_error` of the tokens that were asked for
 
 
 @partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "slot_outputs_of"))
@@ -72,7 +72,7 @@ def forward(
         answers: one per layer with experts, what stands in for those that the plan drops.
         last_logits_only: compute the head for the last position only.
         slot_outputs_of: layers (0 to L - 1) whose slots' outputs are wanted (costs their experts a second time).
-        audit: int32[S], tokens b * T + t whose experts are also run as the learned router would have it; negative for
+        audit: int32[Q], tokens b * T + t whose experts are also run as the learned router would have it; negative for
             none, which costs nothing.
     """
     mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
@@ -178,10 +178,10 @@ def audit_error(
     engine: Engine,
     experts: Any,
 ) -> jax.Array:
-    """float32[S]: |y - full| / |full| in one layer, Euclidean norms; 0 where a token is negative.
+    """float32[Q]: |y - full| / |full| in one layer, Euclidean norms; 0 where a token is negative.
 
     Args:
-        tokens: int32[S], b * T + t.
+        tokens: int32[Q], b * T + t.
         x: [B * T, D], what the experts read.
         probs: float32[B, T, E], softmax of the gate.
         y: [B, T, D], the layer's output, residual rows included. `full` is that of all K experts of the gate's choice.

@@ -61,14 +61,11 @@ def generate(
 
     Args:
         kv: empty, with room for T + max_new_tokens - 1 positions.
+        mask: bool [B, T], true at every text's last position.
         end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
-
-    Raises ValueError if a text ends in padding: the next token would follow the padding.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1")
-    if not np.asarray(mask[:, -1]).all():
-        raise ValueError("attention_mask ends in padding; pad on the left, so that each text's last token comes last")
     key = jax.random.key(sampling.seed)
     live = jnp.ones(ids.shape[0], bool)
     pieces = [ids]

@@ -22,8 +22,8 @@ from models.generation import Sampling, Step, generate
 from models.kv_cache import KVCache
 from models.parameters import Params, prepare
 from models.placement import ONE_DEVICE, Placement
-from models.tokenizer import load_tokenizer
-from models.weights import CheckpointError, load_params
+from models.verification import fitting_tokenizer
+from models.weights import load_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +95,7 @@ class Model:
             step: what runs one call of the decoder (`models.generation.Step`); None: the plain model.
             carry: what `step` threads through its calls, beside the key/value cache.
         """
-        ids, mask = self.check_inputs(input_ids, attention_mask)
+        ids, mask = self.check_inputs(input_ids, attention_mask, going_on=True)
         batch, length = ids.shape
         ends = self.config.eos_token_ids
         fill = self.config.pad_token_id if self.config.pad_token_id is not None else (*ends, 0)[0]
@@ -107,8 +107,14 @@ class Model:
         logits, kv = plain_step(self.params, kv, ids, mask, self.network)
         return logits, kv, carry
 
-    def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]:
-        """int32 ids and bool mask, [B, T] each; raises ValueError for a wrong shape, dtype or id."""
+    def check_inputs(
+        self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """int32 ids and bool mask, [B, T] each; raises ValueError for a wrong shape, dtype or id.
+
+        Args:
+            going_on: the texts are to be continued, so none may end in padding: the next token would follow that.
+        """
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
             raise ValueError(
@@ -122,6 +128,10 @@ class Model:
         mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
         if mask.shape != ids.shape:
             raise ValueError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}")
+        if going_on and not mask[:, -1].all():
+            raise ValueError(
+                "attention_mask ends in padding; pad on the left, so that each text's last token comes last"
+            )
         return self.place((jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
 
 
@@ -160,12 +170,7 @@ def load_model(
     config = read_config(directory / "config.json")
     placement = Placement.of(config, mesh)
     params, fingerprint = load_params(directory, config, DTYPES[dtype], placement)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model"
-        )
+    tokenizer = fitting_tokenizer(directory, config)
     prepared = prepare(params, engine, donate=True)
     return Model(config, prepared, engine, str(directory_or_hub_id), fingerprint, tokenizer, placement)
 

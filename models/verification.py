@@ -12,12 +12,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from models.config import read_config
+from models.config import MoEConfig, read_config
 from models.tokenizer import load_tokenizer
 from models.weights import INDEX_FILE, CheckpointError, ledger, locate_tensors, tensor_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RECORD = "varjax_download.json"
 _BLOCK = 1 << 22  # bytes hashed at once
@@ -99,6 +103,17 @@ def _same_contents(path: Path, file: RemoteFile, bar: tqdm) -> bool:
     return known is None or digest.hexdigest() == known
 
 
+def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizerBase | None:
+    """`load_tokenizer`; raises CheckpointError if some of its ids have no embedding in the model."""
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return tokenizer
+
+
 def check_structure(directory: Path, hashed: int) -> Verified:
     """What `verify` says, contents apart."""
     config = read_config(directory / "config.json")
@@ -108,12 +123,7 @@ def check_structure(directory: Path, hashed: int) -> Verified:
     locate_tensors(directory, expected)
     if (directory / INDEX_FILE).exists():
         _check_index(directory / INDEX_FILE, sizes)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
-            f"{config.vocab_size}; use the tokenizer that belongs to the model"
-        )
+    tokenizer = fitting_tokenizer(directory, config)
     return Verified(
         directory,
         files=len(files),

@@ -121,8 +121,9 @@ def save_params(
 ) -> None:
     """Write canonical parameters and `config.json` so that this library and transformers open the directory.
 
-    More than `shard_bytes` go into numbered shards. No file takes its place before all are written: an interrupted
-    call leaves the directory as it was. A checkpoint that was there before is replaced, its other shards removed.
+    More than `shard_bytes` go into numbered shards. No file takes its place before all are written: a call that is
+    interrupted before leaves the directory as it was, one that is interrupted later leaves files of both checkpoints. A
+    checkpoint that was there before is replaced, its other shards removed.
     """
     entries = ledger(config)
     sizes = {name: math.prod(entry.shape) * jnp.dtype(dtype).itemsize for name, entry in entries.items()}

@@ -53,7 +53,8 @@ class Objective:
     """How configurations are judged. One table is built for all of them; they differ in its rules.
 
     Raises:
-        ValueError: settings out of their ranges, or as `analysis.policies.scored_points.Subject`.
+        ValueError: settings out of their ranges, a config that bounds its answers, or as
+            `analysis.policies.scored_points.Subject`.
     """
 
     subject: Subject  # its documents are those of the tune split
@@ -70,6 +71,12 @@ class Objective:
             raise ValueError(f"limit={self.limit}: expected a relative change between 0 and {math.expm1(CLIP):.2f}")
         if not self.phases or not set(self.phases) <= set(PHASES):
             raise ValueError(f"phases={self.phases}: expected one or more of {', '.join(PHASES)}")
+        bound = self.subject.config.answers_per_layer
+        if bound is not None:  # which answers are the most valuable depends on each policy's own keys
+            raise ValueError(
+                f"answers_per_layer={bound}: all configurations of a search share one table, which holds every answer; "
+                "search with answers_per_layer=None and bound the answers of the configuration that is found"
+            )
 
     def evaluate(self, config: VARConfig) -> Outcome:
         """The configuration on the tuning documents, as far as it is not hopeless, and its speed."""

@@ -8,7 +8,8 @@ A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig`
 - `cached_tier`: whether there is a cached tier at all. Where there is none, its settings (`CACHED`) mean nothing; they
   are drawn all the same, since a model of a space that changes its shape is a worse one.
 
-To search another field of `VARConfig`, give a `Parameter` of its name.
+To search another field of `VARConfig`, give a `Parameter` of its name; but not of those in `OF_THE_TABLE`: they went
+into the one table that all points of a search share.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from varjax.config import LayerPolicy, VARConfig
 Value = int | float | bool
 Values = Mapping[str, Value]
 
+OF_THE_TABLE = ("residual_shrinkage", "answers_per_layer", "answer_dtype")
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
     """One setting and its range, both ends included; a "bool" has none.
 
     Raises:
-        ValueError: a range that is empty, not of the kind, or, on a logarithmic scale, not above 0.
+        ValueError: a range that is empty, not of the kind, or, on a logarithmic scale, not above 0; a name that is in
+            `OF_THE_TABLE`.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Parameter:
     unit: str = ""
 
     def __post_init__(self) -> None:
+        if self.name in OF_THE_TABLE:
+            raise ValueError(f"{self.name} is laid down in the table that all points share; leave it to the config")
         if self.kind == "int" and not (float(self.low).is_integer() and float(self.high).is_integer()):
             raise ValueError(f"{self.name}={self.low}:{self.high}: expected whole numbers")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
@@ -102,7 +108,7 @@ def default_space(orders: Sequence[int], num_experts: int = PUBLISHED_FOR) -> Sp
     A gate's entropy is at most ln E, so its range is stretched by ln E / ln 8 for another number of experts.
 
     Args:
-        orders: of the statistics.
+        orders: that a policy may look at, above 0; `config_at` has to be given the same.
         num_experts: E, of the statistics.
     """
     stretch = math.log(num_experts) / math.log(PUBLISHED_FOR)
@@ -161,7 +167,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
     Args:
         values: by parameter; what is not there stays as it is in `base`.
         ladder: measured on the tuning documents; asked where there is a `loss_budget`.
-        orders: of the statistics.
+        orders: that a policy may look at, above 0, as given to `default_space`.
 
     Raises:
         ValueError: a value that VARConfig refuses.

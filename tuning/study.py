@@ -2,7 +2,7 @@
 
     study = open_study(storage, name, method, about)
     fill(study, method, space, n_calls, grid_points)
-    work(study, method, seed, attempt)
+    work(study, method, seed, attempt, limit)
 
 Work is handed out by tickets: trials that wait in the storage, with the point that they are to try (a grid) or without
 one (the sampler draws it). A worker takes a ticket by setting its trial to running, which the storage lets one worker
@@ -137,6 +137,8 @@ def fill(study: optuna.Study, method: Method, space: Space, n_calls: int | None,
         StudyError: the grid is larger than `n_calls`, or there is nothing to do.
     """
     if method == "grid":
+        if grid_points < 1:
+            raise StudyError(f"--grid_points {grid_points}: expected at least 1")
         wanted = grid(space, grid_points)
         if n_calls is not None and len(wanted) > n_calls:
             raise StudyError(

@@ -7,11 +7,11 @@ context cache, and the pure functions `plan` and `commit` around a forward pass.
 
 from varjax.audit import Auditor
 from varjax.config import LayerPolicy, VARConfig
-from varjax.drift import DriftWarning
+from varjax.drift import Calibration, DriftWarning
 from varjax.model import VARModel, build_table
 from varjax.routing import CACHED, FAST, LEARNED, Plan, Routing
 from varjax.stats import RoutingStats
-from varjax.step import VARState, commit, plan
+from varjax.step import Settings, VARState, commit, init, milliseconds, plan
 from varjax.table import RouteTable
 
 __all__ = [
@@ -19,16 +19,20 @@ __all__ = [
     "FAST",
     "LEARNED",
     "Auditor",
+    "Calibration",
     "DriftWarning",
     "LayerPolicy",
     "Plan",
     "RouteTable",
     "Routing",
     "RoutingStats",
+    "Settings",
     "VARConfig",
     "VARModel",
     "VARState",
     "build_table",
     "commit",
+    "init",
+    "milliseconds",
     "plan",
 ]

@@ -88,9 +88,11 @@ class Auditor:
         first finds drift. A call of the plain model changes neither state.
         """
         ids, mask = self.var_model.model.check_inputs(input_ids, attention_mask)
-        if state is None or self.disabled(audit_state):
+        if self.disabled(audit_state):
             out, _ = self.var_model.advance(None, ids, mask)
             return out, state, audit_state
+        if state is None:
+            raise ValueError("VAR is on but state is None; begin with var_model.init(batch_size)")
         out, state, tally, key = audited(self.var_model, state, ids, mask, audit_state.key, self.calibration.share)
         observed = observe(jax.device_get(tally), self.calibration.streams)
         monitor = drift.watch(audit_state.monitor, observed)

@@ -74,13 +74,17 @@ def p_value(values: ArrayLike, limit: float, low: float, high: float, level: flo
     """For "the mean of the population is `limit` or more": how unlikely the sample is at most, if that holds.
 
     1 / the largest capital of the bets of `upper_bound`, so it is 1 - `level` or less where that bound is `limit` or
-    less. It is valid at every level; `level` says at which one the bets do best.
+    less and below `high`. It is valid at every level; `level` says at which one the bets do best.
 
     Args and Raises: those of `upper_bound`.
     """
     x = np.random.default_rng(seed).permutation(_scaled(values, low, high, level))
     m = (limit - low) / (high - low)
-    return 0.0 if m >= 1 else math.exp(-max(0.0, _log_capital(x, _bets(x, level), m)))
+    if m > 1:  # no mean is so high
+        return 0.0
+    if m == 1:  # the mean of a population of nothing but `high`
+        return 0.0 if x.min() < 1 else 1.0
+    return math.exp(-max(0.0, _log_capital(x, _bets(x, level), m)))
 
 
 def documents_needed(values: ArrayLike, low: float, high: float, level: float, target: float) -> int | None:
@@ -110,7 +114,7 @@ def documents_needed(values: ArrayLike, low: float, high: float, level: float, t
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConfidenceSequence:
-    """Bounds that hold after every observation at once; from `begin`. Its fields are numbers, words and lists.
+    """Bounds that hold after every observation at once; from `begin`. Its fields are numbers, a word and an array.
 
     The bets are constant fractions of the capital, which is shared out over F of them in equal parts (Cover's universal
     portfolio on a grid; Orabona & Jun 2021, arXiv 2110.14099): the order of the observations plays no part. Capital

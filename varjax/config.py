@@ -93,7 +93,7 @@ class VARConfig:
     residuals: str | None = None  # path of the safetensors file with the answers
     enable_var: bool = True  # False = the plain model, bit for bit
     max_quality_degradation: float = 0.01  # relative increase of perplexity that is still acceptable
-    mass_threshold: float = 0.9  # share of the predicted gate weight that the kept experts reach if kept is open
+    mass_threshold: float = 0.9  # share of the gate weight that runs: of predictions if kept is open, and of the cached
     residual_shrinkage: float = 1.0  # k0, occurrences that the prior of an answer weighs
     answer_dtype: AnswerType = "float32"  # how answers are kept; "bfloat16" takes half of the bytes, "int8" a quarter
     answers_per_layer: int | None = None  # answers that a layer holds at most, the most valuable ones; None = all
@@ -182,9 +182,10 @@ class VARConfig:
         rows = residuals_beside(stats)
         if rows.is_file():
             found["residuals"] = str(rows)
-        elif overrides.get("residuals") is None:
-            found["default"] = LayerPolicy(kept=None, residual=False)
-        return cls(**(found | _known(cls, overrides, "VARConfig")))
+        values = found | _known(cls, overrides, "VARConfig")
+        if values.get("residuals") is None:
+            values.setdefault("default", LayerPolicy(kept=None, residual=False))
+        return cls(**values)
 
     def at(self, routing_stats: str | os.PathLike[str], residuals: str | os.PathLike[str] | None = None) -> VARConfig:
         """The same settings over other files.

@@ -68,7 +68,9 @@ class RoutedModel(Protocol):
 
     def place(self, tree: T) -> T: ...  # arrays moved to the devices that the model runs on, if these are several
 
-    def check_inputs(self, input_ids: Any, attention_mask: Any | None = None) -> tuple[jax.Array, jax.Array]: ...
+    def check_inputs(
+        self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
+    ) -> tuple[jax.Array, jax.Array]: ...
 
     def generate(
         self,
@@ -114,12 +116,14 @@ class VARModel:
             clock: seconds from any origin, never going back; None: `time.monotonic`.
 
         Raises:
-            ValueError: the files belong to another model, or do not fit it.
+            ValueError: the files belong to another model, or they or the table do not fit it.
         """
         self.model, self.config = model, config
         self.clock = clock or time.monotonic
         self.table = None
         if config.enable_var:
+            if table is not None:
+                _check_table(table, model)
             self.table = model.place(build_table(model, config) if table is None else table)
         self.settings = model.place(Settings.of(config, model.config.num_layers))
 
@@ -142,8 +146,11 @@ class VARModel:
 
         Args:
             input_ids: integers [B, T].
-            state: from `init` or the call before; spent by this call.
+            state: from `init` or the call before; spent by this call. None only with VAR switched off.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
+
+        Raises:
+            ValueError: no state, though VAR is on, or inputs that `models.Model.check_inputs` refuses.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask)
         return self.advance(self._begin(state, len(ids)), ids, mask)
@@ -161,8 +168,11 @@ class VARModel:
 
         Returns:
             The logits of the last position, [B, 1, V], with `.kv` and nothing else, and the state.
+
+        Raises:
+            ValueError: as a call, and for texts that end in padding or do not fit into `capacity`.
         """
-        ids, mask = self.model.check_inputs(input_ids, attention_mask)
+        ids, mask = self.model.check_inputs(input_ids, attention_mask, going_on=True)
         if capacity < ids.shape[1]:
             raise ValueError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
         kv = self.model.empty_cache(len(ids), capacity)
@@ -206,7 +216,11 @@ class VARModel:
         return self.model.generate(input_ids, max_new_tokens, step=run, carry=state, **options)
 
     def _begin(self, state: VARState | None, batch_size: int) -> VARState | None:
-        return None if state is None else self.model.place(step.begin(state, batch_size))
+        if state is None:
+            if self.table is not None:
+                raise ValueError("VAR is on but state is None; begin with var_model.init(batch_size)")
+            return None
+        return self.model.place(step.begin(state, batch_size))
 
     def summary(self, state: VARState | None) -> str:
         """Share per tier and layer, hits and experts per token so far, as a table to print."""
@@ -338,6 +352,16 @@ def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Ans
     answers, meta = answersfile.read(config.residuals)
     _check_origin(config.residuals, meta, model)
     return stats, answers
+
+
+def _check_table(table: RouteTable, model: RoutedModel) -> None:
+    theirs = (table.num_layers, table.num_experts, table.top_k)
+    ours = (model.config.num_layers, model.config.num_experts, model.config.top_k)
+    if theirs != ours:
+        raise ValueError(
+            f"the table has (layers, experts, experts per token) {theirs}, the model {ours}; build it for this model "
+            "(varjax.build_table)"
+        )
 
 
 def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:

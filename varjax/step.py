@@ -57,7 +57,11 @@ class Settings:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counters:
-    """What happened so far, by layer and tier."""
+    """What happened so far, by layer and tier.
+
+    They hold at most 2^31 - 1: `active` has room for 2^31 / K tokens, 268 million at K = 8, and then wraps around to
+    below zero. A service that runs for longer reads them before and puts `Counters.zero` in their place.
+    """
 
     tokens: Array  # int32 [L, 3]
     agreements: Array  # int32 [L, 3], tokens whose predicted first expert, if any, was the learned router's
@@ -185,8 +189,15 @@ def summary(counters: Counters, top_k: int) -> dict[str, Any]:
     Each dict holds `tokens` (layers x tokens), the share of each tier under `tiers` (they sum to 1), `hit_rate` (share
     that was planned), `false_hits` (share of the planned whose predicted first expert was not the learned one),
     `experts_per_token`, and `experts_share` of the model's K. Without tokens every share is 0.
+
+    Raises OverflowError where a counter has passed 2^31 and is below zero.
     """
     host = np.stack([counters.tokens, counters.agreements, counters.active]).astype(np.int64)  # [3, L, 3]
+    if (host < 0).any():
+        raise OverflowError(
+            "a counter has passed 2^31, so the shares are lost; the cache is not: go on with "
+            "dataclasses.replace(state, counters=varjax.step.Counters.zero(num_layers)), and do so sooner the next time"
+        )
     layers = [_shares(layer, top_k) for layer in host.swapaxes(0, 1)]
     return {**_shares(host.sum(axis=1), top_k), "layers": layers}
 

@@ -162,8 +162,14 @@ def with_policies(
         answers: likewise.
 
     Raises:
-        ValueError: as `build`.
+        ValueError: as `build`, or the table holds other rows than all those of `stats`.
     """
+    rows = table.index.keys.shape[0]
+    if rows != len(stats.keys) + 1:
+        raise ValueError(
+            f"the table has {rows} rows, the statistics {len(stats.keys)} keys and that of order 0; "
+            "build the table from these statistics with keep_shapes=True"
+        )
     policies = [config.policy(layer) for layer in range(table.num_layers)]
     _check_policies(config, policies, stats, table.top_k, answers)
     shape = (table.eligible.shape[1], table.num_experts)

@@ -1,16 +1,22 @@
 """The phase scripts as a user runs them: in order, on a tiny model, and with what users get wrong."""
 
+import argparse
 import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from experiments.arguments import asked_config, new_config, run
 from models.parameters import init_params
 from models.weights import save_params
+from tuning.objective import upper_limit
 from varjax import VARConfig
+from varjax.routing import top_k
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -77,6 +83,30 @@ def test_bad_input_ends_in_one_message(script, model_directory, corpus_file, tmp
         script("02_evaluate_var.py", *defaults, *arguments)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
     assert not list(tmp_path.iterdir())  # nothing half written
+
+
+def test_only_what_is_refused_is_said_in_short():
+    with pytest.raises(SystemExit, match="error: no preset is called 'bold'"):
+        run(lambda: VARConfig.preset("bold"))
+    with pytest.raises(ValueError, match="could not be broadcast together"):  # NumPy's
+        run(lambda: upper_limit(np.ones(2), np.ones(3), 0.95))
+    with pytest.raises(ValueError, match="k argument to top_k must be no larger"):  # JAX's
+        run(lambda: top_k(jnp.zeros((2, 3)), 5))
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("moved", [True, False])
+def test_answers_are_asked_for_with_and_without_a_config_and_statistics(tmp_path, saved, moved):
+    stats, config = tmp_path / "stats.parquet", tmp_path / "config.json"
+    stats.write_bytes(b"PAR1")
+    VARConfig(routing_stats="elsewhere.parquet", residuals="its own", cache_size=7).save(config)
+    named = {"var_config": config if saved else None, "routing_stats": stats if moved or not saved else None}
+    args = argparse.Namespace(**named, answers=Path("distilled.safetensors"))
+    asked = asked_config(args, cache_size=5)
+    assert (asked.residuals, asked.cache_size) == ("distilled.safetensors", 7 if saved else 5)
+    assert asked.routing_stats == str(named["routing_stats"] or "elsewhere.parquet")
+    preset = {**vars(args), "routing_stats": stats}
+    assert new_config(argparse.Namespace(**preset), cache_size=5).residuals == "distilled.safetensors"
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("[0-9]*.py")))

@@ -1,13 +1,18 @@
 """`03_hyperparameter_optimization.py` as a user runs it."""
 
+import argparse
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import optuna
 import pytest
 
+from analysis.policies.ladder import Choice, Ladder, Step
 from tuning import study
 from varjax import VARConfig
 
@@ -61,6 +66,21 @@ def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys)
     evaluation = (*asked[:8], "--mode", "var", "--var_config", best, "--no_throughput", "--output", tmp_path / "e.json")
     script("02_evaluate_var.py", *evaluation)
     assert json.loads((tmp_path / "e.json").read_text())["tokens"] > 0
+
+
+def test_the_space_and_its_points_look_at_the_same_orders(monkeypatch):
+    """Phase 1 may collect answers of fewer orders than statistics."""
+    module = importlib.import_module("experiments.03_hyperparameter_optimization")
+    stats, answers = SimpleNamespace(orders=(1, 2, 3), num_experts=8), SimpleNamespace(orders=(0, 2, 3))
+    subject = SimpleNamespace(stats=stats, answers=answers, config=VARConfig(), digest="")
+    monkeypatch.setattr(module, "make_subject", lambda *_: (subject, {}))
+    monkeypatch.setattr(module.Objective, "ladder", lambda _: Ladder((), (Step(Choice(0, 0.1), 0.001),)))
+    monkeypatch.setattr(module.Objective, "evaluate", lambda _, config: config)
+    judged = {"speed": "model", "phases": ["prefill"], "repeats": 1, "confidence": 0.9, "limit": 0.1}
+    asked = {"num_samples": 1, "ranges": [], "parameters": None, "method": "tpe", "seed": 0}
+    setting = module.Setting.of(argparse.Namespace(**judged, **asked))
+    shortest = setting.attempt(optuna.trial.FixedTrial({one.name: one.points(2)[0] for one in setting.space}))
+    assert [layer.orders for layer in dict(shortest.outcome.layers).values()] == [(2,)]
 
 
 def test_the_same_seed_gives_the_same_search_bit_for_bit(script, asked, tmp_path):

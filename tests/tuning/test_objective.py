@@ -37,6 +37,12 @@ def kept(subject, kept, residual=True):
     return dataclasses.replace(subject.config, default=LayerPolicy(kept=kept, orders=(1, 2), residual=residual))
 
 
+def test_a_bound_on_the_answers_that_one_table_cannot_keep_is_refused(subject):
+    bounded = dataclasses.replace(subject, config=dataclasses.replace(subject.config, answers_per_layer=3))
+    with pytest.raises(ValueError, match="answers_per_layer=3: all configurations of a search share one table"):
+        Objective(bounded, speed="model")
+
+
 def test_an_open_config_costs_nothing_and_saves_nothing(subject, objective):
     found = objective.evaluate(subject.config)
     assert found.degradation == pytest.approx(0, abs=1e-6) and not found.hopeless

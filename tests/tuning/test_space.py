@@ -30,6 +30,12 @@ def test_a_range_that_is_none_is_refused(settings, message):
         Parameter("x", *settings)
 
 
+@pytest.mark.parametrize("name", ["residual_shrinkage", "answers_per_layer", "answer_dtype"])
+def test_what_is_laid_down_in_the_table_cannot_be_searched(name):
+    with pytest.raises(ValueError, match=f"{name} is laid down in the table"):
+        Parameter(name, "int", 1, 10)
+
+
 def test_points_go_from_end_to_end_on_the_parameters_scale():
     even = Parameter("x", "float", 0.1, 1.5).points(5)
     assert (even[0], even[-1]) == (0.1, 1.5) and np.diff(even) == pytest.approx(0.35)

@@ -206,6 +206,8 @@ def test_a_grid_larger_than_the_calls_is_refused_before_any_trial(url):
     assert study.get_trials() == []
     with pytest.raises(StudyError, match="--n_calls 0: expected at least 1"):
         fill(study, "random", SPACE, 0, 3)
+    with pytest.raises(StudyError, match="--grid_points 0: expected at least 1"):
+        fill(study, "grid", SPACE, None, 0)
 
 
 def test_bayesian_search_without_torch_is_refused_with_the_extra_named(monkeypatch):

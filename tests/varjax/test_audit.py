@@ -247,6 +247,9 @@ def test_what_does_not_fit_is_refused(small_var_model, calibration):
         Auditor(VARModel(small_var_model.model, changed, table=small_var_model.table), calibration)
     with pytest.raises(ValueError, match="on_drift='stop': expected 'warn' or 'disable'"):
         Auditor(small_var_model, calibration, on_drift="stop")
+    auditor = Auditor(small_var_model, calibration)
+    with pytest.raises(ValueError, match="VAR is on but state is None"):
+        auditor(np.zeros((1, 4), int), None, auditor.init())
     with pytest.raises(ValueError, match="VAR is switched off"):
         Auditor(VARModel(small_var_model.model, VARConfig(enable_var=False)), calibration)
 

@@ -112,7 +112,8 @@ def test_p_is_valid_at_every_level_whatever_level_it_is_tuned_to():
     p = np.array([p_value(rng.beta(1, 3, 100), 0.25, 0, 1, level=0.99) for _ in range(REPEATS)])
     for alpha in (0.01, 0.05, 0.2, 0.5):
         assert np.mean(p <= alpha) <= alpha + 3 * math.sqrt(alpha / REPEATS)
-    assert p_value(rng.beta(1, 3, 100), 1, 0, 1) == 0  # no mean can pass 1
+    assert p_value(rng.beta(1, 3, 100), 1, 0, 1) == 0 == p_value(np.ones(100), 1.1, 0, 1)  # no mean can pass 1
+    assert p_value(np.ones(100), 1, 0, 1) == 1  # a mean of 1 is likely enough
 
 
 def test_documents_needed_are_about_what_half_of_fresh_samples_need():

@@ -214,6 +214,8 @@ def test_from_routing_stats_finds_the_residual_rows_beside_it(tmp_path):
     with_rows = VARConfig.from_routing_stats(stats)
     assert with_rows.residuals == str(rows)
     assert with_rows.default == LayerPolicy()
+    assert VARConfig.from_routing_stats(stats, residuals="other").residuals == "other"
+    assert VARConfig.from_routing_stats(stats, residuals=None) == dataclasses.replace(without, cache_size=1000)
 
 
 def test_every_field_is_in_the_json():

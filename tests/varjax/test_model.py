@@ -9,7 +9,7 @@ import pytest
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
-from varjax import LayerPolicy, VARConfig, VARModel, answersfile, statsfile
+from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
 from varjax.model import routed_forward
 from varjax.routing import CACHED
 
@@ -78,6 +78,25 @@ def test_disabled_is_the_plain_model_and_hands_the_state_on(saved_model, stats_p
         rows.append(whole.plan.row[..., position : position + 1] if model is off else out.plan.row)
     np.testing.assert_array_equal(np.concatenate(rows, axis=-1), whole.plan.row)
     assert int(state.counters.tokens.sum()) == 2 * len(ids) * 13
+
+
+def test_a_forgotten_state_is_no_switch(saved_model, stats_path, ids):
+    var_model = VARModel(saved_model, config(stats_path))
+    calls = (
+        lambda: var_model(ids, None),
+        lambda: var_model.prefill(ids, None, capacity=20),
+        lambda: var_model.generate(ids, None, 8),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"VAR is on but state is None; begin with var_model\.init\(batch_size\)"):
+            call()
+
+
+def test_a_prefill_of_texts_that_end_in_padding_is_refused(saved_model, stats_path, ids):
+    var_model, mask = VARModel(saved_model, config(stats_path)), np.ones(ids.shape)
+    mask[0, -1] = 0
+    with pytest.raises(ValueError, match="ends in padding; pad on the left"):
+        var_model.prefill(ids, var_model.init(len(ids)), 20, attention_mask=mask)
 
 
 def test_nothing_planned_equals_the_plain_model(saved_model, stats_path, ids):
@@ -263,6 +282,15 @@ def test_files_of_another_model_are_refused(saved_model, stats_path):
     other = dataclasses.replace(saved_model, fingerprint="0" * 64)
     with pytest.raises(ValueError, match=r"routing_stats\.parquet: fingerprint .* is of another model"):
         VARModel(other, config(stats_path))
+
+
+def test_a_table_of_another_model_is_refused(saved_model, stats_path):
+    wanted = config(stats_path)
+    table = build_table(saved_model, wanted)
+    for changes in ({"num_layers": 3}, {"num_experts": 9}, {"top_k": 1}):
+        other = dataclasses.replace(saved_model, config=dataclasses.replace(saved_model.config, **changes))
+        with pytest.raises(ValueError, match=r"the table has \(layers, .*\) \(2, .*, the model \(.*; build"):
+            VARModel(other, wanted, table=table)
 
 
 def test_a_config_without_statistics_says_so(saved_model):

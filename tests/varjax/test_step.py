@@ -1,5 +1,6 @@
 """Plan and commit over whole streams: tiers, precedence, padding, chunks, counters, no recompilation."""
 
+import typing
 from dataclasses import replace
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import varjax
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import NONE
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, resolve
@@ -225,3 +227,17 @@ def test_the_second_step_and_another_policy_compile_nothing(random_stats):
         sizes = (plan_jit._cache_size(), commit_jit._cache_size())
         assert compiled in (None, sizes)
         compiled = sizes
+
+
+def test_shares_of_counters_that_passed_their_end_are_refused():
+    full = replace(Counters.zero(LAYERS), active=jnp.full((LAYERS, 3), 2**31 - 1, jnp.int32))
+    summary(full, TOP_K)
+    with pytest.raises(OverflowError, match=r"a counter has passed 2\^31"):
+        summary(replace(full, active=full.active + 1), TOP_K)
+
+
+@pytest.mark.parametrize("function", [varjax.plan, varjax.commit, varjax.init, varjax.Auditor.__init__])
+def test_what_a_public_function_takes_and_gives_is_public(function):
+    hints = typing.get_type_hints(function).values()
+    ours = {hint.__name__ for hint in hints if isinstance(hint, type) and hint.__module__.startswith("varjax.")}
+    assert ours and ours <= set(varjax.__all__)

@@ -15,7 +15,7 @@ from varjax.keys import ANY, NONE, contexts
 from varjax.routing import FAST, LEARNED, NO_ANSWER, NO_ROW, Dropped
 from varjax.shrinkage import shrunk
 from varjax.stats import RoutingStats
-from varjax.table import build, fast_plan
+from varjax.table import build, fast_plan, with_policies
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 4, 5, 3, 2
 POLICIES = {
@@ -170,6 +170,17 @@ def test_any_policy_has_the_same_shapes_and_compiles_nothing_new(random_stats, r
     assert [known.entry.shape[0] for known in tables[0].answers] == [rows, 1, 1, rows]
     size = answers.count.shape[1]
     assert [len(known.answers) for known in tables[0].answers] == [size, 1, 1, size]
+
+
+def test_only_a_table_of_all_rows_takes_other_policies(random_stats, random_answers):
+    rng = np.random.default_rng(1)
+    stats = random_stats(rng, LAYERS, EXPERTS)
+    answers = random_answers(rng, stats, COLLECTED, HIDDEN)
+    other = replace(CONFIG, frequency_threshold=3)
+    changed = with_policies(build(stats, CONFIG, TOP_K, answers, keep_shapes=True), stats, other, answers)
+    np.testing.assert_array_equal(changed.eligible, build(stats, other, TOP_K, answers, keep_shapes=True).eligible)
+    with pytest.raises(ValueError, match="build the table from these statistics with keep_shapes=True"):
+        with_policies(build(stats, CONFIG, TOP_K, answers), stats, other, answers)
 
 
 def test_without_normalisation_the_weights_are_mean_probabilities(random_stats):
