@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import dis
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,6 @@ def run(main: Callable[[], None]) -> None:
 
 def _raised_here(error: ValueError) -> bool:
     """Whether a `raise` of this project's packages raised it: no library, and no operation on arrays."""
-    entry = error.__traceback__
-    while entry is not None and entry.tb_next is not None:
-        entry = entry.tb_next
-    if entry is None:
-        return False
-    code = entry.tb_frame.f_code
-    ours = any(Path(code.co_filename).resolve().is_relative_to(ROOT / name) for name in PACKAGES)
-    return ours and code.co_code[entry.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = any(Path(last.filename).resolve().is_relative_to(ROOT / name) for name in PACKAGES)
+    return ours and (last.line or "").startswith("raise ")
