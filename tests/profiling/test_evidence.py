@@ -93,6 +93,7 @@ def test_the_mix_of_a_call_is_what_ran(reference, texts):
     var_model = one_expert(reference, texts)
     workload, mix = workload_and_mix(var_model, ids, "decode")
     assert (workload.batch, workload.length, workload.cached) == (1, 1, 16)
-    assert (mix.experts, mix.distinct, mix.answers, mix.planned) == (1.0, 1.0, 1.0, True)
+    assert (mix.experts, mix.distinct, mix.answers, mix.planned) == (1.0, 1.0, 0.0, True)  # the table holds no answers
+    assert workload.itemsize == 4 and mix.table_bytes > 0
     workload, mix = workload_and_mix(var_model.disabled(), ids, "prefill")
     assert workload.tokens == 32 and mix.experts == 2.0 and not mix.planned and 2 < mix.distinct <= 8
