@@ -36,6 +36,7 @@ from analysis.text.encoding import Encoded
 from models import Model, load_model
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.drift import ALPHA, Calibration
+from varjax.errors import InputError
 from varjax.step import summary
 from varjax.streams import Tally, observe
 
@@ -153,7 +154,7 @@ def situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> d
     for path in args.foreign:
         texts = list(passages(documents(model, path, None, args.fault_samples), args.max_length))
         if not texts:
-            raise ValueError(
+            raise InputError(
                 f"--foreign {path}: no document has {args.max_length} tokens; give longer ones or less --max_length"
             )
         found[Path(path).stem] = Situation(var_model, texts[: args.fault_samples])
@@ -248,5 +249,5 @@ def repeat(
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")

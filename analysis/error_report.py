@@ -22,6 +22,7 @@ from analysis.studies.generation_drift import drift
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.model import VARModel, read_files
 
 INTERVALS = (
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         _run(args)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

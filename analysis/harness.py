@@ -20,6 +20,7 @@ from analysis.evaluation.harness_lm import HarnessLM  # says what to install whe
 from analysis.reports.provenance import provenance, write_json
 from models import load_model
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.model import VARModel
 from varjax.step import summary
 
@@ -53,7 +54,7 @@ def evaluate(
         num_fewshot: examples before each question; None: as the task has it.
         task_manager: `lm_eval.tasks.TaskManager`; None: one that knows the harness's tasks and `include_path`.
 
-    Raises ValueError for a task that is not known.
+    Raises InputError for a task that is not known.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -62,7 +63,7 @@ def evaluate(
     manager = task_manager or TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if isinstance(task, str) and not manager.match_tasks([task])]
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"the harness knows no task {unknown[0]!r}; mend the name, or give the folder with its YAML file as "
             "include_path"
         )
@@ -99,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         _command(args)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -20,6 +20,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from analysis.command import HelpFormatter
 from analysis.hypotheses import statistics_figures, trace_figures
 from analysis.hypotheses.document_draws import SAMPLES
 from analysis.hypotheses.entropy_kind import entropy_kind
@@ -36,6 +37,7 @@ from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
 from analysis.traces import trace as traces
 from analysis.traces.trace import Trace
+from varjax.errors import InputError
 from varjax.stats import RoutingStats
 
 TRACE_FILE = "routing_trace.parquet"  # looked for beside the statistics
@@ -76,7 +78,7 @@ def examine(
         progress: show bars on standard error.
 
     Raises:
-        ValueError: `other` has another number of layers.
+        InputError: `other` has another number of layers.
     """
     settings = settings or Settings()
     trace = trace or source.trace
@@ -153,17 +155,10 @@ def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, An
     write_report(said, folder, "hypotheses", earlier=drawn, beside=beside)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and the default of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """The command; `arguments` are those of the command line if not given."""
     defaults = Settings()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input",
         type=Path,
@@ -192,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     try:
         _run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted")
@@ -209,7 +204,7 @@ def _run(args: argparse.Namespace) -> None:
         trace = read_trace(used["trace"]) or traces.read(used["trace"])  # the latter says what is wrong
         why = strangers(source, trace)
         if why and args.trace is not None:
-            raise ValueError(f"{args.trace}: not a trace of what {path} was collected from ({why}); give one that is")
+            raise InputError(f"{args.trace}: not a trace of what {path} was collected from ({why}); give one that is")
         if why:
             print(f"note: {used.pop('trace')} is left out, since it is not of these statistics ({why})")
             trace = None

@@ -37,6 +37,7 @@ from analysis.traces.replay_inputs import applicable, table_statistics, with_sta
 from analysis.traces.replay_steps import Sums, run_steps, unlimited_cache
 from analysis.traces.trace import Trace, TraceError
 from varjax.config import PRESETS, VARConfig
+from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
 from varjax.step import TIERS
 from varjax.table import build
@@ -134,10 +135,10 @@ def replay(
 
     Raises:
         TraceError: the trace has too few documents for both parts.
-        ValueError: a setting out of range, VAR switched off, or a policy that does not fit the trace.
+        InputError: a setting out of range, VAR switched off, or a policy that does not fit the trace.
     """
     if step < 1 or not 0 < seconds_per_token < math.inf or not 0 < build_share < 1:
-        raise ValueError(
+        raise InputError(
             f"step={step}, seconds_per_token={seconds_per_token}, build_share={build_share}: "
             "expected at least 1, above 0, and between 0 and 1"
         )
@@ -221,7 +222,7 @@ def main() -> None:
         config = VARConfig.load(args.config) if args.config else VARConfig.preset(args.preset)
         settings = {name: getattr(args, name) for name in ("build_share", "step", "seconds_per_token")}
         found = replay(importing.load(args.trace), config, **settings)
-    except (ValueError, FileNotFoundError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     said = replay_report.report(found)
     print(text(said))

@@ -34,6 +34,7 @@ from models.placement import Placement
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.training import TrainConfig, pack, restore, train_steps
 from models.weights import save_params
+from varjax.errors import InputError
 from varjax.files import replacing
 
 CONFIG = MoEConfig(
@@ -104,7 +105,7 @@ def tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple
     tokenizer = load_tokenizer(directory)
     assert tokenizer is not None  # it was saved above
     if (config.bos_token_id, config.eos_token_id) != (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        raise ValueError(
+        raise InputError(
             f"bos_token_id and eos_token_id are {config.bos_token_id} and {config.eos_token_id}, but those of the "
             f"tokenizer in {directory} are {tokenizer.bos_token_id} and {tokenizer.eos_token_id}; correct --config"
         )

@@ -39,6 +39,7 @@ from profiling.components import measure_sides
 from profiling.points import tasks
 from profiling.throughput import drawn_texts
 from varjax import VARModel
+from varjax.errors import InputError
 
 DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
 NOTES = (
@@ -62,7 +63,7 @@ def main() -> None:
     model, documents, origin = load(args, args.split)
     config = asked_config(args)
     if not config.enable_var:
-        raise ValueError(f"{args.var_config}: enable_var is false; there is nothing to compare with the plain model")
+        raise InputError(f"{args.var_config}: enable_var is false; there is nothing to compare with the plain model")
     var_model = VARModel(model, config)
     texts = {
         "prefill": drawn_texts(documents, args.batch_size, args.max_length, args.seed),

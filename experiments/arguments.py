@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from analysis import command
+from analysis.command import HelpFormatter
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from experiments.hosts import leave
@@ -20,17 +21,10 @@ from models import Model, load_model
 from models.placement import DATA, MeshError, make_mesh
 from varjax import RoutingStats, VARConfig
 from varjax.answers import Answers
+from varjax.errors import InputError
 from varjax.model import read_files
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("analysis", "experiments", "models", "profiling", "tuning", "varjax")
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and every default that says something."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
@@ -107,7 +101,7 @@ def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers
     """The statistics and answers of a config that has both."""
     stats, answers = read_files(model, config)
     if answers is None:
-        raise ValueError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
+        raise InputError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
     return stats, answers
 
 
@@ -134,22 +128,10 @@ def over_files(config: VARConfig, args: argparse.Namespace) -> VARConfig:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script; bad input ends in its one message instead of a traceback.
-
-    Bad input is what the system or a `raise` of this project says no to. A ValueError of NumPy's, say, is a fault of
-    ours, which nobody finds without the traceback.
-    """
+    """`analysis.command.run`; and a process of several ends at once when another one has."""
     streams = sys.stdout, sys.stderr  # `join` may take them
     try:
-        main()
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except ValueError as error:
-        if not _raised_here(error):
-            raise
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+        command.run(main)
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
             raise
@@ -157,10 +139,3 @@ def run(main: Callable[[], None]) -> None:
         leave(error)
     finally:
         sys.stdout, sys.stderr = streams
-
-
-def _raised_here(error: ValueError) -> bool:
-    """Whether a `raise` of this project's packages raised it: no library, and no operation on arrays."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = any(Path(last.filename).resolve().is_relative_to(ROOT / name) for name in PACKAGES)
-    return ours and (last.line or "").startswith("raise ")

@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 
 import jax
 
+from varjax.errors import InputError
+
 AUTO = "auto"
 NOTICED_AFTER = 20  # seconds without a sign of life after which a process counts as gone
 
@@ -33,7 +35,7 @@ def join(args: argparse.Namespace) -> None:
     """Join the other processes, if the arguments say so. All but the first are silent from then on, but for errors.
 
     Raises:
-        ValueError: the arguments do not go together.
+        InputError: the arguments do not go together.
     """
     if args.coordinator is None:
         return
@@ -41,7 +43,7 @@ def join(args: argparse.Namespace) -> None:
     if args.coordinator != AUTO:
         last = args.num_processes - 1
         if not 0 <= args.process_id <= last:
-            raise ValueError(f"process {args.process_id} of {last + 1}: expected a process from 0 to {last}")
+            raise InputError(f"process {args.process_id} of {last + 1}: expected a process from 0 to {last}")
         given = {"coordinator_address": args.coordinator, "num_processes": last + 1, "process_id": args.process_id}
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=NOTICED_AFTER, shutdown_timeout_seconds=NOTICED_AFTER)
     if jax.process_index() > 0:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from models.families import COMMON_FIELDS, FAMILIES, Family
+from varjax.errors import InputError
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """A `config.json` that this library cannot run faithfully; names file, field and mend."""
 
 

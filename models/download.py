@@ -18,10 +18,11 @@ from pathlib import Path
 
 from models.config import config_from_hf
 from models.verification import RECORD, RemoteFile, Verified, check_structure, damage
+from varjax.errors import InputError
 from varjax.files import replacing
 
 
-class DownloadError(ValueError):
+class DownloadError(InputError):
     """A checkpoint that cannot be fetched: says why and what to do."""
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 from models import experts_pallas
 from models.experts_blocks import apply_blocks
+from varjax.errors import InputError
 from varjax.routing import Routing
 
 ExpertParams = Any  # a pytree in the engine's own layout
@@ -39,12 +40,12 @@ class Engine:
 def get_engine(implementation: str | None = None) -> Engine:
     """The engine called `implementation`; None: what `default_engine` chooses for the first device.
 
-    An engine that is named is the one that runs, or fails. Raises ValueError for an unknown name.
+    An engine that is named is the one that runs, or fails. Raises InputError for an unknown name.
     """
     if implementation is None:
         return default_engine(jax.devices()[0])
     if implementation not in ENGINES:
-        raise ValueError(f"implementation={implementation!r} is not an expert engine; choose one of {sorted(ENGINES)}")
+        raise InputError(f"implementation={implementation!r} is not an expert engine; choose one of {sorted(ENGINES)}")
     return ENGINES[implementation]
 
 

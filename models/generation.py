@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.kv_cache import KVCache
+from varjax.errors import InputError
 
 
 class Step(Protocol):
@@ -39,11 +40,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}; expected 0 (greedy) or more")
+            raise InputError(f"temperature={self.temperature}; expected 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k}; expected at least 1")
+            raise InputError(f"top_k={self.top_k}; expected at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}; expected more than 0 and at most 1")
+            raise InputError(f"top_p={self.top_p}; expected more than 0 and at most 1")
 
 
 def generate(
@@ -65,7 +66,7 @@ def generate(
         end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}; expected at least 1")
+        raise InputError(f"max_new_tokens={max_new_tokens}; expected at least 1")
     key = jax.random.key(sampling.seed)
     live = jnp.ones(ids.shape[0], bool)
     pieces = [ids]

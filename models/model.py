@@ -24,6 +24,7 @@ from models.parameters import Params, prepare
 from models.placement import ONE_DEVICE, Placement
 from models.verification import fitting_tokenizer
 from models.weights import load_params
+from varjax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +49,7 @@ class Model:
         """Logits [B, T, V] float32 and gate probabilities [L, B, T, E] float32 of whole texts.
 
         Args:
-            input_ids: integers [B, T]; ids outside the vocabulary raise ValueError.
+            input_ids: integers [B, T]; ids outside the vocabulary raise InputError.
             attention_mask: 1 for real tokens, 0 for padding, [B, T]; padding may stand on either side.
         """
         ids, mask = self.check_inputs(input_ids, attention_mask)
@@ -110,26 +111,26 @@ class Model:
     def check_inputs(
         self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """int32 ids and bool mask, [B, T] each; raises ValueError for a wrong shape, dtype or id.
+        """int32 ids and bool mask, [B, T] each; raises InputError for a wrong shape, dtype or id.
 
         Args:
             going_on: the texts are to be continued, so none may end in padding: the next token would follow that.
         """
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
-            raise ValueError(
+            raise InputError(
                 f"input_ids has shape {ids.shape} and dtype {ids.dtype}; expected integers [B, T], not empty"
             )
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"input_ids holds {ids.min()} to {ids.max()}; expected ids from 0 to {self.config.vocab_size - 1} "
                 "(is this the model's own tokenizer?)"
             )
         mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
         if mask.shape != ids.shape:
-            raise ValueError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}")
+            raise InputError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}")
         if going_on and not mask[:, -1].all():
-            raise ValueError(
+            raise InputError(
                 "attention_mask ends in padding; pad on the left, so that each text's last token comes last"
             )
         return self.place((jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
@@ -164,7 +165,7 @@ def load_model(
         FileNotFoundError: neither a local directory nor a hub id that can be reached.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is not supported; choose one of {sorted(DTYPES)}")
+        raise InputError(f"dtype={dtype!r} is not supported; choose one of {sorted(DTYPES)}")
     engine = get_engine(implementation)
     directory = _resolve_directory(directory_or_hub_id)
     config = read_config(directory / "config.json")

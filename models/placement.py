@@ -25,6 +25,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.config import MoEConfig
+from varjax.errors import InputError
 from varjax.routing import LayerAnswers
 
 DATA, MODEL = "data", "model"  # the axes of a mesh
@@ -52,7 +53,7 @@ AXES = {
 }
 
 
-class MeshError(ValueError):
+class MeshError(InputError):
     """A mesh that cannot be had, or that a model cannot be divided over; names the mend."""
 
 

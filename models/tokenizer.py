@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from varjax.errors import InputError
 from varjax.files import replacing
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size {vocab_size} cannot hold the special tokens and all bytes; use >= {smallest}")
+        raise InputError(f"vocab_size {vocab_size} cannot hold the special tokens and all bytes; use >= {smallest}")
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +79,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     converted, exactly. Only files of that directory are read; code that it may bring is never run.
 
     Raises:
-      ValueError: there is a tokenizer but it cannot be opened; names the file and the cause.
+      InputError: there is a tokenizer but it cannot be opened; names the file and the cause.
     """
     folder = Path(directory)
     if (folder / _FAST).is_file():
@@ -86,7 +87,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds
-            raise ValueError(
+            raise InputError(
                 f"{folder / _FAST}: the tokenizer cannot be opened ({type(error).__name__}: {error}); "
                 "replace it and tokenizer_config.json by the ones published with the model"
             ) from error
@@ -107,7 +108,7 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
     try:
         source = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path}: not a SentencePiece model ({error}); download it again") from error
+        raise InputError(f"{path}: not a SentencePiece model ({error}); download it again") from error
     vocab = {source.id_to_piece(i): i for i in range(len(source))}
     # Every way to make a piece from two, the best-scored piece first. Equal scores (runs of spaces) are
     # merged from the left by SentencePiece: the longest left part first.
@@ -132,7 +133,7 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
         [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     if any(fast.encode(text).ids != source.encode(text) for text in _PROBES):
-        raise ValueError(
+        raise InputError(
             f"{path}: this kind of SentencePiece model (unigram, or with its own normalisation) cannot be "
             f"converted exactly; put the model's {_FAST} beside it"
         )

@@ -25,6 +25,7 @@ from models.decoder import forward
 from models.experts import Engine
 from models.parameters import Params, init_params, param_shardings, prepare
 from models.placement import ONE_DEVICE, Placement
+from varjax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def pack(documents: list[np.ndarray], length: int) -> np.ndarray:
     stream = np.concatenate(documents).astype(np.int32)
     rows = (len(stream) - 1) // length
     if rows < 1:
-        raise ValueError(
+        raise InputError(
             f"the training documents hold {len(stream)} tokens, fewer than one row of {length + 1}; add text"
         )
     starts = np.arange(rows)[:, None] * length

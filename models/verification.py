@@ -19,6 +19,7 @@ from tqdm import tqdm
 from models.config import MoEConfig, read_config
 from models.tokenizer import load_tokenizer
 from models.weights import INDEX_FILE, CheckpointError, ledger, locate_tensors, tensor_files
+from varjax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,7 +59,7 @@ def verify(directory: Path, progress: bool = True) -> Verified:
     the vocabulary. With a record of the hub's (`RECORD`) sizes and contents of all files are compared too.
 
     Raises:
-        ConfigError, CheckpointError, ValueError: it is not whole; names every fault of one kind.
+        ConfigError, CheckpointError, InputError: it is not whole; names every fault of one kind.
     """
     recorded = _read_record(directory)
     if damaged := damage(directory, recorded, progress):
@@ -144,13 +145,13 @@ def _tensor_sizes(files: list[Path]) -> dict[str, dict[str, int]]:
             with file.open("rb") as opened:
                 header_length = int.from_bytes(opened.read(8), "little")
                 if length < 8 + header_length:
-                    raise ValueError(f"{length:,} bytes do not hold its header")
+                    raise InputError(f"{length:,} bytes do not hold its header")
                 header = json.loads(opened.read(header_length))
             places = {name: about["data_offsets"] for name, about in header.items() if name != "__metadata__"}
             sizes[file.name] = {name: end - start for name, (start, end) in places.items()}
             stated = 8 + header_length + max((end for _, end in places.values()), default=0)
             if length != stated:
-                raise ValueError(f"{length:,} bytes, its header says {stated:,}")
+                raise InputError(f"{length:,} bytes, its header says {stated:,}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             faults.append(f"{file.name} is truncated or not safetensors ({error})")
     if faults:

@@ -32,6 +32,7 @@ from models.config import MoEConfig, config_to_hf
 from models.families import COMMON_TENSORS, FAMILIES
 from models.parameters import Params, init_params, param_shardings
 from models.placement import ONE_DEVICE, Placement
+from varjax.errors import InputError
 from varjax.files import replacing
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -43,7 +44,7 @@ _MATHS = ("num_heads", "num_kv_heads", "head_dim", "top_k", "rope_theta", "rms_n
 _MORE_MATHS = ("clip_qkv", "normalise_top_k")  # counted where they are not the usual, so that older prints stand
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be loaded faithfully; names file, tensor and mend."""
 
 
@@ -198,7 +199,7 @@ def tensor_files(directory: Path) -> list[Path]:
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
             if not all(name == Path(name).name for name in names):
-                raise ValueError("a file outside the directory")
+                raise InputError("a file outside the directory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index} has no readable weight_map ({error!r}); fetch the file again") from None
     absent = sorted(name for name in names if not (directory / name).exists())

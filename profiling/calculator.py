@@ -21,6 +21,7 @@ from profiling.costs import component_costs, parameters
 from profiling.hardware import HARDWARE, Hardware, ceiling, get_hardware
 from profiling.published import PUBLISHED
 from profiling.workload import Mix, Workload
+from varjax.errors import InputError
 
 KNOWN = ", ".join(("reference", *PUBLISHED))  # models that need no file
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
@@ -55,7 +56,7 @@ def main() -> None:
         config, hardware = _model(args.model), _hardware(args)
         asked = {name: getattr(args, name) for name in ("experts", "batch", "prompt", "context", "orders")}
         print(report(config, hardware, name=args.model, **asked))
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
 
 
@@ -66,10 +67,10 @@ def estimate(config: MoEConfig, hardware: Hardware, workload: Workload, experts:
         orders: context orders that VAR looks up.
 
     Raises:
-        ValueError: the model does not run so many experts.
+        InputError: the model does not run so many experts.
     """
     if not 0 <= experts <= config.top_k:
-        raise ValueError(f"experts={experts}: this model runs {config.top_k} per token; give 0 to {config.top_k}")
+        raise InputError(f"experts={experts}: this model runs {config.top_k} per token; give 0 to {config.top_k}")
     plain = Mix.plain(config, workload.tokens)
     var = Mix.even(config, workload.tokens, experts, orders=orders)
     plain_seconds, var_seconds = (ceiling(component_costs(config, workload, mix), hardware) for mix in (plain, var))
@@ -166,14 +167,14 @@ def _batch_row(config: MoEConfig, hardware: Hardware, one: Estimate) -> str:
 
 
 def _model(name: str) -> MoEConfig:
-    """The architecture of a directory, a config.json or a known name. Raises ValueError naming the mend."""
+    """The architecture of a directory, a config.json or a known name. Raises InputError naming the mend."""
     if name in PUBLISHED:
         return PUBLISHED[name]
     path = REFERENCE if name == "reference" else Path(name)
     if path.is_dir():
         path /= "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"--model {name}: there is no {path}; give a directory with a config.json, such a file, or one of {KNOWN}"
         )
     return read_config(path)
@@ -185,10 +186,10 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     missing = [flag for flag, value in given.items() if value is None]
     if args.hardware is not None:
         if len(missing) < len(given):
-            raise ValueError(f"--hardware {args.hardware} says all of {', '.join(given)}; leave these out, or it")
+            raise InputError(f"--hardware {args.hardware} says all of {', '.join(given)}; leave these out, or it")
         return get_hardware(args.hardware)
     if missing:
-        raise ValueError(f"no accelerator: give --hardware ({', '.join(HARDWARE)}), or also {' and '.join(missing)}")
+        raise InputError(f"no accelerator: give --hardware ({', '.join(HARDWARE)}), or also {' and '.join(missing)}")
     return Hardware(
         "as given", args.dtype, args.tflops * 1e12, args.bandwidth * 1e12, args.memory * 1e9, "the command line"
     )

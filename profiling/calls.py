@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Traced
 
+from varjax.errors import InputError
 from varjax.model import VARModel, routed_forward
 from varjax.step import VARState, milliseconds
 
@@ -86,10 +87,10 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
         max_calls: tokens of each text that decoding reads at most.
 
     Raises:
-        ValueError: an unknown phase, or texts too short to decode.
+        InputError: an unknown phase, or texts too short to decode.
     """
     if phase not in PHASES:
-        raise ValueError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
+        raise InputError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
     batch, length = ids.shape
     fixed = Fixed(var_model.model.params, var_model.table, var_model.settings, milliseconds(var_model.clock()))
     step = _stepping(var_model.model.network, phase == "decode")
@@ -97,7 +98,7 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
         carry = Carry(None, var_model.init(batch))
         return Calls(phase, batch, length, 0, step, fixed, carry, [jnp.asarray(ids)])
     if length < 2:
-        raise ValueError(f"texts of {length} positions: decoding needs 2 at least, half of them are read beforehand")
+        raise InputError(f"texts of {length} positions: decoding needs 2 at least, half of them are read beforehand")
     half = length // 2
     inputs = [jnp.asarray(ids[:, at : at + 1]) for at in range(half, min(length, half + max_calls))]
     out, state = var_model.prefill(ids[:, :half], var_model.init(batch), capacity=length)

@@ -22,6 +22,7 @@ import numpy as np
 
 from analysis.reports.provenance import write_json
 from profiling.timing import compare, typical
+from varjax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
 MEBIBYTE = 2**20
@@ -49,14 +50,14 @@ class Ceilings:
     figures: tuple[Figure, ...]
 
     def best(self, kind: str, dtype: str = "float32", name: str | None = None) -> float:
-        """The highest figure of a kind. Raises ValueError if none was measured."""
+        """The highest figure of a kind. Raises InputError if none was measured."""
         found = [
             one.value
             for one in self.figures
             if one.kind == kind and one.dtype == dtype and (name is None or one.name.startswith(name))
         ]
         if not found:
-            raise ValueError(f"no figure of kind {kind!r}, dtype {dtype!r}, name {name!r} was measured; see measure()")
+            raise InputError(f"no figure of kind {kind!r}, dtype {dtype!r}, name {name!r} was measured; see measure()")
         return max(found)
 
     @property

@@ -112,7 +112,7 @@ def measure_components(
         recording: seconds per operation, from `plain_recording`; None: it is measured.
 
     Raises:
-        ValueError: an unknown phase, or texts too short.
+        InputError: an unknown phase, or texts too short.
     """
     calls = prepare(var_model, ids, phase, max_calls)
     side = "plain" if var_model.table is None else "VAR"

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 from models.config import MoEConfig
 from profiling.workload import FLOAT32, Mix, Workload
+from varjax.errors import InputError
 
 COMPONENTS = (
     "plan",  # look-ups in the table, the plan's arrays
@@ -62,11 +63,11 @@ def component_costs(config: MoEConfig, workload: Workload, mix: Mix, *, as_writt
         as_written: count what the code does, not what it would have to; see the module.
 
     Raises:
-        ValueError: the mix is not one of this model.
+        InputError: the mix is not one of this model.
     """
     for name, most in (("experts", config.top_k), ("distinct", config.num_experts), ("answers", config.top_k)):
         if not 0 <= getattr(mix, name) <= most:
-            raise ValueError(f"mix.{name}={getattr(mix, name)}: expected 0 to {most} in this model")
+            raise InputError(f"mix.{name}={getattr(mix, name)}: expected 0 to {most} in this model")
     per_layer = {  # and how many layers have it
         "projections": (config.depth, _projections(config, workload)),
         "scores": (config.depth, _scores(config, workload, as_written)),

@@ -40,6 +40,7 @@ from profiling.published import PUBLISHED
 from profiling.rivals import rivals
 from profiling.timing import paired_ratio, typical
 from profiling.workload import Mix, Workload
+from varjax.errors import InputError
 
 DTYPE = "bfloat16"
 FILLED = 0.85  # of a device's memory, by parameters: the rest is for activations, answers and two copies of a layer
@@ -159,14 +160,14 @@ def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = prin
 def layers_that_fit(config: MoEConfig, memory: float | None, itemsize: int = 2) -> int:
     """How many of a model's layers a device of so many bytes holds; None, a device that does not say: all.
 
-    Raises ValueError if it does not hold one.
+    Raises InputError if it does not hold one.
     """
     if memory is None:
         return config.num_layers
     one, two = (parameters(dataclasses.replace(config, num_layers=number)) * itemsize for number in (1, 2))
     most = int((FILLED * memory - one) // (two - one)) + 1
     if most < 1:
-        raise ValueError(f"one layer and the embeddings take {one:,} bytes, the device has {memory:,.0f}")
+        raise InputError(f"one layer and the embeddings take {one:,} bytes, the device has {memory:,.0f}")
     return min(most, config.num_layers)
 
 

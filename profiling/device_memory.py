@@ -30,6 +30,7 @@ from models.model import plain_step
 from models.parameters import Params, init_params, param_shardings, prepare
 from models.placement import DATA, MODEL, MeshError, Placement, make_mesh
 from profiling.published import PUBLISHED
+from varjax.errors import InputError
 
 GB = 1e9
 
@@ -62,7 +63,7 @@ def main() -> None:
             print(f"\n{name}\n")
             for line in table(config, args.devices, args.positions, compiled=args.compile, layers=args.layers):
                 print(line, flush=True)
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from profiling.costs import Cost
+from varjax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ HARDWARE: Mapping[str, Hardware] = {
 
 
 def get_hardware(name: str) -> Hardware:
-    """The entry called `name`, capitals aside. Raises ValueError if there is none."""
+    """The entry called `name`, capitals aside. Raises InputError if there is none."""
     if name.lower() not in HARDWARE:
-        raise ValueError(
+        raise InputError(
             f"hardware {name!r} is not in the table; choose one of {', '.join(HARDWARE)}, or describe yours with "
             "profiling.hardware.Hardware"
         )

@@ -42,6 +42,7 @@ from profiling.costs import Cost, component_costs
 from profiling.points import Point, Task, measure, tasks
 from profiling.timing import typical
 from profiling.workload import FLOAT32, Mix, Workload
+from varjax.errors import InputError
 
 TARGET = 0.10  # median relative error on unseen points
 NOISE = 1.25  # how far an effective rate may lie above a ceiling's interval
@@ -158,10 +159,10 @@ def fit(points: Sequence[Point], config: MoEConfig, ceilings: Ceilings) -> Perfo
     A number that the points say nothing of stays where it starts, at what the ceilings suggest.
 
     Raises:
-        ValueError: fewer points than numbers.
+        InputError: fewer points than numbers.
     """
     if len(points) < len(PARAMETERS):
-        raise ValueError(f"{len(points)} points cannot settle {len(PARAMETERS)} numbers; give more of different kinds")
+        raise InputError(f"{len(points)} points cannot settle {len(PARAMETERS)} numbers; give more of different kinds")
     start, most = _start(ceilings), _most(ceilings)
     first = np.log([getattr(start, name) for name in PARAMETERS])
     measured = np.log([point.seconds for point in points])
@@ -207,9 +208,9 @@ def seconds_by_part(model: PerformanceModel, config: MoEConfig, workload: Worklo
 
 
 def errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point]) -> Errors:
-    """How far the model is off at each point. Raises ValueError if there is none."""
+    """How far the model is off at each point. Raises InputError if there is none."""
     if not points:
-        raise ValueError("there are no points, so no errors either")
+        raise InputError("there are no points, so no errors either")
     each = tuple(PointError(point, predict(model, config, point.workload, point.mix)) for point in points)
     absolute = np.array([abs(one.relative) for one in each])
     median = typical(absolute)

@@ -35,6 +35,7 @@ from profiling.timing import compare, typical
 from profiling.workload import Mix, Workload, table_bytes
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.answers import Answers
+from varjax.errors import InputError
 from varjax.model import build_for
 from varjax.table import RouteTable, with_policies
 
@@ -54,7 +55,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if (self.length == 1) != (self.cached > 0):
-            raise ValueError(
+            raise InputError(
                 f"{self}: a prefill has cached=0 and length > 1, a step of decoding length=1 and cached > 0"
             )
 
@@ -159,10 +160,10 @@ def measure(
         run_tokens: a timed run makes as many calls as it takes to read so many tokens, 2 to 16.
 
     Raises:
-        ValueError: a task is there twice, or the texts are too short for the longest.
+        InputError: a task is there twice, or the texts are too short for the longest.
     """
     if len({task.name for task in wanted}) < len(wanted):
-        raise ValueError("a task is there twice; a point that calibrates must not also test")
+        raise InputError("a task is there twice; a point that calibrates must not also test")
     texts = embedded_texts(model) if texts is None else texts
     stream = np.concatenate(texts)
     configs = policies(model.config.num_layers)
@@ -237,7 +238,7 @@ def _draw(stream: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) 
     """int32 [*shape]: stretches of a stream of ids, from anywhere."""
     length = shape[-1]
     if len(stream) <= length:
-        raise ValueError(f"the texts hold {len(stream)} tokens, a task wants {length} in a row; give more text")
+        raise InputError(f"the texts hold {len(stream)} tokens, a task wants {length} in a row; give more text")
     starts = rng.integers(0, len(stream) - length, shape[:-1])
     return stream[starts[..., None] + np.arange(length)].astype(np.int32)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from jax.stages import Traced
 
 from profiling.scopes import OTHER, Program, component
+from varjax.errors import InputError
 
 Shares = tuple[tuple[str, float], ...]  # components or OTHER, and their shares of an instruction, which sum to 1
 
@@ -60,7 +61,7 @@ def describe(traced: Traced) -> Module:
     """Compiles a traced function, `jax.jit(f, keep_unused=True).trace(*arguments)`, and reads its text.
 
     Raises:
-        ValueError: arguments that are not used were left out of the compiled program.
+        InputError: arguments that are not used were left out of the compiled program.
     """
     text = traced.lower().compile().as_text() or ""
     return read(text, Program.of(traced.jaxpr).owners())
@@ -74,7 +75,7 @@ def read(text: str, owners: Sequence[str] = ()) -> Module:
     """
     lines = _Lines.of(text)
     if owners and len(owners) != len(lines.arguments):
-        raise ValueError(
+        raise InputError(
             f"the program has {len(lines.arguments)} arguments of {len(owners)}: those not used were left out and the "
             "others cannot be told apart; jit it with keep_unused=True"
         )

@@ -23,6 +23,7 @@ import numpy as np
 
 from analysis.text.encoding import Encoded
 from profiling.timing import Ratio, compare, paired_ratio
+from varjax.errors import NotTestableError
 from varjax.model import VARModel
 
 TEXTS = 8  # that a timed run reads at least
@@ -170,10 +171,10 @@ def drawn_texts(documents: Sequence[Encoded], number: int, max_length: int, seed
     Where there are too few of these, the longest ones, cut to the shortest of them.
 
     Raises:
-        ValueError: there is no document at all.
+        NotTestableError: there is no document at all.
     """
     if not documents:
-        raise ValueError("there is no document to read; raise --num_samples, or name another split")
+        raise NotTestableError("there is no document to read; raise --num_samples, or name another split")
     long = [document for document in documents if len(document.ids) >= max_length]
     if len(long) >= number:
         chosen = [long[index] for index in np.random.default_rng(seed).permutation(len(long))[:number]]

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from varjax.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
@@ -37,7 +39,7 @@ def compare(
         seed: of the order within the rounds.
     """
     if repeats < 1:
-        raise ValueError(f"repeats={repeats}: expected at least 1")
+        raise InputError(f"repeats={repeats}: expected at least 1")
     rng = np.random.default_rng(seed)
     names = list(callables)
     seconds = {name: np.empty(repeats) for name in names}

@@ -32,6 +32,7 @@ from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
 from profiling.costs import COMPONENTS
 from profiling.programs import Instruction, Module
 from profiling.scopes import OTHER
+from varjax.errors import InputError
 
 T = TypeVar("T")
 _CALL = "call"  # the annotation around each call
@@ -93,15 +94,15 @@ def component_times(path: str | Path, programs: Sequence[Module]) -> ComponentTi
         programs: those that ran, each of a name of its own; what others ran is OTHER.
 
     Raises:
-        ValueError: two programs of one name; a trace without a call, or without an operation of these programs.
+        InputError: two programs of one name; a trace without a call, or without an operation of these programs.
     """
     known = {program.name: program.instructions for program in programs}
     names = ", ".join(program.name for program in programs)
     if len(known) < len(programs):
-        raise ValueError(f"programs {names}: two of one name cannot be told apart in a trace; trace them singly")
+        raise InputError(f"programs {names}: two of one name cannot be told apart in a trace; trace them singly")
     calls, threads = _read(path, known)
     if not calls or all(event.instruction is _UNKNOWN for thread in threads for event in thread):
-        raise ValueError(
+        raise InputError(
             f"{path}: {len(calls)} calls and no operation of {names}; give the programs that `capture` traced"
         )
     stretches = [stretch for thread in threads for stretch in innermost(thread)]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from models.config import MoEConfig
+from varjax.errors import InputError
 
 FLOAT32 = 4  # bytes; of gate probabilities, logits and what an expert engine adds up
 
@@ -28,9 +29,9 @@ class Workload:
 
     def __post_init__(self) -> None:
         if min(self.batch, self.length, self.itemsize) < 1 or self.cached < 0:
-            raise ValueError(f"{self}: batch, length and itemsize must be at least 1, cached at least 0")
+            raise InputError(f"{self}: batch, length and itemsize must be at least 1, cached at least 0")
         if self.capacity is not None and self.capacity < self.cached + self.length:
-            raise ValueError(
+            raise InputError(
                 f"capacity={self.capacity} holds {self.cached} + {self.length} positions only if it is "
                 f"{self.cached + self.length} or more; widen it, or leave it out"
             )
@@ -84,13 +85,13 @@ def distinct_experts(num_experts: int, k: float, tokens: int, skew: np.ndarray |
         skew: float [E], measured shares of the assignments, summing to 1; None: all alike.
     """
     if not 0 <= k <= num_experts or tokens < 0:
-        raise ValueError(f"k={k} of {num_experts} experts for {tokens} tokens: expected 0 <= k <= E and tokens >= 0")
+        raise InputError(f"k={k} of {num_experts} experts for {tokens} tokens: expected 0 <= k <= E and tokens >= 0")
     shares = np.full(num_experts, 1 / num_experts) if skew is None else np.asarray(skew, np.float64)
     if shares.shape != (num_experts,) or shares.min() < 0 or not np.isclose(shares.sum(), 1):
-        raise ValueError(f"skew has shape {shares.shape} and sum {shares.sum():.6g}; expected [{num_experts}], sum 1")
+        raise InputError(f"skew has shape {shares.shape} and sum {shares.sum():.6g}; expected [{num_experts}], sum 1")
     hit = k * shares
     if hit.max() > 1 + 1e-9:
-        raise ValueError(
+        raise InputError(
             f"an expert with {shares.max():.3g} of the assignments cannot be: a token draws it at most once, "
             f"so at k={k} its share is at most {1 / k:.3g}; measure the shares at this k"
         )

@@ -15,6 +15,7 @@ from typing import Any
 from analysis.reports.provenance import write_json
 from tuning.points import Point, best, least_bad
 from varjax.config import VARConfig
+from varjax.errors import InputError
 
 KEPT = 5
 
@@ -47,18 +48,18 @@ def read(path: Path) -> dict[str, VARConfig]:
     """The configurations of `best_configs.json` by name, or the one of a VARConfig's file, by the file's name.
 
     Raises:
-        ValueError: neither of the two.
+        InputError: neither of the two.
         FileNotFoundError: there is no such file.
     """
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); give best_configs.json of a search, or a VARConfig") from None
+        raise InputError(f"{path} is not JSON ({error}); give best_configs.json of a search, or a VARConfig") from None
     if not isinstance(saved, dict) or "configs" not in saved:
         return {path.stem: VARConfig.load(path)}
     try:
         return {one["name"]: VARConfig.from_json(json.dumps(one["config"])) for one in saved["configs"]}
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: a configuration lacks {error}; give best_configs.json as a search wrote it"
         ) from None

@@ -38,6 +38,7 @@ from profiling.timing import Ratio, geometric_mean
 from tuning.points import PREDICTED, Outcome
 from varjax import bounds
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.model import VARModel, build_for
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable, asked_orders, with_policies
@@ -53,7 +54,7 @@ class Objective:
     """How configurations are judged. One table is built for all of them; they differ in its rules.
 
     Raises:
-        ValueError: settings out of their ranges, a config that bounds its answers, or as
+        InputError: settings out of their ranges, a config that bounds its answers, or as
             `analysis.policies.scored_points.Subject`.
     """
 
@@ -66,14 +67,14 @@ class Objective:
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence={self.confidence}: expected a probability between 0 and 1, such as 0.95")
+            raise InputError(f"confidence={self.confidence}: expected a probability between 0 and 1, such as 0.95")
         if not 0 < self.limit < math.expm1(CLIP):
-            raise ValueError(f"limit={self.limit}: expected a relative change between 0 and {math.expm1(CLIP):.2f}")
+            raise InputError(f"limit={self.limit}: expected a relative change between 0 and {math.expm1(CLIP):.2f}")
         if not self.phases or not set(self.phases) <= set(PHASES):
-            raise ValueError(f"phases={self.phases}: expected one or more of {', '.join(PHASES)}")
+            raise InputError(f"phases={self.phases}: expected one or more of {', '.join(PHASES)}")
         bound = self.subject.config.answers_per_layer
         if bound is not None:  # which answers are the most valuable depends on each policy's own keys
-            raise ValueError(
+            raise InputError(
                 f"answers_per_layer={bound}: all configurations of a search share one table, which holds every answer; "
                 "search with answers_per_layer=None and bound the answers of the configuration that is found"
             )

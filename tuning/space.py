@@ -25,6 +25,7 @@ import optuna
 
 from analysis.policies.ladder import Ladder
 from varjax.config import LayerPolicy, VARConfig
+from varjax.errors import InputError
 
 Value = int | float | bool
 Values = Mapping[str, Value]
@@ -37,7 +38,7 @@ class Parameter:
     """One setting and its range, both ends included; a "bool" has none.
 
     Raises:
-        ValueError: a range that is empty, not of the kind, or, on a logarithmic scale, not above 0; a name that is in
+        InputError: a range that is empty, not of the kind, or, on a logarithmic scale, not above 0; a name that is in
             `OF_THE_TABLE`.
     """
 
@@ -50,13 +51,13 @@ class Parameter:
 
     def __post_init__(self) -> None:
         if self.name in OF_THE_TABLE:
-            raise ValueError(f"{self.name} is laid down in the table that all points share; leave it to the config")
+            raise InputError(f"{self.name} is laid down in the table that all points share; leave it to the config")
         if self.kind == "int" and not (float(self.low).is_integer() and float(self.high).is_integer()):
-            raise ValueError(f"{self.name}={self.low}:{self.high}: expected whole numbers")
+            raise InputError(f"{self.name}={self.low}:{self.high}: expected whole numbers")
         if not (math.isfinite(self.low) and math.isfinite(self.high) and self.low < self.high):
-            raise ValueError(f"{self.name}={self.low:g}:{self.high:g}: expected a low end below the high one")
+            raise InputError(f"{self.name}={self.low:g}:{self.high:g}: expected a low end below the high one")
         if self.log and self.low <= 0:
-            raise ValueError(f"{self.name}={self.low:g}:{self.high:g}: searched by factors; expected a low end above 0")
+            raise InputError(f"{self.name}={self.low:g}:{self.high:g}: searched by factors; expected a low end above 0")
 
     def suggest(self, trial: optuna.Trial) -> Value:
         """What the trial tries."""
@@ -125,17 +126,17 @@ def with_ranges(space: Space, ranges: Sequence[str]) -> Space:
     """The space with other ranges, each as "name=low:high".
 
     Raises:
-        ValueError: no parameter has that name, or the range is none.
+        InputError: no parameter has that name, or the range is none.
     """
     for text in ranges:
         name, _, span = text.partition("=")
         old = _named(space, name)
         if old.kind == "bool":
-            raise ValueError(f"{name} is either true or false; leave it out of --parameters to keep the config's own")
+            raise InputError(f"{name} is either true or false; leave it out of --parameters to keep the config's own")
         try:
             low, high = map(float, span.split(":"))
         except ValueError:
-            raise ValueError(f"{text!r} is no range; write {name}={old.low:g}:{old.high:g}, say") from None
+            raise InputError(f"{text!r} is no range; write {name}={old.low:g}:{old.high:g}, say") from None
         space = tuple(dataclasses.replace(one, low=low, high=high) if one is old else one for one in space)
     return space
 
@@ -144,7 +145,7 @@ def only(space: Space, names: Sequence[str]) -> Space:
     """The parameters of these names, in the order of the space; the others stay what the config says.
 
     Raises:
-        ValueError: no parameter has one of the names.
+        InputError: no parameter has one of the names.
     """
     wanted = {_named(space, name).name for name in names}
     return tuple(one for one in space if one.name in wanted)
@@ -170,7 +171,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
         orders: that a policy may look at, above 0, as given to `default_space`.
 
     Raises:
-        ValueError: a value that VARConfig refuses.
+        InputError: a value that VARConfig refuses.
     """
     fields: dict[str, Any] = dict(values)
     budget = fields.pop("loss_budget", None)
@@ -203,4 +204,4 @@ def _named(space: Space, name: str) -> Parameter:
     names = [one.name for one in space]
     near = difflib.get_close_matches(name, names, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"no parameter is called {name!r}{meant} The parameters are {', '.join(names)}")
+    raise InputError(f"no parameter is called {name!r}{meant} The parameters are {', '.join(names)}")

@@ -35,6 +35,7 @@ from analysis.reports.provenance import hash_json
 from profiling.timing import Ratio
 from tuning.points import Outcome, Point
 from tuning.space import Space, grid
+from varjax.errors import InputError
 
 Method = Literal["grid", "random", "tpe", "bayesian", "nsga2"]
 METHODS: tuple[Method, ...] = ("grid", "random", "tpe", "bayesian", "nsga2")
@@ -44,7 +45,7 @@ HEARTBEAT, GRACE = 10, 60  # seconds: between signs of life of a running trial; 
 _ABOUT, _TICKET, _OUTCOME, _CONFIG = "about", "ticket", "outcome", "config"
 
 
-class StudyError(ValueError):
+class StudyError(InputError):
     """A study that cannot be opened or continued; says why, and the mend."""
 
 

@@ -28,6 +28,7 @@ from analysis.policies.scored_points import Losses, Subject, losses
 from profiling.throughput import measure
 from profiling.timing import Ratio, geometric_mean
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.model import VARModel, build_for
 
 MIN_SPEEDUP = 1.3  # published criterion
@@ -119,10 +120,10 @@ def validate(
         drawn: how the calibrate documents came out of their split.
 
     Raises:
-        ValueError: too few repeats, or fewer test documents than repeats; as `analysis.evaluation.certificate.certify`.
+        InputError: too few repeats, or fewer test documents than repeats; as `analysis.evaluation.certificate.certify`.
     """
     if not 2 <= repeats <= len(test.documents):
-        raise ValueError(f"{repeats} repeats of {len(test.documents)} test documents: expected at least 2, and no more")
+        raise InputError(f"{repeats} repeats of {len(test.documents)} test documents: expected at least 2, and no more")
     every = {**candidates, **presets}
     shares = np.array_split(np.random.default_rng(test.seed).permutation(len(test.documents)), repeats)
     plain, increases, found = losses(test), {}, []

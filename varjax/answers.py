@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from varjax.errors import InputError
 from varjax.keys import ANY, distinct
 from varjax.routing import NO_ANSWER, Routing
 
@@ -125,7 +126,7 @@ def update(sums: AnswerSums, rows: Array, slot_outputs: Array, routing: Routing,
         mask: bool [B, T], False at padding and at tokens to leave out.
     """
     if len(slot_outputs) != len(sums.layers):
-        raise ValueError(f"need the slot outputs of layers {sums.layers}, got {len(slot_outputs)} layers")
+        raise InputError(f"need the slot outputs of layers {sums.layers}, got {len(slot_outputs)} layers")
     num_answers, hidden_size = sums.mean.shape[1:]
     num_experts = sums.entry.shape[-1]
     mean, mass, m2, count, nonfinite = sums.mean, sums.mass, sums.m2, sums.count, sums.nonfinite
@@ -183,11 +184,11 @@ def merge(a: Answers, b: Answers) -> Answers:
     """The means of both together, over the union of their keys and pairs: those of `a`, then the new ones of `b`.
 
     Raises:
-        ValueError: different layers, experts or hidden sizes, or answers that were distilled.
+        InputError: different layers, experts or hidden sizes, or answers that were distilled.
     """
     kind, other = ((one.layers, one.entry.shape[-1], one.mean.shape[-1], one.distilled) for one in (a, b))
     if kind != other or a.distilled:
-        raise ValueError(
+        raise InputError(
             "answers merge only over the same layers, experts and hidden size, and not when distilled; "
             f"these have (layers, experts, hidden size, distilled) {kind} and {other}"
         )

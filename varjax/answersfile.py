@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from varjax.answers import Answers
+from varjax.errors import InputError
 from varjax.files import replacing
 from varjax.routing import NO_ANSWER
 
@@ -39,7 +40,7 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
     """
     taken = sorted(set(meta) & set(_OWN))
     if taken:
-        raise ValueError(f"the file itself says {', '.join(taken)}: leave that out of the metadata")
+        raise InputError(f"the file itself says {', '.join(taken)}: leave that out of the metadata")
     header = {"format": FORMAT, "answer_layers": answers.layers, "distilled": answers.distilled, **meta}
     tensors = {name: np.ascontiguousarray(getattr(answers, name), dtype) for name, dtype in _DTYPES.items()}
     with replacing(Path(path)) as part:
@@ -51,7 +52,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: naming the file and what is wrong with it.
+        InputError: naming the file and what is wrong with it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; collect the answers first, or mend the path")
@@ -60,15 +61,15 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
             header = json.loads((file.metadata() or {}).get("varjax", "null"))
             tensors = {name: file.get_tensor(name) for name in _DTYPES if name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error}); collect the answers again") from error
+        raise InputError(f"{path}: not a readable safetensors file ({error}); collect the answers again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else None
-        raise ValueError(f"{path}: expected answers of format {FORMAT}, found {found}; collect them again")
+        raise InputError(f"{path}: expected answers of format {FORMAT}, found {found}; collect them again")
 
     try:
         layers, distilled = tuple(int(layer) for layer in header["answer_layers"]), bool(header["distilled"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the header lacks its layers ({error!r}); collect the answers again") from error
+        raise InputError(f"{path}: the header lacks its layers ({error!r}); collect the answers again") from error
     _check_shapes(path, tensors, len(layers))
     answers = Answers(layers=layers, distilled=distilled, **tensors)
     return answers, {name: value for name, value in header.items() if name not in _OWN}
@@ -77,7 +78,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
 def _check_shapes(path: str | Path, tensors: dict[str, np.ndarray], num_layers: int) -> None:
     missing = sorted(set(_DTYPES) - set(tensors))
     if missing:
-        raise ValueError(f"{path}: the tensors {', '.join(missing)} are missing; collect the answers again")
+        raise InputError(f"{path}: the tensors {', '.join(missing)} are missing; collect the answers again")
     num_rows, width = (*tensors["keys"].shape, 0, 0)[:2]  # 0 for an axis that is not there
     num_answers, hidden_size = (*tensors["mean"].shape, 0, 0, 0)[1:3]
     num_experts = (*tensors["entry"].shape, 0, 0, 0)[2]
@@ -93,9 +94,9 @@ def _check_shapes(path: str | Path, tensors: dict[str, np.ndarray], num_layers: 
     }
     for name, tensor in tensors.items():
         if tensor.shape != expected[name] or tensor.dtype != _DTYPES[name]:
-            raise ValueError(
+            raise InputError(
                 f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, expected "
                 f"{np.dtype(_DTYPES[name])} {list(expected[name])}; collect the answers again"
             )
     if tensors["entry"].max(initial=NO_ANSWER) >= num_answers or tensors["entry"].min(initial=0) < NO_ANSWER:
-        raise ValueError(f"{path}: tensor entry names answers beyond the {num_answers} there are; collect them again")
+        raise InputError(f"{path}: tensor entry names answers beyond the {num_answers} there are; collect them again")

@@ -26,6 +26,7 @@ from jax import Array
 
 from varjax import drift, step
 from varjax.drift import Calibration, DriftWarning, Monitor
+from varjax.errors import InputError
 from varjax.model import Network, VARModel, VAROutput
 from varjax.routing import LEARNED, Plan
 from varjax.step import Settings, VARState
@@ -54,18 +55,18 @@ class Auditor:
             on_drift: "warn" issues one DriftWarning; "disable" issues it too, and later calls run the plain model.
 
         Raises:
-            ValueError: VAR is switched off, the calibration is of another model or other settings, or `on_drift` is
+            InputError: VAR is switched off, the calibration is of another model or other settings, or `on_drift` is
                 neither of the two.
         """
         if var_model.table is None:
-            raise ValueError("VAR is switched off (enable_var=False): there is nothing to audit")
+            raise InputError("VAR is switched off (enable_var=False): there is nothing to audit")
         if on_drift not in get_args(OnDrift):
-            raise ValueError(f"on_drift={on_drift!r}: expected {' or '.join(map(repr, get_args(OnDrift)))}")
+            raise InputError(f"on_drift={on_drift!r}: expected {' or '.join(map(repr, get_args(OnDrift)))}")
         ours = {"fingerprint": var_model.model.fingerprint, "config_sha256": var_model.config.digest()}
         for name, value in ours.items():
             theirs = getattr(calibration, name)
             if theirs != value:
-                raise ValueError(
+                raise InputError(
                     f"the calibration has {name} {theirs[:12]}…, this model {value[:12]}…; calibrate anew with "
                     "analysis.audits.auditing.calibrate"
                 )
@@ -92,7 +93,7 @@ class Auditor:
             out, _ = self.var_model.advance(None, ids, mask)
             return out, state, audit_state
         if state is None:
-            raise ValueError("VAR is on but state is None; begin with var_model.init(batch_size)")
+            raise InputError("VAR is on but state is None; begin with var_model.init(batch_size)")
         out, state, tally, key = audited(self.var_model, state, ids, mask, audit_state.key, self.calibration.share)
         observed = observe(jax.device_get(tally), self.calibration.streams)
         monitor = drift.watch(audit_state.monitor, observed)
@@ -160,10 +161,10 @@ def choose(key: Array, planned: Array, share: float) -> Array:
         share: above 0, at most 1.
 
     Raises:
-        ValueError: another share.
+        InputError: another share.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share={share}: expected above 0 and at most 1, such as 0.05")
+        raise InputError(f"share={share}: expected above 0 and at most 1, such as 0.05")
     batch, length = planned.shape
     order, rounding = jax.random.split(key)
     lot = jnp.where(planned, jax.random.uniform(order, planned.shape), -1.0)

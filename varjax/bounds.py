@@ -22,6 +22,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from varjax.errors import InputError
+
 Method = Literal["betting", "bernstein"]
 Side = Literal["both", "upper", "lower"]
 
@@ -49,7 +51,7 @@ def upper_bound(
         high: likewise, from above.
 
     Raises:
-        ValueError: values outside [low, high] or not finite, fewer than two, or a level outside (0, 1).
+        InputError: values outside [low, high] or not finite, fewer than two, or a level outside (0, 1).
     """
     x = _scaled(values, low, high, level)
     if method == "bernstein":
@@ -57,7 +59,7 @@ def upper_bound(
         bound = x.mean() + math.sqrt(2 * x.var(ddof=1) * confidence / len(x)) + 7 * confidence / (3 * (len(x) - 1))
         return low + (high - low) * min(1.0, float(bound))
     if method != "betting":
-        raise ValueError(f'method is {method!r}; give "betting" or "bernstein"')
+        raise InputError(f'method is {method!r}; give "betting" or "bernstein"')
     x = np.random.default_rng(seed).permutation(x)
     bets = _bets(x, level)
     fair, refuted = 0.0, 1.0
@@ -139,11 +141,11 @@ def begin(low: float, high: float, level: float = 0.95, side: Side = "both") -> 
         side: "both", or the one bound that is wanted, which is tighter then; the other stays at its limit.
 
     Raises:
-        ValueError: low is not below high, a level outside (0, 1), or another side.
+        InputError: low is not below high, a level outside (0, 1), or another side.
     """
     _check(low, high, level)
     if side not in ("both", "upper", "lower"):
-        raise ValueError(f'side is {side!r}; give "both", "upper" or "lower"')
+        raise InputError(f'side is {side!r}; give "both", "upper" or "lower"')
     shape = (2 if side == "both" else 1, len(_FRACTIONS), len(_PAYOFFS))
     return ConfidenceSequence(low, high, level, side, 0, 0.0, low, high, np.zeros(shape))
 
@@ -155,7 +157,7 @@ def update(sequence: ConfidenceSequence, values: ArrayLike) -> ConfidenceSequenc
     because the tightest so far are kept.
 
     Raises:
-        ValueError: values outside [low, high] or not finite.
+        InputError: values outside [low, high] or not finite.
     """
     low, high = sequence.low, sequence.high
     x = _unit(np.atleast_1d(np.asarray(values, np.float64)), low, high)
@@ -242,19 +244,19 @@ def _scaled(values: ArrayLike, low: float, high: float, level: float) -> np.ndar
     _check(low, high, level)
     values = np.asarray(values, np.float64)
     if values.ndim != 1 or len(values) < 2:
-        raise ValueError(f"values have shape {values.shape}; give one dimension of two or more observations")
+        raise InputError(f"values have shape {values.shape}; give one dimension of two or more observations")
     return _unit(values, low, high)
 
 
 def _check(low: float, high: float, level: float) -> None:
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"low is {low} and high {high}; give finite limits, low below high")
+        raise InputError(f"low is {low} and high {high}; give finite limits, low below high")
     if not 0 < level < 1:
-        raise ValueError(f"level is {level}; give a probability between 0 and 1, such as 0.95")
+        raise InputError(f"level is {level}; give a probability between 0 and 1, such as 0.95")
 
 
 def _unit(values: np.ndarray, low: float, high: float) -> np.ndarray:
     outside = ~((values >= low) & (values <= high))
     if outside.any():
-        raise ValueError(f"value {values[outside][0]} is outside [{low}, {high}]; clip the values or widen the limits")
+        raise InputError(f"value {values[outside][0]} is outside [{low}, {high}]; clip the values or widen the limits")
     return np.clip((values - low) / (high - low), 0, 1)

@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from varjax.errors import InputError
 from varjax.files import replacing
 
 Source = Literal["gate", "table"]
@@ -38,7 +39,7 @@ class LayerPolicy:
     """What one layer does with a token that the table knows.
 
     Raises:
-        ValueError: naming every field that is out of range, its value and what is allowed.
+        InputError: naming every field that is out of range, its value and what is allowed.
     """
 
     kept: int | None = 1  # experts to run, 0 = look-up only; None = all with a tolerance, else those in mass_threshold
@@ -80,7 +81,7 @@ class VARConfig:
     """The settings of VAR for one model. The defaults are the `balanced` preset.
 
     Raises:
-        ValueError: naming every field that is out of range, its value and what is allowed.
+        InputError: naming every field that is out of range, its value and what is allowed.
     """
 
     frequency_threshold: int = 50  # occurrences that a key needs before the fast tier answers for it
@@ -140,10 +141,10 @@ class VARConfig:
         """`conservative`, `balanced` or `aggressive`, with some fields replaced.
 
         Raises:
-            ValueError: no preset or no field has that name.
+            InputError: no preset or no field has that name.
         """
         if name not in PRESETS:
-            raise ValueError(f"no preset is called {name!r}; known presets: {', '.join(PRESETS)}")
+            raise InputError(f"no preset is called {name!r}; known presets: {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | _known(cls, overrides, "VARConfig")))
 
     @classmethod
@@ -170,14 +171,14 @@ class VARConfig:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a Parquet file, or an override is unknown or out of range.
+            InputError: it is not a Parquet file, or an override is unknown or out of range.
         """
         stats = Path(path)
         if not stats.is_file():
             raise FileNotFoundError(f"{stats}: no such file; collect routing statistics first, or mend the path")
         with stats.open("rb") as file:
             if file.read(4) != b"PAR1":
-                raise ValueError(f"{stats}: not a Parquet file; expected what the collection of statistics wrote")
+                raise InputError(f"{stats}: not a Parquet file; expected what the collection of statistics wrote")
         found: dict[str, Any] = {"routing_stats": str(stats)}
         rows = residuals_beside(stats)
         if rows.is_file():
@@ -196,7 +197,7 @@ class VARConfig:
                 statistics.
 
         Raises:
-            FileNotFoundError, ValueError: as `from_routing_stats`.
+            FileNotFoundError, InputError: as `from_routing_stats`.
         """
         beside = VARConfig.from_routing_stats(routing_stats)
         own = self.residuals if self.residuals is not None and Path(self.residuals).is_file() else beside.residuals
@@ -214,14 +215,14 @@ class VARConfig:
         """The inverse of `to_json`; fields that are missing take their defaults.
 
         Raises:
-            ValueError: not JSON, an unknown field (the nearest known one is named), or a value out of range.
+            InputError: not JSON, an unknown field (the nearest known one is named), or a value out of range.
         """
         try:
             data = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"not valid JSON: {error}") from error
+            raise InputError(f"not valid JSON: {error}") from error
         if not isinstance(data, dict):
-            raise ValueError(f"expected a JSON object with the fields of VARConfig, got {type(data).__name__}")
+            raise InputError(f"expected a JSON object with the fields of VARConfig, got {type(data).__name__}")
         values = _known(cls, data, "VARConfig")
         if "default" in values:
             values["default"] = _policy_from_json(values["default"], "default")
@@ -256,12 +257,12 @@ class VARConfig:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: as `from_json`, with the file named.
+            InputError: as `from_json`, with the file named.
         """
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise InputError(f"{path}: {error}") from error
 
 
 def residuals_beside(stats: Path) -> Path:
@@ -288,7 +289,7 @@ class _Check:
 
     def finish(self) -> None:
         if self.faults:
-            raise ValueError(f"{type(self.config).__name__}: " + "; ".join(self.faults))
+            raise InputError(f"{type(self.config).__name__}: " + "; ".join(self.faults))
 
     def store(self, name: str, value: Any) -> None:
         object.__setattr__(self.config, name, value)
@@ -368,7 +369,7 @@ def _known(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
     for name in values:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{where} has no field {name!r}; did you mean {near!r}?")
+            raise InputError(f"{where} has no field {name!r}; did you mean {near!r}?")
     return dict(values)
 
 
@@ -376,8 +377,8 @@ def _policy_from_json(value: Any, where: str) -> LayerPolicy | None:
     if value is None:
         return None
     if not isinstance(value, dict):
-        raise ValueError(f"{where}: expected an object with the fields of LayerPolicy or null, got {value!r}")
+        raise InputError(f"{where}: expected an object with the fields of LayerPolicy or null, got {value!r}")
     try:
         return LayerPolicy(**_known(LayerPolicy, value, "LayerPolicy"))
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise InputError(f"{where}: {error}") from error

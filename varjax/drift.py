@@ -30,6 +30,7 @@ import numpy as np
 from varjax import bounds
 from varjax.bounds import ConfidenceSequence
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.files import replacing
 from varjax.streams import Stream
 
@@ -78,15 +79,15 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads what `save` wrote. Raises ValueError naming the file if it is something else."""
+        """Reads what `save` wrote. Raises InputError naming the file if it is something else."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
-                raise ValueError(f"another format than {FORMAT}")
+                raise InputError(f"another format than {FORMAT}")
             values = [Calibrated(**value | {"stream": Stream(**value["stream"])}) for value in data.pop("values")]
             return cls(**data, values=tuple(values))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not the calibration of an audit ({error}); calibrate anew") from error
+            raise InputError(f"{path}: not the calibration of an audit ({error}); calibrate anew") from error
 
 
 @dataclass(frozen=True)
@@ -131,10 +132,10 @@ def calibrate(
         share: of the planned tokens that was audited.
 
     Raises:
-        ValueError: fewer than two texts.
+        InputError: fewer than two texts.
     """
     if len(observed) < 2:
-        raise ValueError(f"{len(observed)} calibration texts; give at least two, some hundred to notice much")
+        raise InputError(f"{len(observed)} calibration texts; give at least two, some hundred to notice much")
     values = []
     for stream, column, error in zip(streams, observed.T, _errors(streams), strict=True):
         low, high = lower, upper = stream.limits

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from varjax.errors import InputError
+
 ANY = -1  # a place that the key's order does not look at
 NONE = -2  # no token: before the start of a sequence, or padding
 ABSENT = -1  # the row of a context that is no key
@@ -50,7 +52,7 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
     batch, steps = token_ids.shape
     before = recent.shape[1]
     if before < length - 1:
-        raise ValueError(
+        raise InputError(
             f"contexts of {length} ids need {length - 1} recent ids per sequence, `recent` holds {before}: widen it"
         )
     if mask is None:
@@ -97,7 +99,7 @@ class KeyIndex:
         The key of order 0 is ANY throughout.
 
         Raises:
-            ValueError: not a matrix; an id negative or wider than int32; ANY behind an id; a key twice.
+            InputError: not a matrix; an id negative or wider than int32; ANY behind an id; a key twice.
         """
         keys = _checked_keys(keys)
         num_keys = len(keys)
@@ -114,7 +116,7 @@ class KeyIndex:
         """int32 [...]: the row of each query int32 [..., C], ABSENT where it is no key. A pure gather."""
         num_keys, width = self.keys.shape
         if queries.shape[-1] != width:
-            raise ValueError(f"this index holds keys of {width} ids, got queries of {queries.shape[-1]}")
+            raise InputError(f"this index holds keys of {width} ids, got queries of {queries.shape[-1]}")
         if num_keys == 0:
             return jnp.full(queries.shape[:-1], ABSENT, jnp.int32)
         rows = self.buckets[hash_words(queries) & np.uint32(len(self.buckets) - 1)]  # [..., W]
@@ -133,7 +135,7 @@ def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Arra
     width = index.keys.shape[1]
     longest = min(width, contexts.shape[-1])
     if not orders or min(orders) < 0 or max(orders) > longest:
-        raise ValueError(
+        raise InputError(
             f"orders {tuple(orders)} must lie in 0..{longest}; keys hold {width} ids, contexts {contexts.shape[-1]}"
         )
     padding = [(0, 0)] * (contexts.ndim - 1) + [(width - longest, 0)]
@@ -190,11 +192,11 @@ def count_contexts(
         capacity: different contexts of one order that are held.
 
     Raises:
-        ValueError: a document that is no 1-D array of ids in int32; orders, min_count, max_keys, capacity out of range.
+        InputError: a document that is no 1-D array of ids in int32; orders, min_count, max_keys, capacity out of range.
     """
     orders = sorted(set(orders))
     if not orders or orders[0] < 1 or min_count < 1 or (max_keys is not None and max_keys < 0) or capacity < 1:
-        raise ValueError(
+        raise InputError(
             "need at least one order, orders >= 1, min_count >= 1, max_keys >= 0 and capacity >= 1; "
             f"got orders {orders}, min_count {min_count}, max_keys {max_keys}, capacity {capacity}"
         )
@@ -304,19 +306,19 @@ def _checked_keys(keys: np.ndarray) -> np.ndarray:
     """The keys as int32 [R, C], or the error that says which row is wrong."""
     keys = np.asarray(keys)
     if keys.ndim != 2 or keys.shape[1] == 0 or not (np.issubdtype(keys.dtype, np.integer) or keys.size == 0):
-        raise ValueError(f"keys must be integers [R, C] with C >= 1, got {keys.dtype} {list(keys.shape)}")
+        raise InputError(f"keys must be integers [R, C] with C >= 1, got {keys.dtype} {list(keys.shape)}")
     unused = np.logical_and.accumulate(keys == ANY, axis=1)  # the leading ANYs; all of them in the key of order 0
     valid = unused | ((keys >= 0) & (keys <= np.iinfo(np.int32).max))
     if not valid.all():
         row = int(np.flatnonzero(~valid.all(axis=1))[0])
-        raise ValueError(
+        raise InputError(
             f"key {row} is {keys[row].tolist()}: ids must be 0 to 2**31 - 1, with {ANY} only before the first"
         )
     keys = keys.astype(np.int32)
     different, place = distinct(keys)
     if len(different) < len(keys):
         second = int(np.flatnonzero(place < np.arange(len(keys)))[0])
-        raise ValueError(f"key {keys[second].tolist()} stands in rows {place[second]} and {second}; keep one of them")
+        raise InputError(f"key {keys[second].tolist()} stands in rows {place[second]} and {second}; keep one of them")
     return keys
 
 
@@ -341,12 +343,12 @@ def _joined(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def _checked_document(number: int, document: np.ndarray) -> np.ndarray:
     """The document as int64 [n], or the error that says what is wrong with it."""
     if document.ndim != 1 or not (np.issubdtype(document.dtype, np.integer) or document.size == 0):
-        raise ValueError(
+        raise InputError(
             f"document {number} must be a 1-D array of token ids, got {document.dtype} {list(document.shape)}"
         )
     bad = np.flatnonzero((document < 0) | (document > np.iinfo(np.int32).max))
     if bad.size:
-        raise ValueError(
+        raise InputError(
             f"document {number} holds the id {document[bad[0]]} at position {bad[0]}: "
             "ids must be 0 to 2**31 - 1; leave padding out"
         )

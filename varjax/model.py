@@ -29,6 +29,7 @@ import numpy as np
 from varjax import answersfile, statefile, statsfile, step
 from varjax.answers import Answers
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.keys import NONE
 from varjax.routing import Plan, Routing
 from varjax.stats import RoutingStats
@@ -116,7 +117,7 @@ class VARModel:
             clock: seconds from any origin, never going back; None: `time.monotonic`.
 
         Raises:
-            ValueError: the files belong to another model, or they or the table do not fit it.
+            InputError: the files belong to another model, or they or the table do not fit it.
         """
         self.model, self.config = model, config
         self.clock = clock or time.monotonic
@@ -150,7 +151,7 @@ class VARModel:
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
 
         Raises:
-            ValueError: no state, though VAR is on, or inputs that `models.Model.check_inputs` refuses.
+            InputError: no state, though VAR is on, or inputs that `models.Model.check_inputs` refuses.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask)
         return self.advance(self._begin(state, len(ids)), ids, mask)
@@ -170,11 +171,11 @@ class VARModel:
             The logits of the last position, [B, 1, V], with `.kv` and nothing else, and the state.
 
         Raises:
-            ValueError: as a call, and for texts that end in padding or do not fit into `capacity`.
+            InputError: as a call, and for texts that end in padding or do not fit into `capacity`.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask, going_on=True)
         if capacity < ids.shape[1]:
-            raise ValueError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
+            raise InputError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
         kv = self.model.empty_cache(len(ids), capacity)
         return self.advance(self._begin(state, len(ids)), ids, mask, kv, last_logits_only=True)
 
@@ -218,7 +219,7 @@ class VARModel:
     def _begin(self, state: VARState | None, batch_size: int) -> VARState | None:
         if state is None:
             if self.table is not None:
-                raise ValueError("VAR is on but state is None; begin with var_model.init(batch_size)")
+                raise InputError("VAR is on but state is None; begin with var_model.init(batch_size)")
             return None
         return self.model.place(step.begin(state, batch_size))
 
@@ -249,11 +250,11 @@ class VARModel:
     def load(self, path: str | Path) -> VARState:
         """The state that `save` wrote, under this model and these sizes of the cache; see `statefile.load`.
 
-        Raises ValueError naming what differs, FileNotFoundError if nothing was saved there.
+        Raises InputError naming what differs, FileNotFoundError if nothing was saved there.
         """
         like = self.init()
         if like is None:
-            raise ValueError("VAR is switched off, so there is no state to load; load it with VAR on (enable_var=True)")
+            raise InputError("VAR is switched off, so there is no state to load; load it with VAR on (enable_var=True)")
         return self.model.place(statefile.load(path, like, step.milliseconds(self.clock()), self._about))
 
     @property
@@ -314,7 +315,7 @@ def _follow(state: VARState, ids: jax.Array, mask: jax.Array) -> VARState:
 def build_table(model: RoutedModel, config: VARConfig) -> RouteTable:
     """The table that `config`'s files describe, checked against the model that they were collected from.
 
-    Raises ValueError naming the file at fault.
+    Raises InputError naming the file at fault.
     """
     stats, answers = read_files(model, config)
     return build_for(model, stats, config, answers)
@@ -333,9 +334,9 @@ def build_for(
 
 
 def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Answers | None]:
-    """The statistics and residuals that `config` names. Raises ValueError if they are another model's."""
+    """The statistics and residuals that `config` names. Raises InputError if they are another model's."""
     if config.routing_stats is None:
-        raise ValueError(
+        raise InputError(
             "VARConfig.routing_stats is not set, so there is nothing to look up; "
             "make the config with VARConfig.from_routing_stats(path)"
         )
@@ -343,7 +344,7 @@ def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Ans
     _check_origin(config.routing_stats, meta, model)
     shape = (len(stats.count), stats.num_experts)
     if shape != (model.config.num_layers, model.config.num_experts):
-        raise ValueError(
+        raise InputError(
             f"{config.routing_stats}: statistics of {shape[0]} layers and {shape[1]} experts, but the model has "
             f"{model.config.num_layers} and {model.config.num_experts}; collect them with this model"
         )
@@ -358,7 +359,7 @@ def _check_table(table: RouteTable, model: RoutedModel) -> None:
     theirs = (table.num_layers, table.num_experts, table.top_k)
     ours = (model.config.num_layers, model.config.num_experts, model.config.top_k)
     if theirs != ours:
-        raise ValueError(
+        raise InputError(
             f"the table has (layers, experts, experts per token) {theirs}, the model {ours}; build it for this model "
             "(varjax.build_table)"
         )
@@ -367,7 +368,7 @@ def _check_table(table: RouteTable, model: RoutedModel) -> None:
 def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:
     origin = meta.get("fingerprint")
     if origin is not None and origin != model.fingerprint:
-        raise ValueError(
+        raise InputError(
             f"{path}: fingerprint {origin[:12]}… is of another model ({meta.get('model', 'unnamed')}), this one has "
             f"{model.fingerprint[:12]}…; collect the statistics with this model"
         )

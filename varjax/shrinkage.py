@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.answers import Answers
+from varjax.errors import InputError
 from varjax.keys import ANY, KeyIndex
 from varjax.routing import NO_ANSWER
 
@@ -41,10 +42,10 @@ def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
         shrinkage: k0, how many occurrences the prior weighs.
 
     Raises:
-        ValueError: the layer was not collected.
+        InputError: the layer was not collected.
     """
     if layer not in answers.layers:
-        raise ValueError(f"there are no answers of layer {layer}; collected were the layers {list(answers.layers)}")
+        raise InputError(f"there are no answers of layer {layer}; collected were the layers {list(answers.layers)}")
     a = answers.layers.index(layer)
     mean, mass, m2, count = (getattr(answers, name)[a] for name in ("mean", "mass", "m2", "count"))
     parent, depth = lineage(answers.keys, answers.entry[a], len(mass))

@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 
 from varjax.cache import since
+from varjax.errors import InputError
 from varjax.step import VARState
 
 FORMAT = 1
@@ -61,7 +62,7 @@ def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, An
 
     Raises:
         FileNotFoundError: no state was saved there.
-        ValueError: another format, another `about` or other arrays; everything that differs is named.
+        InputError: another format, another `about` or other arrays; everything that differs is named.
     """
     with _manager(path) as manager:
         newest = manager.latest_step() if Path(path).is_dir() else None
@@ -70,7 +71,7 @@ def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, An
         try:
             noted = manager.restore(newest, args=ocp.args.Composite(noted=ocp.args.JsonRestore()))["noted"]
         except (KeyError, ValueError, FileNotFoundError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{path}: not a saved VAR state ({error}); give the folder that one was saved in"
             ) from error
         expected = _described(_arrays(like))
@@ -101,9 +102,9 @@ def _described(arrays: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def _check(path: str | Path, noted: Any, about: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises ValueError naming what differs; `recent` may hold any number of sequences."""
+    """Raises InputError naming what differs; `recent` may hold any number of sequences."""
     if noted.get("format") != FORMAT:
-        raise ValueError(f"{path}: a state of format {noted.get('format')}, expected {FORMAT}; begin with a new state")
+        raise InputError(f"{path}: a state of format {noted.get('format')}, expected {FORMAT}; begin with a new state")
     saved = {name: _one(array, name) for name, array in noted["arrays"].items()} | noted["about"]
     wanted = {name: _one(array, name) for name, array in expected.items()} | dict(about)
     different = [
@@ -112,7 +113,7 @@ def _check(path: str | Path, noted: Any, about: Mapping[str, Any], expected: Map
         if saved.get(name) != wanted.get(name)
     ]
     if different:
-        raise ValueError(
+        raise InputError(
             f"{path}: the state of another model or config: {', '.join(different)}; "
             "use those that it was saved with, or begin with a new state"
         )

@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array
 from jax.scipy.special import xlogy
 
+from varjax.errors import InputError
 from varjax.keys import ANY, distinct
 
 MAX_WINDOW = 2**24  # tokens between flushes: float32 counts are exact up to here
@@ -166,7 +167,7 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
     num_orders = len(buffer.absent)
     needed = (num_orders, *mask.shape), (num_layers, *mask.shape, num_experts)
     if (rows.shape, probs.shape) != needed:
-        raise ValueError(
+        raise InputError(
             f"a buffer of {num_orders} orders, {num_layers} layers and {num_experts} experts with a mask "
             f"{mask.shape} needs rows {needed[0]} and probs {needed[1]}, got {rows.shape} and {probs.shape}"
         )
@@ -224,7 +225,7 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
     """
     tokens = int(buffer.tokens)
     if tokens > MAX_WINDOW:
-        raise ValueError(
+        raise InputError(
             f"{tokens} tokens since the last flush, but float32 counts only to {MAX_WINDOW}: flush more often"
         )
     sums, lows, centre, centre_probs = (
@@ -269,11 +270,11 @@ def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
     Exact up to float64 rounding. A key that only one part admitted carries that part's occurrences alone.
 
     Raises:
-        ValueError: different orders, layers or experts.
+        InputError: different orders, layers or experts.
     """
     ours, theirs = ((s.orders, len(s.count), s.num_experts) for s in (a, b))
     if ours != theirs:
-        raise ValueError(
+        raise InputError(
             "statistics merge only over the same orders, layers and experts; "
             f"these have (orders, layers, experts) {ours} and {theirs}"
         )

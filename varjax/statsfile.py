@@ -39,6 +39,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from varjax.errors import InputError
 from varjax.files import replacing
 from varjax.keys import ANY, distinct
 from varjax.stats import Moments, RoutingStats
@@ -121,7 +122,7 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not such a file; the message names the file, the column, the first bad row and the mend.
+        InputError: not such a file; the message names the file, the column, the first bad row and the mend.
     """
     file = _File(path)
     count = file.integers("frequency", 1, np.iinfo(np.int64).max)
@@ -188,24 +189,24 @@ class _File:
             self.meta = dict(json.loads((self.table.schema.metadata or {}).get(b"varjax", b"{}")))
             self.filled: dict[str, str] = dict(self.meta.get("filled", {}))
         except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: not a readable Parquet file of routing statistics ({error}); write it anew"
             ) from error
         self.names = self.table.column_names
         if self.meta.get("version", VERSION) != VERSION:
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: format version {self.meta['version']}, this varjax reads {VERSION}; "
                 "read it with the varjax that wrote it"
             )
         absent = [name for name in REQUIRED if name not in self.names]
         if absent:
-            raise ValueError(f"{self.path}: no column {', '.join(absent)}; add what is missing (it has {self.names})")
+            raise InputError(f"{self.path}: no column {', '.join(absent)}; add what is missing (it has {self.names})")
 
     def refuse(self, column: str, bad: np.ndarray, values: Any, mend: str) -> None:
         """Raise if any row of bool [N] is bad."""
         if bad.any():
             row = int(np.argmax(bad))
-            raise ValueError(f"{self.path}: column {column}, row {row}: {values[row]} {mend}")
+            raise InputError(f"{self.path}: column {column}, row {row}: {values[row]} {mend}")
 
     def fill(self, name: str, value: Any, how: str) -> Any:
         """The filling of what the file lacks."""
@@ -219,7 +220,7 @@ class _File:
             want in (None, has) for want, has in zip(shape, value.shape, strict=True)
         )
         if not fits or value.dtype.kind not in "iuf" or not _whole(value, 0, np.iinfo(np.int64).max).all():
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: metadata {name} is {self.meta[name]}; it must be whole numbers >= 0 of shape {shape}"
             )
         return value.astype(np.int64)
@@ -308,14 +309,14 @@ class _File:
         """A column of lists of numbers: as it is, the length of each list [N], and all numbers in a row."""
         column = self.table.column(name)
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-            raise ValueError(f"{self.path}: column {name} holds {column.type}, expected lists; convert it")
+            raise InputError(f"{self.path}: column {name} holds {column.type}, expected lists; convert it")
         length = pc.list_value_length(column).fill_null(0).to_numpy()
         return column, length, self._numbers(name, pc.list_flatten(column))
 
     def _numbers(self, name: str, values: pa.ChunkedArray) -> np.ndarray:
         """The values as NumPy has them; null becomes NaN."""
         if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
-            raise ValueError(f"{self.path}: column {name} holds {values.type}, expected numbers; convert it")
+            raise InputError(f"{self.path}: column {name} holds {values.type}, expected numbers; convert it")
         return values.to_numpy()
 
 

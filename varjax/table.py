@@ -23,6 +23,7 @@ from jax import Array
 
 from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
+from varjax.errors import InputError
 from varjax.keys import ABSENT, ANY, KeyIndex, distinct, find_orders
 from varjax.routing import (
     FAST,
@@ -119,10 +120,10 @@ def build(
         keep_shapes: keep every row, that of order 0 and every answer, whatever the policy wants.
 
     Raises:
-        ValueError: naming each layer whose policy does not fit the model, the statistics or the answers.
+        InputError: naming each layer whose policy does not fit the model, the statistics or the answers.
     """
     if len(stats.keys) == 0:
-        raise ValueError("the statistics hold no key at all; collect them over more text or admit rarer contexts")
+        raise InputError("the statistics hold no key at all; collect them over more text or admit rarer contexts")
     policies = [config.policy(layer) for layer in range(len(stats.count))]
     _check_policies(config, policies, stats, k, answers)
 
@@ -162,11 +163,11 @@ def with_policies(
         answers: likewise.
 
     Raises:
-        ValueError: as `build`, or the table holds other rows than all those of `stats`.
+        InputError: as `build`, or the table holds other rows than all those of `stats`.
     """
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
-        raise ValueError(
+        raise InputError(
             f"the table has {rows} rows, the statistics {len(stats.keys)} keys and that of order 0; "
             "build the table from these statistics with keep_shapes=True"
         )
@@ -220,7 +221,7 @@ def _check_policies(
             have = "there are none" if answers is None else f"there are those of layers {list(answers.layers)}"
             faults.append(f"layer {layer}: it has no answers ({have}); collect them or set residual=False")
     if faults:
-        raise ValueError("the policies cannot be carried out: " + "; ".join(faults))
+        raise InputError("the policies cannot be carried out: " + "; ".join(faults))
 
 
 def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_experts: int) -> np.ndarray:

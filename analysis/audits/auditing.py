@@ -20,6 +20,7 @@ from analysis.text.encoding import Encoded
 from varjax import drift
 from varjax.audit import audited
 from varjax.drift import Calibration, Monitor
+from varjax.errors import InputError
 from varjax.model import VARModel
 from varjax.step import VARState
 from varjax.streams import Stream, Tally, observe, watched
@@ -45,7 +46,7 @@ def calibrate(
         max_length: likewise.
 
     Raises:
-        ValueError: fewer than two documents, a share outside (0, 1], or VAR is switched off.
+        InputError: fewer than two documents, a share outside (0, 1], or VAR is switched off.
     """
     sums, _ = tally_documents(
         var_model, documents, share, seed=seed, batch_size=batch_size, max_length=max_length, progress=progress
@@ -80,7 +81,7 @@ def tally_documents(
     """
     state = var_model.init()
     if state is None:
-        raise ValueError("VAR is switched off (enable_var=False): there is nothing to audit")
+        raise InputError("VAR is switched off (enable_var=False): there is nothing to audit")
     key, parts, owners = jax.random.key(seed), [], []
     for batch in batches(tqdm(documents, unit="document", disable=not progress), batch_size, max_length):
         ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)

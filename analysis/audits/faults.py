@@ -12,6 +12,7 @@ import numpy as np
 
 from analysis.studies.shuffled import shuffled_answers
 from analysis.text.encoding import Encoded
+from varjax.errors import InputError
 from varjax.model import VARModel
 from varjax.routing import Routing
 from varjax.table import RouteTable
@@ -23,7 +24,7 @@ def faults(var_model: VARModel, seed: int) -> dict[str, VARModel]:
     """The same model and config with something wrong that neither fingerprint nor config tells."""
     model, config, table = var_model.model, var_model.config, var_model.table
     if table is None:
-        raise ValueError("VAR is switched off (enable_var=False): nothing can go wrong with it")
+        raise InputError("VAR is switched off (enable_var=False): nothing can go wrong with it")
     rng = np.random.default_rng(seed)
     wrong = {
         "answers shuffled": VARModel(model, config, table=shuffled_answers(table, rng)),

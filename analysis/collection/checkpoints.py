@@ -15,12 +15,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from varjax.errors import InputError
 from varjax.files import replacing
 
 T = TypeVar("T")
 
 
-class CheckpointMismatchError(ValueError):
+class CheckpointMismatchError(InputError):
     """The checkpoints in a folder belong to another run: says what differs and what to do."""
 
 

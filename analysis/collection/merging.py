@@ -9,6 +9,7 @@ from typing import Any
 
 from varjax import answers, answersfile, stats, statsfile
 from varjax.config import residuals_beside
+from varjax.errors import InputError
 
 SAME = ("fingerprint", "top_k", "vocab_size", "layers")  # what the parts must agree in
 
@@ -28,16 +29,16 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
         The statistics, and the parts that lack answers: unless there are none, none were written.
 
     Raises:
-        ValueError: the parts are of different models, or their orders, layers or experts differ.
+        InputError: the parts are of different models, or their orders, layers or experts differ.
     """
     if len(paths) < 2:
-        raise ValueError(f"merging needs at least two statistics files, got {[str(path) for path in paths]}")
+        raise InputError(f"merging needs at least two statistics files, got {[str(path) for path in paths]}")
     read = [statsfile.read(path) for path in paths]
     metas = [meta for _, meta in read]
     for path, meta in zip(paths, metas, strict=True):
         for name in SAME:
             if meta.get(name) != metas[0].get(name):
-                raise ValueError(
+                raise InputError(
                     f"{path}: {name} is {meta.get(name)}, but {metas[0].get(name)} in {paths[0]}; "
                     "only statistics of the same layers of the same model merge"
                 )
@@ -46,8 +47,8 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
     try:
         together = reduce(stats.merge, (part for part, _ in read))
         answered = reduce(answers.merge, rows) if rows else None
-    except ValueError as error:
-        raise ValueError(f"{', '.join(map(str, paths))}: {error}") from error
+    except InputError as error:
+        raise InputError(f"{', '.join(map(str, paths))}: {error}") from error
 
     strings = reduce(dict.__or__, (statsfile.token_strings(path) for path in paths))
     meta = {name: metas[0][name] for name in ("model", *SAME) if name in metas[0]} | about

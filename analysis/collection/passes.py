@@ -31,6 +31,7 @@ from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
 from models import Model
 from models.placement import DATA, Placement, make_mesh
+from varjax.errors import InputError
 
 SPLIT, WHOLE = PartitionSpec(DATA), PartitionSpec()  # the first axis over the devices; the same on all of them
 SPLIT_LAYERS = PartitionSpec(None, DATA)  # [L, B, ...]
@@ -51,7 +52,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:
-            raise ValueError(f"process {self.index} of {self.of}: expected a process from 0 to {self.of - 1}")
+            raise InputError(f"process {self.index} of {self.of}: expected a process from 0 to {self.of - 1}")
 
     def documents(self, every: Iterable[Encoded]) -> Iterable[Encoded]:
         """Those of the share, as often as they are read. All are read; the model runs on these alone."""

@@ -28,6 +28,7 @@ from analysis.text.encoded_corpus import EncodedCorpus
 from models import Model, MoEConfig
 from varjax import answers, answersfile, statsfile
 from varjax.config import residuals_beside
+from varjax.errors import InputError
 from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
 from varjax.selection import likeliest
@@ -42,7 +43,7 @@ class Settings:
     """What decides the result of a run, beside the model and the documents.
 
     Raises:
-        ValueError: naming every field that is out of range.
+        InputError: naming every field that is out of range.
     """
 
     keys: KeySettings = dataclasses.field(default_factory=KeySettings)
@@ -67,22 +68,22 @@ class Settings:
         if strange:
             faults.append(f"residual orders {strange} are not among the orders {self.keys.orders}; collect those too")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise InputError("; ".join(faults))
 
     def layers_of(self, model: Model) -> tuple[int, ...]:
-        """The layers to collect. Raises ValueError for one that the model does not have."""
+        """The layers to collect. Raises InputError for one that the model does not have."""
         every = range(model.config.num_layers)
         chosen = tuple(every) if self.layers is None else tuple(sorted(set(self.layers)))
         if not chosen or not set(chosen) <= set(every):
-            raise ValueError(f"layers {list(chosen)}: expected some of 0 to {len(every) - 1}, the layers of the model")
+            raise InputError(f"layers {list(chosen)}: expected some of 0 to {len(every) - 1}, the layers of the model")
         return chosen
 
     def keys_of(self, config: MoEConfig, num_layers: int) -> KeySettings:
-        """Which keys are worth a row, with as many as there is room for at most. Raises ValueError if there is none."""
+        """Which keys are worth a row, with as many as there is room for at most. Raises InputError if there is none."""
         one = bytes_a_key(num_layers, config.num_experts)
         room = self.stats_bytes // one
         if room < 1:
-            raise ValueError(f"stats_bytes={self.stats_bytes}: one key takes {one:,}; allow more, or fewer layers")
+            raise InputError(f"stats_bytes={self.stats_bytes}: one key takes {one:,}; allow more, or fewer layers")
         most = room if self.keys.max_keys is None else min(self.keys.max_keys, room)
         return dataclasses.replace(self.keys, max_keys=most)
 
@@ -126,7 +127,7 @@ def analyse(
         None in all processes but the first.
 
     Raises:
-        ValueError: no key, a layer that does not exist, or `output` holds the checkpoints of another run.
+        InputError: no key, a layer that does not exist, or `output` holds the checkpoints of another run.
         CorpusError: the documents are not those that a resumed run began with.
     """
     layers = settings.layers_of(model)

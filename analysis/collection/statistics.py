@@ -34,6 +34,7 @@ from models import Model
 from models.decoder import Network
 from models.parameters import Params
 from varjax import stats
+from varjax.errors import InputError
 from varjax.keys import NONE, ContextCounts, KeyIndex, contexts, count_contexts, find_orders
 from varjax.stats import RoutingStats, StatsBuffer
 
@@ -53,7 +54,7 @@ class KeySettings:
         if not self.orders or min(self.orders) < 1:
             faults.append(f"orders={self.orders}")
         if faults:
-            raise ValueError(f"{', '.join(faults)}: expected at least 1, and at least one order")
+            raise InputError(f"{', '.join(faults)}: expected at least 1, and at least one order")
 
 
 def choose_keys(
@@ -62,14 +63,14 @@ def choose_keys(
     """The keys of a corpus, counted over the same windows that the model will read.
 
     Raises:
-        ValueError: no context is frequent enough to be a key.
+        InputError: no context is frequent enough to be a key.
     """
     with tqdm(documents, desc="keys", unit=" documents", disable=not progress) as read:
         rows = (window.ids[: window.size] for window in windows(read, max_length))
         special = model.config.special_token_ids
         keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)
     if len(keys.keys) == 0:
-        raise ValueError(
+        raise InputError(
             f"none of the contexts of {settings.orders} tokens occurs {settings.min_count} times; "
             "give more documents or a lower min_count"
         )

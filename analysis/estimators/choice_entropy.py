@@ -53,6 +53,7 @@ from analysis.estimators.resampling import (
     ratio_with_interval,
 )
 from analysis.traces.trace import Trace
+from varjax.errors import NotTestableError
 
 PRIOR = 2.0  # occurrences that the layer's marginal counts for in the table of the cross entropy; 1 to 8 do as well
 
@@ -93,7 +94,7 @@ def conditional_entropy(
         samples: draws of the bootstrap over documents.
 
     Raises:
-        ValueError: no ranking tells the first choice, no key occurs often enough, or too few permutations.
+        NotTestableError: no ranking tells the first choice, no key occurs often enough, or too few permutations.
     """
     check_permutations(permutations)
     check_ranked(trace)
@@ -103,7 +104,7 @@ def conditional_entropy(
     contexts = [trace.contexts(order) for order in orders]
     keys = [known_keys(context, everywhere, min_count) for context in contexts]
     if all(np.all(key < 0) for key in keys):
-        raise ValueError(
+        raise NotTestableError(
             f"no context of {', '.join(map(str, orders))} ids occurs {min_count} times; "
             "give a longer trace or a lower min_count"
         )
@@ -153,9 +154,9 @@ def conditional_entropy(
 
 
 def check_ranked(trace: Trace) -> None:
-    """Raises ValueError where a trace does not say which of its experts is the first choice."""
+    """Raises InputError where a trace does not say which of its experts is the first choice."""
     if not (trace.ranked or trace.top_k == 1):
-        raise ValueError(
+        raise NotTestableError(
             "the trace's experts are not ranked, so nobody knows the first choice; record the trace with probabilities "
             "or with the experts best first (ranked)"
         )

@@ -27,6 +27,7 @@ import numpy as np
 
 from analysis.estimators.resampling import Measure, bootstrap, document_sums, measure, ratio
 from analysis.traces.trace import Trace
+from varjax.errors import InputError, NotTestableError
 
 _TOLERANCE = 1e-8  # of a fitted load
 _ITERATIONS = 5000
@@ -66,14 +67,14 @@ def co_activation(
         samples: draws of the bootstrap over documents.
 
     Raises:
-        ValueError: one expert per token makes no pairs, or the trace has no token.
+        NotTestableError: one expert per token makes no pairs, or the trace has no token.
     """
     if trace.top_k < 2:
-        raise ValueError(
+        raise NotTestableError(
             "co-activation needs two experts per token or more; this trace has K = 1, which makes no pairs"
         )
     if len(trace.token_id) == 0:
-        raise ValueError("the trace has no token; give one that has")
+        raise NotTestableError("the trace has no token; give one that has")
     share, expected = _shares(trace)
     build, held_out = (trace.of(part) for part in (trace.build_documents(), ~trace.build_documents()))
     strongest = np.full((trace.num_layers, pairs, 2), -1)
@@ -100,7 +101,7 @@ def expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
         load: float64 [E], share of the tokens that choose each expert; adds up to K.
 
     Raises:
-        ValueError: no distribution over sets of K experts was found that has these loads.
+        NotTestableError: no distribution over sets of K experts was found that has these loads.
     """
     expected = np.outer(load, load)  # right where one of the two is always or never chosen
     free = (load > 0) & (load < 1)
@@ -145,7 +146,7 @@ def _fit(load: np.ndarray, size: int) -> np.ndarray:
         if np.max(np.abs(fitted - load)) < _TOLERANCE:
             return weights
         weights = weights * odds * (1 - fitted) / fitted
-    raise ValueError(
+    raise InputError(
         f"no weights give the loads {np.round(load, 4).tolist()} with {size} experts per token; "
         f"give loads that add up to {size}"
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from analysis.estimators.resampling import Measure, bootstrap, measure, ratio, ratio_with_interval
 from analysis.traces.trace import Trace
+from varjax.errors import NotTestableError
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ def load(trace: Trace, *, samples: int = 1000, seed: int = 0) -> Load:
     The interval of the imbalance takes the busiest expert of each draw, so it reaches further up than down.
 
     Raises:
-        ValueError: the trace has no token.
+        NotTestableError: the trace has no token.
     """
     if len(trace.token_id) == 0:
-        raise ValueError("the trace has no token; give one that has")
+        raise NotTestableError("the trace has no token; give one that has")
     counts = assignments(trace).transpose(0, 2, 1)  # [D, E, L]
     every = np.broadcast_to(counts.sum(axis=1, keepdims=True), counts.shape)
     total = counts.sum(axis=0)

@@ -46,6 +46,7 @@ from analysis.estimators.resampling import (
     ratio_with_interval,
 )
 from analysis.traces.trace import Trace
+from varjax.errors import NotTestableError
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,20 @@ def predictability(
         samples: draws of the bootstrap over documents.
 
     Raises:
-        ValueError: all documents are on one side of the split, no key has enough evidence, or too few permutations.
+        NotTestableError: all documents are on one side of the split, or no key has enough evidence.
+        InputError: too few permutations.
     """
     check_permutations(permutations)
     orders = tuple(sorted(set(orders)))
     build = trace.build_documents()[trace.document]
     if build.all() or not build.any():
-        raise ValueError(
+        raise NotTestableError(
             f"the trace's {len(np.unique(trace.document))} documents are all on one side of the split into build and "
             "held-out documents; give a trace of more documents"
         )
     keys = [known_keys(trace.contexts(order), build, min_count) for order in orders]
     if all(np.all(key < 0) for key in keys):
-        raise ValueError(
+        raise NotTestableError(
             f"no context of {', '.join(map(str, orders))} ids occurs {min_count} times in the build documents; "
             "give a longer trace or a lower min_count"
         )

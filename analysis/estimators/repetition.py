@@ -33,6 +33,7 @@ from analysis.estimators.resampling import (
     ratio_with_interval,
 )
 from analysis.traces.trace import Trace
+from varjax.errors import NotTestableError
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,15 @@ def repetition(
         samples: draws of the bootstrap over documents.
 
     Raises:
-        ValueError: no ranking tells the first choice, no two tokens stand together, or too few permutations.
+        NotTestableError: no ranking tells the first choice, no two tokens stand together, or too few permutations.
     """
     check_permutations(permutations)
     check_ranked(trace)
     pair = ~trace.begins()
     if not pair.any():
-        raise ValueError("no two tokens of the trace stand directly after each other; give a trace of running text")
+        raise NotTestableError(
+            "no two tokens of the trace stand directly after each other; give a trace of running text"
+        )
     best = np.ascontiguousarray(trace.experts[:, :, :2].transpose(2, 1, 0))  # [2 or 1, L, N]
 
     rng = np.random.default_rng(seed)

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from varjax.errors import InputError
+
 LEVEL = 0.95  # of every interval and band
 MIN_PERMUTATIONS = 19  # the fewest whose extremes can bound 95 %
 MIN_DOCUMENTS = 10  # a figure over fewer has no interval
@@ -146,9 +148,9 @@ def permutation(document: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def check_permutations(permutations: int) -> None:
-    """Raises ValueError for a number of permutations that no 95 % band can be made of."""
+    """Raises InputError for a number of permutations that no 95 % band can be made of."""
     if permutations != 0 and permutations < MIN_PERMUTATIONS:
-        raise ValueError(
+        raise InputError(
             f"permutations is {permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
             "fewer cannot make a 95 % band"
         )

@@ -40,6 +40,7 @@ from analysis.evaluation.comparison import MAX_DEGRADATION, Result, check_pair
 from analysis.evaluation.quality import Scores
 from analysis.reports.provenance import hash_json
 from varjax.bounds import documents_needed, p_value, upper_bound
+from varjax.errors import InputError
 
 LIMIT = math.log1p(MAX_DEGRADATION)  # nats per token
 CLIP = 0.2  # nats per token, of a document's increase: its perplexity rises by 22 %
@@ -49,7 +50,7 @@ Testing = Literal["fixed_sequence", "holm"]
 Drawn = Literal["hash", "first", "unknown"]  # a document is there by the hash of its text, or for standing first
 
 
-class CertificateError(ValueError):
+class CertificateError(InputError):
     """Losses that no certificate can be made of; names what is wrong and the mend."""
 
 

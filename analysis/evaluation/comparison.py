@@ -17,12 +17,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from varjax.errors import InputError
+
 MAX_DEGRADATION = 0.01  # relative increase of perplexity
 MIN_SPEEDUP = 1.2
 MAX_LEARNED = 0.15  # share of the tokens that the learned router still routes
 
 
-class ResultError(ValueError):
+class ResultError(InputError):
     """A result file that cannot be compared; names file, field and mend."""
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from analysis.evaluation.quality import Runner, plain_runner, prefixed, token_nll, var_runner
 from analysis.text.batches import Window, cut, packed
 from models import Model, Sampling
+from varjax.errors import InputError
 from varjax.model import VARModel
 
 try:
@@ -62,7 +63,7 @@ class HarnessLM(TemplateLM):
             carry_cache: whether the cached tier keeps what earlier batches taught it.
             seed: of the tasks that sample.
 
-        Raises ValueError if the model has no tokenizer or no id to begin with, or a size makes no sense.
+        Raises InputError if the model has no tokenizer or no id to begin with, or a size makes no sense.
         """
         super().__init__()
         self.var_model = model if isinstance(model, VARModel) else None
@@ -70,15 +71,15 @@ class HarnessLM(TemplateLM):
         self.model = plain
         self.tokenizer: Any = getattr(self.model, "tokenizer", None)
         if self.tokenizer is None:
-            raise ValueError(
+            raise InputError(
                 "the model has no tokenizer, so the harness's texts cannot be read; put its tokenizer.json beside "
                 "config.json"
             )
         if self.prefix_token_id is None:
-            raise ValueError("the tokenizer has neither a begin nor an end id to score a first token after; name one")
+            raise InputError("the tokenizer has neither a begin nor an end id to score a first token after; name one")
         self.max_length: int = self.model.config.max_position_embeddings if max_length is None else max_length
         if batch_size < 1 or self.max_length < 2:
-            raise ValueError(f"batch_size={batch_size}, max_length={max_length}: expected at least 1 and 2")
+            raise InputError(f"batch_size={batch_size}, max_length={max_length}: expected at least 1 and 2")
         self.batch_size, self.add_bos_token, self.carry_cache = batch_size, add_bos_token, carry_cache
         self.seed, self.progress = seed, progress
         self.state = None if self.var_model is None else self.var_model.init()
@@ -139,7 +140,7 @@ class HarnessLM(TemplateLM):
         cuts = []
         for index, (_, context, continuation) in enumerate(requests):
             if not 1 <= len(continuation) <= self.max_length:
-                raise ValueError(
+                raise InputError(
                     f"a continuation has {len(continuation)} tokens; expected 1 to max_length {self.max_length}: "
                     "mend the task, or raise max_length"
                 )
@@ -231,19 +232,19 @@ class _Wanted:
 
     @classmethod
     def of(cls, given: Mapping[str, Any], lm: HarnessLM) -> _Wanted:
-        """Raises ValueError for a setting that is not known, or that leaves no room for the context."""
+        """Raises InputError for a setting that is not known, or that leaves no room for the context."""
         settings = dict(normalize_gen_kwargs(dict(given), min(_MAX_NEW_TOKENS, lm.max_length // 2)))
         until = handle_stop_sequences(settings.pop("until"), lm.tokenizer.decode(lm.eot_token_id))
         new_tokens, sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
         temperature = float(settings.pop("temperature", 0.0))  # taken out even where it is not used
         sampling = Sampling(temperature if sample else 0.0, settings.pop("top_k", None), settings.pop("top_p", None))
         if settings:
-            raise ValueError(
+            raise InputError(
                 f"the task asks for {settings} in generation; expected until, max_gen_toks, do_sample, temperature, "
                 "top_k and top_p"
             )
         if not 1 <= new_tokens < lm.max_length:
-            raise ValueError(
+            raise InputError(
                 f"the task asks for {new_tokens} new tokens; expected 1 to less than max_length {lm.max_length}: "
                 "lower its max_gen_toks or raise max_length"
             )

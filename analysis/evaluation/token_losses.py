@@ -19,6 +19,7 @@ from analysis.evaluation.quality import token_nll
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
 from models.placement import to_host
+from varjax.errors import InputError
 from varjax.keys import ANY
 from varjax.model import VARModel
 from varjax.routing import CACHED, FAST, Plan, Routing
@@ -77,10 +78,10 @@ def token_losses(
 
 
 def differences(plain: TokenLosses, other: TokenLosses) -> np.ndarray:
-    """float64 [M]: what `other` loses more at each token. Raises ValueError if they did not read the same tokens."""
+    """float64 [M]: what `other` loses more at each token. Raises InputError if they did not read the same tokens."""
     same = len(plain.nll) == len(other.nll)
     if not (same and (plain.document == other.document).all() and (plain.token_id == other.token_id).all()):
-        raise ValueError(
+        raise InputError(
             f"the two runs scored different tokens ({len(plain.nll)} and {len(other.nll)}); give both the same "
             "documents, batch_size, max_length and stride"
         )

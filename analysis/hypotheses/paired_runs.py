@@ -16,6 +16,7 @@ from scipy.special import ndtr, stdtr, stdtrit
 from scipy.stats import rankdata
 
 from analysis.hypotheses.criteria import MIN_KEYS, LayerValues, figure_of, holm
+from varjax.errors import InputError
 from varjax.stats import RoutingStats
 
 MEASURES = {"entropy": "nats", "confidence": ""}  # name -> unit
@@ -40,11 +41,11 @@ def compare(stats: RoutingStats, other: RoutingStats) -> tuple[PairedMeasure, ..
     """Paired tests of mean entropy and confidence, per layer.
 
     Raises:
-        ValueError: the runs have different numbers of layers.
+        InputError: the runs have different numbers of layers.
     """
     layers = len(stats.count)
     if len(other.count) != layers:
-        raise ValueError(
+        raise InputError(
             f"the runs have {layers} and {len(other.count)} layers; compare statistics of the same layers of one model"
         )
     ours, theirs = (np.flatnonzero(one.row_orders == 1) for one in (stats, other))

@@ -15,6 +15,7 @@ from analysis.estimators.predictability import Predictability, predictability
 from analysis.estimators.repetition import Repetition, repetition
 from analysis.estimators.resampling import check_permutations
 from analysis.traces.trace import Trace
+from varjax.errors import InputError, NotTestableError
 
 Found = TypeVar("Found")
 
@@ -24,7 +25,7 @@ class Settings:
     """How the estimates are made.
 
     Raises:
-        ValueError: a number that nothing can be estimated with.
+        InputError: a number that nothing can be estimated with.
     """
 
     orders: tuple[int, ...] = (1, 2, 3)  # context lengths in tokens, the current one included
@@ -37,9 +38,9 @@ class Settings:
         check_permutations(self.permutations)
         for name in ("min_count", "samples"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         if not self.orders or min(self.orders) < 1:
-            raise ValueError(f"orders are {list(self.orders)}; give one or more context lengths of at least 1")
+            raise InputError(f"orders are {list(self.orders)}; give one or more context lengths of at least 1")
 
 
 @dataclass(frozen=True)
@@ -78,5 +79,5 @@ def examine_trace(trace: Trace, settings: Settings, progress: bool = False) -> T
 def _or_why(find: Callable[[], Found]) -> Found | str:
     try:
         return find()
-    except ValueError as error:  # too few documents or keys, experts that are not ranked
+    except NotTestableError as error:  # too few documents or keys, experts that are not ranked
         return str(error)

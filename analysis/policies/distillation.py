@@ -34,6 +34,7 @@ from models.parameters import Params
 from varjax import step as var_step
 from varjax.answers import Answers
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.model import build_for
 from varjax.routing import NO_ANSWER, Dropped, LayerAnswers
 from varjax.shrinkage import lineage, shrunk
@@ -63,7 +64,7 @@ class DistilConfig:
         if not self.learning_rate > 0:
             faults.append(f"learning_rate={self.learning_rate}: expected more than 0")
         if faults:
-            raise ValueError("; ".join(faults))
+            raise InputError("; ".join(faults))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +115,17 @@ def distil(
         progress: show a bar on standard error.
 
     Raises:
-        ValueError: the answers were distilled before, or a layer has none of enough occurrences.
+        InputError: the answers were distilled before, or a layer has none of enough occurrences.
     """
     settings = settings or DistilConfig()
     if answers.distilled:
-        raise ValueError("these answers were distilled already; give the means that were collected")
+        raise InputError("these answers were distilled already; give the means that were collected")
     config = dataclasses.replace(config, cache_size=0, answer_dtype="float32")
     table = model.place(build_for(model, stats, config, answers, keep_shapes=True))
     lines = [_lines(answers, layer, settings.min_count) for layer in answers.layers]
     trained = [int((count >= settings.min_count).sum()) for count in answers.count]
     if 0 in trained:
-        raise ValueError(
+        raise InputError(
             f"layer {answers.layers[trained.index(0)]} has no answer of min_count={settings.min_count} occurrences to "
             "train; collect over more text, or lower min_count"
         )

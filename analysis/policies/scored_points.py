@@ -30,6 +30,7 @@ from analysis.text.encoding import Encoded
 from models import Model
 from varjax.answers import Answers
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.files import replacing
 from varjax.model import VARModel
 from varjax.stats import RoutingStats
@@ -44,7 +45,7 @@ class Subject:
     """What a study is about: a model, its table's sources, a policy, and the documents that every point is scored on.
 
     Raises:
-        ValueError: VAR is switched off in the config.
+        InputError: VAR is switched off in the config.
     """
 
     model: Model
@@ -62,7 +63,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         if not self.config.enable_var:
-            raise ValueError("enable_var=False: a study needs a VARConfig whose policy is switched on")
+            raise InputError("enable_var=False: a study needs a VARConfig whose policy is switched on")
 
     @cached_property
     def digest(self) -> str:

@@ -55,7 +55,7 @@ def evaluate(subject: Subject) -> Alternatives:
     over all documents in every draw: they vary far less from text to text than losses do.
 
     Raises:
-        ValueError: as `analysis.studies.families.families`.
+        InputError: as `analysis.studies.families.families`.
     """
     table = build_for(subject.model, subject.stats, subject.config, subject.answers, keep_shapes=True)
     wanted = families(subject)

@@ -19,6 +19,7 @@ import numpy as np
 from analysis.policies.scored_points import Subject
 from analysis.studies.shuffled import shuffled_answers
 from varjax.config import LayerPolicy, VARConfig
+from varjax.errors import NotTestableError
 from varjax.table import RouteTable, with_policies
 
 VAR = "VAR"
@@ -57,7 +58,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
     """VAR first, by the scale of its tolerances; then what others proposed; then VAR without one thing at a time.
 
     Raises:
-        ValueError: a layer of the given policy does something that its tolerance does not govern.
+        NotTestableError: a layer of the given policy does something that its tolerance does not govern.
     """
     config = dataclasses.replace(subject.config, cache_size=0, cache_layers=None)
     top_k = subject.model.config.top_k
@@ -159,7 +160,7 @@ def _policies(subject: Subject) -> dict[int, LayerPolicy | None]:
         if not one.tolerance or one.kept not in (None, subject.model.config.top_k) or one.gate_ratio or one.gate_mass
     ]
     if strange or not planned:
-        raise ValueError(
+        raise NotTestableError(
             f"the policies of layers {strange or 'all'} are not governed by a tolerance, so there is no dial to turn: "
             "expected policies with a tolerance, kept=None, gate_ratio=None and gate_mass=None (--search_policy "
             "finds such)"

@@ -21,6 +21,7 @@ from analysis.evaluation.comparison import Estimate
 from analysis.evaluation.quality import token_nll
 from analysis.text.encoding import Encoded
 from models import Model
+from varjax.errors import NotTestableError
 from varjax.model import VARModel
 
 NOTHING = -1  # after the end of a text
@@ -87,14 +88,14 @@ def drift(
         samples, seed: bootstrap draws of prompts.
 
     Raises:
-        ValueError: no document is long enough.
+        NotTestableError: no document is long enough.
     """
     model = var_model.model
     assert isinstance(model, Model)
     whole = [document.ids for document in documents if len(document.ids) >= prompt_tokens + new_tokens][:prompts]
     if not whole:
         longest = max((len(document.ids) for document in documents), default=0)
-        raise ValueError(
+        raise NotTestableError(
             f"no document has prompt_tokens + new_tokens = {prompt_tokens} + {new_tokens} tokens, the longest has "
             f"{longest}; give longer documents or smaller numbers"
         )

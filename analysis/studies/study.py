@@ -29,6 +29,7 @@ from analysis.studies import (
     table_size,
     table_size_section,
 )
+from varjax.errors import NotTestableError
 from varjax.model import VARModel, build_for
 
 
@@ -92,7 +93,7 @@ def study(
 ) -> Report:
     """Answer every question and write the files, anew after each one, so that a study cut short leaves its answers.
 
-    A part that raises ValueError could not answer its question; the message stands in its section.
+    A part that raises NotTestableError could not answer its question; the message stands in its section.
 
     Args:
         facts: about model, data and policy, for people.
@@ -116,7 +117,7 @@ def _answer(part: Part, subject: Subject) -> Finding:
     """What the part found, or why it found nothing."""
     try:
         return part(subject)
-    except ValueError as error:
+    except NotTestableError as error:
         asked = part.func if isinstance(part, partial) else part
         name = asked.__name__
         question = (asked.__doc__ or name.replace("_", " ")).split("\n")[0]

@@ -54,7 +54,7 @@ def table_sizes(subject: Subject) -> TableSizes:
     """The given policy on the subject's documents under tables of several sizes.
 
     Raises:
-        ValueError: as `varjax.table.build`.
+        InputError: as `varjax.table.build`.
     """
     plain = losses(subject)
     counts = resampled(len(plain.nll), subject.samples, subject.seed)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.text.encoding import Encoded
+from varjax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ def batches(
         full_last: see `cut`.
     """
     if batch_size < 1 or max_length < 2:
-        raise ValueError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
+        raise InputError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
     lengths = sorted({-(-max_length // 4), -(-max_length // 2), max_length})
     rows = {length: batch_size * (max_length // length) for length in lengths}
     yield from packed(windows(documents, max_length, stride, full_last), rows)
@@ -84,7 +85,7 @@ def cut(
     """
     stride = max_length if stride is None else stride
     if not 1 <= stride <= max_length:
-        raise ValueError(f"stride={stride}: expected 1 to max_length {max_length}")
+        raise InputError(f"stride={stride}: expected 1 to max_length {max_length}")
     size, seen = len(ids) - full_last, 0
     for begin in range(0, size, stride):
         end = min(begin + max_length, size)

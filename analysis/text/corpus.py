@@ -31,6 +31,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from varjax.errors import InputError
+
 END_OF_DOCUMENT = "<|endofdoc|>"
 
 SPLITS = {"train": 0.80, "tune": 0.04, "calibrate": 0.08, "test": 0.08}
@@ -46,7 +48,7 @@ _HASH_DIGITS = 12  # of 64; the *last* ones choose the split, so that sorting by
 Row = tuple[str, str]  # text, group
 
 
-class CorpusError(ValueError):
+class CorpusError(InputError):
     """A corpus cannot be read: says which file (and line or field) is at fault and what to do about it."""
 
 

@@ -45,6 +45,7 @@ import numpy as np
 
 from analysis.traces import trace as trace_file
 from analysis.traces.trace import ORIGIN, Trace, TraceError
+from varjax.errors import InputError
 
 TOLERANCE = 0.01  # by which the chosen experts' probabilities may miss 1: float16 is good to 0.0005 each
 
@@ -90,7 +91,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
-                raise ValueError("it holds a single array")
+                raise InputError("it holds a single array")
             names = archive.files
             arrays = {name: archive[name] for name in kinds if name in names}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -196,7 +197,7 @@ def main() -> None:
     try:
         trace = import_npz(args.input)
         trace_file.write(args.output, trace)
-    except (TraceError, FileNotFoundError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     known = "no probabilities" if trace.probs is None else f"probabilities over {trace.probs_over} experts"
     print(

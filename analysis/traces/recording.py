@@ -29,6 +29,7 @@ from models import Model
 from models.decoder import Network
 from models.parameters import Params
 from models.placement import to_host
+from varjax.errors import InputError
 
 TOGETHER = 1 << 16  # tokens whose decisions are held at once: some 400 bytes each in Mixtral-8x7B
 
@@ -57,10 +58,10 @@ def record(
 
     Raises:
         TraceError: a document comes twice, or nothing is left to write.
-        ValueError: a size that cannot be.
+        InputError: a size that cannot be.
     """
     if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens}: expected at least 1, or None for all tokens")
+        raise InputError(f"max_tokens={max_tokens}: expected at least 1, or None for all tokens")
     strings = {}
     if model.tokenizer is not None:
         texts = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))

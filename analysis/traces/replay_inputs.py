@@ -14,6 +14,7 @@ import numpy as np
 from analysis.traces.statistics import trace_statistics
 from analysis.traces.trace import Trace
 from varjax.config import LayerPolicy, VARConfig
+from varjax.errors import InputError
 from varjax.stats import RoutingStats
 
 MAX_KEYS = 50_000  # of the table
@@ -24,10 +25,10 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
     """The config as far as a trace can carry it out, and what had to give way or is judged by less than the whole gate.
 
     Raises:
-        ValueError: VAR is switched off in the config.
+        InputError: VAR is switched off in the config.
     """
     if not config.enable_var:
-        raise ValueError("enable_var is False: every token stays with the router, there is nothing to replay")
+        raise InputError("enable_var is False: every token stays with the router, there is nothing to replay")
     notes = []
     if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
         notes.append("answers are left out, and tolerances with them (residual=False): a trace has no expert outputs")

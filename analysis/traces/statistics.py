@@ -35,7 +35,7 @@ def trace_statistics(
 
     Raises:
         TraceError: the experts do not stand best first, so no first choice is known.
-        ValueError: as `varjax.keys.count_contexts`.
+        InputError: as `varjax.keys.count_contexts`.
     """
     if not trace.ranked:
         raise TraceError("the trace's experts are not ranked, so first choices are not known; record them best first")

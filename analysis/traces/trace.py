@@ -37,6 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from varjax.errors import InputError
 from varjax.files import replacing
 
 VERSION = 1
@@ -46,7 +47,7 @@ _LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_ove
 _ROW_GROUP = 1 << 16  # tokens
 
 
-class TraceError(ValueError):
+class TraceError(InputError):
     """A trace that cannot be read or does not fit together: names file, column and mend."""
 
 

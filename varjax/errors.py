@@ -1,0 +1,16 @@
+"""The errors that varjax raises on purpose, told apart from those of its libraries.
+
+A program shows the message of one of these to its user and ends. Any other ValueError, of NumPy or JAX for example, is
+a fault in the program and keeps its traceback.
+"""
+
+
+class InputError(ValueError):
+    """What was given cannot be used. The message names it, says what was expected, and what to do."""
+
+
+class NotTestableError(InputError):
+    """The data are sound but cannot answer this question: too few documents, say, or experts that are not ranked.
+
+    A report prints the message in the place of a result. No other error may become a result.
+    """
