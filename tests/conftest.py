@@ -1,7 +1,9 @@
 """Every test runs on the CPU (unless JAX_PLATFORMS says otherwise) and under strict dtype promotion."""
 
 import atexit
+import ctypes
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -44,18 +46,22 @@ from varjax.table import build
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+ROOM = 1.2e9  # bytes that a worker may hold from one file of tests to the next
+
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """Compiled programs are let go of before there are too many.
+    """Drops compiled programs after a file of tests if this process has grown beyond `ROOM`.
 
-    Each takes memory mappings, of which Linux gives a process 65,530 unless told otherwise; beyond them the compiler
-    crashes.
+    A program takes about 20 MB, and mappings, of which Linux gives a process 65,530 unless told otherwise; beyond them
+    the compiler crashes. What is needed again is read from the cache on disk.
     """
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 30_000:
+    status = Path("/proc/self/statm")
+    if status.exists() and int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > ROOM:
         jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed unless asked
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
