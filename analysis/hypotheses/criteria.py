@@ -250,7 +250,8 @@ def too_few(stats: RoutingStats, layer: int, used: np.ndarray, name: str, least:
         return ""
     seen = int(np.sum((stats.row_orders == 1) & (stats.count[layer] > 0)))
     if seen == 0:
-        return "no rows of single token ids"
+        missing = stats.count.any() and not stats.count[layer].any()
+        return "not captured: it has no rows, though other layers have" if missing else "no rows of single token ids"
     with_figure = f" with a known {name}" if len(used) < seen else ""
     return f"{len(used)} of {seen} token ids{with_figure}, at least {least} needed"
 

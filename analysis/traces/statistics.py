@@ -5,6 +5,8 @@ Letters: N tokens, R keys, C key width, L layers, K experts per token, E experts
 Gate entropy is the trace's own where it has it. Otherwise it is what the K chosen experts' probabilities say
 (`gate_entropy`): where they are over the chosen, that of the chosen alone, at most ln K; where they are over all
 experts, a lower bound. Confidence is exact where they are over all, and at least 1/K where over the chosen.
+
+A layer that was not captured has no occurrence of any key.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def trace_statistics(
         row = key_rows(trace, admitted.keys, order)
         here = np.flatnonzero(row >= 0)
         here = here[np.argsort(row[here], kind="stable")]  # the occurrences of a key together
-        for layer in range(trace.num_layers):
+        for layer in np.flatnonzero(trace.captured):
             top1[layer] += _per_expert(row[here], trace.experts[here, layer, :1], None, top1.shape[1:])
             figures["entropy"][layer].add(row[here], gate_entropy(trace, layer)[here])
             if trace.probs is None:
@@ -81,7 +83,7 @@ def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
     """
     if trace.entropy is not None:
         return trace.entropy[:, layer].astype(np.float64)
-    if trace.probs is None:
+    if trace.probs is None or not trace.captured[layer]:
         return np.full(len(trace.token_id), np.nan)
     probs = trace.probs[:, layer].astype(np.float64)
     known = entr(probs).sum(axis=-1)
