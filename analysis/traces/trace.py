@@ -19,8 +19,8 @@ The schema's metadata holds JSON under `varjax_trace`: `version`, `num_layers`, 
 `probs_over` (`all`: over all E experts; `chosen`: over the K chosen; null: no probabilities), `scores` (what the
 probabilities were computed from: `softmax`, where they are the router's own; `sigmoid`, scores divided by their sum;
 `logits`; `none`: no probabilities; files without this field mean `softmax`), `entropy` (true if there is such a
-column), `notes` (a list of what was left out or computed when the trace was imported), and about the origin `model`, `revision`,
-`dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows.
+column), `notes` (a list of what was left out or computed when the trace was imported), and about the origin `model`,
+`revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows.
 
 Probabilities over the chosen experts add up to 1, those over all experts to at most 1: a file where they do not is
 refused. A layer that was not captured (`analysis.traces.capture`) holds -1 at every token.
