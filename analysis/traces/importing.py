@@ -72,6 +72,9 @@ from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError
 from varjax.errors import InputError
 
 
+MAX_EXPERTS = 2**15 - 1  # ids are int16
+
+
 def load(path: str | Path) -> Trace:
     """The trace in a `.npz` of the foreign form or in a trace file (any other name).
 
@@ -148,6 +151,8 @@ def _fields(path: Path) -> dict[str, Any]:
         value = fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
+        elif name == "num_experts" and value > MAX_EXPERTS:
+            faults.append(f"num_experts is {value:,}, expected at most {MAX_EXPERTS:,}")
     for name in ("document_group", "document_id", "token_strings"):
         value = fields.get(name, [])
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):

@@ -152,6 +152,7 @@ def test_bad_arrays_are_named(tmp_path, message):
     ("field", "value", "message"),
     [
         ("num_layers", 0, r"log\.json: num_layers is 0, expected a whole number"),
+        ("num_experts", 2**15, r"log\.json: num_experts is 32,768, expected at most 32,767"),
         ("top_k", None, r"log\.json: top_k is None"),
         ("ranked", 1, r"log\.json: ranked is 1"),
         ("probs_over", "some", r"log\.json: probs_over is 'some'"),
