@@ -269,8 +269,8 @@ def _trace_facts(found: Findings) -> Iterator[tuple[str, str]]:
         return
     said = [f"{name} {found.origin[name]}" for name in ("model", "phase") if found.origin.get(name)]
     yield "trace", ", ".join([*said, f"{found.trace.tokens:,} tokens", f"{found.trace.documents:,} documents"])
-    for remark in found.remarks:
-        yield "of the trace", remark
+    if found.remarks:
+        yield "about the trace", " ".join(found.remarks)
 
 
 def _estimated(meta: Mapping[str, Any]) -> bool:

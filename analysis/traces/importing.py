@@ -71,7 +71,6 @@ from analysis.traces.capture import captured_layers
 from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError
 from varjax.errors import InputError
 
-
 MAX_EXPERTS = 2**15 - 1  # ids are int16
 
 
@@ -186,7 +185,8 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
     routed, rows, notes = _routed(arrays, order, document, fields)
     experts, scores = arrays["experts"][rows], arrays.get("probs")
     experts, scores = _without_padding(experts, None if scores is None else scores[rows], fields)
-    open_ = np.all(experts == -1, axis=(1, 2))  # in every layer
+    zeros = np.all(experts == 0, axis=(0, 2)) & (experts.shape[-1] > 1)  # layers that were not captured
+    open_ = np.all(experts[:, ~zeros] == -1, axis=(1, 2)) & ~zeros.all()
     if open_.any() and not open_.all():
         notes.append(f"{open_.sum():,} tokens have -1 in every layer: not routed, and left out.")
         routed, experts = routed[~open_], experts[~open_]
@@ -366,7 +366,9 @@ def _from_softmax(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _
         _refuse(values, fields, of_all, "softmax probabilities")
     if fields.get("scores") is not None:
         return values, over, ()
-    return values, over, (f"The trace does not say what its scores are. They add up as a softmax over {over} does.",)
+    whose = "all experts" if over == "all" else "the chosen experts"
+    note = f"The trace does not declare what its scores are; taken for a softmax over {whose}, whose sums they have."
+    return values, over, (note,)
 
 
 def _from_sigmoid(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Read:

@@ -52,7 +52,7 @@ def trace_statistics(
         row = key_rows(trace, admitted.keys, order)
         here = np.flatnonzero(row >= 0)
         here = here[np.argsort(row[here], kind="stable")]  # the occurrences of a key together
-        for layer in np.flatnonzero(trace.captured):
+        for layer in np.flatnonzero(trace.captured).tolist():
             top1[layer] += _per_expert(row[here], trace.experts[here, layer, :1], None, top1.shape[1:])
             figures["entropy"][layer].add(row[here], gate_entropy(trace, layer)[here])
             if trace.probs is None:

@@ -386,7 +386,8 @@ def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
     token_id = numbers("token_id", pa.int32())
     experts = lists("experts", pa.int16(), *chosen)
     captured = captured_layers(experts, token_id, header["num_experts"])
-    experts = np.where(captured[:, None], experts, np.int16(-1))
+    if not captured.all():
+        experts = np.where(captured[:, None], experts, np.int16(-1))
     different, at = np.unique(token_id, return_index=True)
     strings = zip(different.tolist(), texts("token_str").take(pa.array(at)).to_pylist(), strict=True)
     return Trace(

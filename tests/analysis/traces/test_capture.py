@@ -110,7 +110,8 @@ def test_no_figure_knows_of_them(traces):
 def test_reports_and_figures_say_so(traces):
     short, long = (examine(trace_source(trace), settings=SETTINGS) for trace in traces)
     said = report(long)
-    assert "layers 0, 2, 3 of 5" in dict(said.facts)["of the trace"]
+    about = dict(said.facts)["about the trace"]
+    assert "layers 0, 2, 3 of 5" in about and "does not declare what its scores are" in about
     written = text(said)
     assert "Not testable, layers 0, 2, 3: not captured" in written
     outcomes = [{one.name: one.outcome for one in report(found).sections} for found in (short, long)]

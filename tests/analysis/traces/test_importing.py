@@ -324,6 +324,11 @@ def test_tokens_without_any_routing_are_left_out(tmp_path):
     np.testing.assert_array_equal(trace.token_id, values["token"][kept])
     np.testing.assert_array_equal(trace.position, values["position"][kept])
     assert "2 tokens have -1 in every layer: not routed, and left out." in trace.remarks()
+    values["experts"] = np.concatenate([np.zeros_like(values["experts"][:, :1]), values["experts"]], axis=1)
+    values["probs"] = np.concatenate([values["probs"][:, :1], values["probs"]], axis=1)
+    with_dense = import_npz(stored(tmp_path, values, num_layers=LAYERS + 1))  # its first layer has no experts
+    assert with_dense.captured.tolist() == [False, True, True]
+    np.testing.assert_array_equal(with_dense.experts[:, 1:], trace.experts)
 
 
 def test_document_numbers_may_have_gaps_and_be_large(tmp_path):

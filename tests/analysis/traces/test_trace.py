@@ -228,6 +228,21 @@ def test_a_foreign_file_with_plain_columns_is_read(stored):
     assert_equal(trace_file.read(path), random_trace(3))
 
 
+def test_a_file_from_before_scores_were_declared_is_read(stored):
+    path, table = stored
+    header = json.loads(table.schema.metadata[b"varjax_trace"])
+    older = {name: value for name, value in header.items() if name not in ("scores", "notes")}
+    pq.write_table(table.replace_schema_metadata({"varjax_trace": json.dumps(older)}), path)
+    assert_equal(trace_file.read(path), random_trace(3))
+
+
+def test_scores_that_a_file_calls_none_are_not_taken_for_probabilities(stored):
+    path, table = stored
+    pq.write_table(with_header(table, scores="none"), path)
+    trace = trace_file.read(path)
+    assert (trace.probs, trace.probs_over, trace.ranked) == (None, None, True)
+
+
 def without_value(name: str):
     def change(table: pa.Table) -> pa.Table:
         values = table[name].to_pylist()
