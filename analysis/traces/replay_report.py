@@ -49,7 +49,9 @@ def draw(found: Replay) -> dict[str, Figure]:
 
 def _tiers(found: Replay) -> Section:
     rates = found.rates()
-    rows = [(str(layer), found.rates(layer)) for layer in range(len(found.sums.tokens))] + [("all", rates)]
+    captured = found.sums.tokens.any(axis=-1)
+    names = [str(layer) if known else f"{layer} (not captured)" for layer, known in enumerate(captured)]
+    rows = [(name, found.rates(layer)) for layer, name in enumerate(names)] + [("all", rates)]
     shares = ", ".join(f"{tier} {share or 0:.1%}" for tier, share in rates["shares"].items())
     return Section(
         "tiers",

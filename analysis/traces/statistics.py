@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import entr
 
-from analysis.traces.trace import Trace, TraceError
+from analysis.traces.trace import TOLERANCE, Trace, TraceError
 from varjax.keys import ANY, count_contexts, distinct
 from varjax.stats import Moments, RoutingStats
 
@@ -79,7 +79,8 @@ def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
     """float64 [N]: entropy of one layer's gate in nats; NaN where the trace says nothing of it.
 
     From the probabilities p of the K chosen among all E, it is the least that it can be: each of the others is at most
-    p_K, so the missing mass r adds at least -r ln p_K.
+    p_K, so the missing mass r adds at least -r ln p_K. In a layer where r is at some token more than that allows, a bias
+    or a group limit had a part in the choice: a single expert may then have all of r, which adds at least -r ln r.
     """
     if trace.entropy is not None:
         return trace.entropy[:, layer].astype(np.float64)
@@ -88,8 +89,11 @@ def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
     probs = trace.probs[:, layer].astype(np.float64)
     known = entr(probs).sum(axis=-1)
     if trace.probs_over == "all":
-        missing = np.maximum(1 - probs.sum(axis=-1), 0)
-        known += missing * -np.log(np.maximum(probs[:, -1], np.finfo(np.float32).tiny))
+        missing, last = np.maximum(1 - probs.sum(axis=-1), 0), probs[:, -1]
+        if np.any(missing > (trace.num_experts - trace.top_k) * last + TOLERANCE):
+            known += entr(missing)
+        else:
+            known += missing * -np.log(np.maximum(last, np.finfo(np.float32).tiny))
     return np.maximum(known, 0)
 
 

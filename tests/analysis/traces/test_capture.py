@@ -136,6 +136,9 @@ def test_a_replay_leaves_them_out(traces):
     assert long.rates() == short.rates()
     assert long.rates(0)["experts_per_token"] is None
     assert any("Not captured: layers 0, 2, 3 of 5" in note for note in replay_report.report(long).notes)
+    table = replay_report.report(long).sections[0].tables[0]
+    names = ["0 (not captured)", "1", "2 (not captured)", "3 (not captured)", "4", "all"]
+    assert [row[0] for row in table.rows] == names
     assert len(draw_replay(long)) == 2
     with pytest.raises(InputError, match="layer 7: the trace has only layers 0 to 4"):
         replay(traces[1], replace(config, layers={7: None}))
