@@ -88,7 +88,7 @@ def import_npz(path: str | Path) -> Trace:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        TraceError: they are not of the form above; names the file, the array or field, and the mend.
+        TraceError: they are not of the form above; names the file, the array or field, and what to do.
     """
     path = Path(path)
     beside = path.with_suffix(".json")
@@ -124,7 +124,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         if name in ("token", "document", "position") and array.shape != arrays["token"].shape[:1]:
             raise TraceError(
                 f"{path}: array {name} has shape {list(array.shape)}, expected one number for each of the "
-                f"{len(arrays['token'])} tokens; mend it"
+                f"{len(arrays['token'])} tokens; fix it"
             )
         if array.dtype.kind not in "iu" or not array.size:
             continue
@@ -142,7 +142,7 @@ def _fields(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # malformed JSON, or not UTF-8
-        raise TraceError(f"{path}: not valid JSON ({error}); mend the file") from error
+        raise TraceError(f"{path}: not valid JSON ({error}); fix the file") from error
     if not isinstance(fields, dict):
         raise TraceError(f"{path}: holds a JSON {type(fields).__name__}, expected an object with num_layers, …")
     faults = []
@@ -163,7 +163,7 @@ def _fields(path: Path) -> dict[str, Any]:
     if fields.get("scores") not in (None, *SCORES):
         faults.append(f"scores is {fields['scores']!r}, expected one of {', '.join(SCORES)}")
     if faults:
-        raise TraceError(f"{path}: {'; '.join(faults)}; mend these fields")
+        raise TraceError(f"{path}: {'; '.join(faults)}; fix these fields")
     return fields
 
 
@@ -183,7 +183,14 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
     else:
         position = position[order]
     routed, rows, notes = _routed(arrays, order, document, fields)
-    experts, scores = arrays["experts"][rows], arrays.get("probs")
+    experts, scores = arrays["experts"], arrays.get("probs")
+    of_all = (*experts.shape[:2], fields["num_experts"])
+    if scores is not None and scores.shape not in (experts.shape, of_all):
+        raise TraceError(
+            f"probs has shape {list(scores.shape)}, expected that of experts, {list(experts.shape)}, or "
+            f"{list(of_all)}, one score for each of the {fields['num_experts']} experts"
+        )
+    experts = experts[rows]
     experts, scores = _without_padding(experts, None if scores is None else scores[rows], fields)
     zeros = np.all(experts == 0, axis=(0, 2)) & (experts.shape[-1] > 1)  # layers that were not captured
     open_ = np.all(experts[:, ~zeros] == -1, axis=(1, 2)) & ~zeros.all()
@@ -283,12 +290,7 @@ def _without_padding(
     experts: np.ndarray, scores: np.ndarray | None, fields: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Experts int16 [n, L, K] without columns of -1, and scores [n, L, K or E] in the same order."""
-    layers, num_experts, top_k = (fields[name] for name in ("num_layers", "num_experts", "top_k"))
-    if scores is not None and scores.shape not in (experts.shape, (len(experts), layers, num_experts)):
-        raise TraceError(
-            f"probs has shape {list(scores.shape)}, expected that of experts, {list(experts.shape)}, or one score for "
-            f"each of the {num_experts} experts"
-        )
+    num_experts, top_k = fields["num_experts"], fields["top_k"]
     if experts.shape[-1] == top_k:
         return experts.astype(np.int16), scores
     if scores is not None and experts.shape[-1] == num_experts:

@@ -79,8 +79,8 @@ def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
     """float64 [N]: entropy of one layer's gate in nats; NaN where the trace says nothing of it.
 
     From the probabilities p of the K chosen among all E, it is the least that it can be: each of the others is at most
-    p_K, so the missing mass r adds at least -r ln p_K. In a layer where r is at some token more than that allows, a bias
-    or a group limit had a part in the choice: a single expert may then have all of r, which adds at least -r ln r.
+    p_K, so the missing mass r adds at least -r ln p_K. In a layer where r is at some token more than that allows, a
+    bias or a group limit had a part in the choice: a single expert may then have all of r, which adds at least -r ln r.
     """
     if trace.entropy is not None:
         return trace.entropy[:, layer].astype(np.float64)

@@ -134,6 +134,9 @@ BAD_ARRAYS = {
         v | {"experts": with_(padded(v["experts"]), (3, 1, 0), -1), "probs": padded(v["probs"])}
     ),
     "probs holds NaN or infinity": lambda v: v | {"probs": with_(v["probs"], 0, np.nan)},
+    r"probs has shape \[39, 2, 3\], expected that of experts, \[40, 2, 3\], or \[40, 2, 8\]": lambda v: (
+        v | {"probs": v["probs"][1:]}
+    ),
     r"probs has shape \[40, 2, 2\]": lambda v: v | {"probs": v["probs"][..., :2]},
     "experts holds 9, expected 0 to 7": lambda v: v | {"experts": v["experts"] + np.uint8(2)},
     "so it does not hold softmax prob": lambda v: v | {"probs": v["probs"] - np.float16(0.5)},
@@ -331,16 +334,17 @@ def test_tokens_without_any_routing_are_left_out(tmp_path):
     np.testing.assert_array_equal(with_dense.experts[:, 1:], trace.experts)
 
 
-def test_document_numbers_may_have_gaps_and_be_large(tmp_path):
+@pytest.mark.parametrize(("first", "step"), [(1_700_000_000, 1), (1_700_000_000_000_000_000, 1000)])
+def test_document_numbers_may_have_gaps_and_be_large(tmp_path, first, step):
     values = arrays()
     tidy = import_npz(stored(tmp_path, values))
-    numbers = 1_700_000_000_000_000_000 + 1000 * values["document"]
+    numbers = first + step * values["document"]
     tracemalloc.start()
     trace = import_npz(stored(tmp_path, values | {"document": numbers}))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     np.testing.assert_array_equal(trace.document, tidy.document)
-    assert trace.document_ids == tuple(str(1_700_000_000_000_000_000 + 1000 * i) for i in range(4))
+    assert trace.document_ids == tuple(str(first + step * i) for i in range(4))
     assert trace.groups == ("log",) * 4
     assert peak < 5e6
 
