@@ -109,7 +109,7 @@ def _on_all_layers(found: Any, captured: np.ndarray) -> Any:
 def _measure_arrays(found: Measure, change: Callable[[np.ndarray], np.ndarray]) -> Measure:
     """The measure with each of its arrays [O, L] changed."""
     arrays: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
-    changed = {name: change(one) for name, one in arrays.items() if isinstance(one, np.ndarray)}
+    changed: dict[str, Any] = {name: change(one) for name, one in arrays.items() if isinstance(one, np.ndarray)}
     return replace(found, **changed)
 
 
