@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,7 @@ import pyarrow as pa
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 PACKED = {".gz": "gzip", ".zst": "zstd"}
 _ABOUT = re.compile(  # names of files that tell something about the others
-    r"(readme|licen[cs]e|copying|notice|changelog|changes|authors|contribut\w+|requirements|constraints|citation|sha\w*sums?)"
-    r"([-_.].*)?",
-    re.IGNORECASE,
+    r"(readme|licen[cs]e|copying|changelog|requirements|constraints)([-_.].*)?|notice", re.IGNORECASE
 )
 _NAMED = 3  # files that are named of each kind
 
@@ -81,7 +80,8 @@ def files_below(directory: Path, text_column: str) -> Listing:
 
 def _why_skipped(path: Path, root: Path, text_column: str) -> str:
     """What a file is that is not read, or "" if it is read."""
-    if path.is_symlink() and (path.is_dir() or not path.resolve().is_relative_to(root)):
+    target = Path(os.path.realpath(path))  # Path.resolve raises on a circle of links
+    if path.is_symlink() and (path.is_dir() or not target.is_relative_to(root)):
         return "links that leave the directory"
     if not path.is_file():
         return "special files"

@@ -97,6 +97,7 @@ def test_what_a_directory_holds_besides_texts_is_skipped_counted_and_named_once(
     (folder / "same.txt").symlink_to(folder / "part" / "b.txt")
     (folder / "linked.txt").symlink_to(write(elsewhere / "secret.txt", ["not of this corpus"]))
     (folder / "further").symlink_to(elsewhere)
+    (folder / "circle.txt").symlink_to(folder / "circle.txt")
     for name in (".hidden.txt", ".git/description.txt", "x.csv", "y.CSV", "requirements.txt", "README.txt", "LICENSE"):
         (folder / name).write_text("nothing to learn from")
     (folder / "requirements-dev.txt").write_text("pytest")
@@ -110,7 +111,8 @@ def test_what_a_directory_holds_besides_texts_is_skipped_counted_and_named_once(
     assert ".tar.gz: 1 (shapes.tar.gz)" in said and "without the field 'text': 2 (more.json, settings.json)" in said
     assert "links that leave the directory: 2 (further, linked.txt)" in said
     assert "notes about the others: 3 (README.txt, requirements-dev.txt, requirements.txt)" in said
-    assert "without a suffix: 1 (LICENSE)" in said and "idden" not in said and "description" not in said
+    assert "special files: 1 (circle.txt)" in said and "without a suffix: 1 (LICENSE)" in said
+    assert "idden" not in said and "description" not in said
 
 
 def test_a_file_that_is_given_by_its_name_is_read_whatever_it_is_called(tmp_path):
