@@ -52,6 +52,7 @@ class Findings:
     paired: tuple[PairedMeasure, ...] | None  # None: no second run
     trace: TraceFindings | None  # None: no trace
     origin: Mapping[str, Any] = field(default_factory=dict)  # of the trace
+    remarks: tuple[str, ...] = ()  # of the trace
 
 
 def validate(source: Source, *, compared_with: str = "another run", **given: Any) -> Report:
@@ -96,6 +97,7 @@ def examine(
         paired=None if other is None else compare(source.stats, other),
         trace=None if trace is None else examine_trace(trace, settings, progress),
         origin={} if trace is None else trace.origin,
+        remarks=() if trace is None else trace.remarks(),
     )
 
 
@@ -113,7 +115,8 @@ def report(found: Findings, compared_with: str = "another run") -> Report:
         paired_section(found.paired, compared_with, name),
         *trace_sections(found.trace),
     )
-    return Report("Routing hypotheses", (*_facts(stats, meta), *_trace_facts(found)), _notes(found.tests.drawn), parts)
+    facts = (*_facts(stats, meta), *_trace_facts(found))
+    return Report("Routing hypotheses", facts, (*found.remarks, *_notes(found.tests.drawn)), parts)
 
 
 def draw(found: Findings) -> Iterator[tuple[str, Figure]]:
@@ -266,6 +269,8 @@ def _trace_facts(found: Findings) -> Iterator[tuple[str, str]]:
         return
     said = [f"{name} {found.origin[name]}" for name in ("model", "phase") if found.origin.get(name)]
     yield "trace", ", ".join([*said, f"{found.trace.tokens:,} tokens", f"{found.trace.documents:,} documents"])
+    if found.remarks:
+        yield "about the trace", " ".join(found.remarks)
 
 
 def _estimated(meta: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ from analysis.reports.files import write_report
 from analysis.reports.provenance import hash_json, provenance
 from analysis.reports.report import text
 from analysis.traces import importing, replay_report
-from analysis.traces.replay_inputs import applicable, table_statistics, with_stand_ins
+from analysis.traces.replay_inputs import applicable, on_captured_layers, table_statistics, with_stand_ins
 from analysis.traces.replay_steps import Sums, run_steps, unlimited_cache
 from analysis.traces.trace import Trace, TraceError
 from varjax.config import PRESETS, VARConfig
@@ -143,7 +143,9 @@ def replay(
             "expected at least 1, above 0, and between 0 and 1"
         )
     config, notes = applicable(config, trace)
-    judged = with_stand_ins(trace)
+    captured = trace.captured
+    judged = with_stand_ins(trace.captured_part())
+    ours_only = on_captured_layers(config, captured)
     building = trace.build_documents(build_share)
     ours, theirs = judged.of(building), judged.of(~building)
     if not len(ours.token_id) or not len(theirs.token_id):
@@ -151,15 +153,18 @@ def replay(
             f"{len(np.unique(trace.document))} documents with tokens, of which {len(np.unique(ours.document))} build "
             f"the table at build_share={build_share}: both parts need one; give more documents or another share"
         )
-    stats, more = table_statistics(ours, config)
-    table = build(stats, config, trace.top_k, keep_shapes=True)  # another policy recompiles nothing
+    stats, more = table_statistics(ours, ours_only)
+    table = build(stats, ours_only, trace.top_k, keep_shapes=True)  # another policy recompiles nothing
     edges = np.append(0, step << np.arange(_AGE_BUCKETS - 1))
-    sums, tier = run_steps(theirs, table, config, step, seconds_per_token, edges)
-    unlimited, unlimited_agreements = unlimited_cache(theirs, tier == FAST, config, step)
-    constant_agreements, constant_recalled = constant_table(ours, theirs)
+    sums, tier = run_steps(theirs, table, ours_only, step, seconds_per_token, edges)
+    by_layer = (*unlimited_cache(theirs, tier == FAST, ours_only, step), *constant_table(ours, theirs))
+    unlimited, unlimited_agreements, constant_agreements, constant_recalled = (
+        _on_all_layers(one, captured) for one in by_layer
+    )
+    sums = Sums(**{name: _on_all_layers(values, captured) for name, values in vars(sums).items()})
     return Replay(
         config=config,
-        notes=(*notes, *more),
+        notes=(*trace.remarks(), *notes, *more),
         origin=dict(trace.origin),
         build_documents=len(np.unique(ours.document)),
         build_tokens=len(ours.token_id),
@@ -179,6 +184,13 @@ def replay(
         constant_agreements=constant_agreements,
         constant_recalled=constant_recalled,
     )
+
+
+def _on_all_layers(sums: np.ndarray, captured: np.ndarray) -> np.ndarray:
+    """[L, ...]: sums of the captured layers, bool [L], at their places, and 0 at the others."""
+    whole = np.zeros((len(captured), *sums.shape[1:]), sums.dtype)
+    whole[captured] = sums
+    return whole
 
 
 def constant_table(build: Trace, scored: Trace) -> tuple[np.ndarray, np.ndarray]:

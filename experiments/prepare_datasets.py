@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.text.corpus import SPLITS, CorpusError, iter_documents
+from analysis.text.corpus import SPLITS, CorpusError, check_dataset, iter_documents
+from analysis.text.corpus_files import stem_of
 from analysis.text.preparation import prepare
 from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, read_manifest
 from experiments.arguments import run
@@ -37,8 +38,9 @@ def main() -> None:
         "--dataset",
         nargs="+",
         default=["embedded"],
-        help="one or several of: 'embedded'; a .txt, .jsonl or .parquet file or a directory of such; a datasets "
-        f"name[:config[:split]]; or a short name, which may be followed by :split as in wikitext2:test ({known})",
+        help="one or several of: 'embedded'; a .txt, .jsonl, .json or .parquet file, also with .gz or .zst, or a "
+        "directory of such; a datasets name[:config[:split]]; or a short name, which may be followed by :split as in "
+        f"wikitext2:test ({known})",
     )
     parser.add_argument(
         *("--model", "--tokenizer"),
@@ -68,6 +70,8 @@ def main() -> None:
     if tokenizer is None:
         raise CorpusError(f"{directory} holds no tokenizer; put the model's tokenizer.json or tokenizer.model there")
 
+    for name in args.dataset:
+        check_dataset(name)
     split = None if args.split == "all" else args.split
     folders = {name: args.output / folder_name(name, split) for name in dict.fromkeys(args.dataset)}
     if len(set(folders.values())) < len(folders):
@@ -120,7 +124,7 @@ def full_name(dataset: str) -> str:
 def folder_name(dataset: str, split: str | None) -> str:
     """A file's stem, a directory's name, or the name on the hub without its signs; and the split."""
     path = Path(dataset)
-    name = path.resolve().name if path.is_dir() else path.stem if path.is_file() else dataset
+    name = path.resolve().name if path.is_dir() else stem_of(path) if path.is_file() else dataset
     return re.sub(r"[^\w.-]+", "-", name) + (f"-{split}" if split else "")
 
 

@@ -260,7 +260,7 @@ class VARConfig:
             InputError: as `from_json`, with the file named.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
 

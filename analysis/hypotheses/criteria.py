@@ -32,6 +32,7 @@ ALPHA = 0.05  # of p values, after Holm's correction over layers
 
 MIN_KEYS = 10  # that a test needs
 ZIPF_FREQUENCY = 10  # least frequency of the ranks that are fitted: rarer ids tie in long steps
+TOP_IDS = (10, 100, 1000)  # published: the share of the occurrences that the most frequent token ids have
 PERCENTILES = (5, 25, 50, 75, 95)
 ENTROPIES = (0.5, 1.0, 1.5)  # nats, thresholds of the distribution
 GRID_FREQUENCIES = (5, 10, 25, 50, 100, 200)
@@ -68,7 +69,11 @@ class Zipf:
     high: float
     ranks: int  # 1 to this one
     least_frequency: int  # at the last rank
-    untestable: str  # why nothing can be said, or ""
+    untestable: str  # why nothing can be said of the fit above, or ""
+    all_slope: float  # least squares over every id that occurs, as published; NaN where all occur equally often
+    all_r_squared: float
+    all_ranks: int  # ids that occur
+    top_shares: dict[int, float]  # by number of TOP_IDS: share of all occurrences at so many most frequent ids
 
 
 @dataclass(frozen=True)
@@ -106,11 +111,16 @@ class Coverage:
 def zipf(stats: RoutingStats) -> Zipf:
     """Fit ln frequency on ln rank, from rank 1 to the last token id with at least ZIPF_FREQUENCY occurrences.
 
+    Next to it the figures of the published report: the same fit over all ids, and the share of the occurrences at the
+    most frequent ids. Where fewer ids than that are keys, the share is known only if no occurrence is elsewhere.
+
     A caution that belongs beside every such fit: ranks are sorted by what they explain, so R^2 is close to 1 for many
     laws that are not Zipf's, and the usual standard error of the slope is far too small.
     """
-    frequency = np.sort(stats.count[:, stats.row_orders == 1].max(axis=0, initial=0))[::-1]
-    frequency = frequency[frequency >= ZIPF_FREQUENCY]
+    every = np.sort(stats.count[:, stats.row_orders == 1].max(axis=0, initial=0))[::-1]
+    every = every[every > 0]
+    published = (*_published_fit(every), len(every), _top_shares(stats, every))
+    frequency = every[every >= ZIPF_FREQUENCY]
     ranks = len(frequency)
     least = int(frequency[-1]) if ranks else 0
     reason = ""
@@ -119,10 +129,10 @@ def zipf(stats: RoutingStats) -> Zipf:
     elif frequency[0] == frequency[-1]:
         reason = f"every token id occurs {least} times"
     if reason:
-        return Zipf(np.nan, np.nan, np.nan, np.nan, np.nan, ranks, least, reason)
+        return Zipf(np.nan, np.nan, np.nan, np.nan, np.nan, ranks, least, reason, *published)
     slope, r_squared, exponent = zipf_fit(frequency)
     half = Z95 * exponent * np.sqrt(2 / ranks)
-    return Zipf(slope, r_squared, exponent, exponent - half, exponent + half, ranks, least, "")
+    return Zipf(slope, r_squared, exponent, exponent - half, exponent + half, ranks, least, "", *published)
 
 
 def zipf_fit(frequency: np.ndarray) -> tuple[float, float, float]:
@@ -130,6 +140,20 @@ def zipf_fit(frequency: np.ndarray) -> tuple[float, float, float]:
     rank, y = np.arange(1, len(frequency) + 1), np.log(frequency)
     slope, r_squared = _line(np.log(rank), y)
     return slope, r_squared, -_line(np.log(rank - 0.5), y)[0]
+
+
+def _published_fit(frequency: np.ndarray) -> tuple[float, float]:
+    """Slope and R^2 over falling frequencies [ids]; NaN where there is no line to fit."""
+    if len(frequency) < MIN_KEYS or frequency[0] == frequency[-1]:
+        return np.nan, np.nan
+    return zipf_fit(frequency)[:2]
+
+
+def _top_shares(stats: RoutingStats, frequency: np.ndarray) -> dict[int, float]:
+    """By number of TOP_IDS, the share of all occurrences at the first of falling frequencies [ids]; NaN: not known."""
+    whole = max(stats.tokens - int(stats.nonfinite.min(initial=0)), int(frequency.sum()))
+    known = {most: most <= len(frequency) or whole == frequency.sum() for most in TOP_IDS}
+    return {most: float(frequency[:most].sum() / whole) if known[most] and whole else np.nan for most in TOP_IDS}
 
 
 def frequency_entropy(stats: RoutingStats) -> Correlation:
@@ -250,7 +274,8 @@ def too_few(stats: RoutingStats, layer: int, used: np.ndarray, name: str, least:
         return ""
     seen = int(np.sum((stats.row_orders == 1) & (stats.count[layer] > 0)))
     if seen == 0:
-        return "no rows of single token ids"
+        missing = stats.count.any() and not stats.count[layer].any()
+        return "not captured: it has no rows, though other layers have" if missing else "no rows of single token ids"
     with_figure = f" with a known {name}" if len(used) < seen else ""
     return f"{len(used)} of {seen} token ids{with_figure}, at least {least} needed"
 

@@ -83,7 +83,8 @@ def figures(trace: Trace, document: np.ndarray, weights: np.ndarray, progress: b
     made: list[list[Mapping[str, np.ndarray]]] = []  # [L][blocks]
     for layer in tqdm(range(layers), unit="layer", desc="intervals over documents", disable=not progress):
         entropy = seen.matrix(gate_entropy(trace, layer))
-        choice, which = np.unique(row * trace.num_experts + trace.experts[:, layer, 0], return_inverse=True)
+        experts = np.maximum(trace.experts[:, layer, 0], 0)  # of a layer that was not captured no figure is known
+        choice, which = np.unique(row * trace.num_experts + experts, return_inverse=True)
         chosen = _Sums(which, document, (len(choice), number)).matrix(np.ones(len(row)))
         first = np.searchsorted(choice, np.arange(ids) * trace.num_experts)  # of each id, in `choice`
         made.append([_layer(block, entropy, chosen, first) for block in blocks])

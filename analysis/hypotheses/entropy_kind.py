@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from varjax.stats import RoutingStats
@@ -28,6 +28,17 @@ class EntropyKind:
 
 def entropy_kind(stats: RoutingStats, meta: Mapping[str, Any]) -> EntropyKind:
     """`meta` as `varjax.statsfile.read` returns it, or of `analysis.hypotheses.sources.trace_source`."""
+    kind = _entropy_kind(stats, meta)
+    if meta.get("scores") != "sigmoid":
+        return kind
+    caution = (
+        "Caution: the router has sigmoid scores, which are probabilities only by the definition of dividing them by "
+        "their sum. The published criteria are about the entropy of a softmax."
+    )
+    return replace(kind, caution=(*kind.caution, caution))
+
+
+def _entropy_kind(stats: RoutingStats, meta: Mapping[str, Any]) -> EntropyKind:
     if meta.get("entropy_from") == "chosen":
         k = int(meta["top_k"])
         # The K largest probabilities over their sum majorise all E of them, so their entropy is never above the gate's.

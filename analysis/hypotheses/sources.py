@@ -89,8 +89,10 @@ def trace_source(trace: Trace) -> Source:
     """A trace and its statistics on all token ids.
 
     The metadata say as `entropy_from` what entropy was computed from: `all` or `chosen` as in `Trace.probs_over`, or
-    None where it is the gate's own.
+    None where it is the gate's own; and as `scores` what the probabilities were computed from, as in `Trace.scores`.
     """
     entropy_from = trace.probs_over if trace.entropy is None else None
     meta = {**trace.origin, "entropy_from": entropy_from, "top_k": trace.top_k, "filled": {}, "rows_with_nan": 0}
+    if trace.probs is not None:
+        meta["scores"] = trace.scores
     return Source(trace_statistics(trace), meta, trace.token_strings, trace)

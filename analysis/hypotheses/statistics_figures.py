@@ -151,7 +151,9 @@ def token_experts(stats: RoutingStats, strings: Mapping[int, str], ids: int = 30
         ids: how many rows.
         layers: how many panels at most.
     """
-    shown = np.unique(np.linspace(0, len(stats.count) - 1, layers).round().astype(int))
+    known = np.flatnonzero(stats.count.any(axis=1))  # a layer without rows was not captured
+    known = known if len(known) else np.arange(len(stats.count))
+    shown = known[np.unique(np.linspace(0, len(known) - 1, layers).round().astype(int))]
     ones = np.flatnonzero(stats.row_orders == 1)
     frequency = stats.count[:, ones].max(axis=0, initial=0)
     rows = ones[np.argsort(-frequency, kind="stable")[:ids]]

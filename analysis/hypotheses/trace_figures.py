@@ -123,12 +123,13 @@ def co_activation_ratios(found: CoActivation, size: str, layers: int = 4) -> Fig
         size: how many tokens and documents, for the caption.
         layers: how many panels at most.
     """
-    shown = np.unique(np.linspace(0, len(found.share) - 1, layers).round().astype(int))
+    known = np.flatnonzero(~np.isnan(found.share).all(axis=(1, 2)))  # the others were not captured
+    shown = known[np.unique(np.linspace(0, len(known) - 1, layers).round().astype(int))]
     figure, axes = subplots(1, len(shown), figsize=(2.4 * len(shown) + 1.2, 2.9), squeeze=False, sharey=True)
     for axis, layer in zip(axes.flat, shown, strict=True):
         ratio = found.ratio[layer]
-        known = np.where(ratio > 0, ratio, np.where(np.isnan(ratio), np.nan, 0.25))  # never together: the lightest
-        image = heat_map(axis, np.log2(known), vmin=-2, vmax=2)
+        drawn = np.where(ratio > 0, ratio, np.where(np.isnan(ratio), np.nan, 0.25))  # never together: the lightest
+        image = heat_map(axis, np.log2(drawn), vmin=-2, vmax=2)
         axis.set(title=f"layer {layer}", xlabel="expert")
         for ticks in (axis.xaxis, axis.yaxis):
             ticks.get_major_locator().set_params(integer=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from analysis.estimators.co_activation import CoActivation, co_activation
 from analysis.estimators.expert_load import Load, load
 from analysis.estimators.predictability import Predictability, predictability
 from analysis.estimators.repetition import Repetition, repetition
-from analysis.estimators.resampling import check_permutations
+from analysis.estimators.resampling import Measure, check_permutations
 from analysis.traces.trace import Trace
 from varjax.errors import InputError, NotTestableError
 
@@ -59,21 +59,26 @@ class TraceFindings:
 def examine_trace(trace: Trace, settings: Settings, progress: bool = False) -> TraceFindings:
     """Held-out predictability, entropy of the choice, repetition, load and co-activation.
 
+    The figures of layers that were not captured are NaN, and no mean, null or band knows of them.
+
     Args:
         progress: show bars on standard error.
     """
+    captured, whole = trace.captured, trace
+    trace = trace.captured_part()
     drawn: dict[str, Any] = {"samples": settings.samples, "seed": settings.seed}
     permuted = drawn | {"permutations": settings.permutations, "progress": progress}
     by_key = permuted | {"min_count": settings.min_count}
-    return TraceFindings(
-        tokens=len(trace.token_id),
-        documents=len(np.unique(trace.document)),
+    found = TraceFindings(
+        tokens=len(whole.token_id),
+        documents=len(np.unique(whole.document)),
         predictability=_or_why(lambda: predictability(trace, settings.orders, **by_key)),
         choice_entropy=_or_why(lambda: conditional_entropy(trace, settings.orders, **by_key)),
         repetition=_or_why(lambda: repetition(trace, **permuted)),
         load=_or_why(lambda: load(trace, **drawn)),
         co_activation=_or_why(lambda: co_activation(trace, **drawn)),
     )
+    return found if captured.all() else _on_all_layers(found, captured)
 
 
 def _or_why(find: Callable[[], Found]) -> Found | str:
@@ -81,3 +86,36 @@ def _or_why(find: Callable[[], Found]) -> Found | str:
         return find()
     except NotTestableError as error:  # too few documents or keys, experts that are not ranked
         return str(error)
+
+
+def _on_all_layers(found: Any, captured: np.ndarray) -> Any:
+    """Findings on the captured layers, bool [L], as findings on all L: the others have NaN, and -1 among integers.
+
+    Arrays of findings have the layers first, those of a `Measure` second. Coverages are the same in every layer.
+    """
+    if isinstance(found, Measure):
+        if found.name.endswith("coverage"):
+            return _measure_arrays(found, lambda values: np.repeat(values[:, :1], len(captured), axis=1))
+        return _measure_arrays(found, lambda values: _spread(values.T, captured).T)
+    if isinstance(found, np.ndarray):
+        return _spread(found, captured)
+    if isinstance(found, Mapping):
+        return {name: _on_all_layers(one, captured) for name, one in found.items()}
+    if is_dataclass(found) and not isinstance(found, type):
+        return replace(found, **{one.name: _on_all_layers(getattr(found, one.name), captured) for one in fields(found)})
+    return found
+
+
+def _measure_arrays(found: Measure, change: Callable[[np.ndarray], np.ndarray]) -> Measure:
+    """The measure with each of its arrays [O, L] changed."""
+    arrays: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
+    changed: dict[str, Any] = {name: change(one) for name, one in arrays.items() if isinstance(one, np.ndarray)}
+    return replace(found, **changed)
+
+
+def _spread(values: np.ndarray, captured: np.ndarray) -> np.ndarray:
+    """[L, ...]: values of the captured layers at their places, and what is unknown at the others."""
+    unknown = -1 if np.issubdtype(values.dtype, np.integer) else np.nan
+    whole = np.full((len(captured), *values.shape[1:]), unknown, values.dtype)
+    whole[captured] = values
+    return whole

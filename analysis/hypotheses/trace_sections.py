@@ -207,6 +207,7 @@ def _load(found: Load, title: str) -> Section:
                 strict=True,
             )
         )
+        if unused >= 0  # else the layer was not captured
     )
     heading = (Column(columns[0]), *(Column(name, ".3f") for name in columns[1:]))
     heading += (Column("busiest expert"), Column("its share", ".1%"), Column("unused experts"))
@@ -215,7 +216,7 @@ def _load(found: Load, title: str) -> Section:
         title,
         "reported",
         f"busiest expert over the mean: {_mean(found.imbalance.value):.2f}x, mean over layers; "
-        f"{int(found.unused.sum())} experts unused; no published bound",
+        f"{int(found.unused[found.unused > 0].sum())} experts unused; no published bound",
         (
             f"Shares of the assignments of {found.tokens:,} tokens in {found.documents:,} documents. imbalance: "
             "the busiest expert's share over the mean share; evenness: entropy of the shares over its most.",

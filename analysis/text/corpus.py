@@ -10,9 +10,14 @@ same text lands in the same split on every machine, in every order and whatever 
 | `embedded` | docstrings of the installed packages (`analysis.text.embedded`), in hash order | package |
 | `*.txt` | parts between lines `<|endofdoc|>`; else WikiText articles; else the whole file | file stem |
 | `*.jsonl` | the field `text` of every line | field `group`, else file stem |
+| `*.json` | the same of every line, or of every record of a list | field `group`, else file stem |
 | `*.parquet` | the column `text` of every row | column `group`, else file stem |
-| a directory | every such file below it, in order of path; or a `datasets` `save_to_disk` folder | as above |
+| the same with `.gz` or `.zst` | as of the file inside | as above, the stem without these suffixes |
+| a directory | such files below it, in order of path; or a `datasets` `save_to_disk` folder | as above |
 | `name[:config[:split]]` | a Hugging Face dataset, streamed (split `train` if not said) | field, or name |
+
+Which files of a directory are read and which are skipped (`analysis.text.corpus_files`) is logged once. Records whose
+text is null are left out, counted, and logged. A byte-order mark at the start of a file is not part of its text.
 
 `analysis.text.encoded_corpus` also reads what `experiments/prepare_datasets.py` has tokenised.
 
@@ -21,8 +26,10 @@ purpose: its paragraphs are not independent of each other, and a confidence boun
 wrong if it took them to be.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -31,6 +38,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
+from analysis.text.corpus_files import PACKED, SUFFIXES, files_below, kind_of, opened, stem_of
 from varjax.errors import InputError
 
 END_OF_DOCUMENT = "<|endofdoc|>"
@@ -40,12 +48,17 @@ SPLITS = {"train": 0.80, "tune": 0.04, "calibrate": 0.08, "test": 0.08}
 built from (`build` is another name for it); `tune` chooses settings, `calibrate` certifies them, `test`
 reports."""
 
+_MISSING = object()
 _TITLE = re.compile(r"^ ?= (?!=).*(?<!=) = ?$", re.MULTILINE)  # " = Title = ", not " = = Section = = "
-_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_MARK = "\ufeff"  # byte-order mark; where files were put together it stands before lines as well
+_SEPARATOR = re.compile(rf"^{_MARK}?{re.escape(END_OF_DOCUMENT)}\s*$", re.MULTILINE)
 _REMEMBERED = 1 << 20  # documents, some 150 MB of their ids
 _HASH_DIGITS = 12  # of 64; the *last* ones choose the split, so that sorting by id does not sort by split
 
 Row = tuple[str, str]  # text, group
+Record = tuple[str | None, str]  # the same; None where the text is null
+
+logger = logging.getLogger(__name__)
 
 
 class CorpusError(InputError):
@@ -122,19 +135,31 @@ def iter_documents(
     """
     wanted = known_split(split)
     check_limit(limit)
-    documents = (Document(text, group) for text, group in _rows(dataset, text_column))
-    fitting = (
-        document for document in _distinct(documents) if document.text.strip() and wanted in (None, document.split)
-    )
-    found = 0
-    for document in islice(fitting, limit):
-        found += 1
-        yield document
+    check_dataset(dataset)
+    found = absent = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal absent
+        for text, group in _rows(dataset, text_column):
+            if text is None:
+                absent += 1
+            else:
+                yield Document(text, group)
+
+    fitting = (one for one in _distinct(documents()) if one.text.strip() and wanted in (None, one.split))
+    try:
+        for document in islice(fitting, limit):
+            found += 1
+            yield document
+    finally:
+        if found and absent:
+            _say(f"{dataset}: records left out because their field {text_column!r} is null: {absent:,}")
     if not found:
         where = f"in its {wanted} split " if wanted else ""
+        nulls = f"; in {absent:,} records the field {text_column!r} is null: is it the text (--text_column)?"
         raise CorpusError(
             f"{dataset}: no document {where}that is not empty; give a larger corpus or another split (in a text "
-            f"file, a line {END_OF_DOCUMENT} separates documents)"
+            f"file, a line {END_OF_DOCUMENT} separates documents){nulls if absent else ''}"
         )
 
 
@@ -166,7 +191,22 @@ def check_limit(limit: int | None) -> None:
         raise CorpusError(f"limit must be at least 1 or None for all documents, not {limit}")
 
 
-def _rows(dataset: str | Path, text_column: str) -> Iterator[Row]:
+def check_dataset(dataset: str | Path) -> None:
+    """Raise CorpusError for a name that says nothing, which would otherwise be the working directory."""
+    if not str(dataset).strip():
+        raise CorpusError(
+            f"the dataset is {str(dataset)!r}; give 'embedded', a file, a directory ('.' is this one) or the name of a "
+            "Hugging Face dataset (--dataset)"
+        )
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Log a message once per process: a corpus is read several times."""
+    logger.warning(message)
+
+
+def _rows(dataset: str | Path, text_column: str) -> Iterator[Record]:
     if dataset == "embedded":
         from analysis.text import embedded
 
@@ -174,7 +214,7 @@ def _rows(dataset: str | Path, text_column: str) -> Iterator[Row]:
     path = Path(dataset).expanduser()
     if path.is_dir():
         return _directory_rows(path, text_column)
-    if path.is_file() or path.suffix in _SUFFIXES or str(dataset).startswith((".", "/", "~")):
+    if path.is_file() or kind_of(path) or str(dataset).startswith((".", "/", "~")):
         return read_rows(path, text_column)
     return _hub_rows(str(dataset), text_column)
 
@@ -190,40 +230,56 @@ def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
             yield document
 
 
-def read_rows(path: Path, text_column: str = "text") -> Iterator[Row]:
-    """(text, group) of every document in one .txt, .jsonl or .parquet file."""
+def read_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
+    """(text, group) of every document in one file, packed or not."""
     if not path.is_file():
         raise CorpusError(f"{path}: no such file; check the path (a Hugging Face dataset is named owner/name)")
-    readers = {".txt": _text_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix not in readers:
-        raise CorpusError(f"{path}: a corpus file ends in {', '.join(_SUFFIXES)}; convert it to one of these")
-    return readers[path.suffix](path, text_column)
+    readers = {".txt": _text_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
+    kind = kind_of(path)
+    if kind is None:
+        raise CorpusError(
+            f"{path}: a corpus file ends in {', '.join(SUFFIXES)}, or in one of these and {' or '.join(PACKED)}; "
+            "convert it to one of these"
+        )
+    return _with_named_faults(readers[kind](path, text_column), path)
 
 
-def _directory_rows(path: Path, text_column: str) -> Iterator[Row]:
+def _with_named_faults(rows: Iterator[Record], path: Path) -> Iterator[Record]:
+    """The rows; what the operating system or an unpacker says is wrong comes with the file's name."""
+    try:
+        yield from rows
+    except OSError as error:
+        raise CorpusError(f"{path}: cannot be read to its end ({error}); restore the file or remove it") from error
+
+
+def _directory_rows(path: Path, text_column: str) -> Iterator[Record]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         yield from _saved_rows(path, text_column)
         return
-    files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
-    if not files:
+    listing = files_below(path, text_column)
+    if not listing.read:
         prepared = sorted(str(manifest.parent) for manifest in path.glob("*/manifest.json"))
         mend = f"or give one of the prepared folders in it: {', '.join(prepared)}" if prepared else "add one"
-        raise CorpusError(f"{path}: the directory holds no file ending in {', '.join(_SUFFIXES)}; {mend}")
-    for file in files:
+        raise CorpusError(
+            f"{path}: the directory holds no file to read, packed or not, that ends in {', '.join(SUFFIXES)} "
+            f"({listing.said()}); {mend}"
+        )
+    _say(f"{path}: {listing.said()}")
+    for file in listing.read:
         yield from read_rows(file, text_column)
 
 
-def _text_rows(path: Path, text_column: str) -> Iterator[Row]:
+def _text_rows(path: Path, text_column: str) -> Iterator[Record]:
+    with opened(path) as file:
+        contents = file.read()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = contents.decode("utf-8").removeprefix(_MARK)
     except UnicodeDecodeError as error:
         raise CorpusError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from error
-    if re.search(rf"^{re.escape(END_OF_DOCUMENT)}\s*$", text, re.MULTILINE):
-        parts = re.split(rf"^{re.escape(END_OF_DOCUMENT)}\s*$", text, flags=re.MULTILINE)
-    else:
-        parts = _articles(text)
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    parts = _SEPARATOR.split(text) if _SEPARATOR.search(text) else _articles(text)
     for part in parts:
-        yield part.strip("\n"), path.stem
+        yield part.strip("\n"), stem_of(path)
 
 
 def _articles(text: str) -> list[str]:
@@ -232,8 +288,8 @@ def _articles(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise(cuts)]
 
 
-def _jsonl_rows(path: Path, text_column: str) -> Iterator[Row]:
-    with path.open("rb") as lines:
+def _jsonl_rows(path: Path, text_column: str) -> Iterator[Record]:
+    with opened(path) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -241,18 +297,41 @@ def _jsonl_rows(path: Path, text_column: str) -> Iterator[Row]:
             try:
                 record = json.loads(line)
             except ValueError as error:  # malformed JSON, or not UTF-8
-                raise CorpusError(f"{where}: not a JSON object ({error}); mend or remove the line") from error
-            if not isinstance(record, dict):
-                raise CorpusError(f'{where}: expected an object such as {{"{text_column}": "..."}}')
-            yield _row(record, text_column, where, path.stem)
+                raise CorpusError(f"{where}: not a JSON object ({error}); fix or remove the line") from error
+            yield _row(_object(record, text_column, where), text_column, where, stem_of(path))
 
 
-def _parquet_rows(path: Path, text_column: str) -> Iterator[Row]:
+def _json_rows(path: Path, text_column: str) -> Iterator[Record]:
+    """The records of a list; of any other file those of its lines."""
+    with opened(path) as file:
+        first = next((line for line in file if line.strip()), b"")
+    if not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        yield from _jsonl_rows(path, text_column)
+        return
+    with opened(path) as file:
+        contents = file.read()
+    try:
+        records = json.loads(contents)
+    except ValueError as error:
+        raise CorpusError(f"{path}: not a JSON list ({error}); fix the file") from error
+    for number, record in enumerate(records):
+        where = f"{path}, record {number}"
+        yield _row(_object(record, text_column, where), text_column, where, stem_of(path))
+
+
+def _object(record: Any, text_column: str, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise CorpusError(f'{where}: expected an object such as {{"{text_column}": "..."}}')
+    return record
+
+
+def _parquet_rows(path: Path, text_column: str) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    packed = path.suffix.lower() in PACKED
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(pa.BufferReader(opened(path).read()) if packed else path) as file:
             names = file.schema_arrow.names
             if text_column not in names:
                 raise CorpusError(
@@ -261,12 +340,12 @@ def _parquet_rows(path: Path, text_column: str) -> Iterator[Row]:
             columns = [text_column, *({"group"} & set(names))]
             for batch in file.iter_batches(columns=columns):
                 for record in batch.to_pylist():
-                    yield _row(record, text_column, str(path), path.stem)
+                    yield _row(record, text_column, str(path), stem_of(path))
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{path}: not a readable Parquet file ({error}); write it again") from error
 
 
-def _saved_rows(path: Path, text_column: str) -> Iterator[Row]:
+def _saved_rows(path: Path, text_column: str) -> Iterator[Record]:
     import datasets
 
     try:
@@ -279,7 +358,7 @@ def _saved_rows(path: Path, text_column: str) -> Iterator[Row]:
             yield _row(record, text_column, f"{path}, row {number}", path.name)
 
 
-def _hub_rows(dataset: str, text_column: str) -> Iterator[Row]:
+def _hub_rows(dataset: str, text_column: str) -> Iterator[Record]:
     """A Hugging Face dataset, streamed. Group: its `group` field, SlimPajama's subset, or its name."""
     import datasets
 
@@ -312,11 +391,14 @@ def _unbroken(stream: Iterable[dict[str, Any]], dataset: str) -> Iterator[dict[s
         ) from error
 
 
-def _joined_articles(rows: Iterable[Row]) -> Iterator[Row]:
+def _joined_articles(rows: Iterable[Record]) -> Iterator[Record]:
     """WikiText on the hub holds one *line* a row: joined again into articles."""
     lines: list[str] = []
     group = ""
     for line, group in rows:
+        if line is None:
+            yield None, group
+            continue
         if lines and _TITLE.match(line.rstrip("\n")):
             yield "".join(lines), group
             lines = []
@@ -325,8 +407,10 @@ def _joined_articles(rows: Iterable[Row]) -> Iterator[Row]:
         yield "".join(lines), group
 
 
-def _row(record: dict[str, Any], text_column: str, where: str, group: str) -> Row:
-    text = record.get(text_column)
+def _row(record: dict[str, Any], text_column: str, where: str, group: str) -> Record:
+    text = record.get(text_column, _MISSING)
+    if text is None or text != text:  # pandas writes null texts as NaN
+        return None, group
     if not isinstance(text, str):
         fault = f"is {type(text).__name__}, not text" if text_column in record else "is missing"
         raise CorpusError(

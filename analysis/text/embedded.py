@@ -61,7 +61,7 @@ def rows() -> Iterator[Row]:
         found = [(one.text, one.group) for one in documents]
         _save(found, cache)
         return iter(found)
-    return read_rows(cache)
+    return ((text, group) for text, group in read_rows(cache) if text is not None)
 
 
 def extract() -> Iterator[Row]:

@@ -7,7 +7,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.text.corpus import CorpusError, CorpusHash, check_limit, iter_documents, known_split, split_of
+from analysis.text.corpus import (
+    CorpusError,
+    CorpusHash,
+    check_dataset,
+    check_limit,
+    iter_documents,
+    known_split,
+    split_of,
+)
 from analysis.text.encoding import Encoded, iter_encode
 from analysis.text.prepared import is_prepared, open_prepared
 from models.config import MoEConfig
@@ -35,8 +43,9 @@ class EncodedCorpus:
             tokenizer, config: as in `analysis.text.encoding.encode`.
 
         Raises:
-            CorpusError: no such split, or a limit below 1.
+            CorpusError: no such split, a limit below 1, or an empty name.
         """
+        check_dataset(dataset)
         known_split(split)
         check_limit(limit)
         self.request: dict[str, Any] = {

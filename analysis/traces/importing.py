@@ -9,9 +9,10 @@ The foreign form is two files of one name, to be imitated by whoever has a route
 | array | shape | what |
 |---|---|---|
 | `token` | integers [N] | token ids; where `token_strings` is given, the index of the text in it |
-| `experts` | integers [N, L, K] | ids of the chosen experts, from 0 |
-| `probs` | floats [N, L, K], optional | their probabilities in the same order, whatever that is; float16 will do |
-| `document` | integers [N] | which document, from 0 |
+| `experts` | integers [N, L, K] | ids of the chosen experts, from 0 (more forms below) |
+| `probs` | floats [N, L, K], optional | their scores in the same order, whatever that is; float16 will do |
+| | or floats [N, L, E] | the scores of all experts, by id |
+| `document` | integers [N] | which document: any numbers, or places in `document_group` and `document_id` |
 | `position` | integers [N], optional | place in the document; else its tokens come in order, without gaps |
 
 `NAME.json` holds an object:
@@ -20,15 +21,35 @@ The foreign form is two files of one name, to be imitated by whoever has a route
 |---|---|
 | `num_layers`, `num_experts`, `top_k` | L, E, K |
 | `ranked` | optional, without `probs`: whether the experts stand best first; false if not said |
-| `probs_over` | optional: `"all"`, softmax over all E experts, or `"chosen"`, over the K; else found out (below) |
+| `scores` | optional: what `probs` holds (below) |
+| `probs_over` | optional: `"all"`, over all E experts, or `"chosen"`, over the K; else found out |
 | `document_group` | optional, D strings: the domain of each document; else all are of one group, NAME |
 | `document_id` | optional, D different strings; else the document's number |
 | `token_strings` | optional, a list of strings |
 | `model`, `revision`, `dtype`, `tokenizer`, `phase` | optional, where the trace comes from |
 
-Probabilities are taken to be over the chosen where all their sums over K are 1 to within 0.01, else over all experts.
-Experts come out best first where there are probabilities. Tokens may come in any order of documents, and of positions
-where these are given. Object arrays would need pickle and are refused.
+What `scores` says becomes probabilities like this, and the trace and every report on it say so:
+
+| `scores` | `probs` holds | probabilities |
+|---|---|---|
+| `softmax` | probabilities: over the chosen they add up to 1, over all E to at most 1 (to within 0.01) | as they are |
+| `sigmoid` | independent scores from 0 to 1 | divided by their sum over all E if these are given, else over the K |
+| | the same with `probs_over` `"all"`, of the K chosen | as they are: divided by the sum over all E already |
+| `logits` | any finite numbers | softmax over all E if these are given, else over the K chosen |
+| `none` | anything that ranks the experts, the largest first | none: only the order is used |
+
+Without `scores` they are taken for `softmax` if they can be: they add up to 1 over the K chosen at every token and in
+every layer; or to at most 1, and what is missing is no more than the other experts can have, each at most as much as
+the last one chosen. Anything else is refused.
+
+Experts come out best first where there are scores. Tokens may come in any order of documents, and of positions where
+these are given. Documents are numbered anew. Object arrays would need pickle and are refused. Three habits of serving
+programs are read as they are meant:
+
+- Rows of `experts` wider than K hold -1 in the rest; so do the same places of `probs`, with whatever value.
+- `experts` (and `probs`) may have one row less than `token` for each document: the last token of a text has not been
+  routed yet. Tokens with -1 in every layer have not been routed either. Both are left out of the trace.
+- Layers that were not captured: `analysis.traces.capture`.
 """
 
 from __future__ import annotations
@@ -38,16 +59,19 @@ import json
 import sys
 import zipfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import numpy as np
+from scipy.special import entr, softmax
 
 from analysis.traces import trace as trace_file
-from analysis.traces.trace import ORIGIN, Trace, TraceError
+from analysis.traces.capture import captured_layers
+from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError
 from varjax.errors import InputError
 
-TOLERANCE = 0.01  # by which the chosen experts' probabilities may miss 1: float16 is good to 0.0005 each
+MAX_EXPERTS = 2**15 - 1  # ids are int16
 
 
 def load(path: str | Path) -> Trace:
@@ -64,7 +88,7 @@ def import_npz(path: str | Path) -> Trace:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        TraceError: they are not of the form above; names the file, the array or field, and the mend.
+        TraceError: they are not of the form above; names the file, the array or field, and what to do.
     """
     path = Path(path)
     beside = path.with_suffix(".json")
@@ -72,16 +96,10 @@ def import_npz(path: str | Path) -> Trace:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; a foreign trace is NAME.npz with NAME.json beside it")
     arrays, fields = _arrays(path), _fields(beside)
-    expected = (len(arrays["token"]), fields["num_layers"], fields["top_k"])
-    if arrays["experts"].shape != expected:
-        raise TraceError(
-            f"{path}: experts has shape {list(arrays['experts'].shape)}, expected {list(expected)} by {beside.name} "
-            "(tokens, num_layers, top_k); mend the one that is wrong"
-        )
     try:
         return _trace(arrays, fields, path.stem)
-    except TraceError as error:
-        raise TraceError(f"{path}: {error}; mend the file or its {beside.name}") from error
+    except InputError as error:
+        raise TraceError(f"{path}: {error}; fix the file or its {beside.name}") from error
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
@@ -106,19 +124,25 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         if name in ("token", "document", "position") and array.shape != arrays["token"].shape[:1]:
             raise TraceError(
                 f"{path}: array {name} has shape {list(array.shape)}, expected one number for each of the "
-                f"{len(arrays['token'])} tokens; mend it"
+                f"{len(arrays['token'])} tokens; fix it"
             )
-        if array.dtype.kind in "iu" and array.size and not (array.min() >= 0 and array.max() < 2**31):
-            raise TraceError(f"{path}: array {name} holds {array.min()} to {array.max()}, expected 0 to 2**31 - 1")
+        if array.dtype.kind not in "iu" or not array.size:
+            continue
+        least = -1 if name == "experts" else 0
+        most = 2**63 - 1 if name == "document" else 2**31 - 1
+        if array.min() < least or array.max() > most:
+            raise TraceError(
+                f"{path}: array {name} holds {array.min()} to {array.max()}, expected {least} to {most:,}; fix it"
+            )
     return arrays
 
 
 def _fields(path: Path) -> dict[str, Any]:
     """The object in a JSON file, its fields checked."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:  # malformed JSON, or not UTF-8
-        raise TraceError(f"{path}: not valid JSON ({error}); mend the file") from error
+        raise TraceError(f"{path}: not valid JSON ({error}); fix the file") from error
     if not isinstance(fields, dict):
         raise TraceError(f"{path}: holds a JSON {type(fields).__name__}, expected an object with num_layers, …")
     faults = []
@@ -126,6 +150,8 @@ def _fields(path: Path) -> dict[str, Any]:
         value = fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
+        elif name == "num_experts" and value > MAX_EXPERTS:
+            faults.append(f"num_experts is {value:,}, expected at most {MAX_EXPERTS:,}")
     for name in ("document_group", "document_id", "token_strings"):
         value = fields.get(name, [])
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
@@ -134,59 +160,273 @@ def _fields(path: Path) -> dict[str, Any]:
         faults.append(f"ranked is {fields['ranked']!r}, expected true or false")
     if fields.get("probs_over") not in (None, "all", "chosen"):
         faults.append(f"probs_over is {fields['probs_over']!r}, expected 'all' or 'chosen'")
+    if fields.get("scores") not in (None, *SCORES):
+        faults.append(f"scores is {fields['scores']!r}, expected one of {', '.join(SCORES)}")
     if faults:
-        raise TraceError(f"{path}: {'; '.join(faults)}; mend these fields")
+        raise TraceError(f"{path}: {'; '.join(faults)}; fix these fields")
     return fields
 
 
 def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> Trace:
-    document, probs, experts = arrays["document"], arrays.get("probs"), arrays["experts"]
-    num_documents = len(fields.get("document_group") or fields.get("document_id") or ())
-    num_documents = num_documents or int(document.max(initial=-1)) + 1
     token_strings = dict(enumerate(fields.get("token_strings", ())))
     if token_strings and int(arrays["token"].max(initial=0)) >= len(token_strings):
         raise TraceError(f"token holds {arrays['token'].max()} but token_strings has only {len(token_strings)} entries")
-    if experts.size and experts.max() >= fields["num_experts"]:
-        raise TraceError(f"experts holds {experts.max()}, expected 0 to {fields['num_experts'] - 1}")
+    if arrays["experts"].size and arrays["experts"].max() >= fields["num_experts"]:
+        raise TraceError(f"experts holds {arrays['experts'].max()}, expected 0 to {fields['num_experts'] - 1}")
+    document, document_ids, groups = _documents(arrays["document"], fields, name)
 
     position = arrays.get("position")
     order = np.argsort(document, kind="stable") if position is None else np.lexsort((position, document))
-    document = document[order]
+    document, token = document[order], arrays["token"][order]
     if position is None:
-        first = np.searchsorted(document, document)
-        position = np.arange(len(document)) - first
+        position = np.arange(len(document)) - np.searchsorted(document, document)
     else:
         position = position[order]
-    experts, probs, probs_over = _best_first(experts[order], None if probs is None else probs[order])
+    routed, rows, notes = _routed(arrays, order, document, fields)
+    experts, scores = arrays["experts"], arrays.get("probs")
+    of_all = (*experts.shape[:2], fields["num_experts"])
+    if scores is not None and scores.shape not in (experts.shape, of_all):
+        raise TraceError(
+            f"probs has shape {list(scores.shape)}, expected that of experts, {list(experts.shape)}, or "
+            f"{list(of_all)}, one score for each of the {fields['num_experts']} experts"
+        )
+    experts = experts[rows]
+    experts, scores = _without_padding(experts, None if scores is None else scores[rows], fields)
+    zeros = np.all(experts == 0, axis=(0, 2)) & (experts.shape[-1] > 1)  # layers that were not captured
+    open_ = np.all(experts[:, ~zeros] == -1, axis=(1, 2)) & ~zeros.all()
+    if open_.any() and not open_.all():
+        notes.append(f"{open_.sum():,} tokens have -1 in every layer: not routed, and left out.")
+        routed, experts = routed[~open_], experts[~open_]
+        scores = None if scores is None else scores[~open_]
+    document, position, token = document[routed], position[routed], token[routed]
+
+    captured = captured_layers(experts, token, fields["num_experts"])
+    if np.any(experts[:, captured] == -1):
+        raise TraceError("experts holds -1 at some tokens of a layer and not at others; remove these tokens")
+    found = _probabilities(experts[:, captured], None if scores is None else scores[:, captured], fields)
+
+    def on_all_layers(values: np.ndarray | None, missing: float) -> np.ndarray | None:
+        if values is None or captured.all():
+            return values
+        whole = np.full((len(values), len(captured), *values.shape[2:]), missing, values.dtype)
+        whole[:, captured] = values
+        return whole
+
+    wide = on_all_layers(found.experts, -1)
+    assert wide is not None
     return Trace(
-        token_id=arrays["token"][order].astype(np.int32),
+        token_id=token.astype(np.int32),
         document=document.astype(np.int32),
         position=position.astype(np.int32),
-        experts=experts,
-        probs=probs,
-        document_ids=tuple(fields.get("document_id") or map(str, range(num_documents))),
-        groups=tuple(fields.get("document_group") or [name] * num_documents),
+        experts=wide,
+        probs=on_all_layers(found.probs, 0),
+        document_ids=document_ids,
+        groups=groups,
         num_experts=fields["num_experts"],
-        ranked=probs is not None or fields.get("ranked", False),
-        probs_over=None if probs is None else fields.get("probs_over") or probs_over,
+        ranked=scores is not None or fields.get("ranked", False),
+        probs_over=found.over,
+        scores=found.scores,
+        entropy=on_all_layers(found.entropy, np.nan),
         token_strings=token_strings,
         origin={field: fields[field] for field in ORIGIN if field in fields},
+        notes=(*notes, *found.notes),
     )
 
 
-def _best_first(experts: np.ndarray, probs: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None, Any]:
-    """Experts int16 and probabilities float32 [N, L, K], falling, and what the latter seem to be taken over."""
-    experts = experts.astype(np.int16)
-    if probs is None:
-        return experts, None, None
-    if probs.shape != experts.shape:
-        raise TraceError(f"probs has shape {list(probs.shape)}, expected that of experts, {list(experts.shape)}")
-    probs = probs.astype(np.float32)  # exact from float16, so that equal ones stay equal
-    if np.any(probs[..., 1:] > probs[..., :-1]):
-        falling = np.argsort(-probs, axis=-1, kind="stable")
-        experts, probs = (np.take_along_axis(array, falling, axis=-1) for array in (experts, probs))
-    ones = np.all(np.abs(probs.sum(axis=-1) - 1) <= TOLERANCE)
-    return experts, probs, "chosen" if ones else "all"
+def _documents(
+    document: np.ndarray, fields: dict[str, Any], name: str
+) -> tuple[np.ndarray, tuple[str, ...], tuple[str, ...]]:
+    """Documents int64 [N] numbered from 0 without gaps, their ids, and their groups."""
+    different, dense = np.unique(document, return_inverse=True)
+    ids, groups = fields.get("document_id"), fields.get("document_group")
+    for field, listed in (("document_id", ids), ("document_group", groups)):
+        if listed and len(different) and int(different[-1]) >= len(listed):
+            raise TraceError(
+                f"document holds {different[-1]}, outside its {len(listed)} documents: it is a place in {field}, from 0"
+            )
+    if ids and groups and len(ids) != len(groups):
+        raise TraceError(f"{len(ids)} document ids but {len(groups)} groups")
+    if ids and len(set(ids)) < len(ids):
+        raise TraceError("document_id names a document twice")
+    numbers = different.tolist()
+    return (
+        dense,
+        tuple(ids[number] if ids else str(number) for number in numbers),
+        tuple(groups[number] if groups else name for number in numbers),
+    )
+
+
+def _routed(
+    arrays: dict[str, np.ndarray], order: np.ndarray, document: np.ndarray, fields: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Which tokens have a row of `experts`, and which row that is.
+
+    Args:
+        order: int64 [N], of the tokens as stored, by document and position.
+        document: int64 [N], in that order.
+
+    Returns:
+        int64 [n], places in that order; int64 [n], rows; what is to be said.
+    """
+    shape, tokens = arrays["experts"].shape, len(order)
+    layers, top_k = fields["num_layers"], fields["top_k"]
+    last = np.append(document[1:] != document[:-1], True)[:tokens]
+    fewer = tokens - int(last.sum())
+    if len(shape) != 3 or shape[1] != layers or shape[2] < top_k or shape[0] not in (tokens, fewer):
+        raise TraceError(
+            f"experts has shape {list(shape)}, expected {[tokens, layers, top_k]} (tokens, num_layers, top_k), or "
+            f"{fewer} rows where the last token of each of the {last.sum()} documents has none, or more columns filled "
+            "with -1"
+        )
+    if shape[0] == tokens:
+        return np.arange(tokens), order, []
+    has_row = np.empty(tokens, bool)
+    has_row[order] = ~last
+    note = f"The last token of each of the {last.sum():,} documents has no routing, and is left out."
+    return np.flatnonzero(~last), (np.cumsum(has_row) - 1)[order[~last]], [note]
+
+
+def _without_padding(
+    experts: np.ndarray, scores: np.ndarray | None, fields: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Experts int16 [n, L, K] without columns of -1, and scores [n, L, K or E] in the same order."""
+    num_experts, top_k = fields["num_experts"], fields["top_k"]
+    if experts.shape[-1] == top_k:
+        return experts.astype(np.int16), scores
+    if scores is not None and experts.shape[-1] == num_experts:
+        raise TraceError(
+            f"probs has {num_experts} columns, which is both the width of the padded experts and the number of "
+            f"experts, so its order is not known; give experts with {top_k} columns"
+        )
+    used = np.sum(experts >= 0, axis=-1)
+    filled = np.all(experts == 0, axis=(0, 2))  # a layer that was not captured
+    wrong = (used != top_k) & (used != 0) & ~filled
+    if wrong.any():
+        raise TraceError(
+            f"experts has {experts.shape[-1]} columns, with {used[wrong].min()} to {used[wrong].max()} ids at some "
+            f"tokens, expected top_k={top_k} ids and -1 in the rest"
+        )
+    front = np.argsort(experts < 0, axis=-1, kind="stable")[..., :top_k]
+    if scores is not None and scores.shape == experts.shape:
+        scores = np.take_along_axis(scores, front, axis=-1)
+    return np.take_along_axis(experts, front, axis=-1).astype(np.int16), scores
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What experts and scores turned out to be."""
+
+    experts: np.ndarray  # int16 [n, L, K], best first where there are scores
+    probs: np.ndarray | None = None  # float32 [n, L, K], falling
+    over: Literal["all", "chosen"] | None = None
+    entropy: np.ndarray | None = None  # float32 [n, L], where the scores of all experts are known
+    scores: Literal["softmax", "sigmoid", "logits"] = "softmax"
+    notes: tuple[str, ...] = ()
+
+
+def _probabilities(experts: np.ndarray, values: np.ndarray | None, fields: dict[str, Any]) -> _Found:
+    """The probabilities that scores [n, L, K or E] stand for, by what the file says that they are."""
+    declared, over = fields.get("scores"), fields.get("probs_over")
+    if values is None:
+        if declared not in (None, "none"):
+            raise TraceError(f"scores is {declared!r} but there is no array probs; add it, or remove the field")
+        return _Found(experts)
+    of_all = values.shape[-1] != fields["top_k"]
+    if of_all and over == "chosen":
+        raise TraceError(f"probs_over is 'chosen' but probs has the scores of all {values.shape[-1]} experts")
+    if not values.size:
+        return _Found(experts, np.zeros(experts.shape, np.float32), over or "all")
+    values = values.astype(np.float32)  # exact from float16, so that equal ones stay equal
+    if not np.all(np.isfinite(values)):
+        raise TraceError("probs holds NaN or infinity; remove these tokens")
+    if declared == "none":
+        sorted_experts, _ = _best_first(experts, _of_chosen(values, experts) if of_all else values)
+        return _Found(sorted_experts, notes=("The trace's scores are not probabilities: only their order was used.",))
+    probs, over, notes = _READERS[declared or "softmax"](values, fields, of_all)
+    entropy = None
+    if of_all:
+        entropy = np.maximum(entr(probs, dtype=np.float64).sum(axis=-1), 0).astype(np.float32)
+        probs = _of_chosen(probs, experts)
+    experts, probs = _best_first(experts, probs)
+    return _Found(experts, probs, over, entropy, declared or "softmax", notes)
+
+
+_Read = tuple[np.ndarray, Any, tuple[str, ...]]  # probabilities as the values, what they are over, what is to be said
+
+
+def _from_softmax(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Read:
+    sums = values.sum(axis=-1, dtype=np.float64)
+    ones = bool(np.all(np.abs(sums - 1) <= TOLERANCE))
+    over = "all" if of_all else fields.get("probs_over") or ("chosen" if ones else "all")
+    fits = values.min() >= 0 and values.max() <= 1 + TOLERANCE and sums.max() <= 1 + TOLERANCE
+    if of_all or over == "chosen":
+        fits = fits and ones
+    elif fields.get("scores") is None:  # the others have at most as much as the last one chosen, each
+        most = (fields["num_experts"] - fields["top_k"]) * values.min(axis=-1)
+        fits = fits and bool(np.all(1 - sums <= most + TOLERANCE))
+    if not fits:
+        _refuse(values, fields, of_all, "softmax probabilities")
+    if fields.get("scores") is not None:
+        return values, over, ()
+    whose = "all experts" if over == "all" else "the chosen experts"
+    note = f"The trace does not declare what its scores are; taken for a softmax over {whose}, whose sums they have."
+    return values, over, (note,)
+
+
+def _from_sigmoid(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Read:
+    if values.min() < 0 or values.max() > 1:
+        _refuse(values, fields, of_all, "sigmoid scores, which are between 0 and 1")
+    sums = values.sum(axis=-1, keepdims=True, dtype=np.float64)
+    if sums.min() <= 0:
+        _refuse(values, fields, of_all, "sigmoid scores, of which one is above 0")
+    if not of_all and fields.get("probs_over") == "all":  # divided already
+        if sums.max() > 1 + TOLERANCE:
+            _refuse(values, fields, of_all, "sigmoid scores that were divided by their sum over all experts")
+    else:
+        values = (values / sums).astype(np.float32)
+    over = "all" if of_all else fields.get("probs_over") or "chosen"
+    whose = "all" if over == "all" else f"the {fields['top_k']} chosen"
+    note = (
+        f"Probabilities are sigmoid scores divided by their sum over {whose} experts: a definition, not the router's "
+        "own. Thresholds on entropy and confidence were published for a softmax."
+    )
+    return values, over, (note,)
+
+
+def _from_logits(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Read:
+    if not of_all and fields.get("probs_over") == "all" and fields["top_k"] < fields["num_experts"]:
+        raise TraceError("probs_over is 'all' but logits are given for the chosen experts only; give those of all")
+    whose = "all" if of_all else f"the {fields['top_k']} chosen"
+    note = f"Probabilities are the softmax of the trace's logits over {whose} experts."
+    probs = softmax(values.astype(np.float64), axis=-1).astype(np.float32)
+    return probs, "all" if of_all else "chosen", (note,)
+
+
+_READERS = {"softmax": _from_softmax, "sigmoid": _from_sigmoid, "logits": _from_logits}
+
+
+def _refuse(values: np.ndarray, fields: dict[str, Any], of_all: bool, what: str) -> NoReturn:
+    sums = values.sum(axis=-1, dtype=np.float64)
+    whose = "all" if of_all else "the chosen"
+    over = "" if fields.get("probs_over") is None else f" over {fields['probs_over']!r} (probs_over)"
+    raise TraceError(
+        f"array probs holds {values.min():.3g} to {values.max():.3g}, in sums over {whose} experts of {sums.min():.3g} "
+        f"to {sums.max():.3g}, so it does not hold {what}{over}. Declare in the JSON file what it holds: "
+        '"scores": "softmax", "sigmoid", "logits", or "none" if only the order has a meaning'
+    )
+
+
+def _of_chosen(values: np.ndarray, experts: np.ndarray) -> np.ndarray:
+    """[n, L, K]: the values [n, L, E] of the chosen experts."""
+    return np.take_along_axis(values, experts.astype(np.int64), axis=-1)
+
+
+def _best_first(experts: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Experts and values [n, L, K] by falling values; equal ones keep their order."""
+    if np.any(values[..., 1:] > values[..., :-1]):
+        falling = np.argsort(-values, axis=-1, kind="stable")
+        experts, values = (np.take_along_axis(array, falling, axis=-1) for array in (experts, values))
+    return experts, values
 
 
 def main() -> None:
@@ -204,6 +444,8 @@ def main() -> None:
         f"{len(trace.token_id):,} tokens of {len(np.unique(trace.document)):,} documents, {trace.num_layers} layers, "
         f"{trace.top_k} of {trace.num_experts} experts, {known}; written to {args.output}"
     )
+    for remark in trace.remarks():
+        print(remark)
 
 
 if __name__ == "__main__":

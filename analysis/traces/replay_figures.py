@@ -22,9 +22,12 @@ def tiers_by_layer(found: Replay) -> Figure:
     """Who decides in each layer, and how well the fast and the cached tier foretell the router's choice."""
     layers = [found.rates(layer) for layer in range(len(found.sums.tokens))]
     figure, (shares, quality) = subplots(2, 1, figsize=(6.4, 6.0), sharex=True)
-    stacked_tiers(shares, [rates["shares"] for rates in layers])
+    # None, of a layer that was not captured, becomes NaN and is not drawn.
+    by_tier = [{tier: np.nan if share is None else share for tier, share in one["shares"].items()} for one in layers]
+    stacked_tiers(shares, by_tier)
     # The unlimited cache comes after the same fast tier.
-    bound = [rates["shares"]["fast"] + rates["unlimited_cache"]["share"] for rates in layers]
+    unlimited = np.array([rates["unlimited_cache"]["share"] for rates in layers], float)
+    bound = np.array([one["fast"] for one in by_tier]) + unlimited
     shares.plot(range(len(layers)), bound, "k_", markersize=10, label="fast + unlimited cache")
     shares.set(title=_caption(found))
     shares.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.02))

@@ -59,6 +59,29 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
     return config, notes
 
 
+def on_captured_layers(config: VARConfig, captured: np.ndarray) -> VARConfig:
+    """The config for a trace's captured layers alone, numbered anew from 0.
+
+    Args:
+        captured: bool [L].
+
+    Raises:
+        InputError: the config names a layer that the trace does not have.
+    """
+    if captured.all():
+        return config
+    layers, cached = dict(config.layers), config.cache_layers
+    for layer in sorted({*layers, *(cached or ())}):
+        if layer >= len(captured):
+            raise InputError(f"layer {layer}: the trace has only layers 0 to {len(captured) - 1}; correct the config")
+    numbers = np.flatnonzero(captured).tolist()
+    return replace(
+        config,
+        layers={new: layers[old] for new, old in enumerate(numbers) if old in layers},
+        cache_layers=None if cached is None else tuple(new for new, old in enumerate(numbers) if old in cached),
+    )
+
+
 def with_stand_ins(trace: Trace) -> Trace:
     """The trace, with probabilities where it has none: falling evenly with the rank, or equal if there is no rank."""
     if trace.probs is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.reports.report import Column, FigureNote, Report, Section, Table
@@ -49,7 +50,9 @@ def draw(found: Replay) -> dict[str, Figure]:
 
 def _tiers(found: Replay) -> Section:
     rates = found.rates()
-    rows = [(str(layer), found.rates(layer)) for layer in range(len(found.sums.tokens))] + [("all", rates)]
+    captured = np.any(found.sums.tokens, axis=-1).tolist()
+    names = [str(layer) if known else f"{layer} (not captured)" for layer, known in enumerate(captured)]
+    rows = [(name, found.rates(layer)) for layer, name in enumerate(names)] + [("all", rates)]
     shares = ", ".join(f"{tier} {share or 0:.1%}" for tier, share in rates["shares"].items())
     return Section(
         "tiers",

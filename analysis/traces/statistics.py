@@ -5,6 +5,8 @@ Letters: N tokens, R keys, C key width, L layers, K experts per token, E experts
 Gate entropy is the trace's own where it has it. Otherwise it is what the K chosen experts' probabilities say
 (`gate_entropy`): where they are over the chosen, that of the chosen alone, at most ln K; where they are over all
 experts, a lower bound. Confidence is exact where they are over all, and at least 1/K where over the chosen.
+
+A layer that was not captured has no occurrence of any key.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.special import entr
 
-from analysis.traces.trace import Trace, TraceError
+from analysis.traces.trace import TOLERANCE, Trace, TraceError
 from varjax.keys import ANY, count_contexts, distinct
 from varjax.stats import Moments, RoutingStats
 
@@ -50,7 +52,7 @@ def trace_statistics(
         row = key_rows(trace, admitted.keys, order)
         here = np.flatnonzero(row >= 0)
         here = here[np.argsort(row[here], kind="stable")]  # the occurrences of a key together
-        for layer in range(trace.num_layers):
+        for layer in np.flatnonzero(trace.captured).tolist():
             top1[layer] += _per_expert(row[here], trace.experts[here, layer, :1], None, top1.shape[1:])
             figures["entropy"][layer].add(row[here], gate_entropy(trace, layer)[here])
             if trace.probs is None:
@@ -77,17 +79,21 @@ def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
     """float64 [N]: entropy of one layer's gate in nats; NaN where the trace says nothing of it.
 
     From the probabilities p of the K chosen among all E, it is the least that it can be: each of the others is at most
-    p_K, so the missing mass r adds at least -r ln p_K.
+    p_K, so the missing mass r adds at least -r ln p_K. In a layer where r is at some token more than that allows, a
+    bias or a group limit had a part in the choice: a single expert may then have all of r, which adds at least -r ln r.
     """
     if trace.entropy is not None:
         return trace.entropy[:, layer].astype(np.float64)
-    if trace.probs is None:
+    if trace.probs is None or not trace.captured[layer]:
         return np.full(len(trace.token_id), np.nan)
     probs = trace.probs[:, layer].astype(np.float64)
     known = entr(probs).sum(axis=-1)
     if trace.probs_over == "all":
-        missing = np.maximum(1 - probs.sum(axis=-1), 0)
-        known += missing * -np.log(np.maximum(probs[:, -1], np.finfo(np.float32).tiny))
+        missing, last = np.maximum(1 - probs.sum(axis=-1), 0), probs[:, -1]
+        if np.any(missing > (trace.num_experts - trace.top_k) * last + TOLERANCE):
+            known += entr(missing)
+        else:
+            known += missing * -np.log(np.maximum(last, np.finfo(np.float32).tiny))
     return np.maximum(known, 0)
 
 

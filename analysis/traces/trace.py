@@ -11,14 +11,19 @@ The file is Parquet, version 1, one row per token; the tokens of a document stan
 | `position` | int32 | place in the document; after a gap a context begins anew |
 | `token_id` | int32 | |
 | `token_str` | string | its text, null where it is not known |
-| `experts` | list of L * K int16 | layer by layer the chosen experts, best first if `ranked` |
+| `experts` | list of L * K int16 | layer by layer the chosen experts, best first if `ranked`; -1: layer not captured |
 | `probs` | list of L * K float32 | their probabilities; no such column where they are not known |
 | `entropy` | list of L float32 | nats, of the gate's softmax over all E experts; no such column where it is not known |
 
 The schema's metadata holds JSON under `varjax_trace`: `version`, `num_layers`, `num_experts`, `top_k`, `ranked`,
-`probs_over` (`all`: softmax over all E experts; `chosen`: over the K chosen; null: no probabilities), `entropy` (true
-if there is such a column), and about the origin `model`, `revision`, `dtype`, `tokenizer`, `phase` (`prefill` or
-`decode`) and whatever else the writer knows.
+`probs_over` (`all`: over all E experts; `chosen`: over the K chosen; null: no probabilities), `scores` (what the
+probabilities were computed from: `softmax`, where they are the router's own; `sigmoid`, scores divided by their sum;
+`logits`; `none`: no probabilities; files without this field mean `softmax`), `entropy` (true if there is such a
+column), `notes` (a list of what was left out or computed when the trace was imported), and about the origin `model`,
+`revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows.
+
+Probabilities over the chosen experts add up to 1, those over all experts to at most 1: a file where they do not is
+refused. A layer that was not captured (`analysis.traces.capture`) holds -1 at every token.
 """
 
 from __future__ import annotations
@@ -37,13 +42,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from analysis.traces.capture import captured_layers, layer_names
 from varjax.errors import InputError
 from varjax.files import replacing
 
 VERSION = 1
+SCORES = ("softmax", "sigmoid", "logits", "none")
+TOLERANCE = 0.01  # by which a sum of probabilities may miss 1: float16 is good to 0.0005 each, bfloat16 to 0.004
 ORIGIN = ("model", "revision", "dtype", "tokenizer", "phase")
 _HEADER = b"varjax_trace"
-_LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over", "entropy")  # not of the origin
+_LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over", "scores", "entropy", "notes")
+"""Fields of the header that are not about the origin."""
 _ROW_GROUP = 1 << 16  # tokens
 
 
@@ -62,16 +71,18 @@ class Trace:
     token_id: np.ndarray  # int32 [N]
     document: np.ndarray  # int32 [N], index into `document_ids`; equal ones stand together
     position: np.ndarray  # int32 [N], rising within a document
-    experts: np.ndarray  # int16 [N, L, K]
-    probs: np.ndarray | None  # float32 [N, L, K], falling; None: not known
+    experts: np.ndarray  # int16 [N, L, K]; -1 at every token of a layer that was not captured
+    probs: np.ndarray | None  # float32 [N, L, K], falling; of no meaning where not captured; None: not known
     document_ids: tuple[str, ...]  # [D]
     groups: tuple[str, ...]  # [D]
     num_experts: int
     ranked: bool = True  # the experts stand best first; always so where there are probabilities
     probs_over: Literal["all", "chosen"] | None = "all"
+    scores: Literal["softmax", "sigmoid", "logits"] = "softmax"  # what `probs` were computed from, if there are any
     entropy: np.ndarray | None = None  # float32 [N, L], nats, of the gate over all experts; None: not known
     token_strings: Mapping[int, str] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)  # model, revision, dtype, tokenizer, phase, ...
+    notes: tuple[str, ...] = ()  # what was left out or computed when it was imported
 
     def __post_init__(self) -> None:
         faults = list(_faults(self))
@@ -85,6 +96,28 @@ class Trace:
     @property
     def top_k(self) -> int:
         return self.experts.shape[2]
+
+    @property
+    def captured(self) -> np.ndarray:
+        """bool [L]: the layers whose routing is known."""
+        return self.experts[0, :, 0] >= 0 if len(self.experts) else np.ones(self.num_layers, bool)
+
+    def remarks(self) -> tuple[str, ...]:
+        """What every report on this trace must say: its notes, and which layers were not captured."""
+        missing = np.flatnonzero(~self.captured)
+        if not len(missing):
+            return self.notes
+        said = f"Not captured: {layer_names(missing)} of {self.num_layers}; left out of every mean, table and figure."
+        return (*self.notes, said)
+
+    def captured_part(self) -> Trace:
+        """The same tokens with the captured layers only, which are numbered anew from 0."""
+        captured = self.captured
+        if captured.all():
+            return self
+        columns = ("experts", "probs", "entropy")
+        known = {name: getattr(self, name) for name in columns if getattr(self, name) is not None}
+        return replace(self, **{name: values[:, captured] for name, values in known.items()})
 
     def of(self, documents: np.ndarray) -> Trace:
         """The tokens of some documents, bool [D]; the list of documents stays as it is."""
@@ -136,7 +169,8 @@ def writing(path: str | Path, like: Trace) -> Iterator[Callable[[Trace], None]]:
         TraceError: on `add` of a part that is unlike it.
     """
     layout = _layout(like)
-    schema = _schema(like).with_metadata({_HEADER: json.dumps({**like.origin, **layout}, allow_nan=False)})
+    header = {**like.origin, **layout, "notes": list(like.notes)}
+    schema = _schema(like).with_metadata({_HEADER: json.dumps(header, allow_nan=False)})
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as file:
 
         def add(part: Trace) -> None:
@@ -196,12 +230,19 @@ def _faults(trace: Trace) -> Iterable[str]:
         return
     if trace.probs is not None and not trace.ranked:
         yield "ranked is False but there are probabilities: sort each token's experts by them"
+    if trace.scores not in SCORES[:-1]:
+        yield f"scores is {trace.scores!r}, expected one of {', '.join(SCORES[:-1])}"
     if n == 0:
         return
     if trace.token_id.min() < 0:
         yield "token_id holds a negative id"
-    if trace.experts.min() < 0 or trace.experts.max() >= trace.num_experts:
-        yield f"experts holds {trace.experts.min()} to {trace.experts.max()}, expected 0 to {trace.num_experts - 1}"
+    captured = np.any(trace.experts != -1, axis=(0, 2))
+    if not captured.any():
+        yield "experts is -1 everywhere: no layer was captured"
+        return
+    experts = trace.experts if captured.all() else trace.experts[:, captured]
+    if experts.min() < 0 or experts.max() >= trace.num_experts:
+        yield f"experts holds {experts.min()} to {experts.max()}, expected 0 to {trace.num_experts - 1}"
     if trace.document.min() < 0 or trace.document.max() >= len(trace.document_ids):
         yield f"document holds an index outside its {len(trace.document_ids)} documents"
     same = trace.document[1:] == trace.document[:-1]
@@ -210,22 +251,39 @@ def _faults(trace: Trace) -> Iterable[str]:
     if np.any(same & (trace.position[1:] <= trace.position[:-1])):
         yield "position does not rise within a document"
     most = math.log(trace.num_experts) + 1e-3
-    if trace.entropy is not None and not np.all((trace.entropy >= -1e-3) & (trace.entropy <= most)):  # NaN fails too
-        yield f"entropy holds figures outside 0 to ln {trace.num_experts} nats"
-    ordered = np.sort(trace.experts, axis=-1)
+    if trace.entropy is not None:
+        entropy = trace.entropy[:, captured]
+        if not np.all((entropy >= -1e-3) & (entropy <= most)):  # NaN fails too
+            yield f"entropy holds figures outside 0 to ln {trace.num_experts} nats"
+    ordered = np.sort(experts, axis=-1)
     if np.any(ordered[..., 1:] == ordered[..., :-1]):
         yield "experts names an expert twice for one token"
     if trace.probs is not None and trace.probs.shape == shape:
-        if not np.all((trace.probs >= 0) & (trace.probs <= 1 + 1e-3)):  # NaN fails too
+        probs = trace.probs if captured.all() else trace.probs[:, captured]
+        if not np.all((probs >= 0) & (probs <= 1 + 1e-3)):  # NaN fails too
             yield "probs holds what is no probability"
-        elif np.any(trace.probs[..., 1:] > trace.probs[..., :-1]):
+        elif np.any(probs[..., 1:] > probs[..., :-1]):
             yield "probs does not fall: sort each token's experts by probability"
+        else:
+            yield from _sum_faults(probs, trace.probs_over)
+
+
+def _sum_faults(probs: np.ndarray, over: str | None) -> Iterable[str]:
+    """What is wrong with the sums of probabilities [N, L, K] over K."""
+    sums = probs.sum(axis=-1, dtype=np.float64)
+    least, most = float(sums.min()), float(sums.max())
+    what = "they are not probabilities, so say what they are (`scores` in analysis.traces.importing)"
+    if over == "chosen" and (least < 1 - TOLERANCE or most > 1 + TOLERANCE):
+        yield f"probs add up to {least:.3g} to {most:.3g} over the chosen experts, expected 1: {what}"
+    if over == "all" and most > 1 + TOLERANCE:
+        yield f"probs add up to as much as {most:.3g}, expected at most 1: {what}"
 
 
 def _layout(trace: Trace) -> dict[str, Any]:
     """What the header says beside the origin."""
     shape = {"num_layers": trace.num_layers, "num_experts": trace.num_experts, "top_k": trace.top_k}
-    known = {"ranked": trace.ranked, "probs_over": trace.probs_over, "entropy": trace.entropy is not None}
+    known: dict[str, Any] = {"ranked": trace.ranked, "probs_over": trace.probs_over}
+    known |= {"scores": "none" if trace.probs is None else trace.scores, "entropy": trace.entropy is not None}
     return {"version": VERSION, **shape, **known}
 
 
@@ -245,6 +303,13 @@ def _header(schema: pa.Schema) -> dict[str, Any]:
         raise TraceError(f"metadata entropy is {header['entropy']!r}, expected true or false")
     if header.get("probs_over", "") not in ("all", "chosen", None):
         raise TraceError(f"metadata probs_over is {header.get('probs_over')!r}, expected 'all', 'chosen' or null")
+    if header.get("scores", "softmax") not in SCORES:
+        raise TraceError(f"metadata scores is {header['scores']!r}, expected one of {', '.join(SCORES)}")
+    if header.get("scores") == "none":
+        header["probs_over"] = None
+    notes = header.get("notes", [])
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise TraceError("metadata notes is not a list of strings")
     columns = {
         "document",
         "group",
@@ -319,13 +384,17 @@ def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
     index = np.concatenate([chunk.indices.to_numpy() for chunk in document.chunks] or [np.zeros(0)]).astype(np.int32)
     first = np.unique(index, return_index=True)[1]
     token_id = numbers("token_id", pa.int32())
+    experts = lists("experts", pa.int16(), *chosen)
+    captured = captured_layers(experts, token_id, header["num_experts"])
+    if not captured.all():
+        experts = np.where(captured[:, None], experts, np.int16(-1))
     different, at = np.unique(token_id, return_index=True)
     strings = zip(different.tolist(), texts("token_str").take(pa.array(at)).to_pylist(), strict=True)
     return Trace(
         token_id=token_id,
         document=index,
         position=numbers("position", pa.int32()),
-        experts=lists("experts", pa.int16(), *chosen),
+        experts=experts,
         probs=lists("probs", pa.float32(), *chosen) if header["probs_over"] else None,
         entropy=lists("entropy", pa.float32(), layers) if header.get("entropy", False) else None,
         document_ids=tuple(ids),
@@ -333,8 +402,10 @@ def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
         num_experts=header["num_experts"],
         ranked=header["ranked"],
         probs_over=header["probs_over"],
+        scores="softmax" if header.get("scores") in (None, "none") else header["scores"],
         token_strings={i: text for i, text in strings if text is not None},
         origin={name: value for name, value in header.items() if name not in _LAYOUT},
+        notes=tuple(header.get("notes", ())),
     )
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import hypothesis_validation
+from analysis.hypotheses.entropy_kind import entropy_kind
 from analysis.hypotheses.sources import Source, open_source, trace_source
 from analysis.hypotheses.trace_findings import Settings
 from analysis.hypothesis_validation import examine, main, report, validate
@@ -351,3 +352,12 @@ def test_it_runs_by_its_path(monkeypatch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "--compare" in said
     assert "(default: results/hypotheses)" in said and "(default: None)" not in said
+
+
+def test_what_sigmoid_scores_are_is_said_where_entropy_is_judged():
+    for scores, said in (("softmax", False), ("logits", False), ("sigmoid", True)):
+        source = trace_source(replace(small_trace(), scores=scores))
+        caution = " ".join(entropy_kind(source.stats, source.meta).caution)
+        assert ("sigmoid scores, which are probabilities only by the definition" in caution) == said
+    source = trace_source(replace(small_trace(probs=False), scores="sigmoid"))
+    assert not entropy_kind(source.stats, source.meta).caution

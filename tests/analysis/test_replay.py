@@ -228,6 +228,23 @@ def test_thresholds_that_a_trace_cannot_judge_are_lifted():
     assert (lifted.config.mass_threshold, lifted.config.confidence_threshold) == (1.0, 0.0)
 
 
+def test_sigmoid_scores_do_not_make_experts_drop_out(tmp_path):
+    """Four scores that hardly differ: the first two pass a mass of 0.9 before they are divided by their sum."""
+    rng = np.random.default_rng(0)
+    tokens, layers = 2000, 2
+    experts = rng.permuted(np.tile(np.arange(8), (tokens, layers, 1)), axis=-1)[..., :4]
+    arrays = {"token": rng.integers(0, 20, tokens), "experts": experts, "document": np.arange(tokens) // 50}
+    np.savez(tmp_path / "log.npz", **arrays, probs=0.5 + 0.1 * rng.random(experts.shape))
+    fields = {"num_layers": layers, "num_experts": 8, "top_k": 4, "scores": "sigmoid"}
+    (tmp_path / "log.json").write_text(json.dumps(fields))
+    policy = LayerPolicy(kept=None, residual=False)
+    config = VARConfig(entropy_threshold=9.0, confidence_threshold=0.2, mass_threshold=0.9, default=policy)
+    found = replay(import_npz(tmp_path / "log.npz"), config)
+    rates = found.rates()
+    assert rates["shares"]["fast"] > 0.9 and rates["experts_per_token"] == 4
+    assert "4.00 of 4 experts per token" in text(report(found)) and "a definition" in " ".join(found.notes)
+
+
 def test_without_answers_a_tolerance_lets_all_run_and_order_0_plans_every_token():
     policies = {
         0: LayerPolicy(kept=None, tolerance=0.5, orders=(0, 1)),

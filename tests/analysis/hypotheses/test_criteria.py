@@ -59,6 +59,26 @@ def test_zipf_leaves_rare_ids_out_and_needs_different_ones():
     assert "9 token ids with 10 or more" in zipf(statistics([*range(11, 20), 1], np.ones(10))).untestable
 
 
+def test_zipf_as_published_is_fitted_over_all_ids_with_the_shares_of_the_most_frequent():
+    frequency = np.r_[np.rint(1e5 / np.arange(1, 1501)), np.full(500, 3)].astype(int)  # the last ones are rare
+    found = zipf(statistics(frequency[::-1], np.ones(2000), tokens=2 * int(frequency.sum())))
+    line = scipy_stats.linregress(np.log(np.arange(1, 2001)), np.log(frequency))
+    assert found.all_slope == pytest.approx(line.slope) and found.all_r_squared == pytest.approx(line.rvalue**2)
+    assert found.all_ranks == 2000 and found.ranks == 1500 and found.slope == pytest.approx(-1, abs=1e-3)
+    whole = 2 * frequency.sum()  # half of the occurrences are at ids that are not keys
+    assert found.top_shares == {n: pytest.approx(frequency[:n].sum() / whole) for n in (10, 100, 1000)}
+
+
+def test_a_share_of_more_ids_than_there_are_is_known_only_where_all_ids_are_keys():
+    frequency = np.arange(50, 0, -1)
+    every = zipf(statistics(frequency, np.ones(50))).top_shares
+    assert every == {10: pytest.approx(frequency[:10].sum() / frequency.sum()), 100: 1, 1000: 1}
+    some = zipf(statistics(frequency, np.ones(50), tokens=5000)).top_shares
+    assert some[10] == pytest.approx(frequency[:10].sum() / 5000) and np.isnan([some[100], some[1000]]).all()
+    same = zipf(statistics([12] * 20, np.ones(20)))
+    assert np.isnan(same.all_slope) and same.top_shares[10] == 0.5
+
+
 def test_rho_is_spearmans_and_a_planted_one_passes():
     rng = np.random.default_rng(1)
     count = rng.integers(1, 40, (2, 500))

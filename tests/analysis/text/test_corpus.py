@@ -1,5 +1,6 @@
 """Corpora: every source gives the same documents, splits follow the text alone, faults name file and mend."""
 
+import gzip
 import hashlib
 import json
 from collections import Counter
@@ -20,19 +21,62 @@ TEXTS = ["The first document.\n\nTwo paragraphs.", "The second.", "Ein drittes, 
 
 def write(path: Path, texts: list[str]) -> Path:
     """The texts as a corpus file of the kind that the suffix says."""
-    if path.suffix == ".txt":
+    if path.suffix.lower() == ".txt":
         path.write_text("\n<|endofdoc|>\n".join(texts), encoding="utf-8")
-    elif path.suffix == ".jsonl":
+    elif path.suffix.lower() in (".jsonl", ".json"):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     else:
         pq.write_table(pa.table({"text": texts}), path)
     return path
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
-def test_every_kind_of_file_gives_the_same_documents(tmp_path, suffix):
-    documents = load_documents(write(tmp_path / f"notes{suffix}", TEXTS))
-    assert documents == [Document(text, "notes") for text in TEXTS]
+def pack(path: Path, suffix: str) -> Path:
+    """The file packed by the program that the suffix says, in its place."""
+    whole = path.read_bytes()
+    packed = gzip.compress(whole) if suffix.lower() == ".gz" else pa.compress(whole, codec="zstd", asbytes=True)
+    path.unlink()
+    path = path.with_name(path.name + suffix)
+    path.write_bytes(packed)
+    return path
+
+
+@pytest.mark.parametrize("packed", ["", ".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet", ".JSONL", ".Txt"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, suffix, packed):
+    path = write(tmp_path / f"my.notes{suffix}", TEXTS)
+    documents = load_documents(pack(path, packed) if packed else path)
+    assert documents == [Document(text, "my.notes") for text in TEXTS]
+    assert load_documents(tmp_path) == documents
+
+
+def test_a_json_file_may_hold_a_list(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in TEXTS], indent=1))
+    assert [one.text for one in load_documents(tmp_path)] == TEXTS
+    (tmp_path / "a.json").write_text('[{"text": "one"}, 2]')
+    with pytest.raises(CorpusError, match=r"a\.json, record 1: expected an object"):
+        load_documents(tmp_path)
+    (tmp_path / "a.json").write_text('[{"text": "one"},')
+    with pytest.raises(CorpusError, match=r"a\.json: not a JSON list"):
+        load_documents(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".parquet"])
+def test_packed_files_that_were_cut_or_are_something_else_are_named(tmp_path, suffix, packed):
+    path = pack(write(tmp_path / f"a{suffix}", [*TEXTS, "x" * 1000]), packed)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[: len(whole) // 2], b"something else"):
+        path.write_bytes(damaged)
+        for dataset in (path, tmp_path):
+            with pytest.raises(
+                CorpusError, match=rf"a{suffix}{packed}: (cannot be read to its end|not a readable Par)"
+            ):
+                load_documents(dataset)
+
+
+def test_archives_of_several_members_are_read_to_their_end(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"one\n<|endofdoc|>\n") + gzip.compress(b"two\n"))
+    assert [one.text for one in load_documents(tmp_path)] == ["one", "two"]
 
 
 def test_a_directory_gives_its_files_in_order_with_their_stems_as_groups(tmp_path):
@@ -41,6 +85,93 @@ def test_a_directory_gives_its_files_in_order_with_their_stems_as_groups(tmp_pat
     (tmp_path / "ignored.md").write_text("not a corpus file")
     groups = [(one.group, one.text) for one in load_documents(tmp_path)]
     assert groups == [("a", TEXTS[1]), ("a", TEXTS[2]), ("b", TEXTS[0])]
+
+
+def test_what_a_directory_holds_besides_texts_is_skipped_counted_and_named_once(tmp_path, caplog):
+    folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    (folder / "part").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    elsewhere.mkdir()
+    write(folder / "a.jsonl", TEXTS[:1])
+    write(folder / "part" / "b.txt", TEXTS[1:2])
+    (folder / "same.txt").symlink_to(folder / "part" / "b.txt")
+    (folder / "linked.txt").symlink_to(write(elsewhere / "secret.txt", ["not of this corpus"]))
+    (folder / "further").symlink_to(elsewhere)
+    (folder / "circle.txt").symlink_to(folder / "circle.txt")
+    for name in (".hidden.txt", ".git/description.txt", "x.csv", "y.CSV", "requirements.txt", "README.txt", "LICENSE"):
+        (folder / name).write_text("nothing to learn from")
+    (folder / "requirements-dev.txt").write_text("pytest")
+    (folder / "shapes.tar.gz").write_bytes(b"")
+    (folder / "settings.json").write_text('{\n "text": "over several lines"\n}')
+    (folder / "more.json").write_text('{"other": 1}')
+    for _ in range(2):
+        assert [one.text for one in load_documents(folder)] == TEXTS[:2]
+    (said,) = caplog.messages
+    assert "files read: 3 (a.jsonl, b.txt, same.txt); skipped: .csv: 2 (x.csv, y.CSV); .json without" in said
+    assert ".tar.gz: 1 (shapes.tar.gz)" in said and "without the field 'text': 2 (more.json, settings.json)" in said
+    assert "links that leave the directory: 2 (further, linked.txt)" in said
+    assert "notes about the others: 3 (README.txt, requirements-dev.txt, requirements.txt)" in said
+    assert "special files: 1 (circle.txt)" in said and "without a suffix: 1 (LICENSE)" in said
+    assert "idden" not in said and "description" not in said
+
+
+def test_a_file_that_is_given_by_its_name_is_read_whatever_it_is_called(tmp_path):
+    assert load_documents(write(tmp_path / "README.txt", TEXTS[:1])) == [Document(TEXTS[0], "README")]
+
+
+def test_a_directory_without_a_file_to_read_says_what_it_skipped(tmp_path):
+    (tmp_path / "README.txt").write_text("about nothing")
+    with pytest.raises(CorpusError, match=r"files read: 0; skipped: notes about the others: 1 \(README\.txt\)"):
+        load_documents(tmp_path)
+
+
+def test_a_byte_order_mark_hides_no_separator_and_is_in_no_text(tmp_path):
+    content = "<|endofdoc|>\r\nOne.\r\n\ufeff<|endofdoc|>\r\nTwo.\r\n"  # two files put together
+    (tmp_path / "a.txt").write_bytes(content.encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_bytes(" = Three = \n \n Text . \n".encode("utf-8-sig"))
+    (tmp_path / "c.jsonl").write_bytes('{"text": "Four."}\n'.encode("utf-8-sig"))
+    (tmp_path / "d.json").write_bytes('[{"text": "Five."}]'.encode("utf-8-sig"))
+    texts = [one.text for one in load_documents(tmp_path)]
+    assert texts == ["One.", "Two.", " = Three = \n \n Text . ", "Four.", "Five."]
+
+
+def null_jsonl(folder: Path) -> Path:
+    lines = [{"text": TEXTS[0]}, {"text": None}, {"text": TEXTS[1]}, {"text": float("nan")}]
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "a.jsonl"
+
+
+def null_parquet(folder: Path) -> Path:
+    pq.write_table(pa.table({"text": [TEXTS[0], None, TEXTS[1], None]}), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def null_saved(folder: Path) -> Path:
+    datasets.Dataset.from_dict({"text": [TEXTS[0], None, TEXTS[1], None]}).save_to_disk(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("make", [null_jsonl, null_parquet, null_saved])
+def test_null_texts_are_left_out_counted_and_said_once(tmp_path, caplog, make):
+    path = make(tmp_path)
+    for _ in range(2):
+        assert [one.text for one in load_documents(path)] == TEXTS[:2]
+    assert caplog.messages == [f"{path}: records left out because their field 'text' is null: 2"]
+
+
+def test_null_texts_of_a_stream_are_left_out_too(monkeypatch, caplog):
+    stream = [{"text": " = One = \n"}, {"text": None}, {"text": " Text .\n"}, {"text": " = Two = \n"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(stream))
+    assert [one.text for one in iter_documents("owner/wikitext")] == [" = One = \n Text .\n", " = Two = \n"]
+    assert "owner/wikitext: records left out because their field 'text' is null: 1" in caplog.messages
+
+
+def test_a_field_that_is_always_null_is_not_taken_for_the_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": null, "body": "x"}\n' * 3)
+    with pytest.raises(
+        CorpusError, match=r"no document.*; in 3 records the field 'text' is null: is it the text \(--text"
+    ):
+        load_documents(tmp_path / "a.jsonl")
 
 
 def test_a_saved_hugging_face_dataset_is_read(tmp_path):
@@ -137,6 +268,9 @@ def test_a_parquet_file_without_the_column_names_those_it_has(tmp_path):
     ("arguments", "message"),
     [
         ({"dataset": "./absent.jsonl"}, "no such file"),
+        ({"dataset": "absent.txt.zst"}, "no such file"),
+        ({"dataset": ""}, "the dataset is ''; give 'embedded', a file, a directory"),
+        ({"dataset": " "}, "the dataset is ' '"),
         ({"dataset": "name:config:split:more"}, "name:config:split"),
         ({"dataset": "embedded", "split": "validation"}, "choose one of build, train"),
         ({"dataset": "embedded", "limit": 0}, "at least 1"),

@@ -44,3 +44,9 @@ def test_what_does_not_fit_is_refused(saved_model, corpus_file, tmp_path):
         list(EncodedCorpus(str(folder), "test", None, saved_model.tokenizer, saved_model.config))
     with pytest.raises(CorpusError, match="split 'tset'"):
         list(EncodedCorpus(str(folder), "tset", None, saved_model.tokenizer, saved_model.config))
+
+
+def test_an_empty_name_is_not_the_working_directory(saved_model, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(CorpusError, match="the dataset is ''"):
+        EncodedCorpus("", None, None, saved_model.tokenizer, saved_model.config)

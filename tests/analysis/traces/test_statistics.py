@@ -18,7 +18,7 @@ def trace(tokens=300, probs=True, **fields) -> Trace:
     document = np.sort(rng.integers(0, 5, tokens))
     position = np.arange(tokens) - np.searchsorted(document, document)
     position[document == 2] *= 2
-    values = np.sort(rng.random((tokens, 2, 2)).astype(np.float32), axis=-1)[..., ::-1] / 2
+    values = np.sort(0.25 + 0.2 * rng.random((tokens, 2, 2)), axis=-1)[..., ::-1].astype(np.float32)  # the largest
     given = {
         "token_id": rng.integers(0, 6, tokens).astype(np.int32),
         "document": document.astype(np.int32),
@@ -68,6 +68,15 @@ def test_gate_entropy_is_never_above_the_truth_and_near_it_for_a_flat_gate(num_e
         known = replace(bound, entropy=truth.astype(np.float32))
         np.testing.assert_allclose(gate_entropy(known, layer), truth[:, layer], rtol=1e-6)
         assert np.isnan(gate_entropy(given, layer)).all()
+
+
+def test_gate_entropy_is_no_higher_than_the_truth_where_the_chosen_are_not_the_largest():
+    """One expert that was not chosen has all the rest, as where a bias or a group limit forbids it."""
+    gate = np.array([0.6, 0.2, 0.15, 0.05])
+    chosen = np.tile(gate[1:3].astype(np.float32), (300, 2, 1))
+    bound = replace(trace(probs=False), probs=chosen, probs_over="all")
+    np.testing.assert_allclose(gate_entropy(bound, 1), entr([0.2, 0.15, 0.65]).sum(), rtol=1e-6)
+    assert gate_entropy(bound, 1)[0] < entr(gate).sum()
 
 
 def test_statistics_equal_a_dictionary():

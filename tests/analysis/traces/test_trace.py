@@ -55,7 +55,7 @@ def assert_equal(ours: Trace, theirs: Trace) -> None:
     for names in ("document_ids", "groups"):
         ours_by_token, theirs_by_token = (np.array(getattr(t, names))[t.document].tolist() for t in (ours, theirs))
         assert ours_by_token == theirs_by_token
-    for name in ("num_experts", "ranked", "probs_over", "origin"):
+    for name in ("num_experts", "ranked", "probs_over", "scores", "origin", "notes"):
         assert getattr(ours, name) == getattr(theirs, name)
 
 
@@ -65,7 +65,8 @@ def assert_equal(ours: Trace, theirs: Trace) -> None:
         {},
         {"probs": None, "probs_over": None},
         {"probs": None, "probs_over": None, "ranked": False},
-        {"probs_over": "chosen", "origin": {}},
+        {"probs": np.full((60, LAYERS, TOP_K), 0.5, np.float32), "probs_over": "chosen", "origin": {}},
+        {"scores": "sigmoid", "notes": ("some tokens are left out",)},
         {"entropy": np.random.default_rng(0).random((60, LAYERS)).astype(np.float32)},
     ],
 )
@@ -176,6 +177,12 @@ FAULTS = {
     "entropy holds figures outside 0 to ln 5": lambda t: {"entropy": np.full(t.probs.shape[:2], 1.7)},
     "no probability": lambda t: changed(t, "probs", (4, 1, 1), np.nan),
     "probs does not fall": lambda t: {"probs": t.probs[..., ::-1]},
+    r"probs add up to as much as 1\.6, expected at most 1": lambda t: {"probs": np.full_like(t.probs, 0.8)},
+    r"probs add up to 0\.8 to 0\.8 over the chosen experts, expected 1": lambda t: (
+        {"probs": np.full_like(t.probs, 0.4), "probs_over": "chosen"}
+    ),
+    "no layer was captured": lambda t: {"experts": np.full_like(t.experts, -1)},
+    "scores is 'tanh'": lambda t: {"scores": "tanh"},
 }
 
 
@@ -221,6 +228,21 @@ def test_a_foreign_file_with_plain_columns_is_read(stored):
     assert_equal(trace_file.read(path), random_trace(3))
 
 
+def test_a_file_from_before_scores_were_declared_is_read(stored):
+    path, table = stored
+    header = json.loads(table.schema.metadata[b"varjax_trace"])
+    older = {name: value for name, value in header.items() if name not in ("scores", "notes")}
+    pq.write_table(table.replace_schema_metadata({"varjax_trace": json.dumps(older)}), path)
+    assert_equal(trace_file.read(path), random_trace(3))
+
+
+def test_scores_that_a_file_calls_none_are_not_taken_for_probabilities(stored):
+    path, table = stored
+    pq.write_table(with_header(table, scores="none"), path)
+    trace = trace_file.read(path)
+    assert (trace.probs, trace.probs_over, trace.ranked) == (None, None, True)
+
+
 def without_value(name: str):
     def change(table: pa.Table) -> pa.Table:
         values = table[name].to_pylist()
@@ -241,6 +263,11 @@ SPOILED = {
     "metadata entropy is 'yes'": lambda t: with_header(t, entropy="yes"),
     "no column entropy": lambda t: with_header(t, entropy=True),
     "metadata probs_over is 'some'": lambda t: with_header(t, probs_over="some"),
+    "metadata scores is 'tanh'": lambda t: with_header(t, scores="tanh"),
+    "metadata notes is not a list": lambda t: with_header(t, notes="a text"),
+    "add up to .* over the chosen experts, expected 1: they are not probabilities, so say": lambda t: with_header(
+        t, probs_over="chosen"
+    ),
     "no column group, probs": lambda t: t.drop_columns(["group", "probs"]),
     r"experts holds 360 figures, expected 2 \* 2 per token": lambda t: with_header(t, num_layers=2),
     "experts holds 0 to 4, expected 0 to 3": lambda t: with_header(t, num_experts=4),

@@ -1,0 +1,65 @@
+"""Layers of a trace whose routing was not captured: how they are told from layers that were.
+
+Letters: N tokens, L layers, E experts, K experts per token.
+
+Programs that record routing fill the rows of a layer that they did not capture (a layer without experts, say) with
+zeros, with -1, or with whatever their buffer held. Taken for routing, such a layer is perfectly predictable. A layer
+was not captured where one of these holds:
+
+- every entry is -1;
+- every entry is 0 and K > 1: no router chooses an expert twice;
+- every token has the same experts in the same order, K < E, and the trace has at least `MIN_TOKENS` tokens of at least
+  `MIN_IDS` different ids. Fewer tokens cannot tell: a router that sends nine of ten tokens to the same experts does so
+  for 20 tokens in a row with probability 0.12, for 100 tokens with 0.00003.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from varjax.errors import InputError
+
+MIN_TOKENS = 100
+MIN_IDS = 10
+
+
+def captured_layers(experts: np.ndarray, token_id: np.ndarray, num_experts: int) -> np.ndarray:
+    """Which layers of a trace were captured.
+
+    Args:
+        experts: integers [N, L, K].
+        token_id: integers [N].
+        num_experts: E.
+
+    Returns:
+        bool [L].
+
+    Raises:
+        InputError: none was, or all that were have equal experts at every token, as where one layer was copied.
+    """
+    tokens, layers, top_k = experts.shape
+    if tokens == 0:
+        return np.ones(layers, bool)
+    missing = np.all(experts == -1, axis=(0, 2))
+    if top_k > 1:
+        missing |= np.all(experts == 0, axis=(0, 2))
+    enough = tokens >= MIN_TOKENS and top_k < num_experts and len(np.unique(token_id)) >= MIN_IDS
+    if enough:
+        missing |= np.all(experts == experts[:1], axis=(0, 2))
+    if missing.all():
+        raise InputError(
+            f"no layer was captured: in each of the {layers} layers every row is 0 or -1, or all {tokens:,} tokens "
+            "have the same experts"
+        )
+    known = experts[:, ~missing]
+    if enough and known.shape[1] > 1 and np.array_equal(known, np.broadcast_to(known[:, :1], known.shape)):
+        raise InputError(f"all {known.shape[1]} captured layers have the same experts at every token: one was copied")
+    return ~missing
+
+
+def layer_names(layers: Iterable[int]) -> str:
+    """'layer 3', or 'layers 0, 4, 5'."""
+    names = [str(int(layer)) for layer in layers]
+    return f"layer{'s' * (len(names) != 1)} {', '.join(names)}"
