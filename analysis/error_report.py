@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from analysis.evaluation import caching as cached_tier
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, text
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of their beginnings")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens of a continuation")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap draws")
+    cached_tier.add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
         _run(args)
@@ -68,18 +70,20 @@ def _run(args: argparse.Namespace) -> None:
     split = None if args.split == "all" else args.split
     corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
     documents = list(corpus)
+    caching = cached_tier.asked(args)
     subject = prepare(
         model, stats, answers, config, documents,
-        batch_size=args.batch_size, max_length=args.max_length, seed=args.seed,
+        batch_size=args.batch_size, max_length=args.max_length, seed=args.seed, caching=caching,
     )  # fmt: skip
     sources, drifted = examine(subject), None
     if args.prompts:
         var_model = VARModel(model, config, table=subject.table)
         sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "seed")}
-        drifted = drift(var_model, documents, **sizes)
+        drifted = drift(var_model, documents, caching=caching, **sizes)
+    described = cached_tier.described(caching, config)
     said = Report(
         "What VAR's error is made of",
-        (("model", model.name), ("documents", f"{len(documents):,}, {sources.tokens:,} tokens")),
+        (("model", model.name), ("documents", f"{len(documents):,}, {sources.tokens:,} tokens"), *described),
         (INTERVALS,),
         sections(sources, drifted),
     )
