@@ -20,6 +20,7 @@ from analysis.studies.error_figures import draw
 from analysis.studies.error_sections import sections
 from analysis.studies.error_sources import examine, prepare
 from analysis.studies.generation_drift import drift
+from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
 from varjax.config import VARConfig
@@ -70,6 +71,9 @@ def _run(args: argparse.Namespace) -> None:
     split = None if args.split == "all" else args.split
     corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
     documents = list(corpus)
+    checked = card.check(model, args.dataset)
+    if checked is not None:
+        print(checked.words)
     caching = cached_tier.asked(args)
     subject = prepare(
         model, stats, answers, config, documents,
@@ -80,16 +84,16 @@ def _run(args: argparse.Namespace) -> None:
         var_model = VARModel(model, config, table=subject.table)
         sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "seed")}
         drifted = drift(var_model, documents, caching=caching, **sizes)
-    described = cached_tier.described(caching, config)
+    facts = (("model", model.name), ("documents", f"{len(documents):,}, {sources.tokens:,} tokens"))
     said = Report(
         "What VAR's error is made of",
-        (("model", model.name), ("documents", f"{len(documents):,}, {sources.tokens:,} tokens"), *described),
+        (*facts, *cached_tier.described(caching, config), *card.facts(checked)),
         (INTERVALS,),
         sections(sources, drifted),
     )
     about = provenance(
         seed=args.seed, model={"name": model.name, "fingerprint": model.fingerprint}, data=corpus.about,
-        config=config, config_sha256=config.digest(),
+        card=checked, config=config, config_sha256=config.digest(),
     )  # fmt: skip
     figures = dict(draw(sources, drifted))
     write_report(said, args.output, "error_sources", figures=figures, beside={"provenance": about})

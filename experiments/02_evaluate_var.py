@@ -41,6 +41,7 @@ from analysis.reports.provenance import provenance, write_json
 from analysis.reports.report import summary as overview
 from analysis.reports.report import text
 from analysis.studies.study import PARTS, Finding, Part, study
+from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, parser, read_answers, run
 from experiments.hosts import add_hosts, join
 from models import Model
@@ -169,7 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
         facts.append(("policy", "found under a loss budget" if found else given))
-    facts += cached_tier.described(caching, config)
+    facts += [*cached_tier.described(caching, config), *card.facts(origin["card"])]
     drawn = evaluation_report.draw(name, result, found, config.max_quality_degradation, args.tune_samples)
     said = evaluation_report.report(name, result, scores, facts)
     write_report(said, output.parent, name, figures=drawn, beside=result)
@@ -228,6 +229,7 @@ def study_policy(args: argparse.Namespace) -> None:
         ("data", f"{args.dataset}, split {args.split}"),
         ("policy", str(args.var_config or "found on the tune split")),
         ("cached tier, where one is", subject.caching.words),
+        *card.facts(origin["card"]),
     )
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)

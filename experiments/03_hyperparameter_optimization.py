@@ -26,12 +26,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from analysis.evaluation import caching as cached_tier
 from analysis.evaluation.certificate import how_drawn
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
+from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers, run
 from profiling.calls import PHASES
 from tuning import chosen
@@ -78,6 +80,7 @@ def main() -> None:
     arguments.add_argument(
         "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
     )
+    cached_tier.add_arguments(arguments)
     args = arguments.parse_args()
     if args.output.suffix:
         arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
@@ -198,6 +201,8 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
         ("model", f"{setting.objective.subject.model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split tune, {len(setting.objective.subject.documents):,} documents"),
         ("search", f"{args.method}, {len(found):,} trials, seed {args.seed}"),
+        ("cached tier", setting.objective.subject.caching.words),
+        *card.facts(setting.origin["card"]),
     )
     examined = search_report.examine(found, setting.space, limit, seed=args.seed)
     said_in_full = search_report.report(examined, facts)
@@ -229,6 +234,8 @@ def put_to_the_test(args: argparse.Namespace) -> None:
         ("model", f"{calibrate.model.name} ({args.dtype})"),
         ("data", f"{args.dataset}: calibrate {len(calibrate.documents):,} documents, test {len(documents):,}"),
         ("configurations", str(args.validate)),
+        ("cached tier", calibrate.caching.words),
+        *card.facts(origin["card"]),
     )
     notes = ("Intervals are 95 %, each for itself, over whole documents (speed-ups: over rounds).",)
     said_in_full = Report("Validation of searched configurations", facts, notes, (section(found),))
@@ -245,9 +252,10 @@ def make_subject(
     model, documents, origin = load(args, split)
     config = asked_config(args)
     stats, answers = read_answers(model, config)
-    reading = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
+    reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
     folder = args.output / "losses"
-    return Subject(model, stats, answers, config, documents, folder=folder, progress=progress, **reading), origin
+    reading |= {"folder": folder, "progress": progress, "caching": cached_tier.asked(args)}
+    return Subject(model, stats, answers, config, documents, **reading), origin
 
 
 def save_report(said_in_full: Report, folder: Path, name: str, figures: Any, beside: dict[str, Any]) -> None:
