@@ -14,12 +14,13 @@ import argparse
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from analysis.text.batches import Batch
+from analysis.text.batches import Batch, cut
+from analysis.text.encoding import Encoded
 from varjax.errors import InputError
 from varjax.model import VARModel
 from varjax.step import VARState, begin, summary
@@ -62,6 +63,19 @@ class Caching:
             return begin(state, len(batch.ids)), tokens * self.seconds_per_token
         kept = jnp.asarray(batch.goes_on) if batch.goes_on.any() else None
         return begin(state, len(batch.ids), kept), batch.start * self.seconds_per_token
+
+    def span(self, documents: Sequence[Encoded], max_length: int, stride: int | None = None) -> float:
+        """The greatest age at which a decision may be asked for while `documents` are scored, seconds; 0: none ever is.
+
+        Args:
+            max_length, stride: as in `analysis.evaluation.quality.score`.
+        """
+        sizes = [[window.size for window in cut(one.ids, 0, max_length, stride)] for one in documents]
+        if self.shared:
+            tokens = sum(map(sum, sizes))
+        else:
+            tokens = max(((len(windows) - 1) * max_length for windows in sizes), default=0)
+        return tokens * self.seconds_per_token
 
     def clock(self) -> Callable[[], float]:
         """Seconds that pass by one token a call: the clock of decoding."""
