@@ -80,8 +80,8 @@ def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], di
     """The model, the documents of a split in its token ids, and what a result file says of both."""
     model = open_model(args)
     documents, data = load_encoded(model, args, split, args.num_samples)
-    origin = {"model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}, "data": data}
-    origin["card"] = check_card(model, args.dataset)
+    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
+    origin = {"model": about, "data": data, "card": check_card(model, args.dataset)}
     return model, documents, origin
 
 

@@ -70,7 +70,8 @@ def each(cache: ContextCache, batch_size: int, kept: Array | None = None) -> Con
         kept: bool [B], sequences that keep their own; None: none does. With it `cache` has one for each of B sequences.
     """
     *_, num_sets, ways, length = cache.ids.shape
-    empty = init(num_sets * ways, length, *cache.experts.shape[-2:], ways)
+    num_layers, top_k = cache.experts.shape[-2:]
+    empty = init(num_sets * ways, length, num_layers, top_k, ways)
     empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch_size, *leaf.shape)), empty)
     if kept is None:
         return empty
