@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.evaluation.caching import Caching
 from analysis.evaluation.quality import plain_runner, score
 from analysis.studies.generation_drift import NOTHING, agreement, drift, ended, log_probability, next_tokens
 from varjax.config import LayerPolicy, VARConfig
@@ -89,3 +90,18 @@ def test_log_probability_is_the_loss_of_the_text(saved_model, documents):
 def test_too_short_documents_are_refused(saved_model, documents):
     with pytest.raises(ValueError, match="no document has prompt_tokens"):
         drift(VARModel(saved_model, VARConfig(enable_var=False)), documents, prompt_tokens=300, new_tokens=300)
+
+
+def test_a_text_goes_on_the_same_in_any_company(var_model, documents):
+    """With a cached tier: of the prompts' own, however many there are at a time, and however many rows they fill."""
+    config = dataclasses.replace(
+        var_model.config, default=LayerPolicy(kept=2), cache_size=64, confidence_threshold=0.01, mass_threshold=0.1
+    )
+    remembering = VARModel(var_model.model, dataclasses.replace(config, context_window_size=2), table=var_model.table)
+    sizes = SIZES | {"prompts": 5, "new_tokens": 16}
+    some = [document for document in documents if len(document.ids) >= 22][:5]
+    found, other = (drift(remembering, some, **sizes | {"batch_size": size}) for size in (8, 2))
+    np.testing.assert_array_equal(found.agreement.free.value, other.agreement.free.value)
+    assert found.likelihood.var.value == pytest.approx(other.likelihood.var.value, abs=1e-5)
+    shared = drift(remembering, some, caching=Caching(shared=True), **sizes)
+    assert shared.likelihood.var.value != pytest.approx(found.likelihood.var.value, abs=1e-4)
