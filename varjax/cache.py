@@ -62,19 +62,25 @@ def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways
     )
 
 
-def each(cache: ContextCache, batch_size: int, kept: Array | None = None) -> ContextCache:
+def each(cache: ContextCache, batch_size: int, kept: Array | np.ndarray | None = None) -> ContextCache:
     """A cache for each of B sequences, all as large as `cache`, empty unless the sequence keeps the one that it has.
 
     Args:
         cache: one cache, or one for each sequence.
         kept: bool [B], sequences that keep their own; None: none does. With it `cache` has one for each of B sequences.
     """
+    if kept is not None:
+        return _renewed(cache, kept)
     *_, num_sets, ways, length = cache.ids.shape
     num_layers, top_k = cache.experts.shape[-2:]
     empty = init(num_sets * ways, length, num_layers, top_k, ways)
-    empty = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch_size, *leaf.shape)), empty)
-    if kept is None:
-        return empty
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch_size, *leaf.shape)), empty)
+
+
+@jax.jit
+def _renewed(cache: ContextCache, kept: Array | np.ndarray) -> ContextCache:
+    """A cache for each sequence, empty where it is not kept."""
+    empty = each(cache, len(kept))
     return jax.tree.map(lambda old, new: jnp.where(kept.reshape(-1, *[1] * (old.ndim - 1)), old, new), cache, empty)
 
 

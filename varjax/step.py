@@ -109,7 +109,7 @@ def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bo
     return VARState(cache, recent, Counters.zero(table.num_layers))
 
 
-def begin(state: VARState, batch_size: int | None = None, kept: Array | None = None) -> VARState:
+def begin(state: VARState, batch_size: int | None = None, kept: Array | np.ndarray | None = None) -> VARState:
     """New sequences, as many as before unless told: nothing came before them.
 
     The counters stay, and a cache of all sequences does; caches of their own are empty.

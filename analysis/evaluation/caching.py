@@ -17,8 +17,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from analysis.text.batches import Batch, cut
 from analysis.text.encoding import Encoded
 from varjax.errors import InputError
@@ -61,7 +59,7 @@ class Caching:
         if not state.own_caches:
             tokens = summary(state.counters, 1)["layers"][0]["tokens"] if state.cache is not None else 0
             return begin(state, len(batch.ids)), tokens * self.seconds_per_token
-        kept = jnp.asarray(batch.goes_on) if batch.goes_on.any() else None
+        kept = batch.goes_on if batch.goes_on.any() else None
         return begin(state, len(batch.ids), kept), batch.start * self.seconds_per_token
 
     def span(self, documents: Sequence[Encoded], max_length: int, stride: int | None = None) -> float:
