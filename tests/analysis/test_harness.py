@@ -22,7 +22,7 @@ from analysis.text.encoding import encode
 from models import load_model
 from models.model import REFERENCE
 from varjax import VARConfig, VARModel, statsfile
-from varjax.routing import CACHED
+from varjax.routing import CACHED, FAST
 from varjax.step import summary
 
 QUESTIONS = [
@@ -234,12 +234,12 @@ KINDS = {
 DRAWN = [(context, {"until": ["!"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}) for context in CONTEXTS]
 
 
-@pytest.mark.parametrize("tiers", ["plain", "table", "table and cache", "cache"])
+@pytest.mark.parametrize("tiers", ["plain", "table", "table and cache"])
 def test_a_request_gets_the_same_in_any_company(saved_model, statistics, tiers):
-    often = 10**9 if tiers == "cache" else 3
+    """All lengths are one, so that few programs are compiled; the table leaves rarer words to the cache."""
     config = VARConfig.from_routing_stats(
         statistics,
-        frequency_threshold=often,
+        frequency_threshold=300,
         entropy_threshold=5.0,
         confidence_threshold=0.01,
         mass_threshold=0.1,
@@ -249,7 +249,7 @@ def test_a_request_gets_the_same_in_any_company(saved_model, statistics, tiers):
     model = saved_model if tiers == "plain" else VARModel(saved_model, config)
 
     def answered(batch_size, order, kind):
-        lm = HarnessLM(model, batch_size=batch_size, max_length=48, progress=False)
+        lm = HarnessLM(model, batch_size=batch_size, max_length=32, progress=False)
         asked = requests(kind, *(KINDS[kind][index] for index in order))
         given = getattr(lm, kind)(asked, disable_tqdm=True)
         return dict(zip(order, given, strict=True)), None if lm.state is None else tokens_and_experts(lm)
@@ -269,8 +269,8 @@ def test_a_request_gets_the_same_in_any_company(saved_model, statistics, tiers):
             for _, again in others:
                 np.testing.assert_array_equal(again, counted)
             np.testing.assert_array_equal(sum(one for _, one in alone), counted)
-            cached = counted[:, CACHED].sum()
-            assert (cached > 0) == ("cache" in tiers and kind != "loglikelihood"), (kind, counted)
+            fast, cached = counted[:, [FAST, CACHED]].sum(axis=0)
+            assert fast > 0 and (cached > 0) == ("cache" in tiers and kind != "loglikelihood")
 
 
 def tokens_and_experts(lm) -> np.ndarray:
@@ -290,20 +290,6 @@ def test_a_sampled_text_is_drawn_alike_in_any_company(saved_model):
     assert drawn(4, range(5, -1, -1)) == together == drawn(1, range(6))
     assert drawn(4, range(6), seed=1) != together
     assert len(set(drawn(4, [0, 6]).values())) == 2  # the same context twice is drawn twice
-
-
-def test_rows_that_fill_a_batch_are_padding(saved_model, statistics):
-    config = VARConfig.from_routing_stats(statistics, frequency_threshold=3, entropy_threshold=5.0)
-    asked = requests("generate_until", ("the router finds a", {"until": ["!"], "max_gen_toks": 5}))
-    counted = []
-    for batch_size in (1, 8):
-        lm = HarnessLM(VARModel(saved_model, config), batch_size=batch_size, max_length=64, progress=False)
-        text = lm.generate_until(asked, disable_tqdm=True)[0]
-        counted.append(tokens_of(lm))
-    np.testing.assert_array_equal(*counted)
-    # The prompt, and what was written but for the last token, which nothing read.
-    read = len(lm.tok_encode("the router finds a")) + 4
-    assert counted[0].sum(axis=1).tolist() == [read, read] or len(text) == 0
 
 
 def test_generation_in_batches_equals_generation_one_by_one_under_var(saved_model, statistics):
