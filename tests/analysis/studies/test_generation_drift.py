@@ -95,9 +95,10 @@ def test_too_short_documents_are_refused(saved_model, documents):
 def test_a_text_goes_on_the_same_in_any_company(var_model, documents):
     """With a cached tier: of the prompts' own, however many there are at a time, and however many rows they fill."""
     config = dataclasses.replace(
-        var_model.config, default=LayerPolicy(kept=2), cache_size=64, confidence_threshold=0.01, mass_threshold=0.1
+        var_model.config, cache_size=64, confidence_threshold=0.01, mass_threshold=0.1, context_window_size=2
     )
-    remembering = VARModel(var_model.model, dataclasses.replace(config, context_window_size=2), table=var_model.table)
+    nothing = dataclasses.replace(var_model.table, eligible=np.zeros_like(var_model.table.eligible))
+    remembering = VARModel(var_model.model, config, table=nothing)
     sizes = SIZES | {"prompts": 5, "new_tokens": 16}
     some = [document for document in documents if len(document.ids) >= 22][:5]
     found, other = (drift(remembering, some, **sizes | {"batch_size": size}) for size in (8, 2))
