@@ -31,6 +31,7 @@ from analysis.evaluation.quality import score, var_runner
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import text
+from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
@@ -77,6 +78,9 @@ class Outcome:
 def main() -> None:
     args = arguments().parse_args()
     model = load_model(args.model)
+    checked = card.check(model, args.dataset)
+    if checked is not None:
+        print(checked.words)
     var_model = VARModel(model, chosen_config(args))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
 
@@ -95,7 +99,7 @@ def main() -> None:
     top_k, same = model.config.top_k, seen["same domain"]
     pairs = model.config.num_layers * same.tally.tokens.sum()
     runs = {"var": same.experts_per_token, "audit": float(top_k * same.tally.audited.sum() / pairs)}
-    said = audit_report.report(outcomes, calibration, runs)
+    said = audit_report.report(outcomes, calibration, runs, card.facts(checked))
     beside = {
         "outcomes": outcomes,
         "expert_runs_per_token_and_layer": runs,
@@ -104,6 +108,7 @@ def main() -> None:
         "provenance": provenance(
             seed=args.seed,
             model={"name": model.name, "fingerprint": model.fingerprint},
+            card=checked,
             data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
             config=var_model.config,
             config_sha256=var_model.config.digest(),

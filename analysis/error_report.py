@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from analysis.evaluation import caching as cached_tier
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, text
@@ -19,6 +20,7 @@ from analysis.studies.error_figures import draw
 from analysis.studies.error_sections import sections
 from analysis.studies.error_sources import examine, prepare
 from analysis.studies.generation_drift import drift
+from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
 from varjax.config import VARConfig
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt_tokens", type=int, default=32, help="tokens of their beginnings")
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens of a continuation")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap draws")
+    cached_tier.add_arguments(parser)
     args = parser.parse_args(arguments)
     try:
         _run(args)
@@ -68,24 +71,29 @@ def _run(args: argparse.Namespace) -> None:
     split = None if args.split == "all" else args.split
     corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
     documents = list(corpus)
+    checked = card.check(model, args.dataset)
+    if checked is not None:
+        print(checked.words)
+    caching = cached_tier.asked(args)
     subject = prepare(
         model, stats, answers, config, documents,
-        batch_size=args.batch_size, max_length=args.max_length, seed=args.seed,
+        batch_size=args.batch_size, max_length=args.max_length, seed=args.seed, caching=caching,
     )  # fmt: skip
     sources, drifted = examine(subject), None
     if args.prompts:
         var_model = VARModel(model, config, table=subject.table)
         sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens", "seed")}
-        drifted = drift(var_model, documents, **sizes)
+        drifted = drift(var_model, documents, caching=caching, **sizes)
+    facts = (("model", model.name), ("documents", f"{len(documents):,}, {sources.tokens:,} tokens"))
     said = Report(
         "What VAR's error is made of",
-        (("model", model.name), ("documents", f"{len(documents):,}, {sources.tokens:,} tokens")),
+        (*facts, *cached_tier.described(caching, config), *card.facts(checked)),
         (INTERVALS,),
         sections(sources, drifted),
     )
     about = provenance(
         seed=args.seed, model={"name": model.name, "fingerprint": model.fingerprint}, data=corpus.about,
-        config=config, config_sha256=config.digest(),
+        card=checked, config=config, config_sha256=config.digest(),
     )  # fmt: skip
     figures = dict(draw(sources, drifted))
     write_report(said, args.output, "error_sources", figures=figures, beside={"provenance": about})

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.evaluation import caching as cached_tier
 from analysis.evaluation.harness_lm import HarnessLM  # says what to install where the harness is missing
 from analysis.reports.provenance import provenance, write_json
 from models import load_model
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num_fewshot", type=int, help="examples before each question; none: as the task has it")
     parser.add_argument("--batch_size", type=int, default=8, help="requests at a time")
     parser.add_argument("--max_length", type=int, help="tokens read at most; none: the model's max_position_embeddings")
-    parser.add_argument("--fresh_cache", action="store_true", help="empty the cached tier before each batch")
+    cached_tier.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("results/harness.json"), help="file to write")
     args = parser.parse_args(arguments)
@@ -116,7 +117,7 @@ def _command(args: argparse.Namespace) -> None:
         VARModel(model, config),
         batch_size=args.batch_size,
         max_length=args.max_length,
-        carry_cache=not args.fresh_cache,
+        caching=cached_tier.asked(args),
         seed=args.seed,
     )
     asked = {"include_path": args.include_path, "limit": args.limit, "num_fewshot": args.num_fewshot}

@@ -22,6 +22,7 @@ from analysis.collection.checkpoints import note, resumed
 from analysis.evaluation.quality import plain_runner, score
 from analysis.reports.provenance import provenance, write_json
 from analysis.text.batches import batches
+from analysis.text.card import named
 from analysis.text.corpus import Document, corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode
 from analysis.text.ngram_baselines import ngram_losses
@@ -94,7 +95,7 @@ def main() -> None:
             if index % 20 == 0:
                 bar.set_postfix(loss=f"{float(info.loss):.3f}", balance=f"{float(info.balance):.3f}", step=index)
     save_params(output, restore(config, train, checkpoints, placement).params, config, dtype="bfloat16")
-    write_card(output, train, documents, corpus_hash(texts), seen=train.steps * train.batch_size * train.length)
+    write_card(output, train, documents, texts, seen=train.steps * train.batch_size * train.length)
 
 
 def tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple[list[Encoded], int]:
@@ -112,7 +113,14 @@ def tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple
     return encode(texts, tokenizer, config), tokenizer.eos_token_id
 
 
-def write_card(directory: Path, train: TrainConfig, documents: list[Encoded], data_hash: str, seen: int) -> None:
+def described(texts: list[Document]) -> dict[str, Any]:
+    """The documents of a split, as `analysis.text.card` compares them with those of another day."""
+    return {"documents": len(texts), "data_sha256": corpus_hash(texts), "document_ids": named(one.id for one in texts)}
+
+
+def write_card(
+    directory: Path, train: TrainConfig, documents: list[Encoded], trained_on: list[Document], seen: int
+) -> None:
     """Evaluate the saved model on the test split and describe it in `card.json` and `README.md`."""
     model = load_model(directory)
     texts = load_documents("embedded", split="test")
@@ -121,8 +129,8 @@ def write_card(directory: Path, train: TrainConfig, documents: list[Encoded], da
     card: dict[str, Any] = {
         "fingerprint": model.fingerprint,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
-        "training": {**vars(train), "tokens_seen": seen, "documents": len(documents), "data_sha256": data_hash},
-        "test": {"documents": len(texts), "data_sha256": corpus_hash(texts), **scores.summary()},
+        "training": {**vars(train), "tokens_seen": seen, **described(trained_on)},
+        "test": {**scores.summary(), **described(texts)},
         "nats_per_token": {"model": scores.nll_per_token, **ngram_losses(documents, held_out, model.config.vocab_size)},
         "expert_load": expert_load(model, held_out, train).tolist(),
         "provenance": provenance(seed=train.seed),

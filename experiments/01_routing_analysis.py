@@ -23,8 +23,9 @@ from analysis.collection.statistics import KeySettings
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import text
+from analysis.text import card
 from analysis.traces.recording import record
-from experiments.arguments import open_corpus, open_model, parser, run
+from experiments.arguments import check_card, open_corpus, open_model, parser, run
 from experiments.hosts import add_hosts, join
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
@@ -99,6 +100,7 @@ def collect(args: argparse.Namespace) -> None:
     )
     share = EVERY_DOCUMENT if args.coordinator else Share(args.process_id, args.num_processes)
     model = open_model(args)
+    checked = check_card(model, args.dataset)
     corpus = open_corpus(model, args, args.split)
     found = analyse(model, corpus, args.output, settings, share=share, seed=args.seed)
     if found is None:
@@ -116,7 +118,8 @@ def collect(args: argparse.Namespace) -> None:
             f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough, "
             f"for {found.pairs:,} pairs of a key and an expert in each layer at most"
         )
-    present(args, found.stats, (("model", model.name), ("data", f"{args.dataset}, split {args.split}")))
+    facts = (("model", model.name), ("data", f"{args.dataset}, split {args.split}"))
+    present(args, found.stats, (*facts, *card.facts(checked)))
     finish(args.output)
 
 

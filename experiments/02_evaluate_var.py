@@ -27,11 +27,12 @@ from typing import Any
 
 from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.estimators.resampling import MIN_DOCUMENTS
+from analysis.evaluation import caching as cached_tier
 from analysis.evaluation import certificate_report, comparison_report
 from analysis.evaluation import report as evaluation_report
 from analysis.evaluation.certificate import CLIP, TESTS, certify_results
 from analysis.evaluation.comparison import read_result
-from analysis.evaluation.quality import batch_clock, score, var_runner
+from analysis.evaluation.quality import score, var_runner
 from analysis.policies.distillation import DistilConfig, distil
 from analysis.policies.scored_points import Subject
 from analysis.policies.search import Search, search
@@ -40,6 +41,7 @@ from analysis.reports.provenance import provenance, write_json
 from analysis.reports.report import summary as overview
 from analysis.reports.report import text
 from analysis.studies.study import PARTS, Finding, Part, study
+from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, parser, read_answers, run
 from experiments.hosts import add_hosts, join
 from models import Model
@@ -82,6 +84,7 @@ def main() -> None:
     arguments.add_argument(
         "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
     )
+    cached_tier.add_arguments(arguments)
     add_hosts(arguments)
     args = arguments.parse_args()
     if args.num_processes > 1 and not args.coordinator:
@@ -138,9 +141,11 @@ def evaluate(args: argparse.Namespace) -> None:
     output = _file(args.output, args.mode)
     model, documents, origin = load(args, args.split)
     config, found = choose_config(args, model)
-    var_model = VARModel(model, config, clock=batch_clock())
+    caching = cached_tier.asked(args)
+    var_model = VARModel(model, config)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
-    scores, state = score(var_runner(var_model), var_model.init(), documents, stride=args.stride, **reading)
+    start = caching.init(var_model, args.batch_size)
+    scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
 
     name = output.stem
     scores.save(output.parent / f"{name}.documents.parquet")
@@ -153,9 +158,11 @@ def evaluate(args: argparse.Namespace) -> None:
     if state is not None:
         shares = summary(state.counters, model.config.top_k)
         result |= {key: shares[key] for key in ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")}
+        result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
         config.save(output.with_suffix(".var_config.json"))
     if not args.no_throughput:
-        result["throughput"] = measure(var_model, documents, repeats=args.repeats, **reading)
+        pace = caching.seconds_per_token
+        result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
     result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
@@ -163,6 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
         facts.append(("policy", "found under a loss budget" if found else given))
+    facts += [*cached_tier.described(caching, config), *card.facts(origin["card"])]
     drawn = evaluation_report.draw(name, result, found, config.max_quality_degradation, args.tune_samples)
     said = evaluation_report.report(name, result, scores, facts)
     write_report(said, output.parent, name, figures=drawn, beside=result)
@@ -214,11 +222,14 @@ def study_policy(args: argparse.Namespace) -> None:
         stride=args.stride,
         folder=args.output / "losses",
         seed=args.seed,
+        caching=cached_tier.asked(args),
     )
     facts = (
         ("model", f"{model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split {args.split}"),
         ("policy", str(args.var_config or "found on the tune split")),
+        ("cached tier, where one is", subject.caching.words),
+        *card.facts(origin["card"]),
     )
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
@@ -232,7 +243,9 @@ def throughput_of(subject: Subject, repeats: int) -> Finding:
     """How much faster, and where must the gain vanish?"""
     table = build_for(subject.model, subject.stats, subject.config, subject.answers)
     var_model = VARModel(subject.model, subject.config, table=table)
-    found = by_batch(var_model, subject.documents, max_length=subject.max_length, repeats=repeats, seed=subject.seed)
+    reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
+    pace = subject.caching.seconds_per_token
+    found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
     drawn = {throughput_section.NAME: throughput_section.figure(found)}
     return Finding("throughput", (throughput_section.section(found),), drawn, found)
 

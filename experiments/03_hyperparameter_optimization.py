@@ -19,30 +19,33 @@ import dataclasses
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from analysis.evaluation import caching as cached_tier
 from analysis.evaluation.certificate import how_drawn
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
+from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers, run
 from profiling.calls import PHASES
 from tuning import chosen
 from tuning import report as search_report
 from tuning.objective import Objective
 from tuning.points import Point, best
-from tuning.space import Space, config_at, default_space, only, suggest, with_ranges
+from tuning.space import CACHED_TIER, Space, config_at, default_space, only, suggest, with_ranges, without_effect
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
 from tuning.validation import validate
 from tuning.validation_section import section
 from varjax.config import PRESETS
+from varjax.errors import InputError
 
 
 def main() -> None:
@@ -78,6 +81,7 @@ def main() -> None:
     arguments.add_argument(
         "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
     )
+    cached_tier.add_arguments(arguments)
     args = arguments.parse_args()
     if args.output.suffix:
         arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
@@ -96,6 +100,7 @@ class Setting:
     objective: Objective
     space: Space
     orders: tuple[int, ...]  # of the contexts that have answers
+    unsearched: dict[str, str]  # parameters that can change nothing on these documents, and why
     about: dict[str, Any]  # whatever decides what a trial finds
     origin: dict[str, Any]
 
@@ -105,6 +110,15 @@ class Setting:
         orders = tuple(order for order in subject.answers.orders if order > 0)
         space = with_ranges(default_space(orders, subject.stats.num_experts), args.ranges)
         space = only(space, args.parameters) if args.parameters else space
+        seconds = subject.caching.span(subject.documents, subject.max_length, subject.stride)
+        unsearched = without_effect(space, seconds)
+        space = tuple(one for one in space if one.name not in unsearched)
+        if not space:
+            raise InputError(
+                f"nothing is left to search: {said_of(unsearched)}; give --shared_cache, or other --parameters"
+            )
+        if CACHED_TIER in unsearched:  # it would only take time
+            subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, cache_size=0))
         limit = subject.config.max_quality_degradation if args.limit is None else args.limit
         judged = {
             "speed": args.speed,
@@ -116,7 +130,7 @@ class Setting:
         objective = Objective(subject, **judged)
         about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
         about |= {"method": args.method, "seed": args.seed}
-        return cls(objective, space, orders, about, origin)
+        return cls(objective, space, orders, unsearched, about, origin)
 
     @cached_property
     def ladder(self) -> Ladder:
@@ -133,6 +147,8 @@ def search(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     setting = Setting.of(args)
     limit = setting.objective.limit
+    if setting.unsearched:
+        print(f"not searched: {said_of(setting.unsearched)}")
     study = open_study(storage_of(args), args.study_name, args.method, setting.about)
     total = fill(study, args.method, setting.space, args.n_calls, args.grid_points)
     _ = setting.ladder  # measured, or read back, before there are workers that would all measure it
@@ -198,6 +214,9 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
         ("model", f"{setting.objective.subject.model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split tune, {len(setting.objective.subject.documents):,} documents"),
         ("search", f"{args.method}, {len(found):,} trials, seed {args.seed}"),
+        ("cached tier", setting.objective.subject.caching.words),
+        *((("not searched", said_of(setting.unsearched)),) if setting.unsearched else ()),
+        *card.facts(setting.origin["card"]),
     )
     examined = search_report.examine(found, setting.space, limit, seed=args.seed)
     said_in_full = search_report.report(examined, facts)
@@ -229,6 +248,8 @@ def put_to_the_test(args: argparse.Namespace) -> None:
         ("model", f"{calibrate.model.name} ({args.dtype})"),
         ("data", f"{args.dataset}: calibrate {len(calibrate.documents):,} documents, test {len(documents):,}"),
         ("configurations", str(args.validate)),
+        ("cached tier", calibrate.caching.words),
+        *card.facts(origin["card"]),
     )
     notes = ("Intervals are 95 %, each for itself, over whole documents (speed-ups: over rounds).",)
     said_in_full = Report("Validation of searched configurations", facts, notes, (section(found),))
@@ -245,15 +266,24 @@ def make_subject(
     model, documents, origin = load(args, split)
     config = asked_config(args)
     stats, answers = read_answers(model, config)
-    reading = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
+    reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
     folder = args.output / "losses"
-    return Subject(model, stats, answers, config, documents, folder=folder, progress=progress, **reading), origin
+    reading |= {"folder": folder, "progress": progress, "caching": cached_tier.asked(args)}
+    return Subject(model, stats, answers, config, documents, **reading), origin
 
 
 def save_report(said_in_full: Report, folder: Path, name: str, figures: Any, beside: dict[str, Any]) -> None:
     write_report(said_in_full, folder, name, figures=figures, beside=beside)
     print("\n".join(summary(said_in_full)))
     print(f"written to {folder}")
+
+
+def said_of(unsearched: Mapping[str, str]) -> str:
+    """What is not searched, and why, for people."""
+    return "; ".join(
+        f"{', '.join(name for name in unsearched if unsearched[name] == why)}: {why}"
+        for why in dict.fromkeys(unsearched.values())
+    )
 
 
 def said(found: list[Point], limit: float) -> str:

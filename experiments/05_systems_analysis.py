@@ -23,6 +23,7 @@ from typing import Any
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, Section, summary
+from analysis.text import card
 from experiments.arguments import asked_config, load, parser, run
 from profiling import (
     bottlenecks_section,
@@ -113,6 +114,7 @@ def main() -> None:
         ("policy", f"{args.var_config}: {experts:.2f} of {model.config.top_k} experts per token"),
         ("calls", ", ".join(f"{name} {ids.shape[0]} x {ids.shape[1]}" for name, ids in texts.items())),
         ("device", study.ceilings.device),
+        *card.facts(origin["card"]),
     )
     said = Report("Systems analysis", facts, NOTES, tuple(sections))
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())

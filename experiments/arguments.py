@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 
 from analysis import command
 from analysis.command import HelpFormatter
+from analysis.text import card as model_card
+from analysis.text.card import CardCheck
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from experiments.hosts import leave
@@ -78,8 +80,17 @@ def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], di
     """The model, the documents of a split in its token ids, and what a result file says of both."""
     model = open_model(args)
     documents, data = load_encoded(model, args, split, args.num_samples)
-    origin = {"model": {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}, "data": data}
+    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
+    origin = {"model": about, "data": data, "card": check_card(model, args.dataset)}
     return model, documents, origin
+
+
+def check_card(model: Model, dataset: str) -> CardCheck | None:
+    """Whether the embedded corpus is that of the model's card, printed; None where there is nothing to compare."""
+    found = model_card.check(model, dataset)
+    if found is not None:
+        print(found.words)
+    return found
 
 
 def load_encoded(

@@ -36,7 +36,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None  # only the k most probable tokens
     top_p: float | None = None  # only the most probable tokens that reach this mass (Holtzman et al. 2019)
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0  # one for the batch; or one for each text, which is then drawn alike in any batch
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
@@ -62,13 +62,13 @@ def generate(
 
     Args:
         kv: empty, with room for T + max_new_tokens - 1 positions.
-        mask: bool [B, T], true at every text's last position.
+        mask: bool [B, T], true at every text's last position; a row without any is padding, and stays it.
         end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}; expected at least 1")
-    key = jax.random.key(sampling.seed)
-    live = jnp.ones(ids.shape[0], bool)
+    key, live = _key(sampling.seed, len(ids)), mask[:, -1]
+    sampling = dataclasses.replace(sampling, seed=0)  # it is static in `_pick`, where another seed compiles nothing
     pieces = [ids]
     for index in range(max_new_tokens):
         logits, kv, carry = step(kv, carry, ids, mask)
@@ -93,14 +93,15 @@ def _pick(
 
     A text that has ended is padding from there on: it runs no expert, and no tier counts or remembers it.
     """
-    token = jnp.where(live, choose(logits, jax.random.fold_in(key, index), sampling), fill_id)
+    fold = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, in_axes=(0, None))
+    token = jnp.where(live, choose(logits, fold(key, index), sampling), fill_id)
     ended = jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) if end_ids else jnp.zeros_like(live)
     live = live & ~ended
     return token[:, None], live[:, None], live
 
 
 def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """int32[B]: the next token of each sequence, from logits float32[B, V]."""
+    """int32[B]: the next token of each sequence, from logits float32[B, V] and one key, or one for each sequence."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -113,4 +114,14 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
         before = jnp.cumsum(probs, axis=-1) - probs  # the most probable token always stays
         smallest = jnp.where(before < sampling.top_p, ranked, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
+    draw = jax.random.categorical if key.ndim == 0 else jax.vmap(jax.random.categorical)
+    return draw(key, logits).astype(jnp.int32)
+
+
+def _key(seed: int | tuple[int, ...], batch_size: int) -> jax.Array:
+    """A PRNG key for the batch, or [B] of them."""
+    if not isinstance(seed, tuple):
+        return jax.random.key(seed)
+    if len(seed) != batch_size:
+        raise InputError(f"seed holds {len(seed)} seeds for {batch_size} texts; expected one for each, or a single one")
+    return jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))

@@ -114,7 +114,8 @@ class Model:
         """int32 ids and bool mask, [B, T] each; raises InputError for a wrong shape, dtype or id.
 
         Args:
-            going_on: the texts are to be continued, so none may end in padding: the next token would follow that.
+            going_on: the texts are to be continued, so none may end in padding: the next token would follow that. A row
+                that is padding from end to end fills a batch, and is not continued.
         """
         ids = np.asarray(input_ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
@@ -129,7 +130,7 @@ class Model:
         mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
         if mask.shape != ids.shape:
             raise InputError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}")
-        if going_on and not mask[:, -1].all():
+        if going_on and (mask.any(axis=1) & ~mask[:, -1]).any():
             raise InputError(
                 "attention_mask ends in padding; pad on the left, so that each text's last token comes last"
             )

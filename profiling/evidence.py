@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.evaluation.caching import SECONDS_PER_TOKEN
 from profiling.bottlenecks import Evidence
 from profiling.calls import jitted, prepare
 from profiling.ceilings import Ceilings
@@ -84,17 +85,19 @@ def gather(
 def _counters(var_model: VARModel, ids: np.ndarray, phase: str) -> Counters:
     """What the tiers decided on texts int32 [B, T], one call after the other, so that a cached tier may learn.
 
-    A prefill reads one text per call, a step of decoding one token of each.
+    It ages by tokens, not by the machine's clock. A prefill reads one text per call, a step of decoding one token of
+    each.
     """
     if phase == "prefill":
         state = var_model.init(1)
-        for text in ids:
-            _, state = var_model(text[None], state)
+        for number, text in enumerate(ids):
+            _, state = var_model(text[None], state, now=number * len(text) * SECONDS_PER_TOKEN)
     else:
-        out, state = var_model.prefill(ids[:, :1], var_model.init(len(ids)), capacity=ids.shape[1])
+        out, state = var_model.prefill(ids[:, :1], var_model.init(len(ids)), capacity=ids.shape[1], now=0.0)
         kv, real = out.kv, jnp.ones((len(ids), 1), bool)
         for at in range(1, ids.shape[1]):
-            out, state = var_model.advance(state, jnp.asarray(ids[:, at : at + 1]), real, kv, last_logits_only=True)
+            following, now = jnp.asarray(ids[:, at : at + 1]), at * SECONDS_PER_TOKEN
+            out, state = var_model.advance(state, following, real, kv, last_logits_only=True, now=now)
             kv = out.kv
     assert state is not None  # VAR is on
     return state.counters

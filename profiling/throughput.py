@@ -9,18 +9,22 @@ So a timed run reads several texts, drawn at random, one group of B after the ot
 What a step of decoding must read is the experts that any of its B tokens runs. Where a machine's time goes into reading
 weights, the gain is that of the distinct experts and vanishes as B grows; where it goes into arithmetic, it is that of
 the experts that run. Both stand beside the measured speed-up.
+
+The cached tier ages by tokens, not by the machine's clock: a decision must not expire because a repeat came late.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.evaluation.caching import SECONDS_PER_TOKEN
 from analysis.text.encoding import Encoded
 from profiling.timing import Ratio, compare, paired_ratio
 from varjax.errors import NotTestableError
@@ -52,6 +56,7 @@ def by_batch(
     decode_tokens: int = 32,
     repeats: int = 11,
     seed: int = 0,
+    seconds_per_token: float = SECONDS_PER_TOKEN,
 ) -> list[Throughput]:
     """Prefill and decode at each batch size for which there are documents; else the arguments are those of `measure`.
 
@@ -65,7 +70,7 @@ def by_batch(
         half = text.shape[2] // 2
         for phase, make, ids, tokens in (
             ("prefill", _prefill, prompt, prompt.size),
-            ("decode", _decode, text, text[..., half:].size),
+            ("decode", partial(_decode, seconds_per_token=seconds_per_token), text, text[..., half:].size),
         ):
             seconds = compare({name: make(side, ids) for name, side in sides.items()}, repeats, seed=seed)
             used = {name: np.stack([used_experts(side, group) for group in ids]) for name, side in sides.items()}
@@ -90,6 +95,7 @@ def measure(
     repeats: int = 15,
     seed: int = 0,
     phases: Sequence[str] = ("prefill", "decode"),
+    seconds_per_token: float = SECONDS_PER_TOKEN,
 ) -> dict[str, Any]:
     """Throughput of `var_model`, and its paired speed-up over the plain model where VAR is switched on.
 
@@ -100,6 +106,7 @@ def measure(
         decode_tokens: tokens per timed decode run, batch 1, after a prompt of the same length.
         repeats: rounds, each of which times both sides once.
         phases: those to time.
+        seconds_per_token: on the clock that ages the cached tier.
     """
     prompt = grouped(documents, batch_size, max_length, seed)
     text = grouped(documents, 1, min(2 * decode_tokens, max_length), seed)
@@ -110,7 +117,11 @@ def measure(
     result: dict[str, Any] = {"repeats": repeats, "speedup": {}}
     runs: dict[str, tuple[int, Callable[[VARModel, np.ndarray], Callable[[], Any]], np.ndarray]] = {
         "prefill": (prompt.size, _prefill, prompt),
-        "decode": (text[..., text.shape[2] // 2 :].size, _decode, text),
+        "decode": (
+            text[..., text.shape[2] // 2 :].size,
+            partial(_decode, seconds_per_token=seconds_per_token),
+            text,
+        ),
     }
     for phase in phases:
         tokens, make, ids = runs[phase]
@@ -135,7 +146,7 @@ def _prefill(var_model: VARModel, prompts: np.ndarray) -> Callable[[], Any]:
     return run
 
 
-def _decode(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
+def _decode(var_model: VARModel, texts: np.ndarray, seconds_per_token: float) -> Callable[[], Any]:
     """Feeds the second halves of texts [G, B, T] token by token; the first halves are in the cache beforehand, untimed.
 
     One group after the other.
@@ -144,14 +155,15 @@ def _decode(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
     half, one = length // 2, jnp.ones((batch, 1), bool)
     groups = []
     for text in texts:
-        out, state = var_model.prefill(text[:, :half], var_model.init(batch), capacity=length)
-        groups.append(((out.kv, state), [jnp.asarray(text[:, at : at + 1]) for at in range(half, length)]))
+        out, state = var_model.prefill(text[:, :half], var_model.init(batch), capacity=length, now=0.0)
+        steps = [(jnp.asarray(text[:, at : at + 1]), at * seconds_per_token) for at in range(half, length)]
+        groups.append(((out.kv, state), steps))
 
     def run() -> Any:
         for start, steps in groups:
             kv, state = jax.tree.map(jnp.copy, start)  # every step spends what it is given
-            for ids in steps:
-                out, state = var_model.advance(state, ids, one, kv, last_logits_only=True)
+            for ids, now in steps:
+                out, state = var_model.advance(state, ids, one, kv, last_logits_only=True, now=now)
                 kv = out.kv
         return out.logits
 

@@ -26,7 +26,7 @@ from scipy import stats as distributions
 from tqdm import tqdm
 
 from analysis.evaluation.certificate import CLIP, LIMIT
-from analysis.evaluation.quality import batch_clock, score, var_runner
+from analysis.evaluation.quality import score, var_runner
 from analysis.policies.ladder import Choice, Ladder, Measured, climb
 from analysis.policies.scored_points import Losses, Subject, losses
 from analysis.policies.search import policies
@@ -156,12 +156,13 @@ class Objective:
 
     def _losses(self, config: VARConfig, table: RouteTable) -> tuple[np.ndarray, float, float]:
         """float64 [<= N], nats, in the order of scoring; experts per token; share of the learned tier."""
-        var_model = VARModel(self.subject.model, config, table=table, clock=batch_clock())
-        state, found = var_model.init(), np.zeros(0)
+        caching = self.subject.caching
+        var_model = VARModel(self.subject.model, config, table=table)
+        state, found = caching.init(var_model, self.subject.batch_size), np.zeros(0)
         sequence = bounds.begin(-CLIP, CLIP, self.confidence, "lower")
         for part in np.array_split(self._order, min(PARTS, len(self._order))):
             scores, state = score(
-                var_runner(var_model),
+                var_runner(var_model, caching),
                 state,
                 [self.subject.documents[index] for index in part],
                 batch_size=self.subject.batch_size,
@@ -192,6 +193,7 @@ class Objective:
             repeats=self.repeats,
             seed=self.subject.seed,
             phases=self.phases,
+            seconds_per_token=self.subject.caching.seconds_per_token,
         )
         return {phase: Ratio(**timed["speedup"][phase]) for phase in self.phases}
 

@@ -100,6 +100,7 @@ THRESHOLDS: Space = (
     Parameter("context_window_size", "int", 2, 8, unit="ids"),
 )
 PUBLISHED_FOR = 8  # experts
+CACHED_TIER = "cached_tier"  # whether there is one
 CACHED = ("confidence_threshold", "cache_size", "cache_ttl_seconds", "context_window_size")  # of the cached tier
 
 
@@ -149,6 +150,19 @@ def only(space: Space, names: Sequence[str]) -> Space:
     """
     wanted = {_named(space, name).name for name in names}
     return tuple(one for one in space if one.name in wanted)
+
+
+def without_effect(space: Space, seconds: float) -> dict[str, str]:
+    """The parameters that can change nothing on the documents of a search, and why.
+
+    Args:
+        seconds: the greatest age of a decision of the cached tier there, `analysis.evaluation.caching.Caching.span`.
+    """
+    if seconds == 0:
+        why = "each document is read in one window with a cached tier of its own, which decides nothing then"
+        return {one.name: why for one in space if one.name in (*CACHED, CACHED_TIER)}
+    old = f"no decision of the cached tier gets older than {seconds:,.2f} s on these documents"
+    return {one.name: old for one in space if one.name == "cache_ttl_seconds" and one.low >= seconds}
 
 
 def suggest(space: Space, trial: optuna.Trial) -> dict[str, Value]:

@@ -143,6 +143,7 @@ def validate(
                 max_length=test.max_length,
                 repeats=rounds,
                 seed=test.seed + index,
+                seconds_per_token=test.caching.seconds_per_token,
             )
             speedups = {phase: Ratio(**ratio) for phase, ratio in timed["speedup"].items()}
             mean = geometric_mean(one.value for one in speedups.values())
@@ -163,7 +164,7 @@ def validate(
         limit=math.log1p(limit),
         seed=calibrate.seed,
         drawn=drawn,
-        cached=[name for name, config in candidates.items() if config.cache_size > 0],
+        cached=[name for name, one in candidates.items() if one.cache_size > 0 and calibrate.caching.shared],
     )
     return Validation(certified, tuple(found), limit)
 

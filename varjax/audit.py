@@ -94,6 +94,7 @@ class Auditor:
             return out, state, audit_state
         if state is None:
             raise InputError("VAR is on but state is None; begin with var_model.init(batch_size)")
+        state = step.begin(state, batch_size=len(ids))
         out, state, tally, key = audited(self.var_model, state, ids, mask, audit_state.key, self.calibration.share)
         observed = observe(jax.device_get(tally), self.calibration.streams)
         monitor = drift.watch(audit_state.monitor, observed)
@@ -109,21 +110,23 @@ class Auditor:
 
 
 def audited(
-    var_model: VARModel, state: VARState, ids: Array, mask: Array, key: Array, share: float
+    var_model: VARModel, state: VARState, ids: Array, mask: Array, key: Array, share: float, now: float | None = None
 ) -> tuple[VAROutput, VARState, Tally, Array]:
     """New texts under VAR and under audit: output, state, tally of each text and the next key.
 
     Args:
-        state: spent by this call.
+        state: from `varjax.step.begin`; spent by this call.
         ids: int32 [B, T].
         mask: bool [B, T].
-        key: PRNG key of this call's draw.
+        key: PRNG key of this call's draw; or [B], one for each text, which are given back as they are.
         share: of the planned tokens that are also computed in full.
+        now: as in `VARModel.advance`.
     """
-    state = step.begin(state, batch_size=ids.shape[0])
-    now = step.milliseconds(var_model.clock())
+    moment = step.milliseconds(var_model.clock() if now is None else now)
     options = {"share": share, "network": var_model.model.network}
-    return _audited(var_model.model.params, var_model.table, state, ids, mask, now, var_model.settings, key, **options)
+    return _audited(
+        var_model.model.params, var_model.table, state, ids, mask, moment, var_model.settings, key, **options
+    )
 
 
 @partial(jax.jit, static_argnames=("share", "network"), donate_argnames="state")
@@ -141,7 +144,7 @@ def _audited(
     network: Network,
 ) -> tuple[VAROutput, VARState, Tally, Array]:
     plan = step.plan(table, state, ids, now, settings, mask)
-    key, draw = jax.random.split(key)
+    key, draw = jax.random.split(key) if key.ndim == 0 else (key, key)
     tokens = choose(draw, jnp.any(plan.tier < LEARNED, axis=0), share)
     out = network.forward(params, ids, attention_mask=mask, plan=plan, answers=table.answers, audit=tokens)
     state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)
@@ -157,6 +160,7 @@ def choose(key: Array, planned: Array, share: float) -> Array:
     The draws of texts do not depend on each other.
 
     Args:
+        key: PRNG key; or [B], one for each text, whose draw is then the same in any batch.
         planned: bool [B, T], planned in one layer at least.
         share: above 0, at most 1.
 
@@ -166,15 +170,22 @@ def choose(key: Array, planned: Array, share: float) -> Array:
     if not 0 < share <= 1:
         raise InputError(f"share={share}: expected above 0 and at most 1, such as 0.05")
     batch, length = planned.shape
-    order, rounding = jax.random.split(key)
-    lot = jnp.where(planned, jax.random.uniform(order, planned.shape), -1.0)
+    order, rounding = jax.random.split(key) if key.ndim == 0 else jax.vmap(jax.random.split, out_axes=1)(key)
+    lot = jnp.where(planned, _uniform(order, planned.shape), -1.0)
     _, position = jax.lax.top_k(lot, math.ceil(share * length))
     there = jnp.sum(planned, axis=1, dtype=jnp.int32)
-    wanted = jnp.floor(share * there.astype(jnp.float32) + jax.random.uniform(rounding, (batch,)))
+    wanted = jnp.floor(share * there.astype(jnp.float32) + _uniform(rounding, (batch,)))
     count = jnp.minimum(wanted.astype(jnp.int32), there)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * length
     drawn = jnp.arange(position.shape[1], dtype=jnp.int32) < count[:, None]
     return jnp.where(drawn, first + position, -1).reshape(-1)
+
+
+def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
+    """float32 [B, ...] in [0, 1), from one key or from one for each of B."""
+    if key.ndim == 0:
+        return jax.random.uniform(key, shape)
+    return jax.vmap(lambda one: jax.random.uniform(one, shape[1:]))(key)
 
 
 def tally(plan: Plan, router_probs: Array, mask: Array, tokens: Array, error: Array) -> Tally:

@@ -12,6 +12,9 @@ to `now` modulo 2^32. Ages end at `HORIZON`: what is older is just old. Every `i
 horizon up to it, one elementwise pass over the stamps, so an old decision never comes round to look young again, as
 long as no two inserts in a row are more than 37 days (2^32 - 2^30 ms) apart.
 
+All sequences share one cache, or each has its own: then every leaf has an axis B in front (`each`), and what one
+sequence is given depends on no other.
+
 `lookup` and `insert` are pure functions. `insert` takes a whole batch at once, as if its positions came in
 row-major order:
 
@@ -59,10 +62,38 @@ def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways
     )
 
 
+def each(cache: ContextCache, batch_size: int, kept: Array | np.ndarray | None = None) -> ContextCache:
+    """A cache for each of B sequences, all as large as `cache`, empty unless the sequence keeps the one that it has.
+
+    Args:
+        cache: one cache, or one for each sequence.
+        kept: bool [B], sequences that keep their own; None: none does. With it `cache` has one for each of B sequences.
+    """
+    if kept is not None:
+        return _renewed(cache, kept)
+    *_, num_sets, ways, length = cache.ids.shape
+    num_layers, top_k = cache.experts.shape[-2:]
+    empty = init(num_sets * ways, length, num_layers, top_k, ways)
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch_size, *leaf.shape)), empty)
+
+
+@jax.jit
+def _renewed(cache: ContextCache, kept: Array | np.ndarray) -> ContextCache:
+    """A cache for each sequence, empty where it is not kept."""
+    empty = each(cache, len(kept))
+    return jax.tree.map(lambda old, new: jnp.where(kept.reshape(-1, *[1] * (old.ndim - 1)), old, new), cache, empty)
+
+
+def is_each(cache: ContextCache) -> bool:
+    """Whether every sequence has a cache of its own."""
+    return cache.ids.ndim == 4
+
+
 def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tuple[Array, Routing]:
     """Decisions younger than `ttl` for each context.
 
     Args:
+        cache: one for all sequences, or one for each.
         contexts: int32 [B, T, C], from `keys.contexts`.
         now: int32 [], ms, on the clock that `insert` was given.
         ttl: int32 [], ms, at most HORIZON.
@@ -70,6 +101,9 @@ def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tupl
     Returns:
         hit bool [L, B, T], and Routing [L, B, T, K], which means something only where `hit`.
     """
+    if is_each(cache):
+        found = jax.vmap(lambda own, row: lookup(own, row[None], now, ttl), out_axes=1)(cache, contexts)
+        return jax.tree.map(lambda leaf: leaf[:, :, 0], found)
     there, experts, weights, stamp = _held(cache, contexts)
     hit = there & (since(stamp, now) < ttl)
     return jnp.moveaxis(hit, -1, 0), Routing(
@@ -92,11 +126,18 @@ def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Arra
     """Stores the allowed decisions, stamped `now`.
 
     Args:
+        cache: one for all sequences, or one for each.
         contexts: int32 [B, T, C].
         routing: [L, B, T, K], all slots in use.
         allowed: bool [L, B, T], decisions to store.
         now: int32 [], ms, not before any earlier insert's and less than 37 days after the last.
     """
+    if is_each(cache):
+
+        def one(own: ContextCache, row: Array, taken: Routing, may: Array) -> ContextCache:
+            return insert(own, row[None], jax.tree.map(lambda leaf: leaf[:, None], taken), may[:, None], now)
+
+        return jax.vmap(one, in_axes=(0, 0, 1, 1))(cache, contexts, routing, allowed)
     keys = contexts.reshape(-1, contexts.shape[-1])  # [N, C]
     decided, experts, weights = (
         jnp.moveaxis(leaf, 0, 2).reshape(len(keys), *leaf.shape[:1], *leaf.shape[3:])

@@ -136,12 +136,23 @@ class VARModel:
         """
         return VARModel(self.model, dataclasses.replace(self.config, enable_var=False), clock=self.clock)
 
-    def init(self, batch_size: int = 1) -> VARState | None:
-        """The state before the first call; None with VAR switched off."""
-        return None if self.table is None else self.model.place(step.init(self.table, self.config, batch_size))
+    def init(self, batch_size: int = 1, *, shared_cache: bool = True) -> VARState | None:
+        """The state before the first call; None with VAR switched off.
+
+        Args:
+            shared_cache: one cached tier for all sequences, over all calls; False: one for each sequence of a call, so
+                that what it is given depends on no other (`varjax.step.init`).
+        """
+        if self.table is None:
+            return None
+        return self.model.place(step.init(self.table, self.config, batch_size, shared_cache))
 
     def __call__(
-        self, input_ids: Any, state: VARState | None, attention_mask: Any | None = None
+        self,
+        input_ids: Any,
+        state: VARState | None,
+        attention_mask: Any | None = None,
+        now: float | None = None,
     ) -> tuple[VAROutput, VARState | None]:
         """Whole texts, each from its beginning; the cached tier carries over from call to call.
 
@@ -149,15 +160,21 @@ class VARModel:
             input_ids: integers [B, T].
             state: from `init` or the call before; spent by this call. None only with VAR switched off.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
+            now: as in `advance`.
 
         Raises:
             InputError: no state, though VAR is on, or inputs that `models.Model.check_inputs` refuses.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask)
-        return self.advance(self._begin(state, len(ids)), ids, mask)
+        return self.advance(self._begin(state, len(ids)), ids, mask, now=now)
 
     def prefill(
-        self, input_ids: Any, state: VARState | None, capacity: int, attention_mask: Any | None = None
+        self,
+        input_ids: Any,
+        state: VARState | None,
+        capacity: int,
+        attention_mask: Any | None = None,
+        now: float | None = None,
     ) -> tuple[VAROutput, VARState | None]:
         """Begin each text and keep its keys and values in `.kv`, for `advance` to go on from.
 
@@ -166,6 +183,7 @@ class VARModel:
             state: from `init` or the call before; spent by this call.
             capacity: positions of the key/value cache, these T and those to come.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
+            now: as in `advance`.
 
         Returns:
             The logits of the last position, [B, 1, V], with `.kv` and nothing else, and the state.
@@ -177,22 +195,31 @@ class VARModel:
         if capacity < ids.shape[1]:
             raise InputError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
         kv = self.model.empty_cache(len(ids), capacity)
-        return self.advance(self._begin(state, len(ids)), ids, mask, kv, last_logits_only=True)
+        return self.advance(self._begin(state, len(ids)), ids, mask, kv, last_logits_only=True, now=now)
 
     def advance(
-        self, state: VARState | None, ids: jax.Array, mask: jax.Array, kv: Any = None, last_logits_only: bool = False
+        self,
+        state: VARState | None,
+        ids: jax.Array,
+        mask: jax.Array,
+        kv: Any = None,
+        last_logits_only: bool = False,
+        now: float | None = None,
     ) -> tuple[VAROutput, VARState | None]:
         """The next int32 [B, T] ids of the sequences that `state` and `kv` have seen so far; both are spent.
 
         With T = 1 and `last_logits_only`, which leaves out what else there is in `VAROutput`, this is a step of
         decoding. It may last less than a millisecond, so nothing is checked.
+
+        Args:
+            now: seconds, on the clock that the earlier calls of `state` were given; None: `clock` says it.
         """
         options = {"kv": kv, "last_logits_only": last_logits_only, "network": self.model.network}
         if self.table is None or state is None:
             state = None if state is None else _follow(state, ids, mask)
             return _plain(self.model.params, ids, mask, **options), state
-        now = step.milliseconds(self.clock())
-        return routed_forward(self.model.params, self.table, state, ids, mask, now, self.settings, **options)
+        moment = step.milliseconds(self.clock() if now is None else now)
+        return routed_forward(self.model.params, self.table, state, ids, mask, moment, self.settings, **options)
 
     def generate(
         self,
@@ -244,7 +271,15 @@ class VARModel:
         return {"enabled": self.table is not None, **counted, "cache": cache}
 
     def save(self, path: str | Path, state: VARState) -> None:
-        """Write the state to a folder, whole or not at all; it is not spent. See `statefile.save`."""
+        """Write the state to a folder, whole or not at all; it is not spent. See `statefile.save`.
+
+        Raises InputError for a state whose sequences have caches of their own: they end with their sequences.
+        """
+        if state.own_caches:
+            raise InputError(
+                "the state has a cache for each sequence (shared_cache=False), which ends with it; save a state of "
+                "init(shared_cache=True)"
+            )
         statefile.save(path, state, step.milliseconds(self.clock()), self._about)
 
     def load(self, path: str | Path) -> VARState:

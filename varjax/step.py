@@ -77,9 +77,14 @@ class Counters:
 class VARState:
     """What one step hands to the next."""
 
-    cache: ContextCache | None  # None: no cached tier
+    cache: ContextCache | None  # of all sequences, or one of each (`cache.each`); None: no cached tier
     recent: Array  # int32 [B, C - 1], the ids before the next position, the latest last; NONE where there are none
     counters: Counters
+
+    @property
+    def own_caches(self) -> bool:
+        """Whether there is a cached tier, and each sequence has one of its own."""
+        return self.cache is not None and context_cache.is_each(self.cache)
 
 
 def milliseconds(seconds: float) -> np.int32:
@@ -87,20 +92,34 @@ def milliseconds(seconds: float) -> np.int32:
     return np.uint32(round(seconds * 1000) & 0xFFFFFFFF).astype(np.int32)
 
 
-def init(table: RouteTable, config: VARConfig, batch_size: int) -> VARState:
-    """An empty cache, no recent ids, counters at zero."""
+def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bool = True) -> VARState:
+    """An empty cache, no recent ids, counters at zero.
+
+    Args:
+        shared_cache: one cache for all sequences, as a service has it, so that what a sequence is given depends on
+            those before it and next to it; False: one for each, which a new sequence finds empty.
+    """
     cache, longest = None, max(table.orders[-1], 1)
     if config.cache_size > 0:
         window = config.context_window_size
         cache = context_cache.init(config.cache_size, window, table.num_layers, table.top_k)
+        cache = cache if shared_cache else context_cache.each(cache, batch_size)
         longest = max(longest, window)
     recent = jnp.full((batch_size, longest - 1), NONE, jnp.int32)
     return VARState(cache, recent, Counters.zero(table.num_layers))
 
 
-def begin(state: VARState, batch_size: int | None = None) -> VARState:
-    """New sequences, as many as before unless told: nothing came before them. Cache and counters stay."""
+def begin(state: VARState, batch_size: int | None = None, kept: Array | np.ndarray | None = None) -> VARState:
+    """New sequences, as many as before unless told: nothing came before them.
+
+    The counters stay, and a cache of all sequences does; caches of their own are empty.
+
+    Args:
+        kept: bool [B], sequences that are another window of the text before them, and keep the cache of their own.
+    """
     batch = state.recent.shape[0] if batch_size is None else batch_size
+    if state.cache is not None and state.own_caches:
+        state = replace(state, cache=context_cache.each(state.cache, batch, kept))
     return replace(state, recent=jnp.full((batch, state.recent.shape[1]), NONE, jnp.int32))
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from analysis.text.batches import batches
+from analysis.evaluation.caching import INDEPENDENT, Caching
+from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from varjax import drift
 from varjax.audit import audited
@@ -74,18 +76,21 @@ def tally_documents(
     batch_size: int = 8,
     max_length: int = 256,
     progress: bool = True,
+    caching: Caching = INDEPENDENT,
 ) -> tuple[Tally, VARState]:
     """Every document under VAR and under audit: its tally, with B = N on the host, and the last state.
 
-    The arguments are those of `calibrate`. Windows begin without a past; the cached tier carries over.
+    The arguments are those of `calibrate`. Which tokens are audited follows from the seed and the document alone.
     """
-    state = var_model.init()
+    state = caching.init(var_model, batch_size)
     if state is None:
         raise InputError("VAR is switched off (enable_var=False): there is nothing to audit")
-    key, parts, owners = jax.random.key(seed), [], []
-    for batch in batches(tqdm(documents, unit="document", disable=not progress), batch_size, max_length):
-        ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
-        _, state, tally, key = audited(var_model, state, ids, mask, key, share)
+    parts, owners = [], []
+    read = tqdm(documents, unit="document", disable=not progress)
+    for batch in batches(read, batch_size, max_length, one_by_one=state.own_caches):
+        state, now = caching.enter(state, batch)
+        ids, mask, keys = jnp.asarray(batch.ids), jnp.asarray(batch.mask), _keys(batch, documents, seed)
+        _, state, tally, _ = audited(var_model, state, ids, mask, keys, share, now)
         parts.append(jax.device_get(tally))
         owners.append(batch.documents)
     owner = np.concatenate(owners)
@@ -97,6 +102,15 @@ def tally_documents(
         return sums
 
     return jax.tree.map(by_document, *parts), state
+
+
+def _keys(batch: Batch, documents: Sequence[Encoded], seed: int) -> jax.Array:
+    """A PRNG key for each row, from the seed, the document and the window."""
+    names = [documents[owner].id.encode() if owner >= 0 else b"" for owner in batch.documents]
+    hashes = [
+        crc32(ids[mask].tobytes(), crc32(name)) for ids, mask, name in zip(batch.ids, batch.mask, names, strict=True)
+    ]
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.asarray(hashes, jnp.uint32))
 
 
 def until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:

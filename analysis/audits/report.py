@@ -27,11 +27,17 @@ NOTE = FigureNote(
 )
 
 
-def report(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[str, float]) -> Report:
+def report(
+    outcomes: Sequence[Outcome],
+    calibration: Calibration,
+    runs: Mapping[str, float],
+    facts: Sequence[tuple[str, str]] = (),
+) -> Report:
     """The outcomes for people.
 
     Args:
         runs: expert runs per token and layer, of VAR and of the audit beside it.
+        facts: about model and data.
     """
     quiet = next(row for row in outcomes if row.name == ANEW)
     most = allowed(quiet.repeats, ALPHA)
@@ -51,7 +57,8 @@ def report(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[
         (Table("Situations", _COLUMNS, (_calibrated(calibration), *map(_row, outcomes))),),
         (NOTE,),
     )
-    return Report("Study of the audit", (("calibration", f"{calibration.texts:,} documents"),), (), (section,))
+    known = (("calibration", f"{calibration.texts:,} documents"), *facts)
+    return Report("Study of the audit", known, (), (section,))
 
 
 def figure(outcomes: Sequence[Outcome]) -> Figure:

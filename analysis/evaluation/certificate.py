@@ -11,8 +11,8 @@ together, unclipped, stands beside it as an estimate.
 
 The bound is that of `varjax.bounds.upper_bound`: it holds for every N, provided that the documents are independent
 draws from the population that the certificate is to speak of, and that what one costs does not depend on those before
-it, as it does with a cached tier that is never emptied. Three statements, each of which fails in at most alpha of all
-calibrations:
+it, as it does with a cached tier that all documents share (`analysis.evaluation.caching`). Three statements, each of
+which fails in at most alpha of all calibrations:
 
 - the overall bound of a configuration named beforehand;
 - all its group bounds together (each at alpha / G);
@@ -150,7 +150,7 @@ def certify(
         level: the confidence of each of the three statements above.
         limit: nats per token; the default is a perplexity 1 % higher.
         drawn: how the documents came out of their split.
-        cached: the candidates that ran with a cached tier.
+        cached: the candidates that ran with a cached tier which all documents shared.
 
     Raises:
         CertificateError: documents that do not pair or occur twice, losses that are not finite, fewer than
@@ -239,13 +239,15 @@ def certify_results(baseline: Result, candidates: Mapping[str, Result], **settin
                 f"{result.path} is of {of} made or chose configurations; evaluate on 'calibrate', or 'test'"
             )
     data, configs = origins["the baseline"]["data"], {name: origins[name].get("config", {}) for name in candidates}
+    # A result that does not say so is of a version in which all documents shared one cache.
+    shared = {name: (one.fields.get("cached_tier") or {}).get("shared", True) for name, one in candidates.items()}
     return certify(
         Losses.of(baseline),
         {name: Losses.of(result) for name, result in candidates.items()},
         model_sha256=origins["the baseline"]["model"]["fingerprint"],
         config_sha256={name: origins[name]["config_sha256"] for name in candidates},
         drawn=how_drawn(data),
-        cached=[name for name, config in configs.items() if config.get("cache_size", 0) > 0],
+        cached=[name for name, config in configs.items() if config.get("cache_size", 0) > 0 and shared[name]],
         **settings,
     )
 

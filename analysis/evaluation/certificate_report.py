@@ -148,8 +148,8 @@ def _dependent(certificate: Certificate) -> list[str]:
     if not named:
         return []
     return [
-        f"Take care: {named} ran with a cached tier, whose documents depend on those before, so the bound is not "
-        "guaranteed there; evaluate with cache_size=0."
+        f"Take care: {named} ran with a cached tier that all documents shared, so a document depends on those before, "
+        "and the bound is not guaranteed there; evaluate without --shared_cache."
     ]
 
 

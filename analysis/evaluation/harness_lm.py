@@ -6,27 +6,34 @@ Tokens, prefixes, windows and truncation follow the harness's class HFLM: contex
 a context that is too long loses its beginning; an empty one is the prefix id (begin id, else end id); perplexity is
 `analysis.evaluation.quality.score` with that prefix and full last windows.
 
-Under VAR every batch of requests begins without a past. The cached tier carries over from batch to batch, so that what
-a request gets may depend on those before it; `carry_cache=False` empties it before each batch.
+What a request gets does not depend on its company: which requests are in its batch, which came before it, and how many
+there are. Under VAR each begins without a past and with a cached tier of its own, which learns while the request's text
+goes on: from one window to the next, or from token to token. A sampled text is drawn from the seed and the context
+alone. Rows that fill a batch are padding. `Caching(shared=True)` lets all requests share one cached tier instead, as in
+a service; then their order and the batch size matter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from zlib import crc32
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from analysis.evaluation.quality import Runner, plain_runner, prefixed, token_nll, var_runner
-from analysis.text.batches import Window, cut, packed
+from analysis.evaluation.caching import INDEPENDENT, Caching
+from analysis.evaluation.quality import Runner, own_caches, plain_runner, prefixed, token_nll, var_runner
+from analysis.text.batches import Window, cut, in_order, packed
 from models import Model, Sampling
 from varjax.errors import InputError
 from varjax.model import VARModel
+from varjax.step import VARState
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -50,7 +57,7 @@ class HarnessLM(TemplateLM):
         batch_size: int = 8,
         max_length: int | None = None,
         add_bos_token: bool | None = None,
-        carry_cache: bool = True,
+        caching: Caching = INDEPENDENT,
         seed: int = 0,
         progress: bool = True,
     ):
@@ -60,13 +67,15 @@ class HarnessLM(TemplateLM):
             batch_size: requests at a time.
             max_length: tokens that the model reads at most; None: `max_position_embeddings`.
             add_bos_token: whether texts get the begin id in front; None: as the tokenizer does.
-            carry_cache: whether the cached tier keeps what earlier batches taught it.
+            caching: which requests share a cached tier, and how fast it ages; the model's own clock is not asked.
             seed: of the tasks that sample.
 
         Raises InputError if the model has no tokenizer or no id to begin with, or a size makes no sense.
         """
         super().__init__()
-        self.var_model = model if isinstance(model, VARModel) else None
+        self.var_model = None
+        if isinstance(model, VARModel):
+            self.var_model = VARModel(model.model, model.config, table=model.table, clock=caching.clock())
         plain: Any = model.model if isinstance(model, VARModel) else model
         self.model = plain
         self.tokenizer: Any = getattr(self.model, "tokenizer", None)
@@ -80,10 +89,13 @@ class HarnessLM(TemplateLM):
         self.max_length: int = self.model.config.max_position_embeddings if max_length is None else max_length
         if batch_size < 1 or self.max_length < 2:
             raise InputError(f"batch_size={batch_size}, max_length={max_length}: expected at least 1 and 2")
-        self.batch_size, self.add_bos_token, self.carry_cache = batch_size, add_bos_token, carry_cache
+        self.batch_size, self.add_bos_token, self.caching = batch_size, add_bos_token, caching
         self.seed, self.progress = seed, progress
-        self.state = None if self.var_model is None else self.var_model.init()
-        self._run: Runner = plain_runner(self.model) if self.var_model is None else var_runner(self.var_model)
+        self.state: VARState | None = None
+        self._run: Runner = plain_runner(self.model)
+        if self.var_model is not None:
+            self.state = caching.init(self.var_model, batch_size)
+            self._run = var_runner(self.var_model, caching)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,7 +107,8 @@ class HarnessLM(TemplateLM):
             "full_last": True,
             "add_bos_token": self.add_bos_token,
             "batch_size": self.batch_size,
-            "carry_cache": self.carry_cache,
+            "shared_cache": self.caching.shared,
+            "seconds_per_token": self.caching.seconds_per_token,
         }
 
     @property
@@ -124,11 +137,10 @@ class HarnessLM(TemplateLM):
         """Log probability of each text, nats; requests hold (text,)."""
         texts = [request.args[0] for request in requests]
         cuts = [
-            window
+            list(cut(prefixed(self.prefix_token_id, self.tok_encode(text)), index, self.max_length, None, True))
             for index, text in enumerate(texts)
-            for window in cut(prefixed(self.prefix_token_id, self.tok_encode(text)), index, self.max_length, None, True)
         ]
-        sums, _ = self._score(cuts, len(texts), disable_tqdm)
+        sums, _ = self._score(cuts, disable_tqdm)
         for text, logprob in zip(texts, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), logprob)
         return sums
@@ -146,8 +158,8 @@ class HarnessLM(TemplateLM):
                 )
             ids = np.asarray([*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :], np.int32)
             size = len(ids) - 1
-            cuts.append(Window(ids, size, size - len(continuation), index))
-        answers = list(zip(*self._score(cuts, len(requests), disable_tqdm), strict=True))
+            cuts.append([Window(ids, size, size - len(continuation), index)])
+        answers = list(zip(*self._score(cuts, disable_tqdm), strict=True))
         for (texts, *_), answer in zip(requests, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
@@ -169,8 +181,10 @@ class HarnessLM(TemplateLM):
             prompts = {
                 index: (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[-room:] for index in members
             }
-            for number, group in enumerate(_by_length(prompts, self.batch_size)):
-                sampling = dataclasses.replace(wanted.sampling, seed=self.seed + number)
+            seeds = _seeds(prompts, self.seed)
+            for group in _by_length(prompts, self.batch_size):
+                drawn = [seeds[index] for index in group] + [0] * (self.batch_size - len(group))
+                sampling = dataclasses.replace(wanted.sampling, seed=tuple(drawn))
                 length = min(self._length(len(prompts[group[-1]])), room)
                 ids, mask = _left_padded([prompts[index] for index in group], self.batch_size, length)
                 tokens = self._generate(ids, mask, wanted.new_tokens, sampling)[: len(group), length:]
@@ -182,13 +196,18 @@ class HarnessLM(TemplateLM):
         bar.close()
         return found
 
-    def _score(self, cuts: list[Window], texts: int, quiet: bool) -> tuple[list[float], list[bool]]:
+    def _score(self, cuts: list[list[Window]], quiet: bool) -> tuple[list[float], list[bool]]:
         """Of each text: the log probability of what its windows score, and whether all of that is the likeliest."""
-        logprob, greedy = np.zeros(texts), np.ones(texts, bool)
-        lengths = {self._length(window.size) for window in cuts}
-        read = tqdm(cuts, unit="window", disable=quiet or not self.progress)
-        for batch in packed(read, dict.fromkeys(lengths, self.batch_size)):
-            logits, self.state = self._run(self._carry(), jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+        logprob, greedy = np.zeros(len(cuts)), np.ones(len(cuts), bool)
+        lengths = sorted({self._length(window.size) for windows in cuts for window in windows})
+        read = tqdm(cuts, unit="request", disable=quiet or not self.progress)
+        batches = (
+            in_order(read, self.batch_size, lengths)
+            if own_caches(self.state)
+            else packed((window for windows in read for window in windows), dict.fromkeys(lengths, self.batch_size))
+        )
+        for batch in batches:
+            logits, self.state = self._run(self.state, batch)
             targets, scored = jnp.asarray(batch.targets), jnp.asarray(batch.scored)
             losses = np.asarray(token_nll(logits, targets, scored), np.float64).sum(1)
             owned = batch.documents >= 0
@@ -200,15 +219,8 @@ class HarnessLM(TemplateLM):
         options: dict[str, Any] = {"attention_mask": mask, "sampling": sampling}
         if self.var_model is None:
             return self.model.generate(ids, new_tokens, **options)[0]
-        tokens, self.state = self.var_model.generate(ids, self._carry(), new_tokens, **options)
+        tokens, self.state = self.var_model.generate(ids, self.state, new_tokens, **options)
         return tokens
-
-    def _carry(self) -> Any:
-        """The VARState for a batch; the runner begins it without a past."""
-        fresh = None if self.carry_cache or self.var_model is None else self.var_model.init()
-        if fresh is None or self.state is None:
-            return self.state
-        return dataclasses.replace(fresh, counters=self.state.counters)
 
     def _length(self, tokens: int) -> int:
         """Of the batch in which so many tokens stand."""
@@ -258,11 +270,20 @@ def _by_length(prompts: Mapping[int, list[int]], batch_size: int) -> Iterator[li
         yield order[start : start + batch_size]
 
 
+def _seeds(prompts: Mapping[int, list[int]], seed: int) -> dict[int, int]:
+    """A seed for each prompt, from its ids and from how many like it come before."""
+    found, seen = {}, Counter[bytes]()
+    for index, prompt in prompts.items():
+        ids = np.asarray(prompt, np.int32).tobytes()
+        found[index] = crc32(ids, crc32(f"{seed} {seen[ids]}".encode()))
+        seen[ids] += 1
+    return found
+
+
 def _left_padded(prompts: Sequence[list[int]], rows: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """int32 and bool [rows, length]: ids and which of them are real; the last prompt fills the rows that are left."""
+    """int32 and bool [rows, length]: ids and which of them are real; the rows that are left are padding."""
     ids, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-    for row in range(rows):
-        prompt = prompts[min(row, len(prompts) - 1)]
+    for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
     return ids, mask

@@ -21,9 +21,8 @@ The settings of `score` under which it gives what the field calls perplexity:
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,13 +32,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.text.batches import batches
+from analysis.evaluation.caching import INDEPENDENT, Caching
+from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from models import Model
 from models.placement import to_host
 from varjax.files import replacing
 from varjax.model import VARModel
-from varjax.step import VARState, begin
+from varjax.step import VARState
 
 _LENGTHS = {"max_length": "tokens", "stride": "tokens"}
 UNITS = {
@@ -53,9 +53,9 @@ UNITS = {
 
 
 class Runner(Protocol):
-    """`(carry, ids int32[B, T], mask bool[B, T]) -> (logits float32[B, T, V], carry)`; the call spends the carry."""
+    """`(carry, batch) -> (logits float32[B, T, V], carry)`; the call spends the carry."""
 
-    def __call__(self, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]: ...
+    def __call__(self, carry: Any, batch: Batch) -> tuple[jax.Array, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,9 @@ def score(
 ) -> tuple[Scores, Any]:
     """The losses of `documents` under `run`, and what its carry became.
 
-    The module's docstring says which settings give which published definition.
+    The module's docstring says which settings give which published definition. Where the carry is a VARState whose
+    sequences have caches of their own (`analysis.evaluation.caching`), each document begins with an empty one, and its
+    loss is the same in any company.
 
     Args:
         batch_size: rows per batch at `max_length`.
@@ -165,8 +167,9 @@ def score(
     read: Iterable[Encoded] = tqdm(documents, unit="document", disable=not progress)
     if prefix_id is not None:
         read = (dataclasses.replace(one, ids=prefixed(prefix_id, one.ids)) for one in read)
-    for batch in batches(read, batch_size, max_length, stride, full_last):
-        logits, carry = run(carry, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+    one_by_one = own_caches(carry)
+    for batch in batches(read, batch_size, max_length, stride, full_last, one_by_one):
+        logits, carry = run(carry, batch)
         losses = to_host(token_nll(logits, jnp.asarray(batch.targets), jnp.asarray(batch.scored))).astype(np.float64)
         owned = batch.documents >= 0
         np.add.at(nll, batch.documents[owned], losses.sum(1)[owned])
@@ -193,31 +196,29 @@ def prefixed(prefix_id: int, ids: Sequence[int] | np.ndarray) -> np.ndarray:
 def plain_runner(model: Model) -> Runner:
     """The model as it is; its carry is None."""
 
-    def run(carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any]:
+    def run(carry: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
         return model.network.forward(model.params, ids, attention_mask=mask).logits, carry
 
     return run
 
 
-def var_runner(var_model: VARModel) -> Runner:
-    """Whole windows under VAR: each begins without a past, the cached tier and the counters carry over.
+def var_runner(var_model: VARModel, caching: Caching = INDEPENDENT) -> Runner:
+    """Whole windows under VAR, each without a past. The carry is the VARState, from `caching.init(var_model)`."""
 
-    The carry is the VARState.
-    """
-
-    def run(carry: VARState | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, VARState | None]:
+    def run(carry: VARState | None, batch: Batch) -> tuple[jax.Array, VARState | None]:
+        now = 0.0
         if carry is not None:
-            carry = begin(carry, batch_size=ids.shape[0])
-        out, carry = var_model.advance(carry, ids, mask)
+            carry, now = caching.enter(carry, batch)
+        out, carry = var_model.advance(carry, jnp.asarray(batch.ids), jnp.asarray(batch.mask), now=now)
         return out.logits, carry
 
     return run
 
 
-def batch_clock() -> Callable[[], float]:
-    """Seconds that pass by one millisecond a batch: what a cached tier forgets must not depend on the machine."""
-    ticks = itertools.count()
-    return lambda: 1e-3 * next(ticks)
+def own_caches(carry: Any) -> bool:
+    """Whether documents have to be read one by one in their rows, because each has a cache of its own."""
+    return isinstance(carry, VARState) and carry.own_caches
 
 
 @jax.jit

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.quality import token_nll
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
@@ -23,7 +24,6 @@ from varjax.errors import InputError
 from varjax.keys import ANY
 from varjax.model import VARModel
 from varjax.routing import CACHED, FAST, Plan, Routing
-from varjax.step import begin
 
 BY_ROUTER, BY_CACHE = -2, -1  # what answered, where it was no key of the table
 
@@ -53,20 +53,25 @@ def token_losses(
     batch_size: int = 8,
     max_length: int = 256,
     stride: int | None = None,
+    caching: Caching = INDEPENDENT,
 ) -> TokenLosses:
     """One pass over `documents`, from a fresh state; with VAR switched off it is the plain model's.
 
+    The order of the tokens follows from the documents and the arguments, whatever the model.
+
     Args:
         batch_size, max_length, stride: as in `analysis.evaluation.quality.score`.
+        caching: which documents share a cached tier.
     """
-    table, state = var_model.table, var_model.init()
+    table, state = var_model.table, caching.init(var_model, batch_size)
     order = None if table is None else jnp.sum(table.index.keys != ANY, axis=-1).astype(jnp.int8)
     parts: list[tuple[np.ndarray, ...]] = []
-    for batch in batches(documents, batch_size, max_length, stride):
+    for batch in batches(documents, batch_size, max_length, stride, one_by_one=True):
+        now = 0.0
         if state is not None:
-            state = begin(state, batch_size=len(batch.ids))
+            state, now = caching.enter(state, batch)
         scored = jnp.asarray(batch.scored)
-        out, state = var_model.advance(state, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
+        out, state = var_model.advance(state, jnp.asarray(batch.ids), jnp.asarray(batch.mask), now=now)
         assert out.routing is not None and out.router_probs is not None  # only a step of decoding leaves them out
         losses = to_host(token_nll(out.logits, jnp.asarray(batch.targets), scored))
         answered, active = _account(out.plan, order, out.routing, out.router_probs.shape[-1])

@@ -23,8 +23,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.comparison import Estimate
-from analysis.evaluation.quality import batch_clock, plain_runner, score, var_runner
+from analysis.evaluation.quality import plain_runner, score, var_runner
 from analysis.reports.provenance import hash_json
 from analysis.text.encoding import Encoded
 from models import Model
@@ -37,7 +38,7 @@ from varjax.stats import RoutingStats
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable
 
-FORMAT = 1  # of the files of losses; another one whenever what is scored changes its meaning
+FORMAT = 2  # of the files of losses; another one whenever what is scored changes its meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Subject:
     samples: int = 2000  # bootstrap draws
     seed: int = 0
     progress: bool = True  # show bars on standard error
+    caching: Caching = INDEPENDENT  # which documents share a cached tier, where a config has one
 
     def __post_init__(self) -> None:
         if not self.config.enable_var:
@@ -75,7 +77,8 @@ class Subject:
             sha.update(array.data)
         model = (self.model.fingerprint, self.model.dtype.name, self.model.engine.name)
         made_by = (FORMAT, metadata.version("varjax"))
-        return hash_json([*made_by, sha.hexdigest(), *model, self.batch_size, self.max_length, self.stride])
+        reading = (self.batch_size, self.max_length, self.stride, self.caching)
+        return hash_json([*made_by, sha.hexdigest(), *model, *reading])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +125,9 @@ def losses(
     if config is None:
         scores, _ = score(plain_runner(subject.model), None, subject.documents, progress=False, **reading)
     else:
-        var_model = VARModel(subject.model, config, table=table, clock=batch_clock())
-        scores, state = score(var_runner(var_model), var_model.init(), subject.documents, progress=False, **reading)
+        var_model = VARModel(subject.model, config, table=table)
+        run, start = var_runner(var_model, subject.caching), subject.caching.init(var_model, subject.batch_size)
+        scores, state = score(run, start, subject.documents, progress=False, **reading)
         shares = summary(state.counters, subject.model.config.top_k)
         experts, left_open = shares["experts_per_token"], shares["tiers"][TIERS[-1]]
     found = Losses(scores.nll, scores.tokens, experts, left_open)

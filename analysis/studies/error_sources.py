@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from analysis.estimators.resampling import ratio_with_interval
+from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.comparison import Estimate
 from analysis.evaluation.token_losses import BY_CACHE, BY_ROUTER, TokenLosses, differences, token_losses
 from analysis.text.encoding import Encoded
@@ -125,6 +126,7 @@ def prepare(
     stride: int | None = None,
     samples: int = 1000,
     seed: int = 0,
+    caching: Caching = INDEPENDENT,
 ) -> Subject:
     """Build the table and read the documents, plainly and under the policy.
 
@@ -133,10 +135,16 @@ def prepare(
         config: the policy in question.
         batch_size, max_length, stride: as in `analysis.evaluation.quality.score`.
         samples: bootstrap draws.
+        caching: which documents share a cached tier, where the config has one.
         seed: of the draws.
     """
     table = build_for(model, stats, config, answers, keep_shapes=True)
-    reading: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "stride": stride}
+    reading: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_length": max_length,
+        "stride": stride,
+        "caching": caching,
+    }
     plain = token_losses(VARModel(model, dataclasses.replace(config, enable_var=False)), documents, **reading)
     without = VARModel(model, _fast_alone(config), table=table)
     return Subject(

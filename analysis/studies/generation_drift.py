@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis.estimators.resampling import bootstrap, ratio_with_interval
+from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.comparison import Estimate
 from analysis.evaluation.quality import token_nll
 from analysis.text.encoding import Encoded
@@ -78,6 +79,7 @@ def drift(
     batch_size: int = 16,
     samples: int = 1000,
     seed: int = 0,
+    caching: Caching = INDEPENDENT,
 ) -> Drift:
     """Continue the beginnings of `documents` with and without VAR.
 
@@ -86,12 +88,14 @@ def drift(
         prompts: at most so many.
         batch_size: prompts at a time.
         samples, seed: bootstrap draws of prompts.
+        caching: whether the prompts share a cached tier, where there is one, and how fast it ages.
 
     Raises:
         NotTestableError: no document is long enough.
     """
     model = var_model.model
     assert isinstance(model, Model)
+    var_model = VARModel(model, var_model.config, table=var_model.table, clock=caching.clock())
     whole = [document.ids for document in documents if len(document.ids) >= prompt_tokens + new_tokens][:prompts]
     if not whole:
         longest = max((len(document.ids) for document in documents), default=0)
@@ -102,14 +106,15 @@ def drift(
     ids = np.stack([one[: prompt_tokens + new_tokens] for one in whole])
     texts: list[list[np.ndarray]] = [[], [], [], []]
     scores: list[list[np.ndarray]] = [[], [], []]
-    carry = var_model.init(batch_size)
+    carry = caching.init(var_model, batch_size)
     for start in range(0, len(ids), batch_size):
         rows = np.resize(np.arange(start, min(start + batch_size, len(ids))), batch_size)  # the last batch is filled up
         own = min(batch_size, len(ids) - start)
         prompt, document = np.split(ids[rows], [prompt_tokens], axis=1)
+        real = np.broadcast_to((np.arange(batch_size) < own)[:, None], prompt.shape)  # what fills up is padding
         ends = model.config.eos_token_ids
-        plain = ended(model.generate(prompt, new_tokens)[0][:, prompt_tokens:], ends, new_tokens)
-        written, carry = var_model.generate(prompt, carry, new_tokens)
+        plain = ended(model.generate(prompt, new_tokens, attention_mask=real)[0][:, prompt_tokens:], ends, new_tokens)
+        written, carry = var_model.generate(prompt, carry, new_tokens, attention_mask=real)
         var = ended(written[:, prompt_tokens:], ends, new_tokens)
         for column, one in zip(texts, (plain, var, next_tokens(var_model, prompt, plain), document), strict=True):
             column.append(one[:own])

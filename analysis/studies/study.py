@@ -66,6 +66,7 @@ def sources_of_error(subject: Subject) -> Finding:
         "batch_size": subject.batch_size,
         "max_length": subject.max_length,
         "stride": subject.stride,
+        "caching": subject.caching,
     }
     given = (subject.model, subject.stats, subject.answers, subject.config, subject.documents)
     found = error_sources.examine(error_sources.prepare(*given, seed=subject.seed, **reading))
@@ -76,7 +77,7 @@ def free_generation(subject: Subject) -> Finding:
     """Does the text stay the same when the model writes it?"""
     table = build_for(subject.model, subject.stats, subject.config, subject.answers)
     var_model = VARModel(subject.model, subject.config, table=table)
-    found = generation_drift.drift(var_model, subject.documents, seed=subject.seed)
+    found = generation_drift.drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching)
     return Finding("generation", error_sections.sections(None, found), dict(error_figures.draw(None, found)), found)
 
 

@@ -6,12 +6,15 @@ A document is cut into windows of at most `max_length` tokens, `stride` tokens a
 is scored exactly once, in the first window that reaches it. Windows are padded to one of a few lengths, so that a run
 compiles a few programs and short documents do not pay for long ones. Documents may come from a stream: no more of them
 is held than the windows that wait for their batch to fill.
+
+Where a document's windows depend on each other (`in_order`), each row holds one document after the other, one window a
+batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +33,8 @@ class Batch:
     scored: np.ndarray  # bool [B, T], whether its loss counts here
     fresh: np.ndarray  # bool [B, T], real, and in no earlier window: what statistics count
     documents: np.ndarray  # int32 [B], index of the row's document, -1 for filling
+    goes_on: np.ndarray  # bool [B], whether the row held the window before this one in the batch before (`in_order`)
+    start: int = 0  # positions of the batches before (`in_order`)
 
 
 class Window(NamedTuple):
@@ -47,6 +52,7 @@ def batches(
     max_length: int,
     stride: int | None = None,
     full_last: bool = False,
+    one_by_one: bool = False,
 ) -> Iterator[Batch]:
     """Every window of every document, each in the first batch of its length that fills up; unfilled ones come last.
 
@@ -56,10 +62,15 @@ def batches(
         max_length: tokens of the longest window.
         stride: tokens from one window's start to the next; None: `max_length`, no overlap.
         full_last: see `cut`.
+        one_by_one: a document's windows come one after the other in one row, as `in_order` has it.
     """
     if batch_size < 1 or max_length < 2:
         raise InputError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
     lengths = sorted({-(-max_length // 4), -(-max_length // 2), max_length})
+    if one_by_one:
+        each = (cut(document.ids, index, max_length, stride, full_last) for index, document in enumerate(documents))
+        yield from in_order(each, batch_size, lengths)
+        return
     rows = {length: batch_size * (max_length // length) for length in lengths}
     yield from packed(windows(documents, max_length, stride, full_last), rows)
 
@@ -116,11 +127,38 @@ def packed(cuts: Iterable[Window], rows: Mapping[int, int]) -> Iterator[Batch]:
             yield _fill(left, rows[length], length)
 
 
-def _fill(together: list[Window], rows: int, length: int) -> Batch:
+def in_order(documents: Iterable[Iterable[Window]], rows: int, lengths: Sequence[int]) -> Iterator[Batch]:
+    """Each row holds one document after the other, from its first window to its last, one window a batch.
+
+    Args:
+        documents: the windows of each; none longer than the longest length.
+        rows: of a batch.
+        lengths: of batches, in tokens, ascending; a batch has the first that its longest window fits into.
+    """
+    waiting, start = iter(documents), 0
+    reading: list[Iterator[Window]] = [iter(()) for _ in range(rows)]
+    while True:
+        together = [next(row, None) for row in reading]
+        goes_on = np.array([window is not None for window in together])
+        for row, window in enumerate(together):
+            while window is None and (document := next(waiting, None)) is not None:
+                reading[row] = iter(document)
+                window = together[row] = next(reading[row], None)
+        longest = max((window.size for window in together if window is not None), default=None)
+        if longest is None:
+            return
+        length = next(length for length in lengths if longest <= length)
+        yield dataclasses.replace(_fill(together, rows, length), goes_on=goes_on, start=start)
+        start += length
+
+
+def _fill(together: Sequence[Window | None], rows: int, length: int) -> Batch:
     ids, targets = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
     mask, scored, fresh = (np.zeros((rows, length), bool) for _ in range(3))
     owners = np.full(rows, -1, np.int32)
     for row, window in enumerate(together):
+        if window is None:
+            continue
         size, following = window.size, window.ids[1:]
         owners[row] = window.document
         ids[row, :size] = window.ids[:size]
@@ -129,4 +167,4 @@ def _fill(together: list[Window], rows: int, length: int) -> Batch:
         targets[row, : len(following)] = following
         # Position t predicts the token after it; a window scores those that no earlier one could.
         scored[row, window.seen : len(following)] = True
-    return Batch(ids, mask, targets, scored, fresh, owners)
+    return Batch(ids, mask, targets, scored, fresh, owners, np.zeros(rows, bool))

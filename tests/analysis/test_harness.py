@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.evaluation.caching import Caching
 from analysis.evaluation.harness_lm import HarnessLM, _Wanted
 from analysis.evaluation.quality import plain_runner, score
 from analysis.harness import evaluate, main
@@ -21,6 +22,8 @@ from analysis.text.encoding import encode
 from models import load_model
 from models.model import REFERENCE
 from varjax import VARConfig, VARModel, statsfile
+from varjax.routing import CACHED, FAST
+from varjax.step import summary
 
 QUESTIONS = [
     ("The function returns a new", [" array", " zebra", "qqq"]),
@@ -191,20 +194,102 @@ def cached(saved_model, statistics) -> VARModel:
         VARConfig.from_routing_stats(
             statistics, frequency_threshold=10**9, confidence_threshold=0.01, mass_threshold=0.1, context_window_size=2
         ),
-        clock=lambda: 0.0,
     )
 
 
-def test_the_cached_tier_carries_over_unless_told_not_to(cached):
+def test_requests_share_a_cached_tier_only_where_they_are_told_to(cached):
     asked = requests("loglikelihood", ("the router finds a", " table."))
-    carried, fresh = (
-        HarnessLM(cached, batch_size=1, max_length=32, carry_cache=carry, progress=False) for carry in (True, False)
+    shared, own = (
+        HarnessLM(cached, batch_size=1, max_length=32, caching=Caching(shared=shared), progress=False)
+        for shared in (True, False)
     )
-    first, again = (carried.loglikelihood(asked, disable_tqdm=True) for _ in range(2))
+    first, again = (shared.loglikelihood(asked, disable_tqdm=True) for _ in range(2))
     assert first != again
-    assert [fresh.loglikelihood(asked, disable_tqdm=True) for _ in range(2)] == [first, first]
-    for lm in (carried, fresh):  # both count on
-        assert int(lm.state.counters.tokens.sum()) == 2 * 2 * len(lm.tok_encode("the router finds a table.")[:-1])
+    assert [own.loglikelihood(asked, disable_tqdm=True) for _ in range(2)] == [first, first]
+    for lm in (shared, own):  # both count on
+        assert int(tokens_of(lm).sum()) == 2 * 2 * len(lm.tok_encode("the router finds a table.")[:-1])
+    assert (shared.settings["shared_cache"], own.settings["shared_cache"]) == (True, False)
+
+
+def tokens_of(lm) -> np.ndarray:
+    """int [L, 3]: by layer and tier."""
+    layers = summary(lm.state.counters, 2)["layers"]
+    return np.array([[round(share * one["tokens"]) for share in one["tiers"].values()] for one in layers])
+
+
+CONTEXTS = [
+    "the",
+    "the router finds a table. the router finds a",
+    "a token. the layer drops a table. a token",
+    "the expert keeps a",
+    "the router finds a table. the router finds",
+    "the table meets a router. the table meets a",
+    "the",
+]
+KINDS = {
+    "loglikelihood": [(context, " table. the router keeps a token.") for context in CONTEXTS],
+    "loglikelihood_rolling": [(f"{context} " * (1 + 5 * (index % 3)),) for index, context in enumerate(CONTEXTS)],
+    "generate_until": [(context, {"until": ["!"], "max_gen_toks": 12}) for context in CONTEXTS],
+}
+DRAWN = [(context, {"until": ["!"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}) for context in CONTEXTS]
+
+
+@pytest.mark.parametrize("tiers", ["plain", "table", "table and cache"])
+def test_a_request_gets_the_same_in_any_company(saved_model, statistics, tiers):
+    """All lengths are one, so that few programs are compiled; the table leaves rarer words to the cache."""
+    config = VARConfig.from_routing_stats(
+        statistics,
+        frequency_threshold=300,
+        entropy_threshold=5.0,
+        confidence_threshold=0.01,
+        mass_threshold=0.1,
+        context_window_size=2,
+        cache_size=64 if "cache" in tiers else 0,
+    )
+    model = saved_model if tiers == "plain" else VARModel(saved_model, config)
+
+    def answered(batch_size, order, kind):
+        lm = HarnessLM(model, batch_size=batch_size, max_length=32, progress=False)
+        asked = requests(kind, *(KINDS[kind][index] for index in order))
+        given = getattr(lm, kind)(asked, disable_tqdm=True)
+        return dict(zip(order, given, strict=True)), None if lm.state is None else tokens_and_experts(lm)
+
+    everyone = list(range(len(CONTEXTS)))
+    for kind in KINDS:
+        together, counted = answered(8, everyone, kind)
+        alone = [answered(1, [index], kind) for index in everyone]
+        others = [answered(1, everyone, kind), answered(3, everyone, kind), answered(8, everyone[::-1], kind)]
+        for given, _ in [*others, *alone]:
+            for index, one in given.items():
+                if kind == "generate_until":
+                    assert one == together[index]
+                else:
+                    assert one == pytest.approx(together[index], abs=1e-4)
+        if counted is not None:
+            for _, again in others:
+                np.testing.assert_array_equal(again, counted)
+            np.testing.assert_array_equal(sum(one for _, one in alone), counted)
+            fast, cached = counted[:, [FAST, CACHED]].sum(axis=0)
+            assert fast > 0 and (cached > 0) == ("cache" in tiers and kind != "loglikelihood")
+
+
+def tokens_and_experts(lm) -> np.ndarray:
+    """int [L, 4]: tokens by layer and tier, and experts that ran."""
+    layers = summary(lm.state.counters, 2)["layers"]
+    active = [[round(one["experts_per_token"] * one["tokens"])] for one in layers]
+    return np.concatenate([tokens_of(lm), active], axis=1)
+
+
+def test_a_sampled_text_is_drawn_alike_in_any_company(saved_model):
+    def drawn(batch_size, order, seed=0):
+        lm = HarnessLM(saved_model, batch_size=batch_size, max_length=64, seed=seed, progress=False)
+        asked = requests("generate_until", *(DRAWN[index] for index in order))
+        return dict(zip(order, lm.generate_until(asked, disable_tqdm=True), strict=True))
+
+    together = drawn(4, range(6))
+    assert drawn(4, range(5, -1, -1)) == together == drawn(1, range(6))
+    assert drawn(4, range(6), seed=1) != together
+    assert len(set(drawn(4, [0, 6]).values())) == 2  # the same context twice is drawn twice
 
 
 def test_generation_in_batches_equals_generation_one_by_one_under_var(saved_model, statistics):

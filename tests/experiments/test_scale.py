@@ -152,6 +152,7 @@ def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
     assert two["perplexity"] == pytest.approx(one["perplexity"], rel=1e-5)
     assert (two["tiers"], two["experts_per_token"]) == (one["tiers"], one["experts_per_token"])
     assert two["tiers"]["fast"] > 0
+    assert two["cached_tier"] == {"shared": False, "seconds_per_token": 0.01, "unit": "seconds"}
 
 
 def test_two_processes_give_the_result_of_one_though_one_is_killed(command, whole, tmp_path):

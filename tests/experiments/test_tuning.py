@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import pytest
 
+from analysis.evaluation.caching import Caching
 from analysis.policies.ladder import Choice, Ladder, Step
 from tuning import study
 from varjax import VARConfig
@@ -71,8 +73,10 @@ def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys)
 def test_the_space_and_its_points_look_at_the_same_orders(monkeypatch):
     """Phase 1 may collect answers of fewer orders than statistics."""
     module = importlib.import_module("experiments.03_hyperparameter_optimization")
+    document = SimpleNamespace(ids=np.zeros(2000, np.int32))
     stats, answers = SimpleNamespace(orders=(1, 2, 3), num_experts=8), SimpleNamespace(orders=(0, 2, 3))
-    subject = SimpleNamespace(stats=stats, answers=answers, config=VARConfig(), digest="")
+    subject = SimpleNamespace(stats=stats, answers=answers, config=VARConfig(), digest="", documents=[document])
+    vars(subject).update(caching=Caching(), max_length=16, stride=None)
     monkeypatch.setattr(module, "make_subject", lambda *_: (subject, {}))
     monkeypatch.setattr(module.Objective, "ladder", lambda _: Ladder((), (Step(Choice(0, 0.1), 0.001),)))
     monkeypatch.setattr(module.Objective, "evaluate", lambda _, config: config)

@@ -141,3 +141,23 @@ def test_texts_of_different_lengths_go_on_as_each_alone(make_model, padded_texts
         new = together[row, ids.shape[1] :]
         np.testing.assert_array_equal(new[: alone.shape[1] - text.shape[1]], alone[0, text.shape[1] :])
         assert (new[alone.shape[1] - text.shape[1] :] == ends).all()  # without a padding id, the end id fills
+
+
+def test_a_row_of_padding_fills_a_batch_and_changes_nothing(tiny_model):
+    ids = np.concatenate([PROMPT, np.zeros_like(PROMPT[:1])])
+    mask = np.array([[1, 1, 1], [1, 1, 1], [0, 0, 0]])
+    tokens, _ = tiny_model.generate(ids, 5, attention_mask=mask)
+    np.testing.assert_array_equal(tokens[:2], tiny_model.generate(PROMPT, 5)[0])
+    assert tiny_model.config.pad_token_id is None and not tiny_model.config.eos_token_ids
+    assert (tokens[2] == 0).all()  # what fills where the model names no id
+
+
+def test_a_seed_for_each_text_draws_it_alike_in_any_batch(tiny_model):
+    def drawn(rows, seeds):
+        return tiny_model.generate(PROMPT[rows], 8, sampling=Sampling(temperature=1.0, seed=seeds))[0].tolist()
+
+    together = drawn([0, 1], (5, 6))
+    assert [*drawn([0], (5,)), *drawn([1], (6,))] == together == drawn([1, 0], (6, 5))[::-1]
+    assert drawn([0, 1], (7, 8)) != together
+    with pytest.raises(ValueError, match="1 seeds for 2 texts"):
+        drawn([0, 1], (5,))

@@ -6,6 +6,7 @@ import pytest
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.evaluation.caching import Caching
 from analysis.evaluation.quality import plain_runner, score, var_runner
 from analysis.policies.scored_points import Subject
 from profiling.timing import Ratio
@@ -130,3 +131,18 @@ def test_programs_of_many_cache_sizes_do_not_pile_up(subject, objective, monkeyp
     for size in (4, 4, 8, 12, 4):
         few.evaluate(dataclasses.replace(kept(subject, 1), cache_size=size, context_window_size=2))
     assert len(cleared) == 1  # for the third size; then there is room for the first again
+
+
+def test_the_time_to_live_counts_where_documents_share_a_cached_tier(subject):
+    """At a second per token a batch of four documents lasts for 64 s."""
+    never = LayerPolicy(frequency_threshold=10**9)
+    config = dataclasses.replace(
+        subject.config, default=never, cache_size=64, confidence_threshold=0.01, context_window_size=2
+    )
+    shared = dataclasses.replace(subject, caching=Caching(shared=True, seconds_per_token=1.0))
+    found = [
+        Objective(shared, speed="model", limit=0.2).evaluate(dataclasses.replace(config, cache_ttl_seconds=seconds))
+        for seconds in (10.0, 300.0)
+    ]
+    assert found[0].learned_share == 1.0 > found[1].learned_share
+    assert shared.digest != subject.digest

@@ -7,7 +7,18 @@ import optuna
 import pytest
 
 from analysis.policies.ladder import Choice, Ladder, Step
-from tuning.space import THRESHOLDS, Parameter, config_at, default_space, grid, only, suggest, with_ranges
+from tuning.space import (
+    CACHED,
+    THRESHOLDS,
+    Parameter,
+    config_at,
+    default_space,
+    grid,
+    only,
+    suggest,
+    with_ranges,
+    without_effect,
+)
 from varjax.config import LayerPolicy, VARConfig
 
 LADDER = Ladder((), (Step(Choice(0, 0.1), 0.01), Step(Choice(1, 0.4), 0.02)))
@@ -179,3 +190,15 @@ def test_every_corner_of_the_default_space_is_a_config_that_survives_json():
 def test_a_value_that_the_config_refuses_is_named():
     with pytest.raises(ValueError, match="confidence_threshold=2"):
         config_at({"confidence_threshold": 2.0}, VARConfig(), LADDER, ORDERS)
+
+
+def test_what_can_change_nothing_is_named_with_its_reason():
+    space = default_space(ORDERS)
+    everything = without_effect(space, 0.0)
+    assert set(everything) == {*CACHED, "cached_tier"}
+    assert "a cached tier of its own" in everything["cache_size"]
+    assert without_effect(space, 10.0) == {
+        "cache_ttl_seconds": "no decision of the cached tier gets older than 10.00 s on these documents"
+    }
+    assert without_effect(space, 10.01) == {}
+    assert without_effect(only(space, ["loss_budget"]), 0.0) == {}

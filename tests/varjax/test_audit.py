@@ -30,6 +30,7 @@ def calibration(small_var_model, ids):
     streams = watched(small_var_model.config, 2)
     state, key, seen = small_var_model.init(), jax.random.key(9), []
     for _ in range(8):
+        state = step.begin(state, len(ids))
         _, state, sums, key = audited(small_var_model, state, jnp.asarray(ids), jnp.ones(ids.shape, bool), key, SHARE)
         seen.append(observe(jax.device_get(sums), streams))
     origin = {"fingerprint": small_var_model.model.fingerprint, "config": small_var_model.config}
@@ -87,7 +88,7 @@ def test_the_audit_changes_no_answer_and_is_absent_when_off(small_var_model, ids
     plain, state = small_var_model(ids, small_var_model.init())
     mask = jnp.ones(ids.shape, bool)
     out, other, _, _ = audited(
-        small_var_model, small_var_model.init(), jnp.asarray(ids), mask, jax.random.key(0), SHARE
+        small_var_model, small_var_model.init(len(ids)), jnp.asarray(ids), mask, jax.random.key(0), SHARE
     )
     np.testing.assert_allclose(out.logits, plain.logits, rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, out.plan, plain.plan)
@@ -100,7 +101,7 @@ def test_padding_is_not_audited(small_var_model, ids):
     mask = np.ones(ids.shape, bool)
     mask[:, 10:] = False
     _, _, sums, _ = audited(
-        small_var_model, small_var_model.init(), jnp.asarray(ids), jnp.asarray(mask), jax.random.key(0), 1.0
+        small_var_model, small_var_model.init(len(ids)), jnp.asarray(ids), jnp.asarray(mask), jax.random.key(0), 1.0
     )
     np.testing.assert_array_equal(sums.tokens, 10)
     np.testing.assert_array_equal(sums.audited, sums.planned)  # a share of 1 takes every planned token

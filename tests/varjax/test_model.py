@@ -10,6 +10,7 @@ from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
+from varjax.errors import InputError
 from varjax.model import routed_forward
 from varjax.routing import CACHED
 
@@ -263,6 +264,9 @@ def test_a_saved_state_belongs_to_its_model_and_goes_on(saved_model, stats_path,
         VARModel(saved_model, dataclasses.replace(wanted, cache_size=8), table=var_model.table).load(tmp_path)
     with pytest.raises(ValueError, match="VAR is switched off"):
         var_model.disabled().load(tmp_path)
+    with pytest.raises(InputError, match=r"a cache for each sequence \(shared_cache=False\)"):
+        var_model.save(tmp_path / "own", var_model.init(2, shared_cache=False))
+    assert not (tmp_path / "own").exists()
 
 
 def test_decoding_sees_the_same_contexts_as_the_whole_text(saved_model, stats_path, ids):

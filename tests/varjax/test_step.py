@@ -241,3 +241,40 @@ def test_what_a_public_function_takes_and_gives_is_public(function):
     hints = typing.get_type_hints(function).values()
     ours = {hint.__name__ for hint in hints if isinstance(hint, type) and hint.__module__.startswith("varjax.")}
     assert ours and ours <= set(varjax.__all__)
+
+
+def test_caches_of_their_own_give_each_sequence_what_it_gets_alone(table):
+    rng = np.random.default_rng(5)
+    texts, now = rng.integers(8, 11, (4, 3, 8)), (0.0, 4.0, 9.0, 14.0)  # calls, sequences, positions
+
+    def run(rows, shared):
+        state, found = init(table, CONFIG, len(rows), shared_cache=shared), []
+        for text, moment in zip(texts, now, strict=True):
+            state = begin(state, kept=None if shared else jnp.ones(len(rows), bool))
+            planned, _, state = run_step(table, state, text[rows], moment)
+            found.append(planned)
+        return found, state.counters
+
+    together, counted = run([0, 1, 2], shared=False)
+    alone = [run([row], shared=True) for row in range(3)]
+    for call, planned in enumerate(together):
+        for row, (found, _) in enumerate(alone):
+            jax.tree.map(
+                lambda ours, theirs, row=row: np.testing.assert_array_equal(ours[:, row], theirs[:, 0]),
+                replace(planned, rules=None),
+                replace(found[call], rules=None),
+            )
+    hits = np.stack([(planned.tier == CACHED).any(axis=(0, 2)) for planned in together])
+    assert not hits[0].any() and hits.any(axis=0).all()
+    summed = jax.tree.map(lambda *one: sum(np.asarray(leaf) for leaf in one), *(counters for _, counters in alone))
+    jax.tree.map(np.testing.assert_array_equal, counted, summed)
+    assert not (run([0, 1, 2], shared=True)[0][1].tier == together[1].tier).all()  # neighbors teach a shared one
+
+
+def test_a_new_sequence_finds_a_cache_of_its_own_empty(table):
+    ids = np.array([[8, 9, 10, 11, 12, 13, 14, 15]] * 2)
+    _, _, state = run_step(table, init(table, CONFIG, 2, shared_cache=False), ids, 0.0)
+    second, _, state = run_step(table, begin(state, kept=jnp.array([True, False])), ids, 1.0)
+    assert (second.tier == CACHED).any(axis=(0, 2)).tolist() == [True, False]
+    third, _, _ = run_step(table, begin(state, batch_size=2), ids, 2.0)
+    assert (third.tier == LEARNED).all()

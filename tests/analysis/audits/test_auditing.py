@@ -44,6 +44,18 @@ def test_windows_of_a_document_add_up(small_var_model, texts):
     np.testing.assert_array_equal(sums.agreed.sum(0), state.counters.agreements[:, :2])
 
 
+def test_a_document_is_audited_the_same_in_any_company(small_var_model, texts):
+    some, reading = texts[:7], READING | {"max_length": 16, "seed": 3}
+    together, _ = tally_documents(small_var_model, some, 0.5, **reading)
+    backwards, _ = tally_documents(small_var_model, some[::-1], 0.5, **reading | {"batch_size": 1})
+    assert 0 < together.audited.sum() < together.planned.sum()
+    for name in ("tokens", "planned", "agreed", "audited"):
+        np.testing.assert_array_equal(getattr(backwards, name)[::-1], getattr(together, name))
+    np.testing.assert_allclose(backwards.error[::-1], together.error, atol=1e-4)
+    other, _ = tally_documents(small_var_model, some, 0.5, **reading | {"seed": 4})
+    assert (other.error != together.error).any()
+
+
 def test_a_calibration_is_of_its_model_and_documents(small_var_model, calibration):
     assert calibration.fingerprint == small_var_model.model.fingerprint and calibration.texts == 50
     error, agreement, open_ = (value.mean for value in calibration.values[:3])

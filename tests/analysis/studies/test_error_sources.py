@@ -6,6 +6,7 @@ import pytest
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.comparison import Estimate
 from analysis.evaluation.quality import plain_runner, score, var_runner
 from analysis.evaluation.token_losses import BY_CACHE, BY_ROUTER, differences, token_losses
@@ -58,9 +59,9 @@ def run_of(saved_model, split, files):
 
 @pytest.fixture(scope="module")
 def subject_of(saved_model, split, files):
-    def make(**settings):
+    def make(caching=INDEPENDENT, **settings):
         config = VARConfig(**{"cache_size": 0, "default": POLICY} | settings)
-        return prepare(saved_model, *files, config, split[1], **READING, samples=50)
+        return prepare(saved_model, *files, config, split[1], **READING, samples=50, caching=caching)
 
     return make
 
@@ -167,7 +168,9 @@ def test_tokens_are_grouped_by_what_answered(subject, subject_of):
     names = [group.name for group in groups(subject).key]
     assert names == ["the router", "order 1", "order 2"]
     rarely = dataclasses.replace(POLICY, orders=(1,), frequency_threshold=200)
-    cached = subject_of(cache_size=500, confidence_threshold=0.0, context_window_size=2, default=rarely)
+    cached = subject_of(
+        Caching(shared=True), cache_size=500, confidence_threshold=0.0, context_window_size=2, default=rarely
+    )
     found = groups(cached)
     assert [group.name for group in found.key] == ["the router", "the cache", "order 1"]
     assert parts(found.key) == pytest.approx(found.whole.nats.value)

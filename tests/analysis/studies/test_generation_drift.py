@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.evaluation.caching import Caching
 from analysis.evaluation.quality import plain_runner, score
 from analysis.studies.generation_drift import NOTHING, agreement, drift, ended, log_probability, next_tokens
 from varjax.config import LayerPolicy, VARConfig
@@ -89,3 +90,21 @@ def test_log_probability_is_the_loss_of_the_text(saved_model, documents):
 def test_too_short_documents_are_refused(saved_model, documents):
     with pytest.raises(ValueError, match="no document has prompt_tokens"):
         drift(VARModel(saved_model, VARConfig(enable_var=False)), documents, prompt_tokens=300, new_tokens=300)
+
+
+def test_a_text_goes_on_the_same_in_any_company(var_model, documents):
+    """With a cached tier of its own: five prompts are as two of them and the other three, in batches that are filled up."""
+    config = dataclasses.replace(
+        var_model.config, cache_size=64, confidence_threshold=0.01, mass_threshold=0.1, context_window_size=2
+    )
+    nothing = dataclasses.replace(var_model.table, eligible=np.zeros_like(var_model.table.eligible))
+    remembering = VARModel(var_model.model, config, table=nothing)
+    sizes = SIZES | {"prompts": 5, "new_tokens": 16}
+    some = [document for document in documents if len(document.ids) >= 22][:5]
+    found, two, three = (drift(remembering, part, **sizes) for part in (some, some[:2], some[2:]))
+    joined = (2 * two.agreement.free.value + 3 * three.agreement.free.value) / 5
+    np.testing.assert_allclose(found.agreement.free.value, joined)
+    joined = (2 * two.likelihood.var.value + 3 * three.likelihood.var.value) / 5
+    assert found.likelihood.var.value == pytest.approx(joined, abs=1e-5)
+    shared = drift(remembering, some, caching=Caching(shared=True), **sizes)
+    assert shared.likelihood.var.value != pytest.approx(found.likelihood.var.value, abs=1e-4)

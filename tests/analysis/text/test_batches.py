@@ -75,3 +75,23 @@ def test_encode_refuses_what_cannot_be_scored(saved_model):
 )
 def test_white_space_at_an_end_counts_as_one_word_more(text, words):
     assert count_words(text) == words
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 40), min_size=1, max_size=6),
+    batch_size=st.integers(1, 3),
+    max_length=st.integers(2, 12),
+)
+def test_one_by_one_a_row_reads_a_document_from_its_first_window_to_its_last(lengths, batch_size, max_length):
+    documents = [encoded(1000 * index + np.arange(length)) for index, length in enumerate(lengths)]
+    read: dict[int, list[int]] = {}
+    before, end = np.full(batch_size, -1), 0
+    for batch in batches(documents, batch_size, max_length, one_by_one=True):
+        np.testing.assert_array_equal(batch.goes_on, (batch.documents == before) & (before >= 0))
+        assert batch.start == end and len(batch.ids) == batch_size
+        for row, owner in enumerate(batch.documents):
+            read.setdefault(owner, []).extend(batch.ids[row, batch.mask[row]].tolist())
+        before, end = batch.documents, end + batch.ids.shape[1]
+    assert read.pop(-1, []) == []  # what fills a batch is padding
+    assert read == {index: document.ids.tolist() for index, document in enumerate(documents)}
