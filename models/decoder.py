@@ -113,7 +113,7 @@ def forward(
         flat = normed.reshape(-1, config.hidden_size)
         with jax.named_scope("gate"):
             # The router sees the normalised hidden state inside this block, not the layer's output.
-            layer_probs = jax.nn.softmax(layer.gate(flat).astype(jnp.float32), axis=-1)
+            layer_probs = jax.nn.softmax(layer.gate(flat), axis=-1)
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
             settled = None if plan is None else plan.layer(index)

@@ -35,7 +35,11 @@ class DecoderLayer(nnx.Module):
         if place in config.dense_layers:
             self.mlp = MLP(config, linear, rngs)
         else:
-            self.gate = linear(config.hidden_size, config.num_experts, (None, None), rngs=rngs)
+            # Float32 logits from weights of any dtype: rounded to bfloat16, close experts tie or change places.
+            axes = (None, None)
+            self.gate = linear(
+                config.hidden_size, config.num_experts, axes, preferred_element_type=jnp.float32, rngs=rngs
+            )
 
 
 class Decoder(nnx.Module):
