@@ -121,7 +121,7 @@ def check_structure(directory: Path, hashed: int) -> Verified:
     expected = ledger(config)
     files = tensor_files(directory)
     sizes = _tensor_sizes(files)
-    locate_tensors(directory, expected)
+    locate_tensors(directory, config, expected)
     if (directory / INDEX_FILE).exists():
         _check_index(directory / INDEX_FILE, sizes)
     tokenizer = fitting_tokenizer(directory, config)

@@ -218,7 +218,7 @@ class HarnessLM(TemplateLM):
         return min(length, self.max_length)
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        ends = {*self.model.config.eos_token_ids, self.eot_token_id}
+        ends = {*self.model.generation.end_ids, self.eot_token_id}
         return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 

@@ -107,7 +107,7 @@ def drift(
         rows = np.resize(np.arange(start, min(start + batch_size, len(ids))), batch_size)  # the last batch is filled up
         own = min(batch_size, len(ids) - start)
         prompt, document = np.split(ids[rows], [prompt_tokens], axis=1)
-        ends = model.config.eos_token_ids
+        ends = model.generation.end_ids
         plain = ended(model.generate(prompt, new_tokens)[0][:, prompt_tokens:], ends, new_tokens)
         written, carry = var_model.generate(prompt, carry, new_tokens)
         var = ended(written[:, prompt_tokens:], ends, new_tokens)
