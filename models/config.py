@@ -144,11 +144,11 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
         known["sliding_window"] = None
     dense, dense_faults = _dense_layers(known["depth"], fields, family)
     faults += dense_faults
-    faults += json_fields.faults(
+    faults += json_fields.wrong_types(
         {names.get(ours, ours): known[ours] for ours in _KINDS if ours in known},
         {names.get(ours, ours): kind for ours, kind in _KINDS.items()},
     )
-    faults += json_fields.faults(fields, dict.fromkeys(window_switch, FLAG))
+    faults += json_fields.wrong_types(fields, dict.fromkeys(window_switch, FLAG))
     if not faults:
         faults = _contradictions(known, dense, names)
     if faults:
@@ -230,7 +230,7 @@ def _rope_theta(fields: Mapping[str, Any], source: str, default: float) -> tuple
     bases = {f"{name}.rope_theta": rope["rope_theta"] for name, rope in stated.items() if "rope_theta" in rope}
     bases |= {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
     theta = next(iter(stated.values()), {}).get("rope_theta", fields.get("rope_theta", default))
-    faults = json_fields.faults(bases, dict.fromkeys(bases, POSITIVE))
+    faults = json_fields.wrong_types(bases, dict.fromkeys(bases, POSITIVE))
     if not faults and any(base != theta for base in bases.values()):
         told = ", ".join(f"{name} is {shown(base)}" for name, base in bases.items())
         faults = [f"{told}, of which transformers uses {shown(theta)}: keep the base that the model was trained with"]
@@ -244,7 +244,7 @@ def _dense_layers(depth: Any, fields: Mapping[str, Any], family: Family) -> tupl
     listed_name, every_name = family.dense_layers
     given = {listed_name: fields.get(listed_name) or [], every_name: fields.get(every_name, 1)}
     layers = Kind("a list of layers", lambda value: isinstance(value, list) and all(map(json_fields.is_integer, value)))
-    if faults := json_fields.faults(given, {listed_name: layers, every_name: SIZE}):
+    if faults := json_fields.wrong_types(given, {listed_name: layers, every_name: SIZE}):
         return (), faults
     places = set(given[listed_name])
     dense = tuple(place for place in range(depth) if place in places or (place + 1) % given[every_name])

@@ -149,8 +149,7 @@ def forward(
     with jax.named_scope("norms"):
         x = model.norm(x[:, -1:] if last_logits_only else x)
     with jax.named_scope("head"):
-        logits = model.embed.attend(x) if config.tie_word_embeddings else model.head(x)
-        logits = logits.astype(jnp.float32)
+        logits = model.logits(x)
         names = (None, None, None) if last_logits_only else ("batch", None, "vocabulary")
         logits = placement.constrain(logits, *names)
     with jax.named_scope("gate"):

@@ -101,7 +101,14 @@ FAMILIES = {
             "sliding_window": "sliding_window",
         },
         tensors=_MIXTRAL_TENSORS,
-        defaults={"rope_theta": 1e6, "bos_token_id": 1, "eos_token_id": 2},
+        defaults={
+            "rope_theta": 1e6,
+            "num_kv_heads": 8,
+            "max_position_embeddings": 131_072,
+            "router_aux_loss_coef": 0.001,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
         renamed={"model.layers.{}.block_sparse_moe.gate.weight": "model.layers.{}.mlp.gate.weight"},
     ),
     "olmoe": Family(

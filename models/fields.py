@@ -58,7 +58,7 @@ TOKENS = Kind(
 )
 
 
-def faults(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
+def wrong_types(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
     """One sentence for each field of `values` whose value is not of its kind."""
     return [
         f"{name} is {shown(values[name])}, expected {kind.expected}"

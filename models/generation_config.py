@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from models.config import ConfigError, MoEConfig
-from models.fields import COUNT, FLAG, POSITIVE, TOKEN, TOKENS, Kind, faults, is_integer, is_number, read_object
+from models.fields import COUNT, FLAG, POSITIVE, TOKEN, TOKENS, Kind, is_integer, is_number, read_object, wrong_types
 from models.generation import Sampling
 
 GENERATION_FILE = "generation_config.json"
@@ -89,7 +89,7 @@ def read_generation(directory: Path) -> GenerationDefaults:
     fields = read_object(path, ConfigError)
     if is_integer(pad := fields.get("pad_token_id")) and pad < 0:
         fields["pad_token_id"] = None  # published files say -1 where there is none
-    if wrong := faults(fields, _KINDS):
+    if wrong := wrong_types(fields, _KINDS):
         raise ConfigError(f"{path}: {'; '.join(wrong)}; correct the file or fetch it again")
     ends = fields.get("eos_token_id")
     return GenerationDefaults(

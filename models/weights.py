@@ -280,13 +280,16 @@ def tensor_files(directory: Path) -> list[Path]:
     there = {path.name for path in directory.glob("*.safetensors") if path.is_file()}
     names = {SINGLE_FILE} if not index.exists() else _indexed_files(index)
     if absent := sorted(names - there):
-        advice = "fetch what is missing (safetensors only)"
-        if not index.exists() and there:
-            advice = f"if these are its shards, fetch their {INDEX_FILE} too"
-        elif there - names:
-            advice = f"if these are the whole checkpoint, {INDEX_FILE} belongs to another one: fetch or remove it"
+        if not index.exists():
+            who, advice = (
+                "",
+                f"if these are its shards, fetch {INDEX_FILE} too" if there else "fetch it (safetensors only)",
+            )
+        else:
+            who = f", which {INDEX_FILE} names"
+            advice = "fetch what is missing, or the index if it belongs to another checkpoint"
         raise CheckpointError(
-            f"{directory}: weight file(s) missing: {', '.join(absent)}; there is {_listed_files(there)}; {advice}"
+            f"{directory}: weight file(s) missing: {', '.join(absent)}{who}; there is {_listed_files(there)}: {advice}"
         )
     if SINGLE_FILE in there - names:
         raise CheckpointError(
@@ -302,8 +305,10 @@ def _indexed_files(index: Path) -> set[str]:
     names = set(weight_map.values()) if _is_weight_map(weight_map) else set()
     if not names:
         raise CheckpointError(f"{index} has no readable weight_map; fetch the file again")
-    if outside := [name for name in names if name != Path(name).name]:
-        raise CheckpointError(f"{index} names a file outside the directory, {shown(outside[0])}; fetch the file again")
+    if strange := sorted(name for name in names if name != Path(name).name or not name.isprintable()):
+        raise CheckpointError(
+            f"{index} names {shown(strange[0])}, a file outside the directory or no file name; fetch the file again"
+        )
     return names
 
 
