@@ -47,6 +47,8 @@ class Sampling:
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise InputError(f"top_p={self.top_p!r}; expected more than 0 and at most 1, or None for all tokens")
         require_integer("seed", self.seed, least=0)
+        if self.seed >= 2**32:  # JAX would cut it off
+            raise InputError(f"seed={self.seed}; expected less than 2^32")
 
 
 def generate(

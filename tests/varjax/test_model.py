@@ -10,6 +10,7 @@ from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
+from varjax.errors import InputError
 from varjax.model import routed_forward
 from varjax.routing import CACHED
 
@@ -97,6 +98,30 @@ def test_a_prefill_of_texts_that_end_in_padding_is_refused(saved_model, stats_pa
     mask[0, -1] = 0
     with pytest.raises(ValueError, match="ends in padding; pad on the left"):
         var_model.prefill(ids, var_model.init(len(ids)), 20, attention_mask=mask)
+
+
+@pytest.mark.parametrize("new", [-100, 0, 2.5, True])
+def test_a_number_of_tokens_that_cannot_be_leaves_the_state_as_it_was(saved_model, stats_path, ids, new):
+    var_model = VARModel(saved_model, config(stats_path))
+    state = var_model.init(len(ids))
+    with pytest.raises(InputError, match=rf"max_new_tokens={new}; expected an integer of at least 1"):
+        var_model.generate(ids, state, new)
+    with pytest.raises(InputError, match=r"input_ids holds .* to 300"):
+        var_model.generate(ids + 300 - ids.max(), state, 2)
+    assert var_model.generate(ids, state, 2)[0].shape == (len(ids), ids.shape[1] + 2)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, None])
+def test_a_batch_of_no_texts_is_refused(saved_model, stats_path, batch):
+    with pytest.raises(InputError, match=rf"batch_size={batch}; expected an integer of at least 1"):
+        VARModel(saved_model, config(stats_path)).init(batch)
+
+
+@pytest.mark.parametrize("capacity", [15, -1, 20.5])
+def test_a_cache_that_the_texts_do_not_fit_is_refused(saved_model, stats_path, ids, capacity):
+    var_model = VARModel(saved_model, config(stats_path))
+    with pytest.raises(InputError, match=rf"capacity={capacity}; expected an integer of at least 16"):
+        var_model.prefill(ids, var_model.init(len(ids)), capacity)
 
 
 def test_nothing_planned_equals_the_plain_model(saved_model, stats_path, ids):
