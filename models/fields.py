@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from varjax.errors import InputError
 
@@ -31,7 +31,7 @@ class Kind:
         return Kind(f"{self.expected} or null", lambda value: value is None or self.fits(value))
 
 
-def is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> TypeGuard[int]:
     """Whether a value is an integer that int32 can hold; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= MOST
 

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from models.config import MoEConfig, read_config
 from models.fields import Kind, read_object, shown, wrong_types
+from models.generation_config import read_generation
 from models.tokenizer import load_tokenizer
-from models.weights import INDEX_FILE, CheckpointError, ledger, locate_tensors, tensor_files
+from models.weights import INDEX_FILE, CheckpointError, check_counts, ledger, locate_tensors, tensor_files
 from varjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -144,9 +145,11 @@ def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizer
 def check_structure(directory: Path, hashed: int) -> Verified:
     """What `verify` says, contents apart."""
     config = read_config(directory / "config.json")
-    expected = ledger(config)
+    read_generation(directory)
     files = tensor_files(directory)
     sizes = _tensor_sizes(files)
+    check_counts(directory, config)
+    expected = ledger(config)
     locate_tensors(directory, config, expected)
     if (directory / INDEX_FILE).exists():
         _check_index(directory / INDEX_FILE, sizes)

@@ -116,6 +116,7 @@ def load_params(
     Raises CheckpointError naming every missing, surplus, repeated or misshapen tensor, or the first unreadable or
     non-finite one.
     """
+    check_counts(directory, config)
     expected = ledger(config)
     places = locate_tensors(directory, config, expected)
     shardings = param_shardings(config, placement)
@@ -194,6 +195,34 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
+def check_counts(directory: Path, config: MoEConfig) -> None:
+    """A first look, before the ledger: it has a row for every expert of every layer that the config speaks of.
+
+    Raises:
+        CheckpointError: the config speaks of more layers or experts than there are, as a damaged one may.
+    """
+    family, first = FAMILIES[config.family], config.expert_layers[0]
+    gate = family.tensors["decoder/layers/{}/gate/kernel"][0]
+    gates = {name.format(first) for name in (gate, family.renamed.get(gate, gate))}
+    layers = 0
+    for file in tensor_files(directory):
+        with _open(file) as tensors:
+            for name in sorted(tensors.keys()):
+                if match := re.match(r"model\.layers\.(\d{1,9})\.", name):
+                    layers = max(layers, int(match[1]) + 1)
+                shape = tensors.get_slice(name).get_shape() if name in gates else ()
+                if len(shape) == 2 and config.num_experts > shape[0]:
+                    raise CheckpointError(
+                        f"{directory}: config.json speaks of {config.num_experts} experts in a layer, {name} in "
+                        f"{file.name} is for {shape[0]}; use the config.json that belongs to the weights"
+                    )
+    if config.depth > layers:
+        raise CheckpointError(
+            f"{directory}: config.json says num_hidden_layers {config.depth}, the weight files hold {layers} layers; "
+            "use the config.json that belongs to the weights, or fetch what is missing"
+        )
+
+
 def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry]) -> dict[str, Place]:
     """Tensor name -> where it is stored, after every tensor of every file has found its row in the ledger.
 
@@ -242,7 +271,9 @@ def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry
 
 def _forms(config: MoEConfig, expected: dict[str, Entry]) -> dict[str, tuple[tuple[int, ...], tuple[Part, ...]]]:
     """Every name under which a file may store something -> its shape, and the tensors of the ledger that it holds."""
-    forms = {name: (entry.shape, (Part(name),)) for name, entry in expected.items()}
+    forms: dict[str, tuple[tuple[int, ...], tuple[Part, ...]]] = {
+        name: (entry.shape, (Part(name),)) for name, entry in expected.items()
+    }
     if config.tie_word_embeddings:
         forms[HEAD] = forms[EMBEDDING]
     for template, other in FAMILIES[config.family].renamed.items():
@@ -302,18 +333,14 @@ def tensor_files(directory: Path) -> list[Path]:
 def _indexed_files(index: Path) -> set[str]:
     """The files that an index names."""
     weight_map = read_object(index, CheckpointError).get("weight_map")
-    names = set(weight_map.values()) if _is_weight_map(weight_map) else set()
-    if not names:
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{index} has no readable weight_map; fetch the file again")
-    if strange := sorted(name for name in names if name != Path(name).name or not name.isprintable()):
+    if strange := sorted({name for name in names if name != Path(name).name or not name.isprintable()}):
         raise CheckpointError(
             f"{index} names {shown(strange[0])}, a file outside the directory or no file name; fetch the file again"
         )
-    return names
-
-
-def _is_weight_map(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) for name in value.values())
+    return set(names)
 
 
 def _listed_files(names: set[str]) -> str:
