@@ -190,7 +190,7 @@ WEIGHT_FAULTS = {
         write_index('{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}'),
         ["missing: x.safetensors, y.safetensors", "fetch"],
     ),
-    "index-not-json": (write_index("{"), ["model.safetensors.index.json", "weight_map", "fetch the file again"]),
+    "index-not-json": (write_index("{"), ["model.safetensors.index.json is not valid JSON", "fetch the file again"]),
     "index-without-map": (write_index("{}"), ["model.safetensors.index.json", "weight_map"]),
     "index-a-list": (write_index('{"weight_map": ["x"]}'), ["model.safetensors.index.json", "weight_map"]),
     "index-leads-outside": (write_index('{"weight_map": {"a": "../x"}}'), ["index.json", "outside the directory"]),

@@ -9,6 +9,7 @@ import pytest
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
+from models.generation_config import GenerationDefaults
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
 from varjax.errors import InputError
 from varjax.model import routed_forward
@@ -191,8 +192,7 @@ def test_second_step_compiles_nothing_and_policies_share_it(saved_model, stats_p
     step(LayerPolicy(kept=None, tolerance=0.1, orders=(0, 2)))
     assert routed_forward._cache_size() == compiled
 
-
-def test_generation_threads_the_state(saved_model, stats_path, ids):
+    model = dataclasses.replace(saved_model, generation_defaults=GenerationDefaults(None, (), None))  # no text ends
     model = dataclasses.replace(saved_model, config=dataclasses.replace(saved_model.config, eos_token_id=None))
     nothing = VARModel(model, config(stats_path, frequency_threshold=10**9, cache_size=0))
     plain, _ = model.generate(ids, 8)
@@ -218,11 +218,11 @@ def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, s
         ids[row, -len(text) :], mask[row, -len(text) :] = text, 1
 
     def ending(end_ids):
-        model_config = dataclasses.replace(saved_model.config, eos_token_id=end_ids)
-        var_model = VARModel(dataclasses.replace(saved_model, config=model_config), wanted)
+        defaults = GenerationDefaults(None, end_ids, None)
+        var_model = VARModel(dataclasses.replace(saved_model, generation_defaults=defaults), wanted)
         return var_model, *var_model.generate(ids, var_model.init(3), 12, attention_mask=mask)
 
-    endless = ending(None)[1]
+    endless = ending(())[1]
     var_model, together, state = ending((int(endless[0, 13]), int(endless[2, 17])))
     counted, lengths = np.zeros((2, 3), int), set()
     for row, text in enumerate(texts):
