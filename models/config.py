@@ -124,6 +124,12 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
         )
     family = FAMILIES[name]
     names = {**COMMON_FIELDS, **family.fields}
+    for other, theirs in family.spellings.items():
+        if None not in (fields.get(other), fields.get(theirs)) and fields[other] != fields[theirs]:
+            raise ConfigError(
+                f"{source}: {theirs} is {shown(fields[theirs])} and {other} is {shown(fields[other])}, which is "
+                "another name for it; keep the one that belongs to the weights"
+            )
     fields = {theirs: fields[other] for other, theirs in family.spellings.items() if other in fields} | dict(fields)
     missing = [names[ours] for ours in _REQUIRED if fields.get(names[ours]) is None]
     if missing:

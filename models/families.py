@@ -109,6 +109,7 @@ FAMILIES = {
             "bos_token_id": 1,
             "eos_token_id": 2,
         },
+        spellings={"num_experts": "num_local_experts"},
         renamed={"model.layers.{}.block_sparse_moe.gate.weight": "model.layers.{}.mlp.gate.weight"},
     ),
     "olmoe": Family(

@@ -160,6 +160,16 @@ def test_contradictory_rotary_settings_are_refused(fields_of, stated, named):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_two_names_of_the_number_of_experts_must_agree(fields_of, family):
+    """transformers knows both in each of these families, and the one that it reads last wins."""
+    good = fields_of[family] | {"num_experts": 4, "num_local_experts": 4}
+    for name in ("num_experts", "num_local_experts"):
+        assert config_from_hf({key: value for key, value in good.items() if key != name}).num_experts == 4
+        with pytest.raises(ConfigError, match=r"num_\w*experts is \d and num_\w*experts is \d, which is another name"):
+            config_from_hf(good | {name: 2})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_config_leaves_out_is_what_transformers_takes(fields_of, family):
     transformers = pytest.importorskip("transformers")
     required = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
