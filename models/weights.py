@@ -210,7 +210,7 @@ def check_counts(directory: Path, config: MoEConfig) -> None:
             for name in sorted(tensors.keys()):
                 if match := re.match(r"model\.layers\.(\d{1,9})\.", name):
                     layers = max(layers, int(match[1]) + 1)
-                shape = tensors.get_slice(name).get_shape() if name in gates else ()
+                shape: list[int] = tensors.get_slice(name).get_shape() if name in gates else []
                 if len(shape) == 2 and config.num_experts > shape[0]:
                     raise CheckpointError(
                         f"{directory}: config.json speaks of {config.num_experts} experts in a layer, {name} in "
@@ -239,25 +239,28 @@ def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry
                 stored = tensors.get_slice(name)
                 shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
                 should, parts = forms.get(name, (shape, ()))
-                repeated = [part.name for part in parts if part.name in located]
+                second = name == HEAD and name not in expected
+                repeated = [part.name for part in parts if part.name in located and not second]
                 if not parts:
                     faults.append(f"surplus {name} in {file.name}")
                 elif shape != should:
                     faults.append(f"{name} in {file.name} has shape {shape}, expected {should}")
                 elif dtype not in _STORED:
                     faults.append(f"{name} in {file.name} is stored as {dtype}, expected one of {', '.join(_STORED)}")
-                elif name == HEAD and name not in expected:
-                    head = Place(file, name, *parts)
-                    continue
                 elif repeated:
                     before = located[repeated[0]].file.name
                     faults.append(f"{repeated[0]} is in {before} and again in {file.name}")
-                located |= {part.name: Place(file, name, part) for part in parts}
-    if head is not None and not _equal(located.setdefault(EMBEDDING, head), head):
-        faults.append(
-            f"{HEAD} in {head.file.name} is not {EMBEDDING}, but config.json says tie_word_embeddings true; "
-            "set it to false if the head has weights of its own"
-        )
+                if second:
+                    head = Place(file, name, *parts)
+                else:
+                    located |= {part.name: Place(file, name, part) for part in parts}
+    if head is not None:
+        located.setdefault(EMBEDDING, head)
+        if not faults and not _equal(located[EMBEDDING], head):
+            faults.append(
+                f"{HEAD} in {head.file.name} is not {EMBEDDING}, but config.json says tie_word_embeddings true; "
+                "set it to false if the head has weights of its own"
+            )
     missing = [name for name in expected if name not in located]
     untied = " (config.json does not say tie_word_embeddings true; does the head share the embedding's weights?)"
     faults += [f"missing {name}{untied if name == HEAD else ''}" for name in missing]
@@ -311,17 +314,13 @@ def tensor_files(directory: Path) -> list[Path]:
     there = {path.name for path in directory.glob("*.safetensors") if path.is_file()}
     names = {SINGLE_FILE} if not index.exists() else _indexed_files(index)
     if absent := sorted(names - there):
-        if not index.exists():
-            who, advice = (
-                "",
-                f"if these are its shards, fetch {INDEX_FILE} too" if there else "fetch it (safetensors only)",
-            )
-        else:
-            who = f", which {INDEX_FILE} names"
+        told, advice = ", ".join(absent), "fetch it (safetensors only)"
+        if index.exists():
+            told += f", which {INDEX_FILE} names"
             advice = "fetch what is missing, or the index if it belongs to another checkpoint"
-        raise CheckpointError(
-            f"{directory}: weight file(s) missing: {', '.join(absent)}{who}; there is {_listed_files(there)}: {advice}"
-        )
+        elif there:
+            advice = f"if these are its shards, fetch {INDEX_FILE} too"
+        raise CheckpointError(f"{directory}: weight file(s) missing: {told}; there is {_listed_files(there)}: {advice}")
     if SINGLE_FILE in there - names:
         raise CheckpointError(
             f"{directory}: {INDEX_FILE} names {_listed_files(names)}, and there is {SINGLE_FILE} too, which "

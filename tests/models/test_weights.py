@@ -237,8 +237,9 @@ def test_a_tied_checkpoint_with_another_head_is_refused(tied):
         (embedding[:-1], r"lm_head\.weight in model\.safetensors has shape \(60, 16\), expected \(61, 16\)"),
     ):
         edit(directory, **{HEAD: np.ascontiguousarray(head)})
-        with pytest.raises(CheckpointError, match=named):
+        with pytest.raises(CheckpointError, match=named) as caught:
             load_model(directory)
+        assert str(caught.value).count("\n") == 1  # one fault
 
 
 def test_of_a_checkpoint_without_a_head_the_field_is_named_that_would_tie_it(checkpoint):
