@@ -7,17 +7,18 @@ Both styles of the format are read: the older one (`rope_theta`, `torch_dtype`) 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from models import fields as json_fields
 from models.families import COMMON_FIELDS, FAMILIES, Family
+from models.fields import FLAG, NOT_NEGATIVE, POSITIVE, SIZE, TOKEN, TOKENS, Kind, integer_up_to, listed, shown
 from varjax.errors import InputError
 
 
 class ConfigError(InputError):
-    """A `config.json` that this library cannot run faithfully; names file, field and mend."""
+    """A `config.json` or `generation_config.json` that this library cannot follow; names file, field and fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,67 +82,87 @@ class MoEConfig:
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "depth", "num_heads", "num_experts", "top_k")
+_MOST_LAYERS, _MOST_EXPERTS = 10_000, 200_000  # experts of all layers; each of them is an object on the host
+# Our field -> the type of its value in `config.json`, in every family.
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"), SIZE),
+    "depth": integer_up_to(_MOST_LAYERS),
+    **dict.fromkeys(("num_experts", "top_k", "max_position_embeddings"), SIZE),
+    **dict.fromkeys(("sliding_window", "dense_size"), SIZE.or_null()),
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), POSITIVE),
+    "clip_qkv": POSITIVE.or_null(),
+    **dict.fromkeys(("initializer_range", "router_aux_loss_coef"), NOT_NEGATIVE),
+    **dict.fromkeys(("normalise_top_k", "attention_bias", "tie_word_embeddings"), FLAG),
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN.or_null()),
+    "eos_token_id": TOKENS.or_null(),
+}
 
 
-def read_config(path: Path) -> MoEConfig:
+def read_config(path: Path, source: str | None = None) -> MoEConfig:
     """The architecture in `path` (a `config.json`).
 
-    Raises ConfigError if the file is missing, is not JSON, or describes something this decoder does not compute.
+    Args:
+        source: the file's name in messages; None: its path.
+
+    Raises:
+        ConfigError: the file is missing, is not JSON, has a value of a wrong type, or describes something that this
+            decoder does not compute.
     """
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist; a model directory needs a config.json") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path} holds a JSON {type(fields).__name__}, expected an object; fetch the file again")
-    return config_from_hf(fields, source=str(path))
+    return config_from_hf(json_fields.read_object(path, ConfigError, source), source or str(path))
 
 
 def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> MoEConfig:
-    """`MoEConfig` from the fields of a Hugging Face config of either style."""
+    """`MoEConfig` from the fields of a Hugging Face config of either style.
+
+    Raises:
+        ConfigError: as `read_config`.
+    """
     name = fields.get("model_type")
-    if name not in FAMILIES:
-        raise ConfigError(f"{source}: model_type is {name!r}; this decoder runs {_listed(FAMILIES)} checkpoints only")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ConfigError(
+            f"{source}: model_type is {shown(name)}; this decoder runs {listed(FAMILIES)} checkpoints only"
+        )
     family = FAMILIES[name]
     names = {**COMMON_FIELDS, **family.fields}
+    for other, theirs in family.spellings.items():
+        if None not in (fields.get(other), fields.get(theirs)) and fields[other] != fields[theirs]:
+            raise ConfigError(
+                f"{source}: {theirs} is {shown(fields[theirs])} and {other} is {shown(fields[other])}, which is "
+                "another name for it; keep the one that belongs to the weights"
+            )
     fields = {theirs: fields[other] for other, theirs in family.spellings.items() if other in fields} | dict(fields)
     missing = [names[ours] for ours in _REQUIRED if fields.get(names[ours]) is None]
     if missing:
         raise ConfigError(f"{source}: missing field(s) {', '.join(missing)}; add them, the shapes depend on them")
-    supported = {"hidden_act": "silu", "quantization_config": None, **dict.fromkeys(family.unsupported)}
-    for field, value in supported.items():
-        if fields.get(field, value) != value:
-            raise ConfigError(f"{source}: {field} is {fields[field]!r}; only {value!r} is supported")
+    _check_supported(fields, family, source)
 
     given = {ours: fields[theirs] for ours, theirs in names.items() if theirs in fields}
     known: dict[str, Any] = {"head_dim": None, **family.defaults, **given, **family.constants}
-    known["rope_theta"] = _rope_theta(fields, source, family.defaults["rope_theta"])
+    known["rope_theta"], faults = _rope_theta(fields, source, family.defaults["rope_theta"])
     if known.get("num_kv_heads") is None:
         known["num_kv_heads"] = known["num_heads"]
-    if known["head_dim"] is None and _is_size(known["hidden_size"]) and _is_size(known["num_heads"]):
+    if known["head_dim"] is None and SIZE.fits(known["hidden_size"]) and SIZE.fits(known["num_heads"]):
         known["head_dim"] = known["hidden_size"] // known["num_heads"]
-    if isinstance(known.get("eos_token_id"), list):
-        known["eos_token_id"] = tuple(known["eos_token_id"])
-    if family.window_switch is not None and not fields.get(family.window_switch):
+    if json_fields.is_integer(known.get("pad_token_id")) and known["pad_token_id"] < 0:
+        known["pad_token_id"] = None  # published configs say -1 where there is none
+    window_switch = () if family.window_switch is None else (family.window_switch,)
+    if not all(fields.get(switch) for switch in window_switch):
         known["sliding_window"] = None
-    depth = known.pop("depth")
-    dense, faults = _dense_layers(depth, fields, family)
-    config = MoEConfig(family=name, num_layers=depth, **known)
-    faults += _faults(config, names)
-    if not faults and len(dense) == depth:
-        faults.append(f"none of the {depth} layers has experts, there is nothing to route")
+    dense, dense_faults = _dense_layers(known["depth"], fields, family)
+    faults += dense_faults
+    faults += json_fields.wrong_types(
+        {names.get(ours, ours): known[ours] for ours in _KINDS if ours in known},
+        {names.get(ours, ours): kind for ours, kind in _KINDS.items()},
+    )
+    faults += json_fields.wrong_types(fields, dict.fromkeys(window_switch, FLAG))
+    if not faults:
+        faults = _contradictions(known, dense, names)
     if faults:
         raise ConfigError(f"{source}: {'; '.join(faults)}; restore the file that belongs to the weights")
-    return dataclasses.replace(
-        config,
-        num_layers=depth - len(dense),
-        dense_layers=dense,
-        rope_theta=float(config.rope_theta),
-        rms_norm_eps=float(config.rms_norm_eps),
-        clip_qkv=None if config.clip_qkv is None else float(config.clip_qkv),
-    )
+    ends = known.get("eos_token_id")
+    known |= {"eos_token_id": tuple(ends)} if isinstance(ends, list) else {}
+    known |= {ours: float(known[ours]) for ours, kind in _KINDS.items() if kind is POSITIVE and ours in known}
+    return MoEConfig(family=name, num_layers=known.pop("depth") - len(dense), dense_layers=dense, **known)
 
 
 def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
@@ -176,76 +197,90 @@ def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
     return written
 
 
-def _rope_theta(fields: Mapping[str, Any], source: str, default: float) -> Any:
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"{source}: the rotary settings are {rope!r}; expected an object or null")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(f"{source}: rope_type is {kind!r}; only 'default' rotary embeddings are supported")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(
-            f"{source}: partial_rotary_factor is {rope['partial_rotary_factor']!r}; only 1.0 is supported"
-        )
-    return rope.get("rope_theta", fields.get("rope_theta", default))
+def _check_supported(fields: Mapping[str, Any], family: Family, source: str) -> None:
+    """Raises ConfigError for a field whose value asks for something that the decoder does not compute."""
+    for name in ("quantization_config", "compression_config"):
+        if (quantized := fields.get(name)) is not None:
+            method = quantized.get("quant_method") if isinstance(quantized, Mapping) else quantized
+            raise ConfigError(
+                f"{source}: the checkpoint is quantized ({name} has quant_method {shown(method)}); only float32, "
+                "bfloat16 and float16 weights are read, use the checkpoint that this one was made from"
+            )
+    supported = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **dict.fromkeys(family.unsupported)}
+    for field, value in supported.items():
+        if fields.get(field, value) != value:
+            raise ConfigError(f"{source}: {field} is {shown(fields[field])}; only {value!r} is supported")
+
+
+def _rope_theta(fields: Mapping[str, Any], source: str, default: float) -> tuple[Any, list[str]]:
+    """The base of the rotary angles, as transformers 5 finds it, and what is wrong with the fields that state it.
+
+    There `rope_scaling`, if it holds anything, takes the place of `rope_parameters`, and the base in it that of
+    `rope_theta`; transformers 4 reads `rope_theta` alone. A file with two bases is two models, and is refused.
+    """
+    stated = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = fields.get(name)
+        if rope is not None and not isinstance(rope, Mapping):
+            raise ConfigError(f"{source}: {name} is {shown(rope)}; expected an object or null")
+        rope = rope or {}
+        kind, turned = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
+        if kind != "default":
+            raise ConfigError(
+                f"{source}: in {name}, rope_type is {shown(kind)}; only 'default' rotary embeddings are supported"
+            )
+        if turned != 1.0:
+            raise ConfigError(f"{source}: in {name}, partial_rotary_factor is {shown(turned)}; only 1.0 is supported")
+        if rope:
+            stated[name] = rope
+    bases = {f"{name}.rope_theta": rope["rope_theta"] for name, rope in stated.items() if "rope_theta" in rope}
+    bases |= {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
+    theta = next(iter(stated.values()), {}).get("rope_theta", fields.get("rope_theta", default))
+    faults = json_fields.wrong_types(bases, dict.fromkeys(bases, POSITIVE))
+    if not faults and any(base != theta for base in bases.values()):
+        told = ", ".join(f"{name} is {shown(base)}" for name, base in bases.items())
+        faults = [f"{told}, of which transformers uses {shown(theta)}: keep the base that the model was trained with"]
+    return theta, faults
 
 
 def _dense_layers(depth: Any, fields: Mapping[str, Any], family: Family) -> tuple[tuple[int, ...], list[str]]:
     """The places of layers without experts, and what is wrong with the fields that name them."""
-    if family.dense_layers is None or not _is_size(depth):
+    if family.dense_layers is None or not _KINDS["depth"].fits(depth):
         return (), []
     listed_name, every_name = family.dense_layers
-    listed, every = fields.get(listed_name) or [], fields.get(every_name, 1)
-    faults = []
-    if not isinstance(listed, list) or not all(isinstance(place, int) for place in listed):
-        faults.append(f"{listed_name} is {listed!r}, expected a list of layers")
-    if not _is_size(every):
-        faults.append(f"{every_name} is {every!r}, expected a positive integer")
-    if faults:
+    given = {listed_name: fields.get(listed_name) or [], every_name: fields.get(every_name, 1)}
+    layers = Kind("a list of layers", lambda value: isinstance(value, list) and all(map(json_fields.is_integer, value)))
+    if faults := json_fields.wrong_types(given, {listed_name: layers, every_name: SIZE}):
         return (), faults
-    dense = tuple(place for place in range(depth) if place in listed or (place + 1) % every)
+    places = set(given[listed_name])
+    dense = tuple(place for place in range(depth) if place in places or (place + 1) % given[every_name])
     size = family.fields["dense_size"]
     if dense and fields.get(size) is None:
-        faults.append(f"{size} is missing, expected the size of the {len(dense)} layers without experts")
-    return dense, faults
+        return dense, [f"{size} is missing, expected the size of the {len(dense)} layers without experts"]
+    return dense, []
 
 
-def _faults(config: MoEConfig, names: Mapping[str, str]) -> list[str]:
-    """Every field with a value that cannot be, by its published name."""
+def _contradictions(known: Mapping[str, Any], dense: tuple[int, ...], names: Mapping[str, str]) -> list[str]:
+    """What is wrong with fields that are each of their type."""
     faults = []
-    optional = ("sliding_window", "dense_size", "clip_qkv")
-    for name in (*_REQUIRED, "num_kv_heads", "head_dim", "sliding_window", "dense_size"):
-        value = config.num_layers if name == "depth" else getattr(config, name)  # no dense layer was taken off yet
-        if not _is_size(value) and not (value is None and name in optional):
-            faults.append(f"{names[name]} is {value!r}, expected a positive integer")
-    for name in ("rope_theta", "rms_norm_eps", "clip_qkv"):
-        value = getattr(config, name)
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if not number and not (value is None and name in optional):
-            faults.append(f"{name} is {value!r}, expected a positive number")
-    for name in ("normalise_top_k", "attention_bias", "tie_word_embeddings"):
-        if not isinstance(getattr(config, name), bool):
-            faults.append(f"{names[name]} is {getattr(config, name)!r}, expected true or false")
-    if not faults:
-        if config.top_k > config.num_experts:
-            faults.append(
-                f"num_experts_per_tok is {config.top_k} but {names['num_experts']} is {config.num_experts}, "
-                "a token cannot use more experts than there are"
-            )
-        if config.num_heads % config.num_kv_heads:
-            faults.append(
-                f"num_key_value_heads is {config.num_kv_heads}, expected a divisor of "
-                f"num_attention_heads {config.num_heads}"
-            )
-        if config.head_dim % 2:
-            faults.append(f"head_dim is {config.head_dim}, expected an even number for rotary embeddings")
+    experts, layers = names["num_experts"], names["depth"]
+    if known["top_k"] > known["num_experts"]:
+        faults.append(
+            f"num_experts_per_tok is {known['top_k']} but {experts} is {known['num_experts']}, "
+            "a token cannot use more experts than there are"
+        )
+    if known["num_experts"] * known["depth"] > _MOST_EXPERTS:
+        faults.append(
+            f"{layers} is {known['depth']} and {experts} is {known['num_experts']}, expected at most {_MOST_EXPERTS:,} "
+            "experts in all layers together"
+        )
+    if known["num_heads"] % known["num_kv_heads"]:
+        faults.append(
+            f"num_key_value_heads is {known['num_kv_heads']}, expected a divisor of "
+            f"num_attention_heads {known['num_heads']}"
+        )
+    if known["head_dim"] % 2:
+        faults.append(f"head_dim is {known['head_dim']}, expected an even number for rotary embeddings")
+    if len(dense) == known["depth"]:
+        faults.append(f"none of the {known['depth']} layers has experts, there is nothing to route")
     return faults
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _listed(names: Iterable[str]) -> str:
-    *most, last = (repr(name) for name in names)
-    return f"{', '.join(most)} and {last}"

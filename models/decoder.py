@@ -113,7 +113,7 @@ def forward(
         flat = normed.reshape(-1, config.hidden_size)
         with jax.named_scope("gate"):
             # The router sees the normalised hidden state inside this block, not the layer's output.
-            layer_probs = jax.nn.softmax(layer.gate(flat).astype(jnp.float32), axis=-1)
+            layer_probs = jax.nn.softmax(layer.gate(flat), axis=-1)
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
             settled = None if plan is None else plan.layer(index)
@@ -149,8 +149,7 @@ def forward(
     with jax.named_scope("norms"):
         x = model.norm(x[:, -1:] if last_logits_only else x)
     with jax.named_scope("head"):
-        logits = model.embed.attend(x) if config.tie_word_embeddings else model.head(x)
-        logits = logits.astype(jnp.float32)
+        logits = model.logits(x)
         names = (None, None, None) if last_logits_only else ("batch", None, "vocabulary")
         logits = placement.constrain(logits, *names)
     with jax.named_scope("gate"):

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from models.config import config_from_hf
+from models.config import ConfigError, read_config
 from models.verification import RECORD, RemoteFile, Verified, check_structure, damage
 from varjax.errors import InputError
 from varjax.files import replacing
@@ -148,8 +148,8 @@ def _fill(remote: Remote, directory: Path, partial: Path, progress: bool) -> Non
     _fetch(remote, [file.name for file in remote.files if not file.name.endswith(".safetensors")], partial)
     try:
         # What cannot be run is refused before gigabytes travel.
-        config_from_hf(json.loads((partial / "config.json").read_text()), f"{remote.repo}/config.json")
-    except ValueError:
+        read_config(partial / "config.json", f"{remote.repo}/config.json")
+    except ConfigError:
         shutil.rmtree(partial)
         raise
     _fetch(remote, [file.name for file in remote.files], partial)

@@ -23,6 +23,7 @@ class Family:
     fields: Mapping[str, str]  # ours -> theirs, where they are not as in COMMON_FIELDS or are more
     tensors: Mapping[str, tuple[str, bool]]  # as COMMON_TENSORS, those of this family
     defaults: Mapping[str, Any]  # ours -> what it means where `config.json` leaves the field out
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # published tensor -> transformers 5's name
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # ours -> what it always is
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # another name of theirs -> theirs
     unsupported: tuple[str, ...] = ()  # theirs, fields that must be null or absent
@@ -61,6 +62,12 @@ COMMON_TENSORS = {
     "decoder/norm/weight": ("model.norm.weight", False),
     "decoder/head/kernel": ("lm_head.weight", True),
 }
+# How transformers 5 holds experts, in every family: those of a layer in one tensor, with these parts of each one after
+# the other along the second axis.
+STACKED_EXPERTS = {
+    "model.layers.{}.mlp.experts.gate_up_proj": ("gate", "up"),
+    "model.layers.{}.mlp.experts.down_proj": ("down",),
+}
 _MIXTRAL_TENSORS = {
     "decoder/layers/{}/gate/kernel": ("model.layers.{}.block_sparse_moe.gate.weight", True),
     "experts/{}/{}/gate": ("model.layers.{}.block_sparse_moe.experts.{}.w1.weight", True),
@@ -94,7 +101,16 @@ FAMILIES = {
             "sliding_window": "sliding_window",
         },
         tensors=_MIXTRAL_TENSORS,
-        defaults={"rope_theta": 1e6, "bos_token_id": 1, "eos_token_id": 2},
+        defaults={
+            "rope_theta": 1e6,
+            "num_kv_heads": 8,
+            "max_position_embeddings": 131_072,
+            "router_aux_loss_coef": 0.001,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        spellings={"num_experts": "num_local_experts"},
+        renamed={"model.layers.{}.block_sparse_moe.gate.weight": "model.layers.{}.mlp.gate.weight"},
     ),
     "olmoe": Family(
         architecture="OlmoeForCausalLM",

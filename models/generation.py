@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.kv_cache import KVCache
-from varjax.errors import InputError
+from varjax.errors import InputError, require_integer
 
 
 class Step(Protocol):
@@ -39,12 +39,17 @@ class Sampling:
     seed: int | tuple[int, ...] = 0  # one for the batch; or one for each text, which is then drawn alike in any batch
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise InputError(f"temperature={self.temperature}; expected 0 (greedy) or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k={self.top_k}; expected at least 1")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}; expected more than 0 and at most 1")
+        # Asked so that NaN, which compares false with everything, is refused.
+        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+            raise InputError(f"temperature={self.temperature!r}; expected 0 (greedy) or more, and not infinity")
+        if self.top_k is not None:
+            require_integer("top_k", self.top_k, least=1)
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise InputError(f"top_p={self.top_p!r}; expected more than 0 and at most 1, or None for all tokens")
+        for seed in self.seed if isinstance(self.seed, tuple) else (self.seed,):
+            require_integer("seed", seed, least=0)
+            if seed >= 2**32:  # JAX would cut it off
+                raise InputError(f"seed={seed}; expected less than 2^32")
 
 
 def generate(
@@ -65,8 +70,7 @@ def generate(
         mask: bool [B, T], true at every text's last position; a row without any is padding, and stays it.
         end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens={max_new_tokens}; expected at least 1")
+    require_integer("max_new_tokens", max_new_tokens, least=1)
     key, live = _key(sampling.seed, len(ids)), mask[:, -1]
     sampling = dataclasses.replace(sampling, seed=0)  # it is static in `_pick`, where another seed compiles nothing
     pieces = [ids]
@@ -77,6 +81,10 @@ def generate(
         if end_ids and not live.any():
             break
     return np.concatenate(pieces, axis=1), carry
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids", "fill_id"))

@@ -19,12 +19,13 @@ from models.config import MoEConfig, read_config
 from models.decoder import Network, Output
 from models.experts import Engine, get_engine
 from models.generation import Sampling, Step, generate
+from models.generation_config import GenerationDefaults, read_generation
 from models.kv_cache import KVCache
 from models.parameters import Params, prepare
 from models.placement import ONE_DEVICE, Placement
 from models.verification import fitting_tokenizer
 from models.weights import load_params
-from varjax.errors import InputError
+from varjax.errors import InputError, require_integer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,7 @@ class Model:
     fingerprint: str  # of the checkpoint's tensors, see `models.weights.load_params`
     tokenizer: PreTrainedTokenizerBase | None = None
     placement: Placement = ONE_DEVICE  # of the parameters, and of all that is made of them
+    generation_defaults: GenerationDefaults | None = None  # from the checkpoint's files; None: those of `config`
 
     def __call__(self, input_ids: Any, attention_mask: Any | None = None) -> Output:
         """Logits [B, T, V] float32 and gate probabilities [L, B, T, E] float32 of whole texts.
@@ -61,12 +63,24 @@ class Model:
         return Network(self.config, self.engine, self.placement)
 
     @property
+    def generation(self) -> GenerationDefaults:
+        """The ids that begin, end and pad a text, and the sampling that the checkpoint recommends."""
+        return self.generation_defaults or GenerationDefaults.of(self.config)
+
+    @property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Begin, end and padding ids of all files: never counted in statistics, so no key ends in one."""
+        return tuple(sorted({*self.config.special_token_ids, *self.generation.token_ids}))
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Of the parameters and the activations."""
         return self.params["decoder"]["embed"]["embedding"].dtype
 
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """A key/value cache for `capacity` positions, padding included."""
+        """A key/value cache for `capacity` positions, padding included. Raises InputError for fewer than one."""
+        require_integer("batch_size", batch_size, least=1)
+        require_integer("capacity", capacity, least=1)
         return KVCache.empty(self.config, batch_size, capacity, self.dtype, self.placement)
 
     def place(self, tree: T) -> T:
@@ -88,18 +102,26 @@ class Model:
     ) -> tuple[np.ndarray, Any]:
         """Continue each text; returns int32 [B, T + new] ids and the carry.
 
+        A text ends with any of `generation.end_ids`.
+
         Args:
             input_ids: integers [B, T], padded on the left where the texts differ in length.
-            max_new_tokens: at most so many; a text that has ended is filled up with its padding (or end) id.
+            max_new_tokens: at most so many; a text that has ended is filled up with the padding id, or with the first
+                end id where there is no padding id in the vocabulary.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
-            sampling: how to choose; None: the most probable token.
+            sampling: how to choose; None: the most probable token, whatever the checkpoint recommends
+                (`generation.sampling`).
             step: what runs one call of the decoder (`models.generation.Step`); None: the plain model.
             carry: what `step` threads through its calls, beside the key/value cache.
+
+        Raises:
+            InputError: fewer than one new token, or inputs that `check_inputs` refuses.
         """
+        require_integer("max_new_tokens", max_new_tokens, least=1)
         ids, mask = self.check_inputs(input_ids, attention_mask, going_on=True)
         batch, length = ids.shape
-        ends = self.config.eos_token_ids
-        fill = self.config.pad_token_id if self.config.pad_token_id is not None else (*ends, 0)[0]
+        ends, pad = self.generation.end_ids, self.generation.pad_id
+        fill = (*ends, 0)[0] if pad is None or pad >= self.config.vocab_size else pad
         kv = self.empty_cache(batch, length + max_new_tokens)
         chosen = sampling or Sampling()
         return generate(step or self._step, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
@@ -111,30 +133,48 @@ class Model:
     def check_inputs(
         self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """int32 ids and bool mask, [B, T] each; raises InputError for a wrong shape, dtype or id.
+        """int32 ids and bool mask, [B, T] each.
+
+        A position that the mask calls padding may hold any id, for example that of a `[PAD]` which was added to the
+        tokenizer and has no embedding; one outside the vocabulary becomes 0.
 
         Args:
             going_on: the texts are to be continued, so none may end in padding: the next token would follow that. A row
                 that is padding from end to end fills a batch, and is not continued.
+
+        Raises:
+            InputError: a wrong shape or dtype, an id outside the vocabulary, or a mask of other values than 0 and 1.
         """
-        ids = np.asarray(input_ids)
+        ids = _array("input_ids", input_ids)
         if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
             raise InputError(
                 f"input_ids has shape {ids.shape} and dtype {ids.dtype}; expected integers [B, T], not empty"
             )
-        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-            raise InputError(
-                f"input_ids holds {ids.min()} to {ids.max()}; expected ids from 0 to {self.config.vocab_size - 1} "
-                "(is this the model's own tokenizer?)"
-            )
-        mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(attention_mask).astype(bool)
+        mask = np.ones(ids.shape, bool) if attention_mask is None else _array("attention_mask", attention_mask)
         if mask.shape != ids.shape:
             raise InputError(f"attention_mask has shape {mask.shape}; expected that of input_ids, {ids.shape}")
+        if not np.isin(mask, (0, 1)).all():
+            raise InputError("attention_mask holds other values than 1 for real tokens and 0 for padding")
+        mask = mask.astype(bool)
+        inside = (ids >= 0) & (ids < self.config.vocab_size)
+        if not inside[mask].all():
+            raise InputError(
+                f"input_ids holds {ids[mask].min()} to {ids[mask].max()}; expected ids from 0 to "
+                f"{self.config.vocab_size - 1} (is this the model's own tokenizer?)"
+            )
+        ids = np.where(inside, ids, 0)
         if going_on and (mask.any(axis=1) & ~mask[:, -1]).any():
             raise InputError(
                 "attention_mask ends in padding; pad on the left, so that each text's last token comes last"
             )
         return self.place((jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
+
+
+def _array(name: str, value: Any) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError:  # NumPy's, for rows of different lengths
+        raise InputError(f"{name} has rows of different lengths; pad them, on the left where texts go on") from None
 
 
 @partial(jax.jit, static_argnames="network", donate_argnames="kv")
@@ -169,12 +209,12 @@ def load_model(
         raise InputError(f"dtype={dtype!r} is not supported; choose one of {sorted(DTYPES)}")
     engine = get_engine(implementation)
     directory = _resolve_directory(directory_or_hub_id)
-    config = read_config(directory / "config.json")
+    config, generation = read_config(directory / "config.json"), read_generation(directory)
     placement = Placement.of(config, mesh)
     params, fingerprint = load_params(directory, config, DTYPES[dtype], placement)
     tokenizer = fitting_tokenizer(directory, config)
     prepared = prepare(params, engine, donate=True)
-    return Model(config, prepared, engine, str(directory_or_hub_id), fingerprint, tokenizer, placement)
+    return Model(config, prepared, engine, str(directory_or_hub_id), fingerprint, tokenizer, placement, generation)
 
 
 REFERENCE = Path(__file__).parent / "reference"

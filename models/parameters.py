@@ -25,6 +25,11 @@ from models.placement import Placement
 Params = dict[str, Any]
 
 
+# A product whose result is compared, or goes through a softmax, stays in float32 when weights and inputs are bfloat16:
+# rounded to 8 bits, close experts or tokens tie or change places.
+TO_FLOAT32: dict[str, Any] = {"preferred_element_type": jnp.float32}
+
+
 class DecoderLayer(nnx.Module):
     """Attention, and what comes before the experts; or the `mlp` in their place."""
 
@@ -35,7 +40,7 @@ class DecoderLayer(nnx.Module):
         if place in config.dense_layers:
             self.mlp = MLP(config, linear, rngs)
         else:
-            self.gate = linear(config.hidden_size, config.num_experts, (None, None), rngs=rngs)
+            self.gate = linear(config.hidden_size, config.num_experts, (None, None), **TO_FLOAT32, rngs=rngs)
 
 
 class Decoder(nnx.Module):
@@ -50,7 +55,13 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, place, linear, dtype, rngs) for place in range(config.depth)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
-            self.head = linear(config.hidden_size, config.vocab_size, (None, "vocabulary"), rngs=rngs)
+            self.head = linear(config.hidden_size, config.vocab_size, (None, "vocabulary"), **TO_FLOAT32, rngs=rngs)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """float32 [..., V] of normalized hidden states [..., D]."""
+        if hasattr(self, "head"):
+            return self.head(x)
+        return jnp.einsum("...d,vd->...v", x, self.embed.embedding[...], **TO_FLOAT32)
 
 
 EXPERT_AXES = {"gate": (None, "expert_size"), "up": (None, "expert_size"), "down": ("expert_size", None)}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from models.fields import read_object
 from varjax.errors import InputError
 from varjax.files import replacing
 
@@ -22,6 +23,7 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIAL_TOKENS = (UNK, BOS, EOS)  # in the order of their ids: 0, 1, 2
 
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # beside `_FAST`, read with it
 # Texts on which conversions go wrong.
 _PROBES = ("Hello world", "  two  spaces\n\t" + 29 * " ", "\u4e2d\u6587 \U00013000")
 
@@ -84,6 +86,9 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
     folder = Path(directory)
     if (folder / _FAST).is_file():
         transformers = _transformers()
+        for name in _SETTINGS:
+            if (folder / name).exists():
+                read_object(folder / name, InputError)
         try:
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # the library raises many kinds

@@ -12,13 +12,15 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from models.config import MoEConfig, read_config
+from models.fields import Kind, read_object, shown, wrong_types
+from models.generation_config import read_generation
 from models.tokenizer import load_tokenizer
-from models.weights import INDEX_FILE, CheckpointError, ledger, locate_tensors, tensor_files
+from models.weights import INDEX_FILE, CheckpointError, check_counts, ledger, locate_tensors, tensor_files
 from varjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
 
 RECORD = "varjax_download.json"
 _BLOCK = 1 << 22  # bytes hashed at once
+_DIGEST = Kind("a digest", lambda value: isinstance(value, str)).or_null()
+_RECORDED = {
+    "name": Kind(
+        "a file name", lambda value: isinstance(value, str) and value == Path(value).name and value.isprintable()
+    ),
+    "size": Kind("a number of bytes", lambda value: type(value) is int and value >= 0),
+    "sha256": _DIGEST,
+    "git_sha1": _DIGEST,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +84,18 @@ def _read_record(directory: Path) -> tuple[RemoteFile, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(RemoteFile(**file) for file in json.loads(path.read_text())["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); delete it to verify without it") from None
+        files = read_object(path, CheckpointError).get("files")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it to verify without it") from None
+    if not isinstance(files, list) or not all(_is_remote(file) for file in files):
+        raise CheckpointError(f"{path} is damaged (files is {shown(files)}); delete it to verify without it")
+    return tuple(RemoteFile(**file) for file in files)
+
+
+def _is_remote(file: Any) -> bool:
+    """Whether what JSON gives has the fields of a `RemoteFile`, each of its type."""
+    named = isinstance(file, dict) and file.keys() == {field.name for field in dataclasses.fields(RemoteFile)}
+    return named and not wrong_types(file, _RECORDED)
 
 
 def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict[str, str]:
@@ -105,9 +125,16 @@ def _same_contents(path: Path, file: RemoteFile, bar: tqdm) -> bool:
 
 
 def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizerBase | None:
-    """`load_tokenizer`; raises CheckpointError if some of its ids have no embedding in the model."""
+    """`load_tokenizer`; raises CheckpointError if some of its vocabulary has no embedding in the model.
+
+    Tokens that were added to the vocabulary, such as a `[PAD]`, may lie beyond the embeddings: they are refused where
+    they are used (`models.Model.check_inputs`).
+    """
     tokenizer = load_tokenizer(directory)
-    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+    if tokenizer is None:
+        return None
+    beyond = {token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size}
+    if beyond - tokenizer.get_added_vocab().keys():
         raise CheckpointError(
             f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
             f"{config.vocab_size}; use the tokenizer that belongs to the model"
@@ -118,10 +145,12 @@ def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizer
 def check_structure(directory: Path, hashed: int) -> Verified:
     """What `verify` says, contents apart."""
     config = read_config(directory / "config.json")
-    expected = ledger(config)
+    read_generation(directory)
     files = tensor_files(directory)
     sizes = _tensor_sizes(files)
-    locate_tensors(directory, expected)
+    check_counts(directory, config)
+    expected = ledger(config)
+    locate_tensors(directory, config, expected)
     if (directory / INDEX_FILE).exists():
         _check_index(directory / INDEX_FILE, sizes)
     tokenizer = fitting_tokenizer(directory, config)
@@ -161,7 +190,7 @@ def _tensor_sizes(files: list[Path]) -> dict[str, dict[str, int]]:
 
 def _check_index(path: Path, sizes: dict[str, dict[str, int]]) -> None:
     """Every tensor must lie in the file that the index names, and all together be as large as it says."""
-    index = json.loads(path.read_text())
+    index = read_object(path, CheckpointError)
     found = {tensor: file for file, tensors in sizes.items() for tensor in tensors}
     named = index["weight_map"]
     faults = [
@@ -173,7 +202,7 @@ def _check_index(path: Path, sizes: dict[str, dict[str, int]]) -> None:
     about = index.get("metadata")
     stated = about.get("total_size") if isinstance(about, dict) else None
     if stated not in (None, total):
-        faults.append(f"the tensors have {total:,} bytes, the index says total_size {stated}")
+        faults.append(f"the tensors have {total:,} bytes, the index says total_size {shown(stated)}")
     if faults:
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise CheckpointError(

@@ -6,6 +6,9 @@ must match exactly one row: missing, surplus and misshapen ones are all named in
 Linear kernels are stored transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one
 file at a time; for several devices each one's slice of a tensor is read.
 
+A tensor may also be stored as transformers 5 holds it (`save_original_format=False`): as a part of one that stacks the
+experts of a layer, or under another name. Written is the published layout alone.
+
 Format: https://huggingface.co/docs/safetensors; sharded checkpoints carry a `model.safetensors.index.json`.
 """
 
@@ -15,6 +18,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,13 +33,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.config import MoEConfig, config_to_hf
-from models.families import COMMON_TENSORS, FAMILIES
+from models.families import COMMON_TENSORS, FAMILIES, STACKED_EXPERTS
+from models.fields import read_object, shown
 from models.parameters import Params, init_params, param_shardings
 from models.placement import ONE_DEVICE, Placement
 from varjax.errors import InputError
 from varjax.files import replacing
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING = (COMMON_TENSORS[path][0] for path in ("decoder/head/kernel", "decoder/embed/embedding"))
 BLOCK_BYTES = 1 << 24  # read at a time where a tensor is only hashed
 
 _STORED = ("F32", "BF16", "F16")  # safetensors' names of the dtypes that hold weights; others hold quantised ones
@@ -55,6 +61,28 @@ class Entry:
     path: tuple[Any, ...]  # in the canonical tree
     shape: tuple[int, ...]  # on disk
     transposed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A tensor of the ledger inside a stored one: the whole of it, or some rows of one expert."""
+
+    name: str  # in the ledger
+    expert: int | None = None  # None: the whole
+    start: int = 0  # of its rows
+
+    def of(self, stored: Any, entry: Entry) -> Any:
+        """What reads it by slices, as safetensors reads a tensor of its own."""
+        return stored if self.expert is None else _Rows(stored, self.expert, self.start, entry.shape[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor of the ledger is stored."""
+
+    file: Path
+    stored: str  # the name there
+    part: Part
 
 
 def ledger(config: MoEConfig) -> dict[str, Entry]:
@@ -88,25 +116,28 @@ def load_params(
     Raises CheckpointError naming every missing, surplus, repeated or misshapen tensor, or the first unreadable or
     non-finite one.
     """
+    check_counts(directory, config)
     expected = ledger(config)
-    files = locate_tensors(directory, expected)
+    places = locate_tensors(directory, config, expected)
     shardings = param_shardings(config, placement)
     params: Params = {"decoder": {}, "experts": [{} for _ in range(config.num_layers)]}
     digest = hashlib.sha256(repr(_maths(config)).encode())
     for name in sorted(expected):
         entry = expected[name]
         where = _lookup(shardings, entry.path)
-        with _open(files[name]) as tensors:
+        with _open(places[name].file) as tensors:
+            slices = places[name].part.of(tensors.get_slice(places[name].stored), entry)
             if where is None:
-                stored = tensors.get_tensor(name)
+                stored = slices[:]
                 _hash(digest, name, entry, [stored])
             else:
-                slices = tensors.get_slice(name)
-                _hash(digest, name, entry, _blocks(slices, entry))
+                _hash(digest, name, entry, _blocks(slices, entry.shape))
                 stored = _distribute(slices, entry, where)
         array, finite = _place(stored, entry.transposed, jnp.dtype(dtype), where)
         if not finite:
-            raise CheckpointError(f"{files[name]}: {name} holds NaN or infinite values; fetch or save the file again")
+            raise CheckpointError(
+                f"{places[name].file}: {name} holds NaN or infinite values; fetch or save the file again"
+            )
         _insert(params, entry.path, array)
     return params, digest.hexdigest()
 
@@ -164,50 +195,167 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def locate_tensors(directory: Path, expected: dict[str, Entry]) -> dict[str, Path]:
-    """Tensor name -> file, after every tensor of every file has found its row in the ledger."""
-    located: dict[str, Path] = {}
+def check_counts(directory: Path, config: MoEConfig) -> None:
+    """A first look, before the ledger: it has a row for every expert of every layer that the config speaks of.
+
+    Raises:
+        CheckpointError: the config speaks of more layers or experts than there are, as a damaged one may.
+    """
+    family, first = FAMILIES[config.family], config.expert_layers[0]
+    gate = family.tensors["decoder/layers/{}/gate/kernel"][0]
+    gates = {name.format(first) for name in (gate, family.renamed.get(gate, gate))}
+    layers = 0
+    for file in tensor_files(directory):
+        with _open(file) as tensors:
+            for name in sorted(tensors.keys()):
+                if match := re.match(r"model\.layers\.(\d{1,9})\.", name):
+                    layers = max(layers, int(match[1]) + 1)
+                shape: list[int] = tensors.get_slice(name).get_shape() if name in gates else []
+                if len(shape) == 2 and config.num_experts > shape[0]:
+                    raise CheckpointError(
+                        f"{directory}: config.json speaks of {config.num_experts} experts in a layer, {name} in "
+                        f"{file.name} is for {shape[0]}; use the config.json that belongs to the weights"
+                    )
+    if config.depth > layers:
+        raise CheckpointError(
+            f"{directory}: config.json says num_hidden_layers {config.depth}, the weight files hold {layers} layers; "
+            "use the config.json that belongs to the weights, or fetch what is missing"
+        )
+
+
+def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry]) -> dict[str, Place]:
+    """Tensor name -> where it is stored, after every tensor of every file has found its row in the ledger.
+
+    Raises:
+        CheckpointError: files or tensors that do not match; names every one of them.
+    """
+    located: dict[str, Place] = {}
+    forms = _forms(config, expected)
     faults = []
+    head: Place | None = None  # a second copy of the embedding, which both ends of the model share
     for file in tensor_files(directory):
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
                 stored = tensors.get_slice(name)
                 shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                if name not in expected:
+                should, parts = forms.get(name, (shape, ()))
+                second = name == HEAD and name not in expected
+                repeated = [part.name for part in parts if part.name in located and not second]
+                if not parts:
                     faults.append(f"surplus {name} in {file.name}")
-                elif name in located:
-                    faults.append(f"{name} is in {located[name].name} and again in {file.name}")
-                elif shape != expected[name].shape:
-                    faults.append(f"{name} in {file.name} has shape {shape}, expected {expected[name].shape}")
+                elif shape != should:
+                    faults.append(f"{name} in {file.name} has shape {shape}, expected {should}")
                 elif dtype not in _STORED:
                     faults.append(f"{name} in {file.name} is stored as {dtype}, expected one of {', '.join(_STORED)}")
-                located[name] = file
-    faults += [f"missing {name}" for name in expected if name not in located]
+                elif repeated:
+                    before = located[repeated[0]].file.name
+                    faults.append(f"{repeated[0]} is in {before} and again in {file.name}")
+                if second:
+                    head = Place(file, name, *parts)
+                else:
+                    located |= {part.name: Place(file, name, part) for part in parts}
+    if head is not None:
+        located.setdefault(EMBEDDING, head)
+        if not faults and not _equal(located[EMBEDDING], head):
+            faults.append(
+                f"{HEAD} in {head.file.name} is not {EMBEDDING}, but config.json says tie_word_embeddings true; "
+                "set it to false if the head has weights of its own"
+            )
+    missing = [name for name in expected if name not in located]
+    untied = " (config.json does not say tie_word_embeddings true; does the head share the embedding's weights?)"
+    faults += [f"missing {name}{untied if name == HEAD else ''}" for name in missing]
     if faults:
-        shown = "\n  ".join(faults[:20]) + (f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else "")
+        told = "\n  ".join(faults[:20]) + (f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise CheckpointError(
-            f"{directory}: the tensors do not match config.json; fix it or fetch the checkpoint again:\n  {shown}"
+            f"{directory}: the tensors do not match config.json; fix it or fetch the checkpoint again:\n  {told}"
         )
     return located
 
 
+def _forms(config: MoEConfig, expected: dict[str, Entry]) -> dict[str, tuple[tuple[int, ...], tuple[Part, ...]]]:
+    """Every name under which a file may store something -> its shape, and the tensors of the ledger that it holds."""
+    forms: dict[str, tuple[tuple[int, ...], tuple[Part, ...]]] = {
+        name: (entry.shape, (Part(name),)) for name, entry in expected.items()
+    }
+    if config.tie_word_embeddings:
+        forms[HEAD] = forms[EMBEDDING]
+    for template, other in FAMILIES[config.family].renamed.items():
+        for layer in config.expert_layers:
+            forms[other.format(layer)] = forms[template.format(layer)]
+    names = {entry.path: name for name, entry in expected.items()}
+    for template, kinds in STACKED_EXPERTS.items():
+        for index, layer in enumerate(config.expert_layers):
+            parts, rows, columns = [], 0, 0
+            for kind in kinds:
+                of_kind = [names["experts", index, expert, kind] for expert in range(config.num_experts)]
+                parts += [Part(name, expert, rows) for expert, name in enumerate(of_kind)]
+                more, columns = expected[of_kind[0]].shape
+                rows += more
+            forms[template.format(layer)] = (config.num_experts, rows, columns), tuple(parts)
+    return forms
+
+
+def _equal(one: Place, other: Place) -> bool:
+    """Whether two stored tensors of one shape hold the same values."""
+    with _open(one.file) as left, _open(other.file) as right:
+        slices = left.get_slice(one.stored), right.get_slice(other.stored)
+        blocks = (_blocks(each, tuple(each.get_shape())) for each in slices)
+        return all(np.array_equal(*pair) for pair in zip(*blocks, strict=True))
+
+
 def tensor_files(directory: Path) -> list[Path]:
-    """The weight files: those of the index, or the single one."""
+    """The weight files: those of the index, or the single one.
+
+    Raises:
+        CheckpointError: a file or the index is missing or damaged, or it is not clear which files are meant; says what
+            lies there.
+    """
     index = directory / INDEX_FILE
-    names = {SINGLE_FILE}
-    if index.exists():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-            if not all(name == Path(name).name for name in names):
-                raise InputError("a file outside the directory")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} has no readable weight_map ({error!r}); fetch the file again") from None
-    absent = sorted(name for name in names if not (directory / name).exists())
-    if absent:
+    there = {path.name for path in directory.glob("*.safetensors") if path.is_file()}
+    names = {SINGLE_FILE} if not index.exists() else _indexed_files(index)
+    if absent := sorted(names - there):
+        told, advice = ", ".join(absent), "fetch it (safetensors only)"
+        if index.exists():
+            told += f", which {INDEX_FILE} names"
+            advice = "fetch what is missing, or the index if it belongs to another checkpoint"
+        elif there:
+            advice = f"if these are its shards, fetch {INDEX_FILE} too"
+        raise CheckpointError(f"{directory}: weight file(s) missing: {told}; there is {_listed_files(there)}: {advice}")
+    if SINGLE_FILE in there - names:
         raise CheckpointError(
-            f"{directory}: weight file(s) missing: {', '.join(absent)}; fetch them (safetensors only)"
+            f"{directory}: {INDEX_FILE} names {_listed_files(names)}, and there is {SINGLE_FILE} too, which "
+            "transformers would read; remove the one that does not belong to the checkpoint"
         )
     return [directory / name for name in sorted(names)]
+
+
+def _indexed_files(index: Path) -> set[str]:
+    """The files that an index names."""
+    weight_map = read_object(index, CheckpointError).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{index} has no readable weight_map; fetch the file again")
+    if strange := sorted({name for name in names if name != Path(name).name or not name.isprintable()}):
+        raise CheckpointError(
+            f"{index} names {shown(strange[0])}, a file outside the directory or no file name; fetch the file again"
+        )
+    return set(names)
+
+
+def _listed_files(names: set[str]) -> str:
+    """The names, those of numbered shards counted."""
+    shards: dict[tuple[str, str], set[int]] = {}
+    others = []
+    for name in names:
+        if match := re.fullmatch(r"(.+)-(\d{1,9})-of-(\d{1,9})\.safetensors", name):
+            shards.setdefault((match[1], match[3]), set()).add(int(match[2]))
+        else:
+            others.append(name)
+    counted = []
+    for (stem, total), found in shards.items():
+        whole = "complete" if found >= set(range(1, int(total) + 1)) else f"{len(found)} of them"
+        counted.append(f"{stem}-*-of-{total}.safetensors, {whole}")
+    return "; ".join(sorted(others) + sorted(counted)) or "no weight file"
 
 
 @contextmanager
@@ -220,6 +368,21 @@ def _open(file: Path) -> Iterator[Any]:
         raise CheckpointError(f"{file} is truncated or not safetensors ({error}); fetch the file again") from None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Some rows of one expert in a stacked tensor on the disk, read by slices as if they were a tensor of their own."""
+
+    stacked: Any  # safetensors' slice of [experts, rows, columns]
+    expert: int
+    start: int
+    rows: int
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        first, end, _ = rows.indices(self.rows)
+        return self.stacked[(self.expert, slice(self.start + first, self.start + end), *columns)]
+
+
 def _hash(digest: Any, name: str, entry: Entry, blocks: Iterable[np.ndarray]) -> None:
     """Takes a tensor into the fingerprint, in one block or several along its first axis."""
     for number, block in enumerate(blocks):
@@ -228,10 +391,10 @@ def _hash(digest: Any, name: str, entry: Entry, blocks: Iterable[np.ndarray]) ->
         digest.update(block.reshape(-1).view(np.uint8).data)
 
 
-def _blocks(slices: Any, entry: Entry) -> Iterator[np.ndarray]:
+def _blocks(slices: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """A tensor on the disk in blocks of about BLOCK_BYTES; safetensors wants no end beyond the last row."""
-    rows = entry.shape[0]
-    step = max(BLOCK_BYTES // (4 * math.prod(entry.shape[1:])), 1)
+    rows = shape[0]
+    step = max(BLOCK_BYTES // (4 * math.prod(shape[1:])), 1)
     return (slices[start : min(start + step, rows)] for start in range(0, rows, step))
 
 

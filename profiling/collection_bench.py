@@ -56,7 +56,7 @@ def main() -> None:
     model, mesh = on_mesh(model)
     layers = tuple(range(model.config.num_layers))
     empty = RoutingStats.empty(keys.keys, orders, len(layers), model.config.num_experts)
-    special = jnp.asarray(model.config.special_token_ids, jnp.int32)
+    special = jnp.asarray(model.special_token_ids, jnp.int32)
     shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
     windows = [per_device(stats.init(empty), mesh)]
 

@@ -4,6 +4,9 @@ A program shows the message of one of these to its user and ends. Any other Valu
 a fault in the program and keeps its traceback.
 """
 
+import operator
+from typing import Any
+
 
 class InputError(ValueError):
     """What was given cannot be used. The message names it, says what was expected, and what to do."""
@@ -14,3 +17,17 @@ class NotTestableError(InputError):
 
     A report prints the message in the place of a result. No other error may become a result.
     """
+
+
+def require_integer(name: str, value: Any, least: int) -> None:
+    """Check an argument that counts something.
+
+    Raises:
+        InputError: `value` is not an integer (true and false are not), or is less than `least`.
+    """
+    try:
+        counted = not isinstance(value, bool) and operator.index(value) >= least
+    except TypeError:
+        counted = False
+    if not counted:
+        raise InputError(f"{name}={value!r}; expected an integer of at least {least}")

@@ -29,7 +29,7 @@ import numpy as np
 from varjax import answersfile, statefile, statsfile, step
 from varjax.answers import Answers
 from varjax.config import VARConfig
-from varjax.errors import InputError
+from varjax.errors import InputError, require_integer
 from varjax.keys import NONE
 from varjax.routing import Plan, Routing
 from varjax.stats import RoutingStats
@@ -142,7 +142,11 @@ class VARModel:
         Args:
             shared_cache: one cached tier for all sequences, over all calls; False: one for each sequence of a call, so
                 that what it is given depends on no other (`varjax.step.init`).
+
+        Raises:
+            InputError: fewer than one text.
         """
+        require_integer("batch_size", batch_size, least=1)
         if self.table is None:
             return None
         return self.model.place(step.init(self.table, self.config, batch_size, shared_cache))
@@ -192,8 +196,7 @@ class VARModel:
             InputError: as a call, and for texts that end in padding or do not fit into `capacity`.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask, going_on=True)
-        if capacity < ids.shape[1]:
-            raise InputError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
+        require_integer("capacity", capacity, least=ids.shape[1])  # the positions of input_ids
         kv = self.model.empty_cache(len(ids), capacity)
         return self.advance(self._begin(state, len(ids)), ids, mask, kv, last_logits_only=True, now=now)
 
@@ -232,8 +235,11 @@ class VARModel:
     ) -> tuple[np.ndarray, VARState | None]:
         """Continue each text under VAR; returns int32 [B, T + new] ids and the state.
 
-        The arguments are those of `models.Model.generate`; `state` is spent by this call.
+        The arguments, what ends a text, and the errors are those of `models.Model.generate`; `state` is spent by this
+        call, unless it raises InputError.
         """
+        require_integer("max_new_tokens", max_new_tokens, least=1)
+        self.model.check_inputs(input_ids, attention_mask, going_on=True)  # before the state is touched
 
         def run(kv: Any, state: VARState | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
             out, state = self.advance(state, ids, mask, kv, last_logits_only=True)

@@ -61,7 +61,7 @@ def collect_answers(
         batch_size, max_length, checkpoints, save_tokens, progress: as in `analysis.collection.statistics.collect`.
     """
     model, mesh = on_mesh(model)
-    special = jnp.asarray(model.config.special_token_ids, jnp.int32)
+    special = jnp.asarray(model.special_token_ids, jnp.int32)
     empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size, pairs)
     shared = on_all_devices((KeyIndex.build(empty.keys), special), mesh)
 

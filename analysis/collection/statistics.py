@@ -67,7 +67,7 @@ def choose_keys(
     """
     with tqdm(documents, desc="keys", unit=" documents", disable=not progress) as read:
         rows = (window.ids[: window.size] for window in windows(read, max_length))
-        special = model.config.special_token_ids
+        special = model.special_token_ids
         keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)
     if len(keys.keys) == 0:
         raise InputError(
@@ -105,7 +105,7 @@ def collect(
     chosen = tuple(range(num_layers)) if layers is None else tuple(layers)
     orders = tuple(count.order for count in keys.orders)
     model, mesh = on_mesh(model)
-    special = jnp.asarray(model.config.special_token_ids, jnp.int32)
+    special = jnp.asarray(model.special_token_ids, jnp.int32)
     shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
 
     def step(windows: StatsBuffer, ids: jax.Array, mask: jax.Array) -> StatsBuffer:

@@ -131,7 +131,13 @@ class HarnessLM(TemplateLM):
             add_special_tokens = False if spelt else self.add_bos_token
         options: dict[str, Any] = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         # Not verbose: it would warn of long texts, which are cut into windows later.
-        return self.tokenizer.encode(string, verbose=False, **options)
+        ids = self.tokenizer.encode(string, verbose=False, **options)
+        if max(ids, default=0) >= self.model.config.vocab_size:
+            raise InputError(
+                f"a text holds {self.tokenizer.convert_ids_to_tokens(max(ids))!r}, id {max(ids)}, but the model's "
+                f"vocab_size is {self.model.config.vocab_size}: take the added token out of the text"
+            )
+        return ids
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log probability of each text, nats; requests hold (text,)."""
@@ -230,7 +236,7 @@ class HarnessLM(TemplateLM):
         return min(length, self.max_length)
 
     def _until_end(self, ids: list[int]) -> list[int]:
-        ends = {*self.model.config.eos_token_ids, self.eot_token_id}
+        ends = {*self.model.generation.end_ids, self.eot_token_id}
         return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 

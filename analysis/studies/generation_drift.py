@@ -112,7 +112,7 @@ def drift(
         own = min(batch_size, len(ids) - start)
         prompt, document = np.split(ids[rows], [prompt_tokens], axis=1)
         real = np.broadcast_to((np.arange(batch_size) < own)[:, None], prompt.shape)  # what fills up is padding
-        ends = model.config.eos_token_ids
+        ends = model.generation.end_ids
         plain = ended(model.generate(prompt, new_tokens, attention_mask=real)[0][:, prompt_tokens:], ends, new_tokens)
         written, carry = var_model.generate(prompt, carry, new_tokens, attention_mask=real)
         var = ended(written[:, prompt_tokens:], ends, new_tokens)

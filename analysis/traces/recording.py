@@ -66,7 +66,7 @@ def record(
     if model.tokenizer is not None:
         texts = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
         strings = {token: text for token, text in enumerate(texts) if text is not None}
-    special = np.asarray(model.config.special_token_ids, np.int32)
+    special = np.asarray(model.special_token_ids, np.int32)
     empty = dataclasses.replace(_nothing(model), token_strings=strings)
     left_out = written = 0
     with (

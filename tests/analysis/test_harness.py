@@ -1,5 +1,6 @@
 """The adapter against the harness's own Hugging Face model, and VAR against the plain model."""
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -20,8 +21,10 @@ from analysis.harness import evaluate, main
 from analysis.text.corpus import Document
 from analysis.text.encoding import encode
 from models import load_model
+from models.generation_config import GenerationDefaults
 from models.model import REFERENCE
 from varjax import VARConfig, VARModel, statsfile
+from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
 from varjax.step import summary
 
@@ -317,6 +320,21 @@ def test_what_cannot_be_done_is_said(saved_model):
         HarnessLM(dataclasses.replace(saved_model, tokenizer=None))
     with pytest.raises(ValueError, match="include_path"):
         evaluate(lm, ["nonesuch"], task_manager=TaskManager(include_defaults=False))
+
+
+def test_a_text_ends_with_any_end_id_of_the_checkpoint(saved_model):
+    defaults = GenerationDefaults(1, (7, 9), None)
+    lm = HarnessLM(dataclasses.replace(saved_model, generation_defaults=defaults), max_length=8, progress=False)
+    assert (lm._until_end([5, 9, 6]), lm._until_end([5, 7]), lm._until_end([5, 6])) == ([5], [5], [5, 6])
+
+
+def test_an_added_token_without_an_embedding_is_refused_in_a_text(saved_model):
+    tokenizer = copy.deepcopy(saved_model.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    lm = HarnessLM(dataclasses.replace(saved_model, tokenizer=tokenizer), max_length=8, progress=False)
+    assert lm.tok_encode("the router") == saved_model.tokenizer.encode("the router")
+    with pytest.raises(InputError, match=r"a text holds '\[PAD\]', id 300, but the model's vocab_size is 300"):
+        lm.tok_encode("the [PAD] router")
 
 
 def test_without_the_harness_the_error_names_the_extra(monkeypatch):

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 import re
+import shutil
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file, save_file
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
@@ -367,6 +369,23 @@ def test_each_device_gets_its_slices_and_only_these_are_read(directory, alone, m
     assert sorted(read) == sorted(part for part, number in zip(parts, times, strict=True) for _ in range(number))
     assert not whole
     assert sum(parts) < 0.3 * sum(leaf.size for leaf in leaves)
+    assert model.fingerprint == alone.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, model.params, alone.params)
+
+
+def test_stacked_experts_are_read_slice_by_slice_too(directory, alone, tmp_path):
+    tensors = load_file(directory / "model.safetensors")
+    for layer in range(CONFIG.num_layers):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        w1, w2, w3 = (
+            np.stack([tensors.pop(f"{prefix}.{expert}.{name}.weight") for expert in range(CONFIG.num_experts)])
+            for name in ("w1", "w2", "w3")
+        )
+        tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.concatenate([w1, w3], axis=1)
+        tensors[f"model.layers.{layer}.mlp.experts.down_proj"] = w2
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(directory / "config.json", tmp_path)
+    model = load_model(tmp_path, mesh=make_mesh("data=2,model=4"))
     assert model.fingerprint == alone.fingerprint
     jax.tree.map(np.testing.assert_array_equal, model.params, alone.params)
 

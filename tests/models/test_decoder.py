@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.parameters import init_params, with_methods
 from varjax.routing import CACHED, FAST, LEARNED, NO_ANSWER, NO_ROW, LayerAnswers, LayerRules, Plan, Routing
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -262,3 +263,18 @@ def slow_attention(x, params, config):
             shares = np.exp(scores - scores.max())
             out[query, mine] = shares / shares.sum() @ values[: query + 1, shared]
     return out @ params["o_proj"]["kernel"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gate_and_head_are_not_rounded_to_bfloat16(tiny_config, tied):
+    """Products of bfloat16 weights and inputs, against float64: what is compared later has float32's precision."""
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)
+    model = with_methods(config, init_params(config, jax.random.key(0), jnp.bfloat16)["decoder"])
+    x = jax.random.normal(jax.random.key(1), (50, config.hidden_size), jnp.bfloat16)
+    head = model.embed.embedding[...].T if tied else model.head.kernel[...]
+    for layer, weights in ((model.layers[0].gate, model.layers[0].gate.kernel[...]), (model.logits, head)):
+        exact = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
+        found = layer(x)
+        assert found.dtype == np.float32
+        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5)
+        assert np.abs(exact - np.asarray(exact, jnp.bfloat16).astype(float)).max() > 1e-3  # what rounding would cost

@@ -9,7 +9,9 @@ import pytest
 
 from models import Sampling
 from models.generation import choose, generate
+from models.generation_config import GenerationDefaults
 from models.model import plain_step
+from varjax.errors import InputError
 
 PROMPT = np.array([[3, 4, 5], [6, 7, 8]])
 END, OTHER_END, FILL = 2, 9, 0
@@ -46,7 +48,16 @@ def test_sampling_follows_the_stated_distribution(sampling, probs):
     assert (shares[np.asarray(probs) == 0] == 0).all()
 
 
-@pytest.mark.parametrize("fault", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *({"temperature": value} for value in (-1.0, np.nan, np.inf, "0.5", True, None)),
+        *({"top_k": value} for value in (0, -5, 2.5, np.nan, "3", True)),
+        *({"top_p": value} for value in (0.0, 1.5, np.nan, "0.5", True)),
+        *({"seed": value} for value in (-1, 0.5, None, True, 2**32, 2**64)),
+    ],
+    ids=str,
+)
 def test_impossible_sampling_is_refused_by_name(fault):
     with pytest.raises(ValueError, match=next(iter(fault))):
         Sampling(**fault)
@@ -113,12 +124,53 @@ def test_a_model_fills_with_its_padding_id_or_else_its_end_id(tiny_model, pad, f
         ({"input_ids": [[-1, 3]]}, "holds -1 to 3; expected ids from 0 to 60"),
         ({"input_ids": [[3, 4]], "attention_mask": [[1]]}, r"attention_mask has shape \(1, 1\).*\(1, 2\)"),
         ({"input_ids": [[3, 4]], "attention_mask": [[1, 0]]}, "ends in padding; pad on the left"),
-        ({"input_ids": [[3, 4]], "max_new_tokens": 0}, "max_new_tokens=0; expected at least 1"),
+        ({"input_ids": [[3, 4], [5]]}, "input_ids has rows of different lengths"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[1, 1], [1]]}, "attention_mask has rows of different lengths"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[0.0, -1e9]]}, "other values than 1 for real tokens and 0"),
+        ({"input_ids": [[3, 4]], "attention_mask": [[1, np.nan]]}, "other values than 1 for real tokens and 0"),
+        *(
+            (
+                {"input_ids": [[3, 4]], "max_new_tokens": new},
+                f"max_new_tokens={new!r}; expected an integer of at least 1",
+            )
+            for new in (0, -1, -100, 2.5, True, None)
+        ),
     ],
 )
 def test_bad_inputs_are_refused(tiny_model, arguments, named):
     with pytest.raises(ValueError, match=named):
         tiny_model.generate(**({"max_new_tokens": 1} | arguments))
+
+
+@pytest.mark.parametrize(("batch", "capacity"), [(0, 4), (1, 0), (1, -98), (1, 2.5), (True, 4)])
+def test_a_cache_without_room_is_refused(tiny_model, batch, capacity):
+    with pytest.raises(InputError, match="expected an integer of at least 1"):
+        tiny_model.empty_cache(batch, capacity)
+
+
+def test_padding_may_have_an_id_without_an_embedding(tiny_model):
+    """Of a `[PAD]` that was added to the tokenizer: the mask says that nobody reads it."""
+    ids, mask = np.array([[61, 99, 5, 6], [3, 4, 5, 6]]), [[0, 0, 1, 1], [1, 1, 1, 1]]
+    tokens, _ = tiny_model.generate(ids, 6, attention_mask=mask)
+    np.testing.assert_array_equal(tokens, tiny_model.generate(np.where(ids > 60, 0, ids), 6, attention_mask=mask)[0])
+    with pytest.raises(InputError, match="holds 3 to 99; expected ids from 0 to 60"):
+        tiny_model.generate(ids, 6, attention_mask=[[0, 1, 1, 1], [1, 1, 1, 1]])
+
+
+def test_the_checkpoints_end_ids_go_before_those_of_its_config(tiny_model):
+    config = dataclasses.replace(tiny_model.config, eos_token_id=5, pad_token_id=6)
+    defaults = GenerationDefaults(1, (END, OTHER_END), 99, Sampling(temperature=5.0))  # no embedding has id 99
+    model = dataclasses.replace(tiny_model, config=config, generation_defaults=defaults)
+    tokens, _ = model.generate(PROMPT, 4, step=scripted([5, END, 5, 5], [7, 7, OTHER_END, 7]), carry=0)
+    np.testing.assert_array_equal(tokens[:, 3:], [[5, END, END], [7, 7, OTHER_END]])
+    assert model.special_token_ids == (1, 2, 5, 6, 9, 99)
+
+
+def test_what_a_checkpoint_recommends_is_used_only_if_asked_for(tiny_model):
+    hot = GenerationDefaults(None, (), None, Sampling(temperature=9.0))
+    model = dataclasses.replace(tiny_model, generation_defaults=hot)
+    np.testing.assert_array_equal(model.generate(PROMPT, 8)[0], tiny_model.generate(PROMPT, 8)[0])
+    assert (model.generate(PROMPT, 8, sampling=model.generation.sampling)[0] != tiny_model.generate(PROMPT, 8)[0]).any()
 
 
 def test_texts_of_different_lengths_go_on_as_each_alone(make_model, padded_texts):

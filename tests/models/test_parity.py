@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from models import load_model
+from models import Sampling, load_model
 from models.config import read_config
 from models.model import REFERENCE
-from models.weights import save_params
+from models.verification import verify
+from models.weights import INDEX_FILE, ledger, save_params
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -187,6 +188,42 @@ def test_transformers_opens_what_is_saved_here(pair, ours, padded_texts, tmp_pat
         np.testing.assert_array_equal(saved, original)
     again = load_model(tmp_path)
     assert (again.config, again.fingerprint) == (ours.config, ours.fingerprint)
+
+
+STACKED = ("one-key-head", "tied-sharded-old", "olmoe-as-published", "qwen3-both-rules")
+
+
+@pytest.mark.parametrize("pair", [CASES[name] for name in STACKED], ids=STACKED, indirect=True)
+def test_experts_that_are_stored_stacked_are_the_same_model(pair, ours, padded_texts, tmp_path):
+    """As transformers 5 writes its own layout; sharded, so that the parts of a layer lie in several files."""
+    pair.theirs.save_pretrained(tmp_path, save_original_format=False, max_shard_size="6KB")
+    stored = json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
+    assert sum("gate_up_proj" in name for name in stored) == ours.config.num_layers
+    stacked = load_model(tmp_path)
+    assert stacked.fingerprint == ours.fingerprint
+    jax.tree.map(np.testing.assert_array_equal, stacked.params, ours.params)
+    ids, mask = padded_texts("left")
+    np.testing.assert_array_equal(stacked(ids, mask).logits, ours(ids, mask).logits)
+    assert verify(tmp_path, progress=False).tensors == len(ledger(ours.config))
+
+
+@pytest.mark.parametrize("pair", [CASES["as-published"]], ids=["as-published"], indirect=True)
+def test_texts_end_where_generation_config_says(pair, ours, padded_texts, tmp_path):
+    """The ids stand only there; transformers' tokens, its padding behind the ends included."""
+    ids, mask = padded_texts("left")
+    plain = ours.generate(ids, NEW, attention_mask=mask)[0][:, ids.shape[1] :]
+    ends = [int(plain[0, 2]), int(plain[1, 9])]
+    pair.theirs.save_pretrained(tmp_path)
+    recommended = {"eos_token_id": ends, "pad_token_id": 7, "do_sample": True, "temperature": 0.6, "top_k": 20}
+    (tmp_path / "generation_config.json").write_text(json.dumps(recommended))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        options = {"attention_mask": torch.tensor(mask), "max_new_tokens": NEW, "do_sample": False}
+        expected = theirs.generate(torch.tensor(ids), **options).numpy()
+    model = load_model(tmp_path)
+    np.testing.assert_array_equal(model.generate(ids, NEW, attention_mask=mask)[0], expected)
+    assert (expected[0, ids.shape[1] + 3 :] == 7).all() and model.config.eos_token_id is None
+    assert model.generation.sampling == Sampling(0.6, 20)
 
 
 @pytest.mark.parametrize("pair", [CASES["as-published"], CASES["tied"]], ids=["as-published", "tied"], indirect=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,11 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from analysis.text.corpus import Document
+from analysis.text.encoding import encode
 from models import CheckpointError, ConfigError, load_model
 from models.config import config_to_hf, read_config
 from models.parameters import init_params
-from models.tokenizer import save_tokenizer, train_bpe
+from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.weights import ledger, load_params, save_params
+from varjax.errors import InputError
 
 HEAD, NORM, QUERIES = "lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
 EXPERT = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
@@ -186,7 +190,7 @@ WEIGHT_FAULTS = {
         write_index('{"weight_map": {"a": "x.safetensors", "b": "y.safetensors"}}'),
         ["missing: x.safetensors, y.safetensors", "fetch"],
     ),
-    "index-not-json": (write_index("{"), ["model.safetensors.index.json", "weight_map", "fetch the file again"]),
+    "index-not-json": (write_index("{"), ["model.safetensors.index.json is not valid JSON", "fetch the file again"]),
     "index-without-map": (write_index("{}"), ["model.safetensors.index.json", "weight_map"]),
     "index-a-list": (write_index('{"weight_map": ["x"]}'), ["model.safetensors.index.json", "weight_map"]),
     "index-leads-outside": (write_index('{"weight_map": {"a": "../x"}}'), ["index.json", "outside the directory"]),
@@ -202,6 +206,88 @@ def test_weight_faults_are_named(checkpoint, spoil, named):
         assert words in str(caught.value)
 
 
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def tied(tiny_config, tiny_params, tmp_path):
+    """A good checkpoint whose head is its embedding, and the embedding."""
+    decoder = {name: value for name, value in tiny_params["decoder"].items() if name != "head"}
+    config = dataclasses.replace(tiny_config, tie_word_embeddings=True)
+    save_params(tmp_path / "tied", tiny_params | {"decoder": decoder}, config)
+    return tmp_path / "tied", load_file(tmp_path / "tied" / "model.safetensors")[EMBEDDING]
+
+
+@pytest.mark.parametrize("changes", [{}, {EMBEDDING: None}], ids=["both", "the head alone"])
+def test_a_tied_checkpoint_may_store_its_head(tied, changes):
+    directory, embedding = tied
+    before = load_model(directory)
+    edit(directory, **{HEAD: embedding} | changes)
+    after = load_model(directory)
+    assert after.fingerprint == before.fingerprint and same(after.params, before.params)
+
+
+def test_a_tied_checkpoint_with_another_head_is_refused(tied):
+    directory, embedding = tied
+    for head, named in (
+        (
+            embedding + np.eye(*embedding.shape, dtype=np.float32) * 1e-6,
+            "says tie_word_embeddings true; set it to false",
+        ),
+        (embedding[:-1], r"lm_head\.weight in model\.safetensors has shape \(60, 16\), expected \(61, 16\)"),
+    ):
+        edit(directory, **{HEAD: np.ascontiguousarray(head)})
+        with pytest.raises(CheckpointError, match=named) as caught:
+            load_model(directory)
+        assert str(caught.value).count("\n") == 1  # one fault
+
+
+def test_of_a_checkpoint_without_a_head_the_field_is_named_that_would_tie_it(checkpoint):
+    edit(checkpoint, **{HEAD: None})
+    with pytest.raises(
+        CheckpointError, match=r"missing lm_head\.weight \(config\.json does not say tie_word_embeddings"
+    ):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [
+        ({"num_hidden_layers": 9_000}, "says num_hidden_layers 9000, the weight files hold 2 layers"),
+        ({"num_local_experts": 90_000}, r"speaks of 90000 experts in a layer, .*gate\.weight in model\.s.* is for 4"),
+    ],
+)
+def test_a_config_of_more_than_there_is_costs_no_time(checkpoint, field, named):
+    """The ledger of so many tensors would take hours."""
+    edit_config(checkpoint, **field)
+    with pytest.raises(CheckpointError, match=named):
+        load_model(checkpoint)
+
+
+def stack(directory) -> None:
+    """Store the experts of layer 0 as transformers 5 does."""
+    of = "model.layers.0.block_sparse_moe.experts.{}.{}.weight"
+    tensors = load_file(directory / "model.safetensors")
+    w1, w2, w3 = (np.stack([tensors[of.format(i, name)] for i in range(4)]) for name in ("w1", "w2", "w3"))
+    stacked = {"gate_up_proj": np.concatenate([w1, w3], axis=1), "down_proj": w2}
+    single = dict.fromkeys(of.format(i, name) for i in range(4) for name in ("w1", "w2", "w3"))
+    edit(directory, **{f"model.layers.0.mlp.experts.{name}": value for name, value in stacked.items()} | single)
+
+
+def test_layouts_may_differ_from_layer_to_layer_but_nothing_may_be_there_twice(checkpoint, tiny_config):
+    before = load_params(checkpoint, tiny_config)
+    expert = load_file(checkpoint / "model.safetensors")["model.layers.0.block_sparse_moe.experts.2.w3.weight"]
+    stack(checkpoint)
+    after = load_params(checkpoint, tiny_config)
+    assert after[1] == before[1] and same(after[0], before[0])
+    edit(checkpoint, **{"model.layers.0.block_sparse_moe.experts.2.w3.weight": expert})
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w3\.weight is in model\.safetensors and again in model"):
+        load_params(checkpoint, tiny_config)
+    edit(checkpoint, **{"model.layers.0.mlp.experts.gate_up_proj": np.ones((4, 24, 16), np.float32)})
+    with pytest.raises(CheckpointError, match=r"gate_up_proj in .* has shape \(4, 24, 16\), expected \(4, 48, 16\)"):
+        load_params(checkpoint, tiny_config)
+
+
 CONFIG_FAULTS = {
     "architecture": ({"model_type": "llama"}, ["model_type is 'llama'", "'mixtral'"]),
     "missing-fields": ({"vocab_size": None, "num_local_experts": None}, ["vocab_size, num_local_experts", "add them"]),
@@ -214,9 +300,12 @@ CONFIG_FAULTS = {
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         ["partial_rotary_factor is 0.5"],
     ),
-    "rope-not-an-object": ({"rope_parameters": "default"}, ["rotary settings are 'default'", "expected an object"]),
+    "rope-not-an-object": ({"rope_parameters": "default"}, ["rope_parameters is 'default'", "expected an object"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
-    "quantised": ({"quantization_config": {"bits": 4}}, ["quantization_config is {'bits': 4}", "only None"]),
+    "quantised": (
+        {"quantization_config": {"quant_method": "gptq", "modules": ["a"] * 999}},
+        ["quantized (quantization_config has quant_method 'gptq')", "use the checkpoint that this one was made from"],
+    ),
     "more-chosen-than-there": ({"num_experts_per_tok": 9}, ["num_experts_per_tok is 9", "num_local_experts is 4"]),
     "heads": ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "divisor", "num_attention_heads 4"]),
     "odd-head": ({"head_dim": 5}, ["head_dim is 5", "even"]),
@@ -284,6 +373,27 @@ def test_a_tokenizer_of_another_model_is_refused(checkpoint):
     save_tokenizer(train_bpe(["some text"], vocab_size=300), checkpoint)
     with pytest.raises(CheckpointError, match=r"tokenizer has \d+ entries but config\.json says vocab_size 61"):
         load_model(checkpoint)
+
+
+def test_a_padding_token_beyond_the_embeddings_is_refused_only_where_it_is_used(model_directory, tmp_path):
+    shutil.copytree(model_directory, tmp_path, dirs_exist_ok=True)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    assert (model.config.vocab_size, model.tokenizer.pad_token_id) == (300, 300)
+
+    texts = model.tokenizer(["the router", "the router finds a table"], padding=True, padding_side="left")
+    assert texts.input_ids[0][0] == 300
+    together, _ = model.generate(texts.input_ids, 5, attention_mask=texts.attention_mask)
+    alone, _ = model.generate([model.tokenizer("the router").input_ids], 5)
+    np.testing.assert_array_equal(together[0, -alone.shape[1] :], alone[0])
+
+    used = model.tokenizer("the [PAD] router").input_ids
+    with pytest.raises(InputError, match="to 300; expected ids from 0 to 299"):
+        model([used])
+    with pytest.raises(InputError, match="gives id 300 but the model's vocab_size is 300"):
+        encode([Document("the [PAD] router", "")], model.tokenizer, model.config)
 
 
 @pytest.mark.parametrize("name", ["/nowhere", "no-such-directory", "a/b/c"])

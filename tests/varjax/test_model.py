@@ -9,6 +9,7 @@ import pytest
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
+from models.generation_config import GenerationDefaults
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
 from varjax.errors import InputError
 from varjax.model import routed_forward
@@ -100,6 +101,30 @@ def test_a_prefill_of_texts_that_end_in_padding_is_refused(saved_model, stats_pa
         var_model.prefill(ids, var_model.init(len(ids)), 20, attention_mask=mask)
 
 
+@pytest.mark.parametrize("new", [-100, 0, 2.5, True])
+def test_a_number_of_tokens_that_cannot_be_leaves_the_state_as_it_was(saved_model, stats_path, ids, new):
+    var_model = VARModel(saved_model, config(stats_path))
+    state = var_model.init(len(ids))
+    with pytest.raises(InputError, match=rf"max_new_tokens={new}; expected an integer of at least 1"):
+        var_model.generate(ids, state, new)
+    with pytest.raises(InputError, match=r"input_ids holds .* to 300"):
+        var_model.generate(ids + 300 - ids.max(), state, 2)
+    assert var_model.generate(ids, state, 2)[0].shape == (len(ids), ids.shape[1] + 2)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 1.5, None])
+def test_a_batch_of_no_texts_is_refused(saved_model, stats_path, batch):
+    with pytest.raises(InputError, match=rf"batch_size={batch}; expected an integer of at least 1"):
+        VARModel(saved_model, config(stats_path)).init(batch)
+
+
+@pytest.mark.parametrize("capacity", [15, -1, 20.5])
+def test_a_cache_that_the_texts_do_not_fit_is_refused(saved_model, stats_path, ids, capacity):
+    var_model = VARModel(saved_model, config(stats_path))
+    with pytest.raises(InputError, match=rf"capacity={capacity}; expected an integer of at least 16"):
+        var_model.prefill(ids, var_model.init(len(ids)), capacity)
+
+
 def test_nothing_planned_equals_the_plain_model(saved_model, stats_path, ids):
     nothing = config(stats_path, frequency_threshold=10**9, confidence_threshold=1.0)
     var_model = VARModel(saved_model, nothing)
@@ -167,8 +192,7 @@ def test_second_step_compiles_nothing_and_policies_share_it(saved_model, stats_p
     step(LayerPolicy(kept=None, tolerance=0.1, orders=(0, 2)))
     assert routed_forward._cache_size() == compiled
 
-
-def test_generation_threads_the_state(saved_model, stats_path, ids):
+    model = dataclasses.replace(saved_model, generation_defaults=GenerationDefaults(None, (), None))  # no text ends
     model = dataclasses.replace(saved_model, config=dataclasses.replace(saved_model.config, eos_token_id=None))
     nothing = VARModel(model, config(stats_path, frequency_threshold=10**9, cache_size=0))
     plain, _ = model.generate(ids, 8)
@@ -194,11 +218,11 @@ def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, s
         ids[row, -len(text) :], mask[row, -len(text) :] = text, 1
 
     def ending(end_ids):
-        model_config = dataclasses.replace(saved_model.config, eos_token_id=end_ids)
-        var_model = VARModel(dataclasses.replace(saved_model, config=model_config), wanted)
+        defaults = GenerationDefaults(None, end_ids, None)
+        var_model = VARModel(dataclasses.replace(saved_model, generation_defaults=defaults), wanted)
         return var_model, *var_model.generate(ids, var_model.init(3), 12, attention_mask=mask)
 
-    endless = ending(None)[1]
+    endless = ending(())[1]
     var_model, together, state = ending((int(endless[0, 13]), int(endless[2, 17])))
     counted, lengths = np.zeros((2, 3), int), set()
     for row, text in enumerate(texts):
