@@ -26,12 +26,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from analysis.evaluation.certificate import how_drawn
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
+from analysis.text.drawn import Drawn
 from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers, run
 from profiling.calls import PHASES
 from tuning import chosen
@@ -225,7 +225,7 @@ def put_to_the_test(args: argparse.Namespace) -> None:
         repeats=args.validate_repeats,
         level=args.confidence,
         limit=limit,
-        drawn=how_drawn(origin["data"]),
+        drawn=Drawn.of(origin["data"]),
     )
     facts = (
         ("model", f"{calibrate.model.name} ({args.dtype})"),

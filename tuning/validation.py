@@ -29,9 +29,10 @@ from scipy import stats as distributions
 from tqdm import tqdm
 
 from analysis.evaluation import certificate
-from analysis.evaluation.certificate import LIMIT, Certificate, Drawn, certify
+from analysis.evaluation.certificate import LIMIT, Certificate, certify
 from analysis.evaluation.comparison import Estimate, ratio_interval
 from analysis.policies.scored_points import Losses, Subject, losses
+from analysis.text.drawn import Drawn
 from profiling.throughput import measure
 from profiling.timing import Ratio, geometric_mean
 from tuning.objective import upper_limit
@@ -180,7 +181,7 @@ def validate(
     rounds: int = 11,
     level: float = 0.95,
     limit: float = math.expm1(LIMIT),
-    drawn: Drawn = "unknown",
+    drawn: Drawn | None = None,
 ) -> Validation:
     """Certify the candidates, choose the fastest certified one, and judge it on test documents, with the presets.
 
@@ -193,7 +194,7 @@ def validate(
         rounds: of timing, per repeat.
         level: confidence of the certificate, and of every limit on the test documents.
         limit: relative change of perplexity.
-        drawn: how the calibrate documents came out of their split.
+        drawn: how the calibrate documents came out of their split; None: that was not recorded.
 
     Raises:
         InputError: too few repeats, or fewer test documents than repeats; as `analysis.evaluation.certificate.certify`.
