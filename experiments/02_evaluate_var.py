@@ -170,8 +170,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
         print(var_model.summary(state))
-    if args.mode == "var" and args.split not in ("calibrate", "test"):
-        print(f"if tables or the policy were made from this dataset, its split {args.split!r} flatters VAR")
+    print(*said.notes, sep="\n", end="\n" if said.notes else "")
     print(f"written to {output}")
 
 
@@ -222,6 +221,8 @@ def study_policy(args: argparse.Namespace) -> None:
     )
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
+    if warned := evaluation_report.flattered({"mode": args.mode, "provenance": made}):
+        facts += (("note", *warned),)
     said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
     config.save(args.output / "var_config.json")
     print("\n".join(overview(said)))

@@ -1,6 +1,7 @@
 """The report of an evaluation says what its result file holds, and no more."""
 
 import numpy as np
+import pytest
 
 from analysis.evaluation.quality import Scores
 from analysis.evaluation.report import draw, report
@@ -21,6 +22,20 @@ def test_the_plain_model_has_neither_tiers_nor_a_speed_up():
     assert "perplexity 28.032 per token" in words and "speed-up" not in words.lower() and "2,000" in words
     assert "20.086" in words and "33.115" in words  # by group
     assert draw("base", result, None, 0.01, 0) == {}
+
+
+@pytest.mark.parametrize(
+    ("mode", "split", "warned"),
+    [
+        *(("var", split, True) for split in ("tune", "build", None)),
+        *(("var", split, False) for split in ("test", "calibrate")),
+        ("baseline", "tune", False),
+    ],
+)
+def test_documents_that_may_have_chosen_the_policy_are_said_to_flatter_it(mode, split, warned):
+    result = {"mode": mode, **SCORES.summary(), "provenance": {"data": {"split": split}}}
+    words = text(report("run", result, SCORES))
+    assert ("These documents flatter VAR" in words) == warned
 
 
 def test_under_var_layers_are_told_and_drawn():
