@@ -45,18 +45,21 @@ class Drawn:
         found = data.get("drawn")
         if found is None:
             return None
-        try:
-            record = cls(**found | {"cut": tuple(found["cut"])})
-            numbers = all(type(one) is int and one >= 0 for one in (record.read, record.short))
-            known = record.order in get_args(Order) and set(record.cut) <= set(get_args(Cut))
-        except (TypeError, KeyError):
-            numbers = known = False
-        if not (numbers and known):
+        if not _sound(found):
             raise InputError(
                 f"drawn={found!r} does not say how documents were drawn: expected order, read, short and cut, as this "
                 "version writes them; evaluate again, or remove it"
             )
-        return record
+        return cls(**found | {"cut": tuple(found["cut"])})
+
+
+def _sound(found: Any) -> bool:
+    """Whether this is a record as `Drawn.fields` gives it."""
+    if not isinstance(found, dict) or found.keys() != {field.name for field in dataclasses.fields(Drawn)}:
+        return False
+    numbers = all(type(found[name]) is int and found[name] >= 0 for name in ("read", "short"))
+    cut = isinstance(found["cut"], list) and all(one in get_args(Cut) for one in found["cut"])
+    return numbers and cut and found["order"] in get_args(Order)
 
 
 def order_of(dataset: str) -> Order:
