@@ -214,15 +214,14 @@ def study_policy(args: argparse.Namespace) -> None:
         folder=args.output / "losses",
         seed=args.seed,
     )
-    facts = (
+    facts = [
         ("model", f"{model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split {args.split}"),
         ("policy", str(args.var_config or "found on the tune split")),
-    )
+    ]
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
-    if warned := evaluation_report.flattered({"mode": args.mode, "provenance": made}):
-        facts += (("note", *warned),)
+    facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
     said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
     config.save(args.output / "var_config.json")
     print("\n".join(overview(said)))

@@ -203,7 +203,8 @@ def validate(
         raise InputError(f"{repeats} repeats of {len(test.documents)} test documents: expected at least 2, and no more")
     total = len(candidates) + 1 + len(presets)
     bar = tqdm(total=total, unit="configuration", desc="validation", disable=not test.progress)
-    increases, found = {}, []
+    increases: dict[str, Losses] = {}
+    found: list[Candidate] = []
     for name, config in candidates.items():
         table = _table(calibrate, config, len(found))
         increases[name] = losses(calibrate, config, table)
@@ -223,10 +224,10 @@ def validate(
         cached=[name for name, config in candidates.items() if config.cache_size > 0],
     )
     judged: list[Judged] = []
-    if name := choose(certified, found):
-        for one, config in {name: candidates[name], **presets}.items():
+    if chosen := choose(certified, found):
+        for name, config in {chosen: candidates[chosen], **presets}.items():
             table = _table(test, config, len(found) + len(judged))
-            judged.append(_judge(test, one, config, table, repeats, rounds, level))
+            judged.append(_judge(test, name, config, table, repeats, rounds, level))
             bar.update()
     bar.close()
     return Validation(certified, tuple(found), judged[0] if judged else None, tuple(judged[1:]), limit, level)

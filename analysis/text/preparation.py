@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from analysis.reports.provenance import provenance, write_json
 from analysis.text.corpus import CorpusError, CorpusHash, Document
-from analysis.text.drawn import Drawn, order_of
+from analysis.text.drawn import Cut, Drawn, order_of
 from analysis.text.encoding import Encoded, tokenised
 from analysis.text.prepared import (
     MANIFEST,
@@ -112,7 +112,10 @@ def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[
 def _drawn(request: Request, documents: int, counts: Counter[str]) -> Drawn:
     """How the documents that were kept came out of the dataset."""
     read = documents + counts["left out"]
-    limits = {"documents": (request.num_samples, read), "tokens": (request.max_tokens, counts["tokens"])}
+    limits: dict[Cut, tuple[int | None, int]] = {
+        "documents": (request.num_samples, read),
+        "tokens": (request.max_tokens, counts["tokens"]),
+    }
     cut = tuple(name for name, (most, reached) in limits.items() if most is not None and reached >= most)
     return Drawn(order_of(request.dataset), read, counts["left out"], cut)
 
