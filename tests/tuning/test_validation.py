@@ -29,7 +29,7 @@ from varjax.errors import InputError
 
 LIMIT = 0.01
 # Standard deviation of the logarithm of one repeat's speed-up. Observed in the validation that docs/phase3.md reports,
-# of five configurations that hardly differ, three repeats each. The means of three spread by 0.025, so a repeat by 0.044;
+# of five configurations that hardly differ, three repeats each. Their means spread by 0.025, so a repeat by 0.044;
 # prefill ranged over 1.30x to 1.43x and decode over 1.03x to 1.47x, so their geometric mean spread by 0.053.
 OBSERVED = 0.05
 
