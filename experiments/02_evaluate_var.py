@@ -178,8 +178,7 @@ def evaluate(args: argparse.Namespace) -> None:
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
         print(var_model.summary(state))
-    if args.mode == "var" and args.split not in ("calibrate", "test"):
-        print(f"if tables or the policy were made from this dataset, its split {args.split!r} flatters VAR")
+    print(*said.notes, sep="\n", end="\n" if said.notes else "")
     print(f"written to {output}")
 
 
@@ -224,15 +223,16 @@ def study_policy(args: argparse.Namespace) -> None:
         seed=args.seed,
         caching=cached_tier.asked(args),
     )
-    facts = (
+    facts = [
         ("model", f"{model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split {args.split}"),
         ("policy", str(args.var_config or "found on the tune split")),
         ("cached tier, where one is", subject.caching.words),
         *card.facts(origin["card"]),
-    )
+    ]
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
+    facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
     said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
     config.save(args.output / "var_config.json")
     print("\n".join(overview(said)))

@@ -3,8 +3,8 @@
   --routing_stats S --method bayesian --n_calls 50 --output DIR
                                   search on the tune split; S and the answers beside it are phase 1's
   --routing_stats S --validate DIR/best_configs.json --output DIR
-                                  certify the best few on the calibrate split and measure them on several parts of the
-                                  test split, beside the presets; a single VARConfig will do as well
+                                  certify the best few on the calibrate split, choose the fastest there, and judge that
+                                  one on several parts of the test split, next to the presets; FILE may be a VARConfig
 
 A search writes into DIR, anew after an interruption too: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db`
 shows it), tuning.json, .txt, .html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and
@@ -27,13 +27,13 @@ from typing import Any
 from tqdm import tqdm
 
 from analysis.evaluation import caching as cached_tier
-from analysis.evaluation.certificate import how_drawn
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
 from analysis.text import card
+from analysis.text.drawn import Drawn
 from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers, run
 from profiling.calls import PHASES
 from tuning import chosen
@@ -42,7 +42,7 @@ from tuning.objective import Objective
 from tuning.points import Point, best
 from tuning.space import CACHED_TIER, Space, config_at, default_space, only, suggest, with_ranges, without_effect
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
-from tuning.validation import validate
+from tuning.validation import REPEATS, validate
 from tuning.validation_section import section
 from varjax.config import PRESETS
 from varjax.errors import InputError
@@ -77,7 +77,9 @@ def main() -> None:
     arguments.add_argument("--study_name", default="varjax", help="in the storage")
     arguments.add_argument("--workers", type=int, default=1, help="processes on this machine")
     arguments.add_argument("--validate", type=Path, metavar="FILE", help="best_configs.json, or a VARConfig as JSON")
-    arguments.add_argument("--validate_repeats", type=int, default=3, help="parts of the test split")
+    arguments.add_argument(
+        "--validate_repeats", type=int, default=REPEATS, help="number of parts of the test split, each timed separately"
+    )
     arguments.add_argument(
         "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
     )
@@ -242,7 +244,7 @@ def put_to_the_test(args: argparse.Namespace) -> None:
         repeats=args.validate_repeats,
         level=args.confidence,
         limit=limit,
-        drawn=how_drawn(origin["data"]),
+        drawn=Drawn.of(origin["data"]),
     )
     facts = (
         ("model", f"{calibrate.model.name} ({args.dtype})"),

@@ -227,7 +227,7 @@ def _positive(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = math.nan
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number") from None
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
     return value

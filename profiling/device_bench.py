@@ -37,7 +37,7 @@ from profiling.costs import component_costs, parameters
 from profiling.hardware import Hardware, ceiling
 from profiling.points import Point, Task, measure
 from profiling.published import PUBLISHED
-from profiling.rivals import rivals
+from profiling.rivals import RivalError, rivals
 from profiling.timing import paired_ratio, typical
 from profiling.workload import Mix, Workload
 from varjax.errors import InputError
@@ -126,7 +126,7 @@ def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = prin
     if reason is None:
         try:
             part("transformers", partial(_transformers, fitting, settings))
-        except RuntimeError as error:
+        except RivalError as error:
             reason = str(error)
     if reason is not None:
         left_out["transformers"] = reason
@@ -222,8 +222,8 @@ def _experts(
     for name, one in others.items():
         try:
             theirs = experts_bench.measure(routings, *sizes, {name: one}, settings.rounds)
-        except Exception as error:  # somebody else's code: whatever it says is what is reported
-            left_out[f"{name}/{tokens}"] = f"{type(error).__name__}: {error}"[:300]
+        except (RivalError, jax.errors.JaxRuntimeError) as error:  # it does not trace, or does not compile or run
+            left_out[f"{name}/{tokens}"] = str(error)[:300]
             continue
         # Of rounds of its own, so each with the plain block of these.
         seconds |= {key: own for key, own in theirs.items() if key != "plain"}

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from models.config import MoEConfig, config_from_hf, config_to_hf
+from profiling.rivals import RivalError
 from profiling.timing import compare
 
 
@@ -32,16 +33,16 @@ def obstacle() -> str | None:
 def in_a_process(config: MoEConfig, timeout: float, **options: Any) -> dict[str, Any]:
     """`measure` in a new process, on its CUDA device.
 
-    Raises RuntimeError with the end of what it said if it fails or takes more seconds than `timeout`.
+    Raises RivalError with the end of what it said if it fails or takes more seconds than `timeout`.
     """
     asked = json.dumps({"config": config_to_hf(config, "bfloat16"), "device": "cuda", **options})
     command = [sys.executable, "-m", "profiling.torch_bench", asked]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"transformers' model took more than {timeout:.0f} s") from None
+        raise RivalError(f"transformers' model took more than {timeout:.0f} s") from None
     if done.returncode:
-        raise RuntimeError(f"transformers' model failed: {done.stderr.strip()[-500:]}")
+        raise RivalError(f"transformers' model failed: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -35,6 +35,52 @@ def test_imports_point_downwards_only(folder):
     assert not wrong
 
 
+def raised(node: ast.Raise) -> str:
+    """The name of the class that is raised."""
+    error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+    return error.id if isinstance(error, ast.Name) else ""
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_bad_input_is_refused_with_errors_of_our_own(folder):
+    """A library's ValueError is a fault in the program: it must not look like what varjax refuses."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Raise) and raised(node) in ("ValueError", "Exception", "RuntimeError")
+    ]
+    # A section's verdict is written in the program, so a wrong one is a fault in it.
+    assert [one for one in wrong if not one.startswith("analysis/reports/report.py")] == []
+
+
+BROAD = {"BaseException", "Exception", "ValueError", "RuntimeError", "ArithmeticError", "TypeError", "InputError"}
+ENDS = {"exit", "error"}  # `sys.exit`, and argparse's own way to stop
+MAY_GO_ON = {
+    "analysis/text/embedded.py": "other people's sources that do not parse hold no document",
+}
+
+
+@pytest.mark.parametrize("folder", ("analysis", "profiling", "tuning", "experiments"))
+def test_no_fault_becomes_a_result(folder):
+    """Who catches a broad class of errors raises again or ends the program; only NotTestableError becomes a finding."""
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ExceptHandler) or name in MAY_GO_ON:
+                continue
+            caught = {one.id for one in ast.walk(node.type) if isinstance(one, ast.Name)} if node.type else BROAD
+            inside = list(ast.walk(node))
+            ends = any(isinstance(one, ast.Raise) for one in inside) or any(
+                isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute) and one.func.attr in ENDS
+                for one in inside
+            )
+            if caught & BROAD and not ends:
+                wrong.append(f"{name}:{node.lineno} catches {', '.join(sorted(caught & BROAD))}")
+    assert not wrong
+
+
 def test_importing_varjax_loads_little():
     """Whoever imports the routers into code of their own gets JAX, and no other framework with it."""
     heavy = {"flax", "optuna", "torch", "transformers", "datasets", "pandas", "matplotlib", "models"}

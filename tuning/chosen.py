@@ -18,6 +18,7 @@ from varjax.config import VARConfig
 from varjax.errors import InputError
 
 KEPT = 5
+MEASURED = "on the tune documents, by the very measurements that chose these configurations: they flatter them"
 
 
 def write(folder: Path, points: Sequence[Point], limit: float, provenance: Mapping[str, Any]) -> bool:
@@ -40,7 +41,7 @@ def write(folder: Path, points: Sequence[Point], limit: float, provenance: Mappi
             }
             for point in sorted(found, key=lambda point: point.outcome.upper)
         ]
-        write_json(several, {"limit": limit, "configs": configs, "provenance": provenance})
+        write_json(several, {"limit": limit, "measured": MEASURED, "configs": configs, "provenance": provenance})
     return bool(feasible)
 
 

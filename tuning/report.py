@@ -86,7 +86,10 @@ def _best(found: Findings) -> Section:
     first, limit = shown[0], f"the limit of {found.limit:+.2%}"
     if feasible:
         within = sum(point.outcome.within(found.limit) for point in found.points)
-        outcome = f"{within:,} of {number:,} trials are within {limit}; the fastest is {_said(first)}"
+        outcome = (
+            f"{within:,} of {number:,} trials are within {limit}; the fastest, by the measurements that chose it, is "
+            f"{_said(first)}"
+        )
         chosen = (
             f"Chosen from {number:,} trials on the very documents that scored them: the best of many looks better than "
             "it is. The upper limit guards against the noise of one trial, not against having chosen. What these "

@@ -45,6 +45,11 @@ HEARTBEAT, GRACE = 10, 60  # seconds: between signs of life of a running trial; 
 _ABOUT, _TICKET, _OUTCOME, _CONFIG = "about", "ticket", "outcome", "config"
 
 
+# What a storage that cannot be opened raises; Optuna says with a RuntimeError that it is of another version, and a
+# driver that is not installed is an ImportError.
+_STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError, RuntimeError)
+
+
 class StudyError(InputError):
     """A study that cannot be opened or continued; says why, and the mend."""
 
@@ -98,6 +103,7 @@ def open_study(
         engine = {"connect_args": {"timeout": 60, "isolation_level": None}, "poolclass": sqlalchemy.NullPool}
     directions = ["maximize", "minimize"] if method == "nsga2" else ["maximize"]  # the second: degradation
     try:
+        _check_url(storage)
         with _quiet():
             database = optuna.storages.RDBStorage(
                 storage,
@@ -109,7 +115,7 @@ def open_study(
         if one_file:
             sqlalchemy.event.listen(database.engine, "begin", _begin_writing)
         study = optuna.create_study(storage=database, study_name=name, directions=directions, load_if_exists=True)
-    except Exception as error:  # of SQLAlchemy, of any driver, of Optuna: they share no class
+    except _STORAGE_ERRORS as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StudyError(
             f"--storage {without_password(storage)}: {reason}. Give the URL of a database that can be reached, such as "
@@ -215,6 +221,14 @@ def points(study: optuna.Study) -> list[Point]:
             outcome = Outcome(**fields, speedups=speedups)
             found.append(Point(trial.number, dict(trial.params), trial.user_attrs[_CONFIG], outcome))
     return found
+
+
+def _check_url(storage: str) -> None:
+    """Raises an error of SQLAlchemy where this is no URL of a database; a bad port is a ValueError of its own."""
+    try:
+        sqlalchemy.make_url(storage)
+    except ValueError as error:
+        raise sqlalchemy.exc.ArgumentError(str(error)) from error
 
 
 def _begin_writing(connection: sqlalchemy.Connection) -> None:

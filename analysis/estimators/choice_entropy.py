@@ -94,7 +94,8 @@ def conditional_entropy(
         samples: draws of the bootstrap over documents.
 
     Raises:
-        NotTestableError: no ranking tells the first choice, no key occurs often enough, or too few permutations.
+        NotTestableError: no ranking tells the first choice, or no key occurs often enough.
+        InputError: too few permutations.
     """
     check_permutations(permutations)
     check_ranked(trace)
@@ -154,7 +155,7 @@ def conditional_entropy(
 
 
 def check_ranked(trace: Trace) -> None:
-    """Raises InputError where a trace does not say which of its experts is the first choice."""
+    """Raises NotTestableError where a trace does not say which of its experts is the first choice."""
     if not (trace.ranked or trace.top_k == 1):
         raise NotTestableError(
             "the trace's experts are not ranked, so nobody knows the first choice; record the trace with probabilities "

@@ -101,8 +101,13 @@ def expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
         load: float64 [E], share of the tokens that choose each expert; adds up to K.
 
     Raises:
+        InputError: the loads do not add up to K.
         NotTestableError: no distribution over sets of K experts was found that has these loads.
     """
+    if not np.isclose(load.sum(), top_k):
+        raise InputError(
+            f"the loads {np.round(load, 4).tolist()} add up to {load.sum():.4g}; give loads of sum {top_k}"
+        )
     expected = np.outer(load, load)  # right where one of the two is always or never chosen
     free = (load > 0) & (load < 1)
     left = top_k - int(np.sum(load >= 1))  # experts of a token that are not certain
@@ -146,9 +151,9 @@ def _fit(load: np.ndarray, size: int) -> np.ndarray:
         if np.max(np.abs(fitted - load)) < _TOLERANCE:
             return weights
         weights = weights * odds * (1 - fitted) / fitted
-    raise InputError(
-        f"no weights give the loads {np.round(load, 4).tolist()} with {size} experts per token; "
-        f"give loads that add up to {size}"
+    raise NotTestableError(
+        f"no weights were found that give the loads {np.round(load, 4).tolist()} with {size} experts per token, so "
+        "what chance alone would pair is not known; give a longer trace"
     )
 
 

@@ -56,7 +56,8 @@ def repetition(
         samples: draws of the bootstrap over documents.
 
     Raises:
-        NotTestableError: no ranking tells the first choice, no two tokens stand together, or too few permutations.
+        NotTestableError: no ranking tells the first choice, or no two tokens stand together.
+        InputError: too few permutations.
     """
     check_permutations(permutations)
     check_ranked(trace)

@@ -39,6 +39,7 @@ import pandas as pd
 from analysis.evaluation.comparison import MAX_DEGRADATION, Result, check_pair
 from analysis.evaluation.quality import Scores
 from analysis.reports.provenance import hash_json
+from analysis.text.drawn import Drawn
 from varjax.bounds import documents_needed, p_value, upper_bound
 from varjax.errors import InputError
 
@@ -47,7 +48,6 @@ CLIP = 0.2  # nats per token, of a document's increase: its perplexity rises by 
 MIN_DOCUMENTS = 20  # fewer are refused, and a group of fewer is not certified
 
 Testing = Literal["fixed_sequence", "holm"]
-Drawn = Literal["hash", "first", "unknown"]  # a document is there by the hash of its text, or for standing first
 
 
 class CertificateError(InputError):
@@ -116,7 +116,7 @@ class Certificate:
     documents: int
     tokens: int
     unscored: int  # documents without a scored token, left out
-    drawn: Drawn  # how the documents came out of their split
+    drawn: Drawn | None  # how the documents came out of their split; None: that was not recorded
     configurations: tuple[Configuration, ...]  # in the order in which they were given
 
     @property
@@ -135,7 +135,7 @@ def certify(
     limit: float = LIMIT,
     testing: Testing = "fixed_sequence",
     seed: int = 0,
-    drawn: Drawn = "unknown",
+    drawn: Drawn | None = None,
     cached: Collection[str] = (),
 ) -> Certificate:
     """Bound each candidate's increase of loss over the baseline and say which ones stay within the limit.
@@ -149,7 +149,7 @@ def certify(
         config_sha256: of every candidate, as `VARConfig.digest` makes it.
         level: the confidence of each of the three statements above.
         limit: nats per token; the default is a perplexity 1 % higher.
-        drawn: how the documents came out of their split.
+        drawn: how the documents came out of their split, as it was recorded; None: that was not recorded.
         cached: the candidates that ran with a cached tier which all documents shared.
 
     Raises:
@@ -246,18 +246,10 @@ def certify_results(baseline: Result, candidates: Mapping[str, Result], **settin
         {name: Losses.of(result) for name, result in candidates.items()},
         model_sha256=origins["the baseline"]["model"]["fingerprint"],
         config_sha256={name: origins[name]["config_sha256"] for name in candidates},
-        drawn=how_drawn(data),
+        drawn=Drawn.of(data),
         cached=[name for name, config in configs.items() if config.get("cache_size", 0) > 0 and shared[name]],
         **settings,
     )
-
-
-def how_drawn(data: Mapping[str, Any]) -> Drawn:
-    """How the documents that a result file's `data` describes came out of their split."""
-    if "limit" not in data or "documents" not in data:
-        return "unknown"
-    cut = data["limit"] is not None and data["documents"] >= data["limit"]
-    return "first" if cut and data.get("dataset") != "embedded" else "hash"  # the embedded corpus comes in hash order
 
 
 def fixed_sequence(p: Mapping[str, float], alpha: float) -> set[str]:

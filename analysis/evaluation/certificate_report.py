@@ -124,21 +124,29 @@ def sentences(certificate: Certificate) -> list[str]:
 
 
 def _sample(certificate: Certificate) -> str:
-    """Which text the bound is about."""
-    if certificate.drawn == "hash":
+    """Which text the bound is about, by what was recorded when the documents were drawn."""
+    drawn = certificate.drawn
+    if drawn is None:
         return (
-            "The documents are a sample of the corpus, drawn by a hash of their text; the bound is about that corpus "
-            "and text of its kind."
+            "If the documents are a random sample of a corpus, the bound is about that corpus and text of its kind; "
+            "how they were drawn was not recorded."
         )
-    if certificate.drawn == "first":
+    which = f"the first {drawn.read:,}" if drawn.cut else f"all {drawn.read:,}"
+    by = "in the order of their texts' hashes" if drawn.order == "hash" else "as the source lists them"
+    until = f" (cut at a number of {' and of '.join(drawn.cut)})" if drawn.cut else ""
+    short = (
+        f" Texts of fewer than two tokens were left out ({drawn.short:,}); the bound is not about them."
+        if drawn.short
+        else ""
+    )
+    if drawn.sampled:
         return (
-            f"The documents are the first {certificate.documents + certificate.unscored:,} of the split, not a random "
-            "sample: the bound is about text that these stand for, and about the corpus only if its order means "
-            "nothing."
+            f"The documents are {which} of the split {by}{until}: a sample of the corpus, drawn by a hash of their "
+            f"text. The bound is about that corpus and text of its kind.{short}"
         )
     return (
-        "If the documents are a random sample of a corpus, the bound is about that corpus and text of its kind; how "
-        "they were drawn is not known here."
+        f"The documents are {which} of the split {by}{until}, not a random sample: the bound is about text that these "
+        f"stand for, and about the corpus only if its order means nothing.{short}"
     )
 
 

@@ -30,7 +30,8 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
         ResultError: the two cannot be compared (`analysis.evaluation.comparison.degradation`).
     """
     change = degradation(base, other)
-    judged = criteria(change, other)
+    against_plain = base.fields["mode"] == "baseline"
+    judged = criteria(change, other) if against_plain else []
     documents, tokens = len(base.documents), int(base.documents["tokens"].sum())
     said = Report(
         "Two evaluations side by side",
@@ -44,8 +45,11 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
             + (f"; {documents} documents are too few for one to be trusted." if documents < MIN_DOCUMENTS else "."),
             "Criteria are judged by the estimate, as published: where an interval reaches over the bound, the verdict "
             "may be chance.",
-            "Speed-ups are paired: both sides in turns inside the run that is compared, intervals over its rounds. The "
-            "tokens/s of two runs may differ by more, for the machine may have been busier in one.",
+            "Tokens/s and speed-ups are both of the compared run, which timed the plain model and VAR in turns. The "
+            "change is the median over rounds of the ratio inside a round, with an interval over rounds."
+            if against_plain
+            else "Speeds and criteria are left out: both are against the plain model, and the base is not the plain "
+            "model.",
         ),
         (_side_by_side(base, other, change), *map(_judged, judged)),
     )
@@ -82,11 +86,12 @@ def _side_by_side(base: Result, other: Result, change: Estimate) -> Section:
         ("perplexity per token", *(f"{fields['perplexity']:.3f}" for fields in sides), *change_of),
         ("experts per token and layer", *(shown(value, ".2f") for value in experts), "", "", ""),
     ]
-    for phase in ("prefill", "decode"):
-        rates = (fields.get("throughput", {}).get(f"{phase}_tokens_per_second") for fields in sides)
-        # The speed-up is measured pair by pair inside one run; the rates of two runs are not its quotient.
-        ratio = other.fields.get("throughput", {}).get("speedup", {}).get(phase, {})
-        ends = (f"{ratio[end]:.2f}x" if ratio else "" for end in ("value", "low", "high"))
+    timed = other.fields.get("throughput", {})
+    for phase, ratio in timed.get("speedup", {}).items() if base.fields["mode"] == "baseline" else ():
+        # Both rates are of the compared run: the base's own were measured at another time and do not belong to a ratio.
+        rates = (timed.get(phase, {}).get("plain_tokens_per_second"), timed.get(f"{phase}_tokens_per_second"))
+        rates = rates if None not in rates else (None, None)
+        ends = (f"{ratio[end]:.2f}x" for end in ("value", "low", "high"))
         rows.append((f"{phase}, tokens/s", *(shown(rate, ",.0f") for rate in rates), *ends))
     for tier in other.fields.get("tiers", {}):
         of = (fields.get("tiers", {}).get(tier) for fields in sides)

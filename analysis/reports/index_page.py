@@ -49,7 +49,7 @@ def _reports(index: Path) -> Iterator[tuple[Path, Mapping[str, Any]]]:
             continue
         try:
             said = json.loads(beside.read_text(encoding="utf-8"))
-        except ValueError:  # somebody else's
+        except (json.JSONDecodeError, UnicodeDecodeError):  # somebody else's
             continue
         if isinstance(said, dict) and {"title", "facts", "sections"} <= said.keys():
             yield path, said

@@ -53,6 +53,9 @@ def section(found: Alternatives) -> Section:
             "lines between points; curves whose dial can be turned back to the plain model begin there. In brackets "
             f"the 95 % interval of {found.samples:,} bootstrap draws of the {found.documents:,} documents, the same "
             "draws for all; experts per token are those over all documents in each of them.",
+            "Where on its curve an alternative is compared was picked on these very documents, which flatters the "
+            "alternatives. VAR is compared at the one policy that was given, which is flattered only if it was chosen "
+            "on these documents: give a policy that was chosen on others.",
             "To read fairly: VAR's tolerances were searched layer by layer, the rules that others proposed have one "
             "dial for all layers. One tolerance for all layers is VAR without that search. The cached tier is off in "
             "all rules but cache only.",

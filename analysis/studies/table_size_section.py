@@ -44,6 +44,8 @@ def section(found: TableSizes) -> Section:
             "A bound on the answers of a layer keeps those that remove the most squared error, weighted by the gate, "
             "against the answer of the longest shorter key, or against nothing. Where an answer is not kept, the "
             "shorter key's stands in; where that is not kept either, the expert runs.",
+            "Which table saves half is read off these documents, so its cost is a little flattered: choose a size on "
+            "other documents before relying on it.",
             "The policy stays as it is for every size, so these tables are not at equal loss or equal experts: compare "
             "them with VAR's own curve, the whole table under other tolerances.",
             "Answers: their bytes with scales and deviations. Table: with keys, predicted routing and which answer is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from analysis.text.corpus import (
     CorpusError,
     CorpusHash,
+    Document,
     check_dataset,
     check_limit,
     iter_documents,
     known_split,
     split_of,
 )
+from analysis.text.drawn import Drawn, order_of
 from analysis.text.encoding import Encoded, iter_encode
-from analysis.text.prepared import is_prepared, open_prepared
+from analysis.text.prepared import is_prepared, open_prepared, read_manifest
 from models.config import MoEConfig
 
 if TYPE_CHECKING:
@@ -59,17 +62,33 @@ class EncodedCorpus:
 
     def __iter__(self) -> Iterator[Encoded]:
         """The documents. Raises CorpusError if there are none, or they cannot be read."""
-        prepared = is_prepared(Path(self.request["dataset"]).expanduser())
-        documents = tokens = 0
+        folder = Path(self.request["dataset"]).expanduser()
+        prepared = is_prepared(folder)
+        read = documents = tokens = 0
         digest = CorpusHash()
-        for document in self._prepared() if prepared else self._tokenised():
+
+        def counted() -> Iterator[Document]:
+            nonlocal read
+            for document in iter_documents(**self.request):
+                read += 1
+                yield document
+
+        for document in self._prepared() if prepared else iter_encode(counted(), self._tokenizer, self._config):
             documents, tokens = documents + 1, tokens + len(document.ids)
             digest.add(document.id)
             yield document
+        before = read_manifest(folder).drawn if prepared else Drawn(order_of(self.request["dataset"]), 0)
         self.about = self.request | {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
+        self.about["drawn"] = self._drawn(before, documents if prepared else read, documents)
 
-    def _tokenised(self) -> Iterator[Encoded]:
-        return iter_encode(iter_documents(**self.request), self._tokenizer, self._config)
+    def _drawn(self, before: Drawn | None, read: int, documents: int) -> dict[str, Any] | None:
+        """The record of how `documents` of the `read` ones came to be here, after what a prepared folder says."""
+        if before is None:
+            return None
+        limit = self.request["limit"]
+        reached = limit is not None and read >= limit and "documents" not in before.cut
+        cut = (*before.cut, "documents") if reached else before.cut
+        return dataclasses.replace(before, read=read, short=before.short + read - documents, cut=cut).fields()
 
     def _prepared(self) -> Iterator[Encoded]:
         folder, split, limit = (self.request[name] for name in ("dataset", "split", "limit"))

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from analysis.reports.provenance import provenance, write_json
 from analysis.text.corpus import CorpusError, CorpusHash, Document
+from analysis.text.drawn import Cut, Drawn, order_of
 from analysis.text.encoding import Encoded, tokenised
 from analysis.text.prepared import (
     MANIFEST,
@@ -86,6 +87,7 @@ def prepare(
                 left_out=counts["left out"],
                 shards=shards,
                 provenance=provenance(),
+                drawn=_drawn(request, table.num_rows, counts),
                 **_totals(table),
             )
             write_json(temporary / MANIFEST, manifest)
@@ -105,6 +107,17 @@ def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[
         counts["tokens"] += len(document.ids)
         if max_tokens is not None and counts["tokens"] >= max_tokens:
             return
+
+
+def _drawn(request: Request, documents: int, counts: Counter[str]) -> Drawn:
+    """How the documents that were kept came out of the dataset."""
+    read = documents + counts["left out"]
+    limits: dict[Cut, tuple[int | None, int]] = {
+        "documents": (request.num_samples, read),
+        "tokens": (request.max_tokens, counts["tokens"]),
+    }
+    cut = tuple(name for name, (most, reached) in limits.items() if most is not None and reached >= most)
+    return Drawn(order_of(request.dataset), read, counts["left out"], cut)
 
 
 def _write(folder: Path, documents: Iterator[Encoded]) -> Iterator[Shard]:

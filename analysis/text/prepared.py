@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, overload
 import pyarrow as pa
 
 from analysis.text.corpus import CorpusError
+from analysis.text.drawn import Drawn
 from analysis.text.encoding import Encoded
+from varjax.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,6 +83,7 @@ class Manifest:
     max_id: int  # the largest token id; a model's vocabulary must be larger
     shards: tuple[Shard, ...]
     provenance: dict[str, Any]
+    drawn: Drawn | None = None  # how these documents came out of the dataset; None: an older folder, not recorded
     version: int = VERSION
 
     def answers(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -172,8 +175,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise CorpusError(f"{path} is of version {version}, this varjax reads {VERSION}; prepare the dataset again")
     try:
         request, shards = Request(**fields["request"]), tuple(Shard(**shard) for shard in fields["shards"])
-        return Manifest(**fields | {"request": request, "shards": shards})
-    except (KeyError, TypeError) as error:
+        return Manifest(**fields | {"request": request, "shards": shards, "drawn": Drawn.of(fields)})
+    except (KeyError, TypeError, InputError) as error:
         raise CorpusError(f"{path} is damaged ({error!r}); restore it or prepare the dataset again") from None
 
 

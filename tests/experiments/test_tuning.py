@@ -61,9 +61,11 @@ def test_search_then_validation_then_evaluation(script, asked, tmp_path, capsys)
     printed = capsys.readouterr().out
     assert "Does it hold on documents that the search never saw?" in printed
     said = json.loads((tmp_path / "validated" / "validation.json").read_text())
-    names = [one["name"] for one in said["validation"]["configurations"]]
-    assert names[-3:] == ["preset conservative", "preset balanced", "preset aggressive"] and len(names) > 3
-    assert {len(one["repeats"]) for one in said["validation"]["configurations"]} == {2}
+    presets = [one["name"] for one in said["validation"]["presets"]]
+    assert presets == ["preset conservative", "preset balanced", "preset aggressive"]
+    chosen, names = said["validation"]["chosen"], [one["name"] for one in said["validation"]["candidates"]]
+    assert chosen["name"] in names
+    assert {len(one["repeats"]) for one in (chosen, *said["validation"]["presets"])} == {2}
 
     evaluation = (*asked[:8], "--mode", "var", "--var_config", best, "--no_throughput", "--output", tmp_path / "e.json")
     script("02_evaluate_var.py", *evaluation)

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 
+import profiling.bottlenecks
 from profiling.bottlenecks import Evidence, bottlenecks
 from profiling.timing import Ratio
 
@@ -22,6 +23,16 @@ WELL = Evidence(
 
 def seen(**changes):
     return {one.name: one for one in bottlenecks(dataclasses.replace(WELL, **changes))}
+
+
+@pytest.mark.parametrize("raised", [ValueError, RuntimeError])
+def test_a_fault_in_a_rule_is_no_finding(monkeypatch, raised):
+    def broken(evidence):
+        raise raised("operands could not be broadcast together")
+
+    monkeypatch.setattr(profiling.bottlenecks, "RULES", (*profiling.bottlenecks.RULES, broken))
+    with pytest.raises(raised, match="broadcast"):
+        bottlenecks(WELL)
 
 
 def test_where_all_is_well_nothing_is_found():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 
 from analysis.reports.provenance import write_json
-from models.experts import get_engine
-from profiling import torch_bench
+from models.experts import Engine, get_engine
+from models.experts_pallas import stack_experts
+from profiling import experts_bench, torch_bench
+from profiling import rivals as rivals_module
 from profiling.costs import parameters
-from profiling.device_bench import QUICK, layers_that_fit, run
+from profiling.device_bench import QUICK, _experts, layers_that_fit, run
+from profiling.hardware import HARDWARE
 from profiling.published import MIXTRAL_8X7B
 from profiling.rivals import rivals
 from varjax.routing import Routing
@@ -59,6 +63,25 @@ def test_figures_are_those_of_the_work_that_was_asked_for(result):
         plain, one = result[part]
         assert (plain["mix"], plain["experts"], one["mix"], one["experts"]) == ("plain", 2.0, "one", 1.0)
         assert plain["speedup"] == 1 and plain["tokens_per_second"] > 0
+
+
+def test_a_rival_that_fails_is_left_out_and_a_fault_of_ours_is_not(monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("operands could not be broadcast together")
+
+    engines = {"theirs": Engine("theirs", stack_experts, partial(rivals_module._apply, product=broken))}
+    given = (TINY, dataclasses.replace(LITTLE, rounds=1), 2, {"blocks": get_engine("blocks")}, engines)
+    hardware, left_out = HARDWARE["h200"], {}
+    found = _experts(*given, hardware, left_out)
+    assert {one["engine"] for one in found} == {"blocks"}
+    assert left_out == {"theirs/2": "ValueError: operands could not be broadcast together"}
+
+    measure = experts_bench.measure
+    monkeypatch.setattr(
+        experts_bench, "measure", lambda *args: broken() if "theirs" in args[-2] else measure(*args)
+    )  # the measuring itself is at fault
+    with pytest.raises(ValueError, match="broadcast"):
+        _experts(*given, hardware, {})
 
 
 def test_no_part_begins_when_time_is_up():

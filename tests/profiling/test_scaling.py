@@ -4,18 +4,19 @@ import numpy as np
 import pytest
 
 from profiling.performance_model import Errors, PointError
-from profiling.points import Point
-from profiling.scaling import figure, scalings, section
+from profiling.points import Point, tasks
+from profiling.scaling import FEWEST, figure, scalings, section
 from profiling.workload import Mix, Workload
 
 
 class Made:
-    """As much of a study as scaling looks at."""
+    """As much of a study as scaling looks at; the calls that calibrated its model are predicted perfectly."""
 
     def __init__(self, each):
-        half = len(each) // 2
-        self.calibrated = Errors(tuple(each[:half]), 0.0, 0.0, 0.0, each[0])
-        self.unseen = Errors(tuple(each[half:]), 0.0, 0.0, 0.0, each[0])
+        known = [PointError(one.point, one.point.seconds) for one in each]
+        known += calls("prefill", "open", 1.0, 1.0)
+        self.calibrated = Errors(tuple(known), 0.0, 0.0, 0.0, each[0])
+        self.unseen = Errors(tuple(each), 0.0, 0.0, 0.0, each[0])
 
 
 def calls(phase, policy, exponent, expected, tokens=(64, 128, 256, 512)):
@@ -30,7 +31,7 @@ def calls(phase, policy, exponent, expected, tokens=(64, 128, 256, 512)):
 
 def test_exponents_are_those_of_the_times():
     made = Made(calls("prefill", "one", 1.1, 1.05) + calls("prefill", "plain", 1.2, 1.0))
-    first, second = scalings(made)
+    first, second = scalings(made)  # and none of the calls that calibrated
     assert (first.policy, second.policy) == ("plain", "one")
     assert (first.exponent, first.expected) == (pytest.approx(1.2), pytest.approx(1.0))
     assert second.tokens == (64, 128, 256, 512) and second.consistent and not first.consistent
@@ -41,6 +42,12 @@ def test_exponents_are_those_of_the_times():
 def test_a_call_that_grows_more_slowly_than_expected_is_no_fault():
     (one,) = scalings(Made(calls("decode", "plain", 0.4, 0.9)))
     assert one.consistent
+
+
+def test_a_quick_study_times_unseen_calls_of_three_sizes_in_both_phases():
+    plain = [task for task in tasks(quick=True) if not task.calibrates and task.policy == "plain"]
+    for decodes in (True, False):
+        assert len({task.batch * task.length for task in plain if task.decodes is decodes}) == FEWEST
 
 
 def test_too_few_sizes_are_not_fitted_and_that_is_said():

@@ -3,7 +3,7 @@
 import numpy as np
 
 from profiling import throughput_section
-from profiling.throughput import by_batch
+from profiling.throughput import by_batch, measure
 
 
 def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, documents):
@@ -22,3 +22,13 @@ def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, do
     section = throughput_section.section(found)
     assert len(section.tables[0].rows) == 4 and "distinct experts" in section.words[1]
     assert throughput_section.figure(found) is not None
+
+
+def test_the_rates_of_both_sides_are_of_the_same_rounds(small_var_model, documents):
+    found = measure(small_var_model, documents, batch_size=3, max_length=24, decode_tokens=8, repeats=1)
+    for phase in ("prefill", "decode"):
+        plain = found[phase]["plain_tokens_per_second"]
+        ratio = found[f"{phase}_tokens_per_second"] / plain
+        np.testing.assert_allclose(ratio, found["speedup"][phase]["value"])  # of one round, its ratio
+    alone = measure(small_var_model.disabled(), documents, batch_size=3, max_length=24, decode_tokens=8, repeats=1)
+    assert alone["speedup"] == {} and "plain_tokens_per_second" not in alone["prefill"]

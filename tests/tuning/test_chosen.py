@@ -17,6 +17,7 @@ def test_the_fastest_is_handed_on_and_the_few_are_in_the_order_of_testing(make_p
     points.append(make_point(9, 3.0, 0.05, config=config(99)))  # beyond the limit
     assert write(tmp_path, points, LIMIT, {})
     assert VARConfig.load(tmp_path / "best_config.json") == VARConfig(frequency_threshold=13)
+    assert "by the very measurements that chose" in json.loads((tmp_path / "best_configs.json").read_text())["measured"]
     candidates = read(tmp_path / "best_configs.json")
     assert list(candidates) == ["trial 3", "trial 2", "trial 1", "trial 0"]  # the surest first
     assert candidates["trial 1"] == VARConfig(frequency_threshold=11)

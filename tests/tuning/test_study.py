@@ -14,6 +14,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from analysis import command
 from profiling.timing import Ratio
 from tuning import landscape
 from tuning.points import PREDICTED, Outcome, Point, best
@@ -192,11 +193,39 @@ def test_a_study_about_something_else_is_refused(url):
 
 @pytest.mark.parametrize(
     "storage",
-    ["no-url", "sqlite:////no/such/folder/study.db", "mysql+nodriver://host/database", "postgresql://"],
+    [
+        "no-url",
+        "postgresql://host:port/database",
+        "sqlite:////no/such/folder/study.db",
+        "mysql+nodriver://host/database",
+        "postgresql://",
+    ],
 )
 def test_a_storage_that_cannot_be_opened_is_said_with_the_mend(storage):
     with pytest.raises(StudyError, match=r"^--storage .*Give the URL of a database"):
         open_study(storage, "s", "random", ABOUT)
+
+
+@pytest.mark.parametrize("raised", [ValueError, RuntimeError])
+def test_a_fault_in_a_trial_ends_the_search_with_its_traceback(url, raised):
+    def broken(trial: optuna.Trial) -> Point:
+        suggest(SPACE, trial)
+        raise raised("operands could not be broadcast together")
+
+    study = open_study(url, "s", "random", ABOUT)
+    fill(study, "random", SPACE, 2, 3)
+    with pytest.raises(raised, match="broadcast"):
+        command.run(lambda: work(study, "random", 0, broken, 0.01))
+    assert points(study) == []  # no trial has become a result
+
+
+def test_a_fault_while_a_storage_is_opened_is_not_a_storage_that_cannot_be_opened(url, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("unexpected keyword")
+
+    monkeypatch.setattr(optuna, "create_study", broken)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        open_study(url, "s", "random", ABOUT)
 
 
 def test_a_grid_larger_than_the_calls_is_refused_before_any_trial(url):

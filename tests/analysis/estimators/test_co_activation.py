@@ -4,8 +4,10 @@ from math import prod
 import numpy as np
 import pytest
 
+import analysis.estimators.co_activation as co_activation_module
 from analysis.estimators.co_activation import co_activation, expected_shares
 from tests.synthetic_traces import make_trace
+from varjax.errors import InputError, NotTestableError
 
 
 def sets_with(weights, top_k):
@@ -44,8 +46,14 @@ def test_experts_that_are_always_or_never_chosen():
     np.testing.assert_allclose(expected[0], load)
     np.testing.assert_array_equal(expected[1], 0)
     assert np.all(expected[2:, 2:] == np.diag(load[2:]))  # one place is left: no two of these together
-    with pytest.raises(ValueError, match="add up to 2"):
+    with pytest.raises(InputError, match=r"add up to 0\.6; give loads of sum 2"):
         expected_shares(np.array([0.2, 0.2, 0.2]), 2)
+
+
+def test_loads_for_which_no_weights_are_found_are_not_testable(monkeypatch):
+    monkeypatch.setattr(co_activation_module, "_ITERATIONS", 1)
+    with pytest.raises(NotTestableError, match="no weights were found"):
+        expected_shares(np.array([0.9, 0.6, 0.3, 0.2]), 2)
 
 
 def test_routing_by_load_alone_has_ratios_of_one():

@@ -21,6 +21,7 @@ from analysis.evaluation.comparison import Result, ResultError, degradation
 from analysis.evaluation.quality import Scores
 from analysis.reports.provenance import write_json
 from analysis.reports.report import text
+from analysis.text.drawn import Drawn
 from varjax.bounds import upper_bound
 
 CLIP = 0.2
@@ -217,17 +218,25 @@ def test_swapped_arguments_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("drawn", "words"),
     [
-        ({}, "how they were drawn is not known"),
-        ({"dataset": "a.txt", "limit": 400, "documents": 400}, "the first 400 of the split"),
-        ({"dataset": "a.txt", "limit": 500, "documents": 400}, "drawn by a hash of their text"),
-        ({"dataset": "a.txt", "limit": None, "documents": 400}, "drawn by a hash of their text"),
-        ({"dataset": "embedded", "limit": 400, "documents": 400}, "drawn by a hash of their text"),
+        (None, "how they were drawn was not recorded"),
+        (
+            Drawn("source", 400, 1, ("documents",)),
+            "the first 400 of the split as the source lists them (cut at a number of documents), not a random sample",
+        ),
+        (Drawn("source", 90, 0, ("documents", "tokens")), "(cut at a number of documents and of tokens), not a random"),
+        (Drawn("source", 400), "all 400 of the split as the source lists them: a sample of the corpus, drawn by a"),
+        (
+            Drawn("hash", 400, 0, ("documents",)),
+            "the first 400 of the split in the order of their texts' hashes (cut at a number of documents): a sample",
+        ),
+        (Drawn("source", 400, 1), "Texts of fewer than two tokens were left out (1)"),
     ],
 )
-def test_the_text_says_how_the_documents_were_drawn(tmp_path, data, words):
-    origin = {"provenance": ORIGIN | {"data": {"split": "calibrate", **data}}}
+def test_the_text_says_how_the_documents_were_drawn(tmp_path, drawn, words):
+    data = {"split": "calibrate", "dataset": "a.txt", "limit": 400, "documents": 399}  # say nothing of it
+    origin = {"provenance": ORIGIN | {"data": data | {"drawn": drawn and drawn.fields()}}}
     base, other = baseline_of(tmp_path / "a", **origin), result_of(tmp_path / "b", losses(0.001), **origin)
     assert words in paragraph(certify_results(base, {"var": other}, clip=CLIP))
 

@@ -8,6 +8,12 @@ import pytest
 from analysis.evaluation.comparison import ResultError, degradation, ratio_interval, read_result
 from analysis.evaluation.comparison_report import figure, report
 
+SPEED = {
+    "prefill_tokens_per_second": 1300.0,
+    "prefill": {"batch": 8, "plain_tokens_per_second": 1010.0},
+    "speedup": {"prefill": {"value": 1.3, "low": 1.2, "high": 1.4}},
+}
+
 
 def write_result(folder, name, nll, tokens=100, **fields):
     documents = pd.DataFrame({"id": [f"d{i}" for i in range(len(nll))], "group": "g", "nll": nll, "tokens": tokens})
@@ -23,14 +29,15 @@ def write_result(folder, name, nll, tokens=100, **fields):
 def pair(tmp_path):
     rng = np.random.default_rng(0)
     nll = rng.normal(300, 60, 50)
-    base = write_result(tmp_path, "baseline", nll, experts_per_token=2.0)
+    busy = {"prefill_tokens_per_second": 2000.0, "prefill": {"batch": 8}, "speedup": {}}  # on another day
+    base = write_result(tmp_path, "baseline", nll, experts_per_token=2.0, throughput=busy)
     other = write_result(
         tmp_path,
         "var",
         nll + rng.normal(0.5, 0.5, 50),
         experts_per_token=1.1,
         tiers={"fast": 0.8, "cached": 0.0, "learned": 0.2},
-        throughput={"speedup": {"prefill": {"value": 1.3, "low": 1.2, "high": 1.4}}},
+        throughput=SPEED,
     )
     return base, other
 
@@ -64,6 +71,31 @@ def test_report_says_pass_fail_and_not_measured(pair):
     }
     assert [section.verdict for section in said.sections] == ["reported", "PASS", "PASS", "not measured", "FAIL"]
     assert "at 1.10 of 2.00 experts" in said.sections[0].outcome
+
+
+def row_of(said, name):
+    return next((row for row in said.sections[0].tables[0].rows if row[0].startswith(name)), None)
+
+
+def test_speeds_are_those_that_were_measured_together(pair, tmp_path):
+    base, other = map(read_result, pair)
+    said, _ = report(base, other)
+    # Not the 2,000 tokens/s of the base's own run, of which 1,300 would be a slow-down.
+    assert row_of(said, "prefill") == ("prefill, tokens/s", "1,010", "1,300", "1.30x", "1.20x", "1.40x")
+    assert row_of(said, "decode") is None  # nobody timed it
+
+    older = {**SPEED, "prefill": {"batch": 8}}  # without the plain model's rate in the same rounds
+    nll = other.documents["nll"].to_numpy()
+    said, _ = report(base, read_result(write_result(tmp_path, "older", nll, throughput=older)))
+    assert row_of(said, "prefill") == ("prefill, tokens/s", "–", "–", "1.30x", "1.20x", "1.40x")
+
+
+def test_a_speed_up_over_the_plain_model_is_not_one_over_another_base(pair, tmp_path):
+    _, other = map(read_result, pair)
+    base = read_result(write_result(tmp_path, "fewer experts", other.documents["nll"].to_numpy(), throughput=SPEED))
+    said, saved = report(base, other)
+    assert row_of(said, "prefill") is None and saved["criteria"] == [] and len(said.sections) == 1
+    assert any("the base is not the plain model" in note for note in said.notes)
 
 
 def test_the_change_of_every_document_is_drawn(pair):

@@ -7,6 +7,7 @@ import pytest
 from analysis.reports.figures import subplots
 from analysis.reports.report import FigureNote, Section
 from analysis.studies.study import Finding, study
+from varjax.errors import InputError, NotTestableError
 
 
 def part(name: str):
@@ -39,7 +40,7 @@ def test_every_part_stands_in_every_file(tmp_path):
 def test_a_part_that_cannot_answer_says_why_and_the_others_stand(tmp_path):
     def depth(subject) -> Finding:
         """How deep is it?"""
-        raise ValueError("no plumb line")
+        raise NotTestableError("no plumb line")
 
     report = study("blue", tmp_path, parts=(depth, part("sky")))
     unanswered, answered = report.sections
@@ -47,6 +48,15 @@ def test_a_part_that_cannot_answer_says_why_and_the_others_stand(tmp_path):
     assert unanswered.outcome == "no plumb line" and answered.name == "sky"
     assert json.loads((tmp_path / "study.json").read_text())["results"] == {"depth": None, "sky": {"answer": "blue"}}
     assert "no plumb line" in (tmp_path / "study.txt").read_text()
+
+
+@pytest.mark.parametrize("raised", [ValueError, RuntimeError, InputError])
+def test_a_fault_in_a_part_is_no_answer(tmp_path, raised):
+    def broken(subject) -> Finding:
+        raise raised("operands could not be broadcast together")
+
+    with pytest.raises(raised, match="broadcast"):
+        study("blue", tmp_path, parts=(part("sky"), broken))
 
 
 def test_a_study_that_is_cut_short_leaves_what_it_answered(tmp_path):

@@ -1,13 +1,18 @@
+import copy
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from analysis.text.corpus import CorpusError, iter_documents, load_documents
+from analysis.text.drawn import Drawn
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import encode
 from analysis.text.preparation import prepare
-from analysis.text.prepared import Request
+from analysis.text.prepared import MANIFEST, Request
+from varjax.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +55,76 @@ def test_an_empty_name_is_not_the_working_directory(saved_model, folder, monkeyp
     monkeypatch.chdir(folder)
     with pytest.raises(CorpusError, match="the dataset is ''"):
         EncodedCorpus("", None, None, saved_model.tokenizer, saved_model.config)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(saved_model):
+    """Without a begin id, so that a text may have a single token."""
+    found = copy.deepcopy(saved_model.tokenizer)
+    found.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    return found
+
+
+@pytest.fixture(scope="module")
+def drawn_of(saved_model, tokenizer):
+    """The record of a run that reads all that it asked for, after JSON."""
+
+    def read(dataset, split, limit):
+        corpus = EncodedCorpus(str(dataset), split, limit, tokenizer, saved_model.config)
+        assert list(corpus)
+        return Drawn.of(json.loads(json.dumps(corpus.about)))
+
+    return read
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """50 texts in a file, of which the second has less than two tokens."""
+    path = tmp_path_factory.mktemp("listed") / "texts.jsonl"
+    texts = ["the router finds a token", "a", *(f"{number}: the table keeps a layer" for number in range(48))]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return path
+
+
+def test_how_documents_were_drawn_is_recorded(drawn_of, listed):
+    # One of the first ten has under two tokens: nine are there, fewer than the limit, which was reached all the same.
+    assert drawn_of(listed, None, 10) == Drawn("source", 10, 1, ("documents",))
+    assert drawn_of(listed, None, None) == drawn_of(listed, None, 51) == Drawn("source", 50, 1)
+    assert not drawn_of(listed, None, 10).sampled and drawn_of(listed, None, None).sampled
+
+
+def test_the_embedded_corpus_is_drawn_by_hash(drawn_of):
+    found = drawn_of("embedded", "test", 5)
+    assert found == Drawn("hash", 5, 0, ("documents",)) and found.sampled
+
+
+def test_a_prepared_folder_hands_on_what_it_was_cut_to(drawn_of, tokenizer, listed, tmp_path):
+    def prepared(name, num_samples=None, max_tokens=None):
+        texts, request = iter_documents(listed, limit=num_samples), Request(str(listed), None, num_samples, max_tokens)
+        prepare(texts, tokenizer, tmp_path / name, request, progress=False)
+        return tmp_path / name
+
+    whole, tokens, documents = prepared("whole"), prepared("tokens", None, 40), prepared("documents", 20)
+    assert drawn_of(whole, None, None) == Drawn("source", 49, 1)
+    assert drawn_of(whole, None, 7) == Drawn("source", 7, 1, ("documents",))
+    assert drawn_of(tokens, None, None).cut == ("tokens",)  # with no limit on the reading
+    assert drawn_of(tokens, None, 2).cut == ("tokens", "documents")
+    assert drawn_of(documents, None, None) == Drawn("source", 19, 1, ("documents",))
+
+    manifest = whole / MANIFEST
+    fields = json.loads(manifest.read_text())
+    del fields["drawn"]  # as an older version wrote it
+    manifest.write_text(json.dumps(fields))
+    assert drawn_of(whole, None, None) is None
+    manifest.write_text(json.dumps(fields | {"drawn": {"order": "any"}}))
+    with pytest.raises(CorpusError, match="does not say how documents were drawn"):
+        drawn_of(whole, None, None)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"order": "any"}, {"read": -1}, {"read": True}, {"short": "1"}, {"cut": ["words"]}, {"cut": None}, {"more": 1}],
+)
+def test_a_damaged_record_is_refused(damage):
+    with pytest.raises(InputError, match="does not say how documents were drawn"):
+        Drawn.of({"drawn": Drawn("hash", 3).fields() | damage})
