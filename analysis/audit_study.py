@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from analysis.audits import report as audit_report
 from analysis.audits.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
@@ -37,6 +36,7 @@ from models import Model, load_model
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.drift import ALPHA, Calibration
 from varjax.errors import InputError
+from varjax.progress import progress_bar
 from varjax.step import summary
 from varjax.streams import Tally, observe
 
@@ -225,7 +225,7 @@ def repeat(
         before: how many of these are without the fault.
     """
     until, first = [], Counter[str]()
-    for _ in tqdm(range(repeats), desc=name, unit="run"):
+    for _ in progress_bar(range(repeats), desc=name, unit="run"):
         monitor = until_drift(*draw())
         if monitor.drifts and monitor.texts > before:
             until.append(monitor.texts - before)

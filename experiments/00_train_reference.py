@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from analysis.collection.checkpoints import note, resumed
 from analysis.evaluation.quality import plain_runner, score
@@ -36,6 +35,7 @@ from models.training import TrainConfig, pack, restore, train_steps
 from models.weights import save_params
 from varjax.errors import InputError
 from varjax.files import replacing
+from varjax.progress import progress_bar
 
 CONFIG = MoEConfig(
     vocab_size=4096,
@@ -88,7 +88,7 @@ def main() -> None:
     print(f"{len(documents):,} documents, {rows.shape[0]:,} rows of {train.length} tokens")
     placement = Placement.of(config, asked_mesh(args))
     steps = train_steps(config, train, get_engine(), rows, checkpoints, args.save_every, placement)
-    with tqdm(total=train.steps, unit="step", mininterval=10) as bar:
+    with progress_bar(total=train.steps, unit="step", mininterval=10) as bar:
         for index, _, info in steps:
             bar.update(index - bar.n)  # a resumed run begins in the middle
             if index % 20 == 0:

@@ -24,8 +24,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from analysis.evaluation.certificate import how_drawn
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
@@ -43,6 +41,7 @@ from tuning.study import METHODS, StudyError, check_method, fill, open_study, po
 from tuning.validation import validate
 from tuning.validation_section import section
 from varjax.config import PRESETS
+from varjax.progress import progress_bar
 
 
 def main() -> None:
@@ -138,7 +137,7 @@ def search(args: argparse.Namespace) -> None:
     _ = setting.ladder  # measured, or read back, before there are workers that would all measure it
     if args.workers > 1 and args.speed == "measured":
         print("several workers on one machine disturb each other's timing: give each a device, or take --speed model")
-    bar = tqdm(total=total, initial=len(points(study)), unit="trial", desc=args.method)
+    bar = progress_bar(total=total, initial=len(points(study)), unit="trial", desc=args.method)
 
     def show() -> None:
         found = points(study)

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from models.config import MoEConfig, read_config
 from models.tokenizer import load_tokenizer
 from models.weights import INDEX_FILE, CheckpointError, ledger, locate_tensors, tensor_files
 from varjax.errors import InputError
+from varjax.progress import Bar, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +82,7 @@ def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict
     faults = {}
     sizes = {file: _size(directory / file.name) for file in files}
     total = sum(file.size for file, size in sizes.items() if size == file.size)
-    with tqdm(total=total, desc="comparing", unit="B", unit_scale=True, disable=not progress or not files) as bar:
+    with progress_bar(total=total, desc="comparing", unit="B", unit_scale=True, show=progress and bool(files)) as bar:
         for file, size in sizes.items():
             if size is None:
                 faults[file.name] = f"{file.name} is missing"
@@ -94,7 +93,7 @@ def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict
     return faults
 
 
-def _same_contents(path: Path, file: RemoteFile, bar: tqdm) -> bool:
+def _same_contents(path: Path, file: RemoteFile, bar: Bar) -> bool:
     known = file.sha256 or file.git_sha1
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as opened:

@@ -19,7 +19,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from analysis.evaluation import certificate
 from analysis.evaluation.certificate import LIMIT, Certificate, Drawn, certify
@@ -30,6 +29,7 @@ from profiling.timing import Ratio, geometric_mean
 from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.model import VARModel, build_for
+from varjax.progress import progress_bar
 
 MIN_SPEEDUP = 1.3  # published criterion
 PROGRAMS = 4  # configurations whose compiled programs are held at once
@@ -127,7 +127,7 @@ def validate(
     every = {**candidates, **presets}
     shares = np.array_split(np.random.default_rng(test.seed).permutation(len(test.documents)), repeats)
     plain, increases, found = losses(test), {}, []
-    for name, config in tqdm(every.items(), unit="configuration", desc="validation", disable=not test.progress):
+    for name, config in progress_bar(every.items(), unit="configuration", desc="validation", show=test.progress):
         table = build_for(test.model, test.stats, config, test.answers)
         var_model = VARModel(test.model, config, table=table)
         if name in candidates:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
@@ -22,6 +21,7 @@ from varjax.audit import audited
 from varjax.drift import Calibration, Monitor
 from varjax.errors import InputError
 from varjax.model import VARModel
+from varjax.progress import progress_bar
 from varjax.step import VARState
 from varjax.streams import Stream, Tally, observe, watched
 
@@ -83,7 +83,7 @@ def tally_documents(
     if state is None:
         raise InputError("VAR is switched off (enable_var=False): there is nothing to audit")
     key, parts, owners = jax.random.key(seed), [], []
-    for batch in batches(tqdm(documents, unit="document", disable=not progress), batch_size, max_length):
+    for batch in batches(progress_bar(documents, unit="document", show=progress), batch_size, max_length):
         ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
         _, state, tally, key = audited(var_model, state, ids, mask, key, share)
         parts.append(jax.device_get(tally))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.checkpoints import Checkpoints, note, resumed
@@ -31,6 +30,7 @@ from varjax.config import residuals_beside
 from varjax.errors import InputError
 from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
+from varjax.progress import progress_bar
 from varjax.selection import likeliest
 from varjax.stats import RoutingStats, bytes_a_key
 
@@ -243,7 +243,7 @@ def _most_frequent(wanted: np.ndarray, counts: np.ndarray, most: int) -> np.ndar
 
 def _wait(files: list[Path], progress: bool) -> None:
     """Until all of the files are there: the other processes' parts."""
-    with tqdm(total=len(files), desc="parts", unit="process", disable=not progress) as bar:
+    with progress_bar(total=len(files), desc="parts", unit="process", show=progress) as bar:
         while (there := sum(file.exists() for file in files)) < len(files):
             bar.update(there - bar.n)
             time.sleep(0.5)

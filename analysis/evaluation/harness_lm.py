@@ -20,13 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from analysis.evaluation.quality import Runner, plain_runner, prefixed, token_nll, var_runner
 from analysis.text.batches import Window, cut, packed
 from models import Model, Sampling
 from varjax.errors import InputError
 from varjax.model import VARModel
+from varjax.progress import progress_bar
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -162,7 +162,7 @@ class HarnessLM(TemplateLM):
         for index, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         found = [""] * len(requests)
-        bar = tqdm(total=len(requests), unit="request", disable=disable_tqdm or not self.progress)
+        bar = progress_bar(total=len(requests), unit="request", show=self.progress and not disable_tqdm)
         for members in alike.values():
             wanted = _Wanted.of(requests[members[0]].args[1], self)
             room = self.max_length - wanted.new_tokens
@@ -186,7 +186,7 @@ class HarnessLM(TemplateLM):
         """Of each text: the log probability of what its windows score, and whether all of that is the likeliest."""
         logprob, greedy = np.zeros(texts), np.ones(texts, bool)
         lengths = {self._length(window.size) for window in cuts}
-        read = tqdm(cuts, unit="window", disable=quiet or not self.progress)
+        read = progress_bar(cuts, unit="window", show=self.progress and not quiet)
         for batch in packed(read, dict.fromkeys(lengths, self.batch_size)):
             logits, self.state = self._run(self._carry(), jnp.asarray(batch.ids), jnp.asarray(batch.mask))
             targets, scored = jnp.asarray(batch.targets), jnp.asarray(batch.scored)
