@@ -26,6 +26,7 @@ import numpy as np
 from analysis.audits import report as audit_report
 from analysis.audits.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
 from analysis.audits.faults import faults, random_texts
+from analysis.command import name_argument, path_argument, program
 from analysis.evaluation.quality import score, var_runner
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
@@ -74,8 +75,9 @@ class Outcome:
     first: Mapping[str, int]  # in how many repeats the first drift was in this signal
 
 
-def main() -> None:
-    args = arguments().parse_args()
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    args = parser().parse_args(arguments)
     model = load_model(args.model)
     var_model = VARModel(model, chosen_config(args))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
@@ -114,13 +116,17 @@ def main() -> None:
     print(text(said))
 
 
-def arguments() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model", default="reference", help="directory, hub id, or 'reference'")
-    made.add_argument("--routing_stats", type=Path, required=True, help="routing_stats.parquet of phase 1")
-    made.add_argument("--var_config", type=Path, help="a VARConfig as JSON; none: one expert and a residual row")
-    made.add_argument("--dataset", default="embedded", help="what the statistics were collected on")
-    made.add_argument("--foreign", nargs="*", default=[], help="texts of another kind, such as a .txt file")
+    made.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
+    made.add_argument("--routing_stats", type=path_argument, required=True, help="routing_stats.parquet of phase 1")
+    made.add_argument(
+        "--var_config", type=path_argument, help="a VARConfig as JSON; none: one expert and a residual row"
+    )
+    made.add_argument("--dataset", default="embedded", type=name_argument, help="what the statistics were collected on")
+    made.add_argument(
+        "--foreign", type=name_argument, nargs="*", default=[], help="texts of another kind, such as a .txt file"
+    )
     made.add_argument("--num_samples", type=int, default=1000, help="documents to calibrate on, and to monitor")
     made.add_argument("--fault_samples", type=int, default=300, help="documents under each planted fault")
     made.add_argument("--share", type=float, default=0.05, help="of the planned tokens that is computed in full")
@@ -128,7 +134,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
     made.add_argument("--max_length", type=int, default=256, help="tokens per window")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=Path, default=Path("results/audit.json"), help="file to write")
+    made.add_argument("--output", type=path_argument, default=Path("results/audit.json"), help="file to write")
     return made
 
 
@@ -247,7 +253,4 @@ def repeat(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    main()

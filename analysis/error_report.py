@@ -9,9 +9,10 @@ On held-out documents (those of the test split of the embedded corpus, unless to
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command import name_argument, path_argument, program
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, text
@@ -22,7 +23,6 @@ from analysis.studies.generation_drift import drift
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
 from varjax.config import VARConfig
-from varjax.errors import InputError
 from varjax.model import VARModel, read_files
 
 INTERVALS = (
@@ -31,17 +31,17 @@ INTERVALS = (
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; `arguments` are those of the command line if not given."""
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--var_config", type=Path, required=True, help="the policy, a VARConfig as JSON")
-    parser.add_argument("--routing_stats", type=Path, help="statistics, if not those that the config names")
-    parser.add_argument("--output", type=Path, default=Path("results/error_sources"), help="folder to write")
-    parser.add_argument("--model", default="reference", help="directory, hub id, or 'reference'")
+    parser.add_argument("--var_config", type=path_argument, required=True, help="the policy, a VARConfig as JSON")
+    parser.add_argument("--routing_stats", type=path_argument, help="statistics, if not those that the config names")
+    parser.add_argument("--output", type=path_argument, default=Path("results/error_sources"), help="folder to write")
+    parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
-    parser.add_argument("--dataset", default="embedded", help="as in the phase scripts")
+    parser.add_argument("--dataset", default="embedded", type=name_argument, help="as in the phase scripts")
     parser.add_argument("--split", default="test", help="documents to read; 'all' for every one")
     parser.add_argument("--num_samples", type=int, default=200, help="documents to read at most")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
@@ -51,12 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--new_tokens", type=int, default=64, help="tokens of a continuation")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap draws")
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis.command import HelpFormatter
+from analysis.command import HelpFormatter, path_argument, program
 from analysis.hypotheses import statistics_figures, trace_figures
 from analysis.hypotheses.document_draws import SAMPLES
 from analysis.hypotheses.entropy_kind import entropy_kind
@@ -155,23 +154,23 @@ def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, An
     write_report(said, folder, "hypotheses", earlier=drawn, beside=beside)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; `arguments` are those of the command line if not given."""
+@program
+def main(arguments: Sequence[str] | None) -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input",
-        type=Path,
+        type=path_argument,
         required=True,
         help=f"routing statistics, a folder with {STATS_FILE}, or a trace",
     )
-    parser.add_argument("--output", type=Path, default=Path("results/hypotheses"), help="folder to write")
+    parser.add_argument("--output", type=path_argument, default=Path("results/hypotheses"), help="folder to write")
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=path_argument,
         help=f"a trace; without it, {TRACE_FILE} beside the input if it is there",
     )
-    parser.add_argument("--compare", type=Path, help="statistics, a folder or a trace of a second run")
+    parser.add_argument("--compare", type=path_argument, help="statistics, a folder or a trace of a second run")
     parser.add_argument("--orders", type=int, nargs="+", default=defaults.orders, help="context lengths (trace)")
     parser.add_argument(
         "--min_count", type=int, default=defaults.min_count, help="occurrences that a key needs (trace)"
@@ -185,12 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of all draws")
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    _run(args)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from analysis.collection import report as collection_report
 from analysis.collection.merging import merge_files
 from analysis.collection.passes import EVERY_DOCUMENT, Share
 from analysis.collection.run import STATS, TRACE, Settings, analyse, finish
 from analysis.collection.statistics import KeySettings
+from analysis.command import path_argument, program
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import text
 from analysis.traces.recording import record
-from experiments.arguments import open_corpus, open_model, parser, run
+from experiments.arguments import open_corpus, open_model, parser
 from experiments.hosts import add_hosts, join
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
@@ -32,40 +32,41 @@ from varjax.stats import RoutingStats
 GIB = 1 << 30
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     keys, defaults = KeySettings(), Settings()
-    arguments = parser(__doc__, "results/phase1")
-    arguments.add_argument("--split", default="build", help="documents to learn from; 'all' for every one")
-    arguments.add_argument("--orders", type=int, nargs="+", default=keys.orders, help="context lengths")
-    arguments.add_argument("--layers", type=int, nargs="+", default=None, help="layers to collect; none: all")
-    arguments.add_argument("--min_count", type=int, default=keys.min_count, help="occurrences that a key needs")
-    arguments.add_argument("--max_keys", type=int, default=keys.max_keys, help="keys over all orders")
-    arguments.add_argument(
+    options = parser(__doc__, "results/phase1")
+    options.add_argument("--split", default="build", help="documents to learn from; 'all' for every one")
+    options.add_argument("--orders", type=int, nargs="+", default=keys.orders, help="context lengths")
+    options.add_argument("--layers", type=int, nargs="+", default=None, help="layers to collect; none: all")
+    options.add_argument("--min_count", type=int, default=keys.min_count, help="occurrences that a key needs")
+    options.add_argument("--max_keys", type=int, default=keys.max_keys, help="keys over all orders")
+    options.add_argument(
         "--residuals",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="second pass: the answers, what each expert says at a key",
     )
-    arguments.add_argument(
+    options.add_argument(
         "--residual_orders", type=int, nargs="+", default=None, help="orders that get them; none: 1 to 3"
     )
-    arguments.add_argument(
+    options.add_argument(
         "--residual_min_count",
         type=int,
         default=defaults.residual_min_count,
         help="occurrences that such a key needs",
     )
-    arguments.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
-    arguments.add_argument("--save_tokens", type=int, default=defaults.save_tokens, help="tokens between checkpoints")
-    arguments.add_argument(
+    options.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
+    options.add_argument("--save_tokens", type=int, default=defaults.save_tokens, help="tokens between checkpoints")
+    options.add_argument(
         "--stats_gib", type=float, default=defaults.stats_bytes / GIB, help="GiB of statistics per device"
     )
-    arguments.add_argument(
+    options.add_argument(
         "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of the answers' sums per device"
     )
-    add_hosts(arguments)
-    arguments.add_argument("--merge", type=Path, nargs="+", metavar="A", help="outputs to put together")
-    args = arguments.parse_args()
+    add_hosts(options)
+    options.add_argument("--merge", type=path_argument, nargs="+", metavar="A", help="outputs to put together")
+    args = options.parse_args(arguments)
     join(args)
     if args.merge:
         merge(args)
@@ -144,4 +145,4 @@ def present(args: argparse.Namespace, stats: RoutingStats, facts: Sequence[tuple
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

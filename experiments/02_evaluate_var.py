@@ -21,11 +21,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from analysis.collection.checkpoints import Checkpoints, note, resumed
+from analysis.command import path_argument, program
 from analysis.estimators.resampling import MIN_DOCUMENTS
 from analysis.evaluation import certificate_report, comparison_report
 from analysis.evaluation import report as evaluation_report
@@ -40,7 +42,7 @@ from analysis.reports.provenance import provenance, write_json
 from analysis.reports.report import summary as overview
 from analysis.reports.report import text
 from analysis.studies.study import PARTS, Finding, Part, study
-from experiments.arguments import asked_config, load, load_encoded, parser, read_answers, run
+from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
 from experiments.hosts import add_hosts, join
 from models import Model
 from profiling import throughput_section
@@ -52,64 +54,69 @@ from varjax.model import build_for
 from varjax.step import summary
 
 
-def main() -> None:
-    arguments = parser(__doc__, "results/phase2")
-    arguments.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
-    arguments.add_argument("--routing_stats", type=Path, help="routing_stats.parquet of phase 1")
-    arguments.add_argument("--answers", type=Path, help="answers to use, such as distilled ones; none: those beside it")
-    arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
-    arguments.add_argument("--var_config", type=Path, help="a VARConfig as JSON; overrides --preset")
-    arguments.add_argument(
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = parser(__doc__, "results/phase2")
+    options.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
+    options.add_argument("--routing_stats", type=path_argument, help="routing_stats.parquet of phase 1")
+    options.add_argument(
+        "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
+    )
+    options.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
+    options.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; overrides --preset")
+    options.add_argument(
         "--search_policy",
         action="store_true",
         help="find the layers' tolerances under a loss budget on the tune split first, in the place of the preset's or "
         "the config's policies, without a cached tier; written as *.var_config.json",
     )
-    arguments.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
-    arguments.add_argument("--budget", type=float, help="of --search_policy, relative loss; none: 0.9 of the config's")
-    arguments.add_argument("--split", default="test", help="documents to score; 'all' for every one")
-    arguments.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
-    arguments.add_argument("--no_throughput", action="store_true", help="leave the timing out")
-    arguments.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
-    arguments.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results to compare")
-    arguments.add_argument("--certify", type=Path, nargs="+", metavar="A", help="a baseline result and some of VAR")
-    arguments.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
-    arguments.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
-    arguments.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
+    options.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
+    options.add_argument("--budget", type=float, help="of --search_policy, relative loss; none: 0.9 of the config's")
+    options.add_argument("--split", default="test", help="documents to score; 'all' for every one")
+    options.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
+    options.add_argument("--no_throughput", action="store_true", help="leave the timing out")
+    options.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
+    options.add_argument("--compare", type=path_argument, nargs=2, metavar=("A", "B"), help="two results to compare")
+    options.add_argument(
+        "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and some of VAR"
+    )
+    options.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
+    options.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
+    options.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
     steps = DistilConfig()
-    arguments.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
-    arguments.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
-    arguments.add_argument(
+    options.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
+    options.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
+    options.add_argument(
         "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
     )
-    add_hosts(arguments)
-    args = arguments.parse_args()
+    add_hosts(options)
+    args = options.parse_args(arguments)
     if args.num_processes > 1 and not args.coordinator:
-        arguments.error("--num_processes needs --coordinator here: the processes run one evaluation together")
+        options.error("--num_processes needs --coordinator here: the processes run one evaluation together")
     join(args)
     of_var = ("routing_stats", "answers", "var_config", "search_policy")
     for name in of_var if args.mode == "baseline" else ():
         if getattr(args, name):
-            arguments.error(f"--mode baseline is the plain model; --{name} is for the other modes")
+            options.error(f"--mode baseline is the plain model; --{name} is for the other modes")
     if args.compare:
         base, other = args.compare
         compare(base, other, args.output)
     elif args.certify:
         if len(args.certify) < 2:
-            arguments.error("--certify needs a baseline result and at least one of VAR")
+            options.error("--certify needs a baseline result and at least one of VAR")
         certify(args)
     elif args.mode == "var" and not (args.routing_stats or args.var_config):
-        arguments.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
+        options.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
     elif args.mode in FOLDERS and not (args.routing_stats and (args.var_config or args.search_policy)):
-        arguments.error(f"--mode {args.mode} needs --routing_stats, and --var_config or --search_policy")
+        options.error(f"--mode {args.mode} needs --routing_stats, and --var_config or --search_policy")
     elif args.mode in FOLDERS and args.output.suffix:
-        arguments.error(f"--mode {args.mode} writes a folder: give --output a name without {args.output.suffix}")
+        options.error(f"--mode {args.mode} writes a folder: give --output a name without {args.output.suffix}")
     elif args.mode in FOLDERS:
         FOLDERS[args.mode](args)
     elif args.mode:
         evaluate(args)
     else:
-        arguments.error("say what to do: --mode baseline|var|distil|study, --compare A B or --certify A B ...")
+        options.error("say what to do: --mode baseline|var|distil|study, --compare A B or --certify A B ...")
 
 
 def compare(base: Path, other: Path, output: Path) -> None:
@@ -262,4 +269,4 @@ FOLDERS = {"distil": distil_answers, "study": study_policy}
 AVERAGED = 10  # steps, at first and at last, over which a divergence is averaged
 
 if __name__ == "__main__":
-    run(main)
+    main()

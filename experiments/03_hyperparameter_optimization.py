@@ -19,18 +19,19 @@ import dataclasses
 import json
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from analysis.command import path_argument, program, run
 from analysis.evaluation.certificate import how_drawn
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
-from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers, run
+from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers
 from profiling.calls import PHASES
 from tuning import chosen
 from tuning import report as search_report
@@ -44,44 +45,49 @@ from varjax.config import PRESETS
 from varjax.progress import progress_bar
 
 
-def main() -> None:
-    arguments = parser(__doc__, "results/phase3")
-    arguments.set_defaults(num_samples=200)
-    arguments.add_argument("--routing_stats", type=Path, required=True, help="routing_stats.parquet of phase 1")
-    arguments.add_argument("--answers", type=Path, help="answers to use, such as distilled ones; none: those beside it")
-    arguments.add_argument(
-        "--var_config", type=Path, help="a VARConfig as JSON: what is not searched stays as it is there"
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = parser(__doc__, "results/phase3")
+    options.set_defaults(num_samples=200)
+    options.add_argument("--routing_stats", type=path_argument, required=True, help="routing_stats.parquet of phase 1")
+    options.add_argument(
+        "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
     )
-    arguments.add_argument("--method", choices=METHODS, default="tpe", help="bayesian needs torch (varjax[gp])")
-    arguments.add_argument("--n_calls", type=int, default=50, help="trials in all, those of earlier runs included")
-    arguments.add_argument("--grid_points", type=int, default=3, help="values of each parameter of a grid")
-    arguments.add_argument("--parameters", nargs="+", metavar="NAME", help="search only these; none: all")
-    arguments.add_argument(
+    options.add_argument(
+        "--var_config", type=path_argument, help="a VARConfig as JSON: what is not searched stays as it is there"
+    )
+    options.add_argument("--method", choices=METHODS, default="tpe", help="bayesian needs torch (varjax[gp])")
+    options.add_argument("--n_calls", type=int, default=50, help="trials in all, those of earlier runs included")
+    options.add_argument("--grid_points", type=int, default=3, help="values of each parameter of a grid")
+    options.add_argument("--parameters", nargs="+", metavar="NAME", help="search only these; none: all")
+    options.add_argument(
         "--range", nargs="+", default=[], dest="ranges", metavar="NAME=LOW:HIGH", help="search elsewhere"
     )
-    arguments.add_argument(
+    options.add_argument(
         "--speed",
         choices=["measured", "model"],
         default="measured",
         help="paired timing, or the prediction by active experts, which makes a search repeat exactly",
     )
-    arguments.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="that count, if measured")
-    arguments.add_argument("--repeats", type=int, default=7, help="timed rounds of a trial")
-    arguments.add_argument("--limit", type=float, help="relative change of perplexity; none: the config's")
-    arguments.add_argument("--confidence", type=float, default=0.95, help="of the upper limit, and of the certificate")
-    arguments.add_argument("--storage", help="URL of a database for workers on several machines; none: OUTPUT/study.db")
-    arguments.add_argument("--study_name", default="varjax", help="in the storage")
-    arguments.add_argument("--workers", type=int, default=1, help="processes on this machine")
-    arguments.add_argument("--validate", type=Path, metavar="FILE", help="best_configs.json, or a VARConfig as JSON")
-    arguments.add_argument("--validate_repeats", type=int, default=3, help="parts of the test split")
-    arguments.add_argument(
+    options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="that count, if measured")
+    options.add_argument("--repeats", type=int, default=7, help="timed rounds of a trial")
+    options.add_argument("--limit", type=float, help="relative change of perplexity; none: the config's")
+    options.add_argument("--confidence", type=float, default=0.95, help="of the upper limit, and of the certificate")
+    options.add_argument("--storage", help="URL of a database for workers on several machines; none: OUTPUT/study.db")
+    options.add_argument("--study_name", default="varjax", help="in the storage")
+    options.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    options.add_argument(
+        "--validate", type=path_argument, metavar="FILE", help="best_configs.json, or a VARConfig as JSON"
+    )
+    options.add_argument("--validate_repeats", type=int, default=3, help="parts of the test split")
+    options.add_argument(
         "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
     )
-    args = arguments.parse_args()
+    args = options.parse_args(arguments)
     if args.output.suffix:
-        arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
+        options.error(f"a folder is written: give --output a name without {args.output.suffix}")
     if args.workers < 1:
-        arguments.error(f"--workers {args.workers}: expected at least 1")
+        options.error(f"--workers {args.workers}: expected at least 1")
     if args.validate:
         put_to_the_test(args)
     else:
@@ -268,4 +274,4 @@ def storage_of(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -20,10 +20,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.command import path_argument, program
 from analysis.reports.files import write_report
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, Section, summary
-from experiments.arguments import asked_config, load, parser, run
+from experiments.arguments import asked_config, load, parser
 from profiling import (
     bottlenecks_section,
     components_section,
@@ -48,18 +49,21 @@ NOTES = (
 )
 
 
-def main() -> None:
-    arguments = parser(__doc__, "results/phase5")
-    arguments.set_defaults(num_samples=200)
-    arguments.add_argument("--var_config", type=Path, required=True, help="a VARConfig as JSON")
-    arguments.add_argument("--routing_stats", type=Path, help="statistics in the place of those that the config names")
-    arguments.add_argument("--answers", type=Path, help="answers in the place of those that the config names")
-    arguments.add_argument("--split", default="test", help="documents whose texts are run")
-    arguments.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls, no ablation")
-    arguments.add_argument("--trace", action="store_true", help="keep the profiler's traces")
-    args = arguments.parse_args()
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = parser(__doc__, "results/phase5")
+    options.set_defaults(num_samples=200)
+    options.add_argument("--var_config", type=path_argument, required=True, help="a VARConfig as JSON")
+    options.add_argument(
+        "--routing_stats", type=path_argument, help="statistics in the place of those that the config names"
+    )
+    options.add_argument("--answers", type=path_argument, help="answers in the place of those that the config names")
+    options.add_argument("--split", default="test", help="documents whose texts are run")
+    options.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls, no ablation")
+    options.add_argument("--trace", action="store_true", help="keep the profiler's traces")
+    args = options.parse_args(arguments)
     if args.output.suffix:
-        arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
+        options.error(f"a folder is written: give --output a name without {args.output.suffix}")
     model, documents, origin = load(args, args.split)
     config = asked_config(args)
     if not config.enable_var:
@@ -128,4 +132,4 @@ def step(number: int, what: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -12,8 +12,10 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command import HelpFormatter, program
 from analysis.evaluation.comparison import degradation, read_result
 from analysis.reports import figures
 from varjax.config import PRESETS
@@ -23,7 +25,9 @@ BUILD_SAMPLES, TEST_SAMPLES = "1800", "200"
 POLICY = "policy"
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args(arguments)
     started = time.monotonic()
     stats = str(OUT / "routing_stats.parquet")
     script("01_routing_analysis.py", "--num_samples", BUILD_SAMPLES, "--output", str(OUT))
@@ -82,5 +86,4 @@ def overview() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -7,14 +7,16 @@ an interrupted download is taken up again by the same command.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.arguments import run
+from analysis.command import path_argument, program
 from models.download import Remote, check_disk, download, look_up
 from models.verification import Verified, verify
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -22,7 +24,7 @@ def main() -> None:
     )
     what.add_argument(
         "--verify_only",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="check a directory that is here: files, tensors, index, tokenizer, and hashes if this script fetched it; "
         "needs no network",
@@ -31,10 +33,10 @@ def main() -> None:
         "--revision", default=None, help="branch, tag or commit of the repository; none: its main branch"
     )
     parser.add_argument(
-        "--output", type=Path, default=None, metavar="DIR", help="where it is to be; none: checkpoints/NAME"
+        "--output", type=path_argument, default=None, metavar="DIR", help="where it is to be; none: checkpoints/NAME"
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be fetched and whether it fits, no more")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     if args.verify_only is not None:
         report(verify(args.verify_only))
@@ -71,4 +73,4 @@ def report(verified: Verified) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.command import name_argument, path_argument, program
 from analysis.reports.provenance import provenance, write_json
 from models import Model, MoEConfig
 from models.config import read_config
@@ -87,12 +88,15 @@ QUICK = dataclasses.replace(
 )
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--output", type=path_argument, required=True, help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, mixes and rounds")
-    parser.add_argument("--model", default="mixtral-8x7b", help=f"{', '.join(PUBLISHED)}, or a config.json")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--model", default="mixtral-8x7b", type=name_argument, help=f"{', '.join(PUBLISHED)}, or a config.json"
+    )
+    args = parser.parse_args(arguments)
     # The memory is shared with a process of torch, and then all of it is wanted. JAX reads these when it begins.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")

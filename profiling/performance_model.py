@@ -32,6 +32,7 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import nbinom, poisson
 
+from analysis.command import name_argument, path_argument, program
 from analysis.reports.provenance import provenance, write_json
 from models import Model, load_model
 from models.config import MoEConfig
@@ -105,13 +106,16 @@ class Study:
     unseen: Errors
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="reference", help="directory, hub id or 'reference' (the default)")
+    parser.add_argument(
+        "--model", default="reference", type=name_argument, help="directory, hub id or 'reference' (the default)"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="rounds (15)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts and of the order within rounds (0)")
-    parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=path_argument, help="JSON file to write")
+    args = parser.parse_args(arguments)
 
     model = load_model(args.model)
     found = study(model, repeats=args.repeats, seed=args.seed)

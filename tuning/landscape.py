@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 import optuna
 
+from analysis.command import program
 from profiling.timing import Ratio
 from tuning.points import PREDICTED, Outcome, Point, best
 from tuning.space import Parameter, Space, Values, suggest
@@ -73,12 +74,13 @@ def reached(method: Method, trials: int, seeds: Sequence[int], progress: bool = 
     return np.array(found)
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="searches per method (20)")
     parser.add_argument("--trials", type=int, default=60, help="of each search (60)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["random", "tpe", "bayesian"])
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for method in args.methods:
         check_method(method)
     print(f"best feasible speed-up: {OPTIMUM:.4f}")

@@ -35,14 +35,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.command import path_argument, program
 from analysis.traces import trace as trace_file
 from analysis.traces.trace import ORIGIN, Trace, TraceError
 from varjax.errors import InputError
@@ -189,16 +190,14 @@ def _best_first(experts: np.ndarray, probs: np.ndarray | None) -> tuple[np.ndarr
     return experts, probs, "chosen" if ones else "all"
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Turn a foreign routing trace into a trace file.")
-    parser.add_argument("input", type=Path, metavar="IN.npz", help="arrays, with IN.json beside them")
-    parser.add_argument("output", type=Path, metavar="OUT.parquet", help="the trace file to write")
-    args = parser.parse_args()
-    try:
-        trace = import_npz(args.input)
-        trace_file.write(args.output, trace)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    parser.add_argument("input", type=path_argument, metavar="IN.npz", help="arrays, with IN.json beside them")
+    parser.add_argument("output", type=path_argument, metavar="OUT.parquet", help="the trace file to write")
+    args = parser.parse_args(arguments)
+    trace = import_npz(args.input)
+    trace_file.write(args.output, trace)
     known = "no probabilities" if trace.probs is None else f"probabilities over {trace.probs_over} experts"
     print(
         f"{len(trace.token_id):,} tokens of {len(np.unique(trace.document)):,} documents, {trace.num_layers} layers, "
