@@ -28,7 +28,9 @@ from analysis.audits.auditing import calibrate_from, passages, streams_of, tally
 from analysis.audits.faults import faults, random_texts
 from analysis.command import name_argument, path_argument, program
 from analysis.evaluation.quality import score, var_runner
-from analysis.reports.files import write_report
+from analysis.inputs import STATISTICS, find_statistics, listed
+from analysis.reports.files import write_output
+from analysis.reports.output import OUTPUT_HELP, Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import text
 from analysis.text.encoded_corpus import EncodedCorpus
@@ -78,6 +80,13 @@ class Outcome:
 @program
 def main(arguments: Sequence[str] | None) -> None:
     args = parser().parse_args(arguments)
+    output = Output.of(args.output, "audit")
+    with output.locked():
+        _run(args, output)
+
+
+def _run(args: argparse.Namespace, output: Output) -> None:
+    args.routing_stats = find_statistics(args.routing_stats)
     model = load_model(args.model)
     var_model = VARModel(model, chosen_config(args))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
@@ -86,7 +95,7 @@ def main(arguments: Sequence[str] | None) -> None:
     known = documents(model, args.dataset, "calibrate", args.num_samples)
     sums, _ = tally_documents(var_model, known, args.share, seed=args.seed, **reading)
     calibration = calibrate_from(observe(sums, streams_of(var_model)), var_model, args.share)
-    saved = args.output.with_suffix(".calibration.json")
+    saved = output.folder / f"{output.stem}.calibration.json"
     calibration.save(saved)
     seen = {}
     for name, situation in situations(args, model, var_model).items():
@@ -112,14 +121,18 @@ def main(arguments: Sequence[str] | None) -> None:
         ),
     }
     figures = {audit_report.NAME: audit_report.figure(outcomes)}
-    write_report(said, args.output.parent, args.output.stem, figures=figures, beside=beside)
+    write_output(said, output, figures=figures, beside=beside)
     print(text(said))
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
-    made.add_argument("--routing_stats", type=path_argument, required=True, help="routing_stats.parquet of phase 1")
+    made.add_argument(
+        "--routing_stats",
+        type=path_argument,
+        help=f"routing_stats.parquet of phase 1; without it, the first of {listed(STATISTICS)} that exists",
+    )
     made.add_argument(
         "--var_config", type=path_argument, help="a VARConfig as JSON; none: one expert and a residual row"
     )
@@ -134,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
     made.add_argument("--max_length", type=int, default=256, help="tokens per window")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=path_argument, default=Path("results/audit.json"), help="file to write")
+    made.add_argument("--output", type=path_argument, default=Path("results/audit.json"), help=OUTPUT_HELP)
     return made
 
 

@@ -98,7 +98,7 @@ def _of_the_system(error: OSError) -> str:
 
 def _absent_platform() -> str | None:
     """Why there is no device to run on, if JAX_PLATFORMS rules out all that there are."""
-    asked = jax.config.jax_platforms
+    asked = os.environ.get("JAX_PLATFORMS")
     if not asked:
         return None
     try:

@@ -17,6 +17,7 @@ from typing import Any
 
 from analysis.command import name_argument, path_argument, program
 from analysis.evaluation.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.reports.output import Output
 from analysis.reports.provenance import provenance, write_json
 from models import load_model
 from varjax.config import VARConfig
@@ -98,12 +99,19 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--max_length", type=int, help="tokens read at most; none: the model's max_position_embeddings")
     parser.add_argument("--fresh_cache", action="store_true", help="empty the cached tier before each batch")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=path_argument, default=Path("results/harness.json"), help="file to write")
+    parser.add_argument(
+        "--output",
+        type=path_argument,
+        default=Path("results/harness.json"),
+        help="JSON file to write, or a directory for it",
+    )
     args = parser.parse_args(arguments)
-    _command(args)
+    output = Output.of(args.output, "harness", (".json",))
+    with output.locked():
+        _command(args, output.main(".json"))
 
 
-def _command(args: argparse.Namespace) -> None:
+def _command(args: argparse.Namespace, path: Path) -> None:
     from lm_eval import __version__
     from lm_eval.utils import make_table
 
@@ -128,8 +136,8 @@ def _command(args: argparse.Namespace) -> None:
         shares = summary(lm.state.counters, model.config.top_k)
         result |= {name: shares[name] for name in _SHARES}
     result |= {"settings": {**lm.settings, **asked}, "units": UNITS}
-    write_json(args.output, result | {"provenance": provenance(seed=args.seed, **origin)})
-    print(f"written to {args.output}")
+    write_json(path, result | {"provenance": provenance(seed=args.seed, **origin)})
+    print(f"written to {path}")
 
 
 def _task_hash(samples: Sequence[Mapping[str, Any]]) -> str:

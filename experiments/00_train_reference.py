@@ -21,6 +21,7 @@ import numpy as np
 from analysis.collection.checkpoints import note, resumed
 from analysis.command import path_argument, program
 from analysis.evaluation.quality import plain_runner, score
+from analysis.reports.output import DIRECTORY, Output
 from analysis.reports.provenance import provenance, write_json
 from analysis.text.batches import batches
 from analysis.text.corpus import Document, corpus_hash, load_documents
@@ -81,6 +82,12 @@ def main(arguments: Sequence[str] | None) -> None:
     config = CONFIG if args.config is None else read_config(args.config)
     output = args.output or (OUTPUT if args.config is None else Path("checkpoints") / args.config.stem)
     checkpoints = args.checkpoints or Path("results") / f"train_{output.name}"
+    with Output.of(output, "model", DIRECTORY).locked():
+        make(args, config, output, checkpoints)
+
+
+def make(args: argparse.Namespace, config: MoEConfig, output: Path, checkpoints: Path) -> None:
+    """Train the model, save it and write its card."""
     train = TrainConfig(
         args.steps, args.batch_size, args.length, args.learning_rate, balance=args.balance, seed=args.seed
     )

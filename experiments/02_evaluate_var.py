@@ -11,9 +11,11 @@
                                            VAR against simple alternatives at equal loss, the size of its table, what
                                            its error is made of, free generation, throughput by batch size
 
-An evaluation writes a JSON result, and a Parquet file of per-document losses beside it. A study writes study.json,
-.txt, .html and figures into a folder, and the losses of every point as it is scored. Studies and distillations go on
-where they were when the same command is given again after a kill.
+An evaluation writes NAME.json for --output NAME.json, or MODE.json into a directory, and a Parquet file of
+per-document losses next to it. A comparison and a certificate are reports: NAME.json, NAME.txt and NAME.html, where
+NAME is `comparison` or `certificate` in a directory. A study writes study.json, .txt, .html and figures into a
+directory, and the losses of every point as it is scored. Studies and distillations go on where they were when the
+same command is given again after a kill.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from analysis.collection.checkpoints import Checkpoints, note, resumed
@@ -34,10 +35,12 @@ from analysis.evaluation import report as evaluation_report
 from analysis.evaluation.certificate import CLIP, TESTS, certify_results
 from analysis.evaluation.comparison import read_result
 from analysis.evaluation.quality import batch_clock, score, var_runner
+from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
 from analysis.policies.distillation import DistilConfig, distil
 from analysis.policies.scored_points import Subject
 from analysis.policies.search import Search, search
-from analysis.reports.files import write_report
+from analysis.reports.files import write_output, write_report
+from analysis.reports.output import DIRECTORY, REPORT, Output
 from analysis.reports.provenance import provenance, write_json
 from analysis.reports.report import summary as overview
 from analysis.reports.report import text
@@ -49,6 +52,7 @@ from profiling import throughput_section
 from profiling.throughput import by_batch, measure
 from varjax import VARConfig, VARModel, answersfile
 from varjax.config import PRESETS
+from varjax.errors import InputError
 from varjax.files import remove
 from varjax.model import build_for
 from varjax.step import summary
@@ -58,7 +62,12 @@ from varjax.step import summary
 def main(arguments: Sequence[str] | None) -> None:
     options = parser(__doc__, "results/phase2")
     options.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
-    options.add_argument("--routing_stats", type=path_argument, help="routing_stats.parquet of phase 1")
+    options.add_argument(
+        "--routing_stats",
+        type=path_argument,
+        help="routing_stats.parquet of phase 1; without it and --var_config, the first of "
+        f"{listed(STATISTICS)} that exists",
+    )
     options.add_argument(
         "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
     )
@@ -98,51 +107,45 @@ def main(arguments: Sequence[str] | None) -> None:
     for name in of_var if args.mode == "baseline" else ():
         if getattr(args, name):
             options.error(f"--mode baseline is the plain model; --{name} is for the other modes")
-    if args.compare:
-        base, other = args.compare
-        compare(base, other, args.output)
-    elif args.certify:
-        if len(args.certify) < 2:
-            options.error("--certify needs a baseline result and at least one of VAR")
-        certify(args)
-    elif args.mode == "var" and not (args.routing_stats or args.var_config):
-        options.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
-    elif args.mode in FOLDERS and not (args.routing_stats and (args.var_config or args.search_policy)):
-        options.error(f"--mode {args.mode} needs --routing_stats, and --var_config or --search_policy")
-    elif args.mode in FOLDERS and args.output.suffix:
-        options.error(f"--mode {args.mode} writes a folder: give --output a name without {args.output.suffix}")
-    elif args.mode in FOLDERS:
-        FOLDERS[args.mode](args)
-    elif args.mode:
-        evaluate(args)
-    else:
+    if args.certify and len(args.certify) < 2:
+        options.error("--certify needs a baseline result and at least one of VAR")
+    if not (args.compare or args.certify or args.mode):
         options.error("say what to do: --mode baseline|var|distil|study, --compare A B or --certify A B ...")
+    if args.compare:
+        name, work = "comparison", compare
+    elif args.certify:
+        name, work = "certificate", certify
+    else:
+        name, work = args.mode, FOLDERS.get(args.mode, evaluate)
+    output = Output.of(args.output, name, DIRECTORY if name in FOLDERS else REPORT)
+    with output.locked():
+        work(args, output)
 
 
-def compare(base: Path, other: Path, output: Path) -> None:
+def compare(args: argparse.Namespace, output: Output) -> None:
+    base, other = args.compare
     sides = read_result(base), read_result(other)
     said, fields = comparison_report.report(*sides)
-    path = _file(output, "comparison")
     figures = {comparison_report.NAME: comparison_report.figure(*sides)}
-    write_report(said, path.parent, path.stem, figures=figures, beside=fields | {"provenance": provenance()})
-    print(f"{text(said)}\nwritten to {path}")
+    write_output(said, output, figures=figures, beside=fields | {"provenance": provenance()})
+    print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def certify(args: argparse.Namespace) -> None:
+def certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
     candidates = {str(path): read_result(path) for path in others}
     certificate = certify_results(read_result(base), candidates, **settings)
     said = certificate_report.report(certificate)
-    path = _file(args.output, "certificate")
     beside = {"certificate": certificate, "provenance": provenance(seed=args.seed)}
     figures = {certificate_report.NAME: certificate_report.figure(certificate)}
-    write_report(said, path.parent, path.stem, figures=figures, beside=beside)
-    print(f"{text(said)}\nwritten to {path}")
+    write_output(said, output, figures=figures, beside=beside)
+    print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    output = _file(args.output, args.mode)
+def evaluate(args: argparse.Namespace, output: Output) -> None:
+    if args.mode == "var" and args.var_config is None:
+        args.routing_stats = find_statistics(args.routing_stats)
     model, documents, origin = load(args, args.split)
     config, found = choose_config(args, model)
     var_model = VARModel(model, config, clock=batch_clock())
@@ -150,7 +153,7 @@ def evaluate(args: argparse.Namespace) -> None:
     scores, state = score(var_runner(var_model), var_model.init(), documents, stride=args.stride, **reading)
 
     name = output.stem
-    scores.save(output.parent / f"{name}.documents.parquet")
+    scores.save(output.folder / f"{name}.documents.parquet")
     result: dict[str, Any] = {
         "mode": args.mode,
         **scores.summary(),
@@ -160,7 +163,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if state is not None:
         shares = summary(state.counters, model.config.top_k)
         result |= {key: shares[key] for key in ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")}
-        config.save(output.with_suffix(".var_config.json"))
+        config.save(output.folder / f"{name}.var_config.json")
     if not args.no_throughput:
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, **reading)
     if found is not None:
@@ -172,33 +175,34 @@ def evaluate(args: argparse.Namespace) -> None:
         facts.append(("policy", "found under a loss budget" if found else given))
     drawn = evaluation_report.draw(name, result, found, config.max_quality_degradation, args.tune_samples)
     said = evaluation_report.report(name, result, scores, facts)
-    write_report(said, output.parent, name, figures=drawn, beside=result)
+    write_report(said, output.folder, name, index=not output.named, figures=drawn, beside=result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
         print(var_model.summary(state))
     if args.mode == "var" and args.split not in ("calibrate", "test"):
         print(f"if tables or the policy were made from this dataset, its split {args.split!r} flatters VAR")
-    print(f"written to {output}")
+    print(f"written to {output.main('.json')}")
 
 
-def distil_answers(args: argparse.Namespace) -> None:
+def distil_answers(args: argparse.Namespace, output: Output) -> None:
+    find_policy(args)
     model, documents, origin = load(args, "build")
     config, _ = choose_config(args, model)
     stats, answers = read_answers(model, config)
     reading = (args.batch_size, args.max_length)
     settings = DistilConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
-    work = args.output / "distil_checkpoints"
+    work = output.other("distil_checkpoints")
     run = {"model": origin["model"], "data": origin["data"], "config": config.digest(), "settings": vars(settings)}
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
     with Checkpoints(work / "steps") as saved:
         done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
-    path = args.output / "distilled.residuals.safetensors"
+    path = output.other("distilled.residuals.safetensors")
     answersfile.write(path, done.answers, {"model": model.name, "fingerprint": model.fingerprint, "provenance": made})
-    dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
-    write_json(args.output / "distillation.json", {"divergence": done.divergence, "provenance": made})
+    dataclasses.replace(config, residuals=str(path)).save(output.other("var_config.json"))
+    write_json(output.other("distillation.json"), {"divergence": done.divergence, "provenance": made})
     remove(work)
     if len(done.divergence) >= 2 * AVERAGED:
         first, last = done.divergence[:AVERAGED].mean(), done.divergence[-AVERAGED:].mean()
@@ -206,7 +210,8 @@ def distil_answers(args: argparse.Namespace) -> None:
     print(f"written to {args.output}")
 
 
-def study_policy(args: argparse.Namespace) -> None:
+def study_policy(args: argparse.Namespace, output: Output) -> None:
+    find_policy(args)
     model, documents, origin = load(args, args.split)
     config, _ = choose_config(args, model)
     stats, answers = read_answers(model, config)
@@ -219,7 +224,7 @@ def study_policy(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_length=args.max_length,
         stride=args.stride,
-        folder=args.output / "losses",
+        folder=output.other("losses"),
         seed=args.seed,
     )
     facts = (
@@ -229,8 +234,8 @@ def study_policy(args: argparse.Namespace) -> None:
     )
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
-    said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
-    config.save(args.output / "var_config.json")
+    said = study(subject, output.folder, facts=facts, provenance=made, parts=PARTS + timed)
+    config.save(output.other("var_config.json"))
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
 
@@ -260,9 +265,21 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
     return found.config, found
 
 
-def _file(output: Path, name: str) -> Path:
-    """`output`, or a JSON file of that name in it where it is a folder."""
-    return output if output.suffix == ".json" else output / f"{name}.json"
+def find_policy(args: argparse.Namespace) -> None:
+    """Name the statistics and the policy, where the arguments name neither these nor a search.
+
+    Raises:
+        InputError: they are not in the documented places either.
+    """
+    if not args.search_policy:
+        args.var_config = find_config(args.var_config)
+        if args.var_config is None:
+            raise InputError(
+                f"--mode {args.mode} needs a policy: give --var_config or --search_policy (there is none of "
+                f"{listed(CONFIGS)})"
+            )
+    if args.var_config is None:
+        args.routing_stats = find_statistics(args.routing_stats)
 
 
 FOLDERS = {"distil": distil_answers, "study": study_policy}

@@ -1,8 +1,8 @@
 """Phase 3: search for the configuration that is fastest within a limit on quality, and put it to the test.
 
   --routing_stats S --method bayesian --n_calls 50 --output DIR
-                                  search on the tune split; S and the answers beside it are phase 1's
-  --routing_stats S --validate DIR/best_configs.json --output DIR
+                                  search on the tune split; S and the answers next to it are phase 1's
+  --validate DIR/best_configs.json --output DIR
                                   certify the best few on the calibrate split and measure them on several parts of the
                                   test split, beside the presets; a single VARConfig will do as well
 
@@ -18,6 +18,8 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
+import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -26,9 +28,11 @@ from typing import Any
 
 from analysis.command import path_argument, program, run
 from analysis.evaluation.certificate import how_drawn
+from analysis.inputs import STATISTICS, find_statistics, listed
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
+from analysis.reports.output import DIRECTORY, Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
 from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers
@@ -41,7 +45,8 @@ from tuning.space import Space, config_at, default_space, only, suggest, with_ra
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
 from tuning.validation import validate
 from tuning.validation_section import section
-from varjax.config import PRESETS
+from varjax.config import PRESETS, VARConfig
+from varjax.errors import InputError
 from varjax.progress import progress_bar
 
 
@@ -49,7 +54,12 @@ from varjax.progress import progress_bar
 def main(arguments: Sequence[str] | None) -> None:
     options = parser(__doc__, "results/phase3")
     options.set_defaults(num_samples=200)
-    options.add_argument("--routing_stats", type=path_argument, required=True, help="routing_stats.parquet of phase 1")
+    options.add_argument(
+        "--routing_stats",
+        type=path_argument,
+        help="routing_stats.parquet of phase 1; without it, those of the configs that are given, or the first of "
+        f"{listed(STATISTICS)} that exists",
+    )
     options.add_argument(
         "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
     )
@@ -84,14 +94,16 @@ def main(arguments: Sequence[str] | None) -> None:
         "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
     )
     args = options.parse_args(arguments)
-    if args.output.suffix:
-        options.error(f"a folder is written: give --output a name without {args.output.suffix}")
     if args.workers < 1:
         options.error(f"--workers {args.workers}: expected at least 1")
-    if args.validate:
-        put_to_the_test(args)
-    else:
-        search(args)
+    output = Output.of(args.output, "validation" if args.validate else "tuning", DIRECTORY)
+    # Searches that share a --storage are workers of one search.
+    part = f"{platform.node()}-{os.getpid()}" if args.storage and not args.validate else ""
+    with output.locked(part):
+        if args.validate:
+            put_to_the_test(args)
+        else:
+            search(args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +147,7 @@ class Setting:
 
 def search(args: argparse.Namespace) -> None:
     check_method(args.method)
-    args.output.mkdir(parents=True, exist_ok=True)
+    name_statistics(args, [] if args.var_config is None else [VARConfig.load(args.var_config)])
     setting = Setting.of(args)
     limit = setting.objective.limit
     study = open_study(storage_of(args), args.study_name, args.method, setting.about)
@@ -213,7 +225,9 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
 
 
 def put_to_the_test(args: argparse.Namespace) -> None:
-    candidates = {name: over_files(config, args) for name, config in chosen.read(args.validate).items()}
+    given = chosen.read(args.validate)
+    name_statistics(args, list(given.values()) if args.var_config is None else [VARConfig.load(args.var_config)])
+    candidates = {name: over_files(config, args) for name, config in given.items()}
     calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
     args.num_samples = args.validate_samples
     documents, data = load_encoded(calibrate.model, args, "test", args.num_samples)
@@ -240,6 +254,24 @@ def put_to_the_test(args: argparse.Namespace) -> None:
     made = provenance(seed=args.seed, **origin, test_data=data)
     beside = {"validation": found, "configs": {name: json.loads(c.to_json()) for name, c in candidates.items()}}
     save_report(said_in_full, args.output, "validation", {}, beside | {"provenance": made})
+
+
+def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig]) -> None:
+    """Where the arguments name no statistics, take those of the configs, and the answers with them; else look for some.
+
+    Raises:
+        InputError: the configs name different ones, or there are none.
+    """
+    if args.routing_stats is not None:
+        return
+    named = {(config.routing_stats, config.residuals) for config in configs if config.routing_stats is not None}
+    if len(named) > 1:
+        files = ", ".join(sorted(str(stats) for stats, _ in named))
+        raise InputError(f"the configs name different statistics or answers ({files}); give --routing_stats")
+    stats, answers = next(iter(named), (None, None))
+    args.routing_stats = find_statistics(None if stats is None else Path(stats))
+    if args.answers is None and answers is not None and Path(answers).is_file():
+        args.answers = Path(answers)
 
 
 def make_subject(

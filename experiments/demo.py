@@ -18,6 +18,7 @@ from pathlib import Path
 from analysis.command import HelpFormatter, program
 from analysis.evaluation.comparison import degradation, read_result
 from analysis.reports import figures
+from analysis.reports.index_page import INDEX, write_index
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")
@@ -42,7 +43,8 @@ def main(arguments: Sequence[str] | None) -> None:
         *("--output", str(OUT / "comparison.json")),
     )
     overview()
-    print(f"\n{time.monotonic() - started:.0f} s; results/index.html leads to the pages of all runs")
+    write_index(OUT)
+    print(f"\n{time.monotonic() - started:.0f} s; {OUT / INDEX} leads to the pages of all runs")
 
 
 def evaluate(name: str, *arguments: str) -> None:

@@ -7,10 +7,12 @@ an interrupted download is taken up again by the same command.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command import path_argument, program
+from analysis.reports.output import DIRECTORY, Output, lock
 from models.download import Remote, check_disk, download, look_up
 from models.verification import Verified, verify
 
@@ -43,12 +45,15 @@ def main(arguments: Sequence[str] | None) -> None:
         return
     remote = look_up(args.model, args.revision)
     output = args.output or Path("checkpoints") / remote.repo.split("/")[-1]
+    Output.of(output, "model", DIRECTORY)  # refuses a file
     show(remote)
     print(f"{check_disk(remote, output) / 1e9:,.1f} GB are free where {output} is to be")
     if args.dry_run:
         print("dry run: nothing was fetched")
         return
-    report(download(remote, output))
+    with lock(output.with_name(f".{output.name}.lock"), str(output)):
+        verified = download(remote, output)
+    report(verified)
 
 
 def show(remote: Remote) -> None:
@@ -69,7 +74,7 @@ def report(verified: Verified) -> None:
         print("contents were not compared: no hashes are known of a directory that this script did not fetch")
     if verified.tokenizer is None:
         print("no tokenizer: put the model's tokenizer.json or tokenizer.model there before using it on text")
-    print(f"{verified.directory} is ready: use it with --model {verified.directory}")
+    print(f"{verified.directory} is ready: use it with --model {shlex.quote(str(verified.directory))}")
 
 
 if __name__ == "__main__":

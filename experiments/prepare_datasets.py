@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.command import name_argument, path_argument, program
+from analysis.reports.output import DIRECTORY, Output, lock
 from analysis.text.corpus import SPLITS, CorpusError, iter_documents
 from analysis.text.preparation import prepare
 from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, read_manifest
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--output", type=path_argument, default=Path("prepared"), help="directory for the folders")
     parser.add_argument("--overwrite", action="store_true", help="make anew what is there already")
     args = parser.parse_args(arguments)
+    Output.of(args.output, "prepared", DIRECTORY)  # refuses a file
 
     directory = REFERENCE if args.model == "reference" else Path(args.model)
     if not directory.is_dir():
@@ -90,7 +92,8 @@ def main(arguments: Sequence[str] | None) -> None:
             documents = iter_documents(
                 request.dataset, split=split, limit=request.num_samples, text_column=request.text_column
             )
-            manifest = prepare(documents, tokenizer, folder, request, overwrite=args.overwrite)
+            with lock(folder.with_name(f".{folder.name}.lock"), str(folder)):
+                manifest = prepare(documents, tokenizer, folder, request, overwrite=args.overwrite)
             print(f"{folder}: written")
         else:
             print(f"{folder}: made on {manifest.provenance['time_utc']} for this, left as it is (see --overwrite)")

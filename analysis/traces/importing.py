@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 
 from analysis.command import path_argument, program
+from analysis.reports.output import Output
 from analysis.traces import trace as trace_file
 from analysis.traces.trace import ORIGIN, Trace, TraceError
 from varjax.errors import InputError
@@ -194,14 +195,18 @@ def _best_first(experts: np.ndarray, probs: np.ndarray | None) -> tuple[np.ndarr
 def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Turn a foreign routing trace into a trace file.")
     parser.add_argument("input", type=path_argument, metavar="IN.npz", help="arrays, with IN.json beside them")
-    parser.add_argument("output", type=path_argument, metavar="OUT.parquet", help="the trace file to write")
+    parser.add_argument(
+        "output", type=path_argument, metavar="OUT.parquet", help="the trace file to write, or a directory for it"
+    )
     args = parser.parse_args(arguments)
-    trace = import_npz(args.input)
-    trace_file.write(args.output, trace)
+    output = Output.of(args.output, "routing_trace", (".parquet",))
+    with output.locked():
+        trace = import_npz(args.input)
+        trace_file.write(output.main(".parquet"), trace)
     known = "no probabilities" if trace.probs is None else f"probabilities over {trace.probs_over} experts"
     print(
         f"{len(trace.token_id):,} tokens of {len(np.unique(trace.document)):,} documents, {trace.num_layers} layers, "
-        f"{trace.top_k} of {trace.num_experts} experts, {known}; written to {args.output}"
+        f"{trace.top_k} of {trace.num_experts} experts, {known}; written to {output.main('.parquet')}"
     )
 
 
