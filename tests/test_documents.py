@@ -37,7 +37,7 @@ from models.config import read_config
 from profiling import published
 from tests.documented import DOCUMENTS, ROOT, Command, commands
 from tests.running import run_python
-from tests.stage import MIXTRAL, TRIALS, shrink, stage
+from tests.stage import MIXTRAL, TRIALS, shrink, shrink_harness, stage
 from varjax import VARConfig, answersfile, statsfile
 
 COMMANDS = commands()
@@ -178,6 +178,7 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
         patch.chdir(folder)
         stage(folder, patch)
         shrink(patch)
+        shrink_harness(patch)
         yield Reader(patch)
 
 
