@@ -8,8 +8,10 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch as patched
 
 import pytest
 
@@ -30,14 +32,16 @@ NEEDS_TORCH = "--method bayesian"
 @contextmanager
 def torch_hidden() -> Iterator[None]:
     """As where torch is not installed."""
-    modules: dict[str, Any] = sys.modules
-    imported = modules.get("torch")
-    modules["torch"] = None  # what makes an import fail, and `find_spec` find nothing
-    yield
-    if imported is None:
-        del modules["torch"]
-    else:
-        modules["torch"] = imported
+    find = PathFinder.find_spec
+
+    def find_other(name: str, path: Any = None, target: Any = None) -> Any:
+        return None if name == "torch" else find(name, path, target)
+
+    imported = sys.modules.pop("torch", None)
+    with patched.object(PathFinder, "find_spec", find_other):
+        yield
+    if imported is not None:
+        sys.modules["torch"] = imported
 
 
 def main() -> None:
