@@ -63,10 +63,9 @@ def test_an_imported_trace_has_one_file(tmp_path):
 def test_a_script_is_found_where_its_folder_comes_first_in_the_path():
     """`python analysis/hypothesis_validation.py`: Python looks for modules in `analysis/` before anywhere else."""
     done = subprocess.run(
-        ["python", "analysis/hypothesis_validation.py", "--help"],
+        [sys.executable, "analysis/hypothesis_validation.py", "--help"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-        executable=sys.executable,
         capture_output=True,
         text=True,
     )
