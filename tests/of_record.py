@@ -26,6 +26,8 @@ python experiments/03_hyperparameter_optimization.py --validate results/phase3/b
 python experiments/05_systems_analysis.py --var_config results/phase3/best_config.json --output results/phase5/
 python experiments/05_systems_analysis.py --quick --output results/phase5/
 """  # noqa: E501 (to be given as they are written)
+LESS = {"batch_size": 4, "max_length": 64, "validate_samples": 16, "num_samples": 24}  # than what is left to defaults
+FAST = {"ablate": False}
 NEEDS_TORCH = "--method bayesian"
 
 
@@ -46,13 +48,18 @@ def torch_hidden() -> Iterator[None]:
 
 def main() -> None:
     with torch_hidden():
+        from profiling import components
+        from tests import stage
         from tests.running import run_python
-        from tests.stage import shrink, stage
 
     with pytest.MonkeyPatch.context() as patch:
-        stage(Path.cwd(), patch)
+        stage.stage(Path.cwd(), patch)
+        stage.FEWER.update(LESS)
         with torch_hidden():
-            shrink(patch)
+            stage.shrink(patch)
+        # To leave a component out, a program is compiled for each: profiling's own tests do that.
+        measure_sides = components.measure_sides
+        patch.setattr(components, "measure_sides", lambda *given, **named: measure_sides(*given, **named | FAST))
         for command in COMMANDS.strip().splitlines():
             print(f"\n$ {command}", flush=True)
             words = shlex.split(command)[1:]
