@@ -255,6 +255,6 @@ def test_a_storage_that_fails_during_the_search_is_one_error():
 
     broken = SimpleNamespace(get_trials=full)
     with pytest.raises(
-        StudyError, match=r"the storage of the study failed \(.*disk is full\); .* run the same command"
+        StudyError, match=r"study failed \(.*disk is full\); .* run the same command"
     ):
         work(broken, "tpe", 0, lambda trial: None, 0.01)
