@@ -22,13 +22,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from analysis.audits import report as audit_report
 from analysis.audits.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
 from analysis.audits.faults import faults, random_texts
+from analysis.command import name_argument, path_argument, program
 from analysis.evaluation.quality import score, var_runner
-from analysis.reports.files import write_report
+from analysis.inputs import STATISTICS, find_statistics, listed
+from analysis.reports.files import write_output
+from analysis.reports.output import OUTPUT_HELP, Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import text
 from analysis.text import card
@@ -38,6 +40,7 @@ from models import Model, load_model
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.drift import ALPHA, Calibration
 from varjax.errors import InputError
+from varjax.progress import progress_bar
 from varjax.step import summary
 from varjax.streams import Tally, observe
 
@@ -75,8 +78,16 @@ class Outcome:
     first: Mapping[str, int]  # in how many repeats the first drift was in this signal
 
 
-def main() -> None:
-    args = arguments().parse_args()
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    args = parser().parse_args(arguments)
+    output = Output.of(args.output, "audit")
+    with output.locked():
+        _run(args, output)
+
+
+def _run(args: argparse.Namespace, output: Output) -> None:
+    args.routing_stats = find_statistics(args.routing_stats)
     model = load_model(args.model)
     checked = card.check(model, args.dataset)
     if checked is not None:
@@ -88,7 +99,7 @@ def main() -> None:
     known = documents(model, args.dataset, "calibrate", args.num_samples)
     sums, _ = tally_documents(var_model, known, args.share, seed=args.seed, **reading)
     calibration = calibrate_from(observe(sums, streams_of(var_model)), var_model, args.share)
-    saved = args.output.with_suffix(".calibration.json")
+    saved = output.folder / f"{output.stem}.calibration.json"
     calibration.save(saved)
     seen = {}
     for name, situation in situations(args, model, var_model).items():
@@ -115,17 +126,25 @@ def main() -> None:
         ),
     }
     figures = {audit_report.NAME: audit_report.figure(outcomes)}
-    write_report(said, args.output.parent, args.output.stem, figures=figures, beside=beside)
+    write_output(said, output, figures=figures, beside=beside)
     print(text(said))
 
 
-def arguments() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model", default="reference", help="directory, hub id, or 'reference'")
-    made.add_argument("--routing_stats", type=Path, required=True, help="routing_stats.parquet of phase 1")
-    made.add_argument("--var_config", type=Path, help="a VARConfig as JSON; none: one expert and a residual row")
-    made.add_argument("--dataset", default="embedded", help="what the statistics were collected on")
-    made.add_argument("--foreign", nargs="*", default=[], help="texts of another kind, such as a .txt file")
+    made.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
+    made.add_argument(
+        "--routing_stats",
+        type=path_argument,
+        help=f"routing_stats.parquet of phase 1; without it, the first of {listed(STATISTICS)} that exists",
+    )
+    made.add_argument(
+        "--var_config", type=path_argument, help="a VARConfig as JSON; none: one expert and a residual row"
+    )
+    made.add_argument("--dataset", default="embedded", type=name_argument, help="what the statistics were collected on")
+    made.add_argument(
+        "--foreign", type=name_argument, nargs="*", default=[], help="texts of another kind, such as a .txt file"
+    )
     made.add_argument("--num_samples", type=int, default=1000, help="documents to calibrate on, and to monitor")
     made.add_argument("--fault_samples", type=int, default=300, help="documents under each planted fault")
     made.add_argument("--share", type=float, default=0.05, help="of the planned tokens that is computed in full")
@@ -133,7 +152,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
     made.add_argument("--max_length", type=int, default=256, help="tokens per window")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=Path, default=Path("results/audit.json"), help="file to write")
+    made.add_argument("--output", type=path_argument, default=Path("results/audit.json"), help=OUTPUT_HELP)
     return made
 
 
@@ -230,7 +249,7 @@ def repeat(
         before: how many of these are without the fault.
     """
     until, first = [], Counter[str]()
-    for _ in tqdm(range(repeats), desc=name, unit="run"):
+    for _ in progress_bar(range(repeats), desc=name, unit="run"):
         monitor = until_drift(*draw())
         if monitor.drifts and monitor.texts > before:
             until.append(monitor.texts - before)
@@ -252,7 +271,4 @@ def repeat(
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
+from analysis.command import program
 from analysis.estimators.resampling import allowed
 from analysis.evaluation.certificate import CLIP, LIMIT, TESTS
 from varjax.bounds import p_value, upper_bound
@@ -57,11 +58,12 @@ class FamilyWise:
     found: dict[str, float]  # good configurations that are certified, mean number
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--repeats", type=int, default=2000, help="simulated calibrations for each line")
-    arguments.add_argument("--seed", type=int, default=0)
-    args = arguments.parse_args()
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--repeats", type=int, default=2000, help="simulated calibrations for each line")
+    options.add_argument("--seed", type=int, default=0)
+    args = options.parse_args(arguments)
     rng = np.random.default_rng(args.seed)
 
     print(

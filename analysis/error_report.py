@@ -9,11 +9,14 @@ On held-out documents (those of the test split of the embedded corpus, unless to
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command import name_argument, path_argument, program
 from analysis.evaluation import caching as cached_tier
-from analysis.reports.files import write_report
+from analysis.inputs import CONFIGS, find_config, listed
+from analysis.reports.files import write_output
+from analysis.reports.output import OUTPUT_HELP, Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, text
 from analysis.studies.error_figures import draw
@@ -33,17 +36,21 @@ INTERVALS = (
 )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; `arguments` are those of the command line if not given."""
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--var_config", type=Path, required=True, help="the policy, a VARConfig as JSON")
-    parser.add_argument("--routing_stats", type=Path, help="statistics, if not those that the config names")
-    parser.add_argument("--output", type=Path, default=Path("results/error_sources"), help="folder to write")
-    parser.add_argument("--model", default="reference", help="directory, hub id, or 'reference'")
+    parser.add_argument(
+        "--var_config",
+        type=path_argument,
+        help=f"the policy, a VARConfig as JSON; without it, the first of {listed(CONFIGS)} that exists",
+    )
+    parser.add_argument("--routing_stats", type=path_argument, help="statistics, if not those that the config names")
+    parser.add_argument("--output", type=path_argument, default=Path("results/error_sources"), help=OUTPUT_HELP)
+    parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
-    parser.add_argument("--dataset", default="embedded", help="as in the phase scripts")
+    parser.add_argument("--dataset", default="embedded", type=name_argument, help="as in the phase scripts")
     parser.add_argument("--split", default="test", help="documents to read; 'all' for every one")
     parser.add_argument("--num_samples", type=int, default=200, help="documents to read at most")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
@@ -54,17 +61,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap draws")
     cached_tier.add_arguments(parser)
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    output = Output.of(args.output, "error_sources")
+    with output.locked():
+        _run(args, output)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, output: Output) -> None:
+    policy = find_config(args.var_config)
+    if policy is None:
+        raise InputError(
+            f"no policy is named with --var_config, and none of {listed(CONFIGS)} exists; run "
+            "experiments/02_evaluate_var.py --mode var or experiments/03_hyperparameter_optimization.py first"
+        )
+    config = VARConfig.load(policy)
     model = load_model(args.model, args.dtype)
-    config = VARConfig.load(args.var_config)
     if args.routing_stats:
         config = config.at(args.routing_stats)
     stats, answers = read_files(model, config)
@@ -96,7 +106,7 @@ def _run(args: argparse.Namespace) -> None:
         card=checked, config=config, config_sha256=config.digest(),
     )  # fmt: skip
     figures = dict(draw(sources, drifted))
-    write_report(said, args.output, "error_sources", figures=figures, beside={"provenance": about})
+    write_output(said, output, figures=figures, beside={"provenance": about})
     print(text(said))
     print(f"written to {args.output}, with figures")
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from analysis.command import name_argument, path_argument, program
 from analysis.evaluation import caching as cached_tier
 from analysis.evaluation.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.reports.output import Output
 from analysis.reports.provenance import provenance, write_json
 from models import load_model
 from varjax.config import VARConfig
@@ -83,31 +84,35 @@ def evaluate(
     return results | {"task_hashes": {name: _task_hash(rows) for name, rows in samples.items()}}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; `arguments` are those of the command line if not given."""
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="reference", help="directory, hub id, or 'reference' (comes with varjax)")
+    parser.add_argument(
+        "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"
+    )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
-    parser.add_argument("--var_config", type=Path, help="a VARConfig as JSON; none: the plain model")
+    parser.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; none: the plain model")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
-    parser.add_argument("--include_path", type=Path, help="a folder with YAML tasks")
+    parser.add_argument("--include_path", type=path_argument, help="a folder with YAML tasks")
     parser.add_argument("--limit", type=int, help="documents of each task at most; none: all")
     parser.add_argument("--num_fewshot", type=int, help="examples before each question; none: as the task has it")
     parser.add_argument("--batch_size", type=int, default=8, help="requests at a time")
     parser.add_argument("--max_length", type=int, help="tokens read at most; none: the model's max_position_embeddings")
     cached_tier.add_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("results/harness.json"), help="file to write")
+    parser.add_argument(
+        "--output",
+        type=path_argument,
+        default=Path("results/harness.json"),
+        help="JSON file to write, or a directory for it",
+    )
     args = parser.parse_args(arguments)
-    try:
-        _command(args)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    output = Output.of(args.output, "harness", (".json",))
+    with output.locked():
+        _command(args, output.main(".json"))
 
 
-def _command(args: argparse.Namespace) -> None:
+def _command(args: argparse.Namespace, path: Path) -> None:
     from lm_eval import __version__
     from lm_eval.utils import make_table
 
@@ -132,8 +137,8 @@ def _command(args: argparse.Namespace) -> None:
         shares = summary(lm.state.counters, model.config.top_k)
         result |= {name: shares[name] for name in _SHARES}
     result |= {"settings": {**lm.settings, **asked}, "units": UNITS}
-    write_json(args.output, result | {"provenance": provenance(seed=args.seed, **origin)})
-    print(f"written to {args.output}")
+    write_json(path, result | {"provenance": provenance(seed=args.seed, **origin)})
+    print(f"written to {path}")
 
 
 def _task_hash(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -3,24 +3,23 @@
     python -m analysis.hypothesis_validation --input results/phase1 --output results/hypotheses
 
 Reads routing statistics (`varjax.statsfile`), a routing trace (`analysis.traces.trace`) or a NumPy trace
-(`analysis.traces.importing`); writes hypotheses.txt, .json and .html and the figures as PNG and PDF into --output, and
-prints one line per hypothesis. From a trace the statistics are computed as well, and their intervals draw its
-documents. A FAIL is a result: the command ends well.
+(`analysis.traces.importing`); writes hypotheses.txt, .json and .html and the figures as PNG and PDF into --output (for
+an --output such as NAME.txt: NAME.txt, NAME.json, ...), and prints one line per hypothesis. From a trace the statistics
+are computed as well, and their intervals draw its documents. A FAIL is a result: the command ends well.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from analysis.command import HelpFormatter
+from analysis.command import HelpFormatter, path_argument, program
 from analysis.hypotheses import statistics_figures, trace_figures
 from analysis.hypotheses.document_draws import SAMPLES
 from analysis.hypotheses.entropy_kind import entropy_kind
@@ -31,8 +30,10 @@ from analysis.hypotheses.statistics_findings import Drawn, StatisticsFindings, e
 from analysis.hypotheses.statistics_sections import statistics_sections
 from analysis.hypotheses.trace_findings import Settings, TraceFindings, examine_trace
 from analysis.hypotheses.trace_sections import trace_sections
+from analysis.inputs import STATISTICS, find_statistics, listed
 from analysis.reports.figures import save
-from analysis.reports.files import write_report
+from analysis.reports.files import write_output
+from analysis.reports.output import OUTPUT_HELP, Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
 from analysis.traces import trace as traces
@@ -141,40 +142,39 @@ def overview(said: Report) -> str:
     return "\n".join([said.title, "", *(f"{name:<{width}}  {value}" for name, value in said.facts), "", *summary(said)])
 
 
-def save_all(found: Findings, said: Report, folder: Path, about: Mapping[str, Any]) -> None:
+def save_all(found: Findings, said: Report, output: Output, about: Mapping[str, Any]) -> None:
     """Write the report as text, JSON and HTML, and the figures.
 
     Args:
         about: provenance.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, figure in draw(found):  # one by one: all of them together take much memory
-        save(figure, folder, name)
+        save(figure, output.folder, f"{output.prefix}{name}")
         drawn.append(name)
     beside: dict[str, Any] = {"provenance": about}
     if found.trace is not None and not isinstance(found.trace.load, str):
         beside["expert_load"] = found.trace.load.share  # of every expert: too wide for a table
-    write_report(said, folder, "hypotheses", earlier=drawn, beside=beside)
+    write_output(said, output, earlier=drawn, beside=beside)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command; `arguments` are those of the command line if not given."""
+@program
+def main(arguments: Sequence[str] | None) -> None:
     defaults = Settings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input",
-        type=Path,
-        required=True,
-        help=f"routing statistics, a folder with {STATS_FILE}, or a trace",
+        type=path_argument,
+        help=f"routing statistics, a folder with {STATS_FILE}, or a trace; without it, the first of "
+        f"{listed(STATISTICS)} that exists",
     )
-    parser.add_argument("--output", type=Path, default=Path("results/hypotheses"), help="folder to write")
+    parser.add_argument("--output", type=path_argument, default=Path("results/hypotheses"), help=OUTPUT_HELP)
     parser.add_argument(
         "--trace",
-        type=Path,
+        type=path_argument,
         help=f"a trace; without it, {TRACE_FILE} beside the input if it is there",
     )
-    parser.add_argument("--compare", type=Path, help="statistics, a folder or a trace of a second run")
+    parser.add_argument("--compare", type=path_argument, help="statistics, a folder or a trace of a second run")
     parser.add_argument("--orders", type=int, nargs="+", default=defaults.orders, help="context lengths (trace)")
     parser.add_argument(
         "--min_count", type=int, default=defaults.min_count, help="occurrences that a key needs (trace)"
@@ -188,22 +188,21 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, default=defaults.seed, help="of all draws")
     args = parser.parse_args(arguments)
-    try:
-        _run(args)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    output = Output.of(args.output, "hypotheses")
+    with output.locked():
+        _run(args, output)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace, output: Output) -> None:
     settings = Settings(tuple(sorted(args.orders)), args.min_count, args.permutations, args.samples, args.seed)
-    path = statistics_of(args.input)
+    path = statistics_of(find_statistics(args.input))
     source = open_source(path)
     used = {"input": path}
-    trace, beside = source.trace, path.parent / TRACE_FILE
-    if args.trace is not None or (trace is None and beside.is_file()):
-        used["trace"] = args.trace or beside
+    trace, asked = source.trace, args.trace
+    if asked is None and trace is None:
+        asked = _trace_beside(path)
+    if asked is not None:
+        used["trace"] = asked
         trace = read_trace(used["trace"]) or traces.read(used["trace"])  # the latter says what is wrong
         why = strangers(source, trace)
         if why and args.trace is not None:
@@ -220,9 +219,15 @@ def _run(args: argparse.Namespace) -> None:
     files = {name: {"path": path, "sha256": _sha256(path)} for name, path in used.items()}
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
-    save_all(found, said, args.output, about)
+    save_all(found, said, output, about)
     print(overview(said))
-    print(f"\nEverything behind these lines: {args.output / 'hypotheses.txt'} (also .html with the figures, and .json)")
+    print(f"\nEverything behind these lines: {output.main('.txt')} (also .html with the figures, and .json)")
+
+
+def _trace_beside(stats: Path) -> Path | None:
+    """The trace that the run that wrote these statistics left next to them."""
+    places = (stats.with_name(f"{stats.stem}.{TRACE_FILE}"), stats.with_name(TRACE_FILE))
+    return next((place for place in places if place.is_file()), None)
 
 
 def _notes(drawn: Drawn | None) -> tuple[str, ...]:

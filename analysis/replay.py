@@ -22,14 +22,16 @@ import argparse
 import hashlib
 import json
 import math
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from analysis.reports.files import write_report
+from analysis.command import path_argument, program
+from analysis.reports.files import write_output
+from analysis.reports.output import OUTPUT_HELP, Output
 from analysis.reports.provenance import hash_json, provenance
 from analysis.reports.report import text
 from analysis.traces import importing, replay_report
@@ -216,33 +218,37 @@ def fields_of(found: Replay) -> dict[str, Any]:
     return {**plain, **found.rates(), "layers": [found.rates(layer) for layer in range(len(found.sums.tokens))]}
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         description="Replay a VARConfig against a routing trace.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--trace", type=Path, required=True, help="a trace file, or a foreign .npz")
+    parser.add_argument("--trace", type=path_argument, required=True, help="a trace file, or a foreign .npz")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config", type=Path, help="JSON of a VARConfig")
+    which.add_argument("--config", type=path_argument, help="JSON of a VARConfig")
     which.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
-    parser.add_argument("--output", type=Path, default=Path("results/replay"), help="directory to write")
+    parser.add_argument("--output", type=path_argument, default=Path("results/replay"), help=OUTPUT_HELP)
     parser.add_argument("--build_share", type=float, default=0.7, help="share of the documents that build the table")
     parser.add_argument("--step", type=int, default=64, help="tokens between a look-up and its commit")
     parser.add_argument("--seconds_per_token", type=float, default=0.01, help="the clock that ages the cache")
-    args = parser.parse_args()
-    try:
-        config = VARConfig.load(args.config) if args.config else VARConfig.preset(args.preset)
-        settings = {name: getattr(args, name) for name in ("build_share", "step", "seconds_per_token")}
-        found = replay(importing.load(args.trace), config, **settings)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    args = parser.parse_args(arguments)
+    output = Output.of(args.output, "replay")
+    with output.locked():
+        _run(args, output)
+
+
+def _run(args: argparse.Namespace, output: Output) -> None:
+    config = VARConfig.load(args.config) if args.config else VARConfig.preset(args.preset)
+    settings = {name: getattr(args, name) for name in ("build_share", "step", "seconds_per_token")}
+    found = replay(importing.load(args.trace), config, **settings)
     said = replay_report.report(found)
     print(text(said))
     applied = json.loads(found.config.to_json())
     hashes: dict[str, Any] = {"trace_sha256": _file_hash(args.trace), "config_sha256": hash_json(applied)}
     origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
     beside = {**fields_of(found), "provenance": origin}
-    write_report(said, args.output, "replay", figures=replay_report.draw(found), beside=beside)
+    write_output(said, output, figures=replay_report.draw(found), beside=beside)
     print(f"\nwritten to {args.output}")
 
 

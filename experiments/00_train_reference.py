@@ -11,22 +11,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from analysis.collection.checkpoints import note, resumed
+from analysis.command import path_argument, program
 from analysis.evaluation.quality import plain_runner, score
+from analysis.reports.output import DIRECTORY, Output
 from analysis.reports.provenance import provenance, write_json
 from analysis.text.batches import batches
 from analysis.text.card import named
 from analysis.text.corpus import Document, corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode
 from analysis.text.ngram_baselines import ngram_losses
-from experiments.arguments import HelpFormatter, add_mesh, asked_mesh, run
+from experiments.arguments import HelpFormatter, add_mesh, asked_mesh
 from models import Model, MoEConfig, load_model
 from models.config import read_config
 from models.experts import get_engine
@@ -37,6 +39,7 @@ from models.training import TrainConfig, pack, restore, train_steps
 from models.weights import save_params
 from varjax.errors import InputError
 from varjax.files import replacing
+from varjax.progress import progress_bar
 
 CONFIG = MoEConfig(
     vocab_size=4096,
@@ -54,16 +57,19 @@ CONFIG = MoEConfig(
 OUTPUT = Path("models/reference")  # of the checkout that one stands in, not of the installed package
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--config", type=Path, help="shape of the model; none: the reference model's")
+    parser.add_argument("--config", type=path_argument, help="shape of the model; none: the reference model's")
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         help="directory of the model; none: models/reference, or checkpoints/NAME for a --config called NAME.json",
     )
-    parser.add_argument("--checkpoints", type=Path, help="for resuming; none: results/train_NAME, as --output's")
+    parser.add_argument(
+        "--checkpoints", type=path_argument, help="for resuming; none: results/train_NAME, as --output's"
+    )
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="sequences per step")
     parser.add_argument("--length", type=int, default=defaults.length, help="tokens per sequence")
@@ -72,11 +78,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     add_mesh(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     config = CONFIG if args.config is None else read_config(args.config)
     output = args.output or (OUTPUT if args.config is None else Path("checkpoints") / args.config.stem)
     checkpoints = args.checkpoints or Path("results") / f"train_{output.name}"
+    with Output.of(output, "model", DIRECTORY).locked():
+        make(args, config, output, checkpoints)
+
+
+def make(args: argparse.Namespace, config: MoEConfig, output: Path, checkpoints: Path) -> None:
+    """Train the model, save it and write its card."""
     train = TrainConfig(
         args.steps, args.batch_size, args.length, args.learning_rate, balance=args.balance, seed=args.seed
     )
@@ -89,7 +101,7 @@ def main() -> None:
     print(f"{len(documents):,} documents, {rows.shape[0]:,} rows of {train.length} tokens")
     placement = Placement.of(config, asked_mesh(args))
     steps = train_steps(config, train, get_engine(), rows, checkpoints, args.save_every, placement)
-    with tqdm(total=train.steps, unit="step", mininterval=10) as bar:
+    with progress_bar(total=train.steps, unit="step", mininterval=10) as bar:
         for index, _, info in steps:
             bar.update(index - bar.n)  # a resumed run begins in the middle
             if index % 20 == 0:
@@ -197,4 +209,4 @@ Weights and tokenizer: MIT, as varjax. The corpus stays with the packages that i
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,10 +1,11 @@
 """Phase 1: collect routing statistics of every layer and context key, the answers for phase 2, and a trace.
 
 Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
-figures. A killed run continues from its last checkpoint when the same command is given again. Runs on all devices of
-the machine, each with the whole model unless --mesh divides it. Several machines divide the documents: start it on
-each, with --num_processes P, --process_id 0 to P - 1 and one --output that all of them see. With --coordinator as well
-they run as one, with the model divided over all their devices.
+figures; for an --output such as NAME.parquet, that file and NAME.*. A killed run continues from its last checkpoint
+when the same command is given again. Runs on all devices of the machine, each with the whole model unless --mesh
+divides it. Several machines divide the documents: start it on each, with --num_processes P, --process_id 0 to P - 1
+and one --output that all of them see. With --coordinator as well they run as one, with the model divided over all
+their devices.
 
   --merge A B ...    collect nothing: put the outputs of several finished runs together
 """
@@ -12,20 +13,22 @@ they run as one, with the model divided over all their devices.
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from analysis.collection import report as collection_report
 from analysis.collection.merging import merge_files
 from analysis.collection.passes import EVERY_DOCUMENT, Share
-from analysis.collection.run import STATS, TRACE, Settings, analyse, finish
+from analysis.collection.run import STATS, TRACE, Settings, analyse, finish, place
 from analysis.collection.statistics import KeySettings
+from analysis.command import path_argument, program
 from analysis.reports.files import write_report
+from analysis.reports.output import Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import text
 from analysis.text import card
 from analysis.traces.recording import record
-from experiments.arguments import check_card, open_corpus, open_model, parser, run
+from experiments.arguments import check_card, open_corpus, open_model, parser
 from experiments.hosts import add_hosts, join
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
@@ -33,57 +36,61 @@ from varjax.stats import RoutingStats
 GIB = 1 << 30
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     keys, defaults = KeySettings(), Settings()
-    arguments = parser(__doc__, "results/phase1")
-    arguments.add_argument("--split", default="build", help="documents to learn from; 'all' for every one")
-    arguments.add_argument("--orders", type=int, nargs="+", default=keys.orders, help="context lengths")
-    arguments.add_argument("--layers", type=int, nargs="+", default=None, help="layers to collect; none: all")
-    arguments.add_argument("--min_count", type=int, default=keys.min_count, help="occurrences that a key needs")
-    arguments.add_argument("--max_keys", type=int, default=keys.max_keys, help="keys over all orders")
-    arguments.add_argument(
+    options = parser(__doc__, "results/phase1")
+    options.add_argument("--split", default="build", help="documents to learn from; 'all' for every one")
+    options.add_argument("--orders", type=int, nargs="+", default=keys.orders, help="context lengths")
+    options.add_argument("--layers", type=int, nargs="+", default=None, help="layers to collect; none: all")
+    options.add_argument("--min_count", type=int, default=keys.min_count, help="occurrences that a key needs")
+    options.add_argument("--max_keys", type=int, default=keys.max_keys, help="keys over all orders")
+    options.add_argument(
         "--residuals",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="second pass: the answers, what each expert says at a key",
     )
-    arguments.add_argument(
+    options.add_argument(
         "--residual_orders", type=int, nargs="+", default=None, help="orders that get them; none: 1 to 3"
     )
-    arguments.add_argument(
+    options.add_argument(
         "--residual_min_count",
         type=int,
         default=defaults.residual_min_count,
         help="occurrences that such a key needs",
     )
-    arguments.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
-    arguments.add_argument("--save_tokens", type=int, default=defaults.save_tokens, help="tokens between checkpoints")
-    arguments.add_argument(
+    options.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
+    options.add_argument("--save_tokens", type=int, default=defaults.save_tokens, help="tokens between checkpoints")
+    options.add_argument(
         "--stats_gib", type=float, default=defaults.stats_bytes / GIB, help="GiB of statistics per device"
     )
-    arguments.add_argument(
+    options.add_argument(
         "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of the answers' sums per device"
     )
-    add_hosts(arguments)
-    arguments.add_argument("--merge", type=Path, nargs="+", metavar="A", help="outputs to put together")
-    args = arguments.parse_args()
+    add_hosts(options)
+    options.add_argument("--merge", type=path_argument, nargs="+", metavar="A", help="outputs to put together")
+    args = options.parse_args(arguments)
     join(args)
-    if args.merge:
-        merge(args)
-    else:
-        collect(args)
+    output = place(args.output)
+    part = f"process-{args.process_id}" if args.process_id and not args.coordinator else ""  # the first one merges
+    with output.locked(part):
+        if args.merge:
+            merge(args, output)
+        else:
+            collect(args, output)
 
 
-def merge(args: argparse.Namespace) -> None:
+def merge(args: argparse.Namespace, output: Output) -> None:
     paths = [path / STATS if path.is_dir() else path for path in args.merge]
-    stats, without = merge_files(paths, args.output / STATS, {"provenance": provenance(seed=args.seed)})
-    (args.output / TRACE).unlink(missing_ok=True)  # that of other statistics, if any
+    stats, without = merge_files(paths, output.main(".parquet"), {"provenance": provenance(seed=args.seed)})
+    output.other(TRACE).unlink(missing_ok=True)  # that of other statistics, if any
     if without:
         print(f"no answers: there are none beside {', '.join(map(str, without))}")
-    present(args, stats, (("merged from", ", ".join(map(str, args.merge))),))
+    present(args, output, stats, (("merged from", ", ".join(map(str, args.merge))),))
 
 
-def collect(args: argparse.Namespace) -> None:
+def collect(args: argparse.Namespace, output: Output) -> None:
     """This process's share of the run; the first process writes what all of them found."""
     orders = tuple(sorted(set(args.orders)))
     answered = args.residual_orders or set(Settings().residual_orders) & set(orders)
@@ -107,7 +114,7 @@ def collect(args: argparse.Namespace) -> None:
         return
     if args.trace_tokens:
         reading = {"batch_size": args.batch_size, "max_length": args.max_length}
-        unsound = record(model, corpus, args.output / TRACE, max_tokens=args.trace_tokens, **reading)
+        unsound = record(model, corpus, output.other(TRACE), max_tokens=args.trace_tokens, **reading)
         if unsound:
             print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
     print_keys(found.keys)
@@ -119,7 +126,7 @@ def collect(args: argparse.Namespace) -> None:
             f"for {found.pairs:,} pairs of a key and an expert in each layer at most"
         )
     facts = (("model", model.name), ("data", f"{args.dataset}, split {args.split}"))
-    present(args, found.stats, (*facts, *card.facts(checked)))
+    present(args, output, found.stats, (*facts, *card.facts(checked)))
     finish(args.output)
 
 
@@ -135,16 +142,16 @@ def print_keys(keys: ContextCounts) -> None:
         )
 
 
-def present(args: argparse.Namespace, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
+def present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """The summary, printed and written, and the figures."""
     said = collection_report.report(stats, facts)
     beside = {"layers": collection_report.summarise(stats), "provenance": provenance(seed=args.seed)}
-    write_report(said, args.output, "routing_summary", figures=collection_report.draw(stats), beside=beside)
+    name, drawn = f"{output.prefix}routing_summary", collection_report.draw(stats)
+    write_report(said, output.folder, name, prefix=output.prefix, index=not output.named, figures=drawn, beside=beside)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
-    print(
-        f"python -m analysis.hypothesis_validation --input {args.output / STATS} --output {args.output / 'hypotheses'}"
-    )
+    asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))
+    print(shlex.join(["python", "-m", "analysis.hypothesis_validation", *map(str, asked)]))
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -11,9 +11,11 @@
                                            VAR against simple alternatives at equal loss, the size of its table, what
                                            its error is made of, free generation, throughput by batch size
 
-An evaluation writes a JSON result, and a Parquet file of per-document losses beside it. A study writes study.json,
-.txt, .html and figures into a folder, and the losses of every point as it is scored. Studies and distillations go on
-where they were when the same command is given again after a kill.
+An evaluation writes NAME.json for --output NAME.json, or MODE.json into a directory, and a Parquet file of
+per-document losses next to it. A comparison and a certificate are reports: NAME.json, NAME.txt and NAME.html, where
+NAME is `comparison` or `certificate` in a directory. A study writes study.json, .txt, .html and figures into a
+directory, and the losses of every point as it is scored. Studies and distillations go on where they were when the
+same command is given again after a kill.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from analysis.collection.checkpoints import Checkpoints, note, resumed
+from analysis.command import path_argument, program
 from analysis.estimators.resampling import MIN_DOCUMENTS
 from analysis.evaluation import caching as cached_tier
 from analysis.evaluation import certificate_report, comparison_report
@@ -33,112 +36,119 @@ from analysis.evaluation import report as evaluation_report
 from analysis.evaluation.certificate import CLIP, TESTS, certify_results
 from analysis.evaluation.comparison import read_result
 from analysis.evaluation.quality import score, var_runner
+from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
 from analysis.policies.distillation import DistilConfig, distil
 from analysis.policies.scored_points import Subject
 from analysis.policies.search import Search, search
-from analysis.reports.files import write_report
+from analysis.reports.files import write_output, write_report
+from analysis.reports.output import DIRECTORY, REPORT, Output
 from analysis.reports.provenance import provenance, write_json
 from analysis.reports.report import summary as overview
 from analysis.reports.report import text
 from analysis.studies.study import PARTS, Finding, Part, study
 from analysis.text import card
-from experiments.arguments import asked_config, load, load_encoded, parser, read_answers, run
+from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
 from experiments.hosts import add_hosts, join
 from models import Model
 from profiling import throughput_section
 from profiling.throughput import by_batch, measure
 from varjax import VARConfig, VARModel, answersfile
 from varjax.config import PRESETS
+from varjax.errors import InputError
 from varjax.files import remove
 from varjax.model import build_for
 from varjax.step import summary
 
 
-def main() -> None:
-    arguments = parser(__doc__, "results/phase2")
-    arguments.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
-    arguments.add_argument("--routing_stats", type=Path, help="routing_stats.parquet of phase 1")
-    arguments.add_argument("--answers", type=Path, help="answers to use, such as distilled ones; none: those beside it")
-    arguments.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
-    arguments.add_argument("--var_config", type=Path, help="a VARConfig as JSON; overrides --preset")
-    arguments.add_argument(
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = parser(__doc__, "results/phase2")
+    options.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
+    options.add_argument(
+        "--routing_stats",
+        type=path_argument,
+        help="routing_stats.parquet of phase 1; without it and --var_config, the first of "
+        f"{listed(STATISTICS)} that exists",
+    )
+    options.add_argument(
+        "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
+    )
+    options.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
+    options.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; overrides --preset")
+    options.add_argument(
         "--search_policy",
         action="store_true",
         help="find the layers' tolerances under a loss budget on the tune split first, in the place of the preset's or "
         "the config's policies, without a cached tier; written as *.var_config.json",
     )
-    arguments.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
-    arguments.add_argument("--budget", type=float, help="of --search_policy, relative loss; none: 0.9 of the config's")
-    arguments.add_argument("--split", default="test", help="documents to score; 'all' for every one")
-    arguments.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
-    arguments.add_argument("--no_throughput", action="store_true", help="leave the timing out")
-    arguments.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
-    arguments.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two results to compare")
-    arguments.add_argument("--certify", type=Path, nargs="+", metavar="A", help="a baseline result and some of VAR")
-    arguments.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
-    arguments.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
-    arguments.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
+    options.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
+    options.add_argument("--budget", type=float, help="of --search_policy, relative loss; none: 0.9 of the config's")
+    options.add_argument("--split", default="test", help="documents to score; 'all' for every one")
+    options.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
+    options.add_argument("--no_throughput", action="store_true", help="leave the timing out")
+    options.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
+    options.add_argument("--compare", type=path_argument, nargs=2, metavar=("A", "B"), help="two results to compare")
+    options.add_argument(
+        "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and some of VAR"
+    )
+    options.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
+    options.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
+    options.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
     steps = DistilConfig()
-    arguments.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
-    arguments.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
-    arguments.add_argument(
+    options.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
+    options.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
+    options.add_argument(
         "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
     )
-    cached_tier.add_arguments(arguments)
-    add_hosts(arguments)
-    args = arguments.parse_args()
+    cached_tier.add_arguments(options)
+    add_hosts(options)
+    args = options.parse_args(arguments)
     if args.num_processes > 1 and not args.coordinator:
-        arguments.error("--num_processes needs --coordinator here: the processes run one evaluation together")
+        options.error("--num_processes needs --coordinator here: the processes run one evaluation together")
     join(args)
     of_var = ("routing_stats", "answers", "var_config", "search_policy")
     for name in of_var if args.mode == "baseline" else ():
         if getattr(args, name):
-            arguments.error(f"--mode baseline is the plain model; --{name} is for the other modes")
+            options.error(f"--mode baseline is the plain model; --{name} is for the other modes")
+    if args.certify and len(args.certify) < 2:
+        options.error("--certify needs a baseline result and at least one of VAR")
+    if not (args.compare or args.certify or args.mode):
+        options.error("say what to do: --mode baseline|var|distil|study, --compare A B or --certify A B ...")
     if args.compare:
-        base, other = args.compare
-        compare(base, other, args.output)
+        name, work = "comparison", compare
     elif args.certify:
-        if len(args.certify) < 2:
-            arguments.error("--certify needs a baseline result and at least one of VAR")
-        certify(args)
-    elif args.mode == "var" and not (args.routing_stats or args.var_config):
-        arguments.error("--mode var needs --routing_stats (from 01_routing_analysis.py) or --var_config")
-    elif args.mode in FOLDERS and not (args.routing_stats and (args.var_config or args.search_policy)):
-        arguments.error(f"--mode {args.mode} needs --routing_stats, and --var_config or --search_policy")
-    elif args.mode in FOLDERS and args.output.suffix:
-        arguments.error(f"--mode {args.mode} writes a folder: give --output a name without {args.output.suffix}")
-    elif args.mode in FOLDERS:
-        FOLDERS[args.mode](args)
-    elif args.mode:
-        evaluate(args)
+        name, work = "certificate", certify
     else:
-        arguments.error("say what to do: --mode baseline|var|distil|study, --compare A B or --certify A B ...")
+        name, work = args.mode, FOLDERS.get(args.mode, evaluate)
+    output = Output.of(args.output, name, DIRECTORY if name in FOLDERS else REPORT)
+    with output.locked():
+        work(args, output)
 
 
-def compare(base: Path, other: Path, output: Path) -> None:
+def compare(args: argparse.Namespace, output: Output) -> None:
+    base, other = args.compare
     sides = read_result(base), read_result(other)
     said, fields = comparison_report.report(*sides)
-    path = _file(output, "comparison")
     figures = {comparison_report.NAME: comparison_report.figure(*sides)}
-    write_report(said, path.parent, path.stem, figures=figures, beside=fields | {"provenance": provenance()})
-    print(f"{text(said)}\nwritten to {path}")
+    write_output(said, output, figures=figures, beside=fields | {"provenance": provenance()})
+    print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def certify(args: argparse.Namespace) -> None:
+def certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
     candidates = {str(path): read_result(path) for path in others}
     certificate = certify_results(read_result(base), candidates, **settings)
     said = certificate_report.report(certificate)
-    path = _file(args.output, "certificate")
     beside = {"certificate": certificate, "provenance": provenance(seed=args.seed)}
     figures = {certificate_report.NAME: certificate_report.figure(certificate)}
-    write_report(said, path.parent, path.stem, figures=figures, beside=beside)
-    print(f"{text(said)}\nwritten to {path}")
+    write_output(said, output, figures=figures, beside=beside)
+    print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    output = _file(args.output, args.mode)
+def evaluate(args: argparse.Namespace, output: Output) -> None:
+    if args.mode == "var" and args.var_config is None:
+        args.routing_stats = find_statistics(args.routing_stats)
     model, documents, origin = load(args, args.split)
     config, found = choose_config(args, model)
     caching = cached_tier.asked(args)
@@ -148,7 +158,7 @@ def evaluate(args: argparse.Namespace) -> None:
     scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
 
     name = output.stem
-    scores.save(output.parent / f"{name}.documents.parquet")
+    scores.save(output.folder / f"{name}.documents.parquet")
     result: dict[str, Any] = {
         "mode": args.mode,
         **scores.summary(),
@@ -159,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> None:
         shares = summary(state.counters, model.config.top_k)
         result |= {key: shares[key] for key in ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")}
         result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
-        config.save(output.with_suffix(".var_config.json"))
+        config.save(output.folder / f"{name}.var_config.json")
     if not args.no_throughput:
         pace = caching.seconds_per_token
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)
@@ -173,32 +183,33 @@ def evaluate(args: argparse.Namespace) -> None:
     facts += [*cached_tier.described(caching, config), *card.facts(origin["card"])]
     drawn = evaluation_report.draw(name, result, found, config.max_quality_degradation, args.tune_samples)
     said = evaluation_report.report(name, result, scores, facts)
-    write_report(said, output.parent, name, figures=drawn, beside=result)
+    write_report(said, output.folder, name, index=not output.named, figures=drawn, beside=result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
         print(var_model.summary(state))
     print(*said.notes, sep="\n", end="\n" if said.notes else "")
-    print(f"written to {output}")
+    print(f"written to {output.main('.json')}")
 
 
-def distil_answers(args: argparse.Namespace) -> None:
+def distil_answers(args: argparse.Namespace, output: Output) -> None:
+    find_policy(args)
     model, documents, origin = load(args, "build")
     config, _ = choose_config(args, model)
     stats, answers = read_answers(model, config)
     reading = (args.batch_size, args.max_length)
     settings = DistilConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
-    work = args.output / "distil_checkpoints"
+    work = output.other("distil_checkpoints")
     run = {"model": origin["model"], "data": origin["data"], "config": config.digest(), "settings": vars(settings)}
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
     with Checkpoints(work / "steps") as saved:
         done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
-    path = args.output / "distilled.residuals.safetensors"
+    path = output.other("distilled.residuals.safetensors")
     answersfile.write(path, done.answers, {"model": model.name, "fingerprint": model.fingerprint, "provenance": made})
-    dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
-    write_json(args.output / "distillation.json", {"divergence": done.divergence, "provenance": made})
+    dataclasses.replace(config, residuals=str(path)).save(output.other("var_config.json"))
+    write_json(output.other("distillation.json"), {"divergence": done.divergence, "provenance": made})
     remove(work)
     if len(done.divergence) >= 2 * AVERAGED:
         first, last = done.divergence[:AVERAGED].mean(), done.divergence[-AVERAGED:].mean()
@@ -206,7 +217,8 @@ def distil_answers(args: argparse.Namespace) -> None:
     print(f"written to {args.output}")
 
 
-def study_policy(args: argparse.Namespace) -> None:
+def study_policy(args: argparse.Namespace, output: Output) -> None:
+    find_policy(args)
     model, documents, origin = load(args, args.split)
     config, _ = choose_config(args, model)
     stats, answers = read_answers(model, config)
@@ -219,7 +231,7 @@ def study_policy(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         max_length=args.max_length,
         stride=args.stride,
-        folder=args.output / "losses",
+        folder=output.other("losses"),
         seed=args.seed,
         caching=cached_tier.asked(args),
     )
@@ -233,8 +245,8 @@ def study_policy(args: argparse.Namespace) -> None:
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
     facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
-    said = study(subject, args.output, facts=facts, provenance=made, parts=PARTS + timed)
-    config.save(args.output / "var_config.json")
+    said = study(subject, output.folder, facts=facts, provenance=made, parts=PARTS + timed)
+    config.save(output.other("var_config.json"))
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
 
@@ -266,13 +278,25 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Se
     return found.config, found
 
 
-def _file(output: Path, name: str) -> Path:
-    """`output`, or a JSON file of that name in it where it is a folder."""
-    return output if output.suffix == ".json" else output / f"{name}.json"
+def find_policy(args: argparse.Namespace) -> None:
+    """Name the statistics and the policy, where the arguments name neither these nor a search.
+
+    Raises:
+        InputError: they are not in the documented places either.
+    """
+    if not args.search_policy:
+        args.var_config = find_config(args.var_config)
+        if args.var_config is None:
+            raise InputError(
+                f"--mode {args.mode} needs a policy: give --var_config or --search_policy (there is none of "
+                f"{listed(CONFIGS)})"
+            )
+    if args.var_config is None:
+        args.routing_stats = find_statistics(args.routing_stats)
 
 
 FOLDERS = {"distil": distil_answers, "study": study_policy}
 AVERAGED = 10  # steps, at first and at last, over which a divergence is averaged
 
 if __name__ == "__main__":
-    run(main)
+    main()

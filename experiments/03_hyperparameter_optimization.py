@@ -1,10 +1,10 @@
 """Phase 3: search for the configuration that is fastest within a limit on quality, and put it to the test.
 
   --routing_stats S --method bayesian --n_calls 50 --output DIR
-                                  search on the tune split; S and the answers beside it are phase 1's
-  --routing_stats S --validate DIR/best_configs.json --output DIR
-                                  certify the best few on the calibrate split, choose the fastest there, and judge that
-                                  one on several parts of the test split, next to the presets; FILE may be a VARConfig
+                                   search on the tune split; S and the answers next to it are phase 1's
+  --validate DIR/best_configs.json --output DIR
+                                   certify the best few on the calibrate split, choose the fastest there, and judge that
+                                   one on several parts of the test split, next to the presets; FILE may be a VARConfig
 
 A search writes into DIR, anew after an interruption too: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db`
 shows it), tuning.json, .txt, .html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and
@@ -18,23 +18,26 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
+import os
+import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
+from analysis.command import path_argument, program, run
 from analysis.evaluation import caching as cached_tier
+from analysis.inputs import STATISTICS, find_statistics, listed
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.reports.files import write_report
+from analysis.reports.output import DIRECTORY, Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
 from analysis.text import card
 from analysis.text.drawn import Drawn
-from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers, run
+from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers
 from profiling.calls import PHASES
 from tuning import chosen
 from tuning import report as search_report
@@ -44,55 +47,68 @@ from tuning.space import CACHED_TIER, Space, config_at, default_space, only, sug
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
 from tuning.validation import REPEATS, validate
 from tuning.validation_section import section
-from varjax.config import PRESETS
+from varjax.config import PRESETS, VARConfig
 from varjax.errors import InputError
+from varjax.progress import progress_bar
 
 
-def main() -> None:
-    arguments = parser(__doc__, "results/phase3")
-    arguments.set_defaults(num_samples=200)
-    arguments.add_argument("--routing_stats", type=Path, required=True, help="routing_stats.parquet of phase 1")
-    arguments.add_argument("--answers", type=Path, help="answers to use, such as distilled ones; none: those beside it")
-    arguments.add_argument(
-        "--var_config", type=Path, help="a VARConfig as JSON: what is not searched stays as it is there"
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = parser(__doc__, "results/phase3")
+    options.set_defaults(num_samples=200)
+    options.add_argument(
+        "--routing_stats",
+        type=path_argument,
+        help="routing_stats.parquet of phase 1; without it, those of the configs that are given, or the first of "
+        f"{listed(STATISTICS)} that exists",
     )
-    arguments.add_argument("--method", choices=METHODS, default="tpe", help="bayesian needs torch (varjax[gp])")
-    arguments.add_argument("--n_calls", type=int, default=50, help="trials in all, those of earlier runs included")
-    arguments.add_argument("--grid_points", type=int, default=3, help="values of each parameter of a grid")
-    arguments.add_argument("--parameters", nargs="+", metavar="NAME", help="search only these; none: all")
-    arguments.add_argument(
+    options.add_argument(
+        "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
+    )
+    options.add_argument(
+        "--var_config", type=path_argument, help="a VARConfig as JSON: what is not searched stays as it is there"
+    )
+    options.add_argument("--method", choices=METHODS, default="tpe", help="bayesian needs torch (varjax[gp])")
+    options.add_argument("--n_calls", type=int, default=50, help="trials in all, those of earlier runs included")
+    options.add_argument("--grid_points", type=int, default=3, help="values of each parameter of a grid")
+    options.add_argument("--parameters", nargs="+", metavar="NAME", help="search only these; none: all")
+    options.add_argument(
         "--range", nargs="+", default=[], dest="ranges", metavar="NAME=LOW:HIGH", help="search elsewhere"
     )
-    arguments.add_argument(
+    options.add_argument(
         "--speed",
         choices=["measured", "model"],
         default="measured",
         help="paired timing, or the prediction by active experts, which makes a search repeat exactly",
     )
-    arguments.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="that count, if measured")
-    arguments.add_argument("--repeats", type=int, default=7, help="timed rounds of a trial")
-    arguments.add_argument("--limit", type=float, help="relative change of perplexity; none: the config's")
-    arguments.add_argument("--confidence", type=float, default=0.95, help="of the upper limit, and of the certificate")
-    arguments.add_argument("--storage", help="URL of a database for workers on several machines; none: OUTPUT/study.db")
-    arguments.add_argument("--study_name", default="varjax", help="in the storage")
-    arguments.add_argument("--workers", type=int, default=1, help="processes on this machine")
-    arguments.add_argument("--validate", type=Path, metavar="FILE", help="best_configs.json, or a VARConfig as JSON")
-    arguments.add_argument(
+    options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="that count, if measured")
+    options.add_argument("--repeats", type=int, default=7, help="timed rounds of a trial")
+    options.add_argument("--limit", type=float, help="relative change of perplexity; none: the config's")
+    options.add_argument("--confidence", type=float, default=0.95, help="of the upper limit, and of the certificate")
+    options.add_argument("--storage", help="URL of a database for workers on several machines; none: OUTPUT/study.db")
+    options.add_argument("--study_name", default="varjax", help="in the storage")
+    options.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    options.add_argument(
+        "--validate", type=path_argument, metavar="FILE", help="best_configs.json, or a VARConfig as JSON"
+    )
+    options.add_argument(
         "--validate_repeats", type=int, default=REPEATS, help="number of parts of the test split, each timed separately"
     )
-    arguments.add_argument(
+    options.add_argument(
         "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
     )
-    cached_tier.add_arguments(arguments)
-    args = arguments.parse_args()
-    if args.output.suffix:
-        arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
+    cached_tier.add_arguments(options)
+    args = options.parse_args(arguments)
     if args.workers < 1:
-        arguments.error(f"--workers {args.workers}: expected at least 1")
-    if args.validate:
-        put_to_the_test(args)
-    else:
-        search(args)
+        options.error(f"--workers {args.workers}: expected at least 1")
+    output = Output.of(args.output, "validation" if args.validate else "tuning", DIRECTORY)
+    # Searches that share a --storage are workers of one search.
+    part = f"{platform.node()}-{os.getpid()}" if args.storage and not args.validate else ""
+    with output.locked(part):
+        if args.validate:
+            put_to_the_test(args)
+        else:
+            search(args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +162,7 @@ class Setting:
 
 def search(args: argparse.Namespace) -> None:
     check_method(args.method)
-    args.output.mkdir(parents=True, exist_ok=True)
+    name_statistics(args, [] if args.var_config is None else [VARConfig.load(args.var_config)])
     setting = Setting.of(args)
     limit = setting.objective.limit
     if setting.unsearched:
@@ -156,7 +172,7 @@ def search(args: argparse.Namespace) -> None:
     _ = setting.ladder  # measured, or read back, before there are workers that would all measure it
     if args.workers > 1 and args.speed == "measured":
         print("several workers on one machine disturb each other's timing: give each a device, or take --speed model")
-    bar = tqdm(total=total, initial=len(points(study)), unit="trial", desc=args.method)
+    bar = progress_bar(total=total, initial=len(points(study)), unit="trial", desc=args.method)
 
     def show() -> None:
         found = points(study)
@@ -229,7 +245,9 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
 
 
 def put_to_the_test(args: argparse.Namespace) -> None:
-    candidates = {name: over_files(config, args) for name, config in chosen.read(args.validate).items()}
+    given = chosen.read(args.validate)
+    name_statistics(args, list(given.values()) if args.var_config is None else [VARConfig.load(args.var_config)])
+    candidates = {name: over_files(config, args) for name, config in given.items()}
     calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
     args.num_samples = args.validate_samples
     documents, data = load_encoded(calibrate.model, args, "test", args.num_samples)
@@ -258,6 +276,24 @@ def put_to_the_test(args: argparse.Namespace) -> None:
     made = provenance(seed=args.seed, **origin, test_data=data)
     beside = {"validation": found, "configs": {name: json.loads(c.to_json()) for name, c in candidates.items()}}
     save_report(said_in_full, args.output, "validation", {}, beside | {"provenance": made})
+
+
+def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig]) -> None:
+    """Where the arguments name no statistics, take those of the configs, and the answers with them; else look for some.
+
+    Raises:
+        InputError: the configs name different ones, or there are none.
+    """
+    if args.routing_stats is not None:
+        return
+    named = {(config.routing_stats, config.residuals) for config in configs if config.routing_stats is not None}
+    if len(named) > 1:
+        files = ", ".join(sorted(str(stats) for stats, _ in named))
+        raise InputError(f"the configs name different statistics or answers ({files}); give --routing_stats")
+    stats, answers = next(iter(named), (None, None))
+    args.routing_stats = find_statistics(None if stats is None else Path(stats))
+    if args.answers is None and answers is not None and Path(answers).is_file():
+        args.answers = Path(answers)
 
 
 def make_subject(
@@ -301,4 +337,4 @@ def storage_of(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

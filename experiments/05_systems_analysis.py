@@ -1,10 +1,11 @@
 """Phase 5: where the time of a call goes, a model that predicts it, and what stands in the way.
 
-  --var_config C --output DIR           C is a policy of phase 2 or 3
+  --var_config C --output DIR           C is a policy of phase 2 or 3; without one, the plain model is analyzed
   --quick                               fewer rounds and kinds of calls, no ablation
 
-Writes systems.json, .txt, .html and figures into DIR, and profiler traces into DIR/traces with --trace (else into a
-folder that is thrown away). `tensorboard --logdir DIR/traces` opens them (pip install 'varjax[tensorboard]').
+Writes systems.json, .txt, .html and figures into DIR (for an --output such as NAME.json: NAME.json and NAME.*), and
+profiler traces into DIR/traces with --trace (else into a folder that is thrown away). `tensorboard --logdir DIR/traces`
+opens them (pip install 'varjax[tensorboard]').
 
 Four questions: what does a call cost, by component, counted and as XLA says; where does its time go, by profiler trace
 and by leaving components out; does a performance model, fitted to some calls, predict others; and what keeps VAR from
@@ -14,17 +15,21 @@ tokens as expected.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.reports.files import write_report
+from analysis.command import path_argument, program
+from analysis.inputs import CONFIGS, find_config, listed
+from analysis.reports.files import write_output
+from analysis.reports.output import Output
 from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, Section, summary
 from analysis.text import card
-from experiments.arguments import asked_config, load, parser, run
+from experiments.arguments import asked_config, load, parser
 from profiling import (
     bottlenecks_section,
     components_section,
@@ -39,8 +44,7 @@ from profiling.bottlenecks import bottlenecks
 from profiling.components import measure_sides
 from profiling.points import tasks
 from profiling.throughput import drawn_texts
-from varjax import VARModel
-from varjax.errors import InputError
+from varjax import VARConfig, VARModel
 
 DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
 NOTES = (
@@ -49,22 +53,34 @@ NOTES = (
 )
 
 
-def main() -> None:
-    arguments = parser(__doc__, "results/phase5")
-    arguments.set_defaults(num_samples=200)
-    arguments.add_argument("--var_config", type=Path, required=True, help="a VARConfig as JSON")
-    arguments.add_argument("--routing_stats", type=Path, help="statistics in the place of those that the config names")
-    arguments.add_argument("--answers", type=Path, help="answers in the place of those that the config names")
-    arguments.add_argument("--split", default="test", help="documents whose texts are run")
-    arguments.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls, no ablation")
-    arguments.add_argument("--trace", action="store_true", help="keep the profiler's traces")
-    args = arguments.parse_args()
-    if args.output.suffix:
-        arguments.error(f"a folder is written: give --output a name without {args.output.suffix}")
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = parser(__doc__, "results/phase5")
+    options.set_defaults(num_samples=200)
+    options.add_argument(
+        "--var_config",
+        type=path_argument,
+        help=f"a VARConfig as JSON; without it, the first of {listed(CONFIGS)} that exists, else the plain model",
+    )
+    options.add_argument("--plain", action="store_true", help="analyze the plain model, whatever configs there are")
+    options.add_argument(
+        "--routing_stats", type=path_argument, help="statistics in the place of those that the config names"
+    )
+    options.add_argument("--answers", type=path_argument, help="answers in the place of those that the config names")
+    options.add_argument("--split", default="test", help="documents whose texts are run")
+    options.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls, no ablation")
+    options.add_argument("--trace", action="store_true", help="keep the profiler's traces")
+    args = options.parse_args(arguments)
+    if args.plain and (args.var_config or args.routing_stats or args.answers):
+        options.error("--plain is the plain model; --var_config, --routing_stats and --answers are for VAR")
+    output = Output.of(args.output, "systems")
+    with output.locked():
+        analyse(args, output)
+
+
+def analyse(args: argparse.Namespace, output: Output) -> None:
+    config = chosen_config(args)
     model, documents, origin = load(args, args.split)
-    config = asked_config(args)
-    if not config.enable_var:
-        raise InputError(f"{args.var_config}: enable_var is false; there is nothing to compare with the plain model")
     var_model = VARModel(model, config)
     texts = {
         "prefill": drawn_texts(documents, args.batch_size, args.max_length, args.seed),
@@ -72,7 +88,7 @@ def main() -> None:
     }
 
     with tempfile.TemporaryDirectory() as thrown_away:
-        folder = args.output / "traces" if args.trace else Path(thrown_away)
+        folder = output.other("traces") if args.trace else Path(thrown_away)
         options = {"turns": 4 if args.quick else 15, "ablate": not args.quick, "seed": args.seed}
         step(1, "components: traces" + (" and ablation" if not args.quick else ""))
         breakdowns = measure_sides(var_model, texts, folder=folder, **options)
@@ -95,6 +111,7 @@ def main() -> None:
     found = [one for phase in seen for one in bottlenecks(phase)]
 
     experts = seen[0].experts[1]
+    policy = args.var_config or ("preset balanced" if config.enable_var else "none, the plain model")
     sections: Sequence[Section] = (
         bottlenecks_section.section(found),
         components_section.section(breakdowns),
@@ -111,7 +128,7 @@ def main() -> None:
     }
     facts = (
         ("model", f"{model.name} ({args.dtype})"),
-        ("policy", f"{args.var_config}: {experts:.2f} of {model.config.top_k} experts per token"),
+        ("policy", f"{policy}: {experts:.2f} of {model.config.top_k} experts per token"),
         ("calls", ", ".join(f"{name} {ids.shape[0]} x {ids.shape[1]}" for name, ids in texts.items())),
         ("device", study.ceilings.device),
         *card.facts(origin["card"]),
@@ -120,9 +137,21 @@ def main() -> None:
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     measured: dict[str, Any] = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales}
     measured |= {"memory": peaks, "evidence": seen, "bottlenecks": [dataclasses.asdict(one) for one in found]}
-    write_report(said, args.output, "systems", figures=figures, beside={"results": measured, "provenance": made})
+    write_output(said, output, figures=figures, beside={"results": measured, "provenance": made})
     print("\n".join(summary(said)))
     print(f"written to {args.output}")
+
+
+def chosen_config(args: argparse.Namespace) -> VARConfig:
+    """The policy that the arguments name or that is in a documented place, or VAR switched off."""
+    if args.plain:
+        return VARConfig(enable_var=False)
+    if args.routing_stats is None:
+        args.var_config = find_config(args.var_config)
+    if args.var_config is None and args.routing_stats is None:
+        print(f"no config is named, and none of {listed(CONFIGS)} exists: this is the plain model")
+        return VARConfig(enable_var=False)
+    return asked_config(args)
 
 
 def step(number: int, what: str) -> None:
@@ -130,4 +159,4 @@ def step(number: int, what: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

@@ -1,24 +1,20 @@
-"""What the phase scripts share: their common arguments, the loading of model and documents, one way to fail."""
+"""What the phase scripts share: their common arguments, and the loading of model and documents."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from analysis import command
-from analysis.command import HelpFormatter
+from analysis.command import HelpFormatter, name_argument, path_argument
 from analysis.text import card as model_card
 from analysis.text.card import CardCheck
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
-from experiments.hosts import leave
 from models import Model, load_model
 from models.placement import DATA, MeshError, make_mesh
 from varjax import RoutingStats, VARConfig
@@ -32,19 +28,22 @@ ROOT = Path(__file__).resolve().parents[1]
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
     """A parser with the arguments that every phase takes."""
     made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    made.add_argument("--model", default="reference", help="directory, hub id, or 'reference' (comes with varjax)")
+    made.add_argument(
+        "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"
+    )
     made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
     made.add_argument("--implementation", default=None, help="expert engine; see models.experts")
     add_mesh(made)
     made.add_argument(
         "--dataset",
         default="embedded",
+        type=name_argument,
         help="'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, packed "
         "or not (.gz, .zst), a directory of such or of prepare_datasets.py, or a datasets name[:config[:split]]",
     )
     made.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
     made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")
-    made.add_argument("--output", type=Path, default=Path(default_output), help="file or directory to write")
+    made.add_argument("--output", type=path_argument, default=Path(default_output), help="file or directory to write")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
     made.add_argument("--max_length", type=int, default=256, help="tokens per window, the most context a token gets")
@@ -136,17 +135,3 @@ def over_files(config: VARConfig, args: argparse.Namespace) -> VARConfig:
     if args.routing_stats:
         return config.at(args.routing_stats, args.answers)
     return dataclasses.replace(config, residuals=str(args.answers)) if args.answers else config
-
-
-def run(main: Callable[[], None]) -> None:
-    """`analysis.command.run`; and a process of several ends at once when another one has."""
-    streams = sys.stdout, sys.stderr  # `join` may take them
-    try:
-        command.run(main)
-    except jax.errors.JaxRuntimeError as error:
-        if not jax.distributed.is_initialized():
-            raise
-        sys.stderr = streams[1]
-        leave(error)
-    finally:
-        sys.stdout, sys.stderr = streams

@@ -12,10 +12,13 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command import HelpFormatter, program
 from analysis.evaluation.comparison import degradation, read_result
 from analysis.reports import figures
+from analysis.reports.index_page import INDEX, write_index
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")
@@ -23,7 +26,9 @@ BUILD_SAMPLES, TEST_SAMPLES = "1800", "200"
 POLICY = "policy"
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args(arguments)
     started = time.monotonic()
     stats = str(OUT / "routing_stats.parquet")
     script("01_routing_analysis.py", "--num_samples", BUILD_SAMPLES, "--output", str(OUT))
@@ -38,7 +43,8 @@ def main() -> None:
         *("--output", str(OUT / "comparison.json")),
     )
     overview()
-    print(f"\n{time.monotonic() - started:.0f} s; results/index.html leads to the pages of all runs")
+    write_index(OUT)
+    print(f"\n{time.monotonic() - started:.0f} s; {OUT / INDEX} leads to the pages of all runs")
 
 
 def evaluate(name: str, *arguments: str) -> None:
@@ -82,5 +88,4 @@ def overview() -> None:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     main()

@@ -7,14 +7,18 @@ an interrupted download is taken up again by the same command.
 from __future__ import annotations
 
 import argparse
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.arguments import run
+from analysis.command import path_argument, program
+from analysis.reports.output import DIRECTORY, Output, lock
 from models.download import Remote, check_disk, download, look_up
 from models.verification import Verified, verify
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -22,7 +26,7 @@ def main() -> None:
     )
     what.add_argument(
         "--verify_only",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="check a directory that is here: files, tensors, index, tokenizer, and hashes if this script fetched it; "
         "needs no network",
@@ -31,22 +35,25 @@ def main() -> None:
         "--revision", default=None, help="branch, tag or commit of the repository; none: its main branch"
     )
     parser.add_argument(
-        "--output", type=Path, default=None, metavar="DIR", help="where it is to be; none: checkpoints/NAME"
+        "--output", type=path_argument, default=None, metavar="DIR", help="where it is to be; none: checkpoints/NAME"
     )
     parser.add_argument("--dry_run", action="store_true", help="say what would be fetched and whether it fits, no more")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     if args.verify_only is not None:
         report(verify(args.verify_only))
         return
     remote = look_up(args.model, args.revision)
     output = args.output or Path("checkpoints") / remote.repo.split("/")[-1]
+    Output.of(output, "model", DIRECTORY)  # refuses a file
     show(remote)
     print(f"{check_disk(remote, output) / 1e9:,.1f} GB are free where {output} is to be")
     if args.dry_run:
         print("dry run: nothing was fetched")
         return
-    report(download(remote, output))
+    with lock(output.with_name(f".{output.name}.lock"), str(output)):
+        verified = download(remote, output)
+    report(verified)
 
 
 def show(remote: Remote) -> None:
@@ -67,8 +74,8 @@ def report(verified: Verified) -> None:
         print("contents were not compared: no hashes are known of a directory that this script did not fetch")
     if verified.tokenizer is None:
         print("no tokenizer: put the model's tokenizer.json or tokenizer.model there before using it on text")
-    print(f"{verified.directory} is ready: use it with --model {verified.directory}")
+    print(f"{verified.directory} is ready: use it with --model {shlex.quote(str(verified.directory))}")
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

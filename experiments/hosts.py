@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 
@@ -48,17 +48,3 @@ def join(args: argparse.Namespace) -> None:
     jax.distributed.initialize(**given, heartbeat_timeout_seconds=NOTICED_AFTER, shutdown_timeout_seconds=NOTICED_AFTER)
     if jax.process_index() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)
-
-
-def leave(error: Exception) -> NoReturn:
-    """End this process of several after an error that another one's end may have caused.
-
-    At once: an ordinary exit would wait for the others.
-    """
-    print(
-        f"error: {str(error).splitlines()[0]}\nIf another process of this run has ended, its own output says why. "
-        "Start all of them again with the same arguments: they go on where they were",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from analysis.command import name_argument, path_argument, program
+from analysis.reports.output import DIRECTORY, Output, lock
 from analysis.text.corpus import SPLITS, CorpusError, check_dataset, iter_documents
 from analysis.text.corpus_files import stem_of
 from analysis.text.preparation import prepare
 from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, read_manifest
-from experiments.arguments import run
 from models.model import REFERENCE
 from models.tokenizer import load_tokenizer
 
@@ -31,11 +33,13 @@ DATASETS = {
 """Short names; `:SPLIT` after one chooses the hub's own split."""
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     known = "; ".join(f"{short} = {name.rstrip(':')}" for short, name in DATASETS.items())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument(
         "--dataset",
+        type=name_argument,
         nargs="+",
         default=["embedded"],
         help="one or several of: 'embedded'; a .txt, .jsonl, .json or .parquet file, also with .gz or .zst, or a "
@@ -44,6 +48,7 @@ def main() -> None:
     )
     parser.add_argument(
         *("--model", "--tokenizer"),
+        type=name_argument,
         default="reference",
         metavar="DIR",
         help="model directory whose tokenizer is used (its weights are not needed), or 'reference' (comes with varjax)",
@@ -57,9 +62,10 @@ def main() -> None:
     parser.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
     parser.add_argument("--num_samples", type=int, default=None, help="documents of each at most; none: all")
     parser.add_argument("--max_tokens", type=int, default=None, help="stop a dataset after so many tokens; none: never")
-    parser.add_argument("--output", type=Path, default=Path("prepared"), help="directory for the folders")
+    parser.add_argument("--output", type=path_argument, default=Path("prepared"), help="directory for the folders")
     parser.add_argument("--overwrite", action="store_true", help="make anew what is there already")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    Output.of(args.output, "prepared", DIRECTORY)  # refuses a file
 
     directory = REFERENCE if args.model == "reference" else Path(args.model)
     if not directory.is_dir():
@@ -90,7 +96,8 @@ def main() -> None:
             documents = iter_documents(
                 request.dataset, split=split, limit=request.num_samples, text_column=request.text_column
             )
-            manifest = prepare(documents, tokenizer, folder, request, overwrite=args.overwrite)
+            with lock(folder.with_name(f".{folder.name}.lock"), str(folder)):
+                manifest = prepare(documents, tokenizer, folder, request, overwrite=args.overwrite)
             print(f"{folder}: written")
         else:
             print(f"{folder}: made on {manifest.provenance['time_utc']} for this, left as it is (see --overwrite)")
@@ -138,4 +145,4 @@ def summary(manifest: Manifest) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    main()

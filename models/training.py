@@ -26,6 +26,7 @@ from models.experts import Engine
 from models.parameters import Params, init_params, param_shardings, prepare
 from models.placement import ONE_DEVICE, Placement
 from varjax.errors import InputError
+from varjax.files import named_errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +158,9 @@ def train_steps(
         for index in range(int(state.step), train.steps):
             state, info = step(state, jnp.asarray(batch_of(rows, index, train)))
             if (index + 1) % save_every == 0 or index + 1 == train.steps:
-                manager.save(index + 1, args=ocp.args.StandardSave(state))
-                manager.wait_until_finished()
+                with named_errors(checkpoints):
+                    manager.save(index + 1, args=ocp.args.StandardSave(state))
+                    manager.wait_until_finished()
             yield index + 1, state, info
 
 

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from models.config import MoEConfig, read_config
 from models.fields import Kind, read_object, shown, wrong_types
 from models.generation_config import read_generation
 from models.tokenizer import load_tokenizer
 from models.weights import INDEX_FILE, CheckpointError, check_counts, ledger, locate_tensors, tensor_files
 from varjax.errors import InputError
+from varjax.progress import Bar, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +102,7 @@ def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict
     faults = {}
     sizes = {file: _size(directory / file.name) for file in files}
     total = sum(file.size for file, size in sizes.items() if size == file.size)
-    with tqdm(total=total, desc="comparing", unit="B", unit_scale=True, disable=not progress or not files) as bar:
+    with progress_bar(total=total, desc="comparing", unit="B", unit_scale=True, show=progress and bool(files)) as bar:
         for file, size in sizes.items():
             if size is None:
                 faults[file.name] = f"{file.name} is missing"
@@ -114,7 +113,7 @@ def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict
     return faults
 
 
-def _same_contents(path: Path, file: RemoteFile, bar: tqdm) -> bool:
+def _same_contents(path: Path, file: RemoteFile, bar: Bar) -> bool:
     known = file.sha256 or file.git_sha1
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as opened:

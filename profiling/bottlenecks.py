@@ -27,15 +27,18 @@ LOOKUP = ("plan", "commit")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured of one kind of call, plain and under VAR. What is None or not there was not measured."""
+    """What was measured of one kind of call, plain and under VAR. What is None or not there was not measured.
+
+    Where VAR is switched off, the call is that of the plain model, and the rules that compare have nothing to say.
+    """
 
     phase: str  # "prefill" or "decode"
     batch: int
     plain: Mapping[str, float]  # s per call, by component of `profiling.costs`, and "other"
     var: Mapping[str, float]  # the same under VAR
-    speedup: Ratio  # of the whole call, paired
+    speedup: Ratio | None  # of the whole call, paired
     experts: tuple[float, float]  # that run per token and layer: plain and VAR
-    tiers: Mapping[str, float]  # share of tokens and layers by tier
+    tiers: Mapping[str, float] | None  # share of tokens and layers by tier
     cached_tier: bool  # whether there is one
     overhead: float | None = None  # s per call that no component accounts for: dispatch, small kernels
     waiting: Mapping[str, bool] | None = None  # by component, whether it waits for memory rather than arithmetic
@@ -44,7 +47,7 @@ class Evidence:
 
     @property
     def total(self) -> float:
-        """s, of the call under VAR."""
+        """s, of the call that is judged: under VAR, or of the plain model where VAR is switched off."""
         return sum(self.var.values())
 
     @property
@@ -76,7 +79,7 @@ def bottlenecks(evidence: Evidence) -> list[Bottleneck]:
 def slow_down(evidence: Evidence) -> Bottleneck | None:
     """VAR is slower than the plain model."""
     one = evidence.speedup
-    if one.high >= 1:
+    if one is None or one.high >= 1:
         return None
     grown = {name: seconds - evidence.plain.get(name, 0.0) for name, seconds in evidence.var.items()}
     worst = max(grown, key=lambda name: grown[name])
@@ -109,6 +112,8 @@ def look_up(evidence: Evidence) -> Bottleneck | None:
 
 def learned_share(evidence: Evidence) -> Bottleneck | None:
     """The router is left with more than the published share of the tokens."""
+    if evidence.tiers is None:
+        return None
     learned = evidence.tiers["learned"]
     if learned <= MAX_LEARNED:
         return None
@@ -128,8 +133,10 @@ def learned_share(evidence: Evidence) -> Bottleneck | None:
 
 def cache_use(evidence: Evidence) -> Bottleneck | None:
     """There is a cached tier that decides next to nothing."""
+    if not evidence.cached_tier or evidence.tiers is None:
+        return None
     hits = evidence.tiers["cached"]
-    if not evidence.cached_tier or hits >= MIN_HITS:
+    if hits >= MIN_HITS:
         return None
     tried = evidence.tried.get("cache use")
     cost = 1 - 1 / tried if tried else sum(evidence.var.get(name, 0.0) for name in LOOKUP) / evidence.total

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command import name_argument, program
 from models.config import MoEConfig, read_config
 from models.model import REFERENCE
 from profiling.costs import component_costs, parameters
@@ -49,15 +51,12 @@ class Estimate:
         return self.var / self.plain
 
 
-def main() -> None:
-    parser = _parser()
-    args = parser.parse_args()
-    try:
-        config, hardware = _model(args.model), _hardware(args)
-        asked = {name: getattr(args, name) for name in ("experts", "batch", "prompt", "context", "orders")}
-        print(report(config, hardware, name=args.model, **asked))
-    except InputError as error:
-        parser.error(str(error))
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    args = _parser().parse_args(arguments)
+    config, hardware = _model(args.model), _hardware(args)
+    asked = {name: getattr(args, name) for name in ("experts", "batch", "prompt", "context", "orders")}
+    print(report(config, hardware, name=args.model, **asked))
 
 
 def estimate(config: MoEConfig, hardware: Hardware, workload: Workload, experts: float, orders: int = 1) -> Estimate:
@@ -201,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help=f"directory, config.json, or one of {KNOWN}")
+    parser.add_argument("--model", type=name_argument, required=True, help=f"directory, config.json, or one of {KNOWN}")
     parser.add_argument("--hardware", help=f"one of {', '.join(HARDWARE)}")
     parser.add_argument("--tflops", type=_positive, help="instead: dense matrix products, 10^12 operations a second")
     parser.add_argument("--bandwidth", type=_positive, help="and: memory bandwidth, TB/s")

@@ -78,6 +78,12 @@ class Calls:
                 yield partial(_call, step, self.fixed, held, ids)
 
 
+def sides(var_model: VARModel) -> dict[str, VARModel]:
+    """What is compared, by name: the plain model and, unless VAR is switched off, the model under VAR."""
+    plain = {"plain": var_model.disabled()}
+    return plain if var_model.table is None else plain | {"VAR": var_model}
+
+
 def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 16) -> Calls:
     """The calls that read texts.
 

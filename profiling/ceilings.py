@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.command import path_argument, program
+from analysis.reports.output import Output
 from analysis.reports.provenance import write_json
 from profiling.timing import compare, typical
 from varjax.errors import InputError
@@ -95,15 +97,20 @@ class Ceilings:
         return "\n".join(lines)
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="larger arrays, more rounds: half a minute")
-    parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args()
-    found = measure(quick=not args.full)
-    print(found)
-    if args.output:
-        write_json(args.output, found)
+    parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")
+    args = parser.parse_args(arguments)
+    if args.output is None:
+        print(measure(quick=not args.full))
+        return
+    output = Output.of(args.output, "ceilings", (".json",))
+    with output.locked():
+        found = measure(quick=not args.full)
+        print(found)
+        write_json(output.main(".json"), found)
 
 
 def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size: int | None = None) -> Ceilings:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 
 from analysis.collection.passes import FLUSH_TOKENS, on_all_devices, on_mesh, per_device
 from analysis.collection.statistics import KeySettings, choose_keys, collect_step, find_rows
+from analysis.command import name_argument, program
 from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
@@ -35,12 +36,15 @@ from varjax.stats import RoutingStats
 LOOP_TOKENS = 64  # of a batch, for the Python loop: it is slow
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random", help="directory, hub id, 'reference' or 'random' (the default)")
+    parser.add_argument(
+        "--model", default="random", type=name_argument, help="directory, hub id, 'reference' or 'random' (the default)"
+    )
     parser.add_argument("--num_samples", type=int, default=1500, help="documents that choose the keys (1500)")
     parser.add_argument("--repeats", type=int, default=9, help="rounds (9)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     model = random_model() if args.model == "random" else load_model(args.model)
     texts = load_documents("embedded", split="build", limit=args.num_samples)

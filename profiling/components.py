@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from profiling.ablation import WHOLE, by_ablation
-from profiling.calls import Calls, jitted, prepare
+from profiling.calls import Calls, jitted, prepare, sides
 from profiling.compiling import at_once
 from profiling.programs import describe
 from profiling.scopes import OTHER
@@ -139,13 +139,13 @@ def measure_components(
 def measure_sides(
     var_model: VARModel, texts: Mapping[str, np.ndarray], *, folder: str | Path, **options: Any
 ) -> list[Breakdown]:
-    """The plain model and `var_model`, phase by phase.
+    """The plain model and, unless VAR is switched off, `var_model`, phase by phase.
 
     Args:
         texts: phase -> int32 [B, T].
         options: those of `measure_components`.
     """
-    kinds = [(side, ids, phase) for phase, ids in texts.items() for side in (var_model.disabled(), var_model)]
+    kinds = [(side, ids, phase) for phase, ids in texts.items() for side in sides(var_model).values()]
     at_once(partial(_compile, *kind) for kind in kinds)
     phase = "decode" if "decode" in texts else next(iter(texts))
     if "recording" not in options:

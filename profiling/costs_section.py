@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from analysis.reports.report import Column, Section, Table
-from profiling.calls import prepare
+from profiling.calls import prepare, sides
 from profiling.compiling import at_once
 from profiling.costs import COMPONENTS, Cost, component_costs
 from profiling.evidence import workload_and_mix
@@ -33,13 +33,13 @@ class CallCosts:
 
 
 def count(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> list[CallCosts]:
-    """Of both sides of every phase.
+    """Of every side and phase.
 
     Args:
         texts: phase -> int32 [B, T].
     """
-    sides = {"plain": var_model.disabled(), "VAR": var_model}
-    return at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in sides.items())
+    compared = sides(var_model).items()
+    return at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in compared)
 
 
 def _count(side: str, var_model: VARModel, phase: str, ids: np.ndarray) -> CallCosts:

@@ -18,7 +18,7 @@ import argparse
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.command import name_argument, path_argument, program
+from analysis.reports.output import Output
 from analysis.reports.provenance import provenance, write_json
 from models import Model, MoEConfig
 from models.config import read_config
@@ -87,18 +89,23 @@ QUICK = dataclasses.replace(
 )
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="JSON file to write")
+    parser.add_argument("--output", type=path_argument, required=True, help="JSON file to write, or a directory for it")
     parser.add_argument("--quick", action="store_true", help="fewer shapes, mixes and rounds")
-    parser.add_argument("--model", default="mixtral-8x7b", help=f"{', '.join(PUBLISHED)}, or a config.json")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--model", default="mixtral-8x7b", type=name_argument, help=f"{', '.join(PUBLISHED)}, or a config.json"
+    )
+    args = parser.parse_args(arguments)
     # The memory is shared with a process of torch, and then all of it is wanted. JAX reads these when it begins.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     config = PUBLISHED[args.model] if args.model in PUBLISHED else read_config(Path(args.model))
-    write_json(args.output, run(config, QUICK if args.quick else FULL))
-    print(f"{args.output} is written")
+    output = Output.of(args.output, "device", (".json",))
+    with output.locked():
+        write_json(output.main(".json"), run(config, QUICK if args.quick else FULL))
+    print(f"written to {output.main('.json')}")
 
 
 def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:

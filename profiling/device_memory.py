@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
+from analysis.command import path_argument, program
 from models.config import MoEConfig, read_config
 from models.decoder import Network
 from models.experts import get_engine
@@ -30,7 +31,6 @@ from models.model import plain_step
 from models.parameters import Params, init_params, param_shardings, prepare
 from models.placement import DATA, MODEL, MeshError, Placement, make_mesh
 from profiling.published import PUBLISHED
-from varjax.errors import InputError
 
 GB = 1e9
 
@@ -46,25 +46,25 @@ class Share:
     exchanged: float  # sent per token of a step of decoding, all layers
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="*", type=Path, help="config.json of a model; none: three published ones")
+    parser.add_argument(
+        "configs", nargs="*", type=path_argument, help="config.json of a model; none: three published ones"
+    )
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="along `model` (1 2 4 8)")
     parser.add_argument("--positions", type=int, default=32768, help="of the key/value cache (32768)")
     parser.add_argument("--compile", action="store_true", help="compile a step of decoding for as many devices")
     parser.add_argument("--layers", type=int, default=None, help="layers to compile; none: all")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.compile:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(args.devices))
-    try:
-        models = {str(path): read_config(path) for path in args.configs} or PUBLISHED
-        for name, config in models.items():
-            print(f"\n{name}\n")
-            for line in table(config, args.devices, args.positions, compiled=args.compile, layers=args.layers):
-                print(line, flush=True)
-    except InputError as error:
-        parser.error(str(error))
+    models = {str(path): read_config(path) for path in args.configs} or PUBLISHED
+    for name, config in models.items():
+        print(f"\n{name}\n")
+        for line in table(config, args.devices, args.positions, compiled=args.compile, layers=args.layers):
+            print(line, flush=True)
 
 
 def table(config: MoEConfig, devices: list[int], positions: int, *, compiled: bool, layers: int | None) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 
 from analysis.evaluation.caching import SECONDS_PER_TOKEN
 from profiling.bottlenecks import Evidence
-from profiling.calls import jitted, prepare
+from profiling.calls import jitted, prepare, sides
 from profiling.ceilings import Ceilings
 from profiling.components import Breakdown
 from profiling.costs import component_costs
@@ -41,28 +42,34 @@ def gather(
     rounds: int = 11,
     seed: int = 0,
 ) -> list[Evidence]:
-    """One piece of evidence per phase.
+    """One piece of evidence per phase. Where VAR is switched off, it is about the plain model alone.
 
     Args:
         texts: phase -> int32 [B, T], those that `breakdowns` were measured on.
-        breakdowns: of both sides of every phase.
+        breakdowns: of every side and phase.
         ceilings: of this machine, to tell what waits for memory; None: that is left open.
         scalings: of a performance study; None of a phase leaves its scaling open.
         rounds: of timing.
     """
-    plain_model = var_model.disabled()
     found = []
     for phase, ids in texts.items():
         times = {one.side: one.by_trace for one in breakdowns if one.phase == phase}
-        sides = {"plain": plain_model, "VAR": var_model}
+        scales = [one for one in scalings if one.phase == phase]
+        open_questions: dict[str, Any] = {
+            "waiting": None if ceilings is None else _waiting(var_model, ids, phase, ceilings),
+            "exponent": (scales[-1].exponent, scales[-1].expected) if scales else None,
+        }
+        if var_model.table is None:
+            found.append(_of_the_plain_model(var_model, phase, len(ids), times["plain"], **open_questions))
+            continue
+        compared = sides(var_model)
         cached = var_model.config.cache_size > 0
         if cached:
             config = dataclasses.replace(var_model.config, cache_size=0)
-            sides["no cache"] = VARModel(var_model.model, config, table=var_model.table, clock=var_model.clock)
-        seconds = _seconds(sides, ids, phase, rounds, seed)
+            compared["no cache"] = VARModel(var_model.model, config, table=var_model.table, clock=var_model.clock)
+        seconds = _seconds(compared, ids, phase, rounds, seed)
         shares = summary(_counters(var_model, ids, phase), var_model.model.config.top_k)
         experts = (float(var_model.model.config.top_k), shares["experts_per_token"])
-        scales = [one for one in scalings if one.phase == phase]
         found.append(
             Evidence(
                 phase=phase,
@@ -74,12 +81,30 @@ def gather(
                 tiers=shares["tiers"],
                 cached_tier=cached,
                 overhead=times["VAR"][OTHER],
-                waiting=None if ceilings is None else _waiting(var_model, ids, phase, ceilings),
-                exponent=(scales[-1].exponent, scales[-1].expected) if scales else None,
+                **open_questions,
                 tried={"cache use": paired_ratio(seconds["VAR"], seconds["no cache"]).value} if cached else {},
             )
         )
     return found
+
+
+def _of_the_plain_model(
+    var_model: VARModel, phase: str, batch: int, seconds: Mapping[str, float], **open_questions: Any
+) -> Evidence:
+    """Where there is nothing to compare with: no speed-up, no tiers; `seconds` of a call by component."""
+    experts = float(var_model.model.config.top_k)
+    return Evidence(
+        phase=phase,
+        batch=batch,
+        plain=seconds,
+        var=seconds,
+        speedup=None,
+        experts=(experts, experts),
+        tiers=None,
+        cached_tier=False,
+        overhead=seconds[OTHER],
+        **open_questions,
+    )
 
 
 def _counters(var_model: VARModel, ids: np.ndarray, phase: str) -> Counters:
@@ -104,7 +129,7 @@ def _counters(var_model: VARModel, ids: np.ndarray, phase: str) -> Counters:
 
 
 def _seconds(
-    sides: Mapping[str, VARModel], ids: np.ndarray, phase: str, rounds: int, seed: int
+    compared: Mapping[str, VARModel], ids: np.ndarray, phase: str, rounds: int, seed: int
 ) -> dict[str, np.ndarray]:
     """float64 [rounds] per side: a round's calls one after the other."""
 
@@ -119,7 +144,7 @@ def _seconds(
 
         return run
 
-    return compare({name: runner(side) for name, side in sides.items()}, rounds, seed=seed)
+    return compare({name: runner(side) for name, side in compared.items()}, rounds, seed=seed)
 
 
 def _waiting(var_model: VARModel, ids: np.ndarray, phase: str, ceilings: Ceilings) -> dict[str, bool]:

@@ -24,12 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.command import program
 from models.experts import ENGINES, Engine
 from profiling.timing import compare, paired_ratio
 from varjax.routing import Routing
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 1], help="N: prefill, and decode of a batch")
     parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024], help="D")
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), help="default: all that run here")
     parser.add_argument("--repeats", type=int, default=11)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     here = [name for name, engine in sorted(ENGINES.items()) if engine.obstacle(jax.devices()[0]) is None]
     engines = {name: ENGINES[name] for name in args.engines or here}

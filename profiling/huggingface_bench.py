@@ -12,13 +12,14 @@ import argparse
 import dataclasses
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from analysis.command import program
 from models import Model, MoEConfig, load_model
 from models.parameters import init_params
 from models.weights import save_params
@@ -38,14 +39,15 @@ CONFIG = MoEConfig(
 )
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=4, help="texts of the prefill")
     parser.add_argument("--length", type=int, default=512, help="tokens of each")
     parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode")
     parser.add_argument("--new_tokens", type=int, default=32, help="tokens decoded per repeat")
     parser.add_argument("--repeats", type=int, default=11)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:

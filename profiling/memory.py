@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.reports.report import Column, Section, Table
 from models.config import MoEConfig
-from profiling.calls import prepare
+from profiling.calls import prepare, sides
 from profiling.compiling import at_once
 from profiling.costs import computed, parameters
 from profiling.workload import FLOAT32, Workload
@@ -43,9 +43,9 @@ class Peak:
 
 
 def prefill_peaks(var_model: VARModel, shapes: Iterable[tuple[int, int]]) -> list[Peak]:
-    """Of whole texts of these shapes [B, T], with VAR and without; nothing is run."""
-    sides = {"plain": var_model.disabled(), "VAR": var_model}
-    return at_once(partial(_prefill_peak, *side, *shape) for shape in dict.fromkeys(shapes) for side in sides.items())
+    """Of whole texts of these shapes [B, T], on every side; nothing is run."""
+    compared = sides(var_model).items()
+    return at_once(partial(_prefill_peak, *side, *shape) for shape in dict.fromkeys(shapes) for side in compared)
 
 
 def peak_memory(config: MoEConfig, workload: Workload, *, held: int = 0, answers: bool = False) -> float:

@@ -32,6 +32,8 @@ import numpy as np
 from scipy.optimize import least_squares
 from scipy.stats import nbinom, poisson
 
+from analysis.command import name_argument, path_argument, program
+from analysis.reports.output import Output
 from analysis.reports.provenance import provenance, write_json
 from models import Model, load_model
 from models.config import MoEConfig
@@ -105,14 +107,27 @@ class Study:
     unseen: Errors
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="reference", help="directory, hub id or 'reference' (the default)")
+    parser.add_argument(
+        "--model", default="reference", type=name_argument, help="directory, hub id or 'reference' (the default)"
+    )
     parser.add_argument("--repeats", type=int, default=15, help="rounds (15)")
     parser.add_argument("--seed", type=int, default=0, help="of the texts and of the order within rounds (0)")
-    parser.add_argument("--output", help="JSON file to write")
-    args = parser.parse_args()
+    parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")
+    args = parser.parse_args(arguments)
 
+    if args.output is None:
+        measure_and_print(args)
+        return
+    output = Output.of(args.output, "performance", (".json",))
+    with output.locked():
+        write_json(output.main(".json"), measure_and_print(args))
+
+
+def measure_and_print(args: argparse.Namespace) -> dict[str, Any]:
+    """The study, printed; returns what is saved of it."""
     model = load_model(args.model)
     found = study(model, repeats=args.repeats, seed=args.seed)
     print("\n".join([str(found.ceilings), "", "The performance model", *described(found.model), ""]))
@@ -128,8 +143,7 @@ def main() -> None:
                 f"{each.predicted * 1e3:>10.3f} ms{each.relative:>+8.1%}"
             )
     print(f"{'PASS' if found.unseen.passed else 'FAIL'}: median error on unseen points under {TARGET:.0%}")
-    if args.output:
-        write_json(args.output, {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found})
+    return {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found}
 
 
 def study(

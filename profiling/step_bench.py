@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.command import name_argument, program
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
 from models import Model, load_model
@@ -42,13 +43,16 @@ ORDERS = (1, 2)
 NEVER = 10**9  # occurrences that no key has
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="reference", help="directory, hub id or 'reference' (the default)")
+    parser.add_argument(
+        "--model", default="reference", type=name_argument, help="directory, hub id or 'reference' (the default)"
+    )
     parser.add_argument("--keys", type=int, default=20_000, help="of the table (20000)")
     parser.add_argument("--tokens", type=int, default=32, help="per timed run (32)")
     parser.add_argument("--repeats", type=int, default=100, help="rounds (100)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     model = load_model(args.model)
     texts = load_documents("embedded", split="build", limit=1500)

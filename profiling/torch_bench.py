@@ -7,6 +7,7 @@ A process of its own, for its weights and JAX's would not fit a device together.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import inspect
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from analysis.command import program
 from models.config import MoEConfig, config_from_hf, config_to_hf
 from profiling.rivals import RivalError
 from profiling.timing import compare
@@ -46,8 +48,11 @@ def in_a_process(config: MoEConfig, timeout: float, **options: Any) -> dict[str,
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main() -> None:
-    asked = json.loads(sys.argv[1])
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("asked", type=json.loads, help="the arguments of `measure`, with the model's config, as JSON")
+    asked = parser.parse_args(arguments).asked
     print(json.dumps(measure(config_from_hf(asked.pop("config")), **asked)))
 
 

@@ -29,7 +29,6 @@ import jax
 import numpy as np
 import pytest
 from huggingface_hub.hf_api import RepoSibling
-from lm_eval import tasks
 
 from analysis.policies import distillation
 from analysis.studies import families, table_size
@@ -164,6 +163,12 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(study, "fill", lambda *given: fill(*given[:3], min(given[3], TRIALS), *given[4:]))
     for module, name in ((training, "TrainConfig"), (distillation, "DistilConfig")):
         patch.setattr(module, name, partial(brief, getattr(module, name)))
+
+
+def shrink_harness(patch: pytest.MonkeyPatch) -> None:
+    """The same for lm-evaluation-harness, which needs torch."""
+    from lm_eval import tasks
+
     patch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it asks the machine what is installed
 

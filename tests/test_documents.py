@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch as patched
+from urllib.parse import unquote
 
 import jax
 import optuna
@@ -37,7 +38,7 @@ from models.config import read_config
 from profiling import published
 from tests.documented import DOCUMENTS, ROOT, Command, commands
 from tests.running import run_python
-from tests.stage import MIXTRAL, TRIALS, shrink, stage
+from tests.stage import MIXTRAL, TRIALS, shrink, shrink_harness, stage
 from varjax import VARConfig, answersfile, statsfile
 
 COMMANDS = commands()
@@ -178,6 +179,7 @@ def reader(tmp_path_factory) -> Iterator[Reader]:
         patch.chdir(folder)
         stage(folder, patch)
         shrink(patch)
+        shrink_harness(patch)
         yield Reader(patch)
 
 
@@ -275,6 +277,12 @@ def replayed(reader: Reader) -> None:
     assert sum(read_json(reader.arguments.output / "replay.json")["shares"].values()) == pytest.approx(1)
 
 
+def indexed(reader: Reader) -> None:
+    page = reader.arguments.folder / "index.html"
+    listed = re.findall(r'<h2><a href="([^"]+)">', page.read_text())
+    assert listed and all((page.parent / unquote(link)).is_file() for link in listed)
+
+
 def fetched(reader: Reader) -> None:
     assert load_model(reader.arguments.output).config == read_config(Path(reader.arguments.model) / "config.json")
 
@@ -308,6 +316,7 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "analysis.harness": harnessed,
     "analysis.hypothesis_validation": validated,
     "analysis.replay": replayed,
+    "analysis.reports.index_page": indexed,
     "analysis.traces.importing": imported,
     "experiments/00_train_reference.py": trained,
     "experiments/01_routing_analysis.py": collected,

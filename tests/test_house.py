@@ -81,6 +81,17 @@ def test_no_fault_becomes_a_result(folder):
     assert not wrong
 
 
+def test_bars_are_drawn_in_one_place():
+    """`varjax.progress` decides where a bar is drawn, so that no log file is filled with them."""
+    users = [
+        path.relative_to(ROOT).as_posix()
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if any(name.split(".")[0] == "tqdm" for name in imported(path))
+    ]
+    assert users == ["varjax/progress.py"]
+
+
 def test_importing_varjax_loads_little():
     """Whoever imports the routers into code of their own gets JAX, and no other framework with it."""
     heavy = {"flax", "optuna", "torch", "transformers", "datasets", "pandas", "matplotlib", "models"}

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import optuna
-from tqdm import tqdm
 
+from analysis.command import program
 from profiling.timing import Ratio
 from tuning.points import PREDICTED, Outcome, Point, best
 from tuning.space import Parameter, Space, Values, suggest
 from tuning.study import METHODS, Method, check_method, fill, points, work
+from varjax.progress import progress_bar
 
 LIMIT = 0.01
 SPACE: Space = (
@@ -67,18 +68,19 @@ def search(method: Method, trials: int, seed: int) -> list[Point]:
 def reached(method: Method, trials: int, seeds: Sequence[int], progress: bool = False) -> np.ndarray:
     """float64 [seeds]: the speed-up of the best feasible point that each search found; 0 where there was none."""
     found = []
-    for seed in tqdm(seeds, unit="search", desc=method, disable=not progress):
+    for seed in progress_bar(seeds, unit="search", desc=method, show=progress):
         ahead = best(search(method, trials, seed), LIMIT, 1)
         found.append(ahead[0].outcome.speedup if ahead else 0.0)
     return np.array(found)
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20, help="searches per method (20)")
     parser.add_argument("--trials", type=int, default=60, help="of each search (60)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=["random", "tpe", "bayesian"])
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for method in args.methods:
         check_method(method)
     print(f"best feasible speed-up: {OPTIMUM:.4f}")

@@ -23,7 +23,6 @@ from typing import Literal
 import jax
 import numpy as np
 from scipy import stats as distributions
-from tqdm import tqdm
 
 from analysis.evaluation.certificate import CLIP, LIMIT
 from analysis.evaluation.quality import score, var_runner
@@ -40,6 +39,7 @@ from varjax import bounds
 from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.model import VARModel, build_for
+from varjax.progress import progress_bar
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable, asked_orders, with_policies
 
@@ -102,7 +102,7 @@ class Objective:
         """Each layer alone at several tolerances; kept on disk by the subject, where it has a folder."""
         subject, top_k = self.subject, self.subject.model.config.top_k
         orders = tuple(order for order in subject.answers.orders if order > 0)
-        bar = tqdm(unit=" policies", disable=not subject.progress, desc="layers alone")
+        bar = progress_bar(unit=" policies", show=subject.progress, desc="layers alone")
 
         def measured(choices: Sequence[Choice]) -> Measured:
             layers = policies(choices, subject.model.config.num_experts, orders)

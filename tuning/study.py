@@ -182,6 +182,9 @@ def work(
         attempt: suggests the values of a trial and finds out what they are worth.
         limit: on the degradation; the constraint of all methods but "nsga2", which shows the whole front.
         on_point: called after every trial.
+
+    Raises:
+        StudyError: the storage cannot be read or written any more, such as on a full disk.
     """
 
     def objective(trial: optuna.Trial) -> float | tuple[float, float]:
@@ -196,19 +199,20 @@ def work(
         return point.outcome.speedup
 
     while True:
-        trials = study.get_trials(deepcopy=False)
-        states = [trial.state for trial in trials]
-        if TrialState.WAITING in states:
-            place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
-            study.sampler = _sampler(method, _seed(seed, place), len(trials))
-            study.optimize(objective, n_trials=1)
-            on_point()
-        elif TrialState.RUNNING in states:  # another worker's, or one whose worker is gone
-            time.sleep(1)
-            with _quiet():
-                optuna.storages.fail_stale_trials(study)
-        else:
-            return
+        with _storage_errors():
+            trials = study.get_trials(deepcopy=False)
+            states = [trial.state for trial in trials]
+            if TrialState.WAITING in states:
+                place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
+                study.sampler = _sampler(method, _seed(seed, place), len(trials))
+                study.optimize(objective, n_trials=1)
+                on_point()
+            elif TrialState.RUNNING in states:  # another worker's, or one whose worker is gone
+                time.sleep(1)
+                with _quiet():
+                    optuna.storages.fail_stale_trials(study)
+            else:
+                return
 
 
 def points(study: optuna.Study) -> list[Point]:
@@ -229,6 +233,19 @@ def _check_url(storage: str) -> None:
         sqlalchemy.make_url(storage)
     except ValueError as error:
         raise sqlalchemy.exc.ArgumentError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Errors of the storage as one of ours."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise StudyError(
+            f"the storage of the study failed ({reason}); correct that, for example free some space, and run the same "
+            "command again: it goes on where it was"
+        ) from error
 
 
 def _begin_writing(connection: sqlalchemy.Connection) -> None:

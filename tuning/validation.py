@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from scipy import stats as distributions
-from tqdm import tqdm
 
 from analysis.evaluation import certificate
 from analysis.evaluation.certificate import LIMIT, Certificate, certify
@@ -39,6 +38,7 @@ from tuning.objective import upper_limit
 from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.model import VARModel, build_for
+from varjax.progress import progress_bar
 from varjax.table import RouteTable
 
 MIN_SPEEDUP = 1.3  # published criterion
@@ -201,8 +201,9 @@ def validate(
     """
     if not 2 <= repeats <= len(test.documents):
         raise InputError(f"{repeats} repeats of {len(test.documents)} test documents: expected at least 2, and no more")
-    total = len(candidates) + 1 + len(presets)
-    bar = tqdm(total=total, unit="configuration", desc="validation", disable=not test.progress)
+    bar = progress_bar(
+        total=len(candidates) + 1 + len(presets), unit="configuration", desc="validation", show=test.progress
+    )
     increases: dict[str, Losses] = {}
     found: list[Candidate] = []
     for name, config in candidates.items():

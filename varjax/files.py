@@ -4,7 +4,11 @@ Processes that `jax.distributed` joined run one program together and hold the sa
 and all go on when they are there.
 """
 
+import errno
+import glob
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,23 +17,51 @@ from pathlib import Path
 import jax
 from jax.experimental.multihost_utils import sync_global_devices
 
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_CODE = re.compile(r"os[ _]error(?:_code)?\W+(\d+)")  # as safetensors and tensorstore quote the system's errors
+
+
+@contextmanager
+def named_errors(path: str | Path) -> Iterator[None]:
+    """Raise every error of the file system inside the `with` as an OSError that names `path`.
+
+    A full disk comes without a name from the system, and as errors of their own from libraries that write by
+    themselves.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _OF_THE_DISK:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        code = _CODE.search(str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
 
 @contextmanager
 def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Path]:
     """A temporary path beside `path`, to write inside the `with`; it takes `path`'s place if that ends well.
 
     After an error or an interruption `path` is what it was before, and the temporary file is gone. Missing
-    folders above `path` are made.
+    folders above `path` are made. What killed processes of this machine left of the same file is removed.
 
     Args:
         of_this_machine: no result of the program but a cache, say: a process that writes it does so for itself.
+
+    Raises:
+        OSError: the file cannot be written; see `named_errors`.
     """
     target = Path(path)
     process = None if of_this_machine else _joined()
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{process or 0}.{os.getpid()}.tmp")
+    _remove_leftovers(target)
+    temporary = target.with_name(f".{target.name}.{platform.node()}.{process or 0}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with named_errors(target):
+            yield temporary
         # Some writers keep their file to its owner; here everyone reads who may read other new files.
         umask = os.umask(0)
         os.umask(umask)
@@ -51,6 +83,27 @@ def remove(folder: Path) -> None:
         _meet(folder)
     if not process:
         shutil.rmtree(folder)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove temporary files of `target` whose processes, on this machine, were killed."""
+    if os.name != "posix":  # elsewhere signal 0 is not a question
+        return
+    begin = glob.escape(f".{target.name}.{platform.node()}.")
+    for path in target.parent.glob(f"{begin}*.tmp"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and not _runs(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _joined() -> int | None:

@@ -23,6 +23,7 @@ from jax import Array
 
 from varjax.cache import since
 from varjax.errors import InputError
+from varjax.files import named_errors
 from varjax.step import VARState
 
 FORMAT = 1
@@ -47,7 +48,7 @@ def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, A
     noted = {"format": FORMAT, "about": dict(about), "arrays": _described(arrays)}
     values = {name: np.asarray(array) for name, array in arrays.items() if array.size}  # orbax takes no empty ones
     Path(path).mkdir(parents=True, exist_ok=True)
-    with _manager(path) as manager:
+    with named_errors(path), _manager(path) as manager:
         items = ocp.args.Composite(arrays=ocp.args.StandardSave(values), noted=ocp.args.JsonSave(noted))
         manager.save((manager.latest_step() or 0) + 1, args=items)
 

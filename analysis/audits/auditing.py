@@ -14,7 +14,6 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.text.batches import Batch, batches
@@ -24,6 +23,7 @@ from varjax.audit import audited
 from varjax.drift import Calibration, Monitor
 from varjax.errors import InputError
 from varjax.model import VARModel
+from varjax.progress import progress_bar
 from varjax.step import VARState
 from varjax.streams import Stream, Tally, observe, watched
 
@@ -86,7 +86,7 @@ def tally_documents(
     if state is None:
         raise InputError("VAR is switched off (enable_var=False): there is nothing to audit")
     parts, owners = [], []
-    read = tqdm(documents, unit="document", disable=not progress)
+    read = progress_bar(documents, unit="document", show=progress)
     for batch in batches(read, batch_size, max_length, one_by_one=state.own_caches):
         state, now = caching.enter(state, batch)
         ids, mask, keys = jnp.asarray(batch.ids), jnp.asarray(batch.mask), _keys(batch, documents, seed)

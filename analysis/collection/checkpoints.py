@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from varjax.errors import InputError
-from varjax.files import replacing
+from varjax.files import named_errors, replacing
 
 T = TypeVar("T")
 
@@ -86,8 +86,9 @@ class Checkpoints:
             value: a pytree of arrays, none of them empty, and whole numbers.
         """
         leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(value))}
-        self._manager.save(batches, args=ocp.args.StandardSave(leaves))
-        self._manager.wait_until_finished()
+        with named_errors(self._manager.directory):
+            self._manager.save(batches, args=ocp.args.StandardSave(leaves))
+            self._manager.wait_until_finished()
 
     def __enter__(self) -> Checkpoints:
         return self

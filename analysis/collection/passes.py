@@ -24,7 +24,6 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from tqdm import tqdm
 
 from analysis.collection.checkpoints import Checkpoints
 from analysis.text.batches import batches
@@ -32,6 +31,7 @@ from analysis.text.encoding import Encoded
 from models import Model
 from models.placement import DATA, Placement, make_mesh
 from varjax.errors import InputError
+from varjax.progress import progress_bar
 
 SPLIT, WHOLE = PartitionSpec(DATA), PartitionSpec()  # the first axis over the devices; the same on all of them
 SPLIT_LAYERS = PartitionSpec(None, DATA)  # [L, B, ...]
@@ -146,7 +146,7 @@ def run_pass(
     windows = per_device(begin(total), mesh)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
-    with tqdm(documents, desc=name, unit=" documents", disable=not progress) as read:
+    with progress_bar(documents, desc=name, unit=" documents", show=progress) as read:
         for number, batch in enumerate(batches(read, batch_size * mesh.shape[DATA], max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from analysis.collection.answers import collect_answers
 from analysis.collection.checkpoints import Checkpoints, note, resumed
 from analysis.collection.merging import merge_files
 from analysis.collection.passes import EVERY_DOCUMENT, SAVE_TOKENS, Share, mesh_of
 from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.reports.output import Output
 from analysis.reports.provenance import provenance
 from analysis.text.corpus import CorpusError
 from analysis.text.encoded_corpus import EncodedCorpus
@@ -31,6 +31,7 @@ from varjax.config import residuals_beside
 from varjax.errors import InputError
 from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
+from varjax.progress import progress_bar
 from varjax.selection import likeliest
 from varjax.stats import RoutingStats, bytes_a_key
 
@@ -116,9 +117,10 @@ def analyse(
 ) -> Analysis | None:
     """Write `routing_stats.parquet` and, if asked for, the experts' answers into `output`.
 
-    Checkpoints lie in `output/routing_checkpoints` until `finish` is called.
+    Checkpoints are kept in `output/routing_checkpoints` until `finish` is called.
 
     Args:
+        output: a directory, or the file of the statistics; see `place`.
         share: of the documents, where several processes divide them; the first one waits for the others' parts.
         seed: noted in the provenance; nothing here is drawn.
         progress: show bars on standard error.
@@ -139,7 +141,8 @@ def analyse(
         "processes": share.of,
         "devices": dict(mesh_of(model).shape),
     }
-    works = [output / WORK / f"process-{index}" for index in range(share.of)]
+    at = place(output)
+    works = [at.other(WORK) / f"process-{index}" for index in range(share.of)]
     work, alone = works[share.index], share.of == 1
     reading: dict[str, Any] = {name: getattr(settings, name) for name in ("batch_size", "max_length", "save_tokens")}
     reading["progress"] = progress
@@ -151,7 +154,9 @@ def analyse(
     answered = _most_frequent(answerable, keys.counts, room)  # more keys than pairs would be of no use
     pairs = min(room, len(answered) * num_experts)
 
-    documents, folder = share.documents(corpus), output if alone else work
+    documents = share.documents(corpus)
+    part = at if alone else place(work)
+    own = part.main(".parquet")
     meta = {
         "model": model.name,
         "fingerprint": model.fingerprint,
@@ -166,18 +171,18 @@ def analyse(
             stats = collect(model, documents, keys, layers=layers, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
         strings = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) if model.tokenizer else None
-        for companion in (residuals_beside(folder / STATS), folder / TRACE):
+        for companion in (residuals_beside(own), part.other(TRACE)):
             companion.unlink(missing_ok=True)  # of other statistics, that a former run left here
-        statsfile.write(folder / STATS, stats, meta | origin, strings)
+        statsfile.write(own, stats, meta | origin, strings)
 
     def residuals() -> None:
         chosen, wanted = keys.keys[answered], None
         if pairs < len(answered) * num_experts:
-            wanted = likeliest(statsfile.read(folder / STATS)[0], chosen, layers, pairs)
+            wanted = likeliest(statsfile.read(own)[0], chosen, layers, pairs)
         with Checkpoints(work / "residuals") as saved:
             found = collect_answers(model, documents, chosen, layers, pairs=wanted, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
-        answersfile.write(residuals_beside(folder / STATS), found, meta | origin)
+        answersfile.write(residuals_beside(own), found, meta | origin)
 
     _once(work / "statistics.done", statistics)
     if len(answered):
@@ -187,14 +192,23 @@ def analyse(
         return None
     if not alone:
         _wait([path / "part.done" for path in works], progress)
-        merge_files([path / STATS for path in works], output / STATS, origin)
-    stats, _ = statsfile.read(output / STATS)
+        merge_files([path / STATS for path in works], at.main(".parquet"), origin)
+    stats, _ = statsfile.read(at.main(".parquet"))
     return Analysis(stats, keys, len(answered), int(answerable.sum()), pairs)
 
 
 def finish(output: Path) -> None:
     """Remove the checkpoints: everything that the run had to write is written."""
-    remove(output / WORK)
+    remove(place(output).other(WORK))
+
+
+def place(output: Path) -> Output:
+    """Where a run writes: into a directory, or, for an output such as `runs/a.parquet`, next to that file.
+
+    Raises:
+        InputError: a file that is not Parquet, or something of the other kind is there.
+    """
+    return Output.of(output, Path(STATS).stem, (".parquet",))
 
 
 def _keys(
@@ -243,7 +257,7 @@ def _most_frequent(wanted: np.ndarray, counts: np.ndarray, most: int) -> np.ndar
 
 def _wait(files: list[Path], progress: bool) -> None:
     """Until all of the files are there: the other processes' parts."""
-    with tqdm(total=len(files), desc="parts", unit="process", disable=not progress) as bar:
+    with progress_bar(total=len(files), desc="parts", unit="process", show=progress) as bar:
         while (there := sum(file.exists() for file in files)) < len(files):
             bar.update(there - bar.n)
             time.sleep(0.5)

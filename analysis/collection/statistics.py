@@ -15,7 +15,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from analysis.collection.checkpoints import Checkpoints
 from analysis.collection.passes import (
@@ -36,6 +35,7 @@ from models.parameters import Params
 from varjax import stats
 from varjax.errors import InputError
 from varjax.keys import NONE, ContextCounts, KeyIndex, contexts, count_contexts, find_orders
+from varjax.progress import progress_bar
 from varjax.stats import RoutingStats, StatsBuffer
 
 
@@ -65,7 +65,7 @@ def choose_keys(
     Raises:
         InputError: no context is frequent enough to be a key.
     """
-    with tqdm(documents, desc="keys", unit=" documents", disable=not progress) as read:
+    with progress_bar(documents, desc="keys", unit=" documents", show=progress) as read:
         rows = (window.ids[: window.size] for window in windows(read, max_length))
         special = model.special_token_ids
         keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)

@@ -40,7 +40,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import digamma
-from tqdm import tqdm
 
 from analysis.estimators.predictability import known_keys
 from analysis.estimators.resampling import (
@@ -54,6 +53,7 @@ from analysis.estimators.resampling import (
 )
 from analysis.traces.trace import Trace
 from varjax.errors import NotTestableError
+from varjax.progress import progress_bar
 
 PRIOR = 2.0  # occurrences that the layer's marginal counts for in the table of the cross entropy; 1 to 8 do as well
 
@@ -119,7 +119,7 @@ def conditional_entropy(
     rng = np.random.default_rng(seed)
     observed = sums(slice(None))
     null: dict[str, list[np.ndarray]] = {name: [] for name in observed}
-    for _ in tqdm(range(permutations), unit="permutation", desc="choice entropy", disable=not progress):
+    for _ in progress_bar(range(permutations), unit="permutation", desc="choice entropy", show=progress):
         for name, one in sums(permutation(trace.document, rng)).items():
             null[name].append(one.sum(axis=0))
 

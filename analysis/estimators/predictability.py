@@ -34,7 +34,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from analysis.estimators.resampling import (
     Measure,
@@ -47,6 +46,7 @@ from analysis.estimators.resampling import (
 )
 from analysis.traces.trace import Trace
 from varjax.errors import NotTestableError
+from varjax.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def predictability(
     known, sums = scored.known(keys), scored.sums(keys)
     rng = np.random.default_rng(seed)
     null: dict[str, list[np.ndarray]] = {name: [] for name in sums}
-    for _ in tqdm(range(permutations), unit="permutation", desc="predictability", disable=not progress):
+    for _ in progress_bar(range(permutations), unit="permutation", desc="predictability", show=progress):
         # Moving the keys is the same as moving the routing, and cheaper.
         shuffled = permutation(trace.document, rng)
         for name, one in scored.sums([key[shuffled] for key in keys]).items():

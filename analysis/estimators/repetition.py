@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tqdm import tqdm
 
 from analysis.estimators.choice_entropy import check_ranked
 from analysis.estimators.resampling import (
@@ -34,6 +33,7 @@ from analysis.estimators.resampling import (
 )
 from analysis.traces.trace import Trace
 from varjax.errors import NotTestableError
+from varjax.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def repetition(
     rng = np.random.default_rng(seed)
     observed = _sums(best, pair, trace.document)
     null: dict[str, list[np.ndarray]] = {name: [] for name in observed}
-    for _ in tqdm(range(permutations), unit="permutation", desc="repetition", disable=not progress):
+    for _ in progress_bar(range(permutations), unit="permutation", desc="repetition", show=progress):
         shuffled = np.take(best, permutation(trace.document, rng), axis=-1)
         for name, one in _sums(shuffled, pair, trace.document).items():
             null[name].append(one.sum(axis=0) / pair.sum())

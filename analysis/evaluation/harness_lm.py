@@ -25,7 +25,6 @@ from zlib import crc32
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.quality import Runner, own_caches, plain_runner, prefixed, token_nll, var_runner
@@ -33,6 +32,7 @@ from analysis.text.batches import Window, cut, in_order, packed
 from models import Model, Sampling
 from varjax.errors import InputError
 from varjax.model import VARModel
+from varjax.progress import progress_bar
 from varjax.step import VARState
 
 try:
@@ -180,7 +180,7 @@ class HarnessLM(TemplateLM):
         for index, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
         found = [""] * len(requests)
-        bar = tqdm(total=len(requests), unit="request", disable=disable_tqdm or not self.progress)
+        bar = progress_bar(total=len(requests), unit="request", show=self.progress and not disable_tqdm)
         for members in alike.values():
             wanted = _Wanted.of(requests[members[0]].args[1], self)
             room = self.max_length - wanted.new_tokens
@@ -206,7 +206,7 @@ class HarnessLM(TemplateLM):
         """Of each text: the log probability of what its windows score, and whether all of that is the likeliest."""
         logprob, greedy = np.zeros(len(cuts)), np.ones(len(cuts), bool)
         lengths = sorted({self._length(window.size) for windows in cuts for window in windows})
-        read = tqdm(cuts, unit="request", disable=quiet or not self.progress)
+        read = progress_bar(cuts, unit="request", show=self.progress and not quiet)
         batches = (
             in_order(read, self.batch_size, lengths)
             if own_caches(self.state)

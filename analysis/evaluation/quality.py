@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.text.batches import Batch, batches
@@ -39,6 +38,7 @@ from models import Model
 from models.placement import to_host
 from varjax.files import replacing
 from varjax.model import VARModel
+from varjax.progress import progress_bar
 from varjax.step import VARState
 
 _LENGTHS = {"max_length": "tokens", "stride": "tokens"}
@@ -164,7 +164,7 @@ def score(
         full_last: move a document's last window back to `max_length` tokens instead of leaving it short.
     """
     nll, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
-    read: Iterable[Encoded] = tqdm(documents, unit="document", disable=not progress)
+    read: Iterable[Encoded] = progress_bar(documents, unit="document", show=progress)
     if prefix_id is not None:
         read = (dataclasses.replace(one, ids=prefixed(prefix_id, one.ids)) for one in read)
     one_by_one = own_caches(carry)

@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import csr_array
-from tqdm import tqdm
 
 from analysis.estimators.resampling import ratio
 from analysis.hypotheses.consistency import DECILES, TOP
@@ -24,6 +23,7 @@ from analysis.hypotheses.criteria import ENTROPIES, MIN_KEYS, ZIPF_FREQUENCY, zi
 from analysis.traces.statistics import gate_entropy
 from analysis.traces.trace import Trace
 from varjax.config import PRESETS
+from varjax.progress import progress_bar
 
 SAMPLES = 200  # draws; five lie beyond each end of an interval
 _DRAWN = 1 << 24  # floats that the sums of one block of draws may take
@@ -81,7 +81,7 @@ def figures(trace: Trace, document: np.ndarray, weights: np.ndarray, progress: b
     size = max(1, _DRAWN // max(1, min(len(row), ids * trace.num_experts)))
     blocks = [_Block.of(occurrences, weights[start : start + size]) for start in range(0, samples, size)]
     made: list[list[Mapping[str, np.ndarray]]] = []  # [L][blocks]
-    for layer in tqdm(range(layers), unit="layer", desc="intervals over documents", disable=not progress):
+    for layer in progress_bar(range(layers), unit="layer", desc="intervals over documents", show=progress):
         entropy = seen.matrix(gate_entropy(trace, layer))
         experts = np.maximum(trace.experts[:, layer, 0], 0)  # of a layer that was not captured no figure is known
         choice, which = np.unique(row * trace.num_experts + experts, return_inverse=True)

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from tqdm import tqdm
 
 from analysis.collection.checkpoints import Checkpoints
 from analysis.text.batches import Batch, batches
@@ -36,6 +35,7 @@ from varjax.answers import Answers
 from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.model import build_for
+from varjax.progress import progress_bar
 from varjax.routing import NO_ANSWER, Dropped, LayerAnswers
 from varjax.shrinkage import lineage, shrunk
 from varjax.stats import RoutingStats
@@ -138,7 +138,7 @@ def distil(
     on_device = model.place([jnp.asarray(line) for line in lines])
 
     numbered = zip(range(settings.steps), _endless(documents, settings), strict=False)
-    with tqdm(numbered, total=settings.steps, unit="step", desc="distillation", disable=not progress) as bar:
+    with progress_bar(numbered, total=settings.steps, unit="step", desc="distillation", show=progress) as bar:
         for number, batch in bar:
             if number < done:
                 continue

@@ -14,7 +14,6 @@ from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from analysis.evaluation.quality import Scores, plain_runner, score, var_runner
 from analysis.policies.ladder import Choice, Measured, climb
@@ -23,6 +22,7 @@ from models import Model
 from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, build_for
+from varjax.progress import progress_bar
 from varjax.stats import RoutingStats
 from varjax.step import summary
 
@@ -69,7 +69,7 @@ def search(
     budget = 0.9 * base.max_quality_degradation if budget is None else budget
     scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
     plain, _ = scoring(plain_runner(model), None)
-    bar = tqdm(unit=" policies", disable=not progress, desc="search")
+    bar = progress_bar(unit=" policies", show=progress, desc="search")
     orders = tuple(order for order in answers.orders if order > 0)
 
     def config_of(choices: Sequence[Choice]) -> VARConfig:

@@ -1,38 +1,56 @@
-"""The reports of many runs on one page, `index.html`: what each found at a glance, the newest first."""
+"""The reports of many runs on one page, `index.html`: what each found at a glance, the newest first.
+
+    python -m analysis.reports.index_page results     # writes results/index.html
+
+A run that writes a directory writes this page of it by itself, and of nothing above it.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from analysis.command import HelpFormatter, path_argument, program
 from analysis.reports.html import GENERATOR, badge, document
+from varjax.errors import InputError
 from varjax.files import replacing
 
 INDEX = "index.html"
 
 
-def index_of(folder: Path) -> Path:
-    """Where the page of all runs lies that a report in `folder` belongs to.
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("folder", type=path_argument, help="directory whose reports, also those below it, are listed")
+    folder = parser.parse_args(arguments).folder
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a directory; give one that holds reports")
+    if is_foreign(folder):
+        raise InputError(f"{folder / INDEX} was not written by varjax; move it away first")
+    write_index(folder)
+    print(f"written to {folder / INDEX}")
 
-    Runs below the working directory share the page of the topmost folder there, such as `results/index.html`; a folder
-    elsewhere, and the working directory itself, has a page of its own.
-    """
-    inside, here = folder.resolve(), Path.cwd().resolve()
-    return (here / inside.relative_to(here).parts[0] if here in inside.parents else inside) / INDEX
+
+def is_foreign(folder: Path) -> bool:
+    """Whether the folder has an `index.html` that somebody else has written."""
+    index = folder / INDEX
+    return index.is_file() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace")
 
 
-def write_index(index: Path) -> None:
-    """Write the page of all reports in its folder and below, whole or not at all.
+def write_index(folder: Path) -> None:
+    """Write the page of all reports in a folder and below it, whole or not at all.
 
     An `index.html` that is somebody else's is left as it is. In the working directory, which may hold anything, only
     the directory itself is looked through.
     """
-    if index.is_file() and GENERATOR not in index.read_text(encoding="utf-8", errors="replace"):
+    if is_foreign(folder):
         return
+    index = folder / INDEX
     reports = sorted(_reports(index), key=lambda one: (_time(one[1]), one[0]), reverse=True)
     cards = "\n".join(_card(index.parent, *one) for one in reports)
     title = f"varjax: {len(reports)} run{'s' * (len(reports) != 1)} in {index.parent.name}"
@@ -87,3 +105,7 @@ def _tally(said: Mapping[str, Any]) -> str:
     """How many sections came to which verdict."""
     verdicts = [one["verdict"] for one in said["sections"].values()]
     return ", ".join(f"{verdicts.count(one)} {escape(one)}" for one in dict.fromkeys(verdicts))
+
+
+if __name__ == "__main__":
+    main()

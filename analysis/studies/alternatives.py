@@ -14,12 +14,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from analysis.evaluation.comparison import Estimate
 from analysis.policies.scored_points import Losses, Measured, Subject, degradations, losses, measured, resampled
 from analysis.studies.families import SCALES, VAR, Family, families, table_of
 from varjax.model import build_for
+from varjax.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def evaluate(subject: Subject) -> Alternatives:
     scored: dict[str, list[Losses]] = {}
     number = sum(len(family.points) for family in wanted)
     known = 0  # points that an earlier run scored
-    with tqdm(total=number, unit="point", desc="alternatives", disable=not subject.progress) as bar:
+    with progress_bar(total=number, unit="point", desc="alternatives", show=subject.progress) as bar:
         for family in wanted:
             scored[family.name] = []
             for point in family.points:

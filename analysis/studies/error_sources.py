@@ -21,7 +21,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from analysis.estimators.resampling import ratio_with_interval
 from analysis.evaluation.caching import INDEPENDENT, Caching
@@ -32,6 +31,7 @@ from models import Model
 from varjax.answers import Answers
 from varjax.config import VARConfig
 from varjax.model import VARModel, build_for
+from varjax.progress import progress_bar
 from varjax.routing import LayerRules
 from varjax.stats import RoutingStats
 from varjax.table import RouteTable
@@ -164,7 +164,7 @@ def prepare(
 def examine(subject: Subject, progress: bool = True) -> ErrorSources:
     """Every question."""
     asked = {"kinds": kinds, "layers": layers_alone, "dropping": dropping, "groups": groups}
-    bar = tqdm(asked.items(), unit="question", desc="error sources", disable=not progress)
+    bar = progress_bar(asked.items(), unit="question", desc="error sources", show=progress)
     found: dict[str, Any] = {name: ask(subject) for name, ask in bar}
     tokens = len(subject.plain.nll)
     return ErrorSources(len(subject.documents), tokens, math.exp(subject.plain.nll.mean()), **found)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from analysis.policies.scored_points import Measured, Subject, losses, measured, resampled
 from varjax.config import AnswerType
 from varjax.keys import KeyIndex
 from varjax.model import build_for
+from varjax.progress import progress_bar
 from varjax.routing import NO_ANSWER
 from varjax.table import RouteTable
 
@@ -65,7 +65,7 @@ def table_sizes(subject: Subject) -> TableSizes:
     configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
     configs += [dataclasses.replace(whole, answer_dtype=one) for one in TYPES]
     found = []
-    for config in tqdm(configs, unit="table", desc="table sizes", disable=not subject.progress):
+    for config in progress_bar(configs, unit="table", desc="table sizes", show=subject.progress):
         table = build_for(subject.model, subject.stats, config, subject.answers, keep_shapes=True)
         size = shipped(table)
         number = sum(size.answers)

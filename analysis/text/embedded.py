@@ -22,10 +22,9 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from tqdm import tqdm
-
 from analysis.text.corpus import Document, Row, read_rows
 from varjax.files import replacing
+from varjax.progress import progress_bar
 
 DISTRIBUTIONS = (
     "absl-py", "alembic", "click", "datasets", "etils", "flax", "fonttools", "fsspec", "httpcore2", "httpx2",
@@ -68,7 +67,7 @@ def extract() -> Iterator[Row]:
     """(text, group) of every document, parsed from the sources, in order of package, path and line."""
     seen_lines: set[str] = set()
     files = [*_standard_library(), *(file for name in DISTRIBUTIONS for file in _distribution(name))]
-    for path, group in tqdm(files, desc="embedded corpus", unit="file", disable=None, leave=False):
+    for path, group in progress_bar(files, desc="embedded corpus", unit="file", leave=False):
         for text in _docstrings(path):
             if len(text) < MIN_CHARS:
                 continue

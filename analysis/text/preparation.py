@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from analysis.reports.provenance import provenance, write_json
 from analysis.text.corpus import CorpusError, CorpusHash, Document
@@ -30,6 +29,7 @@ from analysis.text.prepared import (
     sha256,
     tokenizer_hash,
 )
+from varjax.progress import Bar, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,7 +71,7 @@ def prepare(
     try:
         with _appearing(target) as temporary:
             counts = Counter[str]()
-            with tqdm(total=request.max_tokens, unit="token", unit_scale=True, disable=not progress) as bar:
+            with progress_bar(total=request.max_tokens, unit="token", unit_scale=True, show=progress) as bar:
                 kept = _kept(tokenised(chain(first, source), tokenizer), request.max_tokens, counts, bar)
                 shards = tuple(_write(temporary, kept))
             if not shards:
@@ -96,7 +96,7 @@ def prepare(
     return manifest
 
 
-def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[str], bar: tqdm) -> Iterator[Encoded]:
+def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[str], bar: Bar) -> Iterator[Encoded]:
     """The documents with two tokens or more, to the one that reaches `max_tokens`; the others are counted."""
     for document in documents:
         if len(document.ids) < 2:

@@ -56,9 +56,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -66,6 +66,8 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 from scipy.special import entr, softmax
 
+from analysis.command import path_argument, program
+from analysis.reports.output import Output
 from analysis.traces import trace as trace_file
 from analysis.traces.capture import captured_layers
 from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError
@@ -429,20 +431,22 @@ def _best_first(experts: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
     return experts, values
 
 
-def main() -> None:
+@program
+def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(description="Turn a foreign routing trace into a trace file.")
-    parser.add_argument("input", type=Path, metavar="IN.npz", help="arrays, with IN.json beside them")
-    parser.add_argument("output", type=Path, metavar="OUT.parquet", help="the trace file to write")
-    args = parser.parse_args()
-    try:
+    parser.add_argument("input", type=path_argument, metavar="IN.npz", help="arrays, with IN.json beside them")
+    parser.add_argument(
+        "output", type=path_argument, metavar="OUT.parquet", help="the trace file to write, or a directory for it"
+    )
+    args = parser.parse_args(arguments)
+    output = Output.of(args.output, "routing_trace", (".parquet",))
+    with output.locked():
         trace = import_npz(args.input)
-        trace_file.write(args.output, trace)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+        trace_file.write(output.main(".parquet"), trace)
     known = "no probabilities" if trace.probs is None else f"probabilities over {trace.probs_over} experts"
     print(
         f"{len(trace.token_id):,} tokens of {len(np.unique(trace.document)):,} documents, {trace.num_layers} layers, "
-        f"{trace.top_k} of {trace.num_experts} experts, {known}; written to {args.output}"
+        f"{trace.top_k} of {trace.num_experts} experts, {known}; written to {output.main('.parquet')}"
     )
     for remark in trace.remarks():
         print(remark)

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import xlogy
-from tqdm import tqdm
 
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
@@ -30,6 +29,7 @@ from models.decoder import Network
 from models.parameters import Params
 from models.placement import to_host
 from varjax.errors import InputError
+from varjax.progress import progress_bar
 
 TOGETHER = 1 << 16  # tokens whose decisions are held at once: some 400 bytes each in Mixtral-8x7B
 
@@ -70,7 +70,7 @@ def record(
     empty = dataclasses.replace(_nothing(model), token_strings=strings)
     left_out = written = 0
     with (
-        tqdm(unit="token", unit_scale=True, total=max_tokens, disable=not progress) as bar,
+        progress_bar(unit="token", unit_scale=True, total=max_tokens, show=progress) as bar,
         writing(path, empty) as add,
     ):
         for part in _parts(_limited(_distinct(documents), max_tokens)):

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.arguments import asked_config, new_config, run
+from analysis.command import run
+from experiments.arguments import asked_config, new_config
 from models.parameters import init_params
 from models.weights import save_params
 from tuning.objective import upper_limit

@@ -50,11 +50,12 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--routing_stats", "s.parquet"), "--mode study needs --routing_stats, and --var_config or --search_policy"),
-        (("--routing_stats", "s.parquet", "--var_config", "c.json", "--output", "a.json"), "writes a folder"),
+        (("--routing_stats", "s.parquet"), "--mode study needs a policy: give --var_config or --search_policy"),
+        (("--routing_stats", "s.parquet", "--var_config", "c.json", "--output", "a.json"), "give a directory"),
     ],
 )
-def test_what_a_study_lacks_is_said(script, common, capsys, arguments, message):
-    with pytest.raises(SystemExit):
+def test_what_a_study_lacks_is_said(script, common, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)  # where there is no results/
+    with pytest.raises(SystemExit) as stop:
         script("02_evaluate_var.py", *common, "--mode", "study", *arguments)
-    assert message in capsys.readouterr().err
+    assert str(stop.value).startswith("error: ") and message in str(stop.value)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from profiling import points
+from profiling import components, points
 from profiling.points import Task
 from varjax import VARConfig
 from varjax.config import LayerPolicy
@@ -18,12 +18,18 @@ def policy(statistics, tmp_path):
     return path
 
 
-def test_a_policy_is_analysed_and_its_traces_are_kept(script, common, policy, tmp_path, monkeypatch, capsys):
+UNSEEN = [(2, 8), (2, 1, 8), (4, 1, 12)]
+
+
+@pytest.fixture
+def few_calls(monkeypatch):
     shapes = [(1, 8), (2, 8), (2, 16), (4, 12), (1, 1, 8), (2, 1, 8), (4, 1, 12)]
-    unseen = [(2, 8), (2, 1, 8), (4, 1, 12)]
-    few = [Task(*shape, calibrates=True) for shape in shapes] + [Task(*shape, policy="one") for shape in unseen]
+    few = [Task(*shape, calibrates=True) for shape in shapes] + [Task(*shape, policy="one") for shape in UNSEEN]
     few += [Task(3, 12, policy="none", calibrates=True), Task(2, 12, policy="answers, one", calibrates=True)]
     monkeypatch.setattr(points, "tasks", lambda quick: few)
+
+
+def test_a_policy_is_analysed_and_its_traces_are_kept(script, common, policy, few_calls, tmp_path, capsys):
     output = tmp_path / "systems"
     script(
         "05_systems_analysis.py",
@@ -34,21 +40,28 @@ def test_a_policy_is_analysed_and_its_traces_are_kept(script, common, policy, tm
     assert "[4/4] bottlenecks" in printed and "Where the time of a call goes" in printed
     found = json.loads((output / "systems.json").read_text())
     assert {one["side"] for one in found["results"]["components"]} == {"plain", "VAR"}
-    assert len(found["results"]["performance"]["unseen"]["each"]) == len(unseen)
+    assert len(found["results"]["performance"]["unseen"]["each"]) == len(UNSEEN)
     assert {one["phase"] for one in found["results"]["evidence"]} == {"prefill", "decode"}
     written = {path.name for path in output.iterdir()}
     assert {"systems.html", "systems.txt", "roofline.png", "components.png", "scaling.pdf", "traces"} <= written
     assert len(list(output.glob("traces/plugins/profile/*/*.xplane.pb"))) == 4  # both sides of both phases
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (VARConfig(enable_var=False), "enable_var is false"),
-        (VARConfig(), "routing_stats is not set"),
-    ],
-)
-def test_what_cannot_be_analysed_is_said(script, common, tmp_path, config, message):
-    config.save(tmp_path / "config.json")
-    with pytest.raises(SystemExit, match=message):
+def test_without_a_policy_the_plain_model_is_analyzed(script, common, few_calls, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where there is no results/
+    monkeypatch.setattr(components, "TURN", 0.001)
+    script("05_systems_analysis.py", *common, "--split", "all", "--num_samples", 40, "--quick", "--output", "run.1")
+    printed = capsys.readouterr().out
+    assert "no config is named, and none of results/phase3/best_config.json" in printed
+    found = json.loads((tmp_path / "run.1" / "systems.json").read_text())  # a dot does not make it a file
+    assert "none, the plain model: 2.00 of 2 experts per token" in found["facts"]["policy"]
+    assert {one["side"] for one in found["results"]["components"] + found["results"]["costs"]} == {"plain"}
+    assert [(one["speedup"], one["tiers"]) for one in found["results"]["evidence"]] == [(None, None)] * 2
+    named = {one["name"] for one in found["results"]["bottlenecks"]}
+    assert named <= {"dispatch-bound", "memory-bound", "poor scaling"}  # nothing about VAR
+
+
+def test_what_cannot_be_analysed_is_said(script, common, tmp_path):
+    VARConfig().save(tmp_path / "config.json")
+    with pytest.raises(SystemExit, match="routing_stats is not set"):
         script("05_systems_analysis.py", *common, "--split", "all", "--var_config", tmp_path / "config.json")

@@ -149,3 +149,24 @@ def test_bayesian_search_without_torch_stops_before_any_work(script, asked, tmp_
     with pytest.raises(SystemExit, match=r"varjax\[gp\]"):
         script(SCRIPT, *asked, "--method", "bayesian", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_statistics_that_are_not_named_are_those_of_the_configs(tmp_path, monkeypatch, capsys):
+    name_statistics = importlib.import_module("experiments.03_hyperparameter_optimization").name_statistics
+    monkeypatch.chdir(tmp_path)
+    here, there = VARConfig(routing_stats="here.parquet"), VARConfig(routing_stats="there.parquet")
+
+    def named(*configs: VARConfig, given: Path | None = None) -> Path:
+        args = argparse.Namespace(routing_stats=given, answers=None)
+        name_statistics(args, configs)
+        return args.routing_stats
+
+    assert named(here, here) == Path("here.parquet") and named(here, given=Path("mine")) == Path("mine")
+    with pytest.raises(ValueError, match=r"different statistics or answers \(here\.parquet, there\.parquet\)"):
+        named(here, there)
+    with pytest.raises(ValueError, match="no routing statistics are named"):
+        named()
+    Path("results/phase1").mkdir(parents=True)
+    Path("results/phase1/routing_stats.parquet").touch()
+    assert named() == Path("results/phase1/routing_stats.parquet")
+    assert "since none is named" in capsys.readouterr().out

@@ -8,10 +8,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
 from optuna.trial import TrialState
 
 from analysis import command
@@ -274,3 +276,12 @@ def test_a_model_of_the_landscape_finds_its_best_point(method, seeds):
 def test_the_best_of_a_search_keeps_the_limit():
     chosen = best(landscape.search("random", 40, 0), landscape.LIMIT, 3)
     assert len(chosen) == 3 and all(point.outcome.upper <= landscape.LIMIT for point in chosen)
+
+
+def test_a_storage_that_fails_during_the_search_is_one_error():
+    def full(**_: object) -> None:
+        raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    broken = SimpleNamespace(get_trials=full)
+    with pytest.raises(StudyError, match=r"study failed \(.*disk is full\); .* run the same command"):
+        work(broken, "tpe", 0, lambda trial: None, 0.01)

@@ -1,6 +1,13 @@
 """`replacing`: a file is written whole or not at all."""
 
+import errno
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
+from safetensors import SafetensorError
 
 from varjax.files import replacing
 
@@ -22,3 +29,43 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path):
         raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    here, gone = platform.node(), subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    path = tmp_path / "file.txt"
+    left = tmp_path / f".file.txt.{here}.0.{gone.pid}.tmp"
+    kept = [
+        tmp_path / f".file.txt.{here}.0.{os.getppid()}.tmp",  # of a process that runs
+        tmp_path / f".file.txt.another-machine.0.{gone.pid}.tmp",
+        tmp_path / f".other.txt.{here}.0.{gone.pid}.tmp",
+    ]
+    for one in (left, *kept):
+        one.write_text("half")
+    with replacing(path) as temporary:
+        temporary.write_text("whole")
+    assert set(tmp_path.iterdir()) == {path, *kept}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write: No space left on device [os_error_code='28']"),  # of orbax
+    ],
+)
+def test_a_full_disk_is_an_error_of_the_system_that_names_the_file(tmp_path, error):
+    with pytest.raises(OSError, match=r"file\.bin") as raised, replacing(tmp_path / "file.bin"):
+        raise error
+    assert raised.value.errno == errno.ENOSPC and raised.value.filename == str(tmp_path / "file.bin")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_error_stays_as_it_is(tmp_path):
+    with pytest.raises(ValueError, match="of NumPy"), replacing(tmp_path / "file.bin"):
+        raise ValueError("of NumPy")
+    with pytest.raises(FileNotFoundError) as raised, replacing(tmp_path / "file.bin"):
+        (tmp_path / "none").read_text()
+    assert raised.value.filename == str(tmp_path / "none")

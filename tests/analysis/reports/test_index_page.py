@@ -7,7 +7,7 @@ from urllib.parse import unquote
 from matplotlib.figure import Figure
 
 from analysis.reports.files import write_report
-from analysis.reports.index_page import index_of, write_index
+from analysis.reports.index_page import main, write_index
 from analysis.reports.report import FigureNote, Report, Section
 
 
@@ -31,26 +31,40 @@ def written(folder, name, time, verdict="PASS"):
     write_report(said, folder, name, figures=drawn, beside={"provenance": {"time_utc": time}})
 
 
-def test_runs_below_the_working_directory_share_a_page(tmp_path, monkeypatch):
+def test_the_page_of_all_runs_lists_what_is_below_its_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "results" / "one", "first", "2026-01-01T00:00:00+00:00")
     written(tmp_path / "results" / "two" / "deep", "second", "2026-01-02T00:00:00+00:00", "FAIL")
+    main(["results"])
     index = tmp_path / "results" / "index.html"
+    assert "written to results/index.html" in capsys.readouterr().out
     pages = ["two/deep/second.html", "one/first.html"]  # the newest first
     assert [link for link in dict.fromkeys(links(index)) if link.endswith(".html")] == pages
     assert all((index.parent / link).is_file() for link in links(index))
     said = index.read_text()
     assert "Run &lt;second&gt;" in said and "1 FAIL" in said and "tiny &amp; small" in said and "2 runs" in said
-    assert "../../index.html" in links(index.parent / pages[0])
-    assert not (tmp_path / "index.html").exists()
 
 
-def test_a_folder_elsewhere_has_a_page_of_its_own(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    assert index_of(tmp_path / "there" / "run") == tmp_path / "there" / "run" / "index.html"
-    written(tmp_path / "there" / "run", "first", "")
-    assert "first.html" in links(tmp_path / "there" / "run" / "index.html")
+def test_a_run_writes_nothing_above_its_folder_and_looks_at_nothing_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "project" / "x" / "results" / "other", "other", "")
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    folder = tmp_path / "project" / "x" / "results" / "y"
+    written(folder, "first", "")
+    new = {path for path in tmp_path.rglob("*") if path.is_file()} - before
+    assert {path.parent for path in new} == {folder}
+    assert {link for link in links(folder / "index.html") if link.endswith(".html")} == {"first.html"}
+    assert "index.html" in links(folder / "first.html")
+
+
+def test_a_run_that_names_a_file_makes_no_page_but_keeps_one_up_to_date(tmp_path):
+    said = Report("Run", (), (), (Section("a", "A", "PASS", "o"),))
+    write_report(said, tmp_path, "named", index=False)
+    assert not (tmp_path / "index.html").exists() and "index.html" not in links(tmp_path / "named.html")
+    written(tmp_path, "first", "")
+    write_report(said, tmp_path, "later", index=False)
+    assert {"first.html", "named.html", "later.html"} <= set(links(tmp_path / "index.html"))
+    assert "index.html" in links(tmp_path / "later.html")
 
 
 def test_what_is_no_report_is_passed_over(tmp_path):
@@ -58,7 +72,7 @@ def test_what_is_no_report_is_passed_over(tmp_path):
     for name, content in (("broken", "{"), ("list", "[]"), ("other", json.dumps({"title": "not a report"}))):
         (tmp_path / f"{name}.html").write_text("<p>")
         (tmp_path / f"{name}.json").write_text(content)
-    write_index(tmp_path / "index.html")
+    write_index(tmp_path)
     assert links(tmp_path / "index.html") == []
 
 
@@ -77,7 +91,7 @@ def test_in_the_working_directory_only_what_lies_there_is_looked_at(tmp_path, mo
 
 def test_names_that_mean_something_in_an_address(tmp_path):
     written(tmp_path / "run #3, 100%", "first", "")
-    write_index(tmp_path / "index.html")
+    write_index(tmp_path)
     assert {unquote(link) for link in links(tmp_path / "index.html")} == {
         "run #3, 100%/first.html",
         "run #3, 100%/first_curve.png",
