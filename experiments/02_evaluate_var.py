@@ -45,7 +45,7 @@ from experiments.hosts import add_hosts, join
 from models import Model
 from profiling import throughput_section
 from profiling.throughput import by_batch, measure
-from varjax import VARConfig, VARModel, answersfile
+from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.files import remove
 from varjax.model import build_for
@@ -143,11 +143,13 @@ def evaluate(args: argparse.Namespace) -> None:
     scores, state = score(var_runner(var_model), var_model.init(), documents, stride=args.stride, **reading)
 
     name = output.stem
-    scores.save(output.parent / f"{name}.documents.parquet")
+    table = output.parent / f"{name}.documents.parquet"
+    scores.save(table)
     result: dict[str, Any] = {
         "mode": args.mode,
         **scores.summary(),
-        "documents_file": f"{name}.documents.parquet",
+        "documents_file": table.name,
+        "documents_sha256": checksums.digest_of_file(table),
         "experts_per_token": float(model.config.top_k),
     }
     if state is not None:
@@ -189,7 +191,9 @@ def distil_answers(args: argparse.Namespace) -> None:
         done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
     path = args.output / "distilled.residuals.safetensors"
-    answersfile.write(path, done.answers, {"model": model.name, "fingerprint": model.fingerprint, "provenance": made})
+    assert config.routing_stats is not None  # they were read
+    about = {"model": model.name, "fingerprint": model.fingerprint, "provenance": made}
+    answersfile.write(path, done.answers, about | {"statistics": statsfile.identity(config.routing_stats)})
     dataclasses.replace(config, residuals=str(path)).save(args.output / "var_config.json")
     write_json(args.output / "distillation.json", {"divergence": done.divergence, "provenance": made})
     remove(work)

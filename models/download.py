@@ -18,8 +18,8 @@ from pathlib import Path
 
 from models.config import config_from_hf
 from models.verification import RECORD, RemoteFile, Verified, check_structure, damage
+from varjax import checksums
 from varjax.errors import InputError
-from varjax.files import replacing
 
 
 class DownloadError(InputError):
@@ -109,8 +109,7 @@ def download(remote: Remote, directory: Path, progress: bool = True) -> Verified
     if not target.exists():
         _fill(remote, directory, partial, progress)
         place = partial
-    with replacing(place / RECORD) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(remote), indent=2) + "\n")
+    checksums.write_json(place / RECORD, dataclasses.asdict(remote))
     verified = check_structure(place, hashed=len(remote.files))
     if place != target:
         place.rename(target)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from models.config import MoEConfig, read_config
 from models.tokenizer import load_tokenizer
 from models.weights import INDEX_FILE, CheckpointError, ledger, locate_tensors, tensor_files
+from varjax import checksums
 from varjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ def _read_record(directory: Path) -> tuple[RemoteFile, ...]:
     if not path.exists():
         return ()
     try:
-        return tuple(RemoteFile(**file) for file in json.loads(path.read_text())["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}); delete it to verify without it") from None
+        fields = checksums.read_json(path, "delete it to verify without it")
+        return tuple(RemoteFile(**file) for file in fields["files"])
+    except (InputError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); delete it to verify without it") from None
 
 
 def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict[str, str]:

@@ -334,7 +334,10 @@ def build_for(
 
 
 def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Answers | None]:
-    """The statistics and residuals that `config` names. Raises InputError if they are another model's."""
+    """The statistics and residuals that `config` names.
+
+    Raises InputError if they are another model's, or the residuals belong to other statistics.
+    """
     if config.routing_stats is None:
         raise InputError(
             "VARConfig.routing_stats is not set, so there is nothing to look up; "
@@ -350,6 +353,7 @@ def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Ans
         )
     if config.residuals is None:
         return stats, None
+    answersfile.check_statistics(config.residuals, config.routing_stats)
     answers, meta = answersfile.read(config.residuals)
     _check_origin(config.residuals, meta, model)
     return stats, answers

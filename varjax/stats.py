@@ -205,7 +205,8 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
             centre=centre,
             nonfinite=buffer.nonfinite + jnp.sum(left_out, axis=0, dtype=jnp.int32),
             absent=buffer.absent + jnp.sum(mask & (rows < 0), axis=(1, 2), dtype=jnp.int32),
-            tokens=buffer.tokens + jnp.sum(mask, dtype=jnp.int32),
+            # No further than one too many: a count that wrapped around would pass for a short window.
+            tokens=jnp.minimum(buffer.tokens + jnp.sum(mask, dtype=jnp.int32), MAX_WINDOW + 1),
         )
 
 
@@ -226,7 +227,7 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
     tokens = int(buffer.tokens)
     if tokens > MAX_WINDOW:
         raise InputError(
-            f"{tokens} tokens since the last flush, but float32 counts only to {MAX_WINDOW}: flush more often"
+            f"more than {MAX_WINDOW} tokens since the last flush, beyond which float32 does not count: flush more often"
         )
     sums, lows, centre, centre_probs = (
         np.asarray(values).swapaxes(0, 1)  # [L, R, ...]

@@ -30,6 +30,7 @@ from varjax.config import VARConfig
 from varjax.keys import NONE, contexts
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, Plan, Routing, slots_for_mass
 from varjax.table import RouteTable, fast_plan
+from varjax.wide import WideCount
 
 TIERS = ("fast", "cached", "learned")
 
@@ -57,19 +58,15 @@ class Settings:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counters:
-    """What happened so far, by layer and tier.
+    """What happened so far, by layer and tier. `np.asarray` of each gives int64 [L, 3]; they do not wrap around."""
 
-    They hold at most 2^31 - 1: `active` has room for 2^31 / K tokens, 268 million at K = 8, and then wraps around to
-    below zero. A service that runs for longer reads them before and puts `Counters.zero` in their place.
-    """
-
-    tokens: Array  # int32 [L, 3]
-    agreements: Array  # int32 [L, 3], tokens whose predicted first expert, if any, was the learned router's
-    active: Array  # int32 [L, 3], experts that ran
+    tokens: WideCount  # [L, 3]
+    agreements: WideCount  # [L, 3], tokens whose predicted first expert, if any, was the learned router's
+    active: WideCount  # [L, 3], experts that ran
 
     @classmethod
     def zero(cls, num_layers: int) -> Counters:
-        return cls(*(jnp.zeros((num_layers, len(TIERS)), jnp.int32) for _ in range(3)))  # each can be donated
+        return cls(*(WideCount.zero((num_layers, len(TIERS))) for _ in range(3)))
 
 
 @jax.tree_util.register_dataclass
@@ -148,6 +145,7 @@ def plan(
             row=jnp.where(hit, NO_ROW, fast.row),
             routing=jax.tree.map(lambda ours, theirs: jnp.where(hit[..., None], ours, theirs), cached, fast.routing),
             rules=fast.rules,
+            needs_answers=fast.needs_answers,
         )
 
 
@@ -189,15 +187,8 @@ def summary(counters: Counters, top_k: int) -> dict[str, Any]:
     Each dict holds `tokens` (layers x tokens), the share of each tier under `tiers` (they sum to 1), `hit_rate` (share
     that was planned), `false_hits` (share of the planned whose predicted first expert was not the learned one),
     `experts_per_token`, and `experts_share` of the model's K. Without tokens every share is 0.
-
-    Raises OverflowError where a counter has passed 2^31 and is below zero.
     """
-    host = np.stack([counters.tokens, counters.agreements, counters.active]).astype(np.int64)  # [3, L, 3]
-    if (host < 0).any():
-        raise OverflowError(
-            "a counter has passed 2^31, so the shares are lost; the cache is not: go on with "
-            "dataclasses.replace(state, counters=varjax.step.Counters.zero(num_layers)), and do so sooner the next time"
-        )
+    host = np.stack([np.asarray(one) for one in (counters.tokens, counters.agreements, counters.active)])  # [3, L, 3]
     layers = [_shares(layer, top_k) for layer in host.swapaxes(0, 1)]
     return {**_shares(host.sum(axis=1), top_k), "layers": layers}
 
@@ -225,9 +216,9 @@ def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Arr
         return jnp.sum(jnp.where(of_tier, values[..., None], 0), axis=(1, 2), dtype=jnp.int32)
 
     return Counters(
-        tokens=counters.tokens + jnp.sum(of_tier, axis=(1, 2), dtype=jnp.int32),
-        agreements=counters.agreements + total(agree),
-        active=counters.active + total(active),
+        tokens=counters.tokens.plus(jnp.sum(of_tier, axis=(1, 2), dtype=jnp.int32)),
+        agreements=counters.agreements.plus(total(agree)),
+        active=counters.active.plus(total(active)),
     )
 
 

@@ -52,6 +52,9 @@ class RouteTable:
     routing: Routing  # [L, R, K], the most probable experts and their mean gate weights
     answers: tuple[LayerAnswers, ...] | None  # [L], their `entry` is [R, E]; None: nothing stands in for anything
     rules: LayerRules  # [L]
+    # What decided the answers beside the policies: residual_shrinkage and answers_per_layer (inf where there is no
+    # bound). An array, so that tables that differ in it share their programs.
+    made_with: Array  # float32 [2]
     num_experts: int = field(metadata={"static": True})
     orders: tuple[int, ...] = field(metadata={"static": True})  # ascending
 
@@ -94,6 +97,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
             lambda leaf, none: jnp.where(known[..., None], leaf[layer, row], none), table.routing, unused
         ),
         rules=table.rules,
+        needs_answers=table.answers is not None,
     )
 
 
@@ -148,6 +152,7 @@ def build(
         routing=routing,
         answers=_answers(policies, config, answers, entries[:, rows], keep_shapes),
         rules=_rules(policies),
+        made_with=jnp.asarray(_made_with(config)),
         num_experts=stats.num_experts,
         orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.orders})),
     )
@@ -163,7 +168,8 @@ def with_policies(
         answers: likewise.
 
     Raises:
-        InputError: as `build`, or the table holds other rows than all those of `stats`.
+        InputError: as `build`, the table holds other rows than all those of `stats`, or its answers were made under
+            another `answer_dtype`, `residual_shrinkage` or `answers_per_layer` than those of `config`.
     """
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
@@ -171,6 +177,7 @@ def with_policies(
             f"the table has {rows} rows, the statistics {len(stats.keys)} keys and that of order 0; "
             "build the table from these statistics with keep_shapes=True"
         )
+    _check_answers(table, config, answers)
     policies = [config.policy(layer) for layer in range(table.num_layers)]
     _check_policies(config, policies, stats, table.top_k, answers)
     shape = (table.eligible.shape[1], table.num_experts)
@@ -184,6 +191,35 @@ def with_policies(
         kept=jnp.asarray(_kept(policies, table.routing, config.mass_threshold)),
         rules=_rules(policies),
     )
+
+
+def _check_answers(table: RouteTable, config: VARConfig, answers: Answers | None) -> None:
+    """Raises InputError unless the table's answers are those that `build` would make under `config`."""
+    if (table.answers is None) != (answers is None):
+        there = "the table holds none" if table.answers is None else "the table holds some, and none are given"
+        raise InputError(f"answers: {there}; give those that the table was built from")
+    if table.answers is None or answers is None or not answers.layers:
+        return
+    names = ("answer_dtype", "residual_shrinkage", "answers_per_layer")
+    dtype = str(table.answers[answers.layers[0]].answers.dtype)
+    made = (dtype, *np.asarray(table.made_with).tolist())
+    asked = (config.answer_dtype, *_made_with(config).tolist())
+    different = [
+        f"{name} {'unbounded' if ours == math.inf else ours}, the config has {getattr(config, name)}"
+        for name, ours, theirs in zip(names, made, asked, strict=True)
+        if ours != theirs
+    ]
+    if different:
+        raise InputError(
+            f"the table was built with {'; '.join(different)}: other policies cannot change that; build it for this "
+            "config with keep_shapes=True"
+        )
+
+
+def _made_with(config: VARConfig) -> np.ndarray:
+    """float32 [2]: `RouteTable.made_with`."""
+    bound = math.inf if config.answers_per_layer is None else config.answers_per_layer
+    return np.array([config.residual_shrinkage, bound], np.float32)
 
 
 def asked_orders(config: VARConfig, num_layers: int) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -31,13 +32,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from tqdm import tqdm
 
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
 from models import Model
 from models.placement import to_host
-from varjax.files import replacing
+from varjax import checksums
 from varjax.model import VARModel
 from varjax.step import VARState, begin
 
@@ -133,8 +135,13 @@ class Scores:
         columns |= {name: getattr(self, name) for name in ("nll", "tokens", "words", "bytes")}
         frame = pd.DataFrame(columns)
         frame.attrs = {**self.settings, "units": {"nll": "nats, summed over the scored tokens", **_LENGTHS}}
-        with replacing(path) as temporary:
-            frame.to_parquet(temporary)
+        checksums.write_parquet(path, _with_attrs(frame))
+
+
+def _with_attrs(frame: pd.DataFrame) -> pa.Table:
+    """The frame as Arrow holds it, with its `attrs` where `pandas.read_parquet` looks for them."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), "PANDAS_ATTRS": json.dumps(frame.attrs)})
 
 
 def score(

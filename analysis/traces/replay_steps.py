@@ -220,7 +220,7 @@ def gate(experts: Array, probs: Array, num_experts: int, over_all: bool) -> Arra
 def _age(state: VARState, given: _Steps) -> Array:
     """int32 [L, T]: tokens since the cached decision for each token was made."""
     if state.cache is None:
-        return jnp.zeros((state.counters.tokens.shape[0], given.ids.shape[-1]), jnp.int32)
+        return jnp.zeros((given.experts.shape[1], given.ids.shape[-1]), jnp.int32)
     seen = contexts(given.ids, state.recent, state.cache.ids.shape[-1], given.mask)
     return context_cache.age(state.cache, seen, given.now)[:, 0]
 

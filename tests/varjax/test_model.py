@@ -77,7 +77,7 @@ def test_disabled_is_the_plain_model_and_hands_the_state_on(saved_model, stats_p
         out, state = model.advance(state, ids[:, position : position + 1], one, out.kv)
         rows.append(whole.plan.row[..., position : position + 1] if model is off else out.plan.row)
     np.testing.assert_array_equal(np.concatenate(rows, axis=-1), whole.plan.row)
-    assert int(state.counters.tokens.sum()) == 2 * len(ids) * 13
+    assert int(np.asarray(state.counters.tokens).sum()) == 2 * len(ids) * 13
 
 
 def test_a_forgotten_state_is_no_switch(saved_model, stats_path, ids):
@@ -174,7 +174,7 @@ def test_generation_threads_the_state(saved_model, stats_path, ids):
     tokens, state = nothing.generate(ids, nothing.init(len(ids)), max_new_tokens=8)
     np.testing.assert_array_equal(tokens, plain)
     # 16 tokens of the prompt and 7 of the 8 new ones went through both layers.
-    assert int(state.counters.tokens.sum()) == 2 * len(ids) * (16 + 7)
+    assert int(np.asarray(state.counters.tokens).sum()) == 2 * len(ids) * (16 + 7)
 
     var_model = VARModel(model, config(stats_path))
     sampled = [

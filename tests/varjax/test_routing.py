@@ -90,8 +90,8 @@ def slow_resolve(probs, k, normalise, tier, kept, row, experts, weights, rule, e
         slots = [(e, w) for (e, _), w in zip(slots, weights, strict=False)]
     runs, dropped = [], []
     for j, (expert, weight) in enumerate(slots):
-        looked_up = residual and entry is not None and row != NO_ROW
-        answer = entry[row][expert] if looked_up else NO_ANSWER
+        looked_up = residual and row != NO_ROW
+        answer = entry[row][expert] if looked_up and entry is not None else NO_ANSWER
         unwanted = j >= kept
         if j >= 1:
             unwanted |= weight < ratio * slots[0][1]

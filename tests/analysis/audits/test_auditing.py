@@ -40,8 +40,8 @@ def test_windows_of_a_document_add_up(small_var_model, texts):
     assert sums.tokens.min() > reading["max_length"] and sums.planned.shape == (10, 2, 2)
     np.testing.assert_array_equal(sums.audited, sums.planned)
     # The counters of the model counted the same.
-    np.testing.assert_array_equal(sums.planned.sum(0), state.counters.tokens[:, :2])
-    np.testing.assert_array_equal(sums.agreed.sum(0), state.counters.agreements[:, :2])
+    np.testing.assert_array_equal(sums.planned.sum(0), np.asarray(state.counters.tokens)[:, :2])
+    np.testing.assert_array_equal(sums.agreed.sum(0), np.asarray(state.counters.agreements)[:, :2])
 
 
 def test_a_calibration_is_of_its_model_and_documents(small_var_model, calibration):
