@@ -60,23 +60,15 @@ class Kind(NamedTuple):
     read: Callable[[Path], Any]  # the file, with what lies next to it
 
 
-def some_stats() -> RoutingStats:
+def statistics(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     stats = RoutingStats.empty(np.arange(30, dtype=np.int32)[:, None], (1,), 2, 4)
     top1 = rng.integers(0, 9, stats.top1_counts.shape)
     count = top1.sum(axis=-1)
-    moments = dataclasses.replace(
-        stats.entropy, mean=np.where(count > 0, 0.5, np.nan), min=count * 0.0, max=count * 1.0
-    )
-    return dataclasses.replace(
-        stats, count=count, top1_counts=top1, entropy=moments, confidence=moments, sum_probs=top1 / 2
-    )
-
-
-def statistics(folder: Path) -> Path:
-    stats = some_stats()
-    ones = dataclasses.replace(stats.confidence, max=np.ones_like(stats.confidence.max))
-    statsfile.write(folder / "s.parquet", dataclasses.replace(stats, confidence=ones), {"fingerprint": "abc"})
+    half = np.where(count > 0, 0.5, np.nan)
+    moments = dataclasses.replace(stats.entropy, mean=half, min=half, max=half)
+    observed = {"count": count, "top1_counts": top1, "sum_probs": top1 / 2, "entropy": moments, "confidence": moments}
+    statsfile.write(folder / "s.parquet", dataclasses.replace(stats, **observed), {"fingerprint": "abc"})
     return folder / "s.parquet"
 
 
@@ -84,9 +76,8 @@ def answers(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     empty = Answers.empty(np.arange(9, dtype=np.int32)[:, None], (0, 1), 4, 6)
     count = rng.integers(1, 9, empty.count.shape)
-    some = dataclasses.replace(
-        empty, mean=rng.normal(size=empty.mean.shape), mass=count * 0.5, m2=count * 0.1, count=count
-    )
+    observed = {"mean": rng.normal(size=empty.mean.shape), "mass": count * 0.5, "m2": count * 0.1, "count": count}
+    some = dataclasses.replace(empty, **observed)
     answersfile.write(folder / "a.safetensors", some, {"fingerprint": "abc", "statistics": "def"})
     return folder / "a.safetensors"
 

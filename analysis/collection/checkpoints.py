@@ -1,8 +1,8 @@
 """Checkpoints of a long run, so that a killed one ends as if it had never stopped.
 
 A checkpoint is a pytree of host arrays and whole numbers with the number of batches that are in it, in a safetensors
-file that is sealed (`varjax.checksums`): one that was not finished or was damaged is never used. A folder of checkpoints
-belongs to one run, told by what decides its result.
+file that is sealed (`varjax.checksums`): one that was not finished or was damaged is never used. A folder of
+checkpoints belongs to one run, told by what decides its result.
 """
 
 from __future__ import annotations

@@ -226,6 +226,16 @@ def test_what_is_not_known_runs(one_layer):
         assert answered == (4 * BATCH * LENGTH if (row, residual) == (1, True) else 0)
 
 
+def test_without_the_answers_a_plan_that_relies_on_them_is_refused():
+    """Or, where nobody says that it does, every expert runs: none is left out with nothing in its place."""
+    probs = sharp_probs(3)
+    plan = replace(planned(4, row=1, residual=True), kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
+    routing, _ = resolve(probs, 4, plan)
+    jax.tree.map(np.testing.assert_array_equal, routing, top_k(probs, 4))
+    with pytest.raises(ValueError, match=r"no answers were given; pass answers=table\.answers"):
+        jax.jit(lambda probs, plan: resolve(probs, 4, plan))(probs, replace(plan, needs_answers=True))
+
+
 def test_no_tolerance_drops_nothing_and_a_huge_one_is_look_up_only(one_layer):
     probs = sharp_probs(4)
     for row in range(ROWS):
