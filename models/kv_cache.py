@@ -49,7 +49,8 @@ class KVCache:
 
     def store(self, layer: int, keys: jax.Array, values: jax.Array) -> KVCache:
         """With the newest slots of one layer written; `extend` must have made room for them before."""
-        start = (0, self.length - keys.shape[1], 0, 0)
+        nothing = jnp.int32(0)
+        start = (nothing, self.length - keys.shape[1], nothing, nothing)
         new_keys, new_values = list(self.keys), list(self.values)
         new_keys[layer] = jax.lax.dynamic_update_slice(self.keys[layer], keys, start)
         new_values[layer] = jax.lax.dynamic_update_slice(self.values[layer], values, start)
@@ -68,7 +69,7 @@ def extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:
     """
     before = kv.mask.sum(axis=1, dtype=jnp.int32)
     positions = jnp.maximum(before[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    start = (0, kv.length)
+    start = (jnp.int32(0), kv.length)
     kv = dataclasses.replace(
         kv,
         mask=jax.lax.dynamic_update_slice(kv.mask, mask, start),
@@ -95,7 +96,7 @@ def visible(
         offset: slot of the first query.
     """
     queries, keys = query_positions.shape[1], key_positions.shape[1]
-    causal = jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + offset
+    causal = jnp.arange(keys, dtype=jnp.int32)[None, :] <= jnp.arange(queries, dtype=jnp.int32)[:, None] + offset
     seen = causal[None] & key_mask[:, None, :]
     if window is not None:
         seen &= key_positions[:, None, :] > query_positions[:, :, None] - window

@@ -167,13 +167,13 @@ def choose(key: Array, planned: Array, share: float) -> Array:
         raise InputError(f"share={share}: expected above 0 and at most 1, such as 0.05")
     batch, length = planned.shape
     order, rounding = jax.random.split(key)
-    lot = jnp.where(planned, jax.random.uniform(order, planned.shape), -1.0)
+    lot = jnp.where(planned, jax.random.uniform(order, planned.shape, jnp.float32), -1.0)
     _, position = jax.lax.top_k(lot, math.ceil(share * length))
     there = jnp.sum(planned, axis=1, dtype=jnp.int32)
-    wanted = jnp.floor(share * there.astype(jnp.float32) + jax.random.uniform(rounding, (batch,)))
+    wanted = jnp.floor(share * there.astype(jnp.float32) + jax.random.uniform(rounding, (batch,), jnp.float32))
     count = jnp.minimum(wanted.astype(jnp.int32), there)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * length
-    drawn = jnp.arange(position.shape[1], dtype=jnp.int32) < count[:, None]
+    drawn = jnp.arange(position.shape[1], dtype=jnp.int32)[None] < count[:, None]
     return jnp.where(drawn, first + position, -1).reshape(-1)
 
 
@@ -188,9 +188,9 @@ def tally(plan: Plan, router_probs: Array, mask: Array, tokens: Array, error: Ar
         error: float32 [L, B * Q], relative; not finite counts as ERROR_CAP.
     """
     layers, batch = plan.tier.shape[:2]
-    of_tier = plan.tier[..., None] == jnp.arange(len(TIERS), dtype=jnp.int8)  # [L, B, T, tiers]
+    of_tier = plan.tier[..., None] == jnp.arange(len(TIERS), dtype=jnp.int8)[None, None, None]  # [L, B, T, tiers]
     agree = step.agreed(plan, router_probs)
-    audited = of_tier.reshape(layers, -1, len(TIERS))[:, tokens] & (tokens >= 0)[:, None]
+    audited = of_tier.reshape(layers, -1, len(TIERS))[:, tokens] & (tokens >= 0)[None, :, None]
     clipped = jnp.where(error <= ERROR_CAP, error, ERROR_CAP)[..., None]
 
     def total(values: Array) -> Array:

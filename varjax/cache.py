@@ -167,7 +167,7 @@ def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple
     updated = jnp.zeros((num_sets, ways), bool).at[bucket, way].set(True, mode="drop")[bucket]
     age = jnp.where(updated, 0, _way_age(cache, bucket, now))  # [N, W]
     number = _iota(ways)
-    older = (age[:, None, :] > age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & (number < number[:, None]))
+    older = (age[:, None, :] > age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & (number[None, :] < number[:, None])[None])
     rank = jnp.sum(older, axis=-1, dtype=jnp.int32)  # [N, W]
 
     chosen = jnp.argmax(rank == turn[:, None], axis=-1).astype(jnp.int32)

@@ -57,15 +57,15 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
         )
     if mask is None:
         ids = jnp.concatenate([recent, token_ids], axis=1).astype(jnp.int32)
-        last = jnp.broadcast_to(before + jnp.arange(steps), (batch, steps))
+        last = jnp.broadcast_to(before + jnp.arange(steps, dtype=jnp.int32), (batch, steps))
     else:
         # Real tokens move together behind `recent`; `last` is where each of them comes to stand.
         last = before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         width = before + steps
-        sequence = jnp.arange(batch)[:, None]
+        sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
         ids = jnp.concatenate([recent, jnp.full_like(token_ids, NONE)], axis=1).astype(jnp.int32)
         ids = ids.at[sequence, jnp.where(mask, last, width)].set(token_ids.astype(jnp.int32), mode="drop")
-    places = last[..., None] + jnp.arange(1 - length, 1)
+    places = last[..., None] + jnp.arange(1 - length, 1, dtype=jnp.int32)[None, None]
     windows = jnp.take_along_axis(ids[:, None, :], jnp.maximum(places, 0), axis=2)
     return windows if mask is None else jnp.where(mask[..., None], windows, NONE)
 
@@ -142,7 +142,7 @@ def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Arra
     recent = jnp.pad(contexts[..., -longest:], padding, constant_values=ANY)
     seen = np.arange(width) >= width - np.asarray(orders)[:, None]  # [O, C]
     real = recent[..., -1:] != NONE
-    return index.find(jnp.where(seen[:, None, None, :] | ~real, recent, ANY))
+    return index.find(jnp.where(seen[:, None, None, :] | ~real[None], recent[None], ANY))
 
 
 class OrderCount(NamedTuple):

@@ -207,8 +207,8 @@ def agreed(plan: Plan, router_probs: Array) -> Array:
 
 
 def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Array, real: Array) -> Counters:
-    tier = jnp.arange(len(TIERS), dtype=jnp.int8)
-    of_tier = (plan.tier[..., None] == tier) & real[..., None]  # [L, B, T, 3]
+    tier = jnp.arange(len(TIERS), dtype=jnp.int8)[None, None, None]
+    of_tier = (plan.tier[..., None] == tier) & real[None, ..., None]  # [L, B, T, 3]
     agree = agreed(plan, router_probs).astype(jnp.int32)
     active = jnp.sum(routing.experts < router_probs.shape[-1], axis=-1, dtype=jnp.int32)
 
@@ -224,7 +224,7 @@ def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Arr
 
 def _recent(recent: Array, seen: Array, real: Array) -> Array:
     """int32 [B, C - 1]: the context at each sequence's last real position without its earliest id."""
-    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1).astype(jnp.int32)
     newest = jnp.take_along_axis(seen, last[:, None, None], axis=1)[:, 0, 1:]
     return jnp.where(jnp.any(real, axis=1, keepdims=True), newest, recent)
 

@@ -75,7 +75,7 @@ def lookup(table: RouteTable, contexts: Array) -> Array:
     """
     row = jnp.full((table.num_layers, *contexts.shape[:-1]), ABSENT, jnp.int32)
     for found in find_orders(table.index, contexts, table.orders):
-        row = jnp.where((found != ABSENT) & table.eligible[:, found], found, row)
+        row = jnp.where((found != ABSENT)[None] & table.eligible[:, found], found[None], row)
     return row
 
 
@@ -87,7 +87,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
     """
     row = lookup(table, contexts)
     known = row != ABSENT
-    layer = jnp.arange(table.num_layers)[:, None, None]
+    layer = jnp.arange(table.num_layers, dtype=jnp.int32)[:, None, None]
     unused = Routing.unused((*row.shape, table.top_k), table.num_experts)
     return Plan(
         tier=jnp.where(known, jnp.int8(FAST), jnp.int8(LEARNED)),
