@@ -18,6 +18,7 @@ import numpy as np
 
 from models.kv_cache import KVCache
 from varjax.errors import InputError
+from varjax.transfer import to_device
 
 
 class Step(Protocol):
@@ -67,16 +68,17 @@ def generate(
     """
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens={max_new_tokens}; expected at least 1")
-    key = jax.random.key(sampling.seed)
-    live = jnp.ones(ids.shape[0], bool)
+    with jax.transfer_guard_host_to_device("allow"):  # JAX offers no other way to send the seed
+        key = jax.random.key(sampling.seed)
+    live = to_device(np.ones(ids.shape[0], bool))
     pieces = [ids]
     for index in range(max_new_tokens):
         logits, kv, carry = step(kv, carry, ids, mask)
-        ids, mask, live = _pick(logits, live, key, np.int32(index), sampling, end_ids, fill_id)
+        ids, mask, live = _pick(logits, live, key, jax.device_put(np.int32(index)), sampling, end_ids, fill_id)
         pieces.append(ids)
-        if end_ids and not live.any():
+        if end_ids and not jax.device_get(live).any():
             break
-    return np.concatenate(pieces, axis=1), carry
+    return np.concatenate(jax.device_get(pieces), axis=1), carry
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids", "fill_id"))

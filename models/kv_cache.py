@@ -6,9 +6,11 @@ Letters: B sequences, T new positions, S capacity, G key/value heads.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from models.config import MoEConfig
 from models.placement import ONE_DEVICE, Placement
@@ -40,11 +42,11 @@ class KVCache:
         shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
         where, everywhere = placement.sharding(shape, *AXES), placement.sharding(())
         return cls(
-            keys=[jnp.zeros(shape, dtype, device=where) for _ in range(config.depth)],
-            values=[jnp.zeros(shape, dtype, device=where) for _ in range(config.depth)],
-            mask=jnp.zeros(shape[:2], bool, device=everywhere),
-            positions=jnp.zeros(shape[:2], jnp.int32, device=everywhere),
-            length=jnp.zeros((), jnp.int32, device=everywhere),
+            keys=[_zeros(shape, dtype, where) for _ in range(config.depth)],
+            values=[_zeros(shape, dtype, where) for _ in range(config.depth)],
+            mask=_zeros(shape[:2], bool, everywhere),
+            positions=_zeros(shape[:2], jnp.int32, everywhere),
+            length=_zeros((), jnp.int32, everywhere),
         )
 
     def store(self, layer: int, keys: jax.Array, values: jax.Array) -> KVCache:
@@ -60,6 +62,11 @@ class KVCache:
         """The cache inside a jitted function, where `empty` put it."""
         keys, values = ([placement.constrain(one, *AXES) for one in layers] for layers in (self.keys, self.values))
         return KVCache(keys, values, *placement.whole((self.mask, self.positions, self.length)))
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding | None) -> jax.Array:
+    """Made on the device: outside of `jit` the zero itself would be sent there."""
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(shape, jnp.dtype(dtype))
 
 
 def extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:

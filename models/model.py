@@ -25,6 +25,7 @@ from models.placement import ONE_DEVICE, Placement
 from models.verification import fitting_tokenizer
 from models.weights import load_params
 from varjax.errors import InputError
+from varjax.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -133,7 +134,7 @@ class Model:
             raise InputError(
                 "attention_mask ends in padding; pad on the left, so that each text's last token comes last"
             )
-        return self.place((jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
+        return self.place(to_device((ids.astype(np.int32), mask)))
 
 
 @partial(jax.jit, static_argnames="network", donate_argnames="kv")

@@ -101,6 +101,7 @@ def load_params(
             if where is None:
                 stored = tensors.get_tensor(name)
                 _hash(digest, name, entry, [stored])
+                stored = jax.device_put(stored)
             else:
                 slices = tensors.get_slice(name)
                 _hash(digest, name, entry, _blocks(slices, entry))

@@ -74,7 +74,9 @@ class Auditor:
 
     def init(self, seed: int = 0) -> AuditState:
         """The state before the first call, and the way to begin anew after a drift: no evidence, no drift."""
-        return AuditState(jax.random.key(seed), drift.begin(self.calibration))
+        with jax.transfer_guard_host_to_device("allow"):  # JAX offers no other way to send the seed
+            key = jax.random.key(seed)
+        return AuditState(key, drift.begin(self.calibration))
 
     def disabled(self, audit_state: AuditState) -> bool:
         """Whether the next call will run the plain model."""
@@ -121,7 +123,7 @@ def audited(
         share: of the planned tokens that are also computed in full.
     """
     state = step.begin(state, batch_size=ids.shape[0])
-    now = step.milliseconds(var_model.clock())
+    now = jax.device_put(step.milliseconds(var_model.clock()))
     options = {"share": share, "network": var_model.model.network}
     return _audited(var_model.model.params, var_model.table, state, ids, mask, now, var_model.settings, key, **options)
 

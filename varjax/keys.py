@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 
 from varjax.errors import InputError
+from varjax.transfer import to_device
 
 ANY = -1  # a place that the key's order does not look at
 NONE = -2  # no token: before the start of a sequence, or padding
@@ -110,7 +111,7 @@ class KeyIndex:
         slot = np.arange(num_keys) - np.searchsorted(ordered, ordered)  # rank within the bucket
         buckets = np.full((num_buckets, slot.max(initial=0) + 1), ABSENT, np.int32)
         buckets[ordered, slot] = by_bucket
-        return cls(jnp.asarray(buckets), jnp.asarray(keys))
+        return to_device(cls(buckets, keys))
 
     def find(self, queries: Array) -> Array:
         """int32 [...]: the row of each query int32 [..., C], ABSENT where it is no key. A pure gather."""
@@ -122,6 +123,13 @@ class KeyIndex:
         rows = self.buckets[hash_words(queries) & np.uint32(len(self.buckets) - 1)]  # [..., W]
         same = jnp.all(self.keys[rows] == queries[..., None, :], axis=-1)
         return jnp.max(jnp.where(same & (rows != ABSENT), rows, ABSENT), axis=-1)
+
+    def rows(self, queries: np.ndarray) -> np.ndarray:
+        """`find` for arrays of the host."""
+        return np.asarray(_find(self, to_device(np.asarray(queries, np.int32))))
+
+
+_find = jax.jit(KeyIndex.find)
 
 
 def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Array:

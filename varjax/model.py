@@ -191,7 +191,7 @@ class VARModel:
         if self.table is None or state is None:
             state = None if state is None else _follow(state, ids, mask)
             return _plain(self.model.params, ids, mask, **options), state
-        now = step.milliseconds(self.clock())
+        now = jax.device_put(step.milliseconds(self.clock()))
         return routed_forward(self.model.params, self.table, state, ids, mask, now, self.settings, **options)
 
     def generate(
@@ -238,7 +238,7 @@ class VARModel:
             return {"enabled": False}
         cache = None
         if state.cache is not None:
-            used = np.asarray(state.cache.ids[..., 0] != NONE)
+            used = np.asarray(state.cache.ids)[..., 0] != NONE
             cache = {"held": int(used.sum()), "size": used.size}
         counted = step.summary(state.counters, self.model.config.top_k)
         return {"enabled": self.table is not None, **counted, "cache": cache}

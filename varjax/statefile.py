@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,7 @@ from varjax.step import VARState
 
 FORMAT = 2  # 1 was a folder of orbax's, with counters of 32 bits and without a checksum
 FILE = "state.safetensors"
+_since, _before = jax.jit(since), jax.jit(jnp.subtract)
 _MEND = "restore the file, or begin with a new state"
 
 
@@ -47,7 +49,7 @@ def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, A
     if Path(path).is_file():
         raise NotADirectoryError(f"{path} is a file; a state is saved in a folder of its own, give another path")
     if state.cache is not None:
-        state = replace(state, cache=replace(state.cache, stamp=since(state.cache.stamp, now)))
+        state = replace(state, cache=replace(state.cache, stamp=_since(state.cache.stamp, jax.device_put(now))))
     arrays = {name: np.ascontiguousarray(array) for name, array in jax.device_get(_arrays(state)).items()}
     noted = {"format": FORMAT, "about": dict(about), "arrays": _described(arrays)}
     with replacing(Path(path) / FILE) as part:
@@ -84,7 +86,7 @@ def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, An
     state = jax.tree.unflatten(jax.tree.structure(like), jax.device_put([values[name] for name in expected]))
     if state.cache is None:
         return state
-    return replace(state, cache=replace(state.cache, stamp=jax.device_put(now) - state.cache.stamp))
+    return replace(state, cache=replace(state.cache, stamp=_before(jax.device_put(now), state.cache.stamp)))
 
 
 def _arrays(state: VARState) -> dict[str, Array]:

@@ -30,6 +30,7 @@ from varjax.config import VARConfig
 from varjax.keys import NONE, contexts
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, Plan, Routing, slots_for_mass
 from varjax.table import RouteTable, fast_plan
+from varjax.transfer import to_device
 from varjax.wide import WideCount
 
 TIERS = ("fast", "cached", "learned")
@@ -47,11 +48,13 @@ class Settings:
 
     @classmethod
     def of(cls, config: VARConfig, num_layers: int) -> Settings:
-        return cls(
-            ttl=jnp.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON)),
-            confidence_threshold=jnp.float32(config.confidence_threshold),
-            mass_threshold=jnp.float32(config.mass_threshold),
-            cache_layers=jnp.array([config.caches(layer) for layer in range(num_layers)]),
+        return to_device(
+            cls(
+                ttl=np.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON)),
+                confidence_threshold=np.float32(config.confidence_threshold),
+                mass_threshold=np.float32(config.mass_threshold),
+                cache_layers=np.array([config.caches(layer) for layer in range(num_layers)]),
+            )
         )
 
 
@@ -91,14 +94,14 @@ def init(table: RouteTable, config: VARConfig, batch_size: int) -> VARState:
         window = config.context_window_size
         cache = context_cache.init(config.cache_size, window, table.num_layers, table.top_k)
         longest = max(longest, window)
-    recent = jnp.full((batch_size, longest - 1), NONE, jnp.int32)
+    recent = to_device(np.full((batch_size, longest - 1), NONE, np.int32))
     return VARState(cache, recent, Counters.zero(table.num_layers))
 
 
 def begin(state: VARState, batch_size: int | None = None) -> VARState:
     """New sequences, as many as before unless told: nothing came before them. Cache and counters stay."""
     batch = state.recent.shape[0] if batch_size is None else batch_size
-    return replace(state, recent=jnp.full((batch, state.recent.shape[1]), NONE, jnp.int32))
+    return replace(state, recent=to_device(np.full((batch, state.recent.shape[1]), NONE, np.int32)))
 
 
 def follow(state: VARState, token_ids: Array, mask: Array | None = None) -> VARState:

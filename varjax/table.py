@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,10 @@ from varjax.routing import (
 from varjax.selection import most_valuable
 from varjax.shrinkage import inherit, shrunk
 from varjax.stats import RoutingStats
+from varjax.transfer import to_device
+
+_top_k = jax.jit(top_k, static_argnums=(1, 2))
+_slots_for_mass = jax.jit(slots_for_mass)
 
 
 @jax.tree_util.register_dataclass
@@ -147,12 +152,12 @@ def build(
     asked = asked_orders(config, len(policies))
     return RouteTable(
         index=KeyIndex.build(keys[rows]),
-        eligible=jnp.asarray(eligible[:, rows]),
-        kept=jnp.asarray(_kept(policies, routing, config.mass_threshold)),
+        eligible=to_device(eligible[:, rows]),
+        kept=to_device(_kept(policies, routing, config.mass_threshold)),
         routing=routing,
         answers=_answers(policies, config, answers, entries[:, rows], keep_shapes),
         rules=_rules(policies),
-        made_with=jnp.asarray(_made_with(config)),
+        made_with=to_device(_made_with(config)),
         num_experts=stats.num_experts,
         orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.orders})),
     )
@@ -187,8 +192,8 @@ def with_policies(
     eligible = [_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)]
     return replace(
         table,
-        eligible=jnp.asarray(np.stack(eligible)),
-        kept=jnp.asarray(_kept(policies, table.routing, config.mass_threshold)),
+        eligible=to_device(np.stack(eligible)),
+        kept=to_device(_kept(policies, table.routing, config.mass_threshold)),
         rules=_rules(policies),
     )
 
@@ -297,15 +302,15 @@ def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool
         occurrences = np.append(count, 0)[rows, None]
         seen = occurrences > 0
         mean = np.concatenate([sum_probs, nothing])[rows] / np.where(seen, occurrences, 1)
-        best = top_k(jnp.asarray(np.where(seen, mean, 1.0), jnp.float32), k, normalise)
-        unused = Routing.unused(best.experts.shape, stats.num_experts)
-        layers.append(jax.tree.map(lambda leaf, none, seen=seen: jnp.where(seen, leaf, none), best, unused))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        best = jax.device_get(_top_k(to_device(np.where(seen, mean, 1.0).astype(np.float32)), k, normalise))
+        experts = np.where(seen, best.experts, np.int32(stats.num_experts))
+        layers.append(Routing(experts, np.where(seen, best.weights, np.float32(0))))
+    return to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *layers))
 
 
 def _kept(policies: list[LayerPolicy | None], routing: Routing, mass_threshold: float) -> np.ndarray:
     """int8 [L, R]: what the policy says, or as many as reach the mass threshold."""
-    kept = np.array(slots_for_mass(routing.weights, jnp.float32(mass_threshold)))
+    kept = np.array(_slots_for_mass(routing.weights, to_device(np.float32(mass_threshold))))
     for layer, policy in enumerate(policies):
         if policy is not None and policy.kept is not None:
             kept[layer] = policy.kept
@@ -335,11 +340,12 @@ def _answers(
             place = np.full(len(rows) + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
             place[used] = np.arange(len(used))
             entry, rows, deviation = place[entry], rows[used], deviation[used]
-        encoded = _encoded(jnp.asarray(rows), config.answer_dtype)
-        built.append(LayerAnswers(jnp.asarray(entry), jnp.asarray(deviation), *encoded))
+        encoded = _encoded(to_device(rows), config.answer_dtype)
+        built.append(LayerAnswers(*to_device((entry, deviation)), *encoded))
     return tuple(built)
 
 
+@partial(jax.jit, static_argnums=1)
 def _encoded(rows: Array, dtype: str) -> tuple[Array, Array | None]:
     """The answers [N, D] in their stored form and, for int8, the scale float32 [N] that gives them back."""
     if dtype != "int8":
@@ -352,15 +358,16 @@ def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
     """[L]; a layer that is left open has neutral ones."""
     given = [policy or LayerPolicy(residual=False) for policy in policies]
 
-    def column(values: list[float]) -> Array:
-        return jnp.array(values, jnp.float32)
+    def column(values: list[float]) -> np.ndarray:
+        return np.array(values, np.float32)
 
-    return LayerRules(
+    rules = LayerRules(
         gate_ratio=column([policy.gate_ratio or 0.0 for policy in given]),
         gate_mass=column([math.inf if policy.gate_mass is None else policy.gate_mass for policy in given]),
         tolerance=column([policy.tolerance or 0.0 for policy in given]),
-        residual=jnp.array([policy.residual for policy in given]),
-        renormalise=jnp.array([policy.renormalise for policy in given]),
-        choice_from_table=jnp.array([policy.choice_from == "table" for policy in given]),
-        weights_from_table=jnp.array([policy.weights_from == "table" for policy in given]),
+        residual=np.array([policy.residual for policy in given]),
+        renormalise=np.array([policy.renormalise for policy in given]),
+        choice_from_table=np.array([policy.choice_from == "table" for policy in given]),
+        weights_from_table=np.array([policy.weights_from == "table" for policy in given]),
     )
+    return to_device(rules)

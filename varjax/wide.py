@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from varjax.transfer import to_device
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class WideCount:
     @classmethod
     def zero(cls, shape: tuple[int, ...]) -> WideCount:
         """All counts 0; two arrays, so that each can be donated."""
-        return cls(jnp.zeros(shape, jnp.uint32), jnp.zeros(shape, jnp.uint32))
+        return to_device(cls(np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)))
 
     def plus(self, more: Array) -> WideCount:
         """The counts with `more` added. Pure, fit for jit.

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -24,6 +23,7 @@ from varjax.errors import InputError
 from varjax.model import VARModel
 from varjax.step import VARState
 from varjax.streams import Stream, Tally, observe, watched
+from varjax.transfer import to_device
 
 
 def calibrate(
@@ -82,9 +82,11 @@ def tally_documents(
     state = var_model.init()
     if state is None:
         raise InputError("VAR is switched off (enable_var=False): there is nothing to audit")
-    key, parts, owners = jax.random.key(seed), [], []
+    with jax.transfer_guard_host_to_device("allow"):  # JAX offers no other way to send the seed
+        key = jax.random.key(seed)
+    parts, owners = [], []
     for batch in batches(tqdm(documents, unit="document", disable=not progress), batch_size, max_length):
-        ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+        ids, mask = to_device((batch.ids, batch.mask))
         _, state, tally, key = audited(var_model, state, ids, mask, key, share)
         parts.append(jax.device_get(tally))
         owners.append(batch.documents)

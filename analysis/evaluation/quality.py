@@ -42,6 +42,7 @@ from models.placement import to_host
 from varjax import checksums
 from varjax.model import VARModel
 from varjax.step import VARState, begin
+from varjax.transfer import to_device
 
 _LENGTHS = {"max_length": "tokens", "stride": "tokens"}
 UNITS = {
@@ -173,8 +174,9 @@ def score(
     if prefix_id is not None:
         read = (dataclasses.replace(one, ids=prefixed(prefix_id, one.ids)) for one in read)
     for batch in batches(read, batch_size, max_length, stride, full_last):
-        logits, carry = run(carry, jnp.asarray(batch.ids), jnp.asarray(batch.mask))
-        losses = to_host(token_nll(logits, jnp.asarray(batch.targets), jnp.asarray(batch.scored))).astype(np.float64)
+        ids, mask, targets, scored = to_device((batch.ids, batch.mask, batch.targets, batch.scored))
+        logits, carry = run(carry, ids, mask)
+        losses = to_host(token_nll(logits, targets, scored)).astype(np.float64)
         owned = batch.documents >= 0
         np.add.at(nll, batch.documents[owned], losses.sum(1)[owned])
         np.add.at(tokens, batch.documents[owned], batch.scored.sum(1)[owned])

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from analysis.reports.provenance import write_json
-from varjax.checksums import read_json
 from varjax.bounds import ConfidenceSequence, begin, documents_needed, interval, p_value, update, upper_bound
+from varjax.checksums import read_json
 
 REPEATS = 500
 ALLOWED = 0.05 + 3 * math.sqrt(0.05 * 0.95 / REPEATS)  # three standard errors above the nominal share

@@ -263,13 +263,9 @@ def test_answers_of_other_statistics_are_refused(tmp_path):
     assert config.at(stats).residuals == str(own)
     for count, fingerprint in ((4, "abc"), (3, "def")):
         statsfile.write(stats, some_stats(count), {"fingerprint": fingerprint})
-        with pytest.raises(
-            ValueError, match=r"own\.safetensors: these answers belong to other statistics, "
-        ):
+        with pytest.raises(ValueError, match=r"own\.safetensors: these answers belong to other statistics, "):
             config.at(stats)
-        with pytest.raises(
-            ValueError, match="give the statistics that the answers were collected with"
-        ):
+        with pytest.raises(ValueError, match="give the statistics that the answers were collected with"):
             config.at(stats, own)
     answersfile.write(own, some, {})
     with pytest.raises(ValueError, match="these answers name no statistics"):

@@ -140,9 +140,7 @@ def test_a_truncated_state_is_an_error_that_names_its_file(tmp_path):
     content = file.read_bytes()
     for end in (0, 5, 100, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:end])
-        with pytest.raises(
-            ValueError, match=r"state\.safetensors: .* damaged.*; restore the file"
-        ):
+        with pytest.raises(ValueError, match=r"state\.safetensors: .* damaged.*; restore the file"):
             statefile.load(tmp_path, small_state(0), np.int32(0), ABOUT)
 
 
