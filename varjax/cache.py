@@ -171,9 +171,7 @@ def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple
     age = jnp.where(updated, 0, _way_age(cache, bucket, now))  # [N, W]
     number = _iota(ways)
     earlier = (number[None, :] < number[:, None])[None]
-    older = (age[:, None, :] > age[:, :, None]) | (
-        (age[:, None, :] == age[:, :, None]) & (number[None, :] < number[:, None])[None]
-    )
+    older = (age[:, None, :] > age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & earlier)
     rank = jnp.sum(older, axis=-1, dtype=jnp.int32)  # [N, W]
 
     chosen = jnp.argmax(rank == turn[:, None], axis=-1).astype(jnp.int32)
