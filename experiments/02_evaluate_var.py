@@ -52,7 +52,7 @@ from experiments.hosts import add_hosts, join
 from models import Model
 from profiling import throughput_section
 from profiling.throughput import by_batch, measure
-from varjax import VARConfig, VARModel, answersfile
+from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
 from varjax.files import remove
@@ -158,11 +158,13 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
 
     name = output.stem
-    scores.save(output.folder / f"{name}.documents.parquet")
+    table = output.folder / f"{name}.documents.parquet"
+    scores.save(table)
     result: dict[str, Any] = {
         "mode": args.mode,
         **scores.summary(),
-        "documents_file": f"{name}.documents.parquet",
+        "documents_file": table.name,
+        "documents_sha256": checksums.digest_of_file(table),
         "experts_per_token": float(model.config.top_k),
     }
     if state is not None:
@@ -207,7 +209,9 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
         done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
     path = output.other("distilled.residuals.safetensors")
-    answersfile.write(path, done.answers, {"model": model.name, "fingerprint": model.fingerprint, "provenance": made})
+    assert config.routing_stats is not None  # they were read
+    about = {"model": model.name, "fingerprint": model.fingerprint, "provenance": made}
+    answersfile.write(path, done.answers, about | {"statistics": statsfile.identity(config.routing_stats)})
     dataclasses.replace(config, residuals=str(path)).save(output.other("var_config.json"))
     write_json(output.other("distillation.json"), {"divergence": done.divergence, "provenance": made})
     remove(work)

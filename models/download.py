@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +17,8 @@ from pathlib import Path
 
 from models.config import ConfigError, read_config
 from models.verification import RECORD, RemoteFile, Verified, check_structure, damage
+from varjax import checksums
 from varjax.errors import InputError
-from varjax.files import replacing
 
 
 class DownloadError(InputError):
@@ -109,8 +108,7 @@ def download(remote: Remote, directory: Path, progress: bool = True) -> Verified
     if not target.exists():
         _fill(remote, directory, partial, progress)
         place = partial
-    with replacing(place / RECORD) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(remote), indent=2) + "\n")
+    checksums.write_json(place / RECORD, dataclasses.asdict(remote))
     verified = check_structure(place, hashed=len(remote.files))
     if place != target:
         place.rename(target)

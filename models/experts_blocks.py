@@ -134,7 +134,7 @@ def sort_by_expert(routing: Routing, num_experts: int, padding: int = 0) -> ByEx
     """The assignments of `routing` [N, K], N * K of them, sorted; `padding` more places at the end."""
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    counts = (flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)).sum(0, dtype=jnp.int32)
+    counts = (flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None]).sum(0, dtype=jnp.int32)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     return ByExpert(jnp.pad(order, (0, padding)), ends - counts, ends, nowhere=flat.size)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from models.kv_cache import KVCache
 from varjax.errors import InputError, require_integer
+from varjax.transfer import random_key, to_device
 
 
 class Step(Protocol):
@@ -76,11 +77,11 @@ def generate(
     pieces = [ids]
     for index in range(max_new_tokens):
         logits, kv, carry = step(kv, carry, ids, mask)
-        ids, mask, live = _pick(logits, live, key, np.int32(index), sampling, end_ids, fill_id)
+        ids, mask, live = _pick(logits, live, key, jax.device_put(np.int32(index)), sampling, end_ids, fill_id)
         pieces.append(ids)
-        if end_ids and not live.any():
+        if end_ids and not jax.device_get(live).any():
             break
-    return np.concatenate(pieces, axis=1), carry
+    return np.concatenate(jax.device_get(pieces), axis=1), carry
 
 
 def _is_number(value: Any) -> bool:
@@ -129,7 +130,7 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
 def _key(seed: int | tuple[int, ...], batch_size: int) -> jax.Array:
     """A PRNG key for the batch, or [B] of them."""
     if not isinstance(seed, tuple):
-        return jax.random.key(seed)
+        return random_key(seed)
     if len(seed) != batch_size:
         raise InputError(f"seed holds {len(seed)} seeds for {batch_size} texts; expected one for each, or a single one")
-    return jax.vmap(jax.random.key)(jnp.asarray(seed, jnp.uint32))
+    return jax.vmap(jax.random.key)(to_device(np.asarray(seed, np.uint32)))

@@ -6,9 +6,11 @@ Letters: B sequences, T new positions, S capacity, G key/value heads.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from models.config import MoEConfig
 from models.placement import ONE_DEVICE, Placement
@@ -40,16 +42,17 @@ class KVCache:
         shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
         where, everywhere = placement.sharding(shape, *AXES), placement.sharding(())
         return cls(
-            keys=[jnp.zeros(shape, dtype, device=where) for _ in range(config.depth)],
-            values=[jnp.zeros(shape, dtype, device=where) for _ in range(config.depth)],
-            mask=jnp.zeros(shape[:2], bool, device=everywhere),
-            positions=jnp.zeros(shape[:2], jnp.int32, device=everywhere),
-            length=jnp.zeros((), jnp.int32, device=everywhere),
+            keys=[_zeros(shape, dtype, where) for _ in range(config.depth)],
+            values=[_zeros(shape, dtype, where) for _ in range(config.depth)],
+            mask=_zeros(shape[:2], bool, everywhere),
+            positions=_zeros(shape[:2], jnp.int32, everywhere),
+            length=_zeros((), jnp.int32, everywhere),
         )
 
     def store(self, layer: int, keys: jax.Array, values: jax.Array) -> KVCache:
         """With the newest slots of one layer written; `extend` must have made room for them before."""
-        start = (0, self.length - keys.shape[1], 0, 0)
+        nothing = jnp.int32(0)
+        start = (nothing, self.length - keys.shape[1], nothing, nothing)
         new_keys, new_values = list(self.keys), list(self.values)
         new_keys[layer] = jax.lax.dynamic_update_slice(self.keys[layer], keys, start)
         new_values[layer] = jax.lax.dynamic_update_slice(self.values[layer], values, start)
@@ -61,6 +64,11 @@ class KVCache:
         return KVCache(keys, values, *placement.whole((self.mask, self.positions, self.length)))
 
 
+def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding | None) -> jax.Array:
+    """Made on the device: outside of `jit` the zero itself would be sent there."""
+    return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(shape, jnp.dtype(dtype))
+
+
 def extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:
     """Take T more slots into use; returns the cache and the new tokens' positions int32[B, T].
 
@@ -68,7 +76,7 @@ def extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:
     """
     before = kv.mask.sum(axis=1, dtype=jnp.int32)
     positions = jnp.maximum(before[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    start = (0, kv.length)
+    start = (jnp.int32(0), kv.length)
     kv = dataclasses.replace(
         kv,
         mask=jax.lax.dynamic_update_slice(kv.mask, mask, start),
@@ -95,7 +103,7 @@ def visible(
         offset: slot of the first query.
     """
     queries, keys = query_positions.shape[1], key_positions.shape[1]
-    causal = jnp.arange(keys)[None, :] <= jnp.arange(queries)[:, None] + offset
+    causal = jnp.arange(keys, dtype=jnp.int32)[None, :] <= jnp.arange(queries, dtype=jnp.int32)[:, None] + offset
     seen = causal[None] & key_mask[:, None, :]
     if window is not None:
         seen &= key_positions[:, None, :] > query_positions[:, :, None] - window

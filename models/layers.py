@@ -38,7 +38,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
-        return self.weight[...] * y.astype(x.dtype)
+        return jnp.expand_dims(self.weight[...], tuple(range(y.ndim - 1))) * y.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -112,7 +112,7 @@ class MLP(nnx.Module):
 def rotary_angles(positions: jax.Array, config: MoEConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [B, T, 1, head_dim] of the rotary angles, computed in float32."""
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = positions[..., None].astype(jnp.float32) / config.rope_theta**exponents
+    angles = positions[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None]
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 

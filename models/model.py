@@ -26,6 +26,7 @@ from models.placement import ONE_DEVICE, Placement
 from models.verification import fitting_tokenizer
 from models.weights import load_params
 from varjax.errors import InputError, require_integer
+from varjax.transfer import to_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,7 +168,7 @@ class Model:
             raise InputError(
                 "attention_mask ends in padding; pad on the left, so that each text's last token comes last"
             )
-        return self.place((jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
+        return self.place(to_device((ids.astype(np.int32), mask)))
 
 
 def _array(name: str, value: Any) -> np.ndarray:

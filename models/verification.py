@@ -19,6 +19,7 @@ from models.fields import Kind, read_object, shown, wrong_types
 from models.generation_config import read_generation
 from models.tokenizer import load_tokenizer
 from models.weights import INDEX_FILE, CheckpointError, check_counts, ledger, locate_tensors, tensor_files
+from varjax import checksums
 from varjax.errors import InputError
 from varjax.progress import Bar, progress_bar
 
@@ -83,9 +84,9 @@ def _read_record(directory: Path) -> tuple[RemoteFile, ...]:
     if not path.exists():
         return ()
     try:
-        files = read_object(path, CheckpointError).get("files")
-    except CheckpointError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); delete it to verify without it") from None
+        files = checksums.read_json(path, "delete it to verify without it").get("files")
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(files, list) or not all(_is_remote(file) for file in files):
         raise CheckpointError(f"{path} is damaged (files is {shown(files)}); delete it to verify without it")
     return tuple(RemoteFile(**file) for file in files)

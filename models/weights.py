@@ -37,6 +37,7 @@ from models.families import COMMON_TENSORS, FAMILIES, STACKED_EXPERTS
 from models.fields import read_object, shown
 from models.parameters import Params, init_params, param_shardings
 from models.placement import ONE_DEVICE, Placement
+from varjax import checksums
 from varjax.errors import InputError
 from varjax.files import replacing
 
@@ -130,6 +131,7 @@ def load_params(
             if where is None:
                 stored = slices[:]
                 _hash(digest, name, entry, [stored])
+                stored = jax.device_put(stored)
             else:
                 _hash(digest, name, entry, _blocks(slices, entry.shape))
                 stored = _distribute(slices, entry, where)
@@ -153,7 +155,8 @@ def save_params(
 ) -> None:
     """Write canonical parameters and `config.json` so that this library and transformers open the directory.
 
-    More than `shard_bytes` go into numbered shards. No file takes its place before all are written: a call that is
+    Files of tensors carry a checksum (`varjax.checksums`), which loading verifies. More than `shard_bytes` go into
+    numbered shards. No file takes its place before all are written: a call that is
     interrupted before leaves the directory as it was, one that is interrupted later leaves files of both checkpoints. A
     checkpoint that was there before is replaced, its other shards removed.
     """
@@ -172,7 +175,9 @@ def save_params(
             write(INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         for file, names in shards.items():
             tensors = {name: _to_disk(_lookup(params, entries[name].path), entries[name], dtype) for name in names}
-            save_file(tensors, write(file), metadata={"format": "pt"})
+            path = write(file)
+            save_file(tensors, path, metadata={"format": "pt", **checksums.SEALED})
+            checksums.seal(path)
     # What is left of an earlier checkpoint would be read in place of this one.
     written = {*shards, *([INDEX_FILE] if len(shards) > 1 else [])}
     for path in [directory / SINGLE_FILE, directory / INDEX_FILE, *directory.glob("model-*-of-*.safetensors")]:
@@ -234,6 +239,7 @@ def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry
     faults = []
     head: Place | None = None  # a second copy of the embedding, which both ends of the model share
     for file in tensor_files(directory):
+        _verify(file)
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
                 stored = tensors.get_slice(name)
@@ -356,6 +362,14 @@ def _listed_files(names: set[str]) -> str:
         whole = "complete" if found >= set(range(1, int(total) + 1)) else f"{len(found)} of them"
         counted.append(f"{stem}-*-of-{total}.safetensors, {whole}")
     return "; ".join(sorted(others) + sorted(counted)) or "no weight file"
+
+
+def _verify(file: Path) -> None:
+    """Raise CheckpointError if the file has a checksum (`save_params` writes one) that is not that of its contents."""
+    try:
+        checksums.verify(file, "fetch or save the file again")
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
 
 
 @contextmanager

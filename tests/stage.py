@@ -107,7 +107,7 @@ def stage(folder: Path, patch: pytest.MonkeyPatch) -> None:
 
     patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
     patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    write_texts(embedded._cache_file(), texts(0, long=True))
+    embedded.save([(text, "ab"[len(text) % 2]) for text in texts(0, long=True)], embedded._cache_file())
     write_texts(Path("allenai/c4:en/c4.jsonl"), texts(1))
     write_texts(Path("Salesforce/wikitext:wikitext-103-raw-v1/wikitext.jsonl"), texts(2))
 

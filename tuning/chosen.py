@@ -14,6 +14,7 @@ from typing import Any
 
 from analysis.reports.provenance import write_json
 from tuning.points import Point, best, least_bad
+from varjax import checksums
 from varjax.config import VARConfig
 from varjax.errors import InputError
 
@@ -53,11 +54,12 @@ def read(path: Path) -> dict[str, VARConfig]:
         FileNotFoundError: there is no such file.
     """
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); give best_configs.json of a search, or a VARConfig") from None
     if not isinstance(saved, dict) or "configs" not in saved:
         return {path.stem: VARConfig.load(path)}
+    saved = checksums.read_json(path, "search again, or give a VARConfig")
     try:
         return {one["name"]: VARConfig.from_json(json.dumps(one["config"])) for one in saved["configs"]}
     except (KeyError, TypeError) as error:

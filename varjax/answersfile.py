@@ -1,7 +1,9 @@
 """Answers on disk: a safetensors file with the tensors of `Answers` and a JSON header.
 
-Letters as in `varjax.answers`. The header (the file's metadata, key `varjax`) holds the format's version, the layers
-and whatever the caller gives: fingerprint of the model, provenance. Nothing in the file can run.
+Letters as in `varjax.answers`. The header (the file's metadata, key `varjax`) holds the format's version, the layers,
+as `statistics` the identity of the statistics that the answers belong to (`varjax.statsfile.identity`), and whatever
+the caller gives: fingerprint of the model, provenance. The file is sealed (`varjax.checksums`), and reading verifies
+it. Nothing in the file can run.
 """
 
 from __future__ import annotations
@@ -14,13 +16,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from varjax import checksums, statsfile
 from varjax.answers import Answers
 from varjax.errors import InputError
 from varjax.files import replacing
 from varjax.routing import NO_ANSWER
 
-FORMAT = 2  # 1 held one mean per key and rule
+FORMAT = 3  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics
 _OWN = ("format", "answer_layers", "distilled")
+_MEND = "restore the file, or collect the answers again"
 _DTYPES = {
     "keys": np.int32,
     "entry": np.int32,
@@ -36,7 +40,8 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
     """Writes the answers, the means as float32, whole or not at all.
 
     Args:
-        meta: anything that JSON can hold, under names other than `format`, `answer_layers` and `distilled`.
+        meta: anything that JSON can hold, under names other than `format`, `answer_layers` and `distilled`. Without
+            `statistics`, the identity of those that the answers belong to, no table can be built from the file.
     """
     taken = sorted(set(meta) & set(_OWN))
     if taken:
@@ -44,7 +49,8 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
     header = {"format": FORMAT, "answer_layers": answers.layers, "distilled": answers.distilled, **meta}
     tensors = {name: np.ascontiguousarray(getattr(answers, name), dtype) for name, dtype in _DTYPES.items()}
     with replacing(Path(path)) as part:
-        save_file(tensors, part, metadata={"varjax": json.dumps(header)})
+        save_file(tensors, part, metadata={"varjax": json.dumps(header), **checksums.SEALED})
+        checksums.seal(part)
 
 
 def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
@@ -56,23 +62,50 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; collect the answers first, or mend the path")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("varjax", "null"))
-            tensors = {name: file.get_tensor(name) for name in _DTYPES if name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); collect the answers again") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        found = header.get("format") if isinstance(header, dict) else None
-        raise InputError(f"{path}: expected answers of format {FORMAT}, found {found}; collect them again")
-
+    sealed = checksums.verify(path, _MEND)
+    header = _header(path)
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in _DTYPES if name in file.keys()}  # noqa: SIM118
     try:
         layers, distilled = tuple(int(layer) for layer in header["answer_layers"]), bool(header["distilled"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the header lacks its layers ({error!r}); collect the answers again") from error
     _check_shapes(path, tensors, len(layers))
+    if not sealed:
+        raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {_MEND}")
     answers = Answers(layers=layers, distilled=distilled, **tensors)
     return answers, {name: value for name, value in header.items() if name not in _OWN}
+
+
+def check_statistics(path: str | Path, statistics: str | Path) -> None:
+    """Raise unless the answers in a file belong to the routing statistics in another; reads the headers alone.
+
+    Raises:
+        FileNotFoundError: one of the files does not exist.
+        InputError: they belong to other statistics, or one of the files cannot be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; collect the answers first, or mend the path")
+    theirs, ours = _header(path).get("statistics"), statsfile.identity(statistics)
+    if theirs is None or theirs != ours:
+        belong = "name no statistics" if theirs is None else f"belong to other statistics, {str(theirs)[:12]}…"
+        raise InputError(
+            f"{path}: these answers {belong}, while {statistics} has the identity {str(ours)[:12]}…; they would mix "
+            "different texts: give the statistics that the answers were collected with, or collect both again"
+        )
+
+
+def _header(path: str | Path) -> dict[str, Any]:
+    """The header of an answers file of this format."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("varjax", "null"))
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); collect the answers again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        found = header.get("format") if isinstance(header, dict) else None
+        raise InputError(f"{path}: expected answers of format {FORMAT}, found {found}; collect them again")
+    return header
 
 
 def _check_shapes(path: str | Path, tensors: dict[str, np.ndarray], num_layers: int) -> None:

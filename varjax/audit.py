@@ -74,7 +74,9 @@ class Auditor:
 
     def init(self, seed: int = 0) -> AuditState:
         """The state before the first call, and the way to begin anew after a drift: no evidence, no drift."""
-        return AuditState(jax.random.key(seed), drift.begin(self.calibration))
+        with jax.transfer_guard_host_to_device("allow"):  # JAX offers no other way to send the seed
+            key = jax.random.key(seed)
+        return AuditState(key, drift.begin(self.calibration))
 
     def disabled(self, audit_state: AuditState) -> bool:
         """Whether the next call will run the plain model."""
@@ -122,7 +124,7 @@ def audited(
         share: of the planned tokens that are also computed in full.
         now: as in `VARModel.advance`.
     """
-    moment = step.milliseconds(var_model.clock() if now is None else now)
+    moment = jax.device_put(step.milliseconds(var_model.clock() if now is None else now))
     options = {"share": share, "network": var_model.model.network}
     return _audited(
         var_model.model.params, var_model.table, state, ids, mask, moment, var_model.settings, key, **options
@@ -177,7 +179,7 @@ def choose(key: Array, planned: Array, share: float) -> Array:
     wanted = jnp.floor(share * there.astype(jnp.float32) + _uniform(rounding, (batch,)))
     count = jnp.minimum(wanted.astype(jnp.int32), there)
     first = jnp.arange(batch, dtype=jnp.int32)[:, None] * length
-    drawn = jnp.arange(position.shape[1], dtype=jnp.int32) < count[:, None]
+    drawn = jnp.arange(position.shape[1], dtype=jnp.int32)[None] < count[:, None]
     return jnp.where(drawn, first + position, -1).reshape(-1)
 
 
@@ -199,9 +201,9 @@ def tally(plan: Plan, router_probs: Array, mask: Array, tokens: Array, error: Ar
         error: float32 [L, B * Q], relative; not finite counts as ERROR_CAP.
     """
     layers, batch = plan.tier.shape[:2]
-    of_tier = plan.tier[..., None] == jnp.arange(len(TIERS), dtype=jnp.int8)  # [L, B, T, tiers]
+    of_tier = plan.tier[..., None] == jnp.arange(len(TIERS), dtype=jnp.int8)[None, None, None]  # [L, B, T, tiers]
     agree = step.agreed(plan, router_probs)
-    audited = of_tier.reshape(layers, -1, len(TIERS))[:, tokens] & (tokens >= 0)[:, None]
+    audited = of_tier.reshape(layers, -1, len(TIERS))[:, tokens] & (tokens >= 0)[None, :, None]
     clipped = jnp.where(error <= ERROR_CAP, error, ERROR_CAP)[..., None]
 
     def total(values: Array) -> Array:

@@ -35,6 +35,7 @@ from jax import Array, lax
 
 from varjax.keys import NONE, hash_words
 from varjax.routing import Routing
+from varjax.transfer import to_device
 
 NOTHING = -1  # in place of the experts of a decision that is not there
 HORIZON = 1 << 30  # ms, 12.4 days: the greatest age, and so the longest TTL
@@ -54,11 +55,13 @@ class ContextCache:
 def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways: int = 4) -> ContextCache:
     """An empty cache for `cache_size` contexts, rounded up to whole sets (one at least)."""
     shape = (max(1, -(-cache_size // ways)), ways)
-    return ContextCache(
-        ids=jnp.full((*shape, context_length), NONE, jnp.int32),
-        experts=jnp.full((*shape, num_layers, top_k), NOTHING, jnp.int16),
-        weights=jnp.zeros((*shape, num_layers, top_k), jnp.float32),
-        stamp=jnp.zeros((*shape, num_layers), jnp.int32),
+    return to_device(
+        ContextCache(
+            ids=np.full((*shape, context_length), NONE, np.int32),
+            experts=np.full((*shape, num_layers, top_k), NOTHING, np.int16),
+            weights=np.zeros((*shape, num_layers, top_k), np.float32),
+            stamp=np.zeros((*shape, num_layers), np.int32),
+        )
     )
 
 
@@ -208,7 +211,8 @@ def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple
     updated = jnp.zeros((num_sets, ways), bool).at[bucket, way].set(True, mode="drop")[bucket]
     age = jnp.where(updated, 0, _way_age(cache, bucket, now))  # [N, W]
     number = _iota(ways)
-    older = (age[:, None, :] > age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & (number < number[:, None]))
+    earlier = (number[None, :] < number[:, None])[None]
+    older = (age[:, None, :] > age[:, :, None]) | ((age[:, None, :] == age[:, :, None]) & earlier)
     rank = jnp.sum(older, axis=-1, dtype=jnp.int32)  # [N, W]
 
     chosen = jnp.argmax(rank == turn[:, None], axis=-1).astype(jnp.int32)

@@ -17,12 +17,11 @@ import numbers
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from varjax import checksums
 from varjax.errors import InputError
-from varjax.files import replacing
 
 Source = Literal["gate", "table"]
 AnswerType = Literal["float32", "bfloat16", "int8"]
@@ -197,13 +196,17 @@ class VARConfig:
                 statistics.
 
         Raises:
-            FileNotFoundError, InputError: as `from_routing_stats`.
+            FileNotFoundError: there is no such file of statistics.
+            InputError: as `from_routing_stats`, or the answers belong to other statistics.
         """
         beside = VARConfig.from_routing_stats(routing_stats)
         own = self.residuals if self.residuals is not None and Path(self.residuals).is_file() else beside.residuals
-        return replace(
-            self, routing_stats=beside.routing_stats, residuals=own if residuals is None else os.fspath(residuals)
-        )
+        chosen = own if residuals is None else os.fspath(residuals)
+        if chosen is not None and Path(chosen).is_file():
+            from varjax.answersfile import check_statistics  # it brings pyarrow and safetensors with it
+
+            check_statistics(chosen, routing_stats)
+        return replace(self, routing_stats=beside.routing_stats, residuals=chosen)
 
     def to_json(self) -> str:
         """JSON text with every field, policies as objects, `layers` keyed by layer number."""
@@ -214,15 +217,22 @@ class VARConfig:
     def from_json(cls, text: str) -> VARConfig:
         """The inverse of `to_json`; fields that are missing take their defaults.
 
+        The text of a saved file holds a checksum, which is verified; one that was written by hand needs none.
+
         Raises:
-            InputError: not JSON, an unknown field (the nearest known one is named), or a value out of range.
+            InputError: not JSON, an unknown field (the nearest known one is named), a value out of range, or the
+                checksum is that of other settings.
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"not valid JSON: {error}") from error
         if not isinstance(data, dict):
             raise InputError(f"expected a JSON object with the fields of VARConfig, got {type(data).__name__}")
+        try:
+            data = checksums.without_checksum(data)
+        except InputError as error:
+            raise InputError(f'it {error}; restore it or, if you edited it, remove its field "checksum"') from error
         values = _known(cls, data, "VARConfig")
         if "default" in values:
             values["default"] = _policy_from_json(values["default"], "default")
@@ -243,14 +253,12 @@ class VARConfig:
             path = getattr(self, name)
             contents[name] = None
             if path is not None and Path(path).is_file():
-                found = os.stat(path)
-                contents[name] = _content_hash(path, found.st_size, found.st_mtime_ns)
+                contents[name] = checksums.digest_of_file(path)
         return hashlib.sha256(replace(self, **contents).to_json().encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes `to_json()`, whole or not at all."""
-        with replacing(Path(path)) as part:
-            part.write_text(self.to_json() + "\n", encoding="utf-8")
+        """Writes `to_json()` with a checksum, whole or not at all."""
+        checksums.write_json(path, json.loads(self.to_json()))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VARConfig:
@@ -260,21 +268,14 @@ class VARConfig:
             InputError: as `from_json`, with the file named.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8-sig"))
-        except ValueError as error:
+            return cls.from_json(Path(path).read_bytes().decode("utf-8-sig"))
+        except (InputError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: {error}") from error
 
 
 def residuals_beside(stats: Path) -> Path:
     """Where the residual rows that belong to a statistics file are kept."""
     return stats.with_name(f"{stats.stem}.residuals.safetensors")
-
-
-@lru_cache(maxsize=8)
-def _content_hash(path: str, size: int, modified: int) -> str:
-    """SHA-256 of a file, read once while size and time of change stay: answers may be large."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class _Check:

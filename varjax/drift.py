@@ -19,19 +19,16 @@ was as full in calibration as it is in the run; the fast tier and the open share
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from varjax import bounds
+from varjax import bounds, checksums
 from varjax.bounds import ConfidenceSequence
 from varjax.config import VARConfig
 from varjax.errors import InputError
-from varjax.files import replacing
 from varjax.streams import Stream
 
 ALPHA = 0.05  # probability of a false alarm in a run of any length
@@ -71,22 +68,20 @@ class Calibration:
         return tuple(value.stream for value in self.values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, whole or not at all."""
+        """Writes JSON with a checksum, whole or not at all."""
         values = [asdict(value) | {"stream": value.stream._asdict()} for value in self.values]
-        text = json.dumps({"format": FORMAT, **asdict(self), "values": values}, indent=2, allow_nan=False)
-        with replacing(Path(path)) as part:
-            part.write_text(text + "\n", encoding="utf-8")
+        checksums.write_json(path, {"format": FORMAT, **asdict(self), "values": values})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
-        """Reads what `save` wrote. Raises InputError naming the file if it is something else."""
+        """Reads what `save` wrote. Raises InputError naming the file if it is something else or was damaged."""
+        data = checksums.read_json(path, "calibrate anew")
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data.pop("format") != FORMAT:
                 raise InputError(f"another format than {FORMAT}")
             values = [Calibrated(**value | {"stream": Stream(**value["stream"])}) for value in data.pop("values")]
             return cls(**data, values=tuple(values))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (InputError, KeyError, TypeError) as error:
             raise InputError(f"{path}: not the calibration of an audit ({error}); calibrate anew") from error
 
 

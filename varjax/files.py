@@ -59,13 +59,15 @@ def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Pa
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     temporary = target.with_name(f".{target.name}.{platform.node()}.{process or 0}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
         with named_errors(target):
+            # Some writers keep their file to its owner; here everyone reads who may read other new files. Which mode
+            # these have is seen from one: the process' umask cannot be read without changing it, for all threads.
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
-        # Some writers keep their file to its owner; here everyone reads who may read other new files.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+            temporary.chmod(mode)
         if process is not None:
             _meet(target)  # from here on nobody asks whether the file was there before
         if not process:

@@ -24,6 +24,7 @@ import numpy as np
 from jax import Array
 
 from varjax.errors import InputError
+from varjax.transfer import to_device
 
 ANY = -1  # a place that the key's order does not look at
 NONE = -2  # no token: before the start of a sequence, or padding
@@ -57,15 +58,15 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
         )
     if mask is None:
         ids = jnp.concatenate([recent, token_ids], axis=1).astype(jnp.int32)
-        last = jnp.broadcast_to(before + jnp.arange(steps), (batch, steps))
+        last = jnp.broadcast_to(before + jnp.arange(steps, dtype=jnp.int32), (batch, steps))
     else:
         # Real tokens move together behind `recent`; `last` is where each of them comes to stand.
         last = before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         width = before + steps
-        sequence = jnp.arange(batch)[:, None]
+        sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
         ids = jnp.concatenate([recent, jnp.full_like(token_ids, NONE)], axis=1).astype(jnp.int32)
         ids = ids.at[sequence, jnp.where(mask, last, width)].set(token_ids.astype(jnp.int32), mode="drop")
-    places = last[..., None] + jnp.arange(1 - length, 1)
+    places = last[..., None] + jnp.arange(1 - length, 1, dtype=jnp.int32)[None, None]
     windows = jnp.take_along_axis(ids[:, None, :], jnp.maximum(places, 0), axis=2)
     return windows if mask is None else jnp.where(mask[..., None], windows, NONE)
 
@@ -110,7 +111,7 @@ class KeyIndex:
         slot = np.arange(num_keys) - np.searchsorted(ordered, ordered)  # rank within the bucket
         buckets = np.full((num_buckets, slot.max(initial=0) + 1), ABSENT, np.int32)
         buckets[ordered, slot] = by_bucket
-        return cls(jnp.asarray(buckets), jnp.asarray(keys))
+        return to_device(cls(buckets, keys))
 
     def find(self, queries: Array) -> Array:
         """int32 [...]: the row of each query int32 [..., C], ABSENT where it is no key. A pure gather."""
@@ -122,6 +123,13 @@ class KeyIndex:
         rows = self.buckets[hash_words(queries) & np.uint32(len(self.buckets) - 1)]  # [..., W]
         same = jnp.all(self.keys[rows] == queries[..., None, :], axis=-1)
         return jnp.max(jnp.where(same & (rows != ABSENT), rows, ABSENT), axis=-1)
+
+    def rows(self, queries: np.ndarray) -> np.ndarray:
+        """`find` for arrays of the host."""
+        return np.asarray(_find(self, to_device(np.asarray(queries, np.int32))))
+
+
+_find = jax.jit(KeyIndex.find)
 
 
 def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Array:
@@ -142,7 +150,7 @@ def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Arra
     recent = jnp.pad(contexts[..., -longest:], padding, constant_values=ANY)
     seen = np.arange(width) >= width - np.asarray(orders)[:, None]  # [O, C]
     real = recent[..., -1:] != NONE
-    return index.find(jnp.where(seen[:, None, None, :] | ~real, recent, ANY))
+    return index.find(jnp.where(seen[:, None, None, :] | ~real[None], recent[None], ANY))
 
 
 class OrderCount(NamedTuple):

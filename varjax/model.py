@@ -221,7 +221,7 @@ class VARModel:
         if self.table is None or state is None:
             state = None if state is None else _follow(state, ids, mask)
             return _plain(self.model.params, ids, mask, **options), state
-        moment = step.milliseconds(self.clock() if now is None else now)
+        moment = jax.device_put(step.milliseconds(self.clock() if now is None else now))
         return routed_forward(self.model.params, self.table, state, ids, mask, moment, self.settings, **options)
 
     def generate(
@@ -271,7 +271,7 @@ class VARModel:
             return {"enabled": False}
         cache = None
         if state.cache is not None:
-            used = np.asarray(state.cache.ids[..., 0] != NONE)
+            used = np.asarray(state.cache.ids)[..., 0] != NONE
             cache = {"held": int(used.sum()), "size": used.size}
         counted = step.summary(state.counters, self.model.config.top_k)
         return {"enabled": self.table is not None, **counted, "cache": cache}
@@ -375,7 +375,10 @@ def build_for(
 
 
 def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Answers | None]:
-    """The statistics and residuals that `config` names. Raises InputError if they are another model's."""
+    """The statistics and residuals that `config` names.
+
+    Raises InputError if they are another model's, or the residuals belong to other statistics.
+    """
     if config.routing_stats is None:
         raise InputError(
             "VARConfig.routing_stats is not set, so there is nothing to look up; "
@@ -391,6 +394,7 @@ def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Ans
         )
     if config.residuals is None:
         return stats, None
+    answersfile.check_statistics(config.residuals, config.routing_stats)
     answers, meta = answersfile.read(config.residuals)
     _check_origin(config.residuals, meta, model)
     return stats, answers

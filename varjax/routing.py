@@ -9,11 +9,13 @@ replay of a trace, the counters) calls it or reads what it returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from varjax.errors import InputError
 
 FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED: the plan leaves the token open
 NO_ROW = -1  # the table row of a token that the table says nothing of
@@ -64,6 +66,8 @@ class Plan:
     row: Array  # int32 [L, B, T], row of the table whose answers may stand in, NO_ROW where there is none
     routing: Routing  # [L, B, T, K], what the table or the cache predicts, if anything
     rules: LayerRules  # [L]
+    # Answers belong to the table that made the plan: whoever carries the plan out has to give them.
+    needs_answers: bool = field(default=False, metadata={"static": True})
 
     @classmethod
     def open(cls, num_layers: int, batch: int, length: int, top_k: int, num_experts: int) -> Plan:
@@ -139,7 +143,7 @@ def resolve(
     2. In a planned token, slot j is dropped if j >= kept; or if j >= 1 and its weight is under gate_ratio times slot
        0's, or the gate's probabilities of the slots before it reach gate_mass; or if its weight times the deviation of
        its answer is under the tolerance. But where the layer adds residuals and the token has a row, a slot is only
-       dropped if there is an answer: what is not known runs.
+       dropped if there is an answer: what is not known runs, and without `answers` nothing is known.
     3. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer renormalises. The
        answers of the dropped slots, by their gate weights, stand in for them.
 
@@ -154,7 +158,16 @@ def resolve(
 
     Returns:
         Routing [..., K], and what it lacks, [..., K].
+
+    Raises:
+        InputError: the plan comes from a table with answers, and there are none.
     """
+    if plan is not None and plan.needs_answers and answers is None:
+        raise InputError(
+            "this plan leaves experts out because its table has answers that stand in for them, but no answers were "
+            "given; pass answers=table.answers of the table that made the plan (network.forward(params, ids, "
+            "plan=plan, answers=table.answers))"
+        )
     experts, gate = _best(probs, k)
     if plan is None:
         return _weighted(experts, gate, normalise), Dropped(
@@ -171,15 +184,15 @@ def resolve(
     candidate = replace(candidate, weights=jnp.where(supplied, plan.routing.weights, candidate.weights))
     used = candidate.experts < probs.shape[-1]
     answer = jnp.full(candidate.experts.shape, NO_ANSWER, jnp.int32)
+    row = jnp.where(plan.rules.residual, plan.row, NO_ROW)
     if answers is not None:
-        row = jnp.where(plan.rules.residual, plan.row, NO_ROW)
         answer = answers.find(row, candidate.experts)
 
     gone = planned & used & _superfluous(candidate.weights, gate, plan)
     if answers is not None:
         foretold = candidate.weights * answers.deviation[answer] < plan.rules.tolerance
         gone |= planned & used & foretold & (answer != NO_ANSWER)
-        gone &= (row == NO_ROW)[..., None] | (answer != NO_ANSWER)
+    gone &= (row == NO_ROW)[..., None] | (answer != NO_ANSWER)
     lost = jnp.any(gone, axis=-1, keepdims=True)
 
     experts = jnp.where(gone, probs.shape[-1], candidate.experts)
@@ -229,8 +242,10 @@ def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
     Args:
         weights, gate: float32 [..., K], the candidate's weights and gate probabilities.
     """
-    slot = jnp.arange(weights.shape[-1], dtype=jnp.int8)
-    before = slot < slot[:, None]  # the slots before each slot; a masked sum is one kernel, a running one is three
+    slot = jax.lax.broadcasted_iota(jnp.int8, weights.shape, weights.ndim - 1)
+    before = (
+        slot[..., None, :] < slot[..., :, None]
+    )  # the slots before each slot; a masked sum is one kernel, a running one is three
     covered = jnp.sum(jnp.where(before, gate[..., None, :], 0.0), axis=-1) >= plan.rules.gate_mass
     light = weights < plan.rules.gate_ratio * weights[..., :1]
     return (slot >= plan.kept[..., None]) | ((slot >= 1) & (light | covered))

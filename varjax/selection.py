@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 
 from varjax.answers import Answers
@@ -34,7 +33,7 @@ def likeliest(stats: RoutingStats, keys: np.ndarray, layers: Sequence[int], boun
         layers: those to collect.
         bound: pairs per layer.
     """
-    row = np.asarray(KeyIndex.build(stats.keys).find(jnp.asarray(keys)))
+    row = KeyIndex.build(stats.keys).rows(keys)
     wanted = np.zeros((len(layers), len(keys), stats.num_experts), bool)
     for a, layer in enumerate(layers):
         count = np.where(row < 0, 0, stats.count[layer, row])[:, None]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from varjax.answers import Answers
@@ -111,7 +110,7 @@ def parents(keys: np.ndarray) -> np.ndarray:
     for _ in range(keys.shape[1]):
         earliest = (shorter != ANY) & (np.cumsum(shorter != ANY, axis=1) == 1)
         shorter = np.where(earliest, np.int32(ANY), shorter)
-        row = np.asarray(index.find(jnp.asarray(shorter)))
+        row = index.rows(shorter)
         found = np.where((found < 0) & (row != np.arange(len(keys))), row, found)
     return found
 

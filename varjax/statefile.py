@@ -3,13 +3,14 @@
     save(path, state, now, about)
     state = load(path, like, now, about)
 
-`path` is a folder that orbax writes. A save is whole or not at all: until the new state is complete, the folder holds
-the one before. Ages are kept, not the stamps of the cache, because the clock of another process begins elsewhere; so
-time stands still while nothing runs.
+`path` is a folder with one file, `state.safetensors`, which is sealed (`varjax.checksums`). A save is whole or not at
+all: until the new state is complete, the folder holds the one before. Ages are kept, not the stamps of the cache,
+because the clock of another process begins elsewhere; so time stands still while nothing runs.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax import Array
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from varjax import checksums
 from varjax.cache import since
 from varjax.errors import InputError
-from varjax.files import named_errors
+from varjax.files import replacing
 from varjax.step import VARState
 
-FORMAT = 1
+FORMAT = 2  # 1 was a folder of orbax's, with counters of 32 bits and without a checksum
+FILE = "state.safetensors"
+_since, _before = jax.jit(since), jax.jit(jnp.subtract)
+_MEND = "restore the file, or begin with a new state"
 
 
 def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, Any]) -> None:
@@ -43,14 +49,12 @@ def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, A
     if Path(path).is_file():
         raise NotADirectoryError(f"{path} is a file; a state is saved in a folder of its own, give another path")
     if state.cache is not None:
-        state = replace(state, cache=replace(state.cache, stamp=since(state.cache.stamp, now)))
-    arrays = _arrays(state)
+        state = replace(state, cache=replace(state.cache, stamp=_since(state.cache.stamp, jax.device_put(now))))
+    arrays = {name: np.ascontiguousarray(array) for name, array in jax.device_get(_arrays(state)).items()}
     noted = {"format": FORMAT, "about": dict(about), "arrays": _described(arrays)}
-    values = {name: np.asarray(array) for name, array in arrays.items() if array.size}  # orbax takes no empty ones
-    Path(path).mkdir(parents=True, exist_ok=True)
-    with named_errors(path), _manager(path) as manager:
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(values), noted=ocp.args.JsonSave(noted))
-        manager.save((manager.latest_step() or 0) + 1, args=items)
+    with replacing(Path(path) / FILE) as part:
+        save_file(arrays, part, metadata={"varjax": json.dumps(noted), **checksums.SEALED})
+        checksums.seal(part)
 
 
 def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, Any]) -> VARState:
@@ -63,33 +67,26 @@ def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, An
 
     Raises:
         FileNotFoundError: no state was saved there.
-        InputError: another format, another `about` or other arrays; everything that differs is named.
+        InputError: a damaged file, another format, another `about` or other arrays; everything that differs is named.
     """
-    with _manager(path) as manager:
-        newest = manager.latest_step() if Path(path).is_dir() else None
-        if newest is None:
-            raise FileNotFoundError(f"{path}: no state was saved in this folder; save one there first or mend the path")
-        try:
-            noted = manager.restore(newest, args=ocp.args.Composite(noted=ocp.args.JsonRestore()))["noted"]
-        except (KeyError, ValueError, FileNotFoundError) as error:
-            raise InputError(
-                f"{path}: not a saved VAR state ({error}); give the folder that one was saved in"
-            ) from error
-        expected = _described(_arrays(like))
-        _check(path, noted, about, expected)
-        blank = {name: np.empty(saved["shape"], saved["dtype"]) for name, saved in noted["arrays"].items()}
-        target = ocp.args.StandardRestore({name: array for name, array in blank.items() if array.size})
-        values = manager.restore(newest, args=ocp.args.Composite(arrays=target))["arrays"]
-    leaves = [jnp.asarray(values.get(name, blank[name])) for name in expected]
-    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    file = Path(path) / FILE
+    if not file.is_file():
+        if any(Path(path).glob("*/_CHECKPOINT_METADATA")):
+            raise InputError(f"{path}: a state of format 1, expected {FORMAT}; begin with a new state")
+        raise FileNotFoundError(f"{path}: no state was saved in this folder; save one there first or mend the path")
+    checksums.verify(file, _MEND, required=True)
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            noted = json.loads((opened.metadata() or {})["varjax"])
+            values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{file}: not a saved VAR state ({error!r}); give the folder that one was saved in") from error
+    expected = _described(_arrays(like))
+    _check(path, noted, about, expected)
+    state = jax.tree.unflatten(jax.tree.structure(like), jax.device_put([values[name] for name in expected]))
     if state.cache is None:
         return state
-    return replace(state, cache=replace(state.cache, stamp=now - state.cache.stamp))
-
-
-def _manager(path: str | Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, create=False, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(Path(path).resolve(), options=options)
+    return replace(state, cache=replace(state.cache, stamp=_before(jax.device_put(now), state.cache.stamp)))
 
 
 def _arrays(state: VARState) -> dict[str, Array]:
@@ -98,7 +95,7 @@ def _arrays(state: VARState) -> dict[str, Array]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _described(arrays: Mapping[str, Array]) -> dict[str, Any]:
+def _described(arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
 
 

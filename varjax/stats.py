@@ -175,14 +175,14 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
         probs = jnp.moveaxis(probs.astype(jnp.float32), 0, 2).reshape(-1, num_layers, num_experts)
         entropy = jnp.maximum(-jnp.sum(xlogy(probs, probs), axis=-1), 0)  # [B*T, L]
         confidence = jnp.max(probs, axis=-1)
-        first = jax.nn.one_hot(jnp.argmax(probs, axis=-1), num_experts)
+        first = jax.nn.one_hot(jnp.argmax(probs, axis=-1), num_experts, dtype=jnp.float32)
         values = jnp.stack([entropy, confidence], axis=-1)
         finite = jnp.all(jnp.isfinite(values), axis=-1, keepdims=True)  # infinity shows in the confidence
         lows = jnp.stack([entropy, -entropy, confidence, -confidence], axis=-1)
         lows = jnp.where(finite, lows, jnp.inf)
 
         sums, least, centre = buffer.sums, buffer.lows, buffer.centre
-        written = jnp.where(mask & (rows >= 0), rows, num_rows).reshape(num_orders, -1)  # R: nowhere
+        written = jnp.where(mask[None] & (rows >= 0), rows, num_rows).reshape(num_orders, -1)  # R: nowhere
         for row in written if num_rows else ():  # JAX cannot gather from no rows at all
             least = least.at[row].min(lows, mode="drop")
             middle = (least[row][..., 0::2] - least[row][..., 1::2]) / 2
@@ -204,8 +204,9 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
             lows=least,
             centre=centre,
             nonfinite=buffer.nonfinite + jnp.sum(left_out, axis=0, dtype=jnp.int32),
-            absent=buffer.absent + jnp.sum(mask & (rows < 0), axis=(1, 2), dtype=jnp.int32),
-            tokens=buffer.tokens + jnp.sum(mask, dtype=jnp.int32),
+            absent=buffer.absent + jnp.sum(mask[None] & (rows < 0), axis=(1, 2), dtype=jnp.int32),
+            # No further than one too many: a count that wrapped around would pass for a short window.
+            tokens=jnp.minimum(buffer.tokens + jnp.sum(mask, dtype=jnp.int32), MAX_WINDOW + 1),
         )
 
 
@@ -226,7 +227,7 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
     tokens = int(buffer.tokens)
     if tokens > MAX_WINDOW:
         raise InputError(
-            f"{tokens} tokens since the last flush, but float32 counts only to {MAX_WINDOW}: flush more often"
+            f"more than {MAX_WINDOW} tokens since the last flush, beyond which float32 does not count: flush more often"
         )
     sums, lows, centre, centre_probs = (
         np.asarray(values).swapaxes(0, 1)  # [L, R, ...]

@@ -19,7 +19,10 @@ entropy, confidence is the router's largest probability. Standard deviations are
 | `mean_probs` | list of float64 | per expert, its mean gate probability |
 
 The schema's metadata holds JSON under `varjax`: `version`, `num_layers`, `num_experts`, `orders`, `tokens`,
-`documents`, `nonfinite` (per layer), `absent` (per order), and what the writer adds (model, fingerprint, ...).
+`documents`, `nonfinite` (per layer), `absent` (per order), `identity` and `sealed`, and what the writer adds (model,
+fingerprint, ...). `identity` is a SHA-256 of the model's fingerprint and of the layer, key and count of every row:
+answers name the statistics that they belong to by it. `sealed` says that the file carries checksums
+(`varjax.checksums`), which reading verifies.
 
 Files of others are read too. The columns in `REQUIRED` must be there; whatever else is missing is filled, and each
 filling is named in the metadata that `read` returns (`filled`: name -> with what). So a table can be built from one
@@ -28,10 +31,10 @@ layer's file that names only the commonest expert of each token, and nobody need
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,8 +42,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from varjax import checksums
 from varjax.errors import InputError
-from varjax.files import replacing
 from varjax.keys import ANY, distinct
 from varjax.stats import Moments, RoutingStats
 
@@ -58,6 +61,7 @@ REQUIRED = (
     "max_entropy",
 )
 LARGEST_ID = np.iinfo(np.int32).max
+_MEND = "restore the file, or collect the routing statistics again"
 ROUNDING = 1e-5  # by which a rounded figure may pass its bound
 
 
@@ -108,10 +112,11 @@ def write(
         "documents": stats.documents,
         "nonfinite": stats.nonfinite.tolist(),
         "absent": stats.absent.tolist(),
+        "identity": _identity(meta.get("fingerprint"), layer, keys, count),
+        "sealed": True,
     }
     table = pa.table(columns).replace_schema_metadata({"varjax": json.dumps({**meta, **known}, allow_nan=False)})
-    with replacing(Path(path)) as temporary:
-        pq.write_table(table, temporary, compression="zstd")
+    checksums.write_parquet(path, table)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
@@ -166,14 +171,37 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
     return stats, {**file.meta, "filled": file.filled, "rows_with_nan": int(missing.sum())}
 
 
+def identity(path: str | os.PathLike[str]) -> str | None:
+    """What tells the statistics in a file apart from others; None where it does not say so, as files of others.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: not a Parquet file of statistics.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; {_MEND}")
+    try:
+        return dict(json.loads((pq.read_schema(path).metadata or {}).get(b"varjax", b"{}"))).get("identity")
+    except (pa.ArrowException, OSError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not a readable Parquet file of routing statistics ({error}); {_MEND}") from error
+
+
 def token_strings(path: str | os.PathLike[str]) -> dict[int, str]:
     """The text of each id that a file which `read` accepts has one for."""
     if "token_str" not in pq.read_schema(path).names:
         return {}
-    table = pq.read_table(path, columns=["token_id", "token_str"])
+    table = checksums.read_parquet(path, _MEND, columns=["token_id", "token_str"])
     different, first = np.unique(table["token_id"].to_numpy(), return_index=True)
     texts = table["token_str"].take(pa.array(first)).to_pylist()
     return {int(i): text for i, text in zip(different, texts, strict=True) if text is not None}
+
+
+def _identity(fingerprint: Any, layer: np.ndarray, keys: np.ndarray, count: np.ndarray) -> str:
+    """SHA-256 of whose statistics these are, and of layer [N], key [N, C] and count [N] of every row."""
+    digest = hashlib.sha256(f"{fingerprint} {keys.shape}\n".encode())
+    for array, kind in ((layer, "<i4"), (keys, "<i4"), (count, "<i8")):
+        digest.update(np.ascontiguousarray(array, kind).data)
+    return digest.hexdigest()
 
 
 class _File:
@@ -183,8 +211,9 @@ class _File:
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path}: no such file; collect routing statistics first, or mend the path")
+        sealed = checksums.verify(self.path, _MEND)
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 self.table = file.read()
             self.meta = dict(json.loads((self.table.schema.metadata or {}).get(b"varjax", b"{}")))
             self.filled: dict[str, str] = dict(self.meta.get("filled", {}))
@@ -192,6 +221,8 @@ class _File:
             raise InputError(
                 f"{self.path}: not a readable Parquet file of routing statistics ({error}); write it anew"
             ) from error
+        if self.meta.pop("sealed", False) and not sealed:
+            raise InputError(f"{self.path}: its checksum is missing or unreadable, so the file was damaged; {_MEND}")
         self.names = self.table.column_names
         if self.meta.get("version", VERSION) != VERSION:
             raise InputError(

@@ -30,6 +30,8 @@ from varjax.config import VARConfig
 from varjax.keys import NONE, contexts
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, Plan, Routing, slots_for_mass
 from varjax.table import RouteTable, fast_plan
+from varjax.transfer import to_device
+from varjax.wide import WideCount
 
 TIERS = ("fast", "cached", "learned")
 
@@ -46,30 +48,28 @@ class Settings:
 
     @classmethod
     def of(cls, config: VARConfig, num_layers: int) -> Settings:
-        return cls(
-            ttl=jnp.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON)),
-            confidence_threshold=jnp.float32(config.confidence_threshold),
-            mass_threshold=jnp.float32(config.mass_threshold),
-            cache_layers=jnp.array([config.caches(layer) for layer in range(num_layers)]),
+        return to_device(
+            cls(
+                ttl=np.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON)),
+                confidence_threshold=np.float32(config.confidence_threshold),
+                mass_threshold=np.float32(config.mass_threshold),
+                cache_layers=np.array([config.caches(layer) for layer in range(num_layers)]),
+            )
         )
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counters:
-    """What happened so far, by layer and tier.
+    """What happened so far, by layer and tier. `np.asarray` of each gives int64 [L, 3]; they do not wrap around."""
 
-    They hold at most 2^31 - 1: `active` has room for 2^31 / K tokens, 268 million at K = 8, and then wraps around to
-    below zero. A service that runs for longer reads them before and puts `Counters.zero` in their place.
-    """
-
-    tokens: Array  # int32 [L, 3]
-    agreements: Array  # int32 [L, 3], tokens whose predicted first expert, if any, was the learned router's
-    active: Array  # int32 [L, 3], experts that ran
+    tokens: WideCount  # [L, 3]
+    agreements: WideCount  # [L, 3], tokens whose predicted first expert, if any, was the learned router's
+    active: WideCount  # [L, 3], experts that ran
 
     @classmethod
     def zero(cls, num_layers: int) -> Counters:
-        return cls(*(jnp.zeros((num_layers, len(TIERS)), jnp.int32) for _ in range(3)))  # each can be donated
+        return cls(*(WideCount.zero((num_layers, len(TIERS))) for _ in range(3)))
 
 
 @jax.tree_util.register_dataclass
@@ -105,7 +105,7 @@ def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bo
         cache = context_cache.init(config.cache_size, window, table.num_layers, table.top_k)
         cache = cache if shared_cache else context_cache.each(cache, batch_size)
         longest = max(longest, window)
-    recent = jnp.full((batch_size, longest - 1), NONE, jnp.int32)
+    recent = to_device(np.full((batch_size, longest - 1), NONE, np.int32))
     return VARState(cache, recent, Counters.zero(table.num_layers))
 
 
@@ -120,7 +120,7 @@ def begin(state: VARState, batch_size: int | None = None, kept: Array | np.ndarr
     batch = state.recent.shape[0] if batch_size is None else batch_size
     if state.cache is not None and state.own_caches:
         state = replace(state, cache=context_cache.each(state.cache, batch, kept))
-    return replace(state, recent=jnp.full((batch, state.recent.shape[1]), NONE, jnp.int32))
+    return replace(state, recent=to_device(np.full((batch, state.recent.shape[1]), NONE, np.int32)))
 
 
 def follow(state: VARState, token_ids: Array, mask: Array | None = None) -> VARState:
@@ -167,6 +167,7 @@ def plan(
             row=jnp.where(hit, NO_ROW, fast.row),
             routing=jax.tree.map(lambda ours, theirs: jnp.where(hit[..., None], ours, theirs), cached, fast.routing),
             rules=fast.rules,
+            needs_answers=fast.needs_answers,
         )
 
 
@@ -208,15 +209,8 @@ def summary(counters: Counters, top_k: int) -> dict[str, Any]:
     Each dict holds `tokens` (layers x tokens), the share of each tier under `tiers` (they sum to 1), `hit_rate` (share
     that was planned), `false_hits` (share of the planned whose predicted first expert was not the learned one),
     `experts_per_token`, and `experts_share` of the model's K. Without tokens every share is 0.
-
-    Raises OverflowError where a counter has passed 2^31 and is below zero.
     """
-    host = np.stack([counters.tokens, counters.agreements, counters.active]).astype(np.int64)  # [3, L, 3]
-    if (host < 0).any():
-        raise OverflowError(
-            "a counter has passed 2^31, so the shares are lost; the cache is not: go on with "
-            "dataclasses.replace(state, counters=varjax.step.Counters.zero(num_layers)), and do so sooner the next time"
-        )
+    host = np.stack([np.asarray(one) for one in (counters.tokens, counters.agreements, counters.active)])  # [3, L, 3]
     layers = [_shares(layer, top_k) for layer in host.swapaxes(0, 1)]
     return {**_shares(host.sum(axis=1), top_k), "layers": layers}
 
@@ -235,8 +229,8 @@ def agreed(plan: Plan, router_probs: Array) -> Array:
 
 
 def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Array, real: Array) -> Counters:
-    tier = jnp.arange(len(TIERS), dtype=jnp.int8)
-    of_tier = (plan.tier[..., None] == tier) & real[..., None]  # [L, B, T, 3]
+    tier = jnp.arange(len(TIERS), dtype=jnp.int8)[None, None, None]
+    of_tier = (plan.tier[..., None] == tier) & real[None, ..., None]  # [L, B, T, 3]
     agree = agreed(plan, router_probs).astype(jnp.int32)
     active = jnp.sum(routing.experts < router_probs.shape[-1], axis=-1, dtype=jnp.int32)
 
@@ -244,15 +238,15 @@ def _counted(counters: Counters, plan: Plan, routing: Routing, router_probs: Arr
         return jnp.sum(jnp.where(of_tier, values[..., None], 0), axis=(1, 2), dtype=jnp.int32)
 
     return Counters(
-        tokens=counters.tokens + jnp.sum(of_tier, axis=(1, 2), dtype=jnp.int32),
-        agreements=counters.agreements + total(agree),
-        active=counters.active + total(active),
+        tokens=counters.tokens.plus(jnp.sum(of_tier, axis=(1, 2), dtype=jnp.int32)),
+        agreements=counters.agreements.plus(total(agree)),
+        active=counters.active.plus(total(active)),
     )
 
 
 def _recent(recent: Array, seen: Array, real: Array) -> Array:
     """int32 [B, C - 1]: the context at each sequence's last real position without its earliest id."""
-    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1)
+    last = real.shape[1] - 1 - jnp.argmax(real[:, ::-1], axis=1).astype(jnp.int32)
     newest = jnp.take_along_axis(seen, last[:, None, None], axis=1)[:, 0, 1:]
     return jnp.where(jnp.any(real, axis=1, keepdims=True), newest, recent)
 

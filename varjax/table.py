@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,10 @@ from varjax.routing import (
 from varjax.selection import most_valuable
 from varjax.shrinkage import inherit, shrunk
 from varjax.stats import RoutingStats
+from varjax.transfer import to_device
+
+_top_k = jax.jit(top_k, static_argnums=(1, 2))
+_slots_for_mass = jax.jit(slots_for_mass)
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +57,9 @@ class RouteTable:
     routing: Routing  # [L, R, K], the most probable experts and their mean gate weights
     answers: tuple[LayerAnswers, ...] | None  # [L], their `entry` is [R, E]; None: nothing stands in for anything
     rules: LayerRules  # [L]
+    # What decided the answers beside the policies: residual_shrinkage and answers_per_layer (inf where there is no
+    # bound). An array, so that tables that differ in it share their programs.
+    made_with: Array  # float32 [2]
     num_experts: int = field(metadata={"static": True})
     orders: tuple[int, ...] = field(metadata={"static": True})  # ascending
 
@@ -72,7 +80,7 @@ def lookup(table: RouteTable, contexts: Array) -> Array:
     """
     row = jnp.full((table.num_layers, *contexts.shape[:-1]), ABSENT, jnp.int32)
     for found in find_orders(table.index, contexts, table.orders):
-        row = jnp.where((found != ABSENT) & table.eligible[:, found], found, row)
+        row = jnp.where((found != ABSENT)[None] & table.eligible[:, found], found[None], row)
     return row
 
 
@@ -84,7 +92,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
     """
     row = lookup(table, contexts)
     known = row != ABSENT
-    layer = jnp.arange(table.num_layers)[:, None, None]
+    layer = jnp.arange(table.num_layers, dtype=jnp.int32)[:, None, None]
     unused = Routing.unused((*row.shape, table.top_k), table.num_experts)
     return Plan(
         tier=jnp.where(known, jnp.int8(FAST), jnp.int8(LEARNED)),
@@ -94,6 +102,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
             lambda leaf, none: jnp.where(known[..., None], leaf[layer, row], none), table.routing, unused
         ),
         rules=table.rules,
+        needs_answers=table.answers is not None,
     )
 
 
@@ -143,11 +152,12 @@ def build(
     asked = asked_orders(config, len(policies))
     return RouteTable(
         index=KeyIndex.build(keys[rows]),
-        eligible=jnp.asarray(eligible[:, rows]),
-        kept=jnp.asarray(_kept(policies, routing, config.mass_threshold)),
+        eligible=to_device(eligible[:, rows]),
+        kept=to_device(_kept(policies, routing, config.mass_threshold)),
         routing=routing,
         answers=_answers(policies, config, answers, entries[:, rows], keep_shapes),
         rules=_rules(policies),
+        made_with=to_device(_made_with(config)),
         num_experts=stats.num_experts,
         orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.orders})),
     )
@@ -163,7 +173,8 @@ def with_policies(
         answers: likewise.
 
     Raises:
-        InputError: as `build`, or the table holds other rows than all those of `stats`.
+        InputError: as `build`, the table holds other rows than all those of `stats`, or its answers were made under
+            another `answer_dtype`, `residual_shrinkage` or `answers_per_layer` than those of `config`.
     """
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
@@ -171,6 +182,7 @@ def with_policies(
             f"the table has {rows} rows, the statistics {len(stats.keys)} keys and that of order 0; "
             "build the table from these statistics with keep_shapes=True"
         )
+    _check_answers(table, config, answers)
     policies = [config.policy(layer) for layer in range(table.num_layers)]
     _check_policies(config, policies, stats, table.top_k, answers)
     shape = (table.eligible.shape[1], table.num_experts)
@@ -180,10 +192,39 @@ def with_policies(
     eligible = [_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)]
     return replace(
         table,
-        eligible=jnp.asarray(np.stack(eligible)),
-        kept=jnp.asarray(_kept(policies, table.routing, config.mass_threshold)),
+        eligible=to_device(np.stack(eligible)),
+        kept=to_device(_kept(policies, table.routing, config.mass_threshold)),
         rules=_rules(policies),
     )
+
+
+def _check_answers(table: RouteTable, config: VARConfig, answers: Answers | None) -> None:
+    """Raises InputError unless the table's answers are those that `build` would make under `config`."""
+    if (table.answers is None) != (answers is None):
+        there = "the table holds none" if table.answers is None else "the table holds some, and none are given"
+        raise InputError(f"answers: {there}; give those that the table was built from")
+    if table.answers is None or answers is None or not answers.layers:
+        return
+    names = ("answer_dtype", "residual_shrinkage", "answers_per_layer")
+    dtype = str(table.answers[answers.layers[0]].answers.dtype)
+    made = (dtype, *np.asarray(table.made_with).tolist())
+    asked = (config.answer_dtype, *_made_with(config).tolist())
+    different = [
+        f"{name} {'unbounded' if ours == math.inf else ours}, the config has {getattr(config, name)}"
+        for name, ours, theirs in zip(names, made, asked, strict=True)
+        if ours != theirs
+    ]
+    if different:
+        raise InputError(
+            f"the table was built with {'; '.join(different)}: other policies cannot change that; build it for this "
+            "config with keep_shapes=True"
+        )
+
+
+def _made_with(config: VARConfig) -> np.ndarray:
+    """float32 [2]: `RouteTable.made_with`."""
+    bound = math.inf if config.answers_per_layer is None else config.answers_per_layer
+    return np.array([config.residual_shrinkage, bound], np.float32)
 
 
 def asked_orders(config: VARConfig, num_layers: int) -> tuple[int, ...]:
@@ -261,15 +302,15 @@ def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool
         occurrences = np.append(count, 0)[rows, None]
         seen = occurrences > 0
         mean = np.concatenate([sum_probs, nothing])[rows] / np.where(seen, occurrences, 1)
-        best = top_k(jnp.asarray(np.where(seen, mean, 1.0), jnp.float32), k, normalise)
-        unused = Routing.unused(best.experts.shape, stats.num_experts)
-        layers.append(jax.tree.map(lambda leaf, none, seen=seen: jnp.where(seen, leaf, none), best, unused))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+        best = jax.device_get(_top_k(to_device(np.where(seen, mean, 1.0).astype(np.float32)), k, normalise))
+        experts = np.where(seen, best.experts, np.int32(stats.num_experts))
+        layers.append(Routing(experts, np.where(seen, best.weights, np.float32(0))))
+    return to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *layers))
 
 
 def _kept(policies: list[LayerPolicy | None], routing: Routing, mass_threshold: float) -> np.ndarray:
     """int8 [L, R]: what the policy says, or as many as reach the mass threshold."""
-    kept = np.array(slots_for_mass(routing.weights, jnp.float32(mass_threshold)))
+    kept = np.array(_slots_for_mass(routing.weights, to_device(np.float32(mass_threshold))))
     for layer, policy in enumerate(policies):
         if policy is not None and policy.kept is not None:
             kept[layer] = policy.kept
@@ -299,11 +340,12 @@ def _answers(
             place = np.full(len(rows) + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
             place[used] = np.arange(len(used))
             entry, rows, deviation = place[entry], rows[used], deviation[used]
-        encoded = _encoded(jnp.asarray(rows), config.answer_dtype)
-        built.append(LayerAnswers(jnp.asarray(entry), jnp.asarray(deviation), *encoded))
+        encoded = _encoded(to_device(rows), config.answer_dtype)
+        built.append(LayerAnswers(*to_device((entry, deviation)), *encoded))
     return tuple(built)
 
 
+@partial(jax.jit, static_argnums=1)
 def _encoded(rows: Array, dtype: str) -> tuple[Array, Array | None]:
     """The answers [N, D] in their stored form and, for int8, the scale float32 [N] that gives them back."""
     if dtype != "int8":
@@ -316,15 +358,16 @@ def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
     """[L]; a layer that is left open has neutral ones."""
     given = [policy or LayerPolicy(residual=False) for policy in policies]
 
-    def column(values: list[float]) -> Array:
-        return jnp.array(values, jnp.float32)
+    def column(values: list[float]) -> np.ndarray:
+        return np.array(values, np.float32)
 
-    return LayerRules(
+    rules = LayerRules(
         gate_ratio=column([policy.gate_ratio or 0.0 for policy in given]),
         gate_mass=column([math.inf if policy.gate_mass is None else policy.gate_mass for policy in given]),
         tolerance=column([policy.tolerance or 0.0 for policy in given]),
-        residual=jnp.array([policy.residual for policy in given]),
-        renormalise=jnp.array([policy.renormalise for policy in given]),
-        choice_from_table=jnp.array([policy.choice_from == "table" for policy in given]),
-        weights_from_table=jnp.array([policy.weights_from == "table" for policy in given]),
+        residual=np.array([policy.residual for policy in given]),
+        renormalise=np.array([policy.renormalise for policy in given]),
+        choice_from_table=np.array([policy.choice_from == "table" for policy in given]),
+        weights_from_table=np.array([policy.weights_from == "table" for policy in given]),
     )
+    return to_device(rules)

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from zlib import crc32
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from analysis.evaluation.caching import INDEPENDENT, Caching
@@ -26,6 +25,7 @@ from varjax.model import VARModel
 from varjax.progress import progress_bar
 from varjax.step import VARState
 from varjax.streams import Stream, Tally, observe, watched
+from varjax.transfer import random_key, to_device
 
 
 def calibrate(
@@ -89,7 +89,7 @@ def tally_documents(
     read = progress_bar(documents, unit="document", show=progress)
     for batch in batches(read, batch_size, max_length, one_by_one=state.own_caches):
         state, now = caching.enter(state, batch)
-        ids, mask, keys = jnp.asarray(batch.ids), jnp.asarray(batch.mask), _keys(batch, documents, seed)
+        (ids, mask), keys = to_device((batch.ids, batch.mask)), _keys(batch, documents, seed)
         _, state, tally, _ = audited(var_model, state, ids, mask, keys, share, now)
         parts.append(jax.device_get(tally))
         owners.append(batch.documents)
@@ -110,7 +110,7 @@ def _keys(batch: Batch, documents: Sequence[Encoded], seed: int) -> jax.Array:
     hashes = [
         crc32(ids[mask].tobytes(), crc32(name)) for ids, mask, name in zip(batch.ids, batch.mask, names, strict=True)
     ]
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.asarray(hashes, jnp.uint32))
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(random_key(seed), to_device(np.array(hashes, np.uint32)))
 
 
 def until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:

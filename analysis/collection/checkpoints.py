@@ -1,7 +1,8 @@
 """Checkpoints of a long run, so that a killed one ends as if it had never stopped.
 
-A checkpoint is a pytree of host arrays and whole numbers with the number of batches that are in it, written by orbax:
-one that was not finished is never read. A folder of checkpoints belongs to one run, told by what decides its result.
+A checkpoint is a pytree of host arrays and whole numbers with the number of batches that are in it, in a safetensors
+file that is sealed (`varjax.checksums`): one that was not finished or was damaged is never used. A folder of
+checkpoints belongs to one run, told by what decides its result.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from varjax import checksums
 from varjax.errors import InputError
-from varjax.files import named_errors, replacing
+from varjax.files import replacing
 
 T = TypeVar("T")
 
@@ -36,7 +39,7 @@ def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    noted = json.loads(path.read_text())
+    noted = checksums.read_json(path, f"delete {path.parent} to begin anew")
     there, here = (dict(_leaves(one)) for one in (noted["run"], json.loads(json.dumps(run))))
     different = [
         f"{name} = {there.get(name)} (here {here.get(name)})"
@@ -53,48 +56,56 @@ def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def note(path: Path, run: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
     """Note which run the checkpoints beside `path` belong to, and what a resumed one has to know."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({"run": run, "beside": beside}, indent=2) + "\n")
+    checksums.write_json(path, {"run": run, "beside": beside})
 
 
 class Checkpoints:
     """The checkpoints of one pass; a context manager."""
 
     def __init__(self, folder: Path):
-        """`folder` is made if it does not exist."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=1)
-        self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
+        """`folder` is made with the first checkpoint."""
+        self._path = folder / "checkpoint.safetensors"
 
     def newest(self, like: T) -> tuple[int, T] | None:
         """The number of batches in the newest checkpoint, and its value; None if there is none.
 
         Args:
             like: any value of the same structure; its arrays may have other shapes.
+
+        Raises:
+            InputError: the checkpoint was damaged, or holds another structure.
         """
-        step = self._manager.latest_step()
-        if step is None:
+        if not self._path.is_file():
             return None
-        saved = self._manager.restore(step, args=ocp.args.StandardRestore())
+        mend = f"delete {self._path.parent} to begin anew"
+        checksums.verify(self._path, mend, required=True)
         leaves, structure = jax.tree.flatten(like)
-        restored = [int(saved[str(i)]) if np.ndim(leaf) == 0 else saved[str(i)] for i, leaf in enumerate(leaves)]
-        return step, jax.tree.unflatten(structure, restored)
+        try:
+            with safe_open(self._path, framework="numpy") as file:
+                batches = int((file.metadata() or {})["batches"])
+                saved = [file.get_tensor(str(number)) for number in range(len(leaves))]
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise InputError(f"{self._path}: not a checkpoint of this version ({error!r}); {mend}") from error
+        restored = [int(one) if np.ndim(leaf) == 0 else one for leaf, one in zip(leaves, saved, strict=True)]
+        return batches, jax.tree.unflatten(structure, restored)
 
     def save(self, batches: int, value: Any) -> None:
         """Replace the checkpoint by one with so many batches in it; back when it is on disk.
 
         Args:
-            value: a pytree of arrays, none of them empty, and whole numbers.
+            value: a pytree of arrays and whole numbers.
         """
-        leaves = {str(i): np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(value))}
-        with named_errors(self._manager.directory):
-            self._manager.save(batches, args=ocp.args.StandardSave(leaves))
-            self._manager.wait_until_finished()
+        leaves = jax.device_get(jax.tree.leaves(value))
+        arrays = {str(number): np.ascontiguousarray(leaf) for number, leaf in enumerate(leaves)}
+        with replacing(self._path) as temporary:
+            save_file(arrays, temporary, metadata={"batches": str(batches), **checksums.SEALED})
+            checksums.seal(temporary)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        """Nothing is open between two calls."""
 
 
 def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:

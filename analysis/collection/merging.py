@@ -29,7 +29,8 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
         The statistics, and the parts that lack answers: unless there are none, none were written.
 
     Raises:
-        InputError: the parts are of different models, or their orders, layers or experts differ.
+        InputError: the parts are of different models, their orders, layers or experts differ, or the answers of a
+            part belong to other statistics.
     """
     if len(paths) < 2:
         raise InputError(f"merging needs at least two statistics files, got {[str(path) for path in paths]}")
@@ -43,6 +44,8 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
                     "only statistics of the same layers of the same model merge"
                 )
     without = [path for path in paths if not residuals_beside(path).is_file()]
+    for path in [] if without else paths:
+        answersfile.check_statistics(residuals_beside(path), path)
     rows = [] if without else [answersfile.read(residuals_beside(path))[0] for path in paths]
     try:
         together = reduce(stats.merge, (part for part, _ in read))
@@ -59,5 +62,5 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
     filled = reduce(dict.__or__, (part["filled"] for part in metas))
     statsfile.write(output, together, meta | {"filled": filled}, strings)
     if answered is not None:
-        answersfile.write(residuals_beside(output), answered, meta)
+        answersfile.write(residuals_beside(output), answered, meta | {"statistics": statsfile.identity(output)})
     return together, without

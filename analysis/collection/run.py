@@ -182,7 +182,8 @@ def analyse(
         with Checkpoints(work / "residuals") as saved:
             found = collect_answers(model, documents, chosen, layers, pairs=wanted, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
-        answersfile.write(residuals_beside(own), found, meta | origin)
+        named = {"statistics": statsfile.identity(own)}
+        answersfile.write(residuals_beside(own), found, meta | origin | named)
 
     _once(work / "statistics.done", statistics)
     if len(answered):

@@ -9,7 +9,6 @@ tokens of one document depend on each other, documents do not.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from varjax import checksums
 from varjax.errors import InputError
 
 MAX_DEGRADATION = 0.01  # relative increase of perplexity
@@ -57,17 +57,20 @@ class Criterion:
 def read_result(path: Path) -> Result:
     """An evaluation and its documents. Raises ResultError if either is missing or not what it should be."""
     try:
-        fields = json.loads(path.read_text())
+        fields = checksums.read_json(path, "give a result of 02_evaluate_var.py")
     except FileNotFoundError:
         raise ResultError(f"{path} does not exist; run 02_evaluate_var.py first, or mend the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultError(f"{path} is not JSON ({error}); give a result of 02_evaluate_var.py") from None
-    missing = [name for name in ("perplexity", "mode", "documents_file") if name not in fields]
+    except InputError as error:
+        raise ResultError(str(error)) from None
+    needed = ("perplexity", "mode", "documents_file", "documents_sha256")
+    missing = [name for name in needed if name not in fields]
     if missing:
         raise ResultError(f"{path} has no field {missing[0]!r}; give a result of 02_evaluate_var.py")
     table = path.parent / fields["documents_file"]
     if not table.exists():
         raise ResultError(f"{table} is missing; it holds the documents of {path}: keep the two files together")
+    if checksums.digest_of_file(table) != fields["documents_sha256"]:
+        raise ResultError(f"{table}: it was damaged, or belongs to another evaluation than {path}; evaluate again")
     return Result(path, fields, pd.read_parquet(table))
 
 

@@ -21,6 +21,7 @@ The settings of `score` under which it gives what the field calls perplexity:
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -30,16 +31,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from models import Model
 from models.placement import to_host
-from varjax.files import replacing
+from varjax import checksums
 from varjax.model import VARModel
 from varjax.progress import progress_bar
 from varjax.step import VARState
+from varjax.transfer import to_device
 
 _LENGTHS = {"max_length": "tokens", "stride": "tokens"}
 UNITS = {
@@ -133,8 +136,13 @@ class Scores:
         columns |= {name: getattr(self, name) for name in ("nll", "tokens", "words", "bytes")}
         frame = pd.DataFrame(columns)
         frame.attrs = {**self.settings, "units": {"nll": "nats, summed over the scored tokens", **_LENGTHS}}
-        with replacing(path) as temporary:
-            frame.to_parquet(temporary)
+        checksums.write_parquet(path, _with_attrs(frame))
+
+
+def _with_attrs(frame: pd.DataFrame) -> pa.Table:
+    """The frame as Arrow holds it, with its `attrs` where `pandas.read_parquet` looks for them."""
+    table = pa.Table.from_pandas(frame, preserve_index=False)
+    return table.replace_schema_metadata({**(table.schema.metadata or {}), "PANDAS_ATTRS": json.dumps(frame.attrs)})
 
 
 def score(
@@ -170,7 +178,7 @@ def score(
     one_by_one = own_caches(carry)
     for batch in batches(read, batch_size, max_length, stride, full_last, one_by_one):
         logits, carry = run(carry, batch)
-        losses = to_host(token_nll(logits, jnp.asarray(batch.targets), jnp.asarray(batch.scored))).astype(np.float64)
+        losses = to_host(token_nll(logits, *to_device((batch.targets, batch.scored)))).astype(np.float64)
         owned = batch.documents >= 0
         np.add.at(nll, batch.documents[owned], losses.sum(1)[owned])
         np.add.at(tokens, batch.documents[owned], batch.scored.sum(1)[owned])

@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.comparison import Estimate
@@ -29,10 +28,10 @@ from analysis.evaluation.quality import plain_runner, score, var_runner
 from analysis.reports.provenance import hash_json
 from analysis.text.encoding import Encoded
 from models import Model
+from varjax import checksums
 from varjax.answers import Answers
 from varjax.config import VARConfig
 from varjax.errors import InputError
-from varjax.files import replacing
 from varjax.model import VARModel
 from varjax.stats import RoutingStats
 from varjax.step import TIERS, summary
@@ -159,11 +158,10 @@ def measured(dial: float, plain: Losses, point: Losses, counts: np.ndarray) -> M
 def _write(path: Path, found: Losses, ids: Sequence[str]) -> None:
     about = {"experts_per_token": found.experts_per_token, "open_share": found.open_share}
     table = pa.table({"id": ids, "nll": found.nll, "tokens": found.tokens})
-    with replacing(path) as temporary:
-        pq.write_table(table.replace_schema_metadata({"varjax": json.dumps(about)}), temporary)
+    checksums.write_parquet(path, table.replace_schema_metadata({"varjax": json.dumps(about)}))
 
 
 def _read(path: Path) -> Losses:
-    table = pq.read_table(path)
+    table = checksums.read_parquet(path, "delete it, and it is measured again", required=True)
     about = json.loads(table.schema.metadata[b"varjax"])
     return Losses(table["nll"].to_numpy(), table["tokens"].to_numpy(), **about, read_back=True)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from varjax.files import replacing
+from varjax import checksums
 
 _DISTRIBUTIONS = ("varjax", "jax", "jaxlib", "flax", "numpy", "transformers")
 
@@ -41,7 +41,9 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj` as readable JSON, whole or not at all.
+    """Write `obj`, a mapping or a dataclass, as readable JSON with a checksum, whole or not at all.
+
+    `varjax.checksums.read_json` reads it back and verifies it.
 
     Dataclasses become objects; NumPy and JAX arrays and scalars, lists and numbers; paths, strings. JSON
     knows no infinities and no NaN: they become null.
@@ -49,9 +51,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     Raises:
       TypeError: something else is in `obj`; names where.
     """
-    text = json.dumps(_plain(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    checksums.write_json(path, _plain(obj))
 
 
 def hash_json(obj: Any) -> str:

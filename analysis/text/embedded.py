@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from analysis.text.corpus import Document, Row, read_rows
+from analysis.text.corpus import Document, Row
 from varjax.files import replacing
 from varjax.progress import progress_bar
 
@@ -39,7 +39,7 @@ DISTRIBUTIONS = (
 MIN_CHARS = 200
 """Shorter docstrings say too little to be a document."""
 
-_FORMAT = 1  # raise it when the rules below change, so that caches are built anew
+_FORMAT = 2  # raise it when the rules below change, so that caches are built anew
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "__pycache__"}
 _MIN_LINE = 20  # characters; shorter lines ("Parameters", "-------") recur everywhere and tell no copy
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -55,12 +55,15 @@ def rows() -> Iterator[Row]:
     (`$XDG_CACHE_HOME/varjax`, else `~/.cache/varjax`) under a name that holds the versions' hash.
     """
     cache = _cache_file()
-    if not cache.is_file():
-        documents = sorted((Document(text, group) for text, group in extract()), key=lambda one: one.id)
-        found = [(one.text, one.group) for one in documents]
-        _save(found, cache)
-        return iter(found)
-    return ((text, group) for text, group in read_rows(cache) if text is not None)
+    if cache.is_file():
+        kept = _kept(cache)
+        if kept is not None:
+            return iter(kept)
+        logger.warning("%s was damaged after it was written; the embedded corpus is parsed again", cache)
+    documents = sorted((Document(text, group) for text, group in extract()), key=lambda one: one.id)
+    found = [(one.text, one.group) for one in documents]
+    save(found, cache)
+    return iter(found)
 
 
 def extract() -> Iterator[Row]:
@@ -131,10 +134,19 @@ def _cache_file() -> Path:
     return home / "varjax" / f"embedded-{key}.jsonl"
 
 
-def _save(found: list[Row], path: Path) -> None:
+def _kept(path: Path) -> list[Row] | None:
+    """What `save` kept, None where the file was damaged: its first line is the SHA-256 of the others."""
+    digest, _, rows = path.read_bytes().partition(b"\n")
+    if digest != hashlib.sha256(rows).hexdigest().encode():
+        return None
+    return [(row["text"], row["group"]) for row in map(json.loads, rows.split(b"\n")[:-1])]
+
+
+def save(found: list[Row], path: Path) -> None:
     """Keep the result for the next call; where that fails the corpus is only slower to get, so: a warning."""
     try:
-        with replacing(path, of_this_machine=True) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps({"group": group, "text": text}) + "\n" for text, group in found)
+        rows = "".join(json.dumps({"group": group, "text": text}) + "\n" for text, group in found).encode()
+        with replacing(path, of_this_machine=True) as temporary:
+            temporary.write_bytes(hashlib.sha256(rows).hexdigest().encode() + b"\n" + rows)
     except OSError as error:
         logger.warning("%s: the embedded corpus is not cached (%s) and will be parsed again", path, error)

@@ -26,9 +26,9 @@ from analysis.text.prepared import (
     Shard,
     is_prepared,
     read_table,
-    sha256,
     tokenizer_hash,
 )
+from varjax.checksums import digest_of_file
 from varjax.progress import Bar, progress_bar
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _write(folder: Path, documents: Iterator[Encoded]) -> Iterator[Shard]:
                 tokens += len(batch.column("ids").values)
                 if tokens >= SHARD_TOKENS:
                     break
-        yield Shard(path.name, rows, path.stat().st_size, sha256(path))
+        yield Shard(path.name, rows, path.stat().st_size, digest_of_file(path))
 
 
 def _batches(documents: Iterable[Encoded]) -> Iterator[pa.RecordBatch]:

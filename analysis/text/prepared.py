@@ -5,7 +5,7 @@ A prepared folder, version 1, holds:
 - `shard-00000.arrow`, ...: Arrow IPC streams, uncompressed, one row per document, with the fields of `Encoded`: `id`
   string, `group` string, `ids` list of int32, `words` int64, `bytes` int64. `datasets.Dataset.from_file` reads them as
   well.
-- `manifest.json`: `Manifest`, written last.
+- `manifest.json`: `Manifest` with a checksum (`varjax.checksums`), written last. It has the SHA-256 of every shard.
 
 The folder appears under its name when all of it is written, never before. What was asked for (`Request`) and the
 tokenizer's hash are in the manifest, so that another request or another tokenizer is noticed.
@@ -27,6 +27,7 @@ import pyarrow as pa
 from analysis.text.corpus import CorpusError
 from analysis.text.drawn import Drawn
 from analysis.text.encoding import Encoded
+from varjax import checksums
 from varjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -123,13 +124,14 @@ def is_prepared(folder: str | Path) -> bool:
 
 
 def open_prepared(
-    folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, check_hashes: bool = False
+    folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, *, check_hashes: bool = True
 ) -> Prepared:
-    """The documents of a prepared folder, memory-mapped: opening reads some kilobytes.
+    """The documents of a prepared folder, memory-mapped.
 
     Args:
         tokenizer: the one that the ids must come from; None: any.
-        check_hashes: read every shard and compare its SHA-256.
+        check_hashes: compare every shard's SHA-256, which reads it once in a process, about 1.5 GB a second; False:
+            opening reads some kilobytes.
 
     Raises:
         CorpusError: no prepared corpus, a damaged one, or one of another tokenizer.
@@ -142,7 +144,7 @@ def open_prepared(
         if size != shard.size:
             found = "is missing" if size is None else f"has {size:,} bytes"
             raise CorpusError(f"{path} {found}, its manifest says {shard.size:,}; restore it or prepare it again")
-        if check_hashes and sha256(path) != shard.sha256:
+        if check_hashes and checksums.digest_of_file(path) != shard.sha256:
             raise CorpusError(f"{path}: its contents have changed since it was written; restore it or prepare it again")
     table = read_table(folder, manifest.shards)
     if table.num_rows != manifest.documents:
@@ -163,13 +165,15 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = checksums.read_json(path, "restore it or prepare the dataset again")
         version = fields["version"]
     except FileNotFoundError:
         raise CorpusError(
             f"{folder}: no {MANIFEST}, so no prepared corpus; make one with experiments/prepare_datasets.py"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except InputError as error:
+        raise CorpusError(str(error)) from None
+    except KeyError as error:
         raise CorpusError(f"{path} is damaged ({error!r}); restore it or prepare the dataset again") from None
     if version != VERSION:
         raise CorpusError(f"{path} is of version {version}, this varjax reads {VERSION}; prepare the dataset again")
@@ -201,8 +205,3 @@ def read_table(folder: Path, shards: Iterable[Shard]) -> pa.Table:
             raise CorpusError(f"{path}: has other columns than a shard; restore it or prepare it again")
         tables.append(table)
     return pa.concat_tables(tables)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

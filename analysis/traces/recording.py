@@ -30,6 +30,7 @@ from models.parameters import Params
 from models.placement import to_host
 from varjax.errors import InputError
 from varjax.progress import progress_bar
+from varjax.transfer import to_device
 
 TOGETHER = 1 << 16  # tokens whose decisions are held at once: some 400 bytes each in Mixtral-8x7B
 
@@ -179,7 +180,7 @@ def _read(
     entropy, finite = np.zeros(shape[:2], np.float32), np.zeros(shape[0], bool)
     columns: tuple[np.ndarray, ...] = (experts, probs, entropy, finite)
     for batch in batches(pieces, batch_size, max_length):
-        found = _decisions(model.params, jnp.asarray(batch.ids), jnp.asarray(batch.mask), model.network)
+        found = _decisions(model.params, *to_device((batch.ids, batch.mask)), model.network)
         rows, places = np.nonzero(batch.mask)
         token = ends[batch.documents[rows]] - batch.mask.sum(axis=1)[rows] + places
         for values, one in zip(columns, found, strict=True):

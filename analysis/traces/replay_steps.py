@@ -207,8 +207,8 @@ def gate(experts: Array, probs: Array, num_experts: int, over_all: bool) -> Arra
         probs: float32 [T, L, K], falling.
     """
     k = experts.shape[-1]
-    told_apart = jnp.maximum(probs, _LEAST) * (1 - _TILT * jnp.arange(k, dtype=jnp.float32))
-    chosen = experts[..., None] == jnp.arange(num_experts, dtype=experts.dtype)  # [T, L, K, E]
+    told_apart = jnp.maximum(probs, _LEAST) * (1 - _TILT * jnp.arange(k, dtype=jnp.float32))[None, None]
+    chosen = experts[..., None] == jnp.arange(num_experts, dtype=experts.dtype)[None, None, None]  # [T, L, K, E]
     full = jnp.sum(jnp.where(chosen, told_apart[..., None], 0), axis=-2)
     if over_all and k < num_experts:
         rest = jnp.maximum(1 - jnp.sum(probs, axis=-1, keepdims=True), 0) / (num_experts - k)
@@ -220,7 +220,7 @@ def gate(experts: Array, probs: Array, num_experts: int, over_all: bool) -> Arra
 def _age(state: VARState, given: _Steps) -> Array:
     """int32 [L, T]: tokens since the cached decision for each token was made."""
     if state.cache is None:
-        return jnp.zeros((state.counters.tokens.shape[0], given.ids.shape[-1]), jnp.int32)
+        return jnp.zeros((given.experts.shape[1], given.ids.shape[-1]), jnp.int32)
     seen = contexts(given.ids, state.recent, state.cache.ids.shape[-1], given.mask)
     return context_cache.age(state.cache, seen, given.now)[:, 0]
 
@@ -233,10 +233,11 @@ def _measured(plan: Plan, given: _Steps, age: Array, age_edges: Array, num_exper
     caught, right = jnp.any(same, axis=-2), jnp.any(same, axis=-1)
     whole = jnp.sum(probs, axis=-1)
     share = jnp.sum(jnp.where(caught, probs, 0), axis=-1) / jnp.where(whole > 0, whole, 1)
-    keeps = (jnp.arange(predicted.shape[-1], dtype=plan.kept.dtype) < plan.kept[:, 0, :, None]) & (
+    keeps = (jnp.arange(predicted.shape[-1], dtype=plan.kept.dtype)[None, None] < plan.kept[:, 0, :, None]) & (
         predicted < num_experts
     )
-    of_tier = (tier[..., None] == jnp.arange(len(TIERS), dtype=tier.dtype)) & given.mask[0, :, None]  # [L, T, 3]
+    tiers = jnp.arange(len(TIERS), dtype=tier.dtype)[None, None]
+    of_tier = (tier[..., None] == tiers) & given.mask[0][None, :, None]  # [L, T, 3]
 
     def total(values: Array) -> Array:
         return jnp.sum(jnp.where(of_tier, values[..., None], 0), axis=1, dtype=values.dtype)
@@ -244,8 +245,9 @@ def _measured(plan: Plan, given: _Steps, age: Array, age_edges: Array, num_exper
     def counted(flags: Array) -> Array:
         return total(jnp.sum(flags, axis=-1, dtype=jnp.int32))
 
-    bucket = jnp.searchsorted(age_edges, age, side="right") - 1
-    aged = (bucket[..., None] == jnp.arange(len(age_edges))) & of_tier[..., CACHED, None]  # [L, T, A]
+    bucket = jnp.searchsorted(age_edges, age, side="right").astype(jnp.int32) - 1
+    buckets = jnp.arange(len(age_edges), dtype=jnp.int32)[None, None]
+    aged = (bucket[..., None] == buckets) & of_tier[..., CACHED, None]  # [L, T, A]
     agreed = aged & (predicted[..., 0] == chosen[..., 0])[..., None]
     return _StepSums(
         recalled=counted(caught),

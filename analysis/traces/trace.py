@@ -20,7 +20,8 @@ The schema's metadata holds JSON under `varjax_trace`: `version`, `num_layers`, 
 probabilities were computed from: `softmax`, where they are the router's own; `sigmoid`, scores divided by their sum;
 `logits`; `none`: no probabilities; files without this field mean `softmax`), `entropy` (true if there is such a
 column), `notes` (a list of what was left out or computed when the trace was imported), and about the origin `model`,
-`revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows.
+`revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows. `sealed` says that
+the file carries checksums (`varjax.checksums`), which reading verifies; the files of others need none.
 
 Probabilities over the chosen experts add up to 1, those over all experts to at most 1: a file where they do not is
 refused. A layer that was not captured (`analysis.traces.capture`) holds -1 at every token.
@@ -43,6 +44,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis.traces.capture import captured_layers, layer_names
+from varjax import checksums
 from varjax.errors import InputError
 from varjax.files import replacing
 
@@ -53,6 +55,8 @@ ORIGIN = ("model", "revision", "dtype", "tokenizer", "phase")
 _HEADER = b"varjax_trace"
 _LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over", "scores", "entropy", "notes")
 """Fields of the header that are not about the origin."""
+_SEALED = "sealed"
+_MEND = "restore the file, or record or import the trace again"
 _ROW_GROUP = 1 << 16  # tokens
 
 
@@ -169,9 +173,9 @@ def writing(path: str | Path, like: Trace) -> Iterator[Callable[[Trace], None]]:
         TraceError: on `add` of a part that is unlike it.
     """
     layout = _layout(like)
-    header = {**like.origin, **layout, "notes": list(like.notes)}
+    header = {**like.origin, **layout, "notes": list(like.notes), _SEALED: True}
     schema = _schema(like).with_metadata({_HEADER: json.dumps(header, allow_nan=False)})
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, compression="zstd") as file:
+    with replacing(path) as temporary, checksums.parquet_writer(temporary, schema) as file:
 
         def add(part: Trace) -> None:
             if _layout(part) != layout:
@@ -190,15 +194,19 @@ def read(path: str | Path) -> Trace:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; record or import a trace first, or mend the path")
+    sealed = checksums.verify(path, _MEND)
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise TraceError(f"{path}: not a readable Parquet file ({error}); write the trace anew") from error
     if not is_trace(table.schema):
         raise TraceError(f"{path}: no routing trace (its metadata has no {_HEADER.decode()}); give a trace file")
     try:
-        return _trace(table, _header(table.schema))
+        header = _header(table.schema)
+        if header.pop(_SEALED, False) and not sealed:
+            raise TraceError("its checksum is missing or unreadable, so the file was damaged")
+        return _trace(table, header)
     except (ValueError, pa.ArrowException) as error:
         raise TraceError(f"{path}: {error}; record or import the trace anew") from error
 

@@ -186,7 +186,7 @@ def test_var_with_everything_open_equals_the_plain_model(saved_model, statistics
     for name, figures in theirs.items():
         numbers = {key: value for key, value in figures.items() if key.endswith(",none") and value != "N/A"}
         assert {key: ours[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
-    assert int(var.state.counters.tokens.sum()) > 0 and plain.state is None
+    assert int(np.asarray(var.state.counters.tokens).sum()) > 0 and plain.state is None
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_generation_in_batches_equals_generation_one_by_one_under_var(saved_mode
     together = HarnessLM(var_model, batch_size=4, max_length=64, progress=False)
     alone = HarnessLM(var_model, batch_size=1, max_length=64, progress=False)
     assert together.generate_until(asked, disable_tqdm=True) == alone.generate_until(asked, disable_tqdm=True)
-    assert int(together.state.counters.tokens[:, 0].sum()) > 0  # the table answered
+    assert int(np.asarray(together.state.counters.tokens)[:, 0].sum()) > 0  # the table answered
 
 
 def test_what_cannot_be_done_is_said(saved_model):

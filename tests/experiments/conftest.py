@@ -37,5 +37,6 @@ def statistics(saved_model, even_documents, tmp_path_factory):
     path = tmp_path_factory.mktemp("statistics") / "routing_stats.parquet"
     statsfile.write(path, stats, {"fingerprint": saved_model.fingerprint})
     answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
-    answersfile.write(residuals_beside(path), answers, {"fingerprint": saved_model.fingerprint})
+    about = {"fingerprint": saved_model.fingerprint, "statistics": statsfile.identity(path)}
+    answersfile.write(residuals_beside(path), answers, about)
     return path

@@ -71,7 +71,7 @@ def header(path: Path) -> dict:
 def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp_path):
     moment, work = random.Random(0), tmp_path / "routing_checkpoints" / "process-0"
     # While statistics are collected; after them, at any time; while residual rows are collected.
-    for stage in ("statistics/*/_CHECKPOINT_METADATA", "statistics.done", "residuals/*/_CHECKPOINT_METADATA"):
+    for stage in ("statistics/checkpoint.safetensors", "statistics.done", "residuals/checkpoint.safetensors"):
         process = start(command(tmp_path))
         while process.poll() is None and not list(work.glob(stage)):
             time.sleep(0.005)
@@ -130,7 +130,7 @@ def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
     run = command(tmp_path, "--mesh", "data=4,model=2")
     first, second = joined(run, devices=4)
     work = tmp_path / "routing_checkpoints" / "process-0"
-    while first.poll() is None and not list(work.glob("statistics/*/_CHECKPOINT_METADATA")):
+    while first.poll() is None and not list(work.glob("statistics/checkpoint.safetensors")):
         time.sleep(0.005)
     second.kill()
     second.communicate()
@@ -164,7 +164,7 @@ def test_two_processes_give_the_result_of_one_though_one_is_killed(command, whol
     shares = [command(tmp_path, *bounded, "--process_id", str(index)) for index in range(2)]
     work = tmp_path / "routing_checkpoints" / "process-1"
     first, second = start(shares[0], 2), start(shares[1], 2)
-    while second.poll() is None and not list(work.glob("statistics/*/_CHECKPOINT_METADATA")):
+    while second.poll() is None and not list(work.glob("statistics/checkpoint.safetensors")):
         time.sleep(0.005)
     second.kill()
     second.communicate()

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from tuning.chosen import read, write
+from varjax import checksums
 from varjax.config import VARConfig
 
 LIMIT = 0.01
@@ -34,15 +35,19 @@ def test_where_none_is_feasible_nothing_is_called_best(make_point, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
         ("{", "is not JSON"),
         ("[]", "expected a JSON object"),
-        (json.dumps({"configs": [{"config": {}}]}), "lacks 'name'"),
-        (json.dumps({"configs": [{"name": "a", "config": {"frequenzy_threshold": 1}}]}), "did you mean"),
+        ('{"configs": []}', "has no field 'checksum', so it was damaged or is of an older version; search again"),
+        ({"configs": [{"config": {}}]}, "lacks 'name'"),
+        ({"configs": [{"name": "a", "config": {"frequenzy_threshold": 1}}]}, "did you mean"),
     ],
 )
-def test_what_is_no_configuration_is_said(tmp_path, text, message):
-    (tmp_path / "file.json").write_text(text)
+def test_what_is_no_configuration_is_said(tmp_path, content, message):
+    if isinstance(content, dict):
+        checksums.write_json(tmp_path / "file.json", content)
+    else:
+        (tmp_path / "file.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         read(tmp_path / "file.json")

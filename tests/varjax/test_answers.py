@@ -271,17 +271,17 @@ def test_a_bad_file_is_named_with_its_fault(some, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.safetensors: not a readable safetensors file"):
         answersfile.read(path)
     save_file({"keys": KEYS}, path)
-    with pytest.raises(ValueError, match=r"bad\.safetensors: expected answers of format 2, found None"):
+    with pytest.raises(ValueError, match=r"bad\.safetensors: expected answers of format 3, found None"):
         answersfile.read(path)
     save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 1, "rules": [[0, 1, 0.0]]}'})
-    with pytest.raises(ValueError, match="expected answers of format 2, found 1"):
+    with pytest.raises(ValueError, match="expected answers of format 3, found 1"):
         answersfile.read(path)
-    save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 2}'})
+    save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 3}'})
     with pytest.raises(ValueError, match="the header lacks its layers"):
         answersfile.read(path)
 
     answersfile.write(path, some, {})
-    good, header = load_file(path), {"varjax": '{"format": 2, "answer_layers": [0, 2], "distilled": false}'}
+    good, header = load_file(path), {"varjax": '{"format": 3, "answer_layers": [0, 2], "distilled": false}'}
     save_file({"keys": KEYS}, path, metadata=header)
     with pytest.raises(ValueError, match="count, entry, m2, mass, mean, nonfinite are missing"):
         answersfile.read(path)
@@ -294,6 +294,9 @@ def test_a_bad_file_is_named_with_its_fault(some, tmp_path):
         save_file({**good, name: tensor}, path, metadata=header)
         with pytest.raises(ValueError, match=fault):
             answersfile.read(path)
+    save_file(good, path, metadata=header)
+    with pytest.raises(ValueError, match="its checksum is missing or unreadable, so the file was damaged; restore"):
+        answersfile.read(path)
     with pytest.raises(ValueError, match="the file itself says answer_layers"):
         answersfile.write(path, some, {"answer_layers": []})
 

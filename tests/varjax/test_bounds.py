@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 
 from analysis.reports.provenance import write_json
 from varjax.bounds import ConfidenceSequence, begin, documents_needed, interval, p_value, update, upper_bound
+from varjax.checksums import read_json
 
 REPEATS = 500
 ALLOWED = 0.05 + 3 * math.sqrt(0.05 * 0.95 / REPEATS)  # three standard errors above the nominal share
@@ -201,7 +201,7 @@ def test_a_sequence_goes_through_a_file_and_on(tmp_path):
     x = np.random.default_rng(15).random(60)
     sequence = update(begin(0, 1), x[:30])
     write_json(tmp_path / "sequence.json", sequence)
-    again = ConfidenceSequence(**json.loads((tmp_path / "sequence.json").read_text()))
+    again = ConfidenceSequence(**read_json(tmp_path / "sequence.json", ""))
     assert interval(update(again, x[30:])) == interval(update(sequence, x[30:]))
     assert update(sequence, []).count == 30
     assert [field.name for field in dataclasses.fields(again)][:4] == ["low", "high", "level", "side"]

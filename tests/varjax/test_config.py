@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from varjax import answersfile, statsfile
+from varjax.answers import Answers
 from varjax.config import PRESETS, LayerPolicy, VARConfig
+from varjax.stats import RoutingStats
 
 numbers = st.floats(0.001, 1e6, allow_nan=False)
 shares = st.floats(0.001, 1.0)
@@ -239,10 +243,54 @@ def test_the_digest_tells_files_apart_by_what_they_hold(tmp_path):
 
 def test_other_files_are_taken_but_answers_that_a_config_names_stay_its_own(tmp_path):
     stats, beside, own = tmp_path / "s.parquet", tmp_path / "s.residuals.safetensors", tmp_path / "own.safetensors"
-    stats.write_bytes(b"PAR1")
-    beside.touch()
+    statsfile.write(stats, some_stats(3), {})
+    some = Answers.empty(np.zeros((1, 1), np.int32), (0,), 2, 4)
+    answersfile.write(beside, some, {"statistics": statsfile.identity(stats)})
     config = VARConfig(residuals=str(own), cache_size=7)
     assert config.at(stats) == dataclasses.replace(config, routing_stats=str(stats), residuals=str(beside))
-    own.touch()
+    shutil.copy(beside, own)
     assert config.at(stats).residuals == str(own)
     assert config.at(stats, beside).residuals == str(beside)
+
+
+def test_answers_of_other_statistics_are_refused(tmp_path):
+    """Of other texts, seen in their counts, or of another model."""
+    stats, own = tmp_path / "s.parquet", tmp_path / "own.safetensors"
+    some = Answers.empty(np.zeros((1, 1), np.int32), (0,), 2, 4)
+    statsfile.write(stats, some_stats(3), {"fingerprint": "abc"})
+    answersfile.write(own, some, {"statistics": statsfile.identity(stats)})
+    config = VARConfig(residuals=str(own))
+    assert config.at(stats).residuals == str(own)
+    for count, fingerprint in ((4, "abc"), (3, "def")):
+        statsfile.write(stats, some_stats(count), {"fingerprint": fingerprint})
+        with pytest.raises(ValueError, match=r"own\.safetensors: these answers belong to other statistics, "):
+            config.at(stats)
+        with pytest.raises(ValueError, match="give the statistics that the answers were collected with"):
+            config.at(stats, own)
+    answersfile.write(own, some, {})
+    with pytest.raises(ValueError, match="these answers name no statistics"):
+        config.at(stats)
+
+
+def some_stats(count: int) -> RoutingStats:
+    """One key that was seen so often."""
+    stats = RoutingStats.empty(np.zeros((1, 1), np.int32), (1,), 1, 2)
+    half = dataclasses.replace(stats.entropy, **{name: np.full((1, 1), 0.5) for name in ("mean", "min", "max")})
+    counted = {"count": np.full((1, 1), count), "top1_counts": np.full((1, 1, 2), [count, 0])}
+    return dataclasses.replace(stats, **counted, entropy=half, confidence=half, sum_probs=np.full((1, 1, 2), count / 2))
+
+
+def test_a_config_that_was_saved_is_verified_and_one_by_hand_is_not(tmp_path):
+    path = tmp_path / "config.json"
+    VARConfig(cache_size=7).save(path)
+    assert VARConfig.load(path) == VARConfig(cache_size=7) == VARConfig.from_json(path.read_text())
+    path.write_text(json.dumps(json.loads(path.read_text())))  # another form of the same is no damage
+    assert VARConfig.load(path) == VARConfig(cache_size=7)
+    edited = path.read_text().replace('"cache_size": 7', '"cache_size": 8')
+    path.write_text(edited)
+    with pytest.raises(ValueError, match=r'config\.json: it was damaged or edited .* remove its field "checksum"'):
+        VARConfig.load(path)
+    path.write_text(json.dumps({name: value for name, value in json.loads(edited).items() if name != "checksum"}))
+    assert VARConfig.load(path) == VARConfig(cache_size=8)
+    path.write_text('{"cache_size": 9}')
+    assert VARConfig.load(path) == VARConfig(cache_size=9)

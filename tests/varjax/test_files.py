@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import stat
 import subprocess
 import sys
 
@@ -69,3 +70,15 @@ def test_another_error_stays_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError) as raised, replacing(tmp_path / "file.bin"):
         (tmp_path / "none").read_text()
     assert raised.value.filename == str(tmp_path / "none")
+
+
+def test_whoever_may_read_other_new_files_may_read_these_and_the_umask_is_left_alone(tmp_path, monkeypatch):
+    """Some writers keep their file to its owner. While the umask is changed, files of other threads are anybody's."""
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+    (tmp_path / "other").touch()
+    with replacing(tmp_path / "file.txt") as temporary:
+        temporary.unlink()
+        temporary.write_text("new")
+        temporary.chmod(0o600)
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("other", "file.txt")}
+    assert len(modes) == 1 and modes != {0o600}

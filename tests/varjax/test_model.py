@@ -3,9 +3,11 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import varjax
 from analysis.collection.answers import collect_answers
 from analysis.collection.statistics import KeySettings, choose_keys, collect
 from models import Sampling
@@ -29,6 +31,7 @@ def stats_path(tmp_path_factory, saved_model, documents):
     answers = collect_answers(saved_model, documents, stats.keys, (0, 1), **READING)
     meta = {"fingerprint": saved_model.fingerprint, "model": "tiny"}
     statsfile.write(path, stats, meta)
+    meta |= {"statistics": statsfile.identity(path)}
     answersfile.write(path.with_name("routing_stats.residuals.safetensors"), answers, meta)
     return path
 
@@ -79,7 +82,7 @@ def test_disabled_is_the_plain_model_and_hands_the_state_on(saved_model, stats_p
         out, state = model.advance(state, ids[:, position : position + 1], one, out.kv)
         rows.append(whole.plan.row[..., position : position + 1] if model is off else out.plan.row)
     np.testing.assert_array_equal(np.concatenate(rows, axis=-1), whole.plan.row)
-    assert int(state.counters.tokens.sum()) == 2 * len(ids) * 13
+    assert int(np.asarray(state.counters.tokens).sum()) == 2 * len(ids) * 13
 
 
 def test_a_forgotten_state_is_no_switch(saved_model, stats_path, ids):
@@ -199,7 +202,7 @@ def test_second_step_compiles_nothing_and_policies_share_it(saved_model, stats_p
     tokens, state = nothing.generate(ids, nothing.init(len(ids)), max_new_tokens=8)
     np.testing.assert_array_equal(tokens, plain)
     # 16 tokens of the prompt and 7 of the 8 new ones went through both layers.
-    assert int(state.counters.tokens.sum()) == 2 * len(ids) * (16 + 7)
+    assert int(np.asarray(state.counters.tokens).sum()) == 2 * len(ids) * (16 + 7)
 
     var_model = VARModel(model, config(stats_path))
     sampled = [
@@ -328,3 +331,26 @@ def test_a_config_without_statistics_says_so(saved_model):
 
 def test_answers_are_found_beside_the_statistics(stats_path):
     assert config(stats_path).residuals == str(stats_path.with_name("routing_stats.residuals.safetensors"))
+
+
+def test_a_plan_is_refused_without_the_answers_of_its_table(saved_model, stats_path, ids):
+    """Whoever carries a plan out by hand has to give the answers that stand in for what it leaves out."""
+    var_model = VARModel(saved_model, config(stats_path, cache_size=0, default=LayerPolicy(kept=0)))
+    table, token_ids = var_model.table, jnp.asarray(ids)
+    plan = varjax.plan(table, var_model.init(len(ids)), token_ids, np.int32(0), var_model.settings)
+    with pytest.raises(ValueError, match=r"no answers were given; pass answers=table\.answers"):
+        saved_model.network.forward(saved_model.params, token_ids, plan=plan)
+    out = saved_model.network.forward(saved_model.params, token_ids, plan=plan, answers=table.answers)
+    expected, _ = var_model(ids, var_model.init(len(ids)))
+    np.testing.assert_array_equal(out.routing.experts, expected.routing.experts)
+    assert (np.asarray(out.routing.experts) == saved_model.config.num_experts).any()
+
+
+def test_answers_of_other_statistics_build_no_table(saved_model, documents, stats_path, tmp_path):
+    keys = choose_keys(saved_model, documents, 16, KeySettings(orders=(1, 2), min_count=3))
+    other = tmp_path / "other.parquet"
+    fewer = collect(saved_model, documents[:40], keys, **READING)
+    statsfile.write(other, fewer, {"fingerprint": saved_model.fingerprint})
+    mixed = dataclasses.replace(config(stats_path), routing_stats=str(other))
+    with pytest.raises(ValueError, match=r"residuals\.safetensors: these answers belong to other statistics"):
+        VARModel(saved_model, mixed)

@@ -90,8 +90,8 @@ def slow_resolve(probs, k, normalise, tier, kept, row, experts, weights, rule, e
         slots = [(e, w) for (e, _), w in zip(slots, weights, strict=False)]
     runs, dropped = [], []
     for j, (expert, weight) in enumerate(slots):
-        looked_up = residual and entry is not None and row != NO_ROW
-        answer = entry[row][expert] if looked_up else NO_ANSWER
+        looked_up = residual and row != NO_ROW
+        answer = entry[row][expert] if looked_up and entry is not None else NO_ANSWER
         unwanted = j >= kept
         if j >= 1:
             unwanted |= weight < ratio * slots[0][1]
@@ -224,6 +224,16 @@ def test_what_is_not_known_runs(one_layer):
         assert (np.asarray(routing.experts) < EXPERTS).sum(-1).tolist() == [[runs] * LENGTH] * BATCH
         answered = (np.asarray(dropped.answer) != NO_ANSWER).sum()
         assert answered == (4 * BATCH * LENGTH if (row, residual) == (1, True) else 0)
+
+
+def test_without_the_answers_a_plan_that_relies_on_them_is_refused():
+    """Or, where nobody says that it does, every expert runs: none is left out with nothing in its place."""
+    probs = sharp_probs(3)
+    plan = replace(planned(4, row=1, residual=True), kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
+    routing, _ = resolve(probs, 4, plan)
+    jax.tree.map(np.testing.assert_array_equal, routing, top_k(probs, 4))
+    with pytest.raises(ValueError, match=r"no answers were given; pass answers=table\.answers"):
+        jax.jit(lambda probs, plan: resolve(probs, 4, plan))(probs, replace(plan, needs_answers=True))
 
 
 def test_no_tolerance_drops_nothing_and_a_huge_one_is_look_up_only(one_layer):

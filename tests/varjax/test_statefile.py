@@ -124,31 +124,40 @@ def test_another_format_and_what_is_no_state_are_refused(random_stats, tmp_path,
 
     with ocp.CheckpointManager(tmp_path / "other") as manager:
         manager.save(1, args=ocp.args.StandardSave({"a": np.ones(2)}))
-    with pytest.raises(ValueError, match=r"other: not a saved VAR state"):
+    with pytest.raises(ValueError, match=r"other: a state of format 1, expected 2"):
         statefile.load(tmp_path / "other", state, now, ABOUT)
 
-    monkeypatch.setattr(statefile, "FORMAT", 2)
+    monkeypatch.setattr(statefile, "FORMAT", 3)
     statefile.save(tmp_path / "newer", state, now, ABOUT)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="a state of format 2, expected 1"):
+    with pytest.raises(ValueError, match="a state of format 3, expected 2"):
         statefile.load(tmp_path / "newer", state, now, ABOUT)
+
+
+def test_a_truncated_state_is_an_error_that_names_its_file(tmp_path):
+    statefile.save(tmp_path, small_state(3), np.int32(0), ABOUT)
+    file = tmp_path / statefile.FILE
+    content = file.read_bytes()
+    for end in (0, 5, 100, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:end])
+        with pytest.raises(ValueError, match=r"state\.safetensors: .* damaged.*; restore the file"):
+            statefile.load(tmp_path, small_state(0), np.int32(0), ABOUT)
 
 
 KILLED = """
 import os, sys
 import numpy as np
-import orbax.checkpoint as ocp
-from varjax import statefile
+from varjax import checksums, statefile
 from tests.varjax.test_statefile import ABOUT, small_state
 
-ocp.JsonCheckpointHandler.async_save = lambda *args, **kwargs: os._exit(9)  # the arrays are on their way
+checksums.seal = lambda path: os._exit(9)  # the arrays are on the disk, their checksum is not
 statefile.save(sys.argv[1], small_state(7), np.int32(0), ABOUT)
 """
 
 
 def small_state(value: int) -> VARState:
     cache = context_cache.init(8, 2, LAYERS, TOP_K)
-    counters = jax.tree.map(lambda leaf: leaf + value, Counters.zero(LAYERS))
+    counters = jax.tree.map(lambda leaf: leaf + np.uint32(value), Counters.zero(LAYERS))
     return VARState(replace(cache, ids=cache.ids + value), jnp.full((2, 1), value, jnp.int32), counters)
 
 
@@ -157,8 +166,8 @@ def test_a_save_that_is_killed_leaves_the_state_before(tmp_path):
     statefile.save(tmp_path, small_state(3), now, ABOUT)
     done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=Path(__file__).parents[2], timeout=60)
     assert done.returncode == 9
-    assert len(list(tmp_path.iterdir())) > 1  # the beginnings of the second
+    (begun,) = set(tmp_path.iterdir()) - {tmp_path / statefile.FILE}  # the beginnings of the second
     assert same(statefile.load(tmp_path, small_state(0), now, ABOUT), small_state(3))
     statefile.save(tmp_path, small_state(5), now, ABOUT)
     assert same(statefile.load(tmp_path, small_state(0), now, ABOUT), small_state(5))
-    assert len(list(tmp_path.iterdir())) == 1
+    assert set(tmp_path.iterdir()) == {begun, tmp_path / statefile.FILE}

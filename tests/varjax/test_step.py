@@ -16,6 +16,7 @@ from varjax.keys import NONE
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, resolve
 from varjax.step import Counters, Settings, begin, commit, init, milliseconds, plan, summary
 from varjax.table import build, fast_plan
+from varjax.wide import WideCount
 
 LAYERS, EXPERTS, TOP_K = 3, 5, 2
 CONFIG = VARConfig(
@@ -142,7 +143,7 @@ def test_padding_is_not_remembered_and_an_empty_row_keeps_its_past(table):
 
     _, _, state = run_step(table, state, ids, 1.0, np.zeros((2, 8), bool))
     np.testing.assert_array_equal(state.recent, [[6, 7], [11, 12]])
-    assert int(state.counters.tokens.sum()) == LAYERS * 13
+    assert int(np.asarray(state.counters.tokens).sum()) == LAYERS * 13
     np.testing.assert_array_equal(begin(state, batch_size=3).recent, np.full((3, 2), NONE))
 
 
@@ -229,11 +230,36 @@ def test_the_second_step_and_another_policy_compile_nothing(random_stats):
         compiled = sizes
 
 
-def test_shares_of_counters_that_passed_their_end_are_refused():
-    full = replace(Counters.zero(LAYERS), active=jnp.full((LAYERS, 3), 2**31 - 1, jnp.int32))
-    summary(full, TOP_K)
-    with pytest.raises(OverflowError, match=r"a counter has passed 2\^31"):
-        summary(replace(full, active=full.active + 1), TOP_K)
+@pytest.mark.parametrize("already", [2**31 - 3, 2**32 - 3, 7 * 2**32 - 1])
+def test_counters_pass_the_end_of_their_words_and_go_on(table, already):
+    """8 tokens and 5 of padding, after so many that int32 or uint32 would wrap around."""
+
+    def counted():
+        return WideCount(*(jnp.full((LAYERS, 3), part, jnp.uint32) for part in (already % 2**32, already // 2**32)))
+
+    state = replace(init(table, CONFIG, 1), counters=Counters(counted(), counted(), counted()))
+    ids, mask = np.arange(13)[None] % 7, jnp.arange(13)[None] >= 5
+    _, _, state = run_step(table, state, ids, 0.0, mask)
+
+    tokens = np.asarray(state.counters.tokens)
+    assert tokens.dtype == np.int64 and (tokens.sum(axis=1) == 3 * already + 8).all()
+    assert (np.asarray(state.counters.active).sum(axis=1) - 3 * already <= 8 * TOP_K).all()
+    shares = summary(state.counters, TOP_K)
+    assert shares["tokens"] == LAYERS * (3 * already + 8)
+    assert shares["tiers"]["fast"] == pytest.approx(1 / 3, rel=1e-8)
+    assert shares["experts_per_token"] == pytest.approx(1, rel=1e-8)
+
+
+def test_wide_counts_equal_whole_numbers_of_any_size():
+    rng = np.random.default_rng(0)
+    counts = WideCount.zero((5,))
+    whole = np.zeros(5, np.int64)
+    add = jax.jit(WideCount.plus)
+    for _ in range(40):
+        more = rng.integers(0, 2**31, size=5)
+        counts, whole = add(counts, jnp.asarray(more, jnp.int32)), whole + more
+        np.testing.assert_array_equal(counts, whole)
+    assert whole.min() > 2**33 and add._cache_size() == 1
 
 
 @pytest.mark.parametrize("function", [varjax.plan, varjax.commit, varjax.init, varjax.Auditor.__init__])

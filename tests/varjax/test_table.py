@@ -183,6 +183,29 @@ def test_only_a_table_of_all_rows_takes_other_policies(random_stats, random_answ
         with_policies(build(stats, CONFIG, TOP_K, answers), stats, other, answers)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer_dtype": "int8"}, "answer_dtype float32, the config has int8"),
+        ({"residual_shrinkage": 7.5}, "residual_shrinkage 2.0, the config has 7.5"),
+        ({"answers_per_layer": 3}, "answers_per_layer unbounded, the config has 3"),
+    ],
+)
+def test_a_table_does_not_take_settings_that_it_was_not_built_with(random_stats, random_answers, changes, message):
+    rng = np.random.default_rng(1)
+    stats = random_stats(rng, LAYERS, EXPERTS)
+    answers = random_answers(rng, stats, COLLECTED, HIDDEN)
+    table = build(stats, CONFIG, TOP_K, answers, keep_shapes=True)
+    other = replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=f"the table was built with {message}: other policies cannot change that"):
+        with_policies(table, stats, other, answers)
+    same = with_policies(build(stats, other, TOP_K, answers, keep_shapes=True), stats, other, answers)
+    shares = jax.tree.structure(same) == jax.tree.structure(table)
+    assert shares or changes == {"answer_dtype": "int8"}  # tables that differ in the others share their programs
+    with pytest.raises(ValueError, match="the table holds some, and none are given"):
+        with_policies(table, stats, CONFIG)
+
+
 def test_without_normalisation_the_weights_are_mean_probabilities(random_stats):
     stats = random_stats(np.random.default_rng(2), LAYERS, EXPERTS)
     config = VARConfig(default=LayerPolicy(kept=1, residual=False))

@@ -40,8 +40,8 @@ def test_windows_of_a_document_add_up(small_var_model, texts):
     assert sums.tokens.min() > reading["max_length"] and sums.planned.shape == (10, 2, 2)
     np.testing.assert_array_equal(sums.audited, sums.planned)
     # The counters of the model counted the same.
-    np.testing.assert_array_equal(sums.planned.sum(0), state.counters.tokens[:, :2])
-    np.testing.assert_array_equal(sums.agreed.sum(0), state.counters.agreements[:, :2])
+    np.testing.assert_array_equal(sums.planned.sum(0), np.asarray(state.counters.tokens)[:, :2])
+    np.testing.assert_array_equal(sums.agreed.sum(0), np.asarray(state.counters.agreements)[:, :2])
 
 
 def test_a_document_is_audited_the_same_in_any_company(small_var_model, texts):
@@ -116,6 +116,7 @@ def test_the_study_writes_what_it_prints(
 ):
     meta = {"fingerprint": saved_model.fingerprint, "model": "tiny"}
     statsfile.write(tmp_path / "routing_stats.parquet", collected.stats, meta)
+    meta |= {"statistics": statsfile.identity(tmp_path / "routing_stats.parquet")}
     answersfile.write(tmp_path / "routing_stats.residuals.safetensors", collected.answers, meta)
     command = f"audit_study --model {model_directory} --dataset {even_corpus} --foreign {corpus_file} --repeats 2"
     command += f" --max_length 32 --routing_stats {tmp_path}/routing_stats.parquet"

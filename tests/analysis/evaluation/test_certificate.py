@@ -1,5 +1,4 @@
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -23,6 +22,7 @@ from analysis.reports.provenance import write_json
 from analysis.reports.report import text
 from analysis.text.drawn import Drawn
 from varjax.bounds import upper_bound
+from varjax.checksums import read_json
 
 CLIP = 0.2
 DOCUMENTS = 400
@@ -135,7 +135,7 @@ def test_hashes_name_model_data_and_configuration(tmp_path):
     longer = [Losses(IDS, GROUPS, TOKENS * loss, TOKENS + 1) for loss in (3.0, 3.001)]
     assert certificate({"var": longer[1]}, longer[0]).data_sha256 != result.data_sha256
     write_json(tmp_path / "certificate.json", result)
-    saved = json.loads((tmp_path / "certificate.json").read_text())
+    saved = read_json(tmp_path / "certificate.json", "")
     assert saved["configurations"][0]["overall"]["bound"] == only(result).overall.bound
     assert set(saved) == {field.name for field in dataclasses.fields(result)}
 

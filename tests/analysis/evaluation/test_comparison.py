@@ -1,4 +1,3 @@
-import json
 import math
 
 import numpy as np
@@ -7,6 +6,7 @@ import pytest
 
 from analysis.evaluation.comparison import ResultError, degradation, ratio_interval, read_result
 from analysis.evaluation.comparison_report import figure, report
+from varjax import checksums
 
 SPEED = {
     "prefill_tokens_per_second": 1300.0,
@@ -17,11 +17,13 @@ SPEED = {
 
 def write_result(folder, name, nll, tokens=100, **fields):
     documents = pd.DataFrame({"id": [f"d{i}" for i in range(len(nll))], "group": "g", "nll": nll, "tokens": tokens})
-    documents.to_parquet(folder / f"{name}.documents.parquet")
+    table = folder / f"{name}.documents.parquet"
+    documents.to_parquet(table)
     perplexity = math.exp(np.sum(nll) / (tokens * len(nll)))
     path = folder / f"{name}.json"
-    base = {"mode": name, "perplexity": perplexity, "documents_file": f"{name}.documents.parquet"}
-    path.write_text(json.dumps(base | fields))
+    base = {"mode": name, "perplexity": perplexity, "documents_file": table.name}
+    base["documents_sha256"] = checksums.digest_of_file(table)
+    checksums.write_json(path, base | fields)
     return path
 
 
@@ -122,7 +124,7 @@ def test_what_cannot_be_paired_is_refused(pair, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("{", "not JSON"), ("{}", "no field 'perplexity'")],
+    [(None, "does not exist"), ("{", "not valid JSON"), ("{}", "no field 'checksum'")],
 )
 def test_broken_results_are_named(tmp_path, content, message):
     path = tmp_path / "result.json"
@@ -131,6 +133,20 @@ def test_broken_results_are_named(tmp_path, content, message):
     with pytest.raises(ResultError, match=message) as error:
         read_result(path)
     assert str(path) in str(error.value)
+
+
+def test_what_is_not_a_result_is_named(tmp_path):
+    checksums.write_json(tmp_path / "other.json", {"mode": "var"})
+    with pytest.raises(ResultError, match=r"other\.json has no field 'perplexity'"):
+        read_result(tmp_path / "other.json")
+
+
+def test_losses_of_another_evaluation_are_refused(pair):
+    """Two evaluations with one name: a run wrote its losses and was killed before its result."""
+    losses = pair[0].with_name("baseline.documents.parquet")
+    losses.write_bytes(pair[1].with_name("var.documents.parquet").read_bytes())
+    with pytest.raises(ResultError, match=r"baseline\.documents\.parquet: .* belongs to another evaluation than"):
+        read_result(pair[0])
 
 
 def test_losses_must_lie_beside_their_result(pair):
