@@ -6,13 +6,11 @@ JAX moves NumPy arrays and Python numbers to the device wherever they meet a dev
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import jax
 
-T = TypeVar("T")
 
-
-def to_device(tree: T) -> T:
+def to_device(tree: Any) -> Any:
     """A pytree of NumPy arrays as arrays on the device, with memory of their own, so that they can be donated."""
     return jax.device_put(tree, may_alias=False)
