@@ -65,10 +65,8 @@ def test_a_part_of_the_suite_passes_under_a_stricter_setting(setting):
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
 
 
-def test_nothing_is_sent_to_the_device_that_nobody_sent(
-    model_directory, saved_model, var_model, even_documents, tmp_path
-):
-    """Loading, calls, decoding, a state through a file, plans by hand: explicit transfers only."""
+def test_transfers_are_explicit(model_directory, saved_model, var_model, even_documents, tmp_path):
+    """Loading, calls, decoding, a state through a file, a plan by hand, the losses of documents."""
     ids = np.stack([one.ids for one in even_documents[:2]])
     expected = run_all(saved_model, var_model, ids)
     with jax.transfer_guard("disallow"):

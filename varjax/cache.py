@@ -55,13 +55,11 @@ class ContextCache:
 def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways: int = 4) -> ContextCache:
     """An empty cache for `cache_size` contexts, rounded up to whole sets (one at least)."""
     shape = (max(1, -(-cache_size // ways)), ways)
-    return to_device(
-        ContextCache(
-            ids=np.full((*shape, context_length), NONE, np.int32),
-            experts=np.full((*shape, num_layers, top_k), NOTHING, np.int16),
-            weights=np.zeros((*shape, num_layers, top_k), np.float32),
-            stamp=np.zeros((*shape, num_layers), np.int32),
-        )
+    return ContextCache(
+        ids=to_device(np.full((*shape, context_length), NONE, np.int32)),
+        experts=to_device(np.full((*shape, num_layers, top_k), NOTHING, np.int16)),
+        weights=to_device(np.zeros((*shape, num_layers, top_k), np.float32)),
+        stamp=to_device(np.zeros((*shape, num_layers), np.int32)),
     )
 
 

@@ -205,7 +205,7 @@ class VARConfig:
         if chosen is not None and Path(chosen).is_file():
             from varjax.answersfile import check_statistics  # it brings pyarrow and safetensors with it
 
-            check_statistics(chosen, routing_stats)
+            check_statistics(chosen, Path(routing_stats))
         return replace(self, routing_stats=beside.routing_stats, residuals=chosen)
 
     def to_json(self) -> str:

@@ -111,7 +111,7 @@ class KeyIndex:
         slot = np.arange(num_keys) - np.searchsorted(ordered, ordered)  # rank within the bucket
         buckets = np.full((num_buckets, slot.max(initial=0) + 1), ABSENT, np.int32)
         buckets[ordered, slot] = by_bucket
-        return to_device(cls(buckets, keys))
+        return cls(*to_device((buckets, keys)))
 
     def find(self, queries: Array) -> Array:
         """int32 [...]: the row of each query int32 [..., C], ABSENT where it is no key. A pure gather."""

@@ -243,9 +243,8 @@ def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
         weights, gate: float32 [..., K], the candidate's weights and gate probabilities.
     """
     slot = jax.lax.broadcasted_iota(jnp.int8, weights.shape, weights.ndim - 1)
-    before = (
-        slot[..., None, :] < slot[..., :, None]
-    )  # the slots before each slot; a masked sum is one kernel, a running one is three
+    # The slots before each slot; a masked sum is one kernel, a running one is three.
+    before = slot[..., None, :] < slot[..., :, None]
     covered = jnp.sum(jnp.where(before, gate[..., None, :], 0.0), axis=-1) >= plan.rules.gate_mass
     light = weights < plan.rules.gate_ratio * weights[..., :1]
     return (slot >= plan.kept[..., None]) | ((slot >= 1) & (light | covered))

@@ -48,13 +48,11 @@ class Settings:
 
     @classmethod
     def of(cls, config: VARConfig, num_layers: int) -> Settings:
-        return to_device(
-            cls(
-                ttl=np.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON)),
-                confidence_threshold=np.float32(config.confidence_threshold),
-                mass_threshold=np.float32(config.mass_threshold),
-                cache_layers=np.array([config.caches(layer) for layer in range(num_layers)]),
-            )
+        return cls(
+            ttl=to_device(np.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON))),
+            confidence_threshold=to_device(np.float32(config.confidence_threshold)),
+            mass_threshold=to_device(np.float32(config.mass_threshold)),
+            cache_layers=to_device(np.array([config.caches(layer) for layer in range(num_layers)])),
         )
 
 

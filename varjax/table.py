@@ -296,16 +296,16 @@ def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry
 
 def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool) -> Routing:
     """[L, R, K]: the top K of the mean gate probabilities; unused slots at order 0 and where a key was never seen."""
-    layers = []
+    experts, weights = [], []
     nothing = np.zeros((1, stats.num_experts))
     for count, sum_probs in zip(stats.count, stats.sum_probs, strict=True):  # [L, R, E] at once could be large
         occurrences = np.append(count, 0)[rows, None]
         seen = occurrences > 0
         mean = np.concatenate([sum_probs, nothing])[rows] / np.where(seen, occurrences, 1)
         best = jax.device_get(_top_k(to_device(np.where(seen, mean, 1.0).astype(np.float32)), k, normalise))
-        experts = np.where(seen, best.experts, np.int32(stats.num_experts))
-        layers.append(Routing(experts, np.where(seen, best.weights, np.float32(0))))
-    return to_device(jax.tree.map(lambda *leaves: np.stack(leaves), *layers))
+        experts.append(np.where(seen, best.experts, np.int32(stats.num_experts)))
+        weights.append(np.where(seen, best.weights, np.float32(0)))
+    return Routing(to_device(np.stack(experts)), to_device(np.stack(weights)))
 
 
 def _kept(policies: list[LayerPolicy | None], routing: Routing, mass_threshold: float) -> np.ndarray:
@@ -358,16 +358,18 @@ def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
     """[L]; a layer that is left open has neutral ones."""
     given = [policy or LayerPolicy(residual=False) for policy in policies]
 
-    def column(values: list[float]) -> np.ndarray:
-        return np.array(values, np.float32)
+    def column(values: list[float]) -> Array:
+        return to_device(np.array(values, np.float32))
 
-    rules = LayerRules(
+    def flags(values: list[bool]) -> Array:
+        return to_device(np.array(values, bool))
+
+    return LayerRules(
         gate_ratio=column([policy.gate_ratio or 0.0 for policy in given]),
         gate_mass=column([math.inf if policy.gate_mass is None else policy.gate_mass for policy in given]),
         tolerance=column([policy.tolerance or 0.0 for policy in given]),
-        residual=np.array([policy.residual for policy in given]),
-        renormalise=np.array([policy.renormalise for policy in given]),
-        choice_from_table=np.array([policy.choice_from == "table" for policy in given]),
-        weights_from_table=np.array([policy.weights_from == "table" for policy in given]),
+        residual=flags([policy.residual for policy in given]),
+        renormalise=flags([policy.renormalise for policy in given]),
+        choice_from_table=flags([policy.choice_from == "table" for policy in given]),
+        weights_from_table=flags([policy.weights_from == "table" for policy in given]),
     )
-    return to_device(rules)

@@ -28,7 +28,7 @@ class WideCount:
     @classmethod
     def zero(cls, shape: tuple[int, ...]) -> WideCount:
         """All counts 0; two arrays, so that each can be donated."""
-        return to_device(cls(np.zeros(shape, np.uint32), np.zeros(shape, np.uint32)))
+        return cls(*to_device((np.zeros(shape, np.uint32), np.zeros(shape, np.uint32))))
 
     def plus(self, more: Array) -> WideCount:
         """The counts with `more` added. Pure, fit for jit.
