@@ -107,7 +107,7 @@ class Model:
 
         Args:
             input_ids: integers [B, T], padded on the left where the texts differ in length.
-            max_new_tokens: at most so many; a text that has ended is filled up with the padding id, or with the first
+            max_new_tokens: the maximum; a text that has ended is filled up with the padding id, or with the first
                 end id where there is no padding id in the vocabulary.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
             sampling: how to choose; None: the most probable token, whatever the checkpoint recommends

@@ -23,7 +23,7 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIAL_TOKENS = (UNK, BOS, EOS)  # in the order of their ids: 0, 1, 2
 
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # beside `_FAST`, read with it
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # next to `_FAST`, read with it
 # Texts on which conversions go wrong.
 _PROBES = ("Hello world", "  two  spaces\n\t" + 29 * " ", "\u4e2d\u6587 \U00013000")
 

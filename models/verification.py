@@ -127,7 +127,7 @@ def _same_contents(path: Path, file: RemoteFile, bar: Bar) -> bool:
 def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizerBase | None:
     """`load_tokenizer`; raises CheckpointError if some of its vocabulary has no embedding in the model.
 
-    Tokens that were added to the vocabulary, such as a `[PAD]`, may lie beyond the embeddings: they are refused where
+    Tokens that were added to the vocabulary, such as a `[PAD]`, may be beyond the embeddings: they are refused where
     they are used (`models.Model.check_inputs`).
     """
     tokenizer = load_tokenizer(directory)

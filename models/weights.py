@@ -201,10 +201,10 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def check_counts(directory: Path, config: MoEConfig) -> None:
-    """A first look, before the ledger: it has a row for every expert of every layer that the config speaks of.
+    """A first look, before the ledger: it has a row for every expert of every layer in the config.
 
     Raises:
-        CheckpointError: the config speaks of more layers or experts than there are, as a damaged one may.
+        CheckpointError: the config has more layers or experts than the files, as a damaged one may.
     """
     family, first = FAMILIES[config.family], config.expert_layers[0]
     gate = family.tensors["decoder/layers/{}/gate/kernel"][0]
@@ -218,7 +218,7 @@ def check_counts(directory: Path, config: MoEConfig) -> None:
                 shape: list[int] = tensors.get_slice(name).get_shape() if name in gates else []
                 if len(shape) == 2 and config.num_experts > shape[0]:
                     raise CheckpointError(
-                        f"{directory}: config.json speaks of {config.num_experts} experts in a layer, {name} in "
+                        f"{directory}: config.json says {config.num_experts} experts in a layer, {name} in "
                         f"{file.name} is for {shape[0]}; use the config.json that belongs to the weights"
                     )
     if config.depth > layers:
@@ -314,7 +314,7 @@ def tensor_files(directory: Path) -> list[Path]:
 
     Raises:
         CheckpointError: a file or the index is missing or damaged, or it is not clear which files are meant; says what
-            lies there.
+            there is.
     """
     index = directory / INDEX_FILE
     there = {path.name for path in directory.glob("*.safetensors") if path.is_file()}

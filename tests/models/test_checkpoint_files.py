@@ -328,19 +328,19 @@ READERS = {
 
 def corrupted(content: bytes, rng: np.random.Generator) -> bytes:
     """With some bits flipped, or cut short, or a range of zeros, or some bytes put in."""
-    spoilt = bytearray(content)
-    place, size = int(rng.integers(len(spoilt))), int(rng.integers(1, 40))
+    damaged = bytearray(content)
+    place, size = int(rng.integers(len(damaged))), int(rng.integers(1, 40))
     match rng.integers(4):
         case 0:
             for _ in range(rng.integers(1, 4)):
-                spoilt[rng.integers(len(spoilt))] ^= 1 << int(rng.integers(8))
+                damaged[rng.integers(len(damaged))] ^= 1 << int(rng.integers(8))
         case 1:
-            del spoilt[place:]
+            del damaged[place:]
         case 2:
-            spoilt[place : place + size] = bytes(len(spoilt[place : place + size]))
+            damaged[place : place + size] = bytes(len(damaged[place : place + size]))
         case _:
-            spoilt[place:place] = rng.bytes(size)
-    return bytes(spoilt)
+            damaged[place:place] = rng.bytes(size)
+    return bytes(damaged)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -360,17 +360,17 @@ def test_a_damaged_file_is_an_error_that_names_it_or_is_read(folder, name):
 # --- which files hold the weights ------------------------------------------------------------------------------------
 
 
-def lies(folder, *names) -> None:
+def replace_weights(folder, *names) -> None:
     for path in folder.glob("*.safetensors"):
         path.unlink()
     for name in names:
         (folder / name).write_bytes(b"")
 
 
-def test_shards_without_an_index_are_said_to_lie_there(folder):
+def test_shards_without_an_index_are_counted(folder):
     (folder / INDEX_FILE).unlink()
     for found, said in {("1", "2", "3"): "complete", ("1", "3"): "2 of them"}.items():
-        lies(folder, *(f"model-0000{i}-of-00003.safetensors" for i in found))
+        replace_weights(folder, *(f"model-0000{i}-of-00003.safetensors" for i in found))
         with pytest.raises(CheckpointError) as caught:
             tensor_files(folder)
         assert f"there is model-*-of-00003.safetensors, {said}: " in str(caught.value)
@@ -385,8 +385,8 @@ def test_shards_without_an_index_are_said_to_lie_there(folder):
         ([], "there is no weight file"),
     ],
 )
-def test_a_stale_index_is_named_with_what_lies_there(folder, names, said):
-    lies(folder, *names)
+def test_a_stale_index_is_named_with_what_is_there(folder, names, said):
+    replace_weights(folder, *names)
     with pytest.raises(CheckpointError) as caught:
         tensor_files(folder)
     assert said in str(caught.value) and "or the index if it belongs to another checkpoint" in str(caught.value)

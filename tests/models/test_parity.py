@@ -195,7 +195,7 @@ STACKED = ("one-key-head", "tied-sharded-old", "olmoe-as-published", "qwen3-both
 
 @pytest.mark.parametrize("pair", [CASES[name] for name in STACKED], ids=STACKED, indirect=True)
 def test_experts_that_are_stored_stacked_are_the_same_model(pair, ours, padded_texts, tmp_path):
-    """As transformers 5 writes its own layout; sharded, so that the parts of a layer lie in several files."""
+    """As transformers 5 writes its own layout; sharded, so that the parts of a layer are in several files."""
     pair.theirs.save_pretrained(tmp_path, save_original_format=False, max_shard_size="6KB")
     stored = json.loads((tmp_path / INDEX_FILE).read_text())["weight_map"]
     assert sum("gate_up_proj" in name for name in stored) == ours.config.num_layers
@@ -209,7 +209,7 @@ def test_experts_that_are_stored_stacked_are_the_same_model(pair, ours, padded_t
 
 @pytest.mark.parametrize("pair", [CASES["as-published"]], ids=["as-published"], indirect=True)
 def test_texts_end_where_generation_config_says(pair, ours, padded_texts, tmp_path):
-    """The ids stand only there; transformers' tokens, its padding behind the ends included."""
+    """The ids are only there; transformers' tokens, its padding behind the ends included."""
     ids, mask = padded_texts("left")
     plain = ours.generate(ids, NEW, attention_mask=mask)[0][:, ids.shape[1] :]
     ends = [int(plain[0, 2]), int(plain[1, 9])]

@@ -254,7 +254,7 @@ def test_of_a_checkpoint_without_a_head_the_field_is_named_that_would_tie_it(che
     ("field", "named"),
     [
         ({"num_hidden_layers": 9_000}, "says num_hidden_layers 9000, the weight files hold 2 layers"),
-        ({"num_local_experts": 90_000}, r"speaks of 90000 experts in a layer, .*gate\.weight in model\.s.* is for 4"),
+        ({"num_local_experts": 90_000}, r"says 90000 experts in a layer, .*gate\.weight in model\.s.* is for 4"),
     ],
 )
 def test_a_config_of_more_than_there_is_costs_no_time(checkpoint, field, named):
