@@ -93,7 +93,7 @@ def test_too_short_documents_are_refused(saved_model, documents):
 
 
 def test_a_text_goes_on_the_same_in_any_company(var_model, documents):
-    """With a cached tier of its own: five prompts are as two of them and the other three, in batches that are filled up."""
+    """With a cached tier of its own: five prompts are as two of them and the other three, in batches that fill up."""
     config = dataclasses.replace(
         var_model.config, cache_size=64, confidence_threshold=0.01, mass_threshold=0.1, context_window_size=2
     )
