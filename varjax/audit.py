@@ -32,6 +32,7 @@ from varjax.routing import LEARNED, Plan
 from varjax.step import Settings, VARState
 from varjax.streams import ERROR_CAP, TIERS, Tally, observe
 from varjax.table import RouteTable
+from varjax.transfer import random_key
 
 OnDrift = Literal["warn", "disable"]
 
@@ -74,9 +75,7 @@ class Auditor:
 
     def init(self, seed: int = 0) -> AuditState:
         """The state before the first call, and the way to begin anew after a drift: no evidence, no drift."""
-        with jax.transfer_guard_host_to_device("allow"):  # JAX offers no other way to send the seed
-            key = jax.random.key(seed)
-        return AuditState(key, drift.begin(self.calibration))
+        return AuditState(random_key(seed), drift.begin(self.calibration))
 
     def disabled(self, audit_state: AuditState) -> bool:
         """Whether the next call will run the plain model."""
