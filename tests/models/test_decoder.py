@@ -265,16 +265,23 @@ def slow_attention(x, params, config):
     return out @ params["o_proj"]["kernel"]
 
 
+def test_the_gate_is_not_rounded_to_bfloat16(tiny_config):
+    decoder = init_params(tiny_config, jax.random.key(0), jnp.bfloat16)["decoder"]
+    gate = with_methods(tiny_config, decoder).layers[0].gate
+    check_float32(gate, gate.kernel[...])
+
+
 @pytest.mark.parametrize("tied", [False, True])
-def test_gate_and_head_are_not_rounded_to_bfloat16(tiny_config, tied):
-    """Products of bfloat16 weights and inputs, against float64: what is compared later has float32's precision."""
+def test_the_head_is_not_rounded_to_bfloat16(tiny_config, tied):
     config = dataclasses.replace(tiny_config, tie_word_embeddings=tied)
     model = with_methods(config, init_params(config, jax.random.key(0), jnp.bfloat16)["decoder"])
-    x = jax.random.normal(jax.random.key(1), (50, config.hidden_size), jnp.bfloat16)
-    head = model.embed.embedding[...].T if tied else model.head.kernel[...]
-    for layer, weights in ((model.layers[0].gate, model.layers[0].gate.kernel[...]), (model.logits, head)):
-        exact = np.asarray(x, np.float64) @ np.asarray(weights, np.float64)
-        found = layer(x)
-        assert found.dtype == np.float32
-        np.testing.assert_allclose(found, exact, rtol=0, atol=1e-5)
-        assert np.abs(exact - np.asarray(exact, jnp.bfloat16).astype(float)).max() > 1e-3  # what rounding would cost
+    check_float32(model.logits, model.embed.embedding[...].T if tied else model.head.kernel[...])
+
+
+def check_float32(layer, weights) -> None:
+    """The product of bfloat16 weights and inputs has float32's precision, measured against float64."""
+    x = jax.random.normal(jax.random.key(1), (50, len(weights)), jnp.bfloat16)
+    exact, found = np.asarray(x, np.float64) @ np.asarray(weights, np.float64), layer(x)
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0, atol=1e-5)
+    assert found.dtype == np.float32
+    assert np.abs(exact - np.asarray(exact, jnp.bfloat16).astype(float)).max() > 1e-3  # what rounding would cost
