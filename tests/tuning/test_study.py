@@ -254,7 +254,5 @@ def test_a_storage_that_fails_during_the_search_is_one_error():
         raise sqlalchemy.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
 
     broken = SimpleNamespace(get_trials=full)
-    with pytest.raises(
-        StudyError, match=r"study failed \(.*disk is full\); .* run the same command"
-    ):
+    with pytest.raises(StudyError, match=r"study failed \(.*disk is full\); .* run the same command"):
         work(broken, "tpe", 0, lambda trial: None, 0.01)
