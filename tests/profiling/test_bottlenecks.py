@@ -94,3 +94,20 @@ def test_advice_that_was_tried_says_what_came_of_it():
 def test_a_slow_down_names_the_component_that_grew_most():
     found = seen(var={**WELL.var, "commit": 9e-3}, speedup=Ratio(0.6, 0.55, 0.65))
     assert "commit grew most, by 9.00 ms" in found["slow-down"].evidence
+
+
+def test_of_the_plain_model_nothing_is_said_that_compares():
+    """VAR is switched off: no speed-up, no tiers; what the call itself is bound by is still said."""
+    seconds = {"experts": 0.5, "attention": 0.1, "other": 0.4}
+    seen = Evidence(
+        phase="decode",
+        batch=1,
+        plain=seconds,
+        var=seconds,
+        speedup=None,
+        experts=(2.0, 2.0),
+        tiers=None,
+        cached_tier=False,
+        overhead=seconds["other"],
+    )
+    assert [one.name for one in bottlenecks(seen)] == ["dispatch-bound"]
