@@ -35,6 +35,7 @@ from safetensors.numpy import save_file
 from models.config import MoEConfig, config_to_hf
 from models.families import COMMON_TENSORS, FAMILIES, STACKED_EXPERTS
 from models.fields import read_object, shown
+from models.generation_config import GENERATION_FILE
 from models.parameters import Params, init_params, param_shardings
 from models.placement import ONE_DEVICE, Placement
 from varjax import checksums
@@ -156,9 +157,9 @@ def save_params(
     """Write canonical parameters and `config.json` so that this library and transformers open the directory.
 
     Files of tensors carry a checksum (`varjax.checksums`), which loading verifies. More than `shard_bytes` go into
-    numbered shards. No file takes its place before all are written: a call that is
-    interrupted before leaves the directory as it was, one that is interrupted later leaves files of both checkpoints. A
-    checkpoint that was there before is replaced, its other shards removed.
+    numbered shards. No file takes its place before all are written: a call that is interrupted before leaves the
+    directory as it was, one that is interrupted later leaves files of both checkpoints. A checkpoint that was there
+    before is replaced; its other shards and its `generation_config.json` are removed.
     """
     entries = ledger(config)
     sizes = {name: math.prod(entry.shape) * jnp.dtype(dtype).itemsize for name, entry in entries.items()}
@@ -180,7 +181,8 @@ def save_params(
             checksums.seal(path)
     # What is left of an earlier checkpoint would be read in place of this one.
     written = {*shards, *([INDEX_FILE] if len(shards) > 1 else [])}
-    for path in [directory / SINGLE_FILE, directory / INDEX_FILE, *directory.glob("model-*-of-*.safetensors")]:
+    single = [directory / name for name in (SINGLE_FILE, INDEX_FILE, GENERATION_FILE)]
+    for path in [*single, *directory.glob("model-*-of-*.safetensors")]:
         if path.name not in written:
             path.unlink(missing_ok=True)
 

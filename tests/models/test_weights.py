@@ -119,7 +119,9 @@ def test_the_fingerprint_knows_the_model_and_nothing_else(checkpoint, tiny_confi
 def test_a_smaller_checkpoint_replaces_a_sharded_one(tiny_config, tiny_params, tmp_path):
     save_params(tmp_path, jax.tree.map(jnp.zeros_like, tiny_params), tiny_config, shard_bytes=4_000)
     (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     save_params(tmp_path, tiny_params, tiny_config)
+    assert not (tmp_path / "generation_config.json").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert same(load_params(tmp_path, tiny_config)[0], tiny_params)
 
