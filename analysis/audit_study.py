@@ -89,9 +89,7 @@ def main(arguments: Sequence[str] | None) -> None:
 def _run(args: argparse.Namespace, output: Output) -> None:
     args.routing_stats = find_statistics(args.routing_stats)
     model = load_model(args.model)
-    checked = card.check(model, args.dataset)
-    if checked is not None:
-        print(checked.words)
+    checked = card.announced(model, args.dataset)
     var_model = VARModel(model, chosen_config(args))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
 

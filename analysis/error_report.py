@@ -81,9 +81,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     split = None if args.split == "all" else args.split
     corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
     documents = list(corpus)
-    checked = card.check(model, args.dataset)
-    if checked is not None:
-        print(checked.words)
+    checked = card.announced(model, args.dataset)
     caching = cached_tier.asked(args)
     subject = prepare(
         model, stats, answers, config, documents,

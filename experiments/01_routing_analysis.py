@@ -28,7 +28,7 @@ from analysis.reports.provenance import provenance
 from analysis.reports.report import text
 from analysis.text import card
 from analysis.traces.recording import record
-from experiments.arguments import check_card, open_corpus, open_model, parser
+from experiments.arguments import open_corpus, open_model, parser
 from experiments.hosts import add_hosts, join
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
@@ -107,7 +107,7 @@ def collect(args: argparse.Namespace, output: Output) -> None:
     )
     share = EVERY_DOCUMENT if args.coordinator else Share(args.process_id, args.num_processes)
     model = open_model(args)
-    checked = check_card(model, args.dataset)
+    checked = card.announced(model, args.dataset)
     corpus = open_corpus(model, args, args.split)
     found = analyse(model, corpus, args.output, settings, share=share, seed=args.seed)
     if found is None:

@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None) -> None:
         f"{listed(STATISTICS)} that exists",
     )
     options.add_argument(
-        "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
+        "--answers",
+        type=path_argument,
+        help="answers to use, such as distilled ones (default: those next to the statistics)",
     )
     options.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
     options.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; overrides --preset")
@@ -137,9 +139,9 @@ def compare(args: argparse.Namespace, output: Output) -> None:
 def certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
-    candidates = {str(path): read_result(path) for path in others}
-    certificate = certify_results(read_result(base), candidates, **settings)
-    said = certificate_report.report(certificate)
+    plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
+    certificate = certify_results(plain, candidates, **settings)
+    said = certificate_report.report(certificate, card.facts(plain.fields["provenance"].get("card")))
     beside = {"certificate": certificate, "provenance": provenance(seed=args.seed)}
     figures = {certificate_report.NAME: certificate_report.figure(certificate)}
     write_output(said, output, figures=figures, beside=beside)

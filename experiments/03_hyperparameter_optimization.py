@@ -4,7 +4,7 @@
                                    search on the tune split; S and the answers next to it are phase 1's
   --validate DIR/best_configs.json --output DIR
                                    certify the best few on the calibrate split, choose the fastest there, and judge that
-                                   one on several parts of the test split, next to the presets; FILE may be a VARConfig
+                                   one on several parts of the test split, next to the presets; a VARConfig as JSON will do, too
 
 A search writes into DIR, anew after an interruption too: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db`
 shows it), tuning.json, .txt, .html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and
@@ -63,7 +63,9 @@ def main(arguments: Sequence[str] | None) -> None:
         f"{listed(STATISTICS)} that exists",
     )
     options.add_argument(
-        "--answers", type=path_argument, help="answers to use, such as distilled ones; none: those beside it"
+        "--answers",
+        type=path_argument,
+        help="answers to use, such as distilled ones (default: those next to the statistics)",
     )
     options.add_argument(
         "--var_config", type=path_argument, help="a VARConfig as JSON: what is not searched stays as it is there"
@@ -246,7 +248,8 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
 
 def put_to_the_test(args: argparse.Namespace) -> None:
     given = chosen.read(args.validate)
-    name_statistics(args, list(given.values()) if args.var_config is None else [VARConfig.load(args.var_config)])
+    base = [] if args.var_config is None else [VARConfig.load(args.var_config)]
+    name_statistics(args, [*given.values(), *base])
     candidates = {name: over_files(config, args) for name, config in given.items()}
     calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
     args.num_samples = args.validate_samples
@@ -292,7 +295,9 @@ def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig]) -> N
         raise InputError(f"the configs name different statistics or answers ({files}); give --routing_stats")
     stats, answers = next(iter(named), (None, None))
     args.routing_stats = find_statistics(None if stats is None else Path(stats))
-    if args.answers is None and answers is not None and Path(answers).is_file():
+    if args.answers is None and answers is not None:
+        if not Path(answers).is_file():
+            raise InputError(f"{answers}: the configs name these answers, but there is no such file; give --answers")
         args.answers = Path(answers)
 
 

@@ -45,6 +45,7 @@ from profiling.components import measure_sides
 from profiling.points import tasks
 from profiling.throughput import drawn_texts
 from varjax import VARConfig, VARModel
+from varjax.errors import InputError
 
 DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
 NOTES = (
@@ -60,7 +61,8 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--var_config",
         type=path_argument,
-        help=f"a VARConfig as JSON; without it, the first of {listed(CONFIGS)} that exists, else the plain model",
+        help="a VARConfig as JSON; without it, the preset balanced for the --routing_stats if these are given, else the "
+        f"first of {listed(CONFIGS)} that exists, else the plain model",
     )
     options.add_argument("--plain", action="store_true", help="analyze the plain model, whatever configs there are")
     options.add_argument(
@@ -149,6 +151,8 @@ def chosen_config(args: argparse.Namespace) -> VARConfig:
     if args.routing_stats is None:
         args.var_config = find_config(args.var_config)
     if args.var_config is None and args.routing_stats is None:
+        if args.answers is not None:
+            raise InputError("--answers needs the config or the statistics that they belong to; name them too")
         print(f"no config is named, and none of {listed(CONFIGS)} exists: this is the plain model")
         return VARConfig(enable_var=False)
     return asked_config(args)

@@ -11,8 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from analysis.command import HelpFormatter, name_argument, path_argument
-from analysis.text import card as model_card
-from analysis.text.card import CardCheck
+from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
@@ -80,16 +79,8 @@ def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], di
     model = open_model(args)
     documents, data = load_encoded(model, args, split, args.num_samples)
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
-    origin = {"model": about, "data": data, "card": check_card(model, args.dataset)}
+    origin = {"model": about, "data": data, "card": card.announced(model, args.dataset)}
     return model, documents, origin
-
-
-def check_card(model: Model, dataset: str) -> CardCheck | None:
-    """Whether the embedded corpus is that of the model's card, printed; None where there is nothing to compare."""
-    found = model_card.check(model, dataset)
-    if found is not None:
-        print(found.words)
-    return found
 
 
 def load_encoded(

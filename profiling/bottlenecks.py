@@ -29,7 +29,7 @@ LOOKUP = ("plan", "commit")
 class Evidence:
     """What was measured of one kind of call, plain and under VAR. What is None or not there was not measured.
 
-    Where VAR is switched off, the call is that of the plain model, and the rules that compare have nothing to say.
+    Where VAR is switched off, the call is that of the plain model, and the rules that compare with VAR are skipped.
     """
 
     phase: str  # "prefill" or "decode"

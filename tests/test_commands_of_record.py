@@ -67,7 +67,7 @@ def test_the_next_command_finds_its_input(finished):
     assert VARConfig.load(results / "phase3" / "best_config.json").routing_stats == "results/routing_stats.parquet"
     names = [
         one["name"]
-        for one in json.loads((results / "phase3" / "validation.json").read_text())["validation"]["configurations"]
+        for one in json.loads((results / "phase3" / "validation.json").read_text())["validation"]["candidates"]
     ]
     assert names[0] == "best_config"
     assert "best_config.json" in json.loads((results / "phase5" / "systems.json").read_text())["facts"]["policy"]

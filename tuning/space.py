@@ -137,7 +137,7 @@ def with_ranges(space: Space, ranges: Sequence[str]) -> Space:
         try:
             low, high = map(float, span.split(":"))
         except ValueError:
-            raise InputError(f"{text!r} is no range; write {name}={old.low:g}:{old.high:g}, say") from None
+            raise InputError(f"{text!r} is not a range; write for example {name}={old.low:g}:{old.high:g}") from None
         space = tuple(dataclasses.replace(one, low=low, high=high) if one is old else one for one in space)
     return space
 

@@ -96,7 +96,7 @@ class Checkpoints:
             value: a pytree of arrays and whole numbers.
         """
         leaves = jax.device_get(jax.tree.leaves(value))
-        arrays = {str(number): np.ascontiguousarray(leaf) for number, leaf in enumerate(leaves)}
+        arrays = {str(number): np.asarray(leaf, order="C") for number, leaf in enumerate(leaves)}
         with replacing(self._path) as temporary:
             save_file(arrays, temporary, metadata={"batches": str(batches), **checksums.SEALED})
             checksums.seal(temporary)

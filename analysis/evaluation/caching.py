@@ -50,17 +50,20 @@ class Caching:
     def enter(self, state: VARState, batch: Batch) -> tuple[VARState, float]:
         """The state in which a batch of windows is read, each without a past, and the time, seconds.
 
-        Caches of their own age by what their documents have read. A shared one ages by all tokens that the state has
-        counted.
+        Caches of their own age by what their documents have read, a shared one as `now` says.
 
         Args:
             batch: of `analysis.text.batches.in_order` where the documents have caches of their own.
         """
         if not state.own_caches:
-            tokens = summary(state.counters, 1)["layers"][0]["tokens"] if state.cache is not None else 0
-            return begin(state, len(batch.ids)), tokens * self.seconds_per_token
+            return begin(state, len(batch.ids)), self.now(state)
         kept = batch.goes_on if batch.goes_on.any() else None
         return begin(state, len(batch.ids), kept), batch.start * self.seconds_per_token
+
+    def now(self, state: VARState) -> float:
+        """The time of a cache that all sequences share: it ages by all tokens that the state has counted, seconds."""
+        tokens = summary(state.counters, 1)["layers"][0]["tokens"] if state.cache is not None else 0
+        return tokens * self.seconds_per_token
 
     def span(self, documents: Sequence[Encoded], max_length: int, stride: int | None = None) -> float:
         """The greatest age at which a decision may be asked for while `documents` are scored, seconds; 0: none ever is.
@@ -75,10 +78,10 @@ class Caching:
             tokens = max(((len(windows) - 1) * max_length for windows in sizes), default=0)
         return tokens * self.seconds_per_token
 
-    def clock(self) -> Callable[[], float]:
-        """Seconds that pass by one token a call: the clock of decoding."""
+    def clock(self, start: float = 0.0) -> Callable[[], float]:
+        """Seconds from `start` on that pass by one token a call: the clock of decoding."""
         ticks = itertools.count()
-        return lambda: next(ticks) * self.seconds_per_token
+        return lambda: start + next(ticks) * self.seconds_per_token
 
     @property
     def words(self) -> str:

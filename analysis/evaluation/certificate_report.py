@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
@@ -23,8 +24,12 @@ NOTE = FigureNote(
 _GROUPS = 30  # in the figure, the highest bounds first
 
 
-def report(certificate: Certificate) -> Report:
-    """The verdict, the table of configurations and their groups, and the hashes of model, data and configurations."""
+def report(certificate: Certificate, facts: Sequence[tuple[str, str]] = ()) -> Report:
+    """The verdict, the table of configurations and their groups, and the hashes of model, data and configurations.
+
+    Args:
+        facts: what else is known of the data.
+    """
     tried, passed = certificate.configurations, certificate.certified
     hashes = {"model": certificate.model_sha256, "data": certificate.data_sha256}
     hashes |= {one.name: one.sha256 for one in tried}
@@ -54,7 +59,7 @@ def report(certificate: Certificate) -> Report:
         (NOTE,),
     )
     documents = f"{certificate.documents:,}, {certificate.tokens:,} tokens"
-    return Report("Certificate of the loss", (("documents", documents), *hashes.items()), (), (section,))
+    return Report("Certificate of the loss", (("documents", documents), *facts, *hashes.items()), (), (section,))
 
 
 def _verdict(certificate: Certificate) -> str:

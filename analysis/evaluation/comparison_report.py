@@ -12,6 +12,7 @@ from analysis.estimators.resampling import MIN_DOCUMENTS
 from analysis.evaluation.comparison import Criterion, Estimate, Result, criteria, degradation
 from analysis.reports.figures import subplots
 from analysis.reports.report import Column, FigureNote, Report, Section, Table, shown
+from analysis.text import card
 
 NAME = "comparison_documents"
 NOTE = FigureNote(
@@ -39,6 +40,7 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
             ("base", f"{base.path} ({base.fields['mode']})"),
             ("compared", f"{other.path} ({other.fields['mode']})"),
             ("documents", f"{documents:,}, {tokens:,} tokens, read by both"),
+            *card.facts(base.fields.get("provenance", {}).get("card")),
         ),
         (
             "Intervals are 95 %, by bootstrap over documents"

@@ -74,8 +74,10 @@ class HarnessLM(TemplateLM):
         """
         super().__init__()
         self.var_model = None
+        self._clock = caching.clock()
         if isinstance(model, VARModel):
-            self.var_model = VARModel(model.model, model.config, table=model.table, clock=caching.clock())
+            clock = lambda: self._clock()  # noqa: E731 (it is set anew)
+            self.var_model = VARModel(model.model, model.config, table=model.table, clock=clock)
         plain: Any = model.model if isinstance(model, VARModel) else model
         self.model = plain
         self.tokenizer: Any = getattr(self.model, "tokenizer", None)
@@ -225,6 +227,8 @@ class HarnessLM(TemplateLM):
         options: dict[str, Any] = {"attention_mask": mask, "sampling": sampling}
         if self.var_model is None:
             return self.model.generate(ids, new_tokens, **options)[0]
+        if self.state is not None and not self.state.own_caches:  # its time goes on where the requests before left it
+            self._clock = self.caching.clock(self.caching.now(self.state))
         tokens, self.state = self.var_model.generate(ids, self.state, new_tokens, **options)
         return tokens
 

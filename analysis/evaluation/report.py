@@ -46,7 +46,7 @@ def flattered(result: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     return (
         f"These documents flatter VAR if its tables or its policy were made from this dataset: {split or 'all splits'} "
-        f"made or chose them. What they are worth, the splits {' and '.join(HELD_OUT)} say.",
+        f"made or chose them. Evaluate on {' or '.join(HELD_OUT)} to learn what they are worth.",
     )
 
 

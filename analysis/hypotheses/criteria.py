@@ -73,7 +73,7 @@ class Zipf:
     all_slope: float  # least squares over every id that occurs, as published; NaN where all occur equally often
     all_r_squared: float
     all_ranks: int  # ids that occur
-    top_shares: dict[int, float]  # by number of TOP_IDS: share of all occurrences at so many most frequent ids
+    top_shares: dict[int, float]  # by number of TOP_IDS: share of all occurrences that fall on the most frequent ids
 
 
 @dataclass(frozen=True)

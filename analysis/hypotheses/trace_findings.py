@@ -59,7 +59,7 @@ class TraceFindings:
 def examine_trace(trace: Trace, settings: Settings, progress: bool = False) -> TraceFindings:
     """Held-out predictability, entropy of the choice, repetition, load and co-activation.
 
-    The figures of layers that were not captured are NaN, and no mean, null or band knows of them.
+    The figures of layers that were not captured are NaN; they are left out of means, nulls and bands.
 
     Args:
         progress: show bars on standard error.

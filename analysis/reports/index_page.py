@@ -50,7 +50,7 @@ def write_index(folder: Path) -> None:
     """
     if is_foreign(folder):
         return
-    index = folder / INDEX
+    index = folder.resolve() / INDEX
     reports = sorted(_reports(index), key=lambda one: (_time(one[1]), one[0]), reverse=True)
     cards = "\n".join(_card(index.parent, *one) for one in reports)
     title = f"varjax: {len(reports)} run{'s' * (len(reports) != 1)} in {index.parent.name}"

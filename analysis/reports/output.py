@@ -63,6 +63,8 @@ class Output:
         if given.suffix not in endings:
             known = f"a name that ends in {', '.join(endings)}, or a directory" if endings else "a directory"
             raise InputError(f"--output {given}: no {given.suffix} file is written here; give {known}")
+        if given.name == "index.html":
+            raise InputError(f"--output {given}: index.html is the page of all runs; choose another name")
         if given.is_dir():
             raise InputError(f"--output {given} is a directory, but a file is to be written; choose another name")
         return cls(given, given.parent, given.stem, named=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 from analysis.text import embedded
 from analysis.text.corpus import CorpusHash, iter_documents, split_of
+from analysis.text.prepared import is_prepared, read_manifest
 from models import Model
 from models import model as checkpoints
 from varjax.errors import InputError
@@ -38,7 +39,7 @@ class SplitCheck:
     now: int  # documents
     same: bool  # the same documents in the same order, by their hash
     added: int | None  # documents that are not on the card; None: the card does not name its documents
-    gone: int | None  # documents of the card that are not there any more; None: likewise
+    gone: int | None  # documents on the card that no longer exist; None: unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +62,20 @@ class CardCheck:
         found.append("held-out text may be edited training text")
         return f"the embedded corpus is not the one on the model's card: {'; '.join(found)}"
 
+    def fields(self) -> dict[str, Any]:
+        """The check as a result file holds it, with its words."""
+        return dataclasses.asdict(self) | {"words": self.words}
+
 
 def check(model: Model, dataset: str) -> CardCheck | None:
-    """The corpus against the model's card; None for another dataset, or where the model has no card of that kind.
+    """The installed corpus against the model's card; None for another dataset, or a model without a card of that kind.
 
     Raises:
         InputError: the card cannot be read.
     """
     directory = checkpoints.REFERENCE if model.name == "reference" else Path(model.name)
     path = directory / "card.json"
-    if dataset != "embedded" or not path.is_file():
+    if not path.is_file() or not _is_embedded(dataset):
         return None
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
@@ -79,6 +84,15 @@ def check(model: Model, dataset: str) -> CardCheck | None:
     if not _describes(card):
         return None
     return compare(card, (document.id for document in iter_documents("embedded")))
+
+
+def announced(model: Model, dataset: str) -> dict[str, Any] | None:
+    """The fields of `check`, after its words were printed."""
+    found = check(model, dataset)
+    if found is None:
+        return None
+    print(found.words)
+    return found.fields()
 
 
 def compare(card: Mapping[str, Any], document_ids: Iterable[str]) -> CardCheck:
@@ -92,9 +106,9 @@ def compare(card: Mapping[str, Any], document_ids: Iterable[str]) -> CardCheck:
     return CardCheck(tuple(_checked(split, card[SECTIONS[split]], ids) for split, ids in now.items()), versions)
 
 
-def facts(found: CardCheck | None) -> tuple[tuple[str, str], ...]:
-    """What a report states; nothing where there was nothing to compare."""
-    return () if found is None else (("model card", found.words),)
+def facts(found: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
+    """What a report states of `CardCheck.fields`; nothing where there was nothing to compare."""
+    return () if found is None else (("model card", found["words"]),)
 
 
 def named(document_ids: Iterable[str]) -> list[str]:
@@ -120,6 +134,12 @@ def _said(one: SplitCheck) -> str:
     if one.added is None:
         return f"{counts}, at least {max(abs(one.now - one.on_card), 1):,} differ"
     return f"{counts}, {one.added:,} of them new and {one.gone:,} of the card's gone"
+
+
+def _is_embedded(dataset: str) -> bool:
+    """Whether the documents are those of the embedded corpus, read from the packages or from a prepared folder."""
+    folder = Path(dataset).expanduser()
+    return dataset == "embedded" or (is_prepared(folder) and read_manifest(folder).request.dataset == "embedded")
 
 
 def _describes(card: Any) -> bool:

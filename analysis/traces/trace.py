@@ -207,7 +207,7 @@ def read(path: str | Path) -> Trace:
         if header.pop(_SEALED, False) and not sealed:
             raise TraceError("its checksum is missing or unreadable, so the file was damaged")
         return _trace(table, header)
-    except (ValueError, pa.ArrowException) as error:
+    except (InputError, pa.ArrowException) as error:
         raise TraceError(f"{path}: {error}; record or import the trace anew") from error
 
 
@@ -297,7 +297,10 @@ def _layout(trace: Trace) -> dict[str, Any]:
 
 def _header(schema: pa.Schema) -> dict[str, Any]:
     """The checked header of a file."""
-    header = json.loads(schema.metadata[_HEADER])
+    try:
+        header = json.loads(schema.metadata[_HEADER])
+    except ValueError as error:  # malformed JSON, or not UTF-8
+        raise TraceError(f"metadata {_HEADER.decode()} is not JSON ({error})") from error
     if not isinstance(header, dict) or header.get("version") != VERSION:
         version = header.get("version") if isinstance(header, dict) else None
         raise TraceError(f"trace version {version}, this varjax reads {VERSION}")

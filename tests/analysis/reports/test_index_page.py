@@ -85,8 +85,10 @@ def test_the_page_of_somebody_else_stays(tmp_path):
 def test_in_the_working_directory_only_what_lies_there_is_looked_at(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "elsewhere", "deep", "")
-    written(tmp_path, "first", "")
-    assert [link for link in dict.fromkeys(links(tmp_path / "index.html")) if link.endswith(".html")] == ["first.html"]
+    for folder in (tmp_path, Path(".")):
+        written(folder, "first", "")
+        page = tmp_path / "index.html"
+        assert [link for link in dict.fromkeys(links(page)) if link.endswith(".html")] == ["first.html"]
 
 
 def test_names_that_mean_something_in_an_address(tmp_path):
