@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--var_config",
         type=path_argument,
-        help="a VARConfig as JSON; without it, the preset balanced for the --routing_stats if these are given, else the "
-        f"first of {listed(CONFIGS)} that exists, else the plain model",
+        help="a VARConfig as JSON; without it, the preset balanced for the --routing_stats if these are given, else "
+        f"the first of {listed(CONFIGS)} that exists, else the plain model",
     )
     options.add_argument("--plain", action="store_true", help="analyze the plain model, whatever configs there are")
     options.add_argument(

@@ -43,8 +43,8 @@ every layer; or to at most 1, and what is missing is no more than the other expe
 the last one chosen. Anything else is refused.
 
 Experts come out best first where there are scores. Tokens may come in any order of documents, and of positions where
-these are given. Documents are numbered anew. Object arrays would need pickle and are refused. Three habits of serving
-programs are read as they are meant:
+these are given. Documents are numbered anew. Object arrays would need pickle and are refused. Three conventions of
+serving programs are supported:
 
 - Rows of `experts` wider than K hold -1 in the rest; so do the same places of `probs`, with whatever value.
 - `experts` (and `probs`) may have one row less than `token` for each document: the last token of a text has not been

@@ -2,6 +2,7 @@
 
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 from urllib.parse import unquote
 
 from matplotlib.figure import Figure
