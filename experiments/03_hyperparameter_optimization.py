@@ -4,7 +4,7 @@
                                    search on the tune split; S and the answers next to it are phase 1's
   --validate DIR/best_configs.json --output DIR
                                    certify the best few on the calibrate split, choose the fastest there, and judge that
-                                   one on several parts of the test split, next to the presets (a VARConfig will do, too)
+                                   one on several parts of the test split, next to the presets (a VARConfig does, too)
 
 A search writes into DIR, anew after an interruption too: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db`
 shows it), tuning.json, .txt, .html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and

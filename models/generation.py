@@ -18,7 +18,7 @@ import numpy as np
 
 from models.kv_cache import KVCache
 from varjax.errors import InputError, require_integer
-from varjax.transfer import random_key, to_device
+from varjax.transfer import passing_scalars, random_key, to_device
 
 
 class Step(Protocol):
@@ -77,7 +77,8 @@ def generate(
     pieces = [ids]
     for index in range(max_new_tokens):
         logits, kv, carry = step(kv, carry, ids, mask)
-        ids, mask, live = _pick(logits, live, key, jax.device_put(np.int32(index)), sampling, end_ids, fill_id)
+        with passing_scalars():
+            ids, mask, live = _pick(logits, live, key, np.int32(index), sampling, end_ids, fill_id)
         pieces.append(ids)
         if end_ids and not jax.device_get(live).any():
             break

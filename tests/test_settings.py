@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import varjax
+from analysis.evaluation.caching import INDEPENDENT, Caching
 from analysis.evaluation.quality import score, var_runner
 from models import Sampling, load_model
 from varjax import VARConfig, VARModel
@@ -77,4 +78,6 @@ def test_transfers_are_explicit(model_directory, saved_model, var_model, even_do
         _, state = var_model(ids, var_model.load(tmp_path))
         now = jax.device_put(np.int32(0))
         jax.jit(varjax.plan)(var_model.table, state, jax.device_put(ids), now, var_model.settings)
-        score(var_runner(var_model), state, even_documents[:4], batch_size=4, max_length=16, progress=False)
+        for caching in (INDEPENDENT, Caching(shared=True)):  # of two windows each
+            state, reading = caching.init(var_model, 4), {"batch_size": 4, "max_length": 8, "progress": False}
+            score(var_runner(var_model, caching), state, even_documents[:4], **reading)

@@ -61,7 +61,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
         InputError: naming the file and what is wrong with it.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; collect the answers first, or mend the path")
+        raise FileNotFoundError(f"{path}: no such file; collect the answers first, or correct the path")
     sealed = checksums.verify(path, _MEND)
     header = _header(path)
     with safe_open(path, framework="numpy") as file:
@@ -85,12 +85,12 @@ def check_statistics(path: str | Path, statistics: str | Path) -> None:
         InputError: they belong to other statistics, or one of the files cannot be read.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; collect the answers first, or mend the path")
+        raise FileNotFoundError(f"{path}: no such file; collect the answers first, or correct the path")
     theirs, ours = _header(path).get("statistics"), statsfile.identity(statistics)
     if theirs is None or theirs != ours:
         belong = "name no statistics" if theirs is None else f"belong to other statistics, {str(theirs)[:12]}…"
         raise InputError(
-            f"{path}: these answers {belong}, while {statistics} has the identity {str(ours)[:12]}…; they would mix "
+            f"{path}: these answers {belong}, while {statistics} has the identity {ours[:12]}…; they would mix "
             "different texts: give the statistics that the answers were collected with, or collect both again"
         )
 

@@ -32,7 +32,7 @@ from varjax.routing import LEARNED, Plan
 from varjax.step import Settings, VARState
 from varjax.streams import ERROR_CAP, TIERS, Tally, observe
 from varjax.table import RouteTable
-from varjax.transfer import random_key
+from varjax.transfer import passing_scalars, random_key
 
 OnDrift = Literal["warn", "disable"]
 
@@ -123,11 +123,12 @@ def audited(
         share: of the planned tokens that are also computed in full.
         now: as in `VARModel.advance`.
     """
-    moment = jax.device_put(step.milliseconds(var_model.clock() if now is None else now))
+    moment = step.milliseconds(var_model.clock() if now is None else now)
     options = {"share": share, "network": var_model.model.network}
-    return _audited(
-        var_model.model.params, var_model.table, state, ids, mask, moment, var_model.settings, key, **options
-    )
+    with passing_scalars():
+        return _audited(
+            var_model.model.params, var_model.table, state, ids, mask, moment, var_model.settings, key, **options
+        )
 
 
 @partial(jax.jit, static_argnames=("share", "network"), donate_argnames="state")

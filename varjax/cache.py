@@ -71,7 +71,7 @@ def each(cache: ContextCache, batch_size: int, kept: Array | np.ndarray | None =
         kept: bool [B], sequences that keep their own; None: none does. With it `cache` has one for each of B sequences.
     """
     if kept is not None:
-        return _renewed(cache, kept)
+        return _renewed(cache, to_device(kept) if isinstance(kept, np.ndarray) else kept)
     *_, num_sets, ways, length = cache.ids.shape
     num_layers, top_k = cache.experts.shape[-2:]
     empty = init(num_sets * ways, length, num_layers, top_k, ways)
@@ -79,7 +79,7 @@ def each(cache: ContextCache, batch_size: int, kept: Array | np.ndarray | None =
 
 
 @jax.jit
-def _renewed(cache: ContextCache, kept: Array | np.ndarray) -> ContextCache:
+def _renewed(cache: ContextCache, kept: Array) -> ContextCache:
     """A cache for each sequence, empty where it is not kept."""
     empty = each(cache, len(kept))
     return jax.tree.map(lambda old, new: jnp.where(kept.reshape(-1, *[1] * (old.ndim - 1)), old, new), cache, empty)

@@ -21,8 +21,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
 from varjax.errors import InputError
 from varjax.files import replacing
 
@@ -190,16 +188,6 @@ def digest_of(fields: Any) -> str:
     """SHA-256 of what JSON can hold, in any order of keys."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_of_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of the arrays' names, dtypes, shapes and contents, in any order of names."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _seal_place(file: BinaryIO) -> int | None:

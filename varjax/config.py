@@ -174,7 +174,7 @@ class VARConfig:
         """
         stats = Path(path)
         if not stats.is_file():
-            raise FileNotFoundError(f"{stats}: no such file; collect routing statistics first, or mend the path")
+            raise FileNotFoundError(f"{stats}: no such file; collect routing statistics first, or correct the path")
         with stats.open("rb") as file:
             if file.read(4) != b"PAR1":
                 raise InputError(f"{stats}: not a Parquet file; expected what the collection of statistics wrote")
@@ -225,7 +225,7 @@ class VARConfig:
         """
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # of whole numbers with thousands of digits, too
             raise InputError(f"not valid JSON: {error}") from error
         if not isinstance(data, dict):
             raise InputError(f"expected a JSON object with the fields of VARConfig, got {type(data).__name__}")

@@ -23,15 +23,15 @@ _CODE = re.compile(r"os[ _]error(?:_code)?\W+(\d+)")  # as safetensors and tenso
 
 @contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Raise every error of the file system inside the `with` as an OSError that names `path`.
+    """Raise what the file system says while `path` is written inside the `with` as an OSError that names `path`.
 
     A full disk comes without a name from the system, and as errors of their own from libraries that write by
-    themselves.
+    themselves. Other errors come with the name of the temporary file.
     """
     try:
         yield
     except OSError as error:
-        if error.errno in _OF_THE_DISK:
+        if error.errno in _OF_THE_DISK or _is_temporary(error.filename, Path(path)):
             error.filename = str(path)
         raise
     except Exception as error:
@@ -58,7 +58,7 @@ def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Pa
     process = None if of_this_machine else _joined()
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
-    temporary = target.with_name(f".{target.name}.{platform.node()}.{process or 0}.{os.getpid()}.tmp")
+    temporary = target.with_name(f"{_beginning(target)}{process or 0}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         with named_errors(target):
@@ -91,11 +91,26 @@ def _remove_leftovers(target: Path) -> None:
     """Remove temporary files of `target` whose processes, on this machine, were killed."""
     if os.name != "posix":  # elsewhere signal 0 is not a question
         return
-    begin = glob.escape(f".{target.name}.{platform.node()}.")
-    for path in target.parent.glob(f"{begin}*.tmp"):
+    for path in target.parent.glob(glob.escape(_beginning(target)) + "*.tmp"):
         process = path.name.split(".")[-2]
         if process.isdecimal() and not _runs(int(process)):
             path.unlink(missing_ok=True)
+
+
+def _beginning(target: Path) -> str:
+    """Of the names of temporary files of `target` whose processes can be seen from here.
+
+    A process has its number among those of one machine and, in a container, of one namespace.
+    """
+    try:
+        space = f"-{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # another system than Linux
+        space = ""
+    return f".{target.name}.{platform.node()}{space}."
+
+
+def _is_temporary(name: object, target: Path) -> bool:
+    return isinstance(name, str) and Path(name).name.startswith(f".{target.name}.") and name.endswith(".tmp")
 
 
 def _runs(process: int) -> bool:

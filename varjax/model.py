@@ -35,6 +35,7 @@ from varjax.routing import Plan, Routing
 from varjax.stats import RoutingStats
 from varjax.step import Settings, VARState
 from varjax.table import RouteTable, build
+from varjax.transfer import passing_scalars
 
 T = TypeVar("T")
 
@@ -196,7 +197,9 @@ class VARModel:
             InputError: as a call, and for texts that end in padding or do not fit into `capacity`.
         """
         ids, mask = self.model.check_inputs(input_ids, attention_mask, going_on=True)
-        require_integer("capacity", capacity, least=ids.shape[1])  # the positions of input_ids
+        require_integer("capacity", capacity, least=1)
+        if capacity < ids.shape[1]:
+            raise InputError(f"capacity={capacity}: expected at least the {ids.shape[1]} positions of input_ids")
         kv = self.model.empty_cache(len(ids), capacity)
         return self.advance(self._begin(state, len(ids)), ids, mask, kv, last_logits_only=True, now=now)
 
@@ -221,8 +224,9 @@ class VARModel:
         if self.table is None or state is None:
             state = None if state is None else _follow(state, ids, mask)
             return _plain(self.model.params, ids, mask, **options), state
-        moment = jax.device_put(step.milliseconds(self.clock() if now is None else now))
-        return routed_forward(self.model.params, self.table, state, ids, mask, moment, self.settings, **options)
+        moment = step.milliseconds(self.clock() if now is None else now)
+        with passing_scalars():
+            return routed_forward(self.model.params, self.table, state, ids, mask, moment, self.settings, **options)
 
     def generate(
         self,

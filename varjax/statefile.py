@@ -73,7 +73,7 @@ def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, An
     if not file.is_file():
         if any(Path(path).glob("*/_CHECKPOINT_METADATA")):
             raise InputError(f"{path}: a state of format 1, expected {FORMAT}; begin with a new state")
-        raise FileNotFoundError(f"{path}: no state was saved in this folder; save one there first or mend the path")
+        raise FileNotFoundError(f"{path}: no state was saved in this folder; save one there first or correct the path")
     checksums.verify(file, _MEND, required=True)
     try:
         with safe_open(file, framework="numpy") as opened:

@@ -227,7 +227,7 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
     tokens = int(buffer.tokens)
     if tokens > MAX_WINDOW:
         raise InputError(
-            f"more than {MAX_WINDOW} tokens since the last flush, beyond which float32 does not count: flush more often"
+            f"more than {MAX_WINDOW} tokens since the last flush, where float32 counts become inexact: flush more often"
         )
     sums, lows, centre, centre_probs = (
         np.asarray(values).swapaxes(0, 1)  # [L, R, ...]

@@ -61,7 +61,7 @@ REQUIRED = (
     "max_entropy",
 )
 LARGEST_ID = np.iinfo(np.int32).max
-_MEND = "restore the file, or collect the routing statistics again"
+_MEND = "restore the file, or collect the routing statistics again (write an edited copy without its metadata)"
 ROUNDING = 1e-5  # by which a rounded figure may pass its bound
 
 
@@ -171,8 +171,8 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
     return stats, {**file.meta, "filled": file.filled, "rows_with_nan": int(missing.sum())}
 
 
-def identity(path: str | os.PathLike[str]) -> str | None:
-    """What tells the statistics in a file apart from others; None where it does not say so, as files of others.
+def identity(path: str | os.PathLike[str]) -> str:
+    """What tells the statistics in a file apart from others; it is computed where the file does not say it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -181,9 +181,14 @@ def identity(path: str | os.PathLike[str]) -> str | None:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file; {_MEND}")
     try:
-        return dict(json.loads((pq.read_schema(path).metadata or {}).get(b"varjax", b"{}"))).get("identity")
+        known = dict(json.loads((pq.read_schema(path).metadata or {}).get(b"varjax", b"{}"))).get("identity")
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a readable Parquet file of routing statistics ({error}); {_MEND}") from error
+    if known is not None:
+        return known
+    stats, meta = read(path)
+    layer, row = np.nonzero(stats.count)
+    return _identity(meta.get("fingerprint"), layer, stats.keys[row], stats.count[layer, row])
 
 
 def token_strings(path: str | os.PathLike[str]) -> dict[int, str]:
@@ -210,7 +215,7 @@ class _File:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
-            raise FileNotFoundError(f"{self.path}: no such file; collect routing statistics first, or mend the path")
+            raise FileNotFoundError(f"{self.path}: no such file; collect routing statistics first, or correct the path")
         sealed = checksums.verify(self.path, _MEND)
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:

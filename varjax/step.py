@@ -86,7 +86,7 @@ class VARState:
 
 
 def milliseconds(seconds: float) -> np.int32:
-    """A clock's reading as `now`, modulo 2^32 ms; a NumPy scalar costs a step less than a device array."""
+    """A clock's reading as `now`, modulo 2^32 ms; a NumPy scalar, see `varjax.transfer.passing_scalars`."""
     return np.uint32(round(seconds * 1000) & 0xFFFFFFFF).astype(np.int32)
 
 
@@ -110,7 +110,7 @@ def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bo
 def begin(state: VARState, batch_size: int | None = None, kept: Array | np.ndarray | None = None) -> VARState:
     """New sequences, as many as before unless told: nothing came before them.
 
-    The counters stay, and a cache of all sequences does; caches of their own are empty.
+    Counters and a shared cache carry over; caches of the sequences' own start empty, unless `kept` says otherwise.
 
     Args:
         kept: bool [B], sequences that are another window of the text before them, and keep the cache of their own.

@@ -168,6 +168,9 @@ def with_policies(
 ) -> RouteTable:
     """A table that was built with `keep_shapes`, under the policies of another config; what it knows stays.
 
+    Under a bound (`answers_per_layer`) that is the answers which were the most valuable to the policies that the table
+    was built for: they are not chosen anew.
+
     Args:
         stats: those that `table` was built from.
         answers: likewise.
@@ -199,7 +202,7 @@ def with_policies(
 
 
 def _check_answers(table: RouteTable, config: VARConfig, answers: Answers | None) -> None:
-    """Raises InputError unless the table's answers are those that `build` would make under `config`."""
+    """Raises InputError unless the table holds answers as `config` wants them: their dtype, shrinkage and bound."""
     if (table.answers is None) != (answers is None):
         there = "the table holds none" if table.answers is None else "the table holds some, and none are given"
         raise InputError(f"answers: {there}; give those that the table was built from")

@@ -59,7 +59,7 @@ def read_result(path: Path) -> Result:
     try:
         fields = checksums.read_json(path, "give a result of 02_evaluate_var.py")
     except FileNotFoundError:
-        raise ResultError(f"{path} does not exist; run 02_evaluate_var.py first, or mend the path") from None
+        raise ResultError(f"{path} does not exist; run 02_evaluate_var.py first, or correct the path") from None
     except InputError as error:
         raise ResultError(str(error)) from None
     needed = ("perplexity", "mode", "documents_file", "documents_sha256")

@@ -205,7 +205,7 @@ def plain_runner(model: Model) -> Runner:
     """The model as it is; its carry is None."""
 
     def run(carry: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+        ids, mask = to_device((batch.ids, batch.mask))
         return model.network.forward(model.params, ids, attention_mask=mask).logits, carry
 
     return run
@@ -218,7 +218,7 @@ def var_runner(var_model: VARModel, caching: Caching = INDEPENDENT) -> Runner:
         now = 0.0
         if carry is not None:
             carry, now = caching.enter(carry, batch)
-        out, carry = var_model.advance(carry, jnp.asarray(batch.ids), jnp.asarray(batch.mask), now=now)
+        out, carry = var_model.advance(carry, *to_device((batch.ids, batch.mask)), now=now)
         return out.logits, carry
 
     return run

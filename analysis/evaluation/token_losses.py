@@ -70,10 +70,10 @@ def token_losses(
         now = 0.0
         if state is not None:
             state, now = caching.enter(state, batch)
-        scored = jnp.asarray(batch.scored)
-        out, state = var_model.advance(state, jnp.asarray(batch.ids), jnp.asarray(batch.mask), now=now)
+        ids, mask, targets, scored = to_device((batch.ids, batch.mask, batch.targets, batch.scored))
+        out, state = var_model.advance(state, ids, mask, now=now)
         assert out.routing is not None and out.router_probs is not None  # only a step of decoding leaves them out
-        losses = to_host(token_nll(out.logits, jnp.asarray(batch.targets), scored))
+        losses = to_host(token_nll(out.logits, targets, scored))
         answered, active = _account(out.plan, order, out.routing, out.router_probs.shape[-1])
         owner = np.broadcast_to(batch.documents[:, None], batch.ids.shape)
         kept = (np.asarray(one)[batch.scored] for one in (losses, owner, batch.ids, answered, active))

@@ -193,7 +193,7 @@ def read(path: str | Path) -> Trace:
         TraceError: not a trace, another version, or figures that cannot be; names the file and the column.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; record or import a trace first, or mend the path")
+        raise FileNotFoundError(f"{path}: no such file; record or import a trace first, or correct the path")
     sealed = checksums.verify(path, _MEND)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:

@@ -121,10 +121,13 @@ def test_a_batch_of_no_texts_is_refused(saved_model, stats_path, batch):
         VARModel(saved_model, config(stats_path)).init(batch)
 
 
-@pytest.mark.parametrize("capacity", [15, -1, 20.5])
-def test_a_cache_that_the_texts_do_not_fit_is_refused(saved_model, stats_path, ids, capacity):
+@pytest.mark.parametrize(
+    ("capacity", "expected"),
+    [(15, ": expected at least the 16 positions"), (-1, "; expected an integer"), (20.5, "; expected an integer")],
+)
+def test_a_cache_that_the_texts_do_not_fit_is_refused(saved_model, stats_path, ids, capacity, expected):
     var_model = VARModel(saved_model, config(stats_path))
-    with pytest.raises(InputError, match=rf"capacity={capacity}; expected an integer of at least 16"):
+    with pytest.raises(InputError, match=f"capacity={capacity}{expected}"):
         var_model.prefill(ids, var_model.init(len(ids)), capacity)
 
 
@@ -195,8 +198,9 @@ def test_second_step_compiles_nothing_and_policies_share_it(saved_model, stats_p
     step(LayerPolicy(kept=None, tolerance=0.1, orders=(0, 2)))
     assert routed_forward._cache_size() == compiled
 
+
+def test_generation_threads_the_state(saved_model, stats_path, ids):
     model = dataclasses.replace(saved_model, generation_defaults=GenerationDefaults(None, (), None))  # no text ends
-    model = dataclasses.replace(saved_model, config=dataclasses.replace(saved_model.config, eos_token_id=None))
     nothing = VARModel(model, config(stats_path, frequency_threshold=10**9, cache_size=0))
     plain, _ = model.generate(ids, 8)
     tokens, state = nothing.generate(ids, nothing.init(len(ids)), max_new_tokens=8)
