@@ -218,7 +218,8 @@ def var_runner(var_model: VARModel, caching: Caching = INDEPENDENT) -> Runner:
         now = 0.0
         if carry is not None:
             carry, now = caching.enter(carry, batch)
-        out, carry = var_model.advance(carry, *to_device((batch.ids, batch.mask)), now=now)
+        ids, mask = to_device((batch.ids, batch.mask))
+        out, carry = var_model.advance(carry, ids, mask, now=now)
         return out.logits, carry
 
     return run

@@ -24,6 +24,7 @@ from varjax.errors import InputError
 from varjax.keys import ANY
 from varjax.model import VARModel
 from varjax.routing import CACHED, FAST, Plan, Routing
+from varjax.transfer import to_device
 
 BY_ROUTER, BY_CACHE = -2, -1  # what answered, where it was no key of the table
 
