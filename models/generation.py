@@ -72,7 +72,7 @@ def generate(
         end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
     """
     require_integer("max_new_tokens", max_new_tokens, least=1)
-    key, live = _key(sampling.seed, len(ids)), mask[:, -1]
+    key, live = _key(sampling.seed, len(ids)), _going_on(mask)
     sampling = dataclasses.replace(sampling, seed=0)  # it is static in `_pick`, where another seed compiles nothing
     pieces = [ids]
     for index in range(max_new_tokens):
@@ -87,6 +87,12 @@ def generate(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+@jax.jit
+def _going_on(mask: jax.Array) -> jax.Array:
+    """bool [B]: the texts that are to be continued; a row that is padding from end to end is not."""
+    return mask[:, -1]
 
 
 @partial(jax.jit, static_argnames=("sampling", "end_ids", "fill_id"))

@@ -6,6 +6,7 @@ import platform
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -33,16 +34,20 @@ def test_an_interruption_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
-    here, gone = platform.node(), subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
     path = tmp_path / "file.txt"
-    left = tmp_path / f".file.txt.{here}.0.{gone.pid}.tmp"
+    writes = "import os, sys, varjax.files; file = varjax.files.replacing(sys.argv[1]); file.__enter__(); os._exit(9)"
+    killed = subprocess.Popen([sys.executable, "-c", writes, path], cwd=Path(__file__).parents[2])
+    assert killed.wait() == 9
+    (left,) = tmp_path.iterdir()
+    begins, ends = f".file.txt.{platform.node()}", f".0.{killed.pid}.tmp"
+    assert left.name.startswith(begins) and left.name.endswith(ends)
     kept = [
-        tmp_path / f".file.txt.{here}.0.{os.getppid()}.tmp",  # of a process that runs
-        tmp_path / f".file.txt.another-machine.0.{gone.pid}.tmp",
-        tmp_path / f".other.txt.{here}.0.{gone.pid}.tmp",
+        left.with_name(left.name.replace(str(killed.pid), str(os.getppid()))),  # of a process that runs
+        left.with_name(f".file.txt.another-machine{ends}"),
+        left.with_name(f"{begins}-1{ends}"),  # of another container, which counts its processes by itself
+        left.with_name(left.name.replace("file", "other")),
     ]
-    for one in (left, *kept):
+    for one in kept:
         one.write_text("half")
     with replacing(path) as temporary:
         temporary.write_text("whole")
