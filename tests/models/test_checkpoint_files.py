@@ -149,7 +149,7 @@ def test_rotary_settings_are_used_as_transformers_uses_them_or_refused(fields_of
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"in rope_scaling, rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"in rope_scaling, rope_type is 'linear'"),
-        ({"rope_theta": 5e5}, r"rope_parameters\.rope_theta is 10000\.0, rope_theta is 500000\.0.*trained with"),
+        ({"rope_theta": 5e5}, r"rope_parameters\.rope_theta is 10000\.0 and rope_theta is 500000\.0.*trained with$"),
         ({"rope_scaling": {"type": "default", "rope_theta": 3.0}}, r"rope_scaling\.rope_theta is 3\.0"),
         ({"rope_theta": None, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5.0}}, "is 5.0"),
     ],
@@ -157,6 +157,31 @@ def test_rotary_settings_are_used_as_transformers_uses_them_or_refused(fields_of
 def test_contradictory_rotary_settings_are_refused(fields_of, stated, named):
     with pytest.raises(ConfigError, match=named):
         config_from_hf(fields_of["mixtral"] | stated)
+
+
+def test_a_fault_is_told_once(fields_of):
+    wrong = {"rope_theta": "x", "rope_parameters": None}
+    with pytest.raises(ConfigError) as caught:
+        config_from_hf(fields_of["mixtral"] | wrong)
+    assert str(caught.value) == (
+        "config.json: rope_theta is 'x', expected a positive number; restore the file that belongs to the weights"
+    )
+
+
+def test_a_null_share_of_rotated_dimensions_is_none_given(fields_of):
+    null = {"partial_rotary_factor": None}
+    rope = {"rope_parameters": fields_of["mixtral"]["rope_parameters"] | null}
+    assert config_from_hf(fields_of["mixtral"] | null | rope) == config_from_hf(fields_of["mixtral"])
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor is 0\.5; only 1\.0 is supported"):
+        config_from_hf(fields_of["mixtral"] | {"partial_rotary_factor": 0.5})
+
+
+def test_numbers_may_be_written_as_integers(fields_of):
+    """They are floats in what the fingerprint hashes."""
+    written = {"clip_qkv": 8, "rope_theta": 10_000, "rms_norm_eps": 1, "initializer_range": 0}
+    config = config_from_hf(fields_of["olmoe"] | written | {"rope_parameters": None})
+    numbers = (config.clip_qkv, config.rope_theta, config.rms_norm_eps, config.initializer_range)
+    assert repr(numbers) == "(8.0, 10000.0, 1.0, 0.0)"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
