@@ -96,6 +96,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN.or_null()),
     "eos_token_id": TOKENS.or_null(),
 }
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Written as integers, too; the fingerprint must not tell 8 from 8.0.
 _NUMBERS = [field.name for field in dataclasses.fields(MoEConfig) if str(field.type).startswith("float")]
 
@@ -145,8 +146,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
         known["num_kv_heads"] = known["num_heads"]
     if known["head_dim"] is None and SIZE.fits(known["hidden_size"]) and SIZE.fits(known["num_heads"]):
         known["head_dim"] = known["hidden_size"] // known["num_heads"]
-    if json_fields.is_integer(known.get("pad_token_id")) and known["pad_token_id"] < 0:
-        known["pad_token_id"] = None  # published configs say -1 where there is none
+    known |= {ours: json_fields.without_negative_ids(known[ours]) for ours in TOKEN_IDS if ours in known}
     window_switch = () if family.window_switch is None else (family.window_switch,)
     if not all(fields.get(switch) for switch in window_switch):
         known["sliding_window"] = None

@@ -361,7 +361,8 @@ def _listed_files(names: set[str]) -> str:
             others.append(name)
     counted = []
     for (stem, total), found in shards.items():
-        whole = "complete" if found >= set(range(1, int(total) + 1)) else f"{len(found)} of them"
+        complete = (len(found), min(found), max(found)) == (int(total), 1, int(total))
+        whole = "complete" if complete else f"{len(found)} of them"
         counted.append(f"{stem}-*-of-{total}.safetensors, {whole}")
     return "; ".join(sorted(others) + sorted(counted)) or "no weight file"
 

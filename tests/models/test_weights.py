@@ -21,6 +21,7 @@ from models.config import config_to_hf, read_config
 from models.parameters import init_params
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.weights import ledger, load_params, save_params
+from varjax import VARConfig, VARModel
 from varjax.errors import InputError
 
 HEAD, NORM, QUERIES = "lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -390,6 +391,10 @@ def test_a_padding_token_beyond_the_embeddings_is_refused_only_where_it_is_used(
     together, _ = model.generate(texts.input_ids, 5, attention_mask=texts.attention_mask)
     alone, _ = model.generate([model.tokenizer("the router").input_ids], 5)
     np.testing.assert_array_equal(together[0, -alone.shape[1] :], alone[0])
+    np.testing.assert_array_equal(together[:, : len(texts.input_ids[0])], texts.input_ids)
+    switched_off = VARModel(model, VARConfig(enable_var=False))
+    tokens, _ = switched_off.generate(texts.input_ids, None, 5, attention_mask=texts.attention_mask)
+    np.testing.assert_array_equal(tokens, together)
 
     used = model.tokenizer("the [PAD] router").input_ids
     with pytest.raises(InputError, match="to 300; expected ids from 0 to 299"):
