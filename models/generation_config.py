@@ -2,8 +2,8 @@
 
 As in transformers, `generation_config.json` alone says it where there is one. Where there is none, the ids are those of
 the architecture, where what `config.json` leaves out is the family's default; so does transformers'
-`GenerationConfig.from_model_config`. (`from_pretrained` of transformers 5.24 reads the bare `config.json` there: with it
-a text whose end id is such a default does not end.)
+`GenerationConfig.from_model_config`. (`from_pretrained` of transformers 5.24 reads the bare `config.json` there: with
+it, a text whose end id is such a default does not end.)
 
 The ids decide when a text ends. The sampling is a recommendation: `Model.generate` is greedy unless its caller passes
 `sampling`, for example `model.generation.sampling`, so that a run without arguments can be repeated.
