@@ -198,7 +198,11 @@ WEIGHT_FAULTS = {
         [f"missing {HEAD}", f"missing {EXPERT}", "surplus extra", f"{NORM} in model.safetensors has shape (3,)"],
     ),
     "repeated": (repeat_in_a_second_file, [f"{NORM} is in b.safetensors and again in model.safetensors"]),
-    "truncated": (truncate, ["model.safetensors", "truncated", "fetch the file again"]),
+    "truncated": (truncate, ["model.safetensors", "do not match their checksum", "fetch or save the file again"]),
+    "truncated-without-checksum": (
+        lambda d: (edit(d), truncate(d)),
+        ["model.safetensors", "truncated", "fetch the file again"],
+    ),
     "not-a-number": (not_finite(np.nan, np.float32), ["model.safetensors", NORM, "NaN or infinite"]),
     "infinite": (not_finite(-np.inf, np.float32), ["model.safetensors", NORM, "NaN or infinite"]),
     "not-a-number-bf16": (not_finite(np.nan, jnp.bfloat16), [NORM, "NaN or infinite"]),
