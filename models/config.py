@@ -96,6 +96,9 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN.or_null()),
     "eos_token_id": TOKENS.or_null(),
 }
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Written as integers, too; the fingerprint must not tell 8 from 8.0.
+_NUMBERS = [field.name for field in dataclasses.fields(MoEConfig) if str(field.type).startswith("float")]
 
 
 def read_config(path: Path, source: str | None = None) -> MoEConfig:
@@ -143,8 +146,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
         known["num_kv_heads"] = known["num_heads"]
     if known["head_dim"] is None and SIZE.fits(known["hidden_size"]) and SIZE.fits(known["num_heads"]):
         known["head_dim"] = known["hidden_size"] // known["num_heads"]
-    if json_fields.is_integer(known.get("pad_token_id")) and known["pad_token_id"] < 0:
-        known["pad_token_id"] = None  # published configs say -1 where there is none
+    known |= {ours: json_fields.without_negative_ids(known[ours]) for ours in TOKEN_IDS if ours in known}
     window_switch = () if family.window_switch is None else (family.window_switch,)
     if not all(fields.get(switch) for switch in window_switch):
         known["sliding_window"] = None
@@ -161,7 +163,7 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
         raise ConfigError(f"{source}: {'; '.join(faults)}; restore the file that belongs to the weights")
     ends = known.get("eos_token_id")
     known |= {"eos_token_id": tuple(ends)} if isinstance(ends, list) else {}
-    known |= {ours: float(known[ours]) for ours, kind in _KINDS.items() if kind is POSITIVE and ours in known}
+    known |= {ours: float(known[ours]) for ours in _NUMBERS if known.get(ours) is not None}
     return MoEConfig(family=name, num_layers=known.pop("depth") - len(dense), dense_layers=dense, **known)
 
 
@@ -206,14 +208,17 @@ def _check_supported(fields: Mapping[str, Any], family: Family, source: str) -> 
                 f"{source}: the checkpoint is quantized ({name} has quant_method {shown(method)}); only float32, "
                 "bfloat16 and float16 weights are read, use the checkpoint that this one was made from"
             )
-    supported = {"hidden_act": "silu", "partial_rotary_factor": 1.0, **dict.fromkeys(family.unsupported)}
-    for field, value in supported.items():
-        if fields.get(field, value) != value:
-            raise ConfigError(f"{source}: {field} is {shown(fields[field])}; only {value!r} is supported")
+    supported: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "partial_rotary_factor": (1.0, None)}
+    supported |= dict.fromkeys(family.unsupported, (None,))
+    for field, values in supported.items():
+        if fields.get(field, values[0]) not in values:
+            raise ConfigError(f"{source}: {field} is {shown(fields[field])}; only {values[0]!r} is supported")
 
 
 def _rope_theta(fields: Mapping[str, Any], source: str, default: float) -> tuple[Any, list[str]]:
     """The base of the rotary angles, as transformers 5 finds it, and what is wrong with the fields that state it.
+
+    The base is the default where something is wrong, so that no fault is told twice.
 
     There `rope_scaling`, if it holds anything, takes the place of `rope_parameters`, and the base in it that of
     `rope_theta`; transformers 4 reads `rope_theta` alone. A file with two bases is two models, and is refused.
@@ -224,23 +229,27 @@ def _rope_theta(fields: Mapping[str, Any], source: str, default: float) -> tuple
         if rope is not None and not isinstance(rope, Mapping):
             raise ConfigError(f"{source}: {name} is {shown(rope)}; expected an object or null")
         rope = rope or {}
-        kind, turned = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor", 1.0)
+        kind, turned = rope.get("rope_type", rope.get("type", "default")), rope.get("partial_rotary_factor")
         if kind != "default":
             raise ConfigError(
                 f"{source}: in {name}, rope_type is {shown(kind)}; only 'default' rotary embeddings are supported"
             )
-        if turned != 1.0:
+        if turned not in (None, 1.0):
             raise ConfigError(f"{source}: in {name}, partial_rotary_factor is {shown(turned)}; only 1.0 is supported")
         if rope:
             stated[name] = rope
     bases = {f"{name}.rope_theta": rope["rope_theta"] for name, rope in stated.items() if "rope_theta" in rope}
     bases |= {"rope_theta": fields["rope_theta"]} if fields.get("rope_theta") is not None else {}
     theta = next(iter(stated.values()), {}).get("rope_theta", fields.get("rope_theta", default))
-    faults = json_fields.wrong_types(bases, dict.fromkeys(bases, POSITIVE))
-    if not faults and any(base != theta for base in bases.values()):
-        told = ", ".join(f"{name} is {shown(base)}" for name, base in bases.items())
-        faults = [f"{told}, of which transformers uses {shown(theta)}: keep the base that the model was trained with"]
-    return theta, faults
+    if faults := json_fields.wrong_types(bases, dict.fromkeys(bases, POSITIVE)):
+        return default, faults
+    if any(base != theta for base in bases.values()):
+        told = " and ".join(f"{name} is {shown(base)}" for name, base in bases.items())
+        raise ConfigError(
+            f"{source}: {told}, of which transformers uses {shown(theta)}; "
+            "keep the base that the model was trained with"
+        )
+    return theta, []
 
 
 def _dense_layers(depth: Any, fields: Mapping[str, Any], family: Family) -> tuple[tuple[int, ...], list[str]]:

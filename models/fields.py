@@ -58,6 +58,13 @@ TOKENS = Kind(
 )
 
 
+def without_negative_ids(value: Any) -> Any:
+    """The value of a token id's field, null for a negative id: published files say -1 where there is none."""
+    if isinstance(value, list):
+        return [one for one in value if not (is_integer(one) and one < 0)] or None
+    return None if is_integer(value) and value < 0 else value
+
+
 def wrong_types(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
     """One sentence for each field of `values` whose value is not of its kind."""
     return [

@@ -101,14 +101,14 @@ class Model:
         step: Step | None = None,
         carry: Any = None,
     ) -> tuple[np.ndarray, Any]:
-        """Continue each text; returns int32 [B, T + new] ids and the carry.
+        """Continue each text; returns int32 [B, T + new] ids, which begin with `input_ids`, and the carry.
 
         A text ends with any of `generation.end_ids`.
 
         Args:
             input_ids: integers [B, T], padded on the left where the texts differ in length.
-            max_new_tokens: the maximum; a text that has ended is filled up with the padding id, or with the first
-                end id where there is no padding id in the vocabulary.
+            max_new_tokens: the maximum; a text that has ended is filled up with the first of the padding id and the
+                end ids that is in the vocabulary, or with 0.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
             sampling: how to choose; None: the most probable token, whatever the checkpoint recommends
                 (`generation.sampling`).
@@ -121,11 +121,15 @@ class Model:
         require_integer("max_new_tokens", max_new_tokens, least=1)
         ids, mask = self.check_inputs(input_ids, attention_mask, going_on=True)
         batch, length = ids.shape
-        ends, pad = self.generation.end_ids, self.generation.pad_id
-        fill = (*ends, 0)[0] if pad is None or pad >= self.config.vocab_size else pad
+        ends = self.generation.end_ids
+        fills = (self.generation.pad_id, *ends)
+        fill = next((token for token in fills if token is not None and token < self.config.vocab_size), 0)
         kv = self.empty_cache(batch, length + max_new_tokens)
         chosen = sampling or Sampling()
-        return generate(step or self._step, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
+        run = step or self._step
+        tokens, carry = generate(run, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
+        tokens[:, :length] = input_ids  # the caller's own, where padding has ids outside the vocabulary
+        return tokens, carry
 
     def _step(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
         logits, kv = plain_step(self.params, kv, ids, mask, self.network)
@@ -210,7 +214,8 @@ def load_model(
         raise InputError(f"dtype={dtype!r} is not supported; choose one of {sorted(DTYPES)}")
     engine = get_engine(implementation)
     directory = _resolve_directory(directory_or_hub_id)
-    config, generation = read_config(directory / "config.json"), read_generation(directory)
+    config = read_config(directory / "config.json")
+    generation = read_generation(directory, config)
     placement = Placement.of(config, mesh)
     params, fingerprint = load_params(directory, config, DTYPES[dtype], placement)
     tokenizer = fitting_tokenizer(directory, config)

@@ -145,7 +145,7 @@ def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizer
 def check_structure(directory: Path, hashed: int) -> Verified:
     """What `verify` says, contents apart."""
     config = read_config(directory / "config.json")
-    read_generation(directory)
+    read_generation(directory, config)
     files = tensor_files(directory)
     sizes = _tensor_sizes(files)
     check_counts(directory, config)

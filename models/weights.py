@@ -35,7 +35,7 @@ from safetensors.numpy import save_file
 from models.config import MoEConfig, config_to_hf
 from models.families import COMMON_TENSORS, FAMILIES, STACKED_EXPERTS
 from models.fields import read_object, shown
-from models.generation_config import GENERATION_FILE
+from models.generation_config import GENERATION_FILE, GenerationDefaults, generation_to_hf
 from models.parameters import Params, init_params, param_shardings
 from models.placement import ONE_DEVICE, Placement
 from varjax import checksums
@@ -152,24 +152,35 @@ def _maths(config: MoEConfig) -> list[Any]:
 
 
 def save_params(
-    directory: Path, params: Params, config: MoEConfig, dtype: str = "float32", shard_bytes: int = 5 << 30
+    directory: Path,
+    params: Params,
+    config: MoEConfig,
+    dtype: str = "float32",
+    shard_bytes: int = 5 << 30,
+    generation: GenerationDefaults | None = None,
 ) -> None:
     """Write canonical parameters and `config.json` so that this library and transformers open the directory.
+
+    A model's `generation` goes into a `generation_config.json`, unless it says no more than the config; None: there is
+    no such file, and the ids of the config count.
 
     Files of tensors carry a checksum (`varjax.checksums`), which loading verifies. More than `shard_bytes` go into
     numbered shards. No file takes its place before all are written: a call that is interrupted before leaves the
     directory as it was, one that is interrupted later leaves files of both checkpoints. A checkpoint that was there
-    before is replaced; its other shards and its `generation_config.json` are removed.
+    before is replaced; what is left of its shards and its `generation_config.json` is removed.
     """
     entries = ledger(config)
     sizes = {name: math.prod(entry.shape) * jnp.dtype(dtype).itemsize for name, entry in entries.items()}
     shards = _shards(sizes, shard_bytes)
+    more = None if generation == GenerationDefaults.of(config) else generation
     with ExitStack() as files:  # files take their places in reverse order: the config comes last
 
         def write(name: str) -> Path:
             return files.enter_context(replacing(directory / name))
 
         write("config.json").write_text(json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
+        if more is not None:
+            write(GENERATION_FILE).write_text(json.dumps(generation_to_hf(more), indent=2) + "\n")
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -180,7 +191,7 @@ def save_params(
             save_file(tensors, path, metadata={"format": "pt", **checksums.SEALED})
             checksums.seal(path)
     # What is left of an earlier checkpoint would be read in place of this one.
-    written = {*shards, *([INDEX_FILE] if len(shards) > 1 else [])}
+    written = {*shards, *([INDEX_FILE] if len(shards) > 1 else []), *([GENERATION_FILE] if more is not None else [])}
     single = [directory / name for name in (SINGLE_FILE, INDEX_FILE, GENERATION_FILE)]
     for path in [*single, *directory.glob("model-*-of-*.safetensors")]:
         if path.name not in written:
@@ -205,14 +216,19 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
 def check_counts(directory: Path, config: MoEConfig) -> None:
     """A first look, before the ledger: it has a row for every expert of every layer in the config.
 
+    The files' checksums come first, so that a damaged file is not taken for a wrong config.
+
     Raises:
-        CheckpointError: the config has more layers or experts than the files, as a damaged one may.
+        CheckpointError: a file does not match its checksum, or the config has more layers or experts than the files, as
+            a damaged one may.
     """
     family, first = FAMILIES[config.family], config.expert_layers[0]
     gate = family.tensors["decoder/layers/{}/gate/kernel"][0]
     gates = {name.format(first) for name in (gate, family.renamed.get(gate, gate))}
-    layers = 0
-    for file in tensor_files(directory):
+    layers, files = 0, tensor_files(directory)
+    for file in files:
+        _verify(file)
+    for file in files:
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
                 if match := re.match(r"model\.layers\.(\d{1,9})\.", name):
@@ -220,8 +236,8 @@ def check_counts(directory: Path, config: MoEConfig) -> None:
                 shape: list[int] = tensors.get_slice(name).get_shape() if name in gates else []
                 if len(shape) == 2 and config.num_experts > shape[0]:
                     raise CheckpointError(
-                        f"{directory}: config.json says {config.num_experts} experts in a layer, {name} in "
-                        f"{file.name} is for {shape[0]}; use the config.json that belongs to the weights"
+                        f"{directory}: config.json says {config.num_experts} experts per layer, but {name} in "
+                        f"{file.name} has {shape[0]}; use the config.json that belongs to the weights"
                     )
     if config.depth > layers:
         raise CheckpointError(
@@ -233,6 +249,8 @@ def check_counts(directory: Path, config: MoEConfig) -> None:
 def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry]) -> dict[str, Place]:
     """Tensor name -> where it is stored, after every tensor of every file has found its row in the ledger.
 
+    `check_counts` comes before: it verifies the files' checksums.
+
     Raises:
         CheckpointError: files or tensors that do not match; names every one of them.
     """
@@ -241,7 +259,6 @@ def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry
     faults = []
     head: Place | None = None  # a second copy of the embedding, which both ends of the model share
     for file in tensor_files(directory):
-        _verify(file)
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
                 stored = tensors.get_slice(name)
@@ -270,7 +287,7 @@ def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry
                 "set it to false if the head has weights of its own"
             )
     missing = [name for name in expected if name not in located]
-    untied = " (config.json does not say tie_word_embeddings true; does the head share the embedding's weights?)"
+    untied = " (if the head shares the embedding's weights, set tie_word_embeddings to true)"
     faults += [f"missing {name}{untied if name == HEAD else ''}" for name in missing]
     if faults:
         told = "\n  ".join(faults[:20]) + (f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else "")
@@ -361,7 +378,8 @@ def _listed_files(names: set[str]) -> str:
             others.append(name)
     counted = []
     for (stem, total), found in shards.items():
-        whole = "complete" if found >= set(range(1, int(total) + 1)) else f"{len(found)} of them"
+        complete = (len(found), min(found), max(found)) == (int(total), 1, int(total))
+        whole = "complete" if complete else f"{len(found)} of them"
         counted.append(f"{stem}-*-of-{total}.safetensors, {whole}")
     return "; ".join(sorted(others) + sorted(counted)) or "no weight file"
 

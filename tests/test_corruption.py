@@ -25,7 +25,7 @@ from analysis.traces import trace as traces
 from models.config import MoEConfig
 from models.parameters import init_params
 from models.verification import RECORD, _read_record
-from models.weights import SINGLE_FILE, ledger, locate_tensors, save_params
+from models.weights import SINGLE_FILE, check_counts, ledger, locate_tensors, save_params
 from tests.synthetic_traces import make_trace
 from tuning import chosen
 from tuning.points import Outcome, Point
@@ -142,7 +142,8 @@ def model(folder: Path) -> Path:
 
 def read_model(path: Path) -> Any:
     """As `load_params` begins; the ledger follows from the architecture alone, and takes a tenth of a second."""
-    locate_tensors(path.parent, LEDGER)
+    check_counts(path.parent, MODEL)
+    locate_tensors(path.parent, MODEL, LEDGER)
     return load_file(path)
 
 

@@ -12,10 +12,11 @@ from models import CheckpointError, ConfigError
 from models.config import config_from_hf, config_to_hf, read_config
 from models.families import COMMON_FIELDS, FAMILIES
 from models.generation import Sampling
-from models.generation_config import GenerationDefaults, read_generation
+from models.generation_config import GenerationDefaults, generation_to_hf, read_generation
 from models.tokenizer import load_tokenizer
-from models.verification import RECORD, _read_record
+from models.verification import RECORD, RemoteFile, _read_record
 from models.weights import INDEX_FILE, tensor_files
+from varjax import checksums
 from varjax.errors import InputError
 
 # --- one type per field ----------------------------------------------------------------------------------------------
@@ -34,8 +35,8 @@ WRONG = {
     "tie_word_embeddings": ["true", 1, None, []],
     "initializer_range": [*NO_NUMBERS, None, -0.1],
     "router_aux_loss_coef": [*NO_NUMBERS, None, -0.1],
-    "bos_token_id": [*NO_IDS, -1],
-    "eos_token_id": [value for value in NO_IDS if value != [1]] + [-1, [2, "3"], [2, None], [[2]]],
+    "bos_token_id": NO_IDS,
+    "eos_token_id": [value for value in NO_IDS if value != [1]] + [[2, "3"], [2, None], [[2]]],
     "pad_token_id": NO_IDS,
 }
 WRONG_OF = {
@@ -149,7 +150,7 @@ def test_rotary_settings_are_used_as_transformers_uses_them_or_refused(fields_of
     [
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, r"in rope_scaling, rope_type is 'yarn'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, r"in rope_scaling, rope_type is 'linear'"),
-        ({"rope_theta": 5e5}, r"rope_parameters\.rope_theta is 10000\.0, rope_theta is 500000\.0.*trained with"),
+        ({"rope_theta": 5e5}, r"rope_parameters\.rope_theta is 10000\.0 and rope_theta is 500000\.0.*trained with$"),
         ({"rope_scaling": {"type": "default", "rope_theta": 3.0}}, r"rope_scaling\.rope_theta is 3\.0"),
         ({"rope_theta": None, "rope_scaling": {"type": "default"}, "rope_parameters": {"rope_theta": 5.0}}, "is 5.0"),
     ],
@@ -157,6 +158,31 @@ def test_rotary_settings_are_used_as_transformers_uses_them_or_refused(fields_of
 def test_contradictory_rotary_settings_are_refused(fields_of, stated, named):
     with pytest.raises(ConfigError, match=named):
         config_from_hf(fields_of["mixtral"] | stated)
+
+
+def test_a_fault_is_told_once(fields_of):
+    wrong = {"rope_theta": "x", "rope_parameters": None}
+    with pytest.raises(ConfigError) as caught:
+        config_from_hf(fields_of["mixtral"] | wrong)
+    assert str(caught.value) == (
+        "config.json: rope_theta is 'x', expected a positive number; restore the file that belongs to the weights"
+    )
+
+
+def test_a_null_share_of_rotated_dimensions_is_none_given(fields_of):
+    null = {"partial_rotary_factor": None}
+    rope = {"rope_parameters": fields_of["mixtral"]["rope_parameters"] | null}
+    assert config_from_hf(fields_of["mixtral"] | null | rope) == config_from_hf(fields_of["mixtral"])
+    with pytest.raises(ConfigError, match=r"partial_rotary_factor is 0\.5; only 1\.0 is supported"):
+        config_from_hf(fields_of["mixtral"] | {"partial_rotary_factor": 0.5})
+
+
+def test_numbers_may_be_written_as_integers(fields_of):
+    """They are floats in what the fingerprint hashes."""
+    written = {"clip_qkv": 8, "rope_theta": 10_000, "rms_norm_eps": 1, "initializer_range": 0}
+    config = config_from_hf(fields_of["olmoe"] | written | {"rope_parameters": None})
+    numbers = (config.clip_qkv, config.rope_theta, config.rms_norm_eps, config.initializer_range)
+    assert repr(numbers) == "(8.0, 10000.0, 1.0, 0.0)"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -207,6 +233,9 @@ GENERATION = {
 }
 
 
+ON_HUB = {"name": "a.safetensors", "size": 7, "sha256": "ab" * 32, "git_sha1": None}
+
+
 @pytest.fixture
 def folder(fields_of, model_directory, tmp_path):
     """A checkpoint's JSON files, without weights that anybody reads."""
@@ -216,19 +245,24 @@ def folder(fields_of, model_directory, tmp_path):
     for name in shards:
         (tmp_path / name).write_bytes(b"")
     weight_map = {f"model.layers.{i}.weight": shards[i % 3] for i in range(9)}
-    record = [{"name": name, "size": 7, "sha256": "ab" * 32, "git_sha1": None} for name in shards]
     for name, content in {
         "config.json": fields_of["mixtral"],
         "generation_config.json": GENERATION,
         INDEX_FILE: {"metadata": {"total_size": 99}, "weight_map": weight_map},
-        RECORD: {"repo": "a/b", "commit": "0" * 40, "files": record},
     }.items():
         (tmp_path / name).write_text(json.dumps(content, indent=2))
+    checksums.write_json(
+        tmp_path / RECORD, {"repo": "a/b", "commit": "0" * 40, "files": [ON_HUB | {"name": shards[0]}]}
+    )
     return tmp_path
 
 
+def generation_of(folder) -> GenerationDefaults:
+    return read_generation(folder, read_config(folder / "config.json"))
+
+
 def test_generation_config_is_read_with_its_sampling(folder):
-    found = read_generation(folder)
+    found = generation_of(folder)
     expected = GenerationDefaults(1, (2, 9), 0, Sampling(0.6, 20, 0.95), ("repetition_penalty",))
     assert found == expected and found.token_ids == {0, 1, 2, 9}
 
@@ -239,17 +273,60 @@ def test_generation_config_is_read_with_its_sampling(folder):
         ({"temperature": 0.5, "top_k": 5}, Sampling()),  # nobody asked for sampling
         ({"do_sample": True}, Sampling(1.0, 50, None)),  # transformers' top_k where the file names none
         ({"do_sample": True, "top_k": 0, "top_p": None}, Sampling(1.0, None, None)),
+        ({"do_sample": True, "top_k": -1}, Sampling(1.0, None, None)),
+        ({"do_sample": True, "temperature": 0.0, "top_k": 5}, Sampling()),
+        ({"do_sample": False, "temperature": 0}, Sampling()),
+        ({"eos_token_id": -1, "bos_token_id": -1, "pad_token_id": -1}, Sampling()),
     ],
 )
 def test_sampling_has_transformers_defaults(folder, fields, sampling):
     (folder / "generation_config.json").write_text(json.dumps(fields))
-    assert read_generation(folder) == GenerationDefaults(None, (), None, sampling)
+    assert generation_of(folder) == GenerationDefaults(None, (), None, sampling)
+
+
+def test_a_recommendation_out_of_range_is_listed_and_not_followed(folder):
+    written = {"do_sample": True, "temperature": -0.5, "top_p": 1.5, "eos_token_id": [-1, 4], "min_p": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps(written))
+    found = generation_of(folder)
+    assert found == GenerationDefaults(None, (4,), None, Sampling(1.0, 50, None), ("temperature", "top_p", "min_p"))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        GenerationDefaults(1, (2, 9), 0),
+        GenerationDefaults(None, (), None, Sampling(0.6, 20, 0.95)),
+        GenerationDefaults(None, (7,), None, Sampling(1.0)),
+    ],
+)
+def test_what_is_written_of_generation_is_read_again(folder, found):
+    (folder / "generation_config.json").write_text(json.dumps(generation_to_hf(found)))
+    assert generation_of(folder) == found
 
 
 def test_without_generation_config_the_ids_are_those_of_config_json(folder, fields_of):
     (folder / "generation_config.json").unlink()
     (folder / "config.json").write_text(json.dumps(fields_of["mixtral"] | {"eos_token_id": 7, "pad_token_id": -1}))
-    assert read_generation(folder) == GenerationDefaults(1, (7,), None)
+    assert generation_of(folder) == GenerationDefaults(1, (7,), None)
+
+
+@pytest.mark.parametrize(
+    ("family", "ids"),
+    [("mixtral", (1, (2,), None)), ("olmoe", (None, (50279,), 1)), ("qwen3_moe", (None, (), None))],
+)
+def test_ids_that_no_file_names_are_those_of_the_family(folder, fields_of, family, ids):
+    """As transformers takes them from the object that it makes of config.json."""
+    transformers = pytest.importorskip("transformers")
+    (folder / "generation_config.json").unlink()
+    fields = {name: value for name, value in fields_of[family].items() if not name.endswith("token_id")}
+    for change in ({}, {"eos_token_id": 7}, {"eos_token_id": None}, {"pad_token_id": 3, "do_sample": True}):
+        (folder / "config.json").write_text(json.dumps(fields | change))
+        theirs = transformers.GenerationConfig.from_model_config(transformers.AutoConfig.from_pretrained(folder))
+        ours = generation_of(folder)
+        assert (ours.begin_id, ours.pad_id) == (theirs.bos_token_id, theirs.pad_token_id)
+        assert ours.end_ids == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+        assert change or (ours.begin_id, ours.end_ids, ours.pad_id) == ids
+        assert ours.sampling == (Sampling(1.0, 50) if "do_sample" in change else Sampling())
 
 
 @pytest.mark.parametrize("written", [None, {}, {"eos_token_id": 5}, {"eos_token_id": [3, 4], "pad_token_id": 8}])
@@ -266,7 +343,7 @@ def test_the_ids_are_those_that_transformers_takes(folder, written):
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     model.adjust_generation_fn(None, False, False, str(folder), None, False, None, True, None, None, "", False)
-    theirs, ours = model.generation_config, read_generation(folder)
+    theirs, ours = model.generation_config, generation_of(folder)
     ends = theirs.eos_token_id
     assert ours.end_ids == tuple(ends if isinstance(ends, list) else [] if ends is None else [ends])
     assert (ours.begin_id, ours.pad_id) == (theirs.bos_token_id, theirs.pad_token_id)
@@ -280,18 +357,16 @@ def test_the_ids_are_those_that_transformers_takes(folder, written):
         {"bos_token_id": True},
         {"pad_token_id": [0]},
         {"temperature": "hot"},
-        {"temperature": 0},
         {"temperature": math.nan},
-        {"top_k": -1},
         {"top_k": 2.0},
-        {"top_p": 1.5},
+        {"top_p": "0.9"},
         {"do_sample": "yes"},
     ],
 )
 def test_wrong_fields_of_generation_config_are_named(folder, fields):
     (folder / "generation_config.json").write_text(json.dumps(GENERATION | fields))
     with pytest.raises(ConfigError, match=rf"generation_config\.json: {next(iter(fields))} is .*, expected "):
-        read_generation(folder)
+        generation_of(folder)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -318,7 +393,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(folder):
 
 READERS = {
     "config.json": lambda folder: read_config(folder / "config.json"),
-    "generation_config.json": read_generation,
+    "generation_config.json": generation_of,
     INDEX_FILE: tensor_files,
     RECORD: _read_record,
     "tokenizer_config.json": lambda folder: load_tokenizer(folder)(["a text"]),
@@ -357,6 +432,32 @@ def test_a_damaged_file_is_an_error_that_names_it_or_is_read(folder, name):
     assert errors > 100
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        None,
+        {"0": ON_HUB},
+        ["a.safetensors"],
+        [ON_HUB | {"size": "7"}],
+        [ON_HUB | {"size": -1}],
+        [ON_HUB | {"size": True}],
+        [ON_HUB | {"name": "../a.safetensors"}],
+        [ON_HUB | {"name": None}],
+        [ON_HUB | {"sha256": 5}],
+        [ON_HUB | {"git_sha1": ["ab"]}],
+        [ON_HUB | {"etag": "ab"}],
+        [{"name": "a.safetensors", "size": 7}],
+    ],
+)
+def test_a_record_of_wrong_types_is_named(tmp_path, files):
+    """Their checksum is right, so nothing but the types speaks against them."""
+    checksums.write_json(tmp_path / RECORD, {"repo": "a/b", "files": [ON_HUB]})
+    assert _read_record(tmp_path) == (RemoteFile(**ON_HUB),)
+    checksums.write_json(tmp_path / RECORD, {"repo": "a/b", "files": files})
+    with pytest.raises(CheckpointError, match=rf"{RECORD} is damaged \(files is .*; delete it to verify without it"):
+        _read_record(tmp_path)
+
+
 # --- which files hold the weights ------------------------------------------------------------------------------------
 
 
@@ -375,6 +476,14 @@ def test_shards_without_an_index_are_counted(folder):
             tensor_files(folder)
         assert f"there is model-*-of-00003.safetensors, {said}: " in str(caught.value)
         assert f"fetch {INDEX_FILE} too" in str(caught.value)
+
+
+def test_the_number_in_a_name_costs_no_memory(folder):
+    """A set of as many numbers would take 60 GB."""
+    (folder / INDEX_FILE).unlink()
+    replace_weights(folder, "model-00001-of-999999999.safetensors")
+    with pytest.raises(CheckpointError, match=r"there is model-\*-of-999999999\.safetensors, 1 of them: "):
+        tensor_files(folder)
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ FAULTS = {
     "shape": (change_a_shape, ["lm_head.weight", "(3, 4)", "expected (300, 24)"]),
     "tokenizer": (large_tokenizer, ["the tokenizer has 320 entries", "vocab_size 300"]),
     "no-config": (lambda d: (d / "config.json").unlink(), ["config.json does not exist"]),
-    "record": (lambda d: (d / RECORD).write_text("{"), [RECORD, "damaged", "delete it"]),
+    "record": (lambda d: (d / RECORD).write_text("{"), [RECORD, "not valid JSON", "delete it"]),
 }
 
 

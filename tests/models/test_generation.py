@@ -114,6 +114,13 @@ def test_a_model_fills_with_its_padding_id_or_else_its_end_id(tiny_model, pad, f
     assert calls == 3
 
 
+@pytest.mark.parametrize(("ends", "fill"), [((99, END), END), ((END, 99), END)])
+def test_an_end_id_without_an_embedding_fills_nothing(tiny_model, ends, fill):
+    model = dataclasses.replace(tiny_model, generation_defaults=GenerationDefaults(None, ends, None))
+    tokens, _ = model.generate(PROMPT, 4, step=scripted([END, 5, 5], [5, 5, END]), carry=0)
+    np.testing.assert_array_equal(tokens[:, 3:], [[END, fill, fill], [5, 5, END]])
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -149,10 +156,12 @@ def test_a_cache_without_room_is_refused(tiny_model, batch, capacity):
 
 
 def test_padding_may_have_an_id_without_an_embedding(tiny_model):
-    """Of a `[PAD]` that was added to the tokenizer: the mask says that nobody reads it."""
+    """Of a `[PAD]` that was added to the tokenizer: the mask says that nobody reads it, and it comes back."""
     ids, mask = np.array([[61, 99, 5, 6], [3, 4, 5, 6]]), [[0, 0, 1, 1], [1, 1, 1, 1]]
     tokens, _ = tiny_model.generate(ids, 6, attention_mask=mask)
-    np.testing.assert_array_equal(tokens, tiny_model.generate(np.where(ids > 60, 0, ids), 6, attention_mask=mask)[0])
+    known = tiny_model.generate(np.where(ids > 60, 0, ids), 6, attention_mask=mask)[0]
+    np.testing.assert_array_equal(tokens, np.concatenate([ids, known[:, 4:]], axis=1))
+    assert tokens.dtype == np.int32
     with pytest.raises(InputError, match="holds 3 to 99; expected ids from 0 to 60"):
         tiny_model.generate(ids, 6, attention_mask=[[0, 1, 1, 1], [1, 1, 1, 1]])
 

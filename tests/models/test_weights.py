@@ -18,9 +18,12 @@ from analysis.text.corpus import Document
 from analysis.text.encoding import encode
 from models import CheckpointError, ConfigError, load_model
 from models.config import config_to_hf, read_config
+from models.generation import Sampling
+from models.generation_config import GenerationDefaults
 from models.parameters import init_params
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.weights import ledger, load_params, save_params
+from varjax import VARConfig, VARModel, checksums
 from varjax.errors import InputError
 
 HEAD, NORM, QUERIES = "lm_head.weight", "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -126,6 +129,19 @@ def test_a_smaller_checkpoint_replaces_a_sharded_one(tiny_config, tiny_params, t
     assert same(load_params(tmp_path, tiny_config)[0], tiny_params)
 
 
+def test_a_saved_model_keeps_what_its_checkpoint_says_of_generation(tiny_config, tiny_params, tmp_path):
+    """Its end ids may stand in generation_config.json alone."""
+    said = GenerationDefaults(None, (5, 9), 3, Sampling(0.5, top_p=0.9))
+    save_params(tmp_path, tiny_params, tiny_config, generation=said)
+    assert load_model(tmp_path).generation == said
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [5, 9]
+    assert read_config(tmp_path / "config.json") == tiny_config
+
+    save_params(tmp_path, tiny_params, tiny_config, generation=GenerationDefaults.of(tiny_config))
+    assert not (tmp_path / "generation_config.json").exists()  # the config says it
+    assert load_model(tmp_path).generation == GenerationDefaults.of(tiny_config)
+
+
 def test_an_interrupted_save_leaves_what_was_there(checkpoint, tiny_config, tiny_params, monkeypatch):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     calls = []
@@ -182,7 +198,11 @@ WEIGHT_FAULTS = {
         [f"missing {HEAD}", f"missing {EXPERT}", "surplus extra", f"{NORM} in model.safetensors has shape (3,)"],
     ),
     "repeated": (repeat_in_a_second_file, [f"{NORM} is in b.safetensors and again in model.safetensors"]),
-    "truncated": (truncate, ["model.safetensors", "truncated", "fetch the file again"]),
+    "truncated": (truncate, ["model.safetensors", "do not match their checksum", "fetch or save the file again"]),
+    "truncated-without-checksum": (
+        lambda d: (edit(d), truncate(d)),
+        ["model.safetensors", "truncated", "fetch the file again"],
+    ),
     "not-a-number": (not_finite(np.nan, np.float32), ["model.safetensors", NORM, "NaN or infinite"]),
     "infinite": (not_finite(-np.inf, np.float32), ["model.safetensors", NORM, "NaN or infinite"]),
     "not-a-number-bf16": (not_finite(np.nan, jnp.bfloat16), [NORM, "NaN or infinite"]),
@@ -247,7 +267,7 @@ def test_a_tied_checkpoint_with_another_head_is_refused(tied):
 def test_of_a_checkpoint_without_a_head_the_field_is_named_that_would_tie_it(checkpoint):
     edit(checkpoint, **{HEAD: None})
     with pytest.raises(
-        CheckpointError, match=r"missing lm_head\.weight \(config\.json does not say tie_word_embeddings"
+        CheckpointError, match=r"missing lm_head\.weight \(if the head shares the embedding's weights, set tie_word_emb"
     ):
         load_model(checkpoint)
 
@@ -256,7 +276,7 @@ def test_of_a_checkpoint_without_a_head_the_field_is_named_that_would_tie_it(che
     ("field", "named"),
     [
         ({"num_hidden_layers": 9_000}, "says num_hidden_layers 9000, the weight files hold 2 layers"),
-        ({"num_local_experts": 90_000}, r"says 90000 experts in a layer, .*gate\.weight in model\.s.* is for 4"),
+        ({"num_local_experts": 90_000}, r"says 90000 experts per layer, but .*gate\.weight in model\.s.* has 4;"),
     ],
 )
 def test_a_config_of_more_than_there_is_costs_no_time(checkpoint, field, named):
@@ -264,6 +284,23 @@ def test_a_config_of_more_than_there_is_costs_no_time(checkpoint, field, named):
     edit_config(checkpoint, **field)
     with pytest.raises(CheckpointError, match=named):
         load_model(checkpoint)
+
+
+def test_damage_is_not_blamed_on_the_config(checkpoint, monkeypatch):
+    """The header names another layer and fewer experts, which the checksum tells from another config."""
+    path, read = checkpoint / "model.safetensors", []
+    content = path.read_bytes()
+    for good, bad in ((b"model.layers.1.", b"model.layers.0."), (b'"shape":[4,16]', b'"shape":[2,32]')):
+        assert content.count(good)
+        path.write_bytes(content.replace(good, bad, 1))
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: was damaged or edited") as caught:
+            load_model(checkpoint)
+        assert "config.json" not in str(caught.value)
+    path.write_bytes(content)
+    verify = checksums.verify
+    monkeypatch.setattr(checksums, "verify", lambda file, mend: read.append(file) or verify(file, mend))
+    load_params(checkpoint, read_config(checkpoint / "config.json"))
+    assert read == [path]  # once: it takes as long as reading the weights
 
 
 def stack(directory) -> None:
@@ -390,6 +427,10 @@ def test_a_padding_token_beyond_the_embeddings_is_refused_only_where_it_is_used(
     together, _ = model.generate(texts.input_ids, 5, attention_mask=texts.attention_mask)
     alone, _ = model.generate([model.tokenizer("the router").input_ids], 5)
     np.testing.assert_array_equal(together[0, -alone.shape[1] :], alone[0])
+    np.testing.assert_array_equal(together[:, : len(texts.input_ids[0])], texts.input_ids)
+    switched_off = VARModel(model, VARConfig(enable_var=False))
+    tokens, _ = switched_off.generate(texts.input_ids, None, 5, attention_mask=texts.attention_mask)
+    np.testing.assert_array_equal(tokens, together)
 
     used = model.tokenizer("the [PAD] router").input_ids
     with pytest.raises(InputError, match="to 300; expected ids from 0 to 299"):
