@@ -38,15 +38,10 @@ _BLOCK = 1 << 20  # bytes read at a time
 
 
 def seal(path: str | os.PathLike[str]) -> None:
-    """Fill in the seal of a file that was written with `SEALED` among its metadata.
-
-    Raises:
-        RuntimeError: there is no such seal, or more than one.
-    """
+    """Fill in the seal of a file that was written with `SEALED` among its metadata."""
     with open(path, "r+b") as file:
         place = _seal_place(file)
-        if place is None:
-            raise RuntimeError(f"{path}: no seal to fill in; write checksums.SEALED among the file's metadata")
+        assert place is not None, f"{path}: no seal to fill in; write checksums.SEALED among the file's metadata"
         digest = _digest(file, place)
         file.seek(place)
         file.write(digest)

@@ -88,7 +88,7 @@ def shipped(table: RouteTable) -> Shipped:
     rows = rows if len(rows) else np.array([0])
     keys = KeyIndex.build(np.asarray(table.index.keys)[rows])
     per_row = (table.eligible, table.kept, table.routing)  # [L, R, ...]
-    total = _bytes((keys, table.rules)) + _bytes(per_row) * len(rows) // table.eligible.shape[1]
+    total = _bytes((keys, table.rules, table.made_with)) + _bytes(per_row) * len(rows) // table.eligible.shape[1]
     answers, answer_bytes = [], 0
     for layer, wanted in zip(table.answers or (), np.asarray(table.rules.residual), strict=False):
         entry = np.asarray(layer.entry)[rows] if wanted else np.full((1, table.num_experts), NO_ANSWER, np.int32)

@@ -106,7 +106,7 @@ def _holds_texts(path: Path, text_column: str) -> bool:
             record = records[0] if records else None
         else:
             record = json.loads(line)
-    except ValueError:  # JSON over several lines, or not JSON
+    except (json.JSONDecodeError, UnicodeDecodeError):  # JSON over several lines, or not JSON
         return False
     except OSError:  # a damaged archive: reading it says so
         return True

@@ -12,6 +12,7 @@ from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import encode
 from analysis.text.preparation import prepare
 from analysis.text.prepared import MANIFEST, Request
+from varjax import checksums
 from varjax.errors import InputError
 
 
@@ -112,11 +113,11 @@ def test_a_prepared_folder_hands_on_what_it_was_cut_to(drawn_of, tokenizer, list
     assert drawn_of(documents, None, None) == Drawn("source", 19, 1, ("documents",))
 
     manifest = whole / MANIFEST
-    fields = json.loads(manifest.read_text())
+    fields = checksums.read_json(manifest, "")
     del fields["drawn"]  # as an older version wrote it
-    manifest.write_text(json.dumps(fields))
+    checksums.write_json(manifest, fields)
     assert drawn_of(whole, None, None) is None
-    manifest.write_text(json.dumps(fields | {"drawn": {"order": "any"}}))
+    checksums.write_json(manifest, fields | {"drawn": {"order": "any"}})
     with pytest.raises(CorpusError, match="does not say how documents were drawn"):
         drawn_of(whole, None, None)
 
