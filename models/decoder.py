@@ -149,9 +149,9 @@ def forward(
     with jax.named_scope("norms"):
         x = model.norm(x[:, -1:] if last_logits_only else x)
     with jax.named_scope("head"):
-        logits = model.logits(x)
-        names = (None, None, None) if last_logits_only else ("batch", None, "vocabulary")
-        logits = placement.constrain(logits, *names)
+        logits = placement.constrain(model.logits(x), "batch", None, "vocabulary")
+        if last_logits_only:  # brought together after the product: else the head would be
+            logits = placement.constrain(logits, None, None, None)
     with jax.named_scope("gate"):
         router_probs = placement.constrain(jnp.stack(probs), None, batch, None, None)
         routing = jax.tree.map(
