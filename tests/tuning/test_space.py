@@ -105,9 +105,9 @@ def test_ranges_are_replaced_by_name():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cache_size", "'cache_size' is no range; write cache_size=100:5000, say"),
-        ("cache_size=1:2:3", "'cache_size=1:2:3' is no range"),
-        ("cache_size=a:b", "'cache_size=a:b' is no range"),
+        ("cache_size", "'cache_size' is not a range; write for example cache_size=100:5000"),
+        ("cache_size=1:2:3", "'cache_size=1:2:3' is not a range"),
+        ("cache_size=a:b", "'cache_size=a:b' is not a range"),
         ("cache_size=5:1", "cache_size=5:1: expected a low end below the high one"),
         ("cache_size=0:10", "searched by factors; expected a low end above 0"),
         (
