@@ -37,8 +37,9 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
         "--dataset",
         default="embedded",
         type=name_argument,
-        help="'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, packed "
-        "or not (.gz, .zst), a directory of such or of prepare_datasets.py, or a datasets name[:config[:split]]",
+        help="'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, "
+        "compressed (.gz, .zst) or not, a directory of such or of prepare_datasets.py, or a datasets "
+        "name[:config[:split]]",
     )
     made.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
     made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")

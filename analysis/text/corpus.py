@@ -231,7 +231,7 @@ def _distinct(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def read_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
-    """(text, group) of every document in one file, packed or not."""
+    """(text, group) of every document in one file, compressed or not."""
     if not path.is_file():
         raise CorpusError(f"{path}: no such file; check the path (a Hugging Face dataset is named owner/name)")
     readers = {".txt": _text_rows, ".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}
@@ -261,7 +261,7 @@ def _directory_rows(path: Path, text_column: str) -> Iterator[Record]:
         prepared = sorted(str(manifest.parent) for manifest in path.glob("*/manifest.json"))
         mend = f"or give one of the prepared folders in it: {', '.join(prepared)}" if prepared else "add one"
         raise CorpusError(
-            f"{path}: the directory holds no file to read, packed or not, that ends in {', '.join(SUFFIXES)} "
+            f"{path}: the directory holds no file to read, compressed or not, that ends in {', '.join(SUFFIXES)} "
             f"({listing.said()}); {mend}"
         )
     _say(f"{path}: {listing.said()}")

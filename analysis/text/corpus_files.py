@@ -1,6 +1,6 @@
 """The files of a corpus: which files of a directory are read and which are skipped, and how a packed file is opened.
 
-A corpus file ends in one of `SUFFIXES`, packed or not (`PACKED`), in upper or lower case.
+A corpus file ends in one of `SUFFIXES`, compressed or not (`PACKED`), in upper or lower case.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Listing:
 
 
 def kind_of(path: Path) -> str | None:
-    """Which of SUFFIXES a file has, packed or not; None: it is not a corpus file."""
+    """Which of SUFFIXES a file has, compressed or not; None: it is not a corpus file."""
     suffix = _suffixes(path)[0]
     return suffix if suffix in SUFFIXES else None
 
