@@ -23,7 +23,7 @@ help:
 	@echo "make slow    the documented commands that take long, in small; the others are in make test"
 	@echo "make lint    ruff, only"
 	@echo "make types   mypy, only"
-	@echo "make format  let ruff format and mend the code"
+	@echo "make format  let ruff format and fix the code"
 	@echo "make docs    the documentation as HTML, into build/site"
 	@echo "make notebooks  run those of the documentation anew"
 	@echo "make clean   remove .venv and every cache"

@@ -66,7 +66,7 @@ def evaluate(
     unknown = [task for task in tasks if isinstance(task, str) and not manager.match_tasks([task])]
     if unknown:
         raise InputError(
-            f"the harness knows no task {unknown[0]!r}; mend the name, or give the folder with its YAML file as "
+            f"the harness knows no task {unknown[0]!r}; fix the name, or give the folder with its YAML file as "
             "include_path"
         )
     results = simple_evaluate(

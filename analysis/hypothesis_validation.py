@@ -11,7 +11,6 @@ are computed as well, and their intervals draw its documents. A FAIL is a result
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ from analysis.reports.provenance import provenance
 from analysis.reports.report import Report, summary
 from analysis.traces import trace as traces
 from analysis.traces.trace import Trace
+from varjax.checksums import digest_of_file
 from varjax.errors import InputError
 from varjax.stats import RoutingStats
 
@@ -216,7 +216,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
         other = open_source(used["compare"]).stats
     found = examine(source, trace=trace, other=other, settings=settings, progress=True)
     said = report(found, str(args.compare))
-    files = {name: {"path": path, "sha256": _sha256(path)} for name, path in used.items()}
+    files = {name: {"path": path, "sha256": digest_of_file(path)} for name, path in used.items()}
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
     save_all(found, said, output, about)
@@ -281,11 +281,6 @@ def _trace_facts(found: Findings) -> Iterator[tuple[str, str]]:
 def _estimated(meta: Mapping[str, Any]) -> bool:
     """Whether the file names only the commonest first choice of each key."""
     return "top1_counts" in meta.get("filled", {})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ of one document depend on each other: count documents, not tokens, when judging 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -38,6 +37,7 @@ from analysis.traces import importing, replay_report
 from analysis.traces.replay_inputs import applicable, on_captured_layers, table_statistics, with_stand_ins
 from analysis.traces.replay_steps import Sums, run_steps, unlimited_cache
 from analysis.traces.trace import Trace, TraceError
+from varjax.checksums import digest_of_file
 from varjax.config import PRESETS, VARConfig
 from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
@@ -245,16 +245,11 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     said = replay_report.report(found)
     print(text(said))
     applied = json.loads(found.config.to_json())
-    hashes: dict[str, Any] = {"trace_sha256": _file_hash(args.trace), "config_sha256": hash_json(applied)}
+    hashes: dict[str, Any] = {"trace_sha256": digest_of_file(args.trace), "config_sha256": hash_json(applied)}
     origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
     beside = {**fields_of(found), "provenance": origin}
     write_output(said, output, figures=replay_report.draw(found), beside=beside)
     print(f"\nwritten to {args.output}")
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":

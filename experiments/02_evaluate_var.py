@@ -207,8 +207,8 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
     run = {"model": origin["model"], "data": origin["data"], "config": config.digest(), "settings": vars(settings)}
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
-    with Checkpoints(work / "steps") as saved:
-        done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
+    saved = Checkpoints(work / "steps")
+    done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
     path = output.other("distilled.residuals.safetensors")
     assert config.routing_stats is not None  # they were read

@@ -54,7 +54,7 @@ AXES = {
 
 
 class MeshError(InputError):
-    """A mesh that cannot be had, or that a model cannot be divided over; names the mend."""
+    """A mesh that cannot be had, or that a model cannot be divided over; names the fix."""
 
 
 def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:

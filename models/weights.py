@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from models.config import MoEConfig, config_to_hf
 from models.families import COMMON_TENSORS, FAMILIES, STACKED_EXPERTS
@@ -53,7 +52,7 @@ _MORE_MATHS = ("clip_qkv", "normalise_top_k")  # counted where they are not the 
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be loaded faithfully; names file, tensor and mend."""
+    """A checkpoint that cannot be loaded faithfully; names file, tensor and fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,9 +186,7 @@ def save_params(
             write(INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         for file, names in shards.items():
             tensors = {name: _to_disk(_lookup(params, entries[name].path), entries[name], dtype) for name in names}
-            path = write(file)
-            save_file(tensors, path, metadata={"format": "pt", **checksums.SEALED})
-            checksums.seal(path)
+            checksums.write_safetensors(write(file), tensors, {"format": "pt"})
     # What is left of an earlier checkpoint would be read in place of this one.
     written = {*shards, *([INDEX_FILE] if len(shards) > 1 else []), *([GENERATION_FILE] if more is not None else [])}
     single = [directory / name for name in (SINGLE_FILE, INDEX_FILE, GENERATION_FILE)]

@@ -166,7 +166,7 @@ def _batch_row(config: MoEConfig, hardware: Hardware, one: Estimate) -> str:
 
 
 def _model(name: str) -> MoEConfig:
-    """The architecture of a directory, a config.json or a known name. Raises InputError naming the mend."""
+    """The architecture of a directory, a config.json or a known name. Raises InputError naming the fix."""
     if name in PUBLISHED:
         return PUBLISHED[name]
     path = REFERENCE if name == "reference" else Path(name)

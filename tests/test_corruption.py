@@ -165,14 +165,14 @@ def noted(folder: Path) -> Path:
 
 
 def checkpoint(folder: Path) -> Path:
-    with Checkpoints(folder / "steps") as saved:
-        saved.save(3, VALUE)
+    saved = Checkpoints(folder / "steps")
+    saved.save(3, VALUE)
     return folder / "steps" / "checkpoint.safetensors"
 
 
 def read_checkpoint(path: Path) -> Any:
-    with Checkpoints(path.parent) as saved:
-        return saved.newest(VALUE)
+    saved = Checkpoints(path.parent)
+    return saved.newest(VALUE)
 
 
 def losses(folder: Path) -> Path:

@@ -51,7 +51,7 @@ _STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError
 
 
 class StudyError(InputError):
-    """A study that cannot be opened or continued; says why, and the mend."""
+    """A study that cannot be opened or continued; says why, and the fix."""
 
 
 def check_method(method: Method) -> None:

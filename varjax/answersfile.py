@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from varjax import checksums, statsfile
 from varjax.answers import Answers
@@ -24,7 +23,7 @@ from varjax.routing import NO_ANSWER
 
 FORMAT = 3  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics
 _OWN = ("format", "answer_layers", "distilled")
-_MEND = "restore the file, or collect the answers again"
+_FIX = "restore the file, or collect the answers again"
 _DTYPES = {
     "keys": np.int32,
     "entry": np.int32,
@@ -49,8 +48,7 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
     header = {"format": FORMAT, "answer_layers": answers.layers, "distilled": answers.distilled, **meta}
     tensors = {name: np.ascontiguousarray(getattr(answers, name), dtype) for name, dtype in _DTYPES.items()}
     with replacing(Path(path)) as part:
-        save_file(tensors, part, metadata={"varjax": json.dumps(header), **checksums.SEALED})
-        checksums.seal(part)
+        checksums.write_safetensors(part, tensors, {"varjax": json.dumps(header)})
 
 
 def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
@@ -62,7 +60,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; collect the answers first, or correct the path")
-    sealed = checksums.verify(path, _MEND)
+    sealed = checksums.verify(path, _FIX)
     header = _header(path)
     with safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in _DTYPES if name in file.keys()}  # noqa: SIM118
@@ -72,7 +70,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
         raise InputError(f"{path}: the header lacks its layers ({error!r}); collect the answers again") from error
     _check_shapes(path, tensors, len(layers))
     if not sealed:
-        raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {_MEND}")
+        raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {_FIX}")
     answers = Answers(layers=layers, distilled=distilled, **tensors)
     return answers, {name: value for name, value in header.items() if name not in _OWN}
 

@@ -63,7 +63,7 @@ def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways
     )
 
 
-def each(cache: ContextCache, batch_size: int, kept: Array | np.ndarray | None = None) -> ContextCache:
+def each(cache: ContextCache, batch_size: int, kept: Array | None = None) -> ContextCache:
     """A cache for each of B sequences, all as large as `cache`, empty unless the sequence keeps the one that it has.
 
     Args:
@@ -71,7 +71,7 @@ def each(cache: ContextCache, batch_size: int, kept: Array | np.ndarray | None =
         kept: bool [B], sequences that keep their own; None: none does. With it `cache` has one for each of B sequences.
     """
     if kept is not None:
-        return _renewed(cache, to_device(kept) if isinstance(kept, np.ndarray) else kept)
+        return _renewed(cache, kept)
     *_, num_sets, ways, length = cache.ids.shape
     num_layers, top_k = cache.experts.shape[-2:]
     empty = init(num_sets * ways, length, num_layers, top_k, ways)

@@ -5,9 +5,9 @@ replaced by zeros. So it covers every byte: data, metadata, and what a reader wo
 field `checksum`, the SHA-256 of the other fields in a canonical form: another indentation is no damage.
 
     seal(path)                     # a file that was written with SEALED among its metadata
-    verify(path, mend)             # False: it has no seal; InputError: it is not what was written
+    verify(path, fix)             # False: it has no seal; InputError: it is not what was written
     write_json(path, fields)
-    fields = read_json(path, mend)
+    fields = read_json(path, fix)
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from varjax.errors import InputError
 from varjax.files import replacing
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -47,13 +48,13 @@ def seal(path: str | os.PathLike[str]) -> None:
         file.write(digest)
 
 
-def verify(path: str | os.PathLike[str], mend: str, *, required: bool = False) -> bool:
+def verify(path: str | os.PathLike[str], fix: str, *, required: bool = False) -> bool:
     """Whether the file has a seal; if so, its contents are those that were sealed.
 
     It reads the file once, about 1.5 GB a second on one core.
 
     Args:
-        mend: what to do about a damaged file, the end of the error's sentence.
+        fix: what to do about a damaged file, the end of the error's sentence.
         required: a file without a seal is damaged, too.
 
     Raises:
@@ -64,12 +65,26 @@ def verify(path: str | os.PathLike[str], mend: str, *, required: bool = False) -
         place = _seal_place(file)
         if place is None:
             if required:
-                raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {mend}")
+                raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {fix}")
             return False
         file.seek(place)
         if file.read(_DIGITS) != _digest(file, place):
-            raise InputError(f"{path}: {DAMAGED}; {mend}")
+            raise InputError(f"{path}: {DAMAGED}; {fix}")
     return True
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """A safetensors file of C-contiguous tensors, which is sealed.
+
+    Args:
+        path: a temporary file (`varjax.files.replacing`).
+    """
+    from safetensors.numpy import save_file
+
+    save_file(dict(tensors), path, metadata={**metadata, **SEALED})
+    seal(path)
 
 
 def parquet_schema(schema: pa.Schema) -> pa.Schema:
@@ -98,12 +113,12 @@ def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
 
 
 def read_parquet(
-    path: str | os.PathLike[str], mend: str, *, required: bool = False, columns: list[str] | None = None
+    path: str | os.PathLike[str], fix: str, *, required: bool = False, columns: list[str] | None = None
 ) -> pa.Table:
     """A Parquet file, after its checksums were verified, if it has any.
 
     Args:
-        mend, required: as in `verify`.
+        fix, required: as in `verify`.
         columns: those to read; None: all.
 
     Raises:
@@ -113,12 +128,12 @@ def read_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    verify(path, mend, required=required)
+    verify(path, fix, required=required)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             return file.read(columns)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable Parquet file ({error}); {mend}") from error
+        raise InputError(f"{path}: not a readable Parquet file ({error}); {fix}") from error
 
 
 def write_json(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
@@ -134,11 +149,11 @@ def write_json(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str], mend: str, *, required: bool = True) -> dict[str, Any]:
+def read_json(path: str | os.PathLike[str], fix: str, *, required: bool = True) -> dict[str, Any]:
     """The fields of a JSON file without their checksum, which was verified.
 
     Args:
-        mend: what to do about a damaged file, the end of the error's sentence.
+        fix: what to do about a damaged file, the end of the error's sentence.
         required: a file without a checksum is damaged, too; False: it may have been written by hand.
 
     Raises:
@@ -148,15 +163,15 @@ def read_json(path: str | os.PathLike[str], mend: str, *, required: bool = True)
     try:
         fields = json.loads(Path(path).read_bytes().decode())
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise InputError(f"{path}: not valid JSON ({error}); {mend}") from error
+        raise InputError(f"{path}: not valid JSON ({error}); {fix}") from error
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(fields).__name__}; {mend}")
+        raise InputError(f"{path}: expected a JSON object, got {type(fields).__name__}; {fix}")
     if required and CHECKSUM not in fields:
-        raise InputError(f"{path}: it has no field {CHECKSUM!r}, so it was damaged or is of an older version; {mend}")
+        raise InputError(f"{path}: it has no field {CHECKSUM!r}, so it was damaged or is of an older version; {fix}")
     try:
         return without_checksum(fields)
     except InputError as error:
-        raise InputError(f"{path}: {error}; {mend}") from error
+        raise InputError(f"{path}: {error}; {fix}") from error
 
 
 def without_checksum(fields: Mapping[str, Any]) -> dict[str, Any]:

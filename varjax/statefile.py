@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from varjax import checksums
 from varjax.cache import since
@@ -32,7 +31,7 @@ from varjax.step import VARState
 FORMAT = 2  # 1 was a folder of orbax's, with counters of 32 bits and without a checksum
 FILE = "state.safetensors"
 _since, _before = jax.jit(since), jax.jit(jnp.subtract)
-_MEND = "restore the file, or begin with a new state"
+_FIX = "restore the file, or begin with a new state"
 
 
 def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, Any]) -> None:
@@ -53,8 +52,7 @@ def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, A
     arrays = {name: np.ascontiguousarray(array) for name, array in jax.device_get(_arrays(state)).items()}
     noted = {"format": FORMAT, "about": dict(about), "arrays": _described(arrays)}
     with replacing(Path(path) / FILE) as part:
-        save_file(arrays, part, metadata={"varjax": json.dumps(noted), **checksums.SEALED})
-        checksums.seal(part)
+        checksums.write_safetensors(part, arrays, {"varjax": json.dumps(noted)})
 
 
 def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, Any]) -> VARState:
@@ -74,7 +72,7 @@ def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, An
         if any(Path(path).glob("*/_CHECKPOINT_METADATA")):
             raise InputError(f"{path}: a state of format 1, expected {FORMAT}; begin with a new state")
         raise FileNotFoundError(f"{path}: no state was saved in this folder; save one there first or correct the path")
-    checksums.verify(file, _MEND, required=True)
+    checksums.verify(file, _FIX, required=True)
     try:
         with safe_open(file, framework="numpy") as opened:
             noted = json.loads((opened.metadata() or {})["varjax"])

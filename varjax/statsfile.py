@@ -61,7 +61,7 @@ REQUIRED = (
     "max_entropy",
 )
 LARGEST_ID = np.iinfo(np.int32).max
-_MEND = "restore the file, or collect the routing statistics again (write an edited copy without its metadata)"
+_FIX = "restore the file, or collect the routing statistics again (write an edited copy without its metadata)"
 ROUNDING = 1e-5  # by which a rounded figure may pass its bound
 
 
@@ -127,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: not such a file; the message names the file, the column, the first bad row and the mend.
+        InputError: not such a file; the message names the file, the column, the first bad row and the fix.
     """
     file = _File(path)
     count = file.integers("frequency", 1, np.iinfo(np.int64).max)
@@ -179,11 +179,11 @@ def identity(path: str | os.PathLike[str]) -> str:
         InputError: not a Parquet file of statistics.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file; {_MEND}")
+        raise FileNotFoundError(f"{path}: no such file; {_FIX}")
     try:
         known = dict(json.loads((pq.read_schema(path).metadata or {}).get(b"varjax", b"{}"))).get("identity")
     except (pa.ArrowException, OSError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: not a readable Parquet file of routing statistics ({error}); {_MEND}") from error
+        raise InputError(f"{path}: not a readable Parquet file of routing statistics ({error}); {_FIX}") from error
     if known is not None:
         return known
     stats, meta = read(path)
@@ -195,7 +195,7 @@ def token_strings(path: str | os.PathLike[str]) -> dict[int, str]:
     """The text of each id that a file which `read` accepts has one for."""
     if "token_str" not in pq.read_schema(path).names:
         return {}
-    table = checksums.read_parquet(path, _MEND, columns=["token_id", "token_str"])
+    table = checksums.read_parquet(path, _FIX, columns=["token_id", "token_str"])
     different, first = np.unique(table["token_id"].to_numpy(), return_index=True)
     texts = table["token_str"].take(pa.array(first)).to_pylist()
     return {int(i): text for i, text in zip(different, texts, strict=True) if text is not None}
@@ -216,7 +216,7 @@ class _File:
         self.path = os.fspath(path)
         if not os.path.isfile(self.path):
             raise FileNotFoundError(f"{self.path}: no such file; collect routing statistics first, or correct the path")
-        sealed = checksums.verify(self.path, _MEND)
+        sealed = checksums.verify(self.path, _FIX)
         try:
             with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 self.table = file.read()
@@ -227,7 +227,7 @@ class _File:
                 f"{self.path}: not a readable Parquet file of routing statistics ({error}); write it anew"
             ) from error
         if self.meta.pop("sealed", False) and not sealed:
-            raise InputError(f"{self.path}: its checksum is missing or unreadable, so the file was damaged; {_MEND}")
+            raise InputError(f"{self.path}: its checksum is missing or unreadable, so the file was damaged; {_FIX}")
         self.names = self.table.column_names
         if self.meta.get("version", VERSION) != VERSION:
             raise InputError(
@@ -238,11 +238,11 @@ class _File:
         if absent:
             raise InputError(f"{self.path}: no column {', '.join(absent)}; add what is missing (it has {self.names})")
 
-    def refuse(self, column: str, bad: np.ndarray, values: Any, mend: str) -> None:
+    def refuse(self, column: str, bad: np.ndarray, values: Any, fix: str) -> None:
         """Raise if any row of bool [N] is bad."""
         if bad.any():
             row = int(np.argmax(bad))
-            raise InputError(f"{self.path}: column {column}, row {row}: {values[row]} {mend}")
+            raise InputError(f"{self.path}: column {column}, row {row}: {values[row]} {fix}")
 
     def fill(self, name: str, value: Any, how: str) -> Any:
         """The filling of what the file lacks."""

@@ -107,7 +107,7 @@ def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bo
     return VARState(cache, recent, Counters.zero(table.num_layers))
 
 
-def begin(state: VARState, batch_size: int | None = None, kept: Array | np.ndarray | None = None) -> VARState:
+def begin(state: VARState, batch_size: int | None = None, kept: Array | None = None) -> VARState:
     """New sequences, as many as before unless told: nothing came before them.
 
     Counters and a shared cache carry over; caches of the sequences' own start empty, unless `kept` says otherwise.

@@ -57,8 +57,8 @@ class RouteTable:
     routing: Routing  # [L, R, K], the most probable experts and their mean gate weights
     answers: tuple[LayerAnswers, ...] | None  # [L], their `entry` is [R, E]; None: nothing stands in for anything
     rules: LayerRules  # [L]
-    # What decided the answers beside the policies: residual_shrinkage and answers_per_layer (inf where there is no
-    # bound). An array, so that tables that differ in it share their programs.
+    # What decided the answers in addition to the policies: residual_shrinkage and answers_per_layer (inf where there is
+    # no bound). An array, so that tables that differ in it share their programs.
     made_with: Array  # float32 [2]
     num_experts: int = field(metadata={"static": True})
     orders: tuple[int, ...] = field(metadata={"static": True})  # ascending

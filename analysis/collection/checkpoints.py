@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from varjax import checksums
 from varjax.errors import InputError
@@ -60,7 +59,7 @@ def note(path: Path, run: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one pass; a context manager."""
+    """The checkpoints of one pass."""
 
     def __init__(self, folder: Path):
         """`folder` is made with the first checkpoint."""
@@ -77,15 +76,15 @@ class Checkpoints:
         """
         if not self._path.is_file():
             return None
-        mend = f"delete {self._path.parent} to begin anew"
-        checksums.verify(self._path, mend, required=True)
+        fix = f"delete {self._path.parent} to begin anew"
+        checksums.verify(self._path, fix, required=True)
         leaves, structure = jax.tree.flatten(like)
         try:
             with safe_open(self._path, framework="numpy") as file:
                 batches = int((file.metadata() or {})["batches"])
                 saved = [file.get_tensor(str(number)) for number in range(len(leaves))]
         except (SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"{self._path}: not a checkpoint of this version ({error!r}); {mend}") from error
+            raise InputError(f"{self._path}: not a checkpoint of this version ({error!r}); {fix}") from error
         restored = [int(one) if np.ndim(leaf) == 0 else one for leaf, one in zip(leaves, saved, strict=True)]
         return batches, jax.tree.unflatten(structure, restored)
 
@@ -98,14 +97,7 @@ class Checkpoints:
         leaves = jax.device_get(jax.tree.leaves(value))
         arrays = {str(number): np.asarray(leaf, order="C") for number, leaf in enumerate(leaves)}
         with replacing(self._path) as temporary:
-            save_file(arrays, temporary, metadata={"batches": str(batches), **checksums.SEALED})
-            checksums.seal(temporary)
-
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open between two calls."""
+            checksums.write_safetensors(temporary, arrays, {"batches": str(batches)})
 
 
 def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:

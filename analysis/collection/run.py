@@ -167,8 +167,8 @@ def analyse(
     origin = {"provenance": provenance(seed=seed, model=about, data=noted, settings=run["settings"])}
 
     def statistics() -> None:
-        with Checkpoints(work / "statistics") as saved:
-            stats = collect(model, documents, keys, layers=layers, checkpoints=saved, **reading)
+        saved = Checkpoints(work / "statistics")
+        stats = collect(model, documents, keys, layers=layers, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
         strings = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) if model.tokenizer else None
         for companion in (residuals_beside(own), part.other(TRACE)):
@@ -179,8 +179,8 @@ def analyse(
         chosen, wanted = keys.keys[answered], None
         if pairs < len(answered) * num_experts:
             wanted = likeliest(statsfile.read(own)[0], chosen, layers, pairs)
-        with Checkpoints(work / "residuals") as saved:
-            found = collect_answers(model, documents, chosen, layers, pairs=wanted, checkpoints=saved, **reading)
+        saved = Checkpoints(work / "residuals")
+        found = collect_answers(model, documents, chosen, layers, pairs=wanted, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
         named = {"statistics": statsfile.identity(own)}
         answersfile.write(residuals_beside(own), found, meta | origin | named)
@@ -216,17 +216,15 @@ def _keys(
     model: Model, corpus: EncodedCorpus, settings: Settings, work: Path, run: dict[str, Any], progress: bool
 ) -> tuple[ContextCounts, dict[str, Any]]:
     """The keys, and what the documents were that they were counted in; from the disk if the run got so far."""
-    noted = resumed(work / "run.json", run)
+    noted, saved = resumed(work / "run.json", run), Checkpoints(work / "keys")
     if noted is not None:
-        with Checkpoints(work / "keys") as saved:
-            chosen = saved.newest(_no_keys(settings.keys))
+        chosen = saved.newest(_no_keys(settings.keys))
         if chosen is not None:
             return chosen[1], noted
     wanted = settings.keys_of(model.config, len(settings.layers_of(model)))
     keys = choose_keys(model, corpus, settings.max_length, wanted, progress=progress)
     note(work / "run.json", run, corpus.about)
-    with Checkpoints(work / "keys") as saved:
-        saved.save(0, keys)
+    saved.save(0, keys)
     return keys, corpus.about
 
 

@@ -17,11 +17,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from analysis.text.batches import Batch, cut
 from analysis.text.encoding import Encoded
 from varjax.errors import InputError
 from varjax.model import VARModel
-from varjax.step import VARState, begin, summary
+from varjax.step import VARState, begin
+from varjax.transfer import to_device
 
 SECONDS_PER_TOKEN = 0.01
 """A stream of 100 tokens a second, the pace of a served text. A time to live of 10 s is then 1,000 tokens, one of 300 s
@@ -57,12 +60,12 @@ class Caching:
         """
         if not state.own_caches:
             return begin(state, len(batch.ids)), self.now(state)
-        kept = batch.goes_on if batch.goes_on.any() else None
+        kept = to_device(batch.goes_on) if batch.goes_on.any() else None
         return begin(state, len(batch.ids), kept), batch.start * self.seconds_per_token
 
     def now(self, state: VARState) -> float:
         """The time of a cache that all sequences share: it ages by all tokens that the state has counted, seconds."""
-        tokens = summary(state.counters, 1)["layers"][0]["tokens"] if state.cache is not None else 0
+        tokens = int(np.asarray(state.counters.tokens)[0].sum()) if state.cache is not None else 0  # of layer 0
         return tokens * self.seconds_per_token
 
     def span(self, documents: Sequence[Encoded], max_length: int, stride: int | None = None) -> float:

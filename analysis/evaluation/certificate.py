@@ -51,7 +51,7 @@ Testing = Literal["fixed_sequence", "holm"]
 
 
 class CertificateError(InputError):
-    """Losses that no certificate can be made of; names what is wrong and the mend."""
+    """Losses that no certificate can be made of; names what is wrong and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,10 +312,10 @@ def _check_pairs(name: str, base: pd.DataFrame, other: pd.DataFrame) -> None:
             f"{name} shares {len(shared)} of its {len(other)} documents with the {len(base)} of the baseline; "
             "evaluate both on the same dataset, split and number of samples"
         )
-    for column, mend in (("tokens", "use one tokenizer and equal windows"), ("group", "use one dataset")):
+    for column, fix in (("tokens", "use one tokenizer and equal windows"), ("group", "use one dataset")):
         if (base[column] != other[column]).any():
             wrong = base.index[base[column] != other[column]][0]
-            raise CertificateError(f"{name} has other {column} than the baseline on document {wrong}; {mend}")
+            raise CertificateError(f"{name} has other {column} than the baseline on document {wrong}; {fix}")
 
 
 def _check(

@@ -25,7 +25,7 @@ MAX_LEARNED = 0.15  # share of the tokens that the learned router still routes
 
 
 class ResultError(InputError):
-    """A result file that cannot be compared; names file, field and mend."""
+    """A result file that cannot be compared; names file, field and fix."""
 
 
 @dataclasses.dataclass(frozen=True)

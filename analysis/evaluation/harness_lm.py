@@ -162,7 +162,7 @@ class HarnessLM(TemplateLM):
             if not 1 <= len(continuation) <= self.max_length:
                 raise InputError(
                     f"a continuation has {len(continuation)} tokens; expected 1 to max_length {self.max_length}: "
-                    "mend the task, or raise max_length"
+                    "fix the task, or raise max_length"
                 )
             ids = np.asarray([*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :], np.int32)
             size = len(ids) - 1

@@ -48,7 +48,7 @@ def open_source(path: Path) -> Source:
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: neither; names file, column and mend.
+        InputError: neither; names file, column and fix.
     """
     trace = read_trace(path)
     if trace is not None:

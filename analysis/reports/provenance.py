@@ -1,8 +1,6 @@
 """Where a result comes from, and JSON result files that are written whole or not at all."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import platform
 import shlex
@@ -56,8 +54,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def hash_json(obj: Any) -> str:
     """SHA-256 of `obj`'s JSON as `write_json` would convert it, in any order of keys."""
-    text = json.dumps(_plain(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return checksums.digest_of(_plain(obj))
 
 
 def _version(distribution: str) -> str | None:

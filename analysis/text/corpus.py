@@ -259,10 +259,10 @@ def _directory_rows(path: Path, text_column: str) -> Iterator[Record]:
     listing = files_below(path, text_column)
     if not listing.read:
         prepared = sorted(str(manifest.parent) for manifest in path.glob("*/manifest.json"))
-        mend = f"or give one of the prepared folders in it: {', '.join(prepared)}" if prepared else "add one"
+        fix = f"or give one of the prepared folders in it: {', '.join(prepared)}" if prepared else "add one"
         raise CorpusError(
             f"{path}: the directory holds no file to read, compressed or not, that ends in {', '.join(SUFFIXES)} "
-            f"({listing.said()}); {mend}"
+            f"({listing.said()}); {fix}"
         )
     _say(f"{path}: {listing.said()}")
     for file in listing.read:

@@ -99,5 +99,5 @@ def _utf8_bytes(document: Document) -> int:
         return len(document.text.encode())
     except UnicodeEncodeError as error:
         raise CorpusError(
-            f"a document of {document.group} (SHA-256 {document.id}) is no Unicode text ({error}); mend or remove it"
+            f"a document of {document.group} (SHA-256 {document.id}) is no Unicode text ({error}); fix or remove it"
         ) from None

@@ -98,7 +98,7 @@ def record(
         if not written:
             raise TraceError(
                 f"{path}: no token to write, {left_out} left out with a router that gave NaN or infinity; "
-                "give more documents, or mend the model's weights or dtype"
+                "give more documents, or fix the model's weights or dtype"
             )
     return left_out
 

@@ -56,12 +56,12 @@ _HEADER = b"varjax_trace"
 _LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over", "scores", "entropy", "notes")
 """Fields of the header that are not about the origin."""
 _SEALED = "sealed"
-_MEND = "restore the file, or record or import the trace again"
+_FIX = "restore the file, or record or import the trace again"
 _ROW_GROUP = 1 << 16  # tokens
 
 
 class TraceError(InputError):
-    """A trace that cannot be read or does not fit together: names file, column and mend."""
+    """A trace that cannot be read or does not fit together: names file, column and fix."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def read(path: str | Path) -> Trace:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; record or import a trace first, or correct the path")
-    sealed = checksums.verify(path, _MEND)
+    sealed = checksums.verify(path, _FIX)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()

@@ -152,7 +152,7 @@ def test_an_interrupted_save_leaves_what_was_there(checkpoint, tiny_config, tiny
             raise OSError("No space left on device")
         save_file(tensors, path, metadata)
 
-    monkeypatch.setattr("models.weights.save_file", full_disk)
+    monkeypatch.setattr("safetensors.numpy.save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_params(checkpoint, jax.tree.map(jnp.zeros_like, tiny_params), tiny_config, shard_bytes=4_000)
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
@@ -298,7 +298,7 @@ def test_damage_is_not_blamed_on_the_config(checkpoint, monkeypatch):
         assert "config.json" not in str(caught.value)
     path.write_bytes(content)
     verify = checksums.verify
-    monkeypatch.setattr(checksums, "verify", lambda file, mend: read.append(file) or verify(file, mend))
+    monkeypatch.setattr(checksums, "verify", lambda file, fix: read.append(file) or verify(file, fix))
     load_params(checkpoint, read_config(checkpoint / "config.json"))
     assert read == [path]  # once: it takes as long as reading the weights
 

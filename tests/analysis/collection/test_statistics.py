@@ -76,11 +76,12 @@ def test_resumed_answers_are_bit_for_bit_those_of_one_run(saved_model, documents
     reading = {**READING, "save_tokens": 700}
     arguments = (keys.keys[:20], (1,))
     uninterrupted = collect_answers(saved_model, documents, *arguments, **reading)
-    with Checkpoints(tmp_path) as saved, pytest.raises(KeyboardInterrupt):
+    saved = Checkpoints(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
         collect_answers(saved_model, broken_off(documents, 100), *arguments, checkpoints=saved, **reading)
-    with Checkpoints(tmp_path) as saved:
-        assert saved.newest(uninterrupted)[0] > 0
-        resumed_ones = collect_answers(saved_model, documents, *arguments, checkpoints=saved, **reading)
+    saved = Checkpoints(tmp_path)
+    assert saved.newest(uninterrupted)[0] > 0
+    resumed_ones = collect_answers(saved_model, documents, *arguments, checkpoints=saved, **reading)
     jax.tree.map(np.testing.assert_array_equal, resumed_ones, uninterrupted)
 
 
@@ -157,20 +158,21 @@ def test_resumed_statistics_are_bit_for_bit_those_of_one_run(saved_model, docume
     uninterrupted = collect(saved_model, documents, keys, **reading)
 
     for after in (60, 100):
-        with Checkpoints(tmp_path) as saved, pytest.raises(KeyboardInterrupt):
+        saved = Checkpoints(tmp_path)
+        with pytest.raises(KeyboardInterrupt):
             collect(saved_model, broken_off(documents, after), keys, checkpoints=saved, **reading)
-    with Checkpoints(tmp_path) as saved:
-        assert saved.newest(uninterrupted)[0] > 0
-        resumed = collect(saved_model, documents, keys, checkpoints=saved, **reading)
+    saved = Checkpoints(tmp_path)
+    assert saved.newest(uninterrupted)[0] > 0
+    resumed = collect(saved_model, documents, keys, checkpoints=saved, **reading)
     jax.tree.map(np.testing.assert_array_equal, resumed, uninterrupted)
 
 
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
-    with Checkpoints(tmp_path) as saved:
-        assert saved.newest({"x": np.zeros(1), "n": 0}) is None
-        saved.save(3, {"x": np.arange(3.0) / 3, "n": 5})
-    with Checkpoints(tmp_path) as saved:
-        step, value = saved.newest({"x": np.zeros(1), "n": 0})
+    saved = Checkpoints(tmp_path)
+    assert saved.newest({"x": np.zeros(1), "n": 0}) is None
+    saved.save(3, {"x": np.arange(3.0) / 3, "n": 5})
+    saved = Checkpoints(tmp_path)
+    step, value = saved.newest({"x": np.zeros(1), "n": 0})
     assert (step, value["n"]) == (3, 5)
     np.testing.assert_array_equal(value["x"], np.arange(3.0) / 3)
 

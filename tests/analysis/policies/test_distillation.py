@@ -64,10 +64,10 @@ def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, even_documen
         options = {"checkpoints": checkpoints, "save_steps": 25, "progress": False}
         return distil(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, **options)
 
-    with Checkpoints(tmp_path) as saved:
-        run(saved)
-    with Checkpoints(tmp_path) as saved:
-        again = run(saved)  # as if killed after the last checkpoint
+    saved = Checkpoints(tmp_path)
+    run(saved)
+    saved = Checkpoints(tmp_path)
+    again = run(saved)  # as if killed after the last checkpoint
     np.testing.assert_allclose(again.divergence, distilled.divergence, rtol=1e-4)
     np.testing.assert_allclose(again.answers.mean, distilled.answers.mean, rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Corpora: every source gives the same documents, splits follow the text alone, faults name file and mend."""
+"""Corpora: every source gives the same documents, splits follow the text alone, faults name file and fix."""
 
 import gzip
 import hashlib
