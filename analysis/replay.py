@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from analysis.command import path_argument, program
+from analysis.evaluation.caching import SECONDS_PER_TOKEN
 from analysis.reports.files import write_output
 from analysis.reports.output import OUTPUT_HELP, Output
 from analysis.reports.provenance import hash_json, provenance
@@ -125,7 +126,7 @@ def replay(
     *,
     build_share: float = 0.7,
     step: int = 64,
-    seconds_per_token: float = 0.01,
+    seconds_per_token: float = SECONDS_PER_TOKEN,
 ) -> Replay:
     """What `config` would have decided on the documents of `trace` that its table is not built on.
 
@@ -231,7 +232,9 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--output", type=path_argument, default=Path("results/replay"), help=OUTPUT_HELP)
     parser.add_argument("--build_share", type=float, default=0.7, help="share of the documents that build the table")
     parser.add_argument("--step", type=int, default=64, help="tokens between a look-up and its commit")
-    parser.add_argument("--seconds_per_token", type=float, default=0.01, help="the clock that ages the cache")
+    parser.add_argument(
+        "--seconds_per_token", type=float, default=SECONDS_PER_TOKEN, help="the clock that ages the cache"
+    )
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "replay")
     with output.locked():

@@ -164,7 +164,7 @@ class Setting:
 
 def search(args: argparse.Namespace) -> None:
     check_method(args.method)
-    name_statistics(args, [] if args.var_config is None else [VARConfig.load(args.var_config)])
+    name_statistics(args)
     setting = Setting.of(args)
     limit = setting.objective.limit
     if setting.unsearched:
@@ -248,8 +248,7 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
 
 def put_to_the_test(args: argparse.Namespace) -> None:
     given = chosen.read(args.validate)
-    base = [] if args.var_config is None else [VARConfig.load(args.var_config)]
-    name_statistics(args, [*given.values(), *base])
+    name_statistics(args, list(given.values()))
     candidates = {name: over_files(config, args) for name, config in given.items()}
     calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
     args.num_samples = args.validate_samples
@@ -281,12 +280,16 @@ def put_to_the_test(args: argparse.Namespace) -> None:
     save_report(said_in_full, args.output, "validation", {}, beside | {"provenance": made})
 
 
-def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig]) -> None:
-    """Where the arguments name no statistics, take those of the configs, and the answers with them; else look for some.
+def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig] = ()) -> None:
+    """If the arguments name no statistics, take those of the configs, and the answers with them; else look for some.
+
+    Args:
+        configs: in addition to `--var_config`.
 
     Raises:
         InputError: the configs name different ones, or there are none.
     """
+    configs = [*configs, *([] if args.var_config is None else [VARConfig.load(args.var_config)])]
     if args.routing_stats is not None:
         return
     named = {(config.routing_stats, config.residuals) for config in configs if config.routing_stats is not None}

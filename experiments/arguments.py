@@ -21,8 +21,6 @@ from varjax.answers import Answers
 from varjax.errors import InputError
 from varjax.model import read_files
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
     """A parser with the arguments that every phase takes."""

@@ -70,9 +70,7 @@ class MoEConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text; empty if the checkpoint names none."""
-        if self.eos_token_id is None:
-            return ()
-        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+        return json_fields.ids_of(self.eos_token_id)
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
@@ -147,8 +145,8 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
     if known["head_dim"] is None and SIZE.fits(known["hidden_size"]) and SIZE.fits(known["num_heads"]):
         known["head_dim"] = known["hidden_size"] // known["num_heads"]
     known |= {ours: json_fields.without_negative_ids(known[ours]) for ours in TOKEN_IDS if ours in known}
-    window_switch = () if family.window_switch is None else (family.window_switch,)
-    if not all(fields.get(switch) for switch in window_switch):
+    switch = family.window_switch
+    if switch is not None and not fields.get(switch):
         known["sliding_window"] = None
     dense, dense_faults = _dense_layers(known["depth"], fields, family)
     faults += dense_faults
@@ -156,13 +154,13 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
         {names.get(ours, ours): known[ours] for ours in _KINDS if ours in known},
         {names.get(ours, ours): kind for ours, kind in _KINDS.items()},
     )
-    faults += json_fields.wrong_types(fields, dict.fromkeys(window_switch, FLAG))
+    faults += json_fields.wrong_types(fields, {} if switch is None else {switch: FLAG})
     if not faults:
         faults = _contradictions(known, dense, names)
     if faults:
         raise ConfigError(f"{source}: {'; '.join(faults)}; restore the file that belongs to the weights")
-    ends = known.get("eos_token_id")
-    known |= {"eos_token_id": tuple(ends)} if isinstance(ends, list) else {}
+    if isinstance(known.get("eos_token_id"), list):
+        known["eos_token_id"] = tuple(known["eos_token_id"])
     known |= {ours: float(known[ours]) for ours in _NUMBERS if known.get(ours) is not None}
     return MoEConfig(family=name, num_layers=known.pop("depth") - len(dense), dense_layers=dense, **known)
 

@@ -107,6 +107,11 @@ def read_object(path: Path, error: type[InputError], source: str | None = None) 
     return fields
 
 
+def ids_of(value: Any) -> tuple[int, ...]:
+    """The ids in a field of kind TOKENS, or null: one, several or none."""
+    return () if value is None else tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
 def listed(names: Iterable[str]) -> str:
     """`'a', 'b' and 'c'`."""
     *most, last = (repr(name) for name in names)

@@ -21,6 +21,7 @@ from models.fields import (
     TOKEN,
     TOKENS,
     Kind,
+    ids_of,
     is_integer,
     is_number,
     read_object,
@@ -95,7 +96,7 @@ class GenerationDefaults:
 def read_generation(directory: Path, config: MoEConfig) -> GenerationDefaults:
     """What the checkpoint in `directory`, whose architecture is `config`, says of generation.
 
-    A recommendation that cannot be followed is no reason to refuse a checkpoint: it is listed in `not_applied`.
+    A recommendation that cannot be followed does not make a checkpoint unusable: it is listed in `not_applied`.
 
     Raises:
         ConfigError: the file cannot be read, or one of its fields has a value of a wrong type; names file and fields.
@@ -108,13 +109,10 @@ def read_generation(directory: Path, config: MoEConfig) -> GenerationDefaults:
         raise ConfigError(f"{path}: {'; '.join(wrong)}; correct the file or fetch it again")
     sampling, impossible = _sampling(fields)
     unknown = [name for name, usual in _NOT_APPLIED.items() if fields.get(name, usual) not in (usual, None)]
-    ends = fields["eos_token_id"]
-    found = GenerationDefaults(
-        begin_id=fields["bos_token_id"],
-        end_ids=() if ends is None else tuple(ends) if isinstance(ends, list) else (ends,),
-        pad_id=fields["pad_token_id"],
-    )
-    found = found if own else GenerationDefaults.of(config)
+    if own:
+        found = GenerationDefaults(fields["bos_token_id"], ids_of(fields["eos_token_id"]), fields["pad_token_id"])
+    else:
+        found = GenerationDefaults.of(config)
     return dataclasses.replace(found, sampling=sampling, not_applied=(*impossible, *unknown))
 
 

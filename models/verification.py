@@ -83,10 +83,7 @@ def _read_record(directory: Path) -> tuple[RemoteFile, ...]:
     path = directory / RECORD
     if not path.exists():
         return ()
-    try:
-        files = checksums.read_json(path, "delete it to verify without it").get("files")
-    except InputError as error:
-        raise CheckpointError(str(error)) from None
+    files = checksums.read_json(path, "delete it to verify without it", error=CheckpointError).get("files")
     if not isinstance(files, list) or not all(_is_remote(file) for file in files):
         raise CheckpointError(f"{path} is damaged (files is {shown(files)}); delete it to verify without it")
     return tuple(RemoteFile(**file) for file in files)
@@ -148,9 +145,9 @@ def check_structure(directory: Path, hashed: int) -> Verified:
     read_generation(directory, config)
     files = tensor_files(directory)
     sizes = _tensor_sizes(files)
-    check_counts(directory, config)
+    check_counts(files, config)
     expected = ledger(config)
-    locate_tensors(directory, config, expected)
+    locate_tensors(files, config, expected)
     if (directory / INDEX_FILE).exists():
         _check_index(directory / INDEX_FILE, sizes)
     tokenizer = fitting_tokenizer(directory, config)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -117,9 +117,10 @@ def load_params(
     Raises CheckpointError naming every missing, surplus, repeated or misshapen tensor, or the first unreadable or
     non-finite one.
     """
-    check_counts(directory, config)
+    files = tensor_files(directory)
+    check_counts(files, config)
     expected = ledger(config)
-    places = locate_tensors(directory, config, expected)
+    places = locate_tensors(files, config, expected)
     shardings = param_shardings(config, placement)
     params: Params = {"decoder": {}, "experts": [{} for _ in range(config.num_layers)]}
     digest = hashlib.sha256(repr(_maths(config)).encode())
@@ -172,9 +173,11 @@ def save_params(
     sizes = {name: math.prod(entry.shape) * jnp.dtype(dtype).itemsize for name, entry in entries.items()}
     shards = _shards(sizes, shard_bytes)
     more = None if generation == GenerationDefaults.of(config) else generation
+    written: set[str] = set()
     with ExitStack() as files:  # files take their places in reverse order: the config comes last
 
         def write(name: str) -> Path:
+            written.add(name)
             return files.enter_context(replacing(directory / name))
 
         write("config.json").write_text(json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
@@ -188,7 +191,6 @@ def save_params(
             tensors = {name: _to_disk(_lookup(params, entries[name].path), entries[name], dtype) for name in names}
             checksums.write_safetensors(write(file), tensors, {"format": "pt"})
     # What is left of an earlier checkpoint would be read in place of this one.
-    written = {*shards, *([INDEX_FILE] if len(shards) > 1 else []), *([GENERATION_FILE] if more is not None else [])}
     single = [directory / name for name in (SINGLE_FILE, INDEX_FILE, GENERATION_FILE)]
     for path in [*single, *directory.glob("model-*-of-*.safetensors")]:
         if path.name not in written:
@@ -210,10 +212,13 @@ def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
-def check_counts(directory: Path, config: MoEConfig) -> None:
+def check_counts(files: Sequence[Path], config: MoEConfig) -> None:
     """A first look, before the ledger: it has a row for every expert of every layer in the config.
 
     The files' checksums come first, so that a damaged file is not taken for a wrong config.
+
+    Args:
+        files: of `tensor_files`.
 
     Raises:
         CheckpointError: a file does not match its checksum, or the config has more layers or experts than the files, as
@@ -222,9 +227,9 @@ def check_counts(directory: Path, config: MoEConfig) -> None:
     family, first = FAMILIES[config.family], config.expert_layers[0]
     gate = family.tensors["decoder/layers/{}/gate/kernel"][0]
     gates = {name.format(first) for name in (gate, family.renamed.get(gate, gate))}
-    layers, files = 0, tensor_files(directory)
+    layers, directory = 0, files[0].parent
     for file in files:
-        _verify(file)
+        checksums.verify(file, "fetch or save the file again", error=CheckpointError)
     for file in files:
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
@@ -243,10 +248,13 @@ def check_counts(directory: Path, config: MoEConfig) -> None:
         )
 
 
-def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry]) -> dict[str, Place]:
+def locate_tensors(files: Sequence[Path], config: MoEConfig, expected: dict[str, Entry]) -> dict[str, Place]:
     """Tensor name -> where it is stored, after every tensor of every file has found its row in the ledger.
 
     `check_counts` comes before: it verifies the files' checksums.
+
+    Args:
+        files: of `tensor_files`.
 
     Raises:
         CheckpointError: files or tensors that do not match; names every one of them.
@@ -255,7 +263,7 @@ def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry
     forms = _forms(config, expected)
     faults = []
     head: Place | None = None  # a second copy of the embedding, which both ends of the model share
-    for file in tensor_files(directory):
+    for file in files:
         with _open(file) as tensors:
             for name in sorted(tensors.keys()):
                 stored = tensors.get_slice(name)
@@ -289,7 +297,7 @@ def locate_tensors(directory: Path, config: MoEConfig, expected: dict[str, Entry
     if faults:
         told = "\n  ".join(faults[:20]) + (f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise CheckpointError(
-            f"{directory}: the tensors do not match config.json; fix it or fetch the checkpoint again:\n  {told}"
+            f"{files[0].parent}: the tensors do not match config.json; fix it or fetch the checkpoint again:\n  {told}"
         )
     return located
 
@@ -379,14 +387,6 @@ def _listed_files(names: set[str]) -> str:
         whole = "complete" if complete else f"{len(found)} of them"
         counted.append(f"{stem}-*-of-{total}.safetensors, {whole}")
     return "; ".join(sorted(others) + sorted(counted)) or "no weight file"
-
-
-def _verify(file: Path) -> None:
-    """Raise CheckpointError if the file has a checksum (`save_params` writes one) that is not that of its contents."""
-    try:
-        checksums.verify(file, "fetch or save the file again")
-    except InputError as error:
-        raise CheckpointError(str(error)) from None
 
 
 @contextmanager

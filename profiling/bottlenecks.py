@@ -25,7 +25,7 @@ MIN_HITS = 0.01  # share of tokens and layers that a cached tier must decide to 
 LOOKUP = ("plan", "commit")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What was measured of one kind of call, plain and under VAR. What is None or not there was not measured.
 
@@ -36,10 +36,10 @@ class Evidence:
     batch: int
     plain: Mapping[str, float]  # s per call, by component of `profiling.costs`, and "other"
     var: Mapping[str, float]  # the same under VAR
-    speedup: Ratio | None  # of the whole call, paired
+    speedup: Ratio | None = None  # of the whole call, paired
     experts: tuple[float, float]  # that run per token and layer: plain and VAR
-    tiers: Mapping[str, float] | None  # share of tokens and layers by tier
-    cached_tier: bool  # whether there is one
+    tiers: Mapping[str, float] | None = None  # share of tokens and layers by tier
+    cached_tier: bool = False  # whether there is one
     overhead: float | None = None  # s per call that no component accounts for: dispatch, small kernels
     waiting: Mapping[str, bool] | None = None  # by component, whether it waits for memory rather than arithmetic
     exponent: tuple[float, float] | None = None  # of time over tokens: measured, expected

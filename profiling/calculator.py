@@ -11,6 +11,7 @@ or its memory traffic at the hardware's full speed, whichever is slower. That is
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -166,7 +167,7 @@ def _batch_row(config: MoEConfig, hardware: Hardware, one: Estimate) -> str:
 
 
 def _model(name: str) -> MoEConfig:
-    """The architecture of a directory, a config.json or a known name. Raises InputError naming the fix."""
+    """The architecture of a directory, a config.json or a known name. Raises InputError that says what to do."""
     if name in PUBLISHED:
         return PUBLISHED[name]
     path = REFERENCE if name == "reference" else Path(name)
@@ -223,13 +224,10 @@ def _count(text: str) -> int:
 
 
 def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: expected a positive number") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text}: expected a positive number")
 
 
 if __name__ == "__main__":

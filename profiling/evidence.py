@@ -60,7 +60,18 @@ def gather(
             "exponent": (scales[-1].exponent, scales[-1].expected) if scales else None,
         }
         if var_model.table is None:
-            found.append(_of_the_plain_model(var_model, phase, len(ids), times["plain"], **open_questions))
+            alone, k = times["plain"], float(var_model.model.config.top_k)
+            found.append(
+                Evidence(
+                    phase=phase,
+                    batch=len(ids),
+                    plain=alone,
+                    var=alone,
+                    experts=(k, k),
+                    overhead=alone[OTHER],
+                    **open_questions,
+                )
+            )
             continue
         compared = sides(var_model)
         cached = var_model.config.cache_size > 0
@@ -86,25 +97,6 @@ def gather(
             )
         )
     return found
-
-
-def _of_the_plain_model(
-    var_model: VARModel, phase: str, batch: int, seconds: Mapping[str, float], **open_questions: Any
-) -> Evidence:
-    """Where there is nothing to compare with: no speed-up, no tiers; `seconds` of a call by component."""
-    experts = float(var_model.model.config.top_k)
-    return Evidence(
-        phase=phase,
-        batch=batch,
-        plain=seconds,
-        var=seconds,
-        speedup=None,
-        experts=(experts, experts),
-        tiers=None,
-        cached_tier=False,
-        overhead=seconds[OTHER],
-        **open_questions,
-    )
 
 
 def _counters(var_model: VARModel, ids: np.ndarray, phase: str) -> Counters:

@@ -142,8 +142,8 @@ def model(folder: Path) -> Path:
 
 def read_model(path: Path) -> Any:
     """As `load_params` begins; the ledger follows from the architecture alone, and takes a tenth of a second."""
-    check_counts(path.parent, MODEL)
-    locate_tensors(path.parent, MODEL, LEDGER)
+    check_counts([path], MODEL)
+    locate_tensors([path], MODEL, LEDGER)
     return load_file(path)
 
 

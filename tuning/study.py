@@ -51,7 +51,7 @@ _STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError
 
 
 class StudyError(InputError):
-    """A study that cannot be opened or continued; says why, and the fix."""
+    """A study that cannot be opened or continued; says why, and what to do."""
 
 
 def check_method(method: Method) -> None:
@@ -116,10 +116,9 @@ def open_study(
             sqlalchemy.event.listen(database.engine, "begin", _begin_writing)
         study = optuna.create_study(storage=database, study_name=name, directions=directions, load_if_exists=True)
     except _STORAGE_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StudyError(
-            f"--storage {without_password(storage)}: {reason}. Give the URL of a database that can be reached, such as "
-            "sqlite:///study.db or postgresql://user:password@host/database, and install its driver"
+            f"--storage {without_password(storage)}: {_reason(error)}. Give the URL of a database that can be reached, "
+            "such as sqlite:///study.db or postgresql://user:password@host/database, and install its driver"
         ) from error
     digest = hash_json(about)
     known = study.user_attrs.get(_ABOUT)
@@ -168,6 +167,19 @@ def fill(study: optuna.Study, method: Method, space: Space, n_calls: int | None,
     return len(wanted)
 
 
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Errors of the storage as one of ours."""
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        raise StudyError(
+            f"the storage of the study failed ({_reason(error.__cause__ or error)}); correct that, for example free "
+            "some space, and run the same command again: it goes on where it was"
+        ) from error
+
+
+@_storage_errors()
 def work(
     study: optuna.Study,
     method: Method,
@@ -199,20 +211,19 @@ def work(
         return point.outcome.speedup
 
     while True:
-        with _storage_errors():
-            trials = study.get_trials(deepcopy=False)
-            states = [trial.state for trial in trials]
-            if TrialState.WAITING in states:
-                place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
-                study.sampler = _sampler(method, _seed(seed, place), len(trials))
-                study.optimize(objective, n_trials=1)
-                on_point()
-            elif TrialState.RUNNING in states:  # another worker's, or one whose worker is gone
-                time.sleep(1)
-                with _quiet():
-                    optuna.storages.fail_stale_trials(study)
-            else:
-                return
+        trials = study.get_trials(deepcopy=False)
+        states = [trial.state for trial in trials]
+        if TrialState.WAITING in states:
+            place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
+            study.sampler = _sampler(method, _seed(seed, place), len(trials))
+            study.optimize(objective, n_trials=1)
+            on_point()
+        elif TrialState.RUNNING in states:  # another worker's, or one whose worker is gone
+            time.sleep(1)
+            with _quiet():
+                optuna.storages.fail_stale_trials(study)
+        else:
+            return
 
 
 def points(study: optuna.Study) -> list[Point]:
@@ -227,25 +238,17 @@ def points(study: optuna.Study) -> list[Point]:
     return found
 
 
+def _reason(error: BaseException) -> str:
+    """The first line of an error's message, or its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _check_url(storage: str) -> None:
-    """Raises an error of SQLAlchemy where this is no URL of a database; a bad port is a ValueError of its own."""
+    """Raises an error of SQLAlchemy if this is not a database URL; a bad port would be a plain ValueError."""
     try:
         sqlalchemy.make_url(storage)
     except ValueError as error:
         raise sqlalchemy.exc.ArgumentError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _storage_errors() -> Iterator[None]:
-    """Errors of the storage as one of ours."""
-    try:
-        yield
-    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise StudyError(
-            f"the storage of the study failed ({reason}); correct that, for example free some space, and run the same "
-            "command again: it goes on where it was"
-        ) from error
 
 
 def _begin_writing(connection: sqlalchemy.Connection) -> None:

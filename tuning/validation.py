@@ -226,9 +226,10 @@ def validate(
     )
     judged: list[Judged] = []
     if chosen := choose(certified, found):
+        plain = losses(test)
         for name, config in {chosen: candidates[chosen], **presets}.items():
             table = _table(test, config, len(found) + len(judged))
-            judged.append(_judge(test, name, config, table, repeats, rounds, level))
+            judged.append(_judge(test, plain, name, config, table, repeats, rounds, level))
             bar.update()
     bar.close()
     return Validation(certified, tuple(found), judged[0] if judged else None, tuple(judged[1:]), limit, level)
@@ -253,10 +254,17 @@ def lower_limit(ratios: np.ndarray, level: float) -> float:
 
 
 def _judge(
-    test: Subject, name: str, config: VARConfig, table: RouteTable, repeats: int, rounds: int, level: float
+    test: Subject,
+    plain: Losses,
+    name: str,
+    config: VARConfig,
+    table: RouteTable,
+    repeats: int,
+    rounds: int,
+    level: float,
 ) -> Judged:
     """One configuration on all test documents, which are dealt out to the repeats."""
-    plain, scored = losses(test), losses(test, config, table)
+    scored = losses(test, config, table)
     change = scored.nll - plain.nll
     shares = np.array_split(np.random.default_rng(test.seed).permutation(len(test.documents)), repeats)
     measured = []

@@ -48,7 +48,9 @@ def seal(path: str | os.PathLike[str]) -> None:
         file.write(digest)
 
 
-def verify(path: str | os.PathLike[str], fix: str, *, required: bool = False) -> bool:
+def verify(
+    path: str | os.PathLike[str], fix: str, *, required: bool = False, error: type[InputError] = InputError
+) -> bool:
     """Whether the file has a seal; if so, its contents are those that were sealed.
 
     It reads the file once, about 1.5 GB a second on one core.
@@ -56,20 +58,21 @@ def verify(path: str | os.PathLike[str], fix: str, *, required: bool = False) ->
     Args:
         fix: what to do about a damaged file, the end of the error's sentence.
         required: a file without a seal is damaged, too.
+        error: what is raised.
 
     Raises:
-        InputError: the file was damaged.
+        InputError: as `error`; the file was damaged.
         OSError: it cannot be read.
     """
     with open(path, "rb") as file:
         place = _seal_place(file)
         if place is None:
             if required:
-                raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {fix}")
+                raise error(f"{path}: its checksum is missing or unreadable, so the file was damaged; {fix}")
             return False
         file.seek(place)
         if file.read(_DIGITS) != _digest(file, place):
-            raise InputError(f"{path}: {DAMAGED}; {fix}")
+            raise error(f"{path}: {DAMAGED}; {fix}")
     return True
 
 
@@ -149,29 +152,32 @@ def write_json(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike[str], fix: str, *, required: bool = True) -> dict[str, Any]:
+def read_json(
+    path: str | os.PathLike[str], fix: str, *, required: bool = True, error: type[InputError] = InputError
+) -> dict[str, Any]:
     """The fields of a JSON file without their checksum, which was verified.
 
     Args:
         fix: what to do about a damaged file, the end of the error's sentence.
         required: a file without a checksum is damaged, too; False: it may have been written by hand.
+        error: what is raised.
 
     Raises:
-        InputError: not a JSON object, or the file was damaged.
+        InputError: as `error`; not a JSON object, or the file was damaged.
         OSError: it cannot be read.
     """
     try:
         fields = json.loads(Path(path).read_bytes().decode())
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError among them
-        raise InputError(f"{path}: not valid JSON ({error}); {fix}") from error
+    except (ValueError, RecursionError) as problem:  # UnicodeDecodeError and JSONDecodeError among them
+        raise error(f"{path}: not valid JSON ({problem}); {fix}") from problem
     if not isinstance(fields, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(fields).__name__}; {fix}")
+        raise error(f"{path}: expected a JSON object, got {type(fields).__name__}; {fix}")
     if required and CHECKSUM not in fields:
-        raise InputError(f"{path}: it has no field {CHECKSUM!r}, so it was damaged or is of an older version; {fix}")
+        raise error(f"{path}: it has no field {CHECKSUM!r}, so it was damaged or is of an older version; {fix}")
     try:
         return without_checksum(fields)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; {fix}") from error
+    except InputError as problem:
+        raise error(f"{path}: {problem}; {fix}") from problem
 
 
 def without_checksum(fields: Mapping[str, Any]) -> dict[str, Any]:

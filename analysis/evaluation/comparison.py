@@ -57,11 +57,9 @@ class Criterion:
 def read_result(path: Path) -> Result:
     """An evaluation and its documents. Raises ResultError if either is missing or not what it should be."""
     try:
-        fields = checksums.read_json(path, "give a result of 02_evaluate_var.py")
+        fields = checksums.read_json(path, "give a result of 02_evaluate_var.py", error=ResultError)
     except FileNotFoundError:
         raise ResultError(f"{path} does not exist; run 02_evaluate_var.py first, or correct the path") from None
-    except InputError as error:
-        raise ResultError(str(error)) from None
     needed = ("perplexity", "mode", "documents_file", "documents_sha256")
     missing = [name for name in needed if name not in fields]
     if missing:

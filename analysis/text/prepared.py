@@ -165,14 +165,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     try:
-        fields = checksums.read_json(path, "restore it or prepare the dataset again")
+        fields = checksums.read_json(path, "restore it or prepare the dataset again", error=CorpusError)
         version = fields["version"]
     except FileNotFoundError:
         raise CorpusError(
             f"{folder}: no {MANIFEST}, so no prepared corpus; make one with experiments/prepare_datasets.py"
         ) from None
-    except InputError as error:
-        raise CorpusError(str(error)) from None
     except KeyError as error:
         raise CorpusError(f"{path} is damaged ({error!r}); restore it or prepare the dataset again") from None
     if version != VERSION:

@@ -158,7 +158,7 @@ def test_statistics_that_are_not_named_are_those_of_the_configs(tmp_path, monkey
     here, there = VARConfig(routing_stats="here.parquet"), VARConfig(routing_stats="there.parquet")
 
     def named(*configs: VARConfig, given: Path | None = None) -> Path:
-        args = argparse.Namespace(routing_stats=given, answers=None)
+        args = argparse.Namespace(routing_stats=given, answers=None, var_config=None)
         name_statistics(args, configs)
         return args.routing_stats
 

@@ -298,7 +298,9 @@ def test_damage_is_not_blamed_on_the_config(checkpoint, monkeypatch):
         assert "config.json" not in str(caught.value)
     path.write_bytes(content)
     verify = checksums.verify
-    monkeypatch.setattr(checksums, "verify", lambda file, fix: read.append(file) or verify(file, fix))
+    monkeypatch.setattr(
+        checksums, "verify", lambda file, *given, **named: read.append(file) or verify(file, *given, **named)
+    )
     load_params(checkpoint, read_config(checkpoint / "config.json"))
     assert read == [path]  # once: it takes as long as reading the weights
 
