@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     known = documents(model, args.dataset, "calibrate", args.num_samples)
     sums, _ = tally_documents(var_model, known, args.share, seed=args.seed, **reading)
     calibration = calibrate_from(observe(sums, streams_of(var_model)), var_model, args.share)
-    saved = output.folder / f"{output.stem}.calibration.json"
+    saved = output.main(".calibration.json")
     calibration.save(saved)
     seen = {}
     for name, situation in situations(args, model, var_model).items():

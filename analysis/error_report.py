@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command import name_argument, path_argument, program
+from analysis.command import HelpFormatter, name_argument, path_argument, program
 from analysis.evaluation import caching as cached_tier
 from analysis.inputs import CONFIGS, find_config, listed
 from analysis.reports.files import write_output
@@ -38,9 +38,7 @@ INTERVALS = (
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0], formatter_class=HelpFormatter)
     parser.add_argument(
         "--var_config",
         type=path_argument,

@@ -28,13 +28,14 @@ from typing import Any
 
 import numpy as np
 
-from analysis.command import path_argument, program
+from analysis.command import HelpFormatter, path_argument, program
 from analysis.evaluation.caching import SECONDS_PER_TOKEN
 from analysis.reports.files import write_output
 from analysis.reports.output import OUTPUT_HELP, Output
 from analysis.reports.provenance import hash_json, provenance
 from analysis.reports.report import text
 from analysis.traces import importing, replay_report
+from analysis.traces.capture import on_all_layers
 from analysis.traces.replay_inputs import applicable, on_captured_layers, table_statistics, with_stand_ins
 from analysis.traces.replay_steps import Sums, run_steps, unlimited_cache
 from analysis.traces.trace import Trace, TraceError
@@ -162,9 +163,9 @@ def replay(
     sums, tier = run_steps(theirs, table, ours_only, step, seconds_per_token, edges)
     by_layer = (*unlimited_cache(theirs, tier == FAST, ours_only, step), *constant_table(ours, theirs))
     unlimited, unlimited_agreements, constant_agreements, constant_recalled = (
-        _on_all_layers(one, captured) for one in by_layer
+        on_all_layers(one, captured, 0) for one in by_layer
     )
-    sums = Sums(**{name: _on_all_layers(values, captured) for name, values in vars(sums).items()})
+    sums = Sums(**{name: on_all_layers(values, captured, 0) for name, values in vars(sums).items()})
     return Replay(
         config=config,
         notes=(*trace.remarks(), *notes, *more),
@@ -187,13 +188,6 @@ def replay(
         constant_agreements=constant_agreements,
         constant_recalled=constant_recalled,
     )
-
-
-def _on_all_layers(sums: np.ndarray, captured: np.ndarray) -> np.ndarray:
-    """[L, ...]: sums of the captured layers, bool [L], at their places, and 0 at the others."""
-    whole = np.zeros((len(captured), *sums.shape[1:]), sums.dtype)
-    whole[captured] = sums
-    return whole
 
 
 def constant_table(build: Trace, scored: Trace) -> tuple[np.ndarray, np.ndarray]:
@@ -223,7 +217,7 @@ def fields_of(found: Replay) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         description="Replay a VARConfig against a routing trace.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--trace", type=path_argument, required=True, help="a trace file, or a foreign .npz")
     which = parser.add_mutually_exclusive_group()

@@ -94,7 +94,11 @@ def make(args: argparse.Namespace, config: MoEConfig, output: Path, checkpoints:
     )
     texts = load_documents("embedded", split="train")
     documents, end = tokenize(texts, config, output)
-    work = {"config": dataclasses.asdict(config), "train": vars(train), "data_sha256": corpus_hash(texts)}
+    work = {
+        "config": dataclasses.asdict(config),
+        "train": vars(train),
+        "data_sha256": corpus_hash(one.id for one in texts),
+    }
     if resumed(checkpoints / "run.json", work) is None:
         note(checkpoints / "run.json", work, {})
     rows = pack([np.append(document.ids, end) for document in documents], train.length)
@@ -127,7 +131,8 @@ def tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple
 
 def described(texts: list[Document]) -> dict[str, Any]:
     """The documents of a split, as `analysis.text.card` compares them with those of another day."""
-    return {"documents": len(texts), "data_sha256": corpus_hash(texts), "document_ids": named(one.id for one in texts)}
+    ids = [one.id for one in texts]
+    return {"documents": len(ids), "data_sha256": corpus_hash(ids), "document_ids": named(ids)}
 
 
 def write_card(

@@ -160,7 +160,7 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
 
     name = output.stem
-    table = output.folder / f"{name}.documents.parquet"
+    table = output.main(".documents.parquet")
     scores.save(table)
     result: dict[str, Any] = {
         "mode": args.mode,
@@ -173,7 +173,7 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
         shares = summary(state.counters, model.config.top_k)
         result |= {key: shares[key] for key in ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")}
         result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
-        config.save(output.folder / f"{name}.var_config.json")
+        config.save(output.main(".var_config.json"))
     if not args.no_throughput:
         pace = caching.seconds_per_token
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)

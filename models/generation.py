@@ -71,7 +71,6 @@ def generate(
         mask: bool [B, T], true at every text's last position; a row without any is padding, and stays it.
         end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
     """
-    require_integer("max_new_tokens", max_new_tokens, least=1)
     key, live = _key(sampling.seed, len(ids)), _going_on(mask)
     sampling = dataclasses.replace(sampling, seed=0)  # it is static in `_pick`, where another seed compiles nothing
     pieces = [ids]

@@ -7,7 +7,7 @@ have imported it before.
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -66,11 +66,8 @@ def main() -> None:
         for command in COMMANDS.strip().splitlines():
             print(f"\n$ {command}", flush=True)
             words = shlex.split(command)[1:]
-            if NEEDS_TORCH in command:
+            with nullcontext() if NEEDS_TORCH in command else torch_hidden():
                 run_python(words)
-            else:
-                with torch_hidden():
-                    run_python(words)
 
 
 if __name__ == "__main__":

@@ -236,17 +236,21 @@ class VARModel:
         *,
         attention_mask: Any | None = None,
         sampling: Any | None = None,
+        clock: Callable[[], float] | None = None,
     ) -> tuple[np.ndarray, VARState | None]:
         """Continue each text under VAR; returns int32 [B, T + new] ids and the state.
 
-        The arguments, what ends a text, and the errors are those of `models.Model.generate`; `state` is spent by this
-        call, unless it raises InputError.
+        The other arguments, what ends a text, and the errors are those of `models.Model.generate`; `state` is spent by
+        this call, unless it raises InputError.
+
+        Args:
+            clock: gives `advance` the time of each step, seconds; None: the model's own.
         """
-        require_integer("max_new_tokens", max_new_tokens, least=1)
+        clock = clock or self.clock
         self.model.check_inputs(input_ids, attention_mask, going_on=True)  # before the state is touched
 
         def run(kv: Any, state: VARState | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
-            out, state = self.advance(state, ids, mask, kv, last_logits_only=True)
+            out, state = self.advance(state, ids, mask, kv, last_logits_only=True, now=clock())
             return out.logits[:, -1], out.kv, state
 
         state = self._begin(state, len(input_ids))

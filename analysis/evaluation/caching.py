@@ -22,7 +22,7 @@ import numpy as np
 from analysis.text.batches import Batch, cut
 from analysis.text.encoding import Encoded
 from varjax.errors import InputError
-from varjax.model import VARModel
+from varjax.model import VARModel, VAROutput
 from varjax.step import VARState, begin
 from varjax.transfer import to_device
 
@@ -62,6 +62,14 @@ class Caching:
             return begin(state, len(batch.ids)), self.now(state)
         kept = to_device(batch.goes_on) if batch.goes_on.any() else None
         return begin(state, len(batch.ids), kept), batch.start * self.seconds_per_token
+
+    def read(self, var_model: VARModel, state: VARState | None, batch: Batch) -> tuple[VAROutput, VARState | None]:
+        """A batch of windows under VAR, each without a past: what the model says, and the state afterwards."""
+        now = 0.0
+        if state is not None:
+            state, now = self.enter(state, batch)
+        ids, mask = to_device((batch.ids, batch.mask))
+        return var_model.advance(state, ids, mask, now=now)
 
     def now(self, state: VARState) -> float:
         """The time of a cache that all sequences share: it ages by all tokens that the state has counted, seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
     change = degradation(base, other)
     against_plain = base.fields["mode"] == "baseline"
     judged = criteria(change, other) if against_plain else []
+    timed = other.fields.get("throughput", {}) if against_plain else {}
     documents, tokens = len(base.documents), int(base.documents["tokens"].sum())
     said = Report(
         "Two evaluations side by side",
@@ -53,7 +55,7 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
             else "Speeds and criteria are left out: both are against the plain model, and the base is not the plain "
             "model.",
         ),
-        (_side_by_side(base, other, change), *map(_judged, judged)),
+        (_side_by_side(base, other, change, timed), *map(_judged, judged)),
     )
     saved = {
         "base": str(base.path),
@@ -80,7 +82,8 @@ def figure(base: Result, other: Result) -> Figure:
     return drawn
 
 
-def _side_by_side(base: Result, other: Result, change: Estimate) -> Section:
+def _side_by_side(base: Result, other: Result, change: Estimate, timed: Mapping[str, Any]) -> Section:
+    """`timed`: the throughput to show."""
     sides = (base.fields, other.fields)
     experts = tuple(fields.get("experts_per_token") for fields in sides)
     change_of = (f"{end:+.2%}" for end in dataclasses.astuple(change))
@@ -88,8 +91,7 @@ def _side_by_side(base: Result, other: Result, change: Estimate) -> Section:
         ("perplexity per token", *(f"{fields['perplexity']:.3f}" for fields in sides), *change_of),
         ("experts per token and layer", *(shown(value, ".2f") for value in experts), "", "", ""),
     ]
-    timed = other.fields.get("throughput", {})
-    for phase, ratio in timed.get("speedup", {}).items() if base.fields["mode"] == "baseline" else ():
+    for phase, ratio in timed.get("speedup", {}).items():
         # Both rates are of the compared run: the base's own were measured at another time and do not belong to a ratio.
         rates = (timed.get(phase, {}).get("plain_tokens_per_second"), timed.get(f"{phase}_tokens_per_second"))
         rates = rates if None not in rates else (None, None)

@@ -73,12 +73,9 @@ class HarnessLM(TemplateLM):
         Raises InputError if the model has no tokenizer or no id to begin with, or a size makes no sense.
         """
         super().__init__()
-        self.var_model = None
         self._clock = caching.clock()
-        if isinstance(model, VARModel):
-            clock = lambda: self._clock()  # noqa: E731 (it is set anew)
-            self.var_model = VARModel(model.model, model.config, table=model.table, clock=clock)
-        plain: Any = model.model if isinstance(model, VARModel) else model
+        self.var_model = model if isinstance(model, VARModel) else None
+        plain: Any = model if self.var_model is None else self.var_model.model
         self.model = plain
         self.tokenizer: Any = getattr(self.model, "tokenizer", None)
         if self.tokenizer is None:
@@ -229,7 +226,7 @@ class HarnessLM(TemplateLM):
             return self.model.generate(ids, new_tokens, **options)[0]
         if self.state is not None and not self.state.own_caches:  # its time goes on where the requests before left it
             self._clock = self.caching.clock(self.caching.now(self.state))
-        tokens, self.state = self.var_model.generate(ids, self.state, new_tokens, **options)
+        tokens, self.state = self.var_model.generate(ids, self.state, new_tokens, clock=self._clock, **options)
         return tokens
 
     def _length(self, tokens: int) -> int:

@@ -215,11 +215,7 @@ def var_runner(var_model: VARModel, caching: Caching = INDEPENDENT) -> Runner:
     """Whole windows under VAR, each without a past. The carry is the VARState, from `caching.init(var_model)`."""
 
     def run(carry: VARState | None, batch: Batch) -> tuple[jax.Array, VARState | None]:
-        now = 0.0
-        if carry is not None:
-            carry, now = caching.enter(carry, batch)
-        ids, mask = to_device((batch.ids, batch.mask))
-        out, carry = var_model.advance(carry, ids, mask, now=now)
+        out, carry = caching.read(var_model, carry, batch)
         return out.logits, carry
 
     return run

@@ -68,13 +68,9 @@ def token_losses(
     order = None if table is None else jnp.sum(table.index.keys != ANY, axis=-1).astype(jnp.int8)
     parts: list[tuple[np.ndarray, ...]] = []
     for batch in batches(documents, batch_size, max_length, stride, one_by_one=True):
-        now = 0.0
-        if state is not None:
-            state, now = caching.enter(state, batch)
-        ids, mask, targets, scored = to_device((batch.ids, batch.mask, batch.targets, batch.scored))
-        out, state = var_model.advance(state, ids, mask, now=now)
+        out, state = caching.read(var_model, state, batch)
         assert out.routing is not None and out.router_probs is not None  # only a step of decoding leaves them out
-        losses = to_host(token_nll(out.logits, targets, scored))
+        losses = to_host(token_nll(out.logits, *to_device((batch.targets, batch.scored))))
         answered, active = _account(out.plan, order, out.routing, out.router_probs.shape[-1])
         owner = np.broadcast_to(batch.documents[:, None], batch.ids.shape)
         kept = (np.asarray(one)[batch.scored] for one in (losses, owner, batch.ids, answered, active))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.hypotheses.consistency import DECILES, Consistency
 from analysis.hypotheses.criteria import ENTROPIES, GRID_ENTROPIES, GRID_FREQUENCIES, LOW_ENTROPY, MIN_COVERED, Coverage
-from analysis.reports.figures import MARKERS, heat_map, panels, shade, subplots
+from analysis.reports.figures import MARKERS, heat_map, over_the_depth, panels, shade, subplots
 from varjax.config import PRESETS
 from varjax.stats import RoutingStats
 
@@ -153,7 +153,7 @@ def token_experts(stats: RoutingStats, strings: Mapping[int, str], ids: int = 30
     """
     known = np.flatnonzero(stats.count.any(axis=1))  # a layer without rows was not captured
     known = known if len(known) else np.arange(len(stats.count))
-    shown = known[np.unique(np.linspace(0, len(known) - 1, layers).round().astype(int))]
+    shown = over_the_depth(known, layers)
     ones = np.flatnonzero(stats.row_orders == 1)
     frequency = stats.count[:, ones].max(axis=0, initial=0)
     rows = ones[np.argsort(-frequency, kind="stable")[:ids]]

@@ -18,7 +18,7 @@ from analysis.estimators.predictability import Predictability
 from analysis.estimators.repetition import Repetition
 from analysis.estimators.resampling import Measure
 from analysis.hypotheses.trace_findings import TraceFindings
-from analysis.reports.figures import heat_map, subplots
+from analysis.reports.figures import heat_map, over_the_depth, subplots
 
 SHORTEST = "_of_shortest"  # ends the names of what the shortest order gets at another order's tokens
 
@@ -124,7 +124,7 @@ def co_activation_ratios(found: CoActivation, size: str, layers: int = 4) -> Fig
         layers: how many panels at most.
     """
     known = np.flatnonzero(~np.isnan(found.share).all(axis=(1, 2)))  # the others were not captured
-    shown = known[np.unique(np.linspace(0, len(known) - 1, layers).round().astype(int))]
+    shown = over_the_depth(known, layers)
     figure, axes = subplots(1, len(shown), figsize=(2.4 * len(shown) + 1.2, 2.9), squeeze=False, sharey=True)
     for axis, layer in zip(axes.flat, shown, strict=True):
         ratio = found.ratio[layer]

@@ -14,6 +14,7 @@ from analysis.estimators.expert_load import Load, load
 from analysis.estimators.predictability import Predictability, predictability
 from analysis.estimators.repetition import Repetition, repetition
 from analysis.estimators.resampling import Measure, check_permutations
+from analysis.traces.capture import on_all_layers
 from analysis.traces.trace import Trace
 from varjax.errors import InputError, NotTestableError
 
@@ -94,9 +95,13 @@ def _on_all_layers(found: Any, captured: np.ndarray) -> Any:
     Arrays of findings have the layers first, those of a `Measure` second. Coverages are the same in every layer.
     """
     if isinstance(found, Measure):
+        arrays = {name: one for name, one in vars(found).items() if isinstance(one, np.ndarray)}
+        changed: dict[str, Any]
         if found.name.endswith("coverage"):
-            return _measure_arrays(found, lambda values: np.repeat(values[:, :1], len(captured), axis=1))
-        return _measure_arrays(found, lambda values: _spread(values.T, captured).T)
+            changed = {name: np.repeat(one[:, :1], len(captured), axis=1) for name, one in arrays.items()}
+        else:
+            changed = {name: _spread(one.T, captured).T for name, one in arrays.items()}
+        return replace(found, **changed)
     if isinstance(found, np.ndarray):
         return _spread(found, captured)
     if isinstance(found, Mapping):
@@ -106,16 +111,6 @@ def _on_all_layers(found: Any, captured: np.ndarray) -> Any:
     return found
 
 
-def _measure_arrays(found: Measure, change: Callable[[np.ndarray], np.ndarray]) -> Measure:
-    """The measure with each of its arrays [O, L] changed."""
-    arrays: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
-    changed: dict[str, Any] = {name: change(one) for name, one in arrays.items() if isinstance(one, np.ndarray)}
-    return replace(found, **changed)
-
-
 def _spread(values: np.ndarray, captured: np.ndarray) -> np.ndarray:
     """[L, ...]: values of the captured layers at their places, and what is unknown at the others."""
-    unknown = -1 if np.issubdtype(values.dtype, np.integer) else np.nan
-    whole = np.full((len(captured), *values.shape[1:]), unknown, values.dtype)
-    whole[captured] = values
-    return whole
+    return on_all_layers(values, captured, -1 if np.issubdtype(values.dtype, np.integer) else np.nan)

@@ -124,3 +124,8 @@ def quality_against_experts(
     axis.set(xlabel="experts run per token and layer", ylabel="change of perplexity [%]", title=caption)
     axis.legend(fontsize="small")
     return figure
+
+
+def over_the_depth(layers: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the layers, spread evenly over the depth."""
+    return layers[np.unique(np.linspace(0, len(layers) - 1, most).round().astype(int))]

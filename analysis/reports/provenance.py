@@ -26,7 +26,7 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
     """
     device = jax.devices()[0]
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _DISTRIBUTIONS},
+        "versions": {"python": platform.python_version()} | {name: version_of(name) for name in _DISTRIBUTIONS},
         "platform": platform.platform(),
         "backend": device.platform,  # cpu, gpu, tpu
         "device": device.device_kind,
@@ -57,7 +57,8 @@ def hash_json(obj: Any) -> str:
     return checksums.digest_of(_plain(obj))
 
 
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """The installed version of a distribution; None: it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from platform import python_version
 from typing import Any
 
+from analysis.reports.provenance import version_of
 from analysis.text import embedded
-from analysis.text.corpus import CorpusHash, iter_documents, split_of
+from analysis.text.corpus import corpus_hash, iter_documents, split_of
 from analysis.text.prepared import is_prepared, read_manifest
 from models import Model
 from models import model as checkpoints
@@ -101,7 +101,9 @@ def compare(card: Mapping[str, Any], document_ids: Iterable[str]) -> CardCheck:
     for one in document_ids:
         now.get(split_of(one), []).append(one)
     noted = card.get("provenance", {}).get("versions", {})
-    present = {"python": python_version()} | {name: _version(name) for name in noted if name in embedded.DISTRIBUTIONS}
+    present = {"python": python_version()} | {
+        name: version_of(name) for name in noted if name in embedded.DISTRIBUTIONS
+    }
     versions = {name: (noted[name], here) for name, here in present.items() if noted.get(name, here) != here}
     return CardCheck(tuple(_checked(split, card[SECTIONS[split]], ids) for split, ids in now.items()), versions)
 
@@ -117,10 +119,7 @@ def named(document_ids: Iterable[str]) -> list[str]:
 
 
 def _checked(split: str, section: Mapping[str, Any], ids: list[str]) -> SplitCheck:
-    digest = CorpusHash()
-    for one in ids:
-        digest.add(one)
-    same, listed, here = digest.hexdigest() == section["data_sha256"], section.get("document_ids"), set(named(ids))
+    same, listed, here = corpus_hash(ids) == section["data_sha256"], section.get("document_ids"), set(named(ids))
     added = gone = 0 if same else None
     if listed is not None:
         added, gone = len(here - set(listed)), len(set(listed) - here)
@@ -146,10 +145,3 @@ def _describes(card: Any) -> bool:
     """Whether it is a card of `experiments/00_train_reference.py`."""
     sections = [card.get(name) for name in SECTIONS.values()] if isinstance(card, dict) else [None]
     return all(isinstance(one, dict) and {"documents", "data_sha256"} <= one.keys() for one in sections)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None

@@ -38,7 +38,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from analysis.text.corpus_files import PACKED, SUFFIXES, files_below, kind_of, opened, stem_of
+from analysis.text.corpus_files import PACKED, SUFFIXES, begins_list, files_below, first_line, kind_of, opened, stem_of
 from varjax.errors import InputError
 
 END_OF_DOCUMENT = "<|endofdoc|>"
@@ -177,11 +177,11 @@ class CorpusHash:
         return self._digest.hexdigest()
 
 
-def corpus_hash(documents: Iterable[Document]) -> str:
-    """`CorpusHash` of whole documents."""
+def corpus_hash(document_ids: Iterable[str]) -> str:
+    """`CorpusHash` of the ids of all documents."""
     digest = CorpusHash()
-    for document in documents:
-        digest.add(document.id)
+    for one in document_ids:
+        digest.add(one)
     return digest.hexdigest()
 
 
@@ -303,9 +303,7 @@ def _jsonl_rows(path: Path, text_column: str) -> Iterator[Record]:
 
 def _json_rows(path: Path, text_column: str) -> Iterator[Record]:
     """The records of a list; of any other file those of its lines."""
-    with opened(path) as file:
-        first = next((line for line in file if line.strip()), b"")
-    if not first.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+    if not begins_list(first_line(path)):
         yield from _jsonl_rows(path, text_column)
         return
     with opened(path) as file:

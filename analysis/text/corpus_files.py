@@ -95,12 +95,22 @@ def _why_skipped(path: Path, root: Path, text_column: str) -> str:
     return ""
 
 
+def first_line(path: Path) -> bytes:
+    """The first line of a file that is not blank; b"" if there is none."""
+    with opened(path) as file:
+        return next((line for line in file if line.strip()), b"")
+
+
+def begins_list(line: bytes) -> bool:
+    """Whether a JSON file with this first line holds a list."""
+    return line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
+
+
 def _holds_texts(path: Path, text_column: str) -> bool:
     """Whether the first record of a JSON file has the field."""
     try:
-        with opened(path) as file:
-            line = next((line for line in file if line.strip()), b"")
-        if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+        line = first_line(path)
+        if begins_list(line):
             with opened(path) as file:
                 records = json.load(file)
             record = records[0] if records else None

@@ -20,7 +20,7 @@ from analysis.text.corpus import (
 )
 from analysis.text.drawn import Drawn, order_of
 from analysis.text.encoding import Encoded, iter_encode
-from analysis.text.prepared import is_prepared, open_prepared, read_manifest
+from analysis.text.prepared import Prepared, is_prepared, open_prepared
 from models.config import MoEConfig
 
 if TYPE_CHECKING:
@@ -63,7 +63,6 @@ class EncodedCorpus:
     def __iter__(self) -> Iterator[Encoded]:
         """The documents. Raises CorpusError if there are none, or they cannot be read."""
         folder = Path(self.request["dataset"]).expanduser()
-        prepared = is_prepared(folder)
         read = documents = tokens = 0
         digest = CorpusHash()
 
@@ -73,13 +72,19 @@ class EncodedCorpus:
                 read += 1
                 yield document
 
-        for document in self._prepared() if prepared else iter_encode(counted(), self._tokenizer, self._config):
+        source: Iterator[Encoded]
+        if is_prepared(folder):
+            opened = open_prepared(folder, self._tokenizer)
+            before, source = opened.manifest.drawn, self._prepared(opened)
+        else:
+            before = Drawn(order_of(self.request["dataset"]), 0)
+            source = iter_encode(counted(), self._tokenizer, self._config)
+        for document in source:
             documents, tokens = documents + 1, tokens + len(document.ids)
             digest.add(document.id)
             yield document
-        before = read_manifest(folder).drawn if prepared else Drawn(order_of(self.request["dataset"]), 0)
         self.about = self.request | {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
-        self.about["drawn"] = self._drawn(before, documents if prepared else read, documents)
+        self.about["drawn"] = self._drawn(before, read or documents, documents)
 
     def _drawn(self, before: Drawn | None, read: int, documents: int) -> dict[str, Any] | None:
         """The record of how `documents` of the `read` ones came to be here, after what a prepared folder says."""
@@ -90,9 +95,8 @@ class EncodedCorpus:
         cut = (*before.cut, "documents") if reached else before.cut
         return dataclasses.replace(before, read=read, short=before.short + read - documents, cut=cut).fields()
 
-    def _prepared(self) -> Iterator[Encoded]:
+    def _prepared(self, documents: Prepared) -> Iterator[Encoded]:
         folder, split, limit = (self.request[name] for name in ("dataset", "split", "limit"))
-        documents = open_prepared(Path(folder).expanduser(), self._tokenizer)
         if documents.manifest.max_id >= self._config.vocab_size:
             raise CorpusError(
                 f"{folder} holds the id {documents.manifest.max_id} but the model's vocab_size is "

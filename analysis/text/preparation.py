@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from analysis.reports.provenance import provenance, write_json
-from analysis.text.corpus import CorpusError, CorpusHash, Document
+from analysis.text.corpus import CorpusError, Document, corpus_hash
 from analysis.text.drawn import Cut, Drawn, order_of
 from analysis.text.encoding import Encoded, tokenised
 from analysis.text.prepared import (
@@ -83,7 +83,9 @@ def prepare(
             manifest = Manifest(
                 request=request,
                 tokenizer=tokenizer_hash(tokenizer),
-                corpus=_corpus_hash(table),
+                corpus=corpus_hash(
+                    one for batch in table.select(["id"]).to_batches() for one in batch.column(0).to_pylist()
+                ),
                 left_out=counts["left out"],
                 shards=shards,
                 provenance=provenance(),
@@ -168,15 +170,6 @@ def _totals(table: pa.Table) -> dict[str, int]:
         "max_id": pc.max(ids),
     }
     return {"documents": table.num_rows} | {name: value.as_py() for name, value in figures.items()}
-
-
-def _corpus_hash(table: pa.Table) -> str:
-    """`analysis.text.corpus.CorpusHash` of what was written."""
-    digest = CorpusHash()
-    for batch in table.select(["id"]).to_batches():
-        for document_id in batch.column(0).to_pylist():
-            digest.add(document_id)
-    return digest.hexdigest()
 
 
 def _check_place(folder: Path, overwrite: bool) -> None:

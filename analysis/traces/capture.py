@@ -42,9 +42,7 @@ def captured_layers(experts: np.ndarray, token_id: np.ndarray, num_experts: int)
     tokens, layers, top_k = experts.shape
     if tokens == 0:
         return np.ones(layers, bool)
-    missing = np.all(experts == -1, axis=(0, 2))
-    if top_k > 1:
-        missing |= np.all(experts == 0, axis=(0, 2))
+    missing = np.all(experts == -1, axis=(0, 2)) | zero_layers(experts)
     enough = tokens >= MIN_TOKENS and top_k < num_experts and len(np.unique(token_id)) >= MIN_IDS
     if enough:
         missing |= np.all(experts == experts[:1], axis=(0, 2))
@@ -54,9 +52,21 @@ def captured_layers(experts: np.ndarray, token_id: np.ndarray, num_experts: int)
             "have the same experts"
         )
     known = experts[:, ~missing]
-    if enough and known.shape[1] > 1 and np.array_equal(known, np.broadcast_to(known[:, :1], known.shape)):
+    if enough and known.shape[1] > 1 and np.all(known == known[:, :1]):
         raise InputError(f"all {known.shape[1]} captured layers have the same experts at every token: one was copied")
     return ~missing
+
+
+def zero_layers(experts: np.ndarray) -> np.ndarray:
+    """bool [L]: layers of zeros, with K > 1: no router chooses an expert twice."""
+    return np.all(experts == 0, axis=(0, 2)) & (experts.shape[-1] > 1)
+
+
+def on_all_layers(values: np.ndarray, captured: np.ndarray, missing: float, axis: int = 0) -> np.ndarray:
+    """Values of the captured layers, bool [L], at their places along an axis, and `missing` at the other layers."""
+    whole = np.full((*values.shape[:axis], len(captured), *values.shape[axis + 1 :]), missing, values.dtype)
+    whole[(slice(None),) * axis + (captured,)] = values
+    return whole
 
 
 def layer_names(layers: Iterable[int]) -> str:

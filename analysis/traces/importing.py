@@ -69,7 +69,7 @@ from scipy.special import entr, softmax
 from analysis.command import path_argument, program
 from analysis.reports.output import Output
 from analysis.traces import trace as trace_file
-from analysis.traces.capture import captured_layers
+from analysis.traces.capture import captured_layers, on_all_layers, zero_layers
 from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError
 from varjax.errors import InputError
 
@@ -194,7 +194,7 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
         )
     experts = experts[rows]
     experts, scores = _without_padding(experts, None if scores is None else scores[rows], fields)
-    zeros = np.all(experts == 0, axis=(0, 2)) & (experts.shape[-1] > 1)  # layers that were not captured
+    zeros = zero_layers(experts)  # layers that were not captured
     open_ = np.all(experts[:, ~zeros] == -1, axis=(1, 2)) & ~zeros.all()
     if open_.any() and not open_.all():
         notes.append(f"{open_.sum():,} tokens have -1 in every layer: not routed, and left out.")
@@ -206,29 +206,19 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
     if np.any(experts[:, captured] == -1):
         raise TraceError("experts holds -1 at some tokens of a layer and not at others; remove these tokens")
     found = _probabilities(experts[:, captured], None if scores is None else scores[:, captured], fields)
-
-    def on_all_layers(values: np.ndarray | None, missing: float) -> np.ndarray | None:
-        if values is None or captured.all():
-            return values
-        whole = np.full((len(values), len(captured), *values.shape[2:]), missing, values.dtype)
-        whole[:, captured] = values
-        return whole
-
-    wide = on_all_layers(found.experts, -1)
-    assert wide is not None
     return Trace(
         token_id=token.astype(np.int32),
         document=document.astype(np.int32),
         position=position.astype(np.int32),
-        experts=wide,
-        probs=on_all_layers(found.probs, 0),
+        experts=on_all_layers(found.experts, captured, -1, axis=1),
+        probs=None if found.probs is None else on_all_layers(found.probs, captured, 0, axis=1),
         document_ids=document_ids,
         groups=groups,
         num_experts=fields["num_experts"],
         ranked=scores is not None or fields.get("ranked", False),
         probs_over=found.over,
         scores=found.scores,
-        entropy=on_all_layers(found.entropy, np.nan),
+        entropy=None if found.entropy is None else on_all_layers(found.entropy, captured, np.nan, axis=1),
         token_strings=token_strings,
         origin={field: fields[field] for field in ORIGIN if field in fields},
         notes=(*notes, *found.notes),
@@ -301,8 +291,7 @@ def _without_padding(
             f"experts, so its order is not known; give experts with {top_k} columns"
         )
     used = np.sum(experts >= 0, axis=-1)
-    filled = np.all(experts == 0, axis=(0, 2))  # a layer that was not captured
-    wrong = (used != top_k) & (used != 0) & ~filled
+    wrong = (used != top_k) & (used != 0) & ~zero_layers(experts)
     if wrong.any():
         raise TraceError(
             f"experts has {experts.shape[-1]} columns, with {used[wrong].min()} to {used[wrong].max()} ids at some "

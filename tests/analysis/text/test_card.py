@@ -8,7 +8,7 @@ import pytest
 
 from analysis.text import embedded
 from analysis.text.card import check, compare, named
-from analysis.text.corpus import CorpusHash, Document, load_documents
+from analysis.text.corpus import Document, corpus_hash, load_documents
 from models.model import REFERENCE
 from varjax.errors import InputError
 
@@ -20,10 +20,7 @@ def of_split(split: str, number: int) -> list[str]:
 
 
 def section(ids: list[str], name_them: bool) -> dict:
-    digest = CorpusHash()
-    for one in ids:
-        digest.add(one)
-    return {"documents": len(ids), "data_sha256": digest.hexdigest()} | (
+    return {"documents": len(ids), "data_sha256": corpus_hash(ids)} | (
         {"document_ids": named(ids)} if name_them else {}
     )
 
@@ -59,7 +56,7 @@ def test_documents_that_differ_are_counted_where_the_card_names_them():
 
 
 def test_a_card_with_counts_alone_tells_no_more_than_that_they_differ(monkeypatch):
-    monkeypatch.setattr("analysis.text.card._version", lambda name: {"numpy": "2.0"}.get(name))
+    monkeypatch.setattr("analysis.text.card.version_of", lambda name: {"numpy": "2.0"}.get(name))
     monkeypatch.setattr("analysis.text.card.python_version", lambda: "3.12.1")
     edited = [*TRAIN[1:], of_split("train", 61)[-1]]  # as many, another one
     found = compare(made_up(TRAIN, TEST, name_them=False, jax="0.9"), sorted(edited + TEST))
