@@ -4,7 +4,7 @@
 
 Calibrates on documents of the split `calibrate` and lets held-out documents of `test` come in, many times in random
 order: once as they are, then with planted faults. Each document is run once per fault; the repeats only reorder what
-was observed, so they share their documents. The cached tier is off, because what it has learnt depends on the order.
+was observed, so they share their documents. The cached tier is off, because what it has learned depends on the order.
 Writes a JSON file, and beside it the report that is printed, as text and as a page with its figure.
 
 Letters: N documents, M streams (`varjax.streams`).
@@ -27,12 +27,12 @@ from analysis.audits import report as audit_report
 from analysis.audits.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
 from analysis.audits.faults import faults, random_texts
 from analysis.command import name_argument, path_argument, program
-from analysis.evaluation.quality import score, var_runner
+from analysis.evaluate.quality import score, var_runner
 from analysis.inputs import STATISTICS, find_statistics, listed
-from analysis.reports.files import write_output
-from analysis.reports.output import OUTPUT_HELP, Output
-from analysis.reports.provenance import provenance
-from analysis.reports.report import text
+from analysis.report.files import write_output
+from analysis.report.output import OUTPUT_HELP, Output
+from analysis.report.provenance import provenance
+from analysis.report.report import text
 from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
@@ -159,7 +159,7 @@ def chosen_config(args: argparse.Namespace) -> VARConfig:
     here = VARConfig.from_routing_stats(args.routing_stats, frequency_threshold=5, entropy_threshold=3.0, cache_size=0)
     if args.var_config:
         return dataclasses.replace(VARConfig.load(args.var_config).at(args.routing_stats), cache_size=0)
-    return dataclasses.replace(here, default=LayerPolicy(kept=1, residual=True, orders=(1, 2)))
+    return dataclasses.replace(here, default=LayerPolicy(experts_kept=1, residual=True, orders=(1, 2)))
 
 
 def documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:

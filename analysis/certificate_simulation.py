@@ -20,8 +20,8 @@ import numpy as np
 from scipy import special
 
 from analysis.command import program
-from analysis.estimators.resampling import allowed
-from analysis.evaluation.certificate import CLIP, LIMIT, TESTS
+from analysis.evaluate.certificate import CLIP, LIMIT, TESTS
+from analysis.resampling import allowed
 from varjax.bounds import p_value, upper_bound
 
 LEVEL = 0.95
@@ -140,8 +140,8 @@ def _correlated(means: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     """float64 [K, N] within [-CLIP, CLIP] with exactly these means; half of the variance is the documents' own."""
     cap = 7.0
     normal = (rng.standard_normal(size) + rng.standard_normal((len(means), size))) / math.sqrt(2)
-    centre = math.exp(0.5) * special.ndtr(math.log(cap) - 1) + cap * special.ndtr(-math.log(cap))
-    return means[:, None] + 0.02 * (np.minimum(np.exp(normal), cap) - centre)
+    center = math.exp(0.5) * special.ndtr(math.log(cap) - 1) + cap * special.ndtr(-math.log(cap))
+    return means[:, None] + 0.02 * (np.minimum(np.exp(normal), cap) - center)
 
 
 def _student(size: int) -> float:

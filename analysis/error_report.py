@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command import HelpFormatter, name_argument, path_argument, program
-from analysis.evaluation import caching as cached_tier
+from analysis.evaluate import caching as cached_tier
 from analysis.inputs import CONFIGS, find_config, listed
-from analysis.reports.files import write_output
-from analysis.reports.output import OUTPUT_HELP, Output
-from analysis.reports.provenance import provenance
-from analysis.reports.report import Report, text
+from analysis.report.files import write_output
+from analysis.report.output import OUTPUT_HELP, Output
+from analysis.report.provenance import provenance
+from analysis.report.report import Report, text
 from analysis.studies.error_figures import draw
 from analysis.studies.error_sections import sections
 from analysis.studies.error_sources import examine, prepare

@@ -3,7 +3,7 @@
     python -m analysis.harness --model reference --tasks my_task --include_path tasks --output results/harness.json
 
 Prints the harness's own table and writes a JSON result. A task is one of the harness's (most fetch data) or a YAML file
-of one's own below --include_path. Needs the extra `eval`. How texts are read: `analysis.evaluation.harness_lm`.
+of one's own below --include_path. Needs the extra `eval`. How texts are read: `analysis.evaluate.harness_lm`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis.command import name_argument, path_argument, program
-from analysis.evaluation import caching as cached_tier
-from analysis.evaluation.harness_lm import HarnessLM  # says what to install where the harness is missing
-from analysis.reports.output import Output
-from analysis.reports.provenance import provenance, write_json
+from analysis.evaluate import caching as cached_tier
+from analysis.evaluate.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.report.output import Output
+from analysis.report.provenance import provenance, write_json
 from models import load_model
 from varjax.config import VARConfig
 from varjax.errors import InputError
@@ -35,7 +35,7 @@ UNITS = {
 }
 # Of what the harness gives.
 _TAKEN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes")
-_SHARES = ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")
+_SHARES = ("tiers", "hit_rate", "mispredictions", "experts_per_token", "layers")
 
 
 def evaluate(

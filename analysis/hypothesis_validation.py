@@ -30,11 +30,11 @@ from analysis.hypotheses.statistics_sections import statistics_sections
 from analysis.hypotheses.trace_findings import Settings, TraceFindings, examine_trace
 from analysis.hypotheses.trace_sections import trace_sections
 from analysis.inputs import STATISTICS, find_statistics, listed
-from analysis.reports.figures import save
-from analysis.reports.files import write_output
-from analysis.reports.output import OUTPUT_HELP, Output
-from analysis.reports.provenance import provenance
-from analysis.reports.report import Report, summary
+from analysis.report.figures import save
+from analysis.report.files import write_output
+from analysis.report.output import OUTPUT_HELP, Output
+from analysis.report.provenance import provenance
+from analysis.report.report import Report, summary
 from analysis.traces import trace as traces
 from analysis.traces.trace import Trace
 from varjax.checksums import digest_of_file

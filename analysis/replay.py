@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 
 from analysis.command import HelpFormatter, path_argument, program
-from analysis.evaluation.caching import SECONDS_PER_TOKEN
-from analysis.reports.files import write_output
-from analysis.reports.output import OUTPUT_HELP, Output
-from analysis.reports.provenance import hash_json, provenance
-from analysis.reports.report import text
+from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.report.files import write_output
+from analysis.report.output import OUTPUT_HELP, Output
+from analysis.report.provenance import hash_json, provenance
+from analysis.report.report import text
 from analysis.traces import importing, replay_report
 from analysis.traces.capture import on_all_layers
 from analysis.traces.replay_inputs import applicable, on_captured_layers, table_statistics, with_stand_ins
@@ -95,7 +95,7 @@ class Replay:
             tiers[TIERS[tier]] = {
                 "agreement": agreement(at["agreements"][tier], tokens),
                 "recall": _ratio(at["recalled"][tier], tokens * self.top_k),
-                "kept": _ratio(at["kept_chosen"][tier], at["kept"][tier]),
+                "experts_kept": _ratio(at["kept_chosen"][tier], at["experts_kept"][tier]),
                 "mass": _ratio(at["mass"][tier], tokens) if self.has_probs else None,
                 "experts_per_token": _ratio(at["active"][tier], tokens),
             }
@@ -111,8 +111,8 @@ class Replay:
                 "agreement": agreement(at["constant_agreements"], total),
                 "recall": _ratio(at["constant_recalled"], total * self.top_k),
             },
-            "false_hits_by_age": [
-                {"from_tokens": int(edge), "decisions": int(n), "false_hits": rate if rate is None else 1 - rate}
+            "mispredictions_by_age": [
+                {"from_tokens": int(edge), "decisions": int(n), "mispredictions": rate if rate is None else 1 - rate}
                 for edge, n, rate in zip(
                     self.age_edges, at["aged"], map(agreement, at["aged_agreements"], at["aged"]), strict=True
                 )

@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from analysis.collection.checkpoints import note, resumed
+from analysis.collect.checkpoints import note, resumed
 from analysis.command import path_argument, program
-from analysis.evaluation.quality import plain_runner, score
-from analysis.reports.output import DIRECTORY, Output
-from analysis.reports.provenance import provenance, write_json
+from analysis.evaluate.quality import plain_runner, score
+from analysis.report.output import DIRECTORY, Output
+from analysis.report.provenance import provenance, write_json
 from analysis.text.batches import batches
 from analysis.text.card import named
 from analysis.text.corpus import Document, corpus_hash, load_documents

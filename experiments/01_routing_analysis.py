@@ -16,16 +16,16 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from analysis.collection import report as collection_report
-from analysis.collection.merging import merge_files
-from analysis.collection.passes import EVERY_DOCUMENT, Share
-from analysis.collection.run import STATS, TRACE, Settings, analyse, finish, place
-from analysis.collection.statistics import KeySettings
+from analysis.collect import report as collection_report
+from analysis.collect.merging import merge_files
+from analysis.collect.passes import EVERY_DOCUMENT, Share
+from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, place
+from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
-from analysis.reports.files import write_report
-from analysis.reports.output import Output
-from analysis.reports.provenance import provenance
-from analysis.reports.report import text
+from analysis.report.files import write_report
+from analysis.report.output import Output
+from analysis.report.provenance import provenance
+from analysis.report.report import text
 from analysis.text import card
 from analysis.traces.recording import record
 from experiments.arguments import open_corpus, open_model, parser
@@ -109,7 +109,7 @@ def collect(args: argparse.Namespace, output: Output) -> None:
     model = open_model(args)
     checked = card.announced(model, args.dataset)
     corpus = open_corpus(model, args, args.split)
-    found = analyse(model, corpus, args.output, settings, share=share, seed=args.seed)
+    found = analyze(model, corpus, args.output, settings, share=share, seed=args.seed)
     if found is None:
         return
     if args.trace_tokens:
@@ -145,7 +145,7 @@ def print_keys(keys: ContextCounts) -> None:
 def present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """The summary, printed and written, and the figures."""
     said = collection_report.report(stats, facts)
-    beside = {"layers": collection_report.summarise(stats), "provenance": provenance(seed=args.seed)}
+    beside = {"layers": collection_report.summarize(stats), "provenance": provenance(seed=args.seed)}
     name, drawn = f"{output.prefix}routing_summary", collection_report.draw(stats)
     write_report(said, output.folder, name, prefix=output.prefix, index=not output.named, figures=drawn, beside=beside)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")

@@ -1,11 +1,11 @@
-"""Phase 2: evaluate the plain model or VAR on held-out documents, compare, certify, distil, study.
+"""Phase 2: evaluate the plain model or VAR on held-out documents, compare, certify, distill, study.
 
   --mode baseline                          the plain model
   --mode var --routing_stats S             a preset, a --var_config, or a policy found with --search_policy
   --compare A.json B.json                  two results side by side, with the published criteria
   --certify A.json B.json [C.json ...]     how much loss B, C, ... cost at most over A, with confidence; results of the
                                            calibrate split (--split calibrate), the surest first
-  --mode distil --routing_stats S --var_config C --output DIR
+  --mode distill --routing_stats S --var_config C --output DIR
                                            train the answers for a policy on the build split
   --mode study --routing_stats S --var_config C --output DIR
                                            VAR against simple alternatives at equal loss, the size of its table, what
@@ -27,24 +27,24 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from analysis.collection.checkpoints import Checkpoints, note, resumed
+from analysis.collect.checkpoints import Checkpoints, note, resumed
 from analysis.command import path_argument, program
-from analysis.estimators.resampling import MIN_DOCUMENTS
-from analysis.evaluation import caching as cached_tier
-from analysis.evaluation import certificate_report, comparison_report
-from analysis.evaluation import report as evaluation_report
-from analysis.evaluation.certificate import CLIP, TESTS, certify_results
-from analysis.evaluation.comparison import read_result
-from analysis.evaluation.quality import score, var_runner
+from analysis.evaluate import caching as cached_tier
+from analysis.evaluate import certificate_report, comparison_report
+from analysis.evaluate import report as evaluation_report
+from analysis.evaluate.certificate import CLIP, TESTS, certify_results
+from analysis.evaluate.comparison import read_result
+from analysis.evaluate.quality import score, var_runner
 from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
-from analysis.policies.distillation import DistilConfig, distil
+from analysis.policies.distillation import DistilConfig, distill
 from analysis.policies.scored_points import Subject
 from analysis.policies.search import Search, search
-from analysis.reports.files import write_output, write_report
-from analysis.reports.output import DIRECTORY, REPORT, Output
-from analysis.reports.provenance import provenance, write_json
-from analysis.reports.report import summary as overview
-from analysis.reports.report import text
+from analysis.report.files import write_output, write_report
+from analysis.report.output import DIRECTORY, REPORT, Output
+from analysis.report.provenance import provenance, write_json
+from analysis.report.report import summary as overview
+from analysis.report.report import text
+from analysis.resampling import MIN_DOCUMENTS
 from analysis.studies.study import PARTS, Finding, Part, study
 from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
@@ -63,7 +63,7 @@ from varjax.step import summary
 @program
 def main(arguments: Sequence[str] | None) -> None:
     options = parser(__doc__, "results/phase2")
-    options.add_argument("--mode", choices=["baseline", "var", "distil", "study"], help="what to do")
+    options.add_argument("--mode", choices=["baseline", "var", "distill", "study"], help="what to do")
     options.add_argument(
         "--routing_stats",
         type=path_argument,
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None) -> None:
     if args.certify and len(args.certify) < 2:
         options.error("--certify needs a baseline result and at least one of VAR")
     if not (args.compare or args.certify or args.mode):
-        options.error("say what to do: --mode baseline|var|distil|study, --compare A B or --certify A B ...")
+        options.error("say what to do: --mode baseline|var|distill|study, --compare A B or --certify A B ...")
     if args.compare:
         name, work = "comparison", compare
     elif args.certify:
@@ -171,7 +171,7 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     }
     if state is not None:
         shares = summary(state.counters, model.config.top_k)
-        result |= {key: shares[key] for key in ("tiers", "hit_rate", "false_hits", "experts_per_token", "layers")}
+        result |= {key: shares[key] for key in ("tiers", "hit_rate", "mispredictions", "experts_per_token", "layers")}
         result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
         config.save(output.main(".var_config.json"))
     if not args.no_throughput:
@@ -208,7 +208,7 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
     saved = Checkpoints(work / "steps")
-    done = distil(model, stats, answers, documents, config, settings, checkpoints=saved)
+    done = distill(model, stats, answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
     path = output.other("distilled.residuals.safetensors")
     assert config.routing_stats is not None  # they were read
@@ -301,7 +301,7 @@ def find_policy(args: argparse.Namespace) -> None:
         args.routing_stats = find_statistics(args.routing_stats)
 
 
-FOLDERS = {"distil": distil_answers, "study": study_policy}
+FOLDERS = {"distill": distil_answers, "study": study_policy}
 AVERAGED = 10  # steps, at first and at last, over which a divergence is averaged
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from analysis.command import path_argument, program, run
-from analysis.evaluation import caching as cached_tier
+from analysis.evaluate import caching as cached_tier
 from analysis.inputs import STATISTICS, find_statistics, listed
 from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
-from analysis.reports.files import write_report
-from analysis.reports.output import DIRECTORY, Output
-from analysis.reports.provenance import provenance
-from analysis.reports.report import Report, summary
+from analysis.report.files import write_report
+from analysis.report.output import DIRECTORY, Output
+from analysis.report.provenance import provenance
+from analysis.report.report import Report, summary
 from analysis.text import card
 from analysis.text.drawn import Drawn
 from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers

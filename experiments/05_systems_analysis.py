@@ -24,10 +24,10 @@ from typing import Any
 
 from analysis.command import path_argument, program
 from analysis.inputs import CONFIGS, find_config, listed
-from analysis.reports.files import write_output
-from analysis.reports.output import Output
-from analysis.reports.provenance import provenance
-from analysis.reports.report import Report, Section, summary
+from analysis.report.files import write_output
+from analysis.report.output import Output
+from analysis.report.provenance import provenance
+from analysis.report.report import Report, Section, summary
 from analysis.text import card
 from experiments.arguments import asked_config, load, parser
 from profiling import (
@@ -77,10 +77,10 @@ def main(arguments: Sequence[str] | None) -> None:
         options.error("--plain is the plain model; --var_config, --routing_stats and --answers are for VAR")
     output = Output.of(args.output, "systems")
     with output.locked():
-        analyse(args, output)
+        analyze(args, output)
 
 
-def analyse(args: argparse.Namespace, output: Output) -> None:
+def analyze(args: argparse.Namespace, output: Output) -> None:
     config = chosen_config(args)
     model, documents, origin = load(args, args.split)
     var_model = VARModel(model, config)

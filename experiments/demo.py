@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command import HelpFormatter, program
-from analysis.evaluation.comparison import degradation, read_result
-from analysis.reports import figures
-from analysis.reports.index_page import INDEX, write_index
+from analysis.evaluate.comparison import degradation, read_result
+from analysis.report import figures
+from analysis.report.index_page import INDEX, write_index
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")

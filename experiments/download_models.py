@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command import path_argument, program
-from analysis.reports.output import DIRECTORY, Output, lock
+from analysis.report.output import DIRECTORY, Output, lock
 from models.download import Remote, check_disk, download, look_up
 from models.verification import Verified, verify
 

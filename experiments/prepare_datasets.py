@@ -1,4 +1,4 @@
-"""Tokenise datasets once and keep them on disk, for runs that then read token ids as they are.
+"""Tokenize datasets once and keep them on disk, for runs that then read token ids as they are.
 
 Each dataset becomes a folder OUTPUT/NAME-SPLIT; give that folder as --dataset to the other scripts. A folder that
 already holds what is asked for is left as it is.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from analysis.command import name_argument, path_argument, program
-from analysis.reports.output import DIRECTORY, Output, lock
+from analysis.report.output import DIRECTORY, Output, lock
 from analysis.text.corpus import SPLITS, CorpusError, check_dataset, iter_documents
 from analysis.text.corpus_files import stem_of
 from analysis.text.preparation import prepare

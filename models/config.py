@@ -47,7 +47,7 @@ class MoEConfig:
     query_key_norm: str | None = None  # RMS norm of queries and keys before rotation: per "head", or whole "projection"
     clip_qkv: float | None = None  # queries, keys and values are clipped to this size; None = not
     attention_bias: bool = False  # in all four projections
-    normalise_top_k: bool = True  # the K gate weights are divided by their sum
+    normalize_top_k: bool = True  # the K gate weights are divided by their sum
     dense_layers: tuple[int, ...] = ()  # rising, places of the layers without experts among all layers
     dense_size: int | None = None  # hidden size of the SwiGLU block there
     tie_word_embeddings: bool = False
@@ -90,7 +90,7 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("rope_theta", "rms_norm_eps"), POSITIVE),
     "clip_qkv": POSITIVE.or_null(),
     **dict.fromkeys(("initializer_range", "router_aux_loss_coef"), NOT_NEGATIVE),
-    **dict.fromkeys(("normalise_top_k", "attention_bias", "tie_word_embeddings"), FLAG),
+    **dict.fromkeys(("normalize_top_k", "attention_bias", "tie_word_embeddings"), FLAG),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKEN.or_null()),
     "eos_token_id": TOKENS.or_null(),
 }

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from models.config import MoEConfig
 from models.divided_experts import divided
-from models.experts import Engine, slot_outputs
+from models.experts import Engine, expert_outputs
 from models.kv_cache import KVCache, extend, visible
 from models.layers import rotary_angles
 from models.parameters import EXPERT_AXES, Params, with_methods
@@ -38,11 +38,11 @@ class Output:
     router_probs: jax.Array  # float32[L, B, T, E], softmax of the gate
     routing: Routing  # [L, B, T, K], the experts that really ran; E = unused slot
     kv: KVCache | None  # the cache with this call's positions in it, where one was passed
-    slot_outputs: jax.Array | None  # [len(slot_outputs_of), B, T, K, D], each slot's gate-weighted expert output
+    expert_outputs: jax.Array | None  # [len(expert_outputs_of), B, T, K, D], each slot's gate-weighted expert output
     audit: jax.Array | None = None  # float32[L, Q], `audit_error` of the tokens that were asked for
 
 
-@partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "slot_outputs_of"))
+@partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "expert_outputs_of"))
 def forward(
     params: Params,
     token_ids: jax.Array,
@@ -55,7 +55,7 @@ def forward(
     plan: Plan | None = None,
     answers: tuple[LayerAnswers, ...] | None = None,
     last_logits_only: bool = False,
-    slot_outputs_of: tuple[int, ...] = (),
+    expert_outputs_of: tuple[int, ...] = (),
     audit: jax.Array | None = None,
 ) -> Output:
     """Logits and routing of `token_ids`.
@@ -71,7 +71,7 @@ def forward(
         plan: what is settled before layer 0 (`varjax.plan`); None: the learned router decides everything.
         answers: one per layer with experts, what stands in for those that the plan drops.
         last_logits_only: compute the head for the last position only.
-        slot_outputs_of: layers (0 to L - 1) whose slots' outputs are wanted (costs their experts a second time).
+        expert_outputs_of: layers (0 to L - 1) whose slots' outputs are wanted (costs their experts a second time).
         audit: int32[Q], tokens b * T + t whose experts are also run as the learned router would have it; negative for
             none, which costs nothing.
     """
@@ -112,7 +112,7 @@ def forward(
         index = len(routings)  # among the layers with experts
         flat = normed.reshape(-1, config.hidden_size)
         with jax.named_scope("gate"):
-            # The router sees the normalised hidden state inside this block, not the layer's output.
+            # The router sees the normalized hidden state inside this block, not the layer's output.
             layer_probs = jax.nn.softmax(layer.gate(flat), axis=-1)
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
@@ -120,7 +120,7 @@ def forward(
             # What stands in for an expert is looked up; its rows, which may be divided, are read below.
             index_only = None if known is None else dataclasses.replace(known, answers=known.answers[:0])
             routing, dropped = placement.by_rows(
-                partial(resolve, k=config.top_k, normalise=config.normalise_top_k),
+                partial(resolve, k=config.top_k, normalize=config.normalize_top_k),
                 rows={"probs": layer_probs, "plan": settled},
                 whole={"answers": index_only},
             )
@@ -133,8 +133,8 @@ def forward(
         if known is not None:
             with jax.named_scope("answers"):
                 y = y + known.total(dropped).astype(y.dtype)
-        if index in slot_outputs_of:
-            slots = slot_outputs(engine, flat, flat_routing, params["experts"][index])
+        if index in expert_outputs_of:
+            slots = expert_outputs(engine, flat, flat_routing, params["experts"][index])
             wanted.append(slots.reshape(*token_ids.shape, config.top_k, -1))
         if audit is not None:
             with jax.named_scope("audit"):
@@ -162,7 +162,7 @@ def forward(
         router_probs=router_probs,
         routing=routing,
         kv=None if kv is None else kv.constrain(placement),
-        slot_outputs=placement.constrain(jnp.stack(wanted), None, "batch", None, None, None) if wanted else None,
+        expert_outputs=placement.constrain(jnp.stack(wanted), None, "batch", None, None, None) if wanted else None,
         audit=placement.whole(jnp.stack(audited)) if audited else None,
     )
 
@@ -187,7 +187,7 @@ def audit_error(
         experts: the layer's, prepared for `engine`.
     """
     wanted = (tokens >= 0)[:, None]
-    learned = top_k(probs.reshape(-1, config.num_experts)[tokens], config.top_k, config.normalise_top_k)
+    learned = top_k(probs.reshape(-1, config.num_experts)[tokens], config.top_k, config.normalize_top_k)
     routing = Routing(jnp.where(wanted, learned.experts, config.num_experts), jnp.where(wanted, learned.weights, 0))
     full = engine.apply(x[tokens], routing, experts).astype(jnp.float32)
     missed = y.reshape(x.shape)[tokens].astype(jnp.float32) - full

@@ -72,7 +72,7 @@ def pallas_engine(interpret: bool = False) -> Engine:
     return Engine("pallas", experts_pallas.stack_experts, apply, experts_pallas.obstacle)
 
 
-def slot_outputs(engine: Engine, x: jax.Array, routing: Routing, params: ExpertParams) -> jax.Array:
+def expert_outputs(engine: Engine, x: jax.Array, routing: Routing, params: ExpertParams) -> jax.Array:
     """Each slot's gate-weighted expert output, [N, K, D]: what `apply` would add up, kept apart.
 
     Every assignment is handed to the engine as a token of its own, so the work is that of one `apply`.

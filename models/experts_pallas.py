@@ -204,7 +204,7 @@ def _down(
 def _call(
     kernel: Callable[..., None], out: Any, grid: tuple[int, int], tiles: Tiles, name: str, interpret: bool
 ) -> Callable[..., jax.Array]:
-    """The kernel on whole arrays, in which it finds its place. Neighbours of one expert read the same weights."""
+    """The kernel on whole arrays, in which it finds its place. Neighbors of one expert read the same weights."""
     params = backend.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)
     return pl.pallas_call(kernel, out, grid=grid, compiler_params=params, name=name, interpret=interpret)
 

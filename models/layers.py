@@ -44,7 +44,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention with grouped key/value heads, rotary positions and an optional sliding window.
 
-    Queries and keys are normalised first, then clipped, then rotated, as far as the config asks for it.
+    Queries and keys are normalized first, then clipped, then rotated, as far as the config asks for it.
     """
 
     def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs, dtype: Any = jnp.float32):

@@ -2,7 +2,7 @@
 
 Parameters are a plain dict `{"decoder": ..., "experts": [one entry per layer with experts]}`. The experts stand apart
 because their engine owns their layout (`models.experts`); `Experts` declares their canonical one. Shapes, random
-initialisation, the target of loading and what each of several devices holds (`models.placement`) all derive from these
+initialization, the target of loading and what each of several devices holds (`models.placement`) all derive from these
 declarations.
 """
 

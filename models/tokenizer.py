@@ -139,7 +139,7 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
     )
     if any(fast.encode(text).ids != source.encode(text) for text in _PROBES):
         raise InputError(
-            f"{path}: this kind of SentencePiece model (unigram, or with its own normalisation) cannot be "
+            f"{path}: this kind of SentencePiece model (unigram, or with its own normalization) cannot be "
             f"converted exactly; put the model's {_FAST} beside it"
         )
     fast.post_processor = _bos_in_front(fast)

@@ -3,7 +3,7 @@
 Letters: B sequences, T positions, L layers, E experts, K experts per token, V vocabulary.
 
 The step is next-token cross entropy plus the load-balancing loss of Switch Transformers (Fedus et al. 2021,
-arXiv 2101.03961, equation 4), taken per layer. Optimiser: AdamW with warm-up and cosine decay (optax). Checkpoints:
+arXiv 2101.03961, equation 4), taken per layer. Optimizer: AdamW with warm-up and cosine decay (optax). Checkpoints:
 orbax; the data order is a function of the step alone, so a resumed run continues as if it had never stopped.
 """
 
@@ -77,7 +77,7 @@ def optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def init_train_state(config: MoEConfig, train: TrainConfig, placement: Placement = ONE_DEVICE) -> TrainState:
-    """The parameters where `placement` puts them, and what the optimiser keeps of each beside it."""
+    """The parameters where `placement` puts them, and what the optimizer keeps of each beside it."""
     params = init_params(config, jax.random.key(train.seed))
     state = optimizer(train).init(params)
     if placement.mesh is not None:

@@ -45,10 +45,10 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = (COMMON_TENSORS[path][0] for path in ("decoder/head/kernel", "decoder/embed/embedding"))
 BLOCK_BYTES = 1 << 24  # read at a time where a tensor is only hashed
 
-_STORED = ("F32", "BF16", "F16")  # safetensors' names of the dtypes that hold weights; others hold quantised ones
+_STORED = ("F32", "BF16", "F16")  # safetensors' names of the dtypes that hold weights; others hold quantized ones
 # What decides the maths beside the tensors and is not seen in their shapes.
 _MATHS = ("num_heads", "num_kv_heads", "head_dim", "top_k", "rope_theta", "rms_norm_eps", "sliding_window")
-_MORE_MATHS = ("clip_qkv", "normalise_top_k")  # counted where they are not the usual, so that older prints stand
+_MORE_MATHS = ("clip_qkv", "normalize_top_k")  # counted where they are not the usual, so that older prints stand
 
 
 class CheckpointError(InputError):

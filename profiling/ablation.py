@@ -5,7 +5,7 @@
 The program's equations are sorted by the scope that they were written under (`profiling.scopes`). Once, what every
 component hands to the others is recorded. Then the program is compiled without the equations of one component, and
 given what they would have handed on: the rest does the same work on the same values. What it alone would have read is
-handed out, else the producers would be optimised away with it. Its time is what this saves over the whole program with
+handed out, else the producers would be optimized away with it. Its time is what this saves over the whole program with
 the same additional arguments and results: each of them costs a call a microsecond or more.
 
 What this cannot see:

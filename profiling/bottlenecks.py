@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from profiling.timing import Ratio
+from analysis.criteria import MAX_LEARNED
+from analysis.resampling import Estimate
 
 Severity = Literal["high", "medium", "low"]
 HIGH, MEDIUM = 0.2, 0.05  # share of the call from which a bottleneck is so severe
-MAX_LEARNED = 0.15  # published criterion: share of tokens and layers that the router may be left with
 MIN_HITS = 0.01  # share of tokens and layers that a cached tier must decide to be of use
 LOOKUP = ("plan", "commit")
 
@@ -36,7 +36,7 @@ class Evidence:
     batch: int
     plain: Mapping[str, float]  # s per call, by component of `profiling.costs`, and "other"
     var: Mapping[str, float]  # the same under VAR
-    speedup: Ratio | None = None  # of the whole call, paired
+    speedup: Estimate | None = None  # of the whole call, paired
     experts: tuple[float, float]  # that run per token and layer: plain and VAR
     tiers: Mapping[str, float] | None = None  # share of tokens and layers by tier
     cached_tier: bool = False  # whether there is one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from analysis.reports.report import Column, Section, Table
+from analysis.report.report import Column, Section, Table
 from profiling.bottlenecks import HIGH, MEDIUM, Bottleneck
 
 NAME = "bottlenecks"

@@ -1,7 +1,7 @@
 """From how few experts per token on does VAR pay for its own overhead, and how much is there to gain?
 
 Predicted by a `PerformanceModel`, so it holds for the machine that this was calibrated on. Tokens are taken to draw
-their experts evenly and independently; those of one text favour the same ones, so a real batch reads fewer.
+their experts evenly and independently; those of one text favor the same ones, so a real batch reads fewer.
 
 Letters: N tokens of a call, K experts per token of the plain model.
 """

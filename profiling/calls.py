@@ -63,7 +63,7 @@ class Calls:
     inputs: list[jax.Array]  # int32 [B, T], one per call
 
     def traced(self) -> Traced:
-        """The step as it is run, traced for these calls: what `programs.describe` and `xla_costs.analyse` take."""
+        """The step as it is run, traced for these calls: what `programs.describe` and `xla_costs.analyze` take."""
         return jitted(self.step).trace(self.fixed, self.carry, self.inputs[0])
 
     def fresh(self) -> Carry:

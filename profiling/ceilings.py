@@ -21,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis.command import path_argument, program
-from analysis.reports.output import Output
-from analysis.reports.provenance import write_json
-from profiling.timing import compare, typical
+from analysis.report.output import Output
+from analysis.report.provenance import write_json
+from analysis.resampling import median_estimate
+from profiling.timing import compare
 from varjax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
@@ -158,7 +159,7 @@ def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size:
             values = np.maximum(own - seconds["overhead/call/float32"], 0) / CALLS / (KERNELS - 1) + 1e-9
         else:
             values = work / own
-        one = typical(values)
+        one = median_estimate(values)
         figures.append(Figure(*key, one.value, one.low, one.high))
     return Ceilings(jax.devices()[0].device_kind, tuple(figures))
 

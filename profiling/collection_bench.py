@@ -4,7 +4,7 @@
 
 By default on a model of 100 million random parameters: what is timed does not depend on their values. In one run, round
 by round: the forward pass (without its head, which nobody asks for), the same with statistics, the update alone, and a
-Python loop over tokens that keeps the same figures. The host's share (tokenising, counting keys, moving sums to the
+Python loop over tokens that keeps the same figures. The host's share (tokenizing, counting keys, moving sums to the
 host) is timed apart, per token.
 """
 
@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.collection.passes import FLUSH_TOKENS, on_all_devices, on_mesh, per_device
-from analysis.collection.statistics import KeySettings, choose_keys, collect_step, find_rows
+from analysis.collect.passes import FLUSH_TOKENS, on_all_devices, on_mesh, per_device
+from analysis.collect.statistics import KeySettings, choose_keys, collect_step, find_rows
 from analysis.command import name_argument, program
 from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None) -> None:
     forward = float(np.median(seconds["forward"])) / size
     both = paired_ratio(seconds["with statistics"], seconds["forward"])
     loop = paired_ratio(seconds["loop"] / LOOP_TOKENS, seconds["update"] / size)
-    # The text is read and tokenised once for the keys and once for the model; the model would need it once anyway.
+    # The text is read and tokenized once for the keys and once for the model; the model would need it once anyway.
     host = {"reading again": reading / tokens, "counting keys": counting / tokens, "moving": flushing / FLUSH_TOKENS}
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,} parameters, {len(layers)} layers")
     print(f"{len(keys.keys):,} keys of orders {orders}, batch {ids.shape[0]} x {ids.shape[1]}")

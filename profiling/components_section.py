@@ -6,19 +6,19 @@ from collections.abc import Iterator, Sequence
 
 from matplotlib.figure import Figure
 
-from analysis.reports.figures import panels, shade
-from analysis.reports.report import Column, FigureNote, Section, Table
+from analysis.report.figures import panels, shade
+from analysis.report.report import Column, ReportFigure, Section, Table
 from profiling.components import AGREE, SMALL, Breakdown
 from profiling.costs import COMPONENTS
 from profiling.scopes import OTHER
 
 NAME = "components"
 WITHIN = 0.1  # of the untraced call, where the components by trace must sum to
-NOTE = FigureNote(
+NOTE = ReportFigure(
     NAME,
     "Where the time of a call goes",
     "One bar per side: the components of a call by trace, from the bottom in the order of the legend, in milliseconds. "
-    "Each has a grey and a hatch of its own. The dash across a bar is the call without a trace: the nearer to the "
+    "Each has a gray and a hatch of its own. The dash across a bar is the call without a trace: the nearer to the "
     "bar's end, the better its time is explained.",
     "A fused operation is shared among the components of what it fuses by the number of elements, which is an "
     "estimate. `other` is the time in which nothing runs: for short calls mostly the host's.",

@@ -9,12 +9,12 @@ from functools import partial
 
 import numpy as np
 
-from analysis.reports.report import Column, Section, Table
+from analysis.report.report import Column, Section, Table
 from profiling.calls import prepare, sides
 from profiling.compiling import at_once
 from profiling.costs import COMPONENTS, Cost, component_costs
 from profiling.evidence import workload_and_mix
-from profiling.xla_costs import XlaCost, analyse, explain
+from profiling.xla_costs import XlaCost, analyze, explain
 from varjax.model import VARModel
 
 NAME = "costs"
@@ -44,7 +44,7 @@ def count(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> list[CallCost
 
 def _count(side: str, var_model: VARModel, phase: str, ids: np.ndarray) -> CallCosts:
     workload, mix = workload_and_mix(var_model, ids, phase)
-    xla = analyse(prepare(var_model, ids, phase).traced())
+    xla = analyze(prepare(var_model, ids, phase).traced())
     given = (var_model.model.config, workload, mix)
     needed, written = component_costs(*given), component_costs(*given, as_written=True)
     return CallCosts(side, phase, len(ids), needed, written, xla)

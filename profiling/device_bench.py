@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis.command import name_argument, path_argument, program
-from analysis.reports.output import Output
-from analysis.reports.provenance import provenance, write_json
+from analysis.report.output import Output
+from analysis.report.provenance import provenance, write_json
+from analysis.resampling import median_estimate
 from models import Model, MoEConfig
 from models.config import read_config
 from models.experts import ENGINES, Engine, get_engine
@@ -40,7 +41,7 @@ from profiling.hardware import Hardware, ceiling
 from profiling.points import Point, Task, measure
 from profiling.published import PUBLISHED
 from profiling.rivals import RivalError, rivals
-from profiling.timing import paired_ratio, typical
+from profiling.timing import paired_ratio
 from profiling.workload import Mix, Workload
 from varjax.errors import InputError
 
@@ -208,7 +209,7 @@ def _memory(device: Any) -> float | None:
 def _transformers(config: MoEConfig, settings: Settings) -> dict[str, Any]:
     options = {name: getattr(settings, name) for name in ("tokens", "length", "cached", "batches", "steps", "rounds")}
     found = torch_bench.in_a_process(config, timeout=settings.seconds / 2, **options)
-    figures = {name: typical(np.asarray(own)) for name, own in found["seconds"].items()}
+    figures = {name: median_estimate(np.asarray(own)) for name, own in found["seconds"].items()}
     return {"seconds": figures, "peak_bytes": found["peak_bytes"]}
 
 
@@ -247,9 +248,9 @@ def _experts(
             found.append(
                 {
                     "engine": name,
-                    "kept": m,
+                    "experts_kept": m,
                     "single": (k - m) / (k - 1) if k > 1 else 0.0,
-                    "seconds": typical(own),
+                    "seconds": median_estimate(own),
                     "of_plain": paired_ratio(own, plain),
                     "of_ceiling": ceiling({"experts": cost}, hardware) / float(np.median(own)),
                     "flops_per_second": cost.flops / float(np.median(own)),

@@ -69,7 +69,7 @@ def cases(tokens: int, num_experts: int, k: int, kept: Sequence[float]) -> dict[
     for m in dict.fromkeys(map(float, (k, *kept))):
         if not (m * tokens).is_integer():
             continue
-        each = np.diff(np.arange(tokens + 1) * m // 1, axis=0)  # m or, where it is no whole number, its neighbours
+        each = np.diff(np.arange(tokens + 1) * m // 1, axis=0)  # m or, where it is no whole number, its neighbors
         gone = np.arange(k) >= each[:, None]
         found[m] = Routing(
             jnp.asarray(np.where(gone, num_experts, experts), jnp.int32),

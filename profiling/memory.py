@@ -13,13 +13,13 @@ from functools import partial
 import jax
 import numpy as np
 
-from analysis.reports.report import Column, Section, Table
+from analysis.report.report import Column, Section, Table
 from models.config import MoEConfig
 from profiling.calls import prepare, sides
 from profiling.compiling import at_once
 from profiling.costs import computed, parameters
 from profiling.workload import FLOAT32, Workload
-from profiling.xla_costs import analyse
+from profiling.xla_costs import analyze
 from varjax.model import VARModel
 
 NAME = "memory"
@@ -107,4 +107,4 @@ def _prefill_peak(side: str, var_model: VARModel, batch: int, length: int) -> Pe
         held=held,
         answers=table is not None and table.answers is not None,
     )
-    return Peak(side, batch, length, predicted, analyse(calls.traced()).peak_bytes)
+    return Peak(side, batch, length, predicted, analyze(calls.traced()).peak_bytes)

@@ -33,8 +33,9 @@ from scipy.optimize import least_squares
 from scipy.stats import nbinom, poisson
 
 from analysis.command import name_argument, path_argument, program
-from analysis.reports.output import Output
-from analysis.reports.provenance import provenance, write_json
+from analysis.report.output import Output
+from analysis.report.provenance import provenance, write_json
+from analysis.resampling import median_estimate
 from models import Model, load_model
 from models.config import MoEConfig
 from models.experts_blocks import block_sizes, cut
@@ -42,14 +43,13 @@ from profiling.ceilings import Ceilings
 from profiling.ceilings import measure as measure_ceilings
 from profiling.costs import Cost, component_costs
 from profiling.points import Point, Task, measure, tasks
-from profiling.timing import typical
 from profiling.workload import FLOAT32, Mix, Workload
 from varjax.errors import InputError
 
 TARGET = 0.10  # median relative error on unseen points
 NOISE = 1.25  # how far an effective rate may lie above a ceiling's interval
 MOVES = 3  # of every slot's output: read, and added to its token's row (read, written)
-PULL = 0.05  # of a parameter towards its start, per e-fold; a point's residual is its error in e-folds
+PULL = 0.05  # of a parameter toward its start, per e-fold; a point's residual is its error in e-folds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +227,7 @@ def errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point]) 
         raise InputError("there are no points, so no errors either")
     each = tuple(PointError(point, predict(model, config, point.workload, point.mix)) for point in points)
     absolute = np.array([abs(one.relative) for one in each])
-    median = typical(absolute)
+    median = median_estimate(absolute)
     return Errors(each, median.value, median.low, median.high, each[int(absolute.argmax())])
 
 

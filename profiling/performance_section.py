@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.reports.figures import MARKERS, panels
-from analysis.reports.report import Column, FigureNote, Section, Table
+from analysis.report.figures import MARKERS, panels
+from analysis.report.report import Column, ReportFigure, Section, Table
 from profiling.break_even import break_even, speedup
 from profiling.costs import component_costs
 from profiling.hardware import HARDWARE
@@ -20,7 +20,7 @@ NAME, ROOFLINE = "performance_model", "roofline"
 PUBLISHED = "h200"  # drawn beside what was measured
 LEAST_GAIN = 1.05  # a speed-up under this counts as none
 NOTES = (
-    FigureNote(
+    ReportFigure(
         NAME,
         "Predicted against measured time",
         "Each marker is one kind of call: hollow ones calibrated the model, filled ones it had not seen. The line is "
@@ -28,12 +28,12 @@ NOTES = (
         "Both axes are logarithmic: a fifth looks small. The points share one machine and one checkpoint, and were "
         "timed in the same rounds.",
     ),
-    FigureNote(
+    ReportFigure(
         ROOFLINE,
         "Components at their arithmetic intensity",
         "Each marker is a component of a plain call: its operations over the bytes that it must move, and the rate at "
         "which the performance model says that it runs. Black lines: measured ceilings of this machine, the product "
-        "and the bandwidths of memory (solid) and cache (dashed). Grey: published bfloat16 ceilings of an accelerator.",
+        "and the bandwidths of memory (solid) and cache (dashed). Gray: published bfloat16 ceilings of an accelerator.",
         "Rates are the model's, not timed one by one. A component under its roof is not at fault where its shapes are "
         "small; bytes are counted once, whichever cache they come from. Components without products stand at the few "
         "operations that are counted for them.",

@@ -25,13 +25,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.resampling import median_estimate
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
 from models import Model
 from profiling.compiling import at_once
 from profiling.step_bench import NEVER, ORDERS, as_step, decoding, random_stats
 from profiling.throughput import used_experts
-from profiling.timing import compare, typical
+from profiling.timing import compare
 from profiling.workload import Mix, Workload, table_bytes
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.answers import Answers
@@ -88,7 +89,10 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
     halves = num_layers // 2
 
     def config(kept: Sequence[int], *, answers: bool, orders: tuple[int, ...] = EVERY, often: int = 1) -> VARConfig:
-        layers = {layer: LayerPolicy(kept=number, residual=answers, orders=orders) for layer, number in enumerate(kept)}
+        layers = {
+            layer: LayerPolicy(experts_kept=number, residual=answers, orders=orders)
+            for layer, number in enumerate(kept)
+        }
         return VARConfig(
             frequency_threshold=often, entropy_threshold=100.0, confidence_threshold=1.0, cache_size=0, layers=layers
         )
@@ -181,7 +185,7 @@ def measure(
     seconds = compare(runs, repeats, warmup=1, seed=seed)
     found = []
     for task, (_, workload, mix) in zip(wanted, prepared, strict=True):
-        one = typical(seconds[task.name] / _calls(task, run_tokens))
+        one = median_estimate(seconds[task.name] / _calls(task, run_tokens))
         found.append(Point(task.name, workload, mix, one.value, one.low, one.high))
     return found
 

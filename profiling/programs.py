@@ -3,7 +3,7 @@
     module = describe(jax.jit(f, keep_unused=True).trace(*arguments))
     module.instructions["fusion.7"].shares                       # (("scores", 1.0),)
 
-A profiler's events name instructions of the optimised program. Its text keeps, for most of them, the `jax.named_scope`
+A profiler's events name instructions of the optimized program. Its text keeps, for most of them, the `jax.named_scope`
 of what they were made from; the innermost one that is a component (`profiling.scopes`) is theirs.
 
 * A fusion is shared among the components of what it fuses: all of it goes to a matrix product in it, else each has the
@@ -68,7 +68,7 @@ def describe(traced: Traced) -> Module:
 
 
 def read(text: str, owners: Sequence[str] = ()) -> Module:
-    """The text of an optimised HLO module.
+    """The text of an optimized HLO module.
 
     Args:
         owners: the component that reads each argument (`Program.owners`); empty if it is not known.
@@ -155,13 +155,13 @@ class _Lines:
         total = weights.total()
         return tuple((part, weight / total) for part, weight in weights.items()) if total else None
 
-    def nearest(self, name: str, neighbours: Mapping[str, list[str]]) -> str | None:
+    def nearest(self, name: str, neighbors: Mapping[str, list[str]]) -> str | None:
         """The component of the nearest instruction that says, along users or operands."""
         seen, frontier = {name}, [name]
         while frontier:
             for one in frontier:
                 if self.components.get(one):
                     return self.components[one]
-            frontier = [other for one in frontier for other in neighbours.get(one, ()) if other not in seen]
+            frontier = [other for one in frontier for other in neighbors.get(one, ()) if other not in seen]
             seen.update(frontier)
         return None

@@ -14,14 +14,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.stats import linregress
 
-from analysis.reports.figures import MARKERS, panels
-from analysis.reports.report import Column, FigureNote, Section, Table
+from analysis.report.figures import MARKERS, panels
+from analysis.report.report import Column, ReportFigure, Section, Table
 from profiling.performance_model import PointError, Study
 
 NAME = "scaling"
 FEWEST = 3  # kinds of calls that a line is fitted to
 OFF = 0.15  # by how much the exponent may differ from what is expected
-NOTE = FigureNote(
+NOTE = ReportFigure(
     NAME,
     "Time of a call by its tokens",
     "Markers: measured, one kind of call each. Lines: what the performance model says of the same calls. Cost per "
@@ -96,9 +96,9 @@ def figure(found: Sequence[Scaling]) -> Figure:
     drawn, axes = panels(len(phases))
     for axis, phase in zip(axes, phases, strict=True):
         for index, one in enumerate(one for one in found if one.phase == phase):
-            grey = str(0.6 * index / max(len(found) - 1, 1))
-            axis.plot(one.tokens, np.multiply(1e3, one.measured), MARKERS[index], color=grey, label=one.policy)
-            axis.plot(one.tokens, np.multiply(1e3, one.predicted), color=grey, linewidth=0.8)
+            gray = str(0.6 * index / max(len(found) - 1, 1))
+            axis.plot(one.tokens, np.multiply(1e3, one.measured), MARKERS[index], color=gray, label=one.policy)
+            axis.plot(one.tokens, np.multiply(1e3, one.predicted), color=gray, linewidth=0.8)
             if index == 0:
                 proportional = one.measured[0] / one.tokens[0] * np.array(one.tokens)
                 axis.plot(one.tokens, 1e3 * proportional, ":", color="0.5")

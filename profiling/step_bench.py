@@ -79,7 +79,7 @@ def configs() -> dict[str, VARConfig]:
     answering = VARConfig(
         frequency_threshold=1,
         entropy_threshold=100.0,
-        default=LayerPolicy(kept=1, residual=False, orders=ORDERS),
+        default=LayerPolicy(experts_kept=1, residual=False, orders=ORDERS),
     )
     found = {"switched off": VARConfig(enable_var=False)}
     nothing = dataclasses.replace(answering, frequency_threshold=NEVER, confidence_threshold=1.0)  # nor remembered

@@ -24,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.evaluation.caching import SECONDS_PER_TOKEN
+from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.resampling import Estimate
 from analysis.text.encoding import Encoded
-from profiling.timing import Ratio, compare, paired_ratio
+from profiling.timing import compare, paired_ratio
 from varjax.errors import NotTestableError
 from varjax.model import VARModel
 
@@ -42,7 +43,7 @@ class Throughput:
     tokens: int  # in one timed run
     plain: float  # tokens/s, median
     var: float  # tokens/s, median
-    speedup: Ratio  # paired, round by round
+    speedup: Estimate  # paired, round by round
     experts: tuple[float, ...]  # that run per token and layer: plain and VAR
     distinct: tuple[float, ...]  # experts of a layer that any token of a call runs, mean: plain and VAR
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from analysis.evaluation.comparison import MIN_SPEEDUP
-from analysis.reports.figures import panels
-from analysis.reports.report import Column, FigureNote, Section, Table
+from analysis.criteria import EVALUATION_SPEEDUP
+from analysis.report.figures import panels
+from analysis.report.report import Column, ReportFigure, Section, Table
 from profiling.throughput import Throughput
 
 NAME = "throughput"
-NOTE = FigureNote(
+NOTE = ReportFigure(
     NAME,
     "Speed-up by batch size",
     "Dots: measured, median of paired rounds with 95 % intervals. Dashed: experts of the plain model over those that "
@@ -29,12 +29,12 @@ def section(found: Sequence[Throughput]) -> Section:
     alone = next(one for one in found if one.phase == "decode")
     many = [one for one in found if one.phase == "prefill"][-1]
     last = [one for one in found if one.phase == "decode"][-1]
-    passed = min(alone.speedup.value, many.speedup.value) >= MIN_SPEEDUP
+    passed = min(alone.speedup.value, many.speedup.value) >= EVALUATION_SPEEDUP
     return Section(
         NAME,
         "Throughput by batch size",
         "PASS" if passed else "FAIL",
-        f"speed-up >= {MIN_SPEEDUP}x in decode at batch {alone.batch} and in prefill at batch {many.batch}: "
+        f"speed-up >= {EVALUATION_SPEEDUP}x in decode at batch {alone.batch} and in prefill at batch {many.batch}: "
         f"{alone.speedup.value:.2f}x and {many.speedup.value:.2f}x",
         (
             "Paired and interleaved: each round times both sides once, in an order drawn anew; the ratio is taken "

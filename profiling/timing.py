@@ -6,7 +6,6 @@ an order that is drawn anew, and a ratio is taken inside the round.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,16 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from analysis.resampling import Estimate, median_estimate
 from varjax.errors import InputError
-
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-    """Median, of paired ratios as a rule, and its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 def compare(
@@ -53,17 +44,9 @@ def compare(
     return seconds
 
 
-def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, samples: int = 2000, seed: int = 0) -> Ratio:
+def paired_ratio(numerator: np.ndarray, denominator: np.ndarray, samples: int = 2000, seed: int = 0) -> Estimate:
     """Median over rounds of numerator / denominator, float64 [repeats] each, with a bootstrap over rounds."""
-    return typical(numerator / denominator, samples, seed)
-
-
-def typical(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Ratio:
-    """Median of float64 [repeats], with a bootstrap over them."""
-    rng = np.random.default_rng(seed)
-    draws = np.median(values[rng.integers(0, len(values), (samples, len(values)))], axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Ratio(float(np.median(values)), float(low), float(high))
+    return median_estimate(numerator / denominator, samples, seed)
 
 
 def geometric_mean(ratios: Iterable[float]) -> float:

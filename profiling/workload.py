@@ -78,7 +78,7 @@ def distinct_experts(num_experts: int, k: float, tokens: int, skew: np.ndarray |
 
     A token hits expert e with probability k s_e, where s_e is the share of all assignments that go to e; so the mean is
     the sum over e of 1 - (1 - k s_e)^tokens, whatever the joint law of a token's k draws. Tokens of one text are not
-    independent (they favour the same experts), so a real batch hits fewer.
+    independent (they favor the same experts), so a real batch hits fewer.
 
     Args:
         k: experts per token; a fraction is a mean over tokens.
@@ -107,5 +107,5 @@ def table_bytes(config: MoEConfig, tokens: int, orders: int, width: int = 4, buc
         bucket: keys per bucket of the index.
     """
     look_up = bucket * 4 * (1 + width) + config.num_layers  # rows, keys, `eligible`
-    row = config.num_layers * (1 + 8 * config.top_k)  # `kept`, experts, weights
+    row = config.num_layers * (1 + 8 * config.top_k)  # `experts_kept`, experts, weights
     return float(tokens * (orders * look_up + row))

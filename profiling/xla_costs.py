@@ -1,6 +1,6 @@
 """What XLA says that a program costs, and what it holds that XLA is known to count wrongly.
 
-    cost = analyse(jax.jit(f).trace(*arguments))
+    cost = analyze(jax.jit(f).trace(*arguments))
     print(cost.flops, cost.doubts)
 
 The numbers are XLA's own (`cost_analysis`, `memory_analysis` of the compiled program), not corrected. Where a program
@@ -49,13 +49,13 @@ class XlaCost:
         return self.argument_bytes + self.output_bytes - self.aliased_bytes + self.temporary_bytes
 
 
-def analyse(traced: Traced) -> XlaCost:
+def analyze(traced: Traced) -> XlaCost:
     """Compiles a traced function (`jax.jit(f).trace(*arguments)`) and reads what XLA says of it."""
     compiled = traced.lower().compile()
     costs, memory = compiled.cost_analysis(), compiled.memory_analysis()
     if costs is None or memory is None:
         raise NotImplementedError(
-            "this backend gives no cost or memory analysis; analyse the program on a CPU or a GPU"
+            "this backend gives no cost or memory analysis; analyze the program on a CPU or a GPU"
         )
     doubts = constructs(compiled.as_text() or "")
     # A ragged product is expanded while lowering, before there is any text that could name it.
@@ -72,7 +72,7 @@ def analyse(traced: Traced) -> XlaCost:
 
 
 def constructs(hlo: str) -> dict[str, int]:
-    """How many instructions of an optimised program's HLO text (`compiled.as_text()`) XLA's count goes wrong on.
+    """How many instructions of an optimized program's HLO text (`compiled.as_text()`) XLA's count goes wrong on.
 
     The keys are those of `KNOWN_ERRORS`; ragged products leave no trace in HLO.
     """

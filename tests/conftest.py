@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network
 # Compiling is most of what the tests do, so LLVM spends little on each program, and where XLA has two generators of
 # code for a CPU (jaxlib 0.10), the older one writes it in a third of the time. XLA's own passes all run. Tests that
-# hold two different programs against each other bit for bit are marked `optimised`, and test_optimised.py runs them
+# hold two different programs against each other bit for bit are marked `optimized`, and test_optimized.py runs them
 # compiled as users' programs are. With JAX_DISABLE_MOST_OPTIMIZATIONS=0 in the environment all are.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and version("jaxlib").startswith("0.10."):
@@ -33,8 +33,8 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import Encoded, encode
 from models import Model, MoEConfig, load_model
@@ -65,8 +65,8 @@ def room_for_programs():
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("optimised") and jax.config.read("jax_disable_most_optimizations"):
-        pytest.skip("test_optimised.py runs it")
+    if item.get_closest_marker("optimized") and jax.config.read("jax_disable_most_optimizations"):
+        pytest.skip("test_optimized.py runs it")
 
 
 @pytest.fixture(scope="session")
@@ -154,5 +154,5 @@ def small_var_model(saved_model, even_documents) -> VARModel:
     some = even_documents[:60]
     stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), min_count=3)), **reading)
     answers = collect_answers(saved_model, some, stats.keys, range(2), **reading)
-    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, default=LayerPolicy(kept=1), cache_size=0)
+    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, default=LayerPolicy(experts_kept=1), cache_size=0)
     return VARModel(saved_model, config, table=build(stats, config, saved_model.config.top_k, answers))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.evaluation.comparison import read_result
+from analysis.evaluate.comparison import read_result
 from tests.documented import ROOT
 from tests.of_record import COMMANDS
 from varjax import VARConfig, statsfile

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from analysis.collection.checkpoints import Checkpoints, note, resumed
-from analysis.evaluation.comparison import read_result
-from analysis.evaluation.quality import Scores
+from analysis.collect.checkpoints import Checkpoints, note, resumed
+from analysis.evaluate.comparison import read_result
+from analysis.evaluate.quality import Scores
 from analysis.policies import scored_points
-from analysis.reports.provenance import write_json
+from analysis.report.provenance import write_json
 from analysis.text import embedded
 from analysis.text.corpus import load_documents
 from analysis.text.preparation import prepare

@@ -28,8 +28,8 @@ import jax
 import optuna
 import pytest
 
-from analysis.collection.run import STATS
-from analysis.evaluation.comparison import read_result
+from analysis.collect.run import STATS
+from analysis.evaluate.comparison import read_result
 from analysis.hypothesis_validation import TRACE_FILE
 from analysis.text.prepared import read_manifest
 from analysis.traces import trace
@@ -218,7 +218,7 @@ def evaluated(reader: Reader) -> None:
     elif asked.certify:
         assert read_json(asked.output / "certificate.json")["certificate"]
         assert f"certified at {asked.level} confidence" in reader.printed
-    elif asked.mode == "distil":
+    elif asked.mode == "distill":
         config = VARConfig.load(asked.output / "var_config.json")
         assert answersfile.read(config.residuals)[0].layers == (0, 1)
     elif asked.mode == "study":
@@ -243,7 +243,7 @@ def searched(reader: Reader) -> None:
         assert VARConfig.load(asked.output / "best_config.json").routing_stats == str(asked.routing_stats)
 
 
-def analysed(reader: Reader) -> None:
+def analyzed(reader: Reader) -> None:
     asked = reader.arguments
     found = read_json(asked.output / "systems.json")["results"]
     assert {one["phase"] for one in found["evidence"]} == {"prefill", "decode"}
@@ -316,13 +316,13 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "analysis.harness": harnessed,
     "analysis.hypothesis_validation": validated,
     "analysis.replay": replayed,
-    "analysis.reports.index_page": indexed,
+    "analysis.report.index_page": indexed,
     "analysis.traces.importing": imported,
     "experiments/00_train_reference.py": trained,
     "experiments/01_routing_analysis.py": collected,
     "experiments/02_evaluate_var.py": evaluated,
     "experiments/03_hyperparameter_optimization.py": searched,
-    "experiments/05_systems_analysis.py": analysed,
+    "experiments/05_systems_analysis.py": analyzed,
     "experiments/download_models.py": fetched,
     "experiments/prepare_datasets.py": prepared,
     "profiling.calculator": told(r"187 +334 +1\.78x"),  # as docs/phase5.md has it

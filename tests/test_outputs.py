@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.reports.output import Output
+from analysis.report.output import Output
 from tests.documented import ROOT
 from tests.running import run_python
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.reports.provenance import write_json
+from analysis.report.provenance import write_json
 from tuning.points import Point, best, least_bad
 from varjax import checksums
 from varjax.config import VARConfig

@@ -1,4 +1,4 @@
-"""Figures of a search, readable in greyscale, and how to read them. `analysis.reports.figures.save` writes them.
+"""Figures of a search, readable in grayscale, and how to read them. `analysis.report.figures.save` writes them.
 
 In all of them a trial within the limit is a black dot, one beyond it is hollow, one that was given up a small cross.
 """
@@ -13,31 +13,31 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from analysis.reports.figures import panels, subplots
-from analysis.reports.report import FigureNote
+from analysis.report.figures import panels, subplots
+from analysis.report.report import ReportFigure
 from tuning.importance import Importance, Sensitivity
 from tuning.points import Point, pareto, predicted
 from tuning.space import Parameter, Space
 
 _MARKS = "Black dots: within the limit. Hollow: beyond it. Crosses: given up before all documents were scored."
 
-HISTORY = FigureNote(
+HISTORY = ReportFigure(
     "tuning_history",
     "Speed-up by trial",
     f"{_MARKS} Line: the fastest within the limit so far.",
     "The line can only rise, also by luck: the more trials, the more the fastest of them owes to noise. A line that is "
     "flat at the end says that this search found nothing more, not that there is nothing more.",
 )
-FRONT = FigureNote(
+FRONT = ReportFigure(
     "tuning_front",
     "Speed-up against loss of quality",
     f"{_MARKS} To the right of a trial its upper confidence limit; where that passes the dashed line, the limit on "
-    "quality, the trial is beyond it. Grey steps: the trials to which no other is better in both. Up is better, and so "
+    "quality, the trial is beyond it. Gray steps: the trials to which no other is better in both. Up is better, and so "
     "is left. To the dashed line on both sides of 0 the scale is linear, further out logarithmic.",
-    "The front is drawn by estimates, and noise favours whoever is on it. Crosses stand where the documents put them "
+    "The front is drawn by estimates, and noise favors whoever is on it. Crosses stand where the documents put them "
     "that were scored, which are fewer, so they do not compare. Limits are one-sided and each for itself.",
 )
-IMPORTANCE = FigureNote(
+IMPORTANCE = ReportFigure(
     "tuning_importance",
     "Importance of parameters",
     "How far the best quarter of the trials differs from all of them in a parameter, as shares of 1. Black: the best "
@@ -47,7 +47,7 @@ IMPORTANCE = FigureNote(
     "sample evenly: what it settled early varies little afterwards and looks unimportant. Nothing is said about which "
     "way a parameter pulls, nor of pairs of parameters.",
 )
-SENSITIVITY = FigureNote(
+SENSITIVITY = ReportFigure(
     "tuning_sensitivity",
     "Which way parameters pull",
     "Spearman's rank correlation of a parameter with speed-up and with the change of perplexity, with 95 % bootstrap "
@@ -56,7 +56,7 @@ SENSITIVITY = FigureNote(
     "Trials of a search depend on each other, so intervals are rather too narrow. What rises and falls again "
     "shows as 0.",
 )
-SLICES = FigureNote(
+SLICES = ReportFigure(
     "tuning_slices",
     "Trials by parameter",
     f"{_MARKS} A panel for each parameter, all trials in each.",

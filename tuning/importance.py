@@ -21,7 +21,7 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from scipy import stats as ranking
 
-from analysis.evaluation.comparison import Estimate
+from analysis.resampling import Estimate
 from tuning.points import Outcome, Point
 from tuning.space import Parameter, Space
 
@@ -138,9 +138,9 @@ def _sensitivity(points: Sequence[Point], space: Space, target: str, samples: in
 
 def _spearman(values: np.ndarray, results: np.ndarray) -> np.ndarray:
     """float64 [S]: rank correlation of each row of [S, N], [S, N]; NaN where one side is all the same."""
-    centred = [ranking.rankdata(side, axis=1) - (side.shape[1] + 1) / 2 for side in (values, results)]
-    spreads = np.prod([np.square(side).sum(axis=1) for side in centred], axis=0)
-    together = np.prod(centred, axis=0).sum(axis=1)
+    centered = [ranking.rankdata(side, axis=1) - (side.shape[1] + 1) / 2 for side in (values, results)]
+    spreads = np.prod([np.square(side).sum(axis=1) for side in centered], axis=0)
+    together = np.prod(centered, axis=0).sum(axis=1)
     return np.divide(together, np.sqrt(spreads), out=np.full(len(spreads), np.nan), where=spreads > 0)
 
 

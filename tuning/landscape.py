@@ -21,7 +21,7 @@ import numpy as np
 import optuna
 
 from analysis.command import program
-from profiling.timing import Ratio
+from analysis.resampling import Estimate
 from tuning.points import PREDICTED, Outcome, Point, best
 from tuning.space import Parameter, Space, Values, suggest
 from tuning.study import METHODS, Method, check_method, fill, points, work
@@ -57,7 +57,7 @@ def search(method: Method, trials: int, seed: int) -> list[Point]:
     def attempt(trial: optuna.Trial) -> Point:
         values = suggest(SPACE, trial)
         speedup, loss = landscape(values)
-        outcome = Outcome(loss, loss, 1, False, 1.0, 0.0, {PREDICTED: Ratio(speedup, speedup, speedup)}, speedup)
+        outcome = Outcome(loss, loss, 1, False, 1.0, 0.0, {PREDICTED: Estimate(speedup, speedup, speedup)}, speedup)
         return Point(trial.number, values, str(values), outcome)
 
     work(study, method, seed, attempt, LIMIT)

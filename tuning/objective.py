@@ -24,16 +24,17 @@ import jax
 import numpy as np
 from scipy import stats as distributions
 
-from analysis.evaluation.certificate import CLIP, LIMIT
-from analysis.evaluation.quality import score, var_runner
+from analysis.evaluate.certificate import CLIP, LIMIT
+from analysis.evaluate.quality import score, var_runner
 from analysis.policies.ladder import Choice, Ladder, Measured, climb
 from analysis.policies.scored_points import Losses, Subject, losses
 from analysis.policies.search import policies
+from analysis.resampling import Estimate
 from models import MoEConfig
 from profiling.calls import PHASES
 from profiling.costs import flops_per_token
 from profiling.throughput import measure
-from profiling.timing import Ratio, geometric_mean
+from profiling.timing import geometric_mean
 from tuning.points import PREDICTED, Outcome
 from varjax import bounds
 from varjax.config import VARConfig
@@ -179,10 +180,10 @@ class Objective:
         shares = summary(state.counters, self.subject.model.config.top_k)
         return found, shares["experts_per_token"], shares["tiers"][TIERS[-1]]
 
-    def _speedups(self, config: VARConfig, table: RouteTable, experts: float) -> dict[str, Ratio]:
+    def _speedups(self, config: VARConfig, table: RouteTable, experts: float) -> dict[str, Estimate]:
         if self.speed == "model":
             value = predicted_speedup(self.subject.model.config, self.subject.max_length, experts)
-            return {PREDICTED: Ratio(value, value, value)}
+            return {PREDICTED: Estimate(value, value, value)}
         # A table of one's own would look up no more than this; all else that is there and unused costs little.
         asked = asked_orders(config, table.num_layers) or table.orders[:1]
         timed = measure(
@@ -195,7 +196,7 @@ class Objective:
             phases=self.phases,
             seconds_per_token=self.subject.caching.seconds_per_token,
         )
-        return {phase: Ratio(**timed["speedup"][phase]) for phase in self.phases}
+        return {phase: Estimate(**timed["speedup"][phase]) for phase in self.phases}
 
 
 def upper_limit(change: np.ndarray, tokens: np.ndarray, confidence: float) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from profiling.timing import Ratio
+from analysis.resampling import Estimate
 from tuning.space import Values
 
 PREDICTED = "predicted"  # in place of a phase: by active assignments, not measured
@@ -26,7 +26,7 @@ class Outcome:
     hopeless: bool  # given up before all documents were scored: its loss had passed the limit beyond doubt
     experts_per_token: float  # mean over tokens and layers
     learned_share: float  # share of tokens and layers that the learned router decided
-    speedups: Mapping[str, Ratio]  # by phase, "prefill" and "decode", or under PREDICTED
+    speedups: Mapping[str, Estimate]  # by phase, "prefill" and "decode", or under PREDICTED
     speedup: float  # what is to be as high as possible: their geometric mean
 
     def within(self, limit: float) -> bool:

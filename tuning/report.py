@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from analysis.evaluation.comparison import Estimate
-from analysis.reports.report import Column, Report, Section, Table
+from analysis.report.report import Column, Report, Section, Table
+from analysis.resampling import Estimate
 from tuning import figures
 from tuning.importance import FEWEST, Importance, Sensitivity, importances, sensitivities, varied
 from tuning.points import Point, best, least_bad, pareto, predicted

@@ -156,7 +156,7 @@ def without_effect(space: Space, seconds: float) -> dict[str, str]:
     """The parameters that can change nothing on the documents of a search, and why.
 
     Args:
-        seconds: the greatest age of a decision of the cached tier there, `analysis.evaluation.caching.Caching.span`.
+        seconds: the greatest age of a decision of the cached tier there, `analysis.evaluate.caching.Caching.span`.
     """
     if seconds == 0:
         why = "each document is read in one window with a cached tier of its own, which decides nothing then"
@@ -194,7 +194,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
     config = dataclasses.replace(base, **fields)
     if budget is not None:
         policies = {
-            choice.layer: LayerPolicy(kept=None, tolerance=choice.tolerance, orders=tuple(orders))
+            choice.layer: LayerPolicy(experts_kept=None, tolerance=choice.tolerance, orders=tuple(orders))
             for choice in ladder.within(float(budget))
         }
         config = dataclasses.replace(config, default=None, layers=policies)

@@ -31,8 +31,8 @@ import optuna
 import sqlalchemy
 from optuna.trial import TrialState
 
-from analysis.reports.provenance import hash_json
-from profiling.timing import Ratio
+from analysis.report.provenance import hash_json
+from analysis.resampling import Estimate
 from tuning.points import Outcome, Point
 from tuning.space import Space, grid
 from varjax.errors import InputError
@@ -232,7 +232,7 @@ def points(study: optuna.Study) -> list[Point]:
     for trial in study.get_trials(deepcopy=False):
         if trial.state is TrialState.COMPLETE:
             fields = dict(trial.user_attrs[_OUTCOME])
-            speedups = {phase: Ratio(**one) for phase, one in fields.pop("speedups").items()}
+            speedups = {phase: Estimate(**one) for phase, one in fields.pop("speedups").items()}
             outcome = Outcome(**fields, speedups=speedups)
             found.append(Point(trial.number, dict(trial.params), trial.user_attrs[_CONFIG], outcome))
     return found

@@ -3,7 +3,7 @@
 Two sets of documents, neither of which the search or its tables have seen, answer two questions:
 
 - The calibrate split certifies and chooses. The candidates are tested one after the other
-  (`analysis.evaluation.certificate`), those that were surest on the tuning documents first, so the error of all
+  (`analysis.evaluate.certificate`), those that were surest on the tuning documents first, so the error of all
   certificates together is controlled: with the stated confidence no candidate that is certified costs more than the
   limit. Of the certified ones the fastest is chosen, by timings on these documents.
 - The test split judges that one configuration. The best of several measurements is better than what it measures, so
@@ -27,13 +27,14 @@ import jax
 import numpy as np
 from scipy import stats as distributions
 
-from analysis.evaluation import certificate
-from analysis.evaluation.certificate import LIMIT, Certificate, certify
-from analysis.evaluation.comparison import Estimate, ratio_interval
+from analysis.criteria import TUNING_SPEEDUP, Criterion
+from analysis.evaluate import certificate
+from analysis.evaluate.certificate import LIMIT, Certificate, certify
 from analysis.policies.scored_points import Losses, Subject, losses
+from analysis.resampling import Estimate, ratio_estimate
 from analysis.text.drawn import Drawn
 from profiling.throughput import measure
-from profiling.timing import Ratio, geometric_mean
+from profiling.timing import geometric_mean
 from tuning.objective import upper_limit
 from varjax.config import VARConfig
 from varjax.errors import InputError
@@ -41,7 +42,6 @@ from varjax.model import VARModel, build_for
 from varjax.progress import progress_bar
 from varjax.table import RouteTable
 
-MIN_SPEEDUP = 1.3  # published criterion
 REPEATS = 5  # fewer have a wide limit: over 3 the quantile is 2.9 standard errors, over 5 it is 2.1
 PROGRAMS = 4  # configurations whose compiled programs are held at once
 SPREAD = 0.15  # relative distance of a repeat's speed-up from their mean, up to which repeats agree
@@ -51,7 +51,7 @@ SPREAD = 0.15  # relative distance of a repeat's speed-up from their mean, up to
 class Timed:
     """The speed of one configuration on some documents, against the plain model in the same rounds."""
 
-    speedups: Mapping[str, Ratio]  # by phase
+    speedups: Mapping[str, Estimate]  # by phase
     speedup: float  # their geometric mean
 
 
@@ -104,16 +104,6 @@ class Judged:
 
 
 @dataclasses.dataclass(frozen=True)
-class Criterion:
-    """One criterion, for people, and whether it is met."""
-
-    name: str
-    bound: str
-    value: str
-    passed: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Validation:
     """The candidates in the order of testing, the one that was chosen, and the presets it was measured with."""
 
@@ -148,9 +138,9 @@ class Validation:
             Criterion(f"degradation, certified {at}", f"<= {most}", certified, bound.within_limit),
             Criterion(
                 "speed-up",
-                f"lower limit > {MIN_SPEEDUP}x",
+                f"lower limit > {TUNING_SPEEDUP}x",
                 f"{chosen.speedup:.2f}x, at least {least:.2f}x {at}",
-                least > MIN_SPEEDUP,
+                least > TUNING_SPEEDUP,
             ),
             Criterion(
                 f"consistent over {len(chosen.repeats)} repeats",
@@ -197,7 +187,7 @@ def validate(
         drawn: how the calibrate documents came out of their split; None: that was not recorded.
 
     Raises:
-        InputError: too few repeats, or fewer test documents than repeats; as `analysis.evaluation.certificate.certify`.
+        InputError: too few repeats, or fewer test documents than repeats; as `analysis.evaluate.certificate.certify`.
     """
     if not 2 <= repeats <= len(test.documents):
         raise InputError(f"{repeats} repeats of {len(test.documents)} test documents: expected at least 2, and no more")
@@ -297,7 +287,7 @@ def _timed(
         seed=seed,
         seconds_per_token=subject.caching.seconds_per_token,
     )
-    speedups = {phase: Ratio(**ratio) for phase, ratio in found["speedup"].items()}
+    speedups = {phase: Estimate(**ratio) for phase, ratio in found["speedup"].items()}
     return Timed(speedups, geometric_mean(one.value for one in speedups.values()))
 
 
@@ -308,4 +298,4 @@ def _of(subject: Subject, found: Losses) -> certificate.Losses:
 
 
 def _degradation(change: np.ndarray, tokens: np.ndarray, seed: int) -> Estimate:
-    return ratio_interval(change, tokens, 2000, seed, math.expm1)
+    return ratio_estimate(change, tokens, 2000, seed, np.expm1)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from analysis.evaluation import certificate_report
-from analysis.reports.report import Column, Section, Table
+from analysis.evaluate import certificate_report
+from analysis.report.report import Column, Section, Table
 from tuning.validation import Judged, Validation
 
 NAME = "validation"
@@ -20,7 +20,7 @@ def section(found: Validation) -> Section:
         )
         words = "Since none is certified, no test document was read: they can still judge another configuration."
         return Section(NAME, _TITLE, "FAIL", outcome, (words, *_words(found)), (_candidates(found),))
-    rows = tuple((one.name, one.bound, one.value, "PASS" if one.passed else "FAIL") for one in found.criteria(chosen))
+    rows = tuple((one.name, one.bound, one.measured, one.verdict) for one in found.criteria(chosen))
     outcome = (
         f"{chosen.name}: {chosen.speedup:.2f}x, perplexity {chosen.degradation.value:+.2%} "
         f"[{chosen.degradation.low:+.2%}, {chosen.degradation.high:+.2%}], {chosen.experts_per_token:.2f} experts per "

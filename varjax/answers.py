@@ -14,7 +14,7 @@ every token has: the mean output of each expert whatever the token, as MoNE (arX
 place. It is where shrinkage starts (`varjax.shrinkage`).
 
     sums = init(answers)                                         # on the device, float32
-    sums = update(sums, rows, slot_outputs, routing, mask)       # one batch; jitted, the old sums are donated
+    sums = update(sums, rows, expert_outputs, routing, mask)       # one batch; jitted, the old sums are donated
     sums, answers = flush(sums, answers)                         # into the host's float64, about every 2**16 tokens
     estimate = shrunk(answers, layer, shrinkage)                 # the rows to look up, and how far the truth is off
 
@@ -115,24 +115,24 @@ def init(answers: Answers) -> AnswerSums:
 
 
 @partial(jax.jit, donate_argnums=0)
-def update(sums: AnswerSums, rows: Array, slot_outputs: Array, routing: Routing, mask: Array) -> AnswerSums:
+def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routing, mask: Array) -> AnswerSums:
     """Adds one batch, run with all experts.
 
     Args:
         sums: donated, not to be used again.
         rows: int32 [O, B, T], from `keys.find_orders`; negative where there is no key. An occurrence counts at each.
-        slot_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
+        expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
     """
-    if len(slot_outputs) != len(sums.layers):
-        raise InputError(f"need the slot outputs of layers {sums.layers}, got {len(slot_outputs)} layers")
+    if len(expert_outputs) != len(sums.layers):
+        raise InputError(f"need the slot outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
     num_answers, hidden_size = sums.mean.shape[1:]
     num_experts = sums.entry.shape[-1]
     mean, mass, m2, count, nonfinite = sums.mean, sums.mass, sums.m2, sums.count, sums.nonfinite
     with jax.named_scope("answers_update"):
         for a, layer in enumerate(sums.layers):
-            outputs = slot_outputs[a].astype(jnp.float32)  # [B, T, K, D]
+            outputs = expert_outputs[a].astype(jnp.float32)  # [B, T, K, D]
             experts = routing.experts[layer]
             used = mask[..., None] & (experts < num_experts)
             sound = jnp.all(jnp.isfinite(outputs), axis=-1)

@@ -5,7 +5,7 @@ Letters: N observations, S sides, F bets, M candidate means.
 Of the observations nothing is assumed but that they lie in [low, high] and are drawn independently from one population.
 Scaled to x in [0, 1], a mean m or higher is tested by a bet against it (Waudby-Smith & Ramdas 2023, arXiv 2010.09686):
 capital starts at 1 and is multiplied by 1 + bet * (m - x) for each x. Where the mean is m or higher, the game is
-unfavourable whatever the bets, as long as each is fixed before its x is seen, so the capital reaches 1 / alpha with a
+unfavorable whatever the bets, as long as each is fixed before its x is seen, so the capital reaches 1 / alpha with a
 probability of at most alpha at any time (Ville). The upper bound is the least m at which it did; the capital never
 falls as m rises, so that is one number. A lower bound is the upper bound of -x.
 

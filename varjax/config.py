@@ -4,7 +4,7 @@
 are frozen, checked when they are made (every fault in one error), and survive a round trip through JSON.
 
     config = VARConfig.from_routing_stats("results/routing_stats.parquet", cache_size=500)
-    config = VARConfig.balanced(layers={0: LayerPolicy(kept=0), 5: None})    # layer 5 stays with the router
+    config = VARConfig.balanced(layers={0: LayerPolicy(experts_kept=0), 5: None})    # layer 5 stays with the router
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class LayerPolicy:
         InputError: naming every field that is out of range, its value and what is allowed.
     """
 
-    kept: int | None = 1  # experts to run, 0 = look-up only; None = all with a tolerance, else those in mass_threshold
+    experts_kept: int | None = (
+        1  # experts to run, 0 = look-up only; None = all with a tolerance, else those in mass_threshold
+    )
     residual: bool = True  # what the left-out experts say on average at the key stands in for them
     orders: tuple[int, ...] = (1,)  # context orders that may answer, the longest known one does; 0 = every token
     choice_from: Source = "gate"  # who names the experts
@@ -49,29 +51,31 @@ class LayerPolicy:
     gate_ratio: float | None = None  # drop an expert whose weight is under this share of the first one's
     gate_mass: float | None = None  # drop the experts after those whose gate probabilities reach this
     tolerance: float | None = None  # drop an expert whose weight times its answer's deviation is under this
-    renormalise: bool = False  # rescale the kept weights to their former sum
+    renormalize: bool = False  # rescale the kept weights to their former sum
     frequency_threshold: int | None = None  # occurrences that a key needs; None = VARConfig's
     entropy_threshold: float | None = None  # nats, most mean gate entropy of a key; None = VARConfig's
 
     def __post_init__(self) -> None:
         check = _Check(self)
-        check.integer("kept", 0, optional=True)
+        check.integer("experts_kept", 0, optional=True)
         check.flag("residual")
         check.integers("orders", 0, optional=False)
         check.one_of("choice_from", ("gate", "table"))
         check.one_of("weights_from", ("gate", "table"))
         check.number("gate_ratio", 0.0, 1.0, above=True, optional=True)
-        check.flag("renormalise")
+        check.flag("renormalize")
         check.integer("frequency_threshold", 1, optional=True)
         check.number("entropy_threshold", 0.0, optional=True)
         check.number("gate_mass", 0.0, 1.0, above=True, optional=True)
         check.number("tolerance", 0.0, above=True, optional=True)
-        if self.residual and self.renormalise:
-            check.fault("renormalise", "False with residual=True: kept weights stay, the residual carries the rest")
+        if self.residual and self.renormalize:
+            check.fault("renormalize", "False with residual=True: kept weights stay, the residual carries the rest")
         if not self.residual and self.tolerance is not None:
             check.fault("tolerance", "None with residual=False: it is about how far an answer is off")
-        if isinstance(self.orders, tuple) and 0 in self.orders and self.kept is None and self.tolerance is None:
-            check.fault("kept", "an integer, or a tolerance, where orders hold 0: nothing is predicted for every token")
+        if isinstance(self.orders, tuple) and 0 in self.orders and self.experts_kept is None and self.tolerance is None:
+            check.fault(
+                "experts_kept", "an integer, or a tolerance, where orders hold 0: nothing is predicted for every token"
+            )
         check.finish()
 
 
@@ -184,7 +188,7 @@ class VARConfig:
             found["residuals"] = str(rows)
         values = found | _known(cls, overrides, "VARConfig")
         if values.get("residuals") is None:
-            values.setdefault("default", LayerPolicy(kept=None, residual=False))
+            values.setdefault("default", LayerPolicy(experts_kept=None, residual=False))
         return cls(**values)
 
     def at(self, routing_stats: str | os.PathLike[str], residuals: str | os.PathLike[str] | None = None) -> VARConfig:
@@ -349,7 +353,7 @@ class _Check:
 
     def policies(self, name: str) -> None:
         value = getattr(self.config, name)
-        expected = "layer numbers, each once, with a LayerPolicy or None: {0: LayerPolicy(kept=0), 5: None}"
+        expected = "layer numbers, each once, with a LayerPolicy or None: {0: LayerPolicy(experts_kept=0), 5: None}"
         try:
             pairs = [(k, v) for k, v in (value.items() if isinstance(value, Mapping) else value)]
         except (TypeError, ValueError):

@@ -7,7 +7,7 @@ Letters: L layers with experts, B sequences, T positions, K experts per token.
     out, state = var_model(input_ids, state)
 
 The model is known by a protocol only (`RoutedModel`); nothing of it is changed, and nothing here holds state: what the
-cache learnt and the counters counted is in the `VARState` that the caller passes in and gets back.
+cache learned and the counters counted is in the `VARState` that the caller passes in and gets back.
 
 Sequences of a batch share the cache, and nothing else. They need not be grouped by tier: the engine sorts the active
 assignments of the whole batch by expert, so a dropped one saves the same in any company, while a group of its own
@@ -54,7 +54,7 @@ class RoutedModel(Protocol):
 
     @property
     def config(self) -> Any:
-        """With `num_layers` (L, those with experts: others take no part), `num_experts`, `top_k` and `normalise_top_k`
+        """With `num_layers` (L, those with experts: others take no part), `num_experts`, `top_k` and `normalize_top_k`
         (the K gate weights are divided by their sum)."""
 
     @property
@@ -379,7 +379,7 @@ def build_for(
     keep_shapes: bool = False,
 ) -> RouteTable:
     """`varjax.table.build` for a model: with its experts per token and its way of weighing them."""
-    return build(stats, config, model.config.top_k, answers, model.config.normalise_top_k, keep_shapes)
+    return build(stats, config, model.config.top_k, answers, model.config.normalize_top_k, keep_shapes)
 
 
 def read_files(model: RoutedModel, config: VARConfig) -> tuple[RoutingStats, Answers | None]:
@@ -429,11 +429,11 @@ def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:
 
 def format_summary(shares: dict[str, Any]) -> str:
     """`step.summary` as a table for people."""
-    lines = [f"{'layer':>7}{'fast':>8}{'cached':>8}{'learned':>9}{'false hits':>12}{'experts/token':>15}"]
+    lines = [f"{'layer':>7}{'fast':>8}{'cached':>8}{'learned':>9}{'mispredictions':>12}{'experts/token':>15}"]
     for name, row in [*enumerate(shares["layers"]), ("all", shares)]:
         fast, cached, learned = (row["tiers"][tier] for tier in step.TIERS)
         lines.append(
-            f"{name:>7}{fast:>8.1%}{cached:>8.1%}{learned:>9.1%}{row['false_hits']:>12.1%}"
+            f"{name:>7}{fast:>8.1%}{cached:>8.1%}{learned:>9.1%}{row['mispredictions']:>12.1%}"
             f"{row['experts_per_token']:>15.2f}"
         )
     return "\n".join(lines)

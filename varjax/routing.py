@@ -45,13 +45,13 @@ class LayerRules:
     gate_mass: Array  # float32 [L], slots after those that reach this gate probability are dropped; inf = never
     tolerance: Array  # float32 [L], a slot whose weight times its answer's deviation is under this is dropped
     residual: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
-    renormalise: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
+    renormalize: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate
     weights_from_table: Array  # bool [L], it supplies the weights, slot by slot, whoever names the experts
 
     @classmethod
     def neutral(cls, num_layers: int) -> LayerRules:
-        """[L]: the gate chooses and weighs, nothing is dropped or rescaled but what `kept` says."""
+        """[L]: the gate chooses and weighs, nothing is dropped or rescaled but what `experts_kept` says."""
         off, zero = jnp.zeros(num_layers, bool), jnp.zeros(num_layers, jnp.float32)
         return cls(zero, jnp.full_like(zero, jnp.inf), zero, off, off, off, off)
 
@@ -62,7 +62,7 @@ class Plan:
     """Everything that is settled before layer 0 runs, for each layer and token. The gate decides the rest."""
 
     tier: Array  # int8 [L, B, T], FAST, CACHED or LEARNED
-    kept: Array  # int8 [L, B, T], slots that may run in a planned token, 0 to K
+    experts_kept: Array  # int8 [L, B, T], slots that may run in a planned token, 0 to K
     row: Array  # int32 [L, B, T], row of the table whose answers may stand in, NO_ROW where there is none
     routing: Routing  # [L, B, T, K], what the table or the cache predicts, if anything
     rules: LayerRules  # [L]
@@ -75,7 +75,7 @@ class Plan:
         shape = (num_layers, batch, length)
         return cls(
             tier=jnp.full(shape, LEARNED, jnp.int8),
-            kept=jnp.full(shape, top_k, jnp.int8),
+            experts_kept=jnp.full(shape, top_k, jnp.int8),
             row=jnp.full(shape, NO_ROW, jnp.int32),
             routing=Routing.unused((*shape, top_k), num_experts),
             rules=LayerRules.neutral(num_layers),
@@ -121,40 +121,40 @@ class Dropped:
     weights: Array  # float32 [..., K], the gate weights of the slots that were dropped, 0 elsewhere
 
 
-def top_k(probs: Array, k: int, normalise: bool = True) -> Routing:
+def top_k(probs: Array, k: int, normalize: bool = True) -> Routing:
     """The learned router's own decision.
 
     Args:
         probs: float32 [..., E], softmax of the gate over all experts.
         k: experts per token.
-        normalise: divide the k weights by their sum (Mixtral does, OLMoE does not).
+        normalize: divide the k weights by their sum (Mixtral does, OLMoE does not).
     """
-    return _weighted(*_best(probs, k), normalise)
+    return _weighted(*_best(probs, k), normalize)
 
 
 def resolve(
-    probs: Array, k: int, plan: Plan | None, answers: LayerAnswers | None = None, normalise: bool = True
+    probs: Array, k: int, plan: Plan | None, answers: LayerAnswers | None = None, normalize: bool = True
 ) -> tuple[Routing, Dropped]:
     """What really runs in one layer, given its gate and its plan, and what stands in for the rest.
 
     1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else
-       the gate's top k. They carry the gate's weights (divided by their sum if `normalise`) or, where the layer takes
+       the gate's top k. They carry the gate's weights (divided by their sum if `normalize`) or, where the layer takes
        weights from the table and it predicts something, the table's: slot j the j-th one.
     2. In a planned token, slot j is dropped if j >= kept; or if j >= 1 and its weight is under gate_ratio times slot
        0's, or the gate's probabilities of the slots before it reach gate_mass; or if its weight times the deviation of
        its answer is under the tolerance. But where the layer adds residuals and the token has a row, a slot is only
        dropped if there is an answer: what is not known runs, and without `answers` nothing is known.
-    3. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer renormalises. The
+    3. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer renormalizes. The
        answers of the dropped slots, by their gate weights, stand in for them.
 
-    An open token gets exactly `top_k(probs, k, normalise)` and no answer.
+    An open token gets exactly `top_k(probs, k, normalize)` and no answer.
 
     Args:
         probs: float32 [..., E], softmax of the gate over all experts.
         k: experts per token.
         plan: one layer's plan (`Plan.layer`) with fields [...] and [..., K]; None leaves every token open.
         answers: the layer's; None: there are none.
-        normalise: as in `top_k`.
+        normalize: as in `top_k`.
 
     Returns:
         Routing [..., K], and what it lacks, [..., K].
@@ -170,7 +170,7 @@ def resolve(
         )
     experts, gate = _best(probs, k)
     if plan is None:
-        return _weighted(experts, gate, normalise), Dropped(
+        return _weighted(experts, gate, normalize), Dropped(
             jnp.full(experts.shape, NO_ANSWER, jnp.int32), jnp.zeros_like(gate)
         )
 
@@ -179,7 +179,7 @@ def resolve(
     chosen = predicted & plan.rules.choice_from_table
     experts = jnp.where(chosen, plan.routing.experts, experts)
     gate = jnp.where(chosen, _gate_of(probs, plan.routing.experts), gate)
-    candidate = _weighted(experts, gate, normalise)
+    candidate = _weighted(experts, gate, normalize)
     supplied = predicted & plan.rules.weights_from_table
     candidate = replace(candidate, weights=jnp.where(supplied, plan.routing.weights, candidate.weights))
     used = candidate.experts < probs.shape[-1]
@@ -199,7 +199,7 @@ def resolve(
     weights = jnp.where(gone, 0.0, candidate.weights)
     dropped = Dropped(jnp.where(gone, answer, NO_ANSWER), jnp.where(gone, candidate.weights, 0.0))
     rest = jnp.sum(weights, axis=-1, keepdims=True)
-    rescale = plan.rules.renormalise & lost & (rest > 0.0)
+    rescale = plan.rules.renormalize & lost & (rest > 0.0)
     scale = jnp.sum(candidate.weights, axis=-1, keepdims=True) / jnp.where(rescale, rest, 1.0)
     return Routing(experts, jnp.where(rescale, weights * scale, weights)), dropped
 
@@ -228,9 +228,9 @@ def _gate_of(probs: Array, experts: Array) -> Array:
     return jnp.where(experts < probs.shape[-1], gate, 0.0)
 
 
-def _weighted(experts: Array, gate: Array, normalise: bool) -> Routing:
+def _weighted(experts: Array, gate: Array, normalize: bool) -> Routing:
     """[..., K]: the gate's probabilities as weights."""
-    if normalise:
+    if normalize:
         total = jnp.sum(gate, axis=-1, keepdims=True)
         gate = gate / jnp.where(total > 0.0, total, 1.0)
     return Routing(experts, gate)
@@ -247,4 +247,4 @@ def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
     before = slot[..., None, :] < slot[..., :, None]
     covered = jnp.sum(jnp.where(before, gate[..., None, :], 0.0), axis=-1) >= plan.rules.gate_mass
     light = weights < plan.rules.gate_ratio * weights[..., :1]
-    return (slot >= plan.kept[..., None]) | ((slot >= 1) & (light | covered))
+    return (slot >= plan.experts_kept[..., None]) | ((slot >= 1) & (light | covered))

@@ -3,7 +3,7 @@
 Letters: R rows (keys), C key width, E experts, N answers of a layer, D hidden size.
 
 Above an answer stands the same expert's answer at the longest shorter key, up to that of order 0 (Katz 1987 backs off
-in the same order). Few occurrences say little, so a rare key's answer is drawn towards the one above.
+in the same order). Few occurrences say little, so a rare key's answer is drawn toward the one above.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
 
     answers: np.ndarray  # float32 [N, D]
     deviation: np.ndarray  # float32 [N], root mean square distance of an output from its answer, on other text
-    parent: np.ndarray  # int32 [N], the answer that each one shrank towards, NO_ANSWER for those of order 0
+    parent: np.ndarray  # int32 [N], the answer that each one shrank toward, NO_ANSWER for those of order 0
 
 
 def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
@@ -31,7 +31,7 @@ def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
 
     An answer of n occurrences is s mean + (1 - s) parent with s = n / (n + k0), n in units of the layer's mean squared
     gate weight; the parent is shrunk already. Its variance is that of the occurrences about the shrunk answer, where
-    their own spread counts (n - 1 + 2 s) / (n - 1) times, for the mean was fitted to them; it shrinks towards the
+    their own spread counts (n - 1 + 2 s) / (n - 1) times, for the mean was fitted to them; it shrinks toward the
     parent's with n - 1 against k0 + 1. Where nothing stands above and there was one occurrence, nothing is known of the
     spread: the variance is the layer's mean squared output, as if there were no answer.
     Distilled answers are used as they are, with the deviations that their means had: the plan stays what it was.

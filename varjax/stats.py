@@ -121,8 +121,8 @@ class StatsBuffer:
 
     sums: Array  # float32 [R, L, 5 + 2E], of 1, deviations [2], squared [2], first choice [E], probs [E]
     lows: Array  # float32 [R, L, 4], least entropy, -entropy, confidence, -confidence; +inf where none
-    centre: Array  # float32 [R, L, 2], what entropy and confidence deviate from; -inf in a row not yet seen
-    centre_probs: Array  # float32 [R, L, E], what is taken from the probabilities before they are summed
+    center: Array  # float32 [R, L, 2], what entropy and confidence deviate from; -inf in a row not yet seen
+    center_probs: Array  # float32 [R, L, E], what is taken from the probabilities before they are summed
     nonfinite: Array  # int32 [L]
     absent: Array  # int32 [O]
     tokens: Array  # int32 []
@@ -136,13 +136,13 @@ def bytes_a_key(num_layers: int, num_experts: int) -> int:
 def init(stats: RoutingStats) -> StatsBuffer:
     """An empty window for the keys, layers and experts of `stats`, around the means known so far."""
     num_layers, num_rows = stats.count.shape
-    centre = np.stack([stats.entropy.mean.T, stats.confidence.mean.T], axis=-1).astype(np.float32)
-    centre_probs = stats.mean_probs.astype(np.float32).swapaxes(0, 1)
+    center = np.stack([stats.entropy.mean.T, stats.confidence.mean.T], axis=-1).astype(np.float32)
+    center_probs = stats.mean_probs.astype(np.float32).swapaxes(0, 1)
     return StatsBuffer(
         sums=jnp.zeros((num_rows, num_layers, 5 + 2 * stats.num_experts), jnp.float32),
         lows=jnp.full((num_rows, num_layers, 4), jnp.inf, jnp.float32),
-        centre=jnp.asarray(np.nan_to_num(centre, nan=-np.inf)),
-        centre_probs=jnp.asarray(np.nan_to_num(centre_probs)),
+        center=jnp.asarray(np.nan_to_num(center, nan=-np.inf)),
+        center_probs=jnp.asarray(np.nan_to_num(center_probs)),
         nonfinite=jnp.zeros(num_layers, jnp.int32),
         absent=jnp.zeros(len(stats.orders), jnp.int32),
         tokens=jnp.zeros((), jnp.int32),
@@ -163,7 +163,7 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
         probs: [L, B, T, E], softmax of the gate over all experts.
         mask: bool [B, T], False at padding and at tokens to leave out.
     """
-    num_rows, num_layers, num_experts = buffer.centre_probs.shape
+    num_rows, num_layers, num_experts = buffer.center_probs.shape
     num_orders = len(buffer.absent)
     needed = (num_orders, *mask.shape), (num_layers, *mask.shape, num_experts)
     if (rows.shape, probs.shape) != needed:
@@ -181,20 +181,20 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
         lows = jnp.stack([entropy, -entropy, confidence, -confidence], axis=-1)
         lows = jnp.where(finite, lows, jnp.inf)
 
-        sums, least, centre = buffer.sums, buffer.lows, buffer.centre
+        sums, least, center = buffer.sums, buffer.lows, buffer.center
         written = jnp.where(mask[None] & (rows >= 0), rows, num_rows).reshape(num_orders, -1)  # R: nowhere
         for row in written if num_rows else ():  # JAX cannot gather from no rows at all
             least = least.at[row].min(lows, mode="drop")
             middle = (least[row][..., 0::2] - least[row][..., 1::2]) / 2
-            new = finite & jnp.isneginf(centre[row])
-            centre = centre.at[row].max(jnp.where(new, middle, -jnp.inf), mode="drop")
-            deviation = values - centre[row]
+            new = finite & jnp.isneginf(center[row])
+            center = center.at[row].max(jnp.where(new, middle, -jnp.inf), mode="drop")
+            deviation = values - center[row]
             parts = (
                 jnp.ones_like(finite, jnp.float32),
                 deviation,
                 jnp.square(deviation),
                 first,
-                probs - buffer.centre_probs[row],
+                probs - buffer.center_probs[row],
             )
             sums = sums.at[row].add(jnp.where(finite, jnp.concatenate(parts, axis=-1), 0), mode="drop")
         left_out = mask.reshape(-1, 1) & ~finite[..., 0]
@@ -202,7 +202,7 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
             buffer,
             sums=sums,
             lows=least,
-            centre=centre,
+            center=center,
             nonfinite=buffer.nonfinite + jnp.sum(left_out, axis=0, dtype=jnp.int32),
             absent=buffer.absent + jnp.sum(mask[None] & (rows < 0), axis=(1, 2), dtype=jnp.int32),
             # No further than one too many: a count that wrapped around would pass for a short window.
@@ -229,13 +229,13 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
         raise InputError(
             f"more than {MAX_WINDOW} tokens since the last flush, where float32 counts become inexact: flush more often"
         )
-    sums, lows, centre, centre_probs = (
+    sums, lows, center, center_probs = (
         np.asarray(values).swapaxes(0, 1)  # [L, R, ...]
-        for values in (buffer.sums, buffer.lows, buffer.centre, buffer.centre_probs)
+        for values in (buffer.sums, buffer.lows, buffer.center, buffer.center_probs)
     )
     # What there is once per expert stays in float32: whole numbers, and parts of sums that are made in float64.
     sums, top1, probs = np.split(sums, [5, 5 + stats.num_experts], axis=-1)
-    sums, lows, centre = (values.astype(np.float64) for values in (sums, lows, centre))
+    sums, lows, center = (values.astype(np.float64) for values in (sums, lows, center))
     count = sums[..., 0]
     seen = count > 0
     lows[~seen] = np.nan
@@ -243,7 +243,7 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
     def moments(i: int) -> Moments:
         deviation = sums[..., 1 + i] / _divisor(count)
         return Moments(
-            mean=np.where(seen, centre[..., i] + deviation, np.nan),
+            mean=np.where(seen, center[..., i] + deviation, np.nan),
             m2=np.maximum(sums[..., 3 + i] - count * np.square(deviation), 0),
             min=lows[..., 2 * i],
             max=-lows[..., 2 * i + 1],
@@ -256,7 +256,7 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
         entropy=moments(0),
         confidence=moments(1),
         top1_counts=top1.astype(np.int64),
-        sum_probs=count[..., None] * centre_probs + probs,
+        sum_probs=count[..., None] * center_probs + probs,
         nonfinite=np.asarray(buffer.nonfinite, np.int64),
         absent=np.asarray(buffer.absent, np.int64),
         tokens=tokens,

@@ -161,7 +161,7 @@ def plan(
         kept = slots_for_mass(cached.weights, settings.mass_threshold)
         return Plan(
             tier=jnp.where(hit, jnp.int8(CACHED), fast.tier),
-            kept=jnp.where(hit, kept, fast.kept),
+            experts_kept=jnp.where(hit, kept, fast.experts_kept),
             row=jnp.where(hit, NO_ROW, fast.row),
             routing=jax.tree.map(lambda ours, theirs: jnp.where(hit[..., None], ours, theirs), cached, fast.routing),
             rules=fast.rules,
@@ -205,7 +205,7 @@ def summary(counters: Counters, top_k: int) -> dict[str, Any]:
     """The counters in shares: over all layers, and per layer under `layers`.
 
     Each dict holds `tokens` (layers x tokens), the share of each tier under `tiers` (they sum to 1), `hit_rate` (share
-    that was planned), `false_hits` (share of the planned whose predicted first expert was not the learned one),
+    that was planned), `mispredictions` (share of the planned whose predicted first expert was not the learned one),
     `experts_per_token`, and `experts_share` of the model's K. Without tokens every share is 0.
     """
     host = np.stack([np.asarray(one) for one in (counters.tokens, counters.agreements, counters.active)])  # [3, L, 3]
@@ -260,7 +260,7 @@ def _shares(counts: np.ndarray, top_k: int) -> dict[str, Any]:
         "tokens": int(tokens.sum()),
         "tiers": {name: int(count) / total for name, count in zip(TIERS, tokens, strict=True)},
         "hit_rate": planned / total,
-        "false_hits": (planned - agreed) / max(planned, 1),
+        "mispredictions": (planned - agreed) / max(planned, 1),
         "experts_per_token": experts,
         "experts_share": experts / top_k,
     }

@@ -72,7 +72,7 @@ def watched(config: VARConfig, num_layers: int) -> tuple[Stream, ...]:
 def observe(tally: Tally, streams: tuple[Stream, ...]) -> np.ndarray:
     """float64 [B, M]: each text's mean in each stream; NaN where it has no token to say anything.
 
-    `open` is the share that the table does not know, whatever the cache remembers of it: what a cache has learnt so
+    `open` is the share that the table does not know, whatever the cache remembers of it: what a cache has learned so
     far is not the same from text to text.
     """
     tokens = np.asarray(tally.tokens, np.float64)

@@ -53,7 +53,7 @@ class RouteTable:
 
     index: KeyIndex
     eligible: Array  # bool [L, R], the layer may answer from this row
-    kept: Array  # int8 [L, R], experts to run
+    experts_kept: Array  # int8 [L, R], experts to run
     routing: Routing  # [L, R, K], the most probable experts and their mean gate weights
     answers: tuple[LayerAnswers, ...] | None  # [L], their `entry` is [R, E]; None: nothing stands in for anything
     rules: LayerRules  # [L]
@@ -96,7 +96,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
     unused = Routing.unused((*row.shape, table.top_k), table.num_experts)
     return Plan(
         tier=jnp.where(known, jnp.int8(FAST), jnp.int8(LEARNED)),
-        kept=jnp.where(known, table.kept[layer, row], jnp.int8(table.top_k)),
+        experts_kept=jnp.where(known, table.experts_kept[layer, row], jnp.int8(table.top_k)),
         row=row,
         routing=jax.tree.map(
             lambda leaf, none: jnp.where(known[..., None], leaf[layer, row], none), table.routing, unused
@@ -111,7 +111,7 @@ def build(
     config: VARConfig,
     k: int,
     answers: Answers | None = None,
-    normalise: bool = True,
+    normalize: bool = True,
     keep_shapes: bool = False,
 ) -> RouteTable:
     """Select what may be answered and lay it out for the device.
@@ -125,7 +125,7 @@ def build(
         stats: what the routers did at each key.
         k: experts per token in the model.
         answers: what the experts said, at the same keys or some of them.
-        normalise: as in `routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
+        normalize: as in `routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
         keep_shapes: keep every row, that of order 0 and every answer, whatever the policy wants.
 
     Raises:
@@ -148,12 +148,12 @@ def build(
     if len(rows) == 0:
         rows = np.array([0])  # not eligible, but there must be something to gather from
 
-    routing = _mean_routing(stats, rows, k, normalise)
+    routing = _mean_routing(stats, rows, k, normalize)
     asked = asked_orders(config, len(policies))
     return RouteTable(
         index=KeyIndex.build(keys[rows]),
         eligible=to_device(eligible[:, rows]),
-        kept=to_device(_kept(policies, routing, config.mass_threshold)),
+        experts_kept=to_device(_kept(policies, routing, config.mass_threshold)),
         routing=routing,
         answers=_answers(policies, config, answers, entries[:, rows], keep_shapes),
         rules=_rules(policies),
@@ -196,7 +196,7 @@ def with_policies(
     return replace(
         table,
         eligible=to_device(np.stack(eligible)),
-        kept=to_device(_kept(policies, table.routing, config.mass_threshold)),
+        experts_kept=to_device(_kept(policies, table.routing, config.mass_threshold)),
         rules=_rules(policies),
     )
 
@@ -256,8 +256,10 @@ def _check_policies(
     for layer, policy in enumerate(policies):
         if policy is None:
             continue
-        if policy.kept is not None and policy.kept > k:
-            faults.append(f"layer {layer}: kept={policy.kept}, but the model runs only {k} experts per token")
+        if policy.experts_kept is not None and policy.experts_kept > k:
+            faults.append(
+                f"layer {layer}: experts_kept={policy.experts_kept}, but the model runs only {k} experts per token"
+            )
         strange = sorted(set(policy.orders) - {0, *stats.orders})
         if strange:
             faults.append(f"layer {layer}: orders {strange} are not in the statistics, which have {stats.orders}")
@@ -297,7 +299,7 @@ def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry
     return admitted & (entry != NO_ANSWER).any(axis=1) if policy.residual else admitted
 
 
-def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool) -> Routing:
+def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalize: bool) -> Routing:
     """[L, R, K]: the top K of the mean gate probabilities; unused slots at order 0 and where a key was never seen."""
     experts, weights = [], []
     nothing = np.zeros((1, stats.num_experts))
@@ -305,7 +307,7 @@ def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalise: bool
         occurrences = np.append(count, 0)[rows, None]
         seen = occurrences > 0
         mean = np.concatenate([sum_probs, nothing])[rows] / np.where(seen, occurrences, 1)
-        best = jax.device_get(_top_k(to_device(np.where(seen, mean, 1.0).astype(np.float32)), k, normalise))
+        best = jax.device_get(_top_k(to_device(np.where(seen, mean, 1.0).astype(np.float32)), k, normalize))
         experts.append(np.where(seen, best.experts, np.int32(stats.num_experts)))
         weights.append(np.where(seen, best.weights, np.float32(0)))
     return Routing(to_device(np.stack(experts)), to_device(np.stack(weights)))
@@ -315,8 +317,8 @@ def _kept(policies: list[LayerPolicy | None], routing: Routing, mass_threshold: 
     """int8 [L, R]: what the policy says, or as many as reach the mass threshold."""
     kept = np.array(_slots_for_mass(routing.weights, to_device(np.float32(mass_threshold))))
     for layer, policy in enumerate(policies):
-        if policy is not None and policy.kept is not None:
-            kept[layer] = policy.kept
+        if policy is not None and policy.experts_kept is not None:
+            kept[layer] = policy.experts_kept
         elif policy is not None and policy.tolerance is not None:
             kept[layer] = routing.experts.shape[-1]
     return kept
@@ -372,7 +374,7 @@ def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
         gate_mass=column([math.inf if policy.gate_mass is None else policy.gate_mass for policy in given]),
         tolerance=column([policy.tolerance or 0.0 for policy in given]),
         residual=flags([policy.residual for policy in given]),
-        renormalise=flags([policy.renormalise for policy in given]),
+        renormalize=flags([policy.renormalize for policy in given]),
         choice_from_table=flags([policy.choice_from == "table" for policy in given]),
         weights_from_table=flags([policy.weights_from == "table" for policy in given]),
     )

@@ -14,7 +14,7 @@ from zlib import crc32
 import jax
 import numpy as np
 
-from analysis.evaluation.caching import INDEPENDENT, Caching
+from analysis.evaluate.caching import INDEPENDENT, Caching
 from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from varjax import drift

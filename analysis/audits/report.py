@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
 
-from analysis.estimators.resampling import allowed
-from analysis.reports.figures import subplots
-from analysis.reports.report import Column, FigureNote, Report, Section, Table
+from analysis.report.figures import subplots
+from analysis.report.report import Column, Report, ReportFigure, Section, Table
+from analysis.resampling import allowed
 from varjax.drift import ALPHA, Calibration
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAME = "audit_noticed"
 ANEW = "same domain, calibrated anew"  # the situation that the promise is about: calibration and run, both by chance
-NOTE = FigureNote(
+NOTE = ReportFigure(
     NAME,
     "What the audit noticed, and how soon",
     "One row per situation. Bar: share of the orders of the documents in which drift was declared. Numbers: how many "

@@ -17,9 +17,9 @@ Grassberger's estimate (2003, arXiv physics/0307138) replaces ln c by G(c) = psi
 psi(c / 2)). It was chosen over Miller and Madow's and over Zhang's psi(n) - psi(c) because it loses least where n is
 below E: of ln 32 = 3.47 nats, seen through 10 draws, plug-in finds 2.1, Miller-Madow 2.5, Zhang 2.6, Grassberger 3.1;
 over Chao and Shen's because it is a sum over tokens, so that documents can be resampled. Where a key always has the
-same choice it errs by about 1 / (2 n) towards more entropy: it does not flatter. What bias is left is met by the null,
+same choice it errs by about 1 / (2 n) toward more entropy: it does not flatter. What bias is left is met by the null,
 which has the same keys with the same counts. With E far above `min_count` the estimate reaches nowhere near ln E (of
-ln 128 = 4.85 nats 10 draws show 3.4), the null as little as the data: that compresses `explained` towards 0.
+ln 128 = 4.85 nats 10 draws show 3.4), the null as little as the data: that compresses `explained` toward 0.
 
 `explained` is in sample: a phrase that a document repeats word for word, routed alike each time, counts as explained
 although it says nothing of other documents. `explained_held_out` is the figure to go by; it is negative where the table
@@ -42,7 +42,7 @@ import numpy as np
 from scipy.special import digamma
 
 from analysis.estimators.predictability import known_keys
-from analysis.estimators.resampling import (
+from analysis.resampling import (
     Measure,
     check_permutations,
     document_sums,

@@ -25,7 +25,7 @@ from itertools import combinations
 
 import numpy as np
 
-from analysis.estimators.resampling import Measure, bootstrap, document_sums, measure, ratio
+from analysis.resampling import Measure, bootstrap, document_sums, measure, ratio
 from analysis.traces.trace import Trace
 from varjax.errors import InputError, NotTestableError
 

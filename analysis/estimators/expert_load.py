@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.estimators.resampling import Measure, bootstrap, measure, ratio, ratio_with_interval
+from analysis.resampling import Measure, bootstrap, measure, ratio, ratio_with_interval
 from analysis.traces.trace import Trace
 from varjax.errors import NotTestableError
 

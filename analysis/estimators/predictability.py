@@ -24,7 +24,7 @@ Probabilities count as shares of the chosen experts' sum, whether the trace's ar
 Tables score their own documents too well (a bigram seen once is never wrong there), so nothing is scored on the build
 part. The null shuffles routing among each document's tokens, builds the tables anew and scores them anew: what is above
 the band is not due to the load of the experts or to what the documents are about. It is due to the token ids, but for
-one thing: the null also breaks the likeness of neighbours. Where routing persists from token to token and ids come in
+one thing: the null also breaks the likeness of neighbors. Where routing persists from token to token and ids come in
 bursts, a table can pass the band a little though no id decides anything.
 """
 
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.estimators.resampling import (
+from analysis.resampling import (
     Measure,
     check_permutations,
     document_sums,

@@ -10,8 +10,8 @@ Over pairs of tokens that stand directly after each other in a document:
 | `first_or_second` | an expert is first or second choice of both; only where K >= 2 |
 
 Uniform routing repeats by chance: 12.5 % and 46 % for Mixtral's 8 experts. Real loads are not uniform and documents
-have their favourites, so chance alone makes more. The permutation null says how much: it keeps the loads and each
-document's favourites, and breaks the order of its tokens. What is above its band is due to that order, be it that
+have their favorites, so chance alone makes more. The permutation null says how much: it keeps the loads and each
+document's favorites, and breaks the order of its tokens. What is above its band is due to that order, be it that
 routing persists or that token ids come in bursts.
 """
 
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.estimators.choice_entropy import check_ranked
-from analysis.estimators.resampling import (
+from analysis.resampling import (
     Measure,
     check_permutations,
     document_sums,

@@ -5,7 +5,7 @@ Letters: L layers, G groups of token ids, n ids of a group, E experts, S simulat
 Consistency is the share of a token id's occurrences in which its commonest first choice came first. It is *in sample*:
 the commonest choice is picked on the very occurrences that it is scored on, so a rare id is consistent by itself (one
 occurrence: 1). The null says by how much: every occurrence draws its expert from the layer's own shares of first
-choices, whatever the id. It knows no documents: where a document has its favourite experts, an id that keeps to few
+choices, whatever the id. It knows no documents: where a document has its favorite experts, an id that keeps to few
 documents is more consistent than the null although its id has no part in routing. What foretells choices that were not
 seen is held-out predictability, and needs a trace.
 

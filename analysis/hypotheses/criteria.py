@@ -21,13 +21,10 @@ import numpy as np
 from scipy.special import stdtr
 from scipy.stats import rankdata
 
+from analysis.criteria import LOW_ENTROPY, MAX_RHO, MIN_COVERED, MIN_LOW_SHARE
 from varjax.config import PRESETS
 from varjax.stats import RoutingStats
 
-MAX_RHO = -0.4  # published: rho of frequency and entropy is below
-LOW_ENTROPY = 0.5  # nats
-MIN_LOW_SHARE = 0.3  # published: more of the token ids have entropy below LOW_ENTROPY
-MIN_COVERED = 0.4  # published: more of the occurrences are covered by the fast path
 ALPHA = 0.05  # of p values, after Holm's correction over layers
 
 MIN_KEYS = 10  # that a test needs

@@ -17,9 +17,9 @@ from itertools import pairwise
 import numpy as np
 from scipy.sparse import csr_array
 
-from analysis.estimators.resampling import ratio
 from analysis.hypotheses.consistency import DECILES, TOP
 from analysis.hypotheses.criteria import ENTROPIES, MIN_KEYS, ZIPF_FREQUENCY, zipf_fit
+from analysis.resampling import ratio
 from analysis.traces.statistics import gate_entropy
 from analysis.traces.trace import Trace
 from varjax.config import PRESETS

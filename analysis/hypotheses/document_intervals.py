@@ -8,7 +8,7 @@ stay are copies of each other, so that ids are more consistent in *every* draw t
 figure that texts of as many documents have on average, not the one of an endless text: consistency in sample falls as
 text grows, and the null beside it says how much of it is chance.
 
-Simulated (documents with topics, favourite experts and an entropy of their own; 200 texts of 60 documents and 100 of
+Simulated (documents with topics, favorite experts and an entropy of their own; 200 texts of 60 documents and 100 of
 300, some 120 tokens each; nominal 95 %), the interval held that figure in so many cases:
 
 | figure | 60 documents: moved, percentile, basic | 300 documents |
@@ -36,7 +36,6 @@ from typing import TypeVar
 
 import numpy as np
 
-from analysis.estimators.resampling import LEVEL
 from analysis.hypotheses.consistency import Consistency
 from analysis.hypotheses.criteria import (
     ENTROPIES,
@@ -48,6 +47,7 @@ from analysis.hypotheses.criteria import (
     Zipf,
 )
 from analysis.hypotheses.document_draws import Draws
+from analysis.resampling import LEVEL
 from varjax.config import PRESETS
 
 Name = TypeVar("Name", str, float)

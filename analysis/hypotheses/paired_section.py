@@ -9,7 +9,7 @@ import numpy as np
 from analysis.hypotheses.criteria import ALPHA
 from analysis.hypotheses.paired_runs import PairedMeasure
 from analysis.hypotheses.section_parts import Name, layer_table, left_out_words, lengths, reasons
-from analysis.reports.report import Section, Table
+from analysis.report.report import Section, Table
 
 
 def paired_section(found: Sequence[PairedMeasure] | None, other: str, name: Name) -> Section:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from analysis.hypotheses.statistics_findings import Drawn
-from analysis.reports.report import Column, Table
+from analysis.report.report import Column, Table
 
 Name = Callable[[int], str]  # the row of a key -> its name for people
 

@@ -1,4 +1,4 @@
-"""Figures of routing statistics (phase 1), readable in greyscale; `analysis.reports.figures.save` writes them.
+"""Figures of routing statistics (phase 1), readable in grayscale; `analysis.report.figures.save` writes them.
 
 Letters: L layers, R keys, E experts. Every figure says how many tokens and documents it rests on.
 """
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from analysis.hypotheses.consistency import DECILES, Consistency
 from analysis.hypotheses.criteria import ENTROPIES, GRID_ENTROPIES, GRID_FREQUENCIES, LOW_ENTROPY, MIN_COVERED, Coverage
-from analysis.reports.figures import MARKERS, heat_map, over_the_depth, panels, shade, subplots
+from analysis.report.figures import MARKERS, heat_map, over_the_depth, panels, shade, subplots
 from varjax.config import PRESETS
 from varjax.stats import RoutingStats
 
@@ -101,7 +101,7 @@ def consistency_by_decile(found: Consistency, stats: RoutingStats) -> Figure:
     figure.supxlabel("decile of token ids by frequency, 10: the most frequent")
     figure.supylabel("share of the commonest first choice")
     figure.suptitle(
-        f"Routing consistency (in sample) — {size(stats)}\ndots: observed; dashed and grey: by chance alone"
+        f"Routing consistency (in sample) — {size(stats)}\ndots: observed; dashed and gray: by chance alone"
     )
     figure.tight_layout()
     return figure

@@ -40,7 +40,7 @@ from analysis.hypotheses.section_parts import (
     reasons,
 )
 from analysis.hypotheses.statistics_findings import Drawn, StatisticsFindings
-from analysis.reports.report import Column, Section, Table
+from analysis.report.report import Column, Section, Table
 from varjax.config import PRESETS
 
 _SHARE = ".1%"

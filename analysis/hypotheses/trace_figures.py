@@ -1,4 +1,4 @@
-"""Figures of what a routing trace says (phase 1), readable in greyscale; `analysis.reports.figures.save` writes them.
+"""Figures of what a routing trace says (phase 1), readable in grayscale; `analysis.report.figures.save` writes them.
 
 Letters: L layers, O context orders, E experts. Every figure says how many tokens and documents it rests on.
 """
@@ -16,9 +16,9 @@ from analysis.estimators.co_activation import CoActivation
 from analysis.estimators.expert_load import Load
 from analysis.estimators.predictability import Predictability
 from analysis.estimators.repetition import Repetition
-from analysis.estimators.resampling import Measure
 from analysis.hypotheses.trace_findings import TraceFindings
-from analysis.reports.figures import heat_map, over_the_depth, subplots
+from analysis.report.figures import heat_map, over_the_depth, subplots
+from analysis.resampling import Measure
 
 SHORTEST = "_of_shortest"  # ends the names of what the shortest order gets at another order's tokens
 
@@ -59,7 +59,7 @@ def predictability_by_layer(found: Predictability) -> Figure:
     figure.supxlabel("layer")
     figure.suptitle(
         f"Held-out predictability — {found.held_out_tokens:,} tokens, {found.held_out_documents:,} documents; "
-        f"tables from {found.build_tokens:,} tokens\ndots: observed; dashed and grey: shuffled within documents; "
+        f"tables from {found.build_tokens:,} tokens\ndots: observed; dashed and gray: shuffled within documents; "
         f"dotted: order {min(found.orders)} at the same tokens"
     )
     figure.tight_layout()
@@ -78,7 +78,7 @@ def choice_entropy_by_layer(found: ChoiceEntropy) -> Figure:
     axes[0, 0].set(ylabel="entropy [nats]", ylim=(0, None))  # of all panels, once all are drawn
     figure.suptitle(
         f"H(first choice | last n ids) — {found.tokens:,} tokens, {found.documents:,} documents\n"
-        "dots: observed; dashed and grey: shuffled within documents; dotted: no ids"
+        "dots: observed; dashed and gray: shuffled within documents; dotted: no ids"
     )
     figure.tight_layout()
     return figure
@@ -96,7 +96,7 @@ def repetition_by_layer(found: Repetition, size: str) -> Figure:
     axes[0, 0].set_ylabel("share of consecutive pairs")
     figure.suptitle(
         f"Repetition — {found.pairs:,} pairs; {size}\n"
-        "dots: observed; dashed and grey: shuffled within documents; dotted: uniform"
+        "dots: observed; dashed and gray: shuffled within documents; dotted: uniform"
     )
     figure.tight_layout()
     return figure

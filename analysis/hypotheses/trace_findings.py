@@ -13,7 +13,7 @@ from analysis.estimators.co_activation import CoActivation, co_activation
 from analysis.estimators.expert_load import Load, load
 from analysis.estimators.predictability import Predictability, predictability
 from analysis.estimators.repetition import Repetition, repetition
-from analysis.estimators.resampling import Measure, check_permutations
+from analysis.resampling import Measure, check_permutations
 from analysis.traces.capture import on_all_layers
 from analysis.traces.trace import Trace
 from varjax.errors import InputError, NotTestableError

@@ -16,11 +16,11 @@ from analysis.estimators.co_activation import CoActivation
 from analysis.estimators.expert_load import Load
 from analysis.estimators.predictability import Predictability
 from analysis.estimators.repetition import Repetition
-from analysis.estimators.resampling import MIN_DIFFERENT, MIN_DOCUMENTS, Measure
 from analysis.hypotheses.figure_notes import NOTES
 from analysis.hypotheses.trace_findings import TraceFindings
 from analysis.hypotheses.trace_tables import coverage_table, layers_above_null, measure_tables, verdict_above_null
-from analysis.reports.report import Column, Section, Table
+from analysis.report.report import Column, Section, Table
+from analysis.resampling import MIN_DIFFERENT, MIN_DOCUMENTS, Measure
 
 NEEDS_TRACE = (
     "needs a trace: experiments/01_routing_analysis.py records one beside the statistics (--trace_tokens), "
@@ -88,7 +88,7 @@ def _predictability(found: Predictability, title: str) -> Section:
             "same tokens as the shortest order.",
             NULL.format(found.permutations) + f" PASS: above the band. The overall verdict is that of {judged} over "
             "all orders; this criterion is this project's, not a published one. The null also breaks the likeness of "
-            "neighbouring tokens: persistent routing together with ids that come in bursts can pass it a little.",
+            "neighboring tokens: persistent routing together with ids that come in bursts can pass it a little.",
             INTERVALS,
         ),
         (
@@ -181,7 +181,7 @@ def _repetition(found: Repetition, title: str) -> Section:
         (
             f"{found.pairs:,} pairs of tokens that stand directly after each other. Uniform routing would give "
             f"{chance}.",
-            NULL.format(found.permutations) + " So favourites of a document are in the null, and neighbourhood is "
+            NULL.format(found.permutations) + " So favorites of a document are in the null, and neighborhood is "
             "not: what is above the band is persistent routing, or ids that come in bursts.",
             INTERVALS,
         ),

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.estimators.resampling import Measure
-from analysis.reports.report import Column, Table
+from analysis.report.report import Column, Table
+from analysis.resampling import Measure
 
 
 def verdict_above_null(measure: Measure) -> str:

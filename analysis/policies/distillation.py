@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from analysis.collection.checkpoints import Checkpoints
+from analysis.collect.checkpoints import Checkpoints
 from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from models import Model
@@ -91,7 +91,7 @@ class Corrected(LayerAnswers):
         return jnp.sum(rows * weight[..., None], axis=-2)
 
 
-def distil(
+def distill(
     model: Model,
     stats: RoutingStats,
     answers: Answers,

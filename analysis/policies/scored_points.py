@@ -22,10 +22,10 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from analysis.evaluation.caching import INDEPENDENT, Caching
-from analysis.evaluation.comparison import Estimate
-from analysis.evaluation.quality import plain_runner, score, var_runner
-from analysis.reports.provenance import hash_json
+from analysis.evaluate.caching import INDEPENDENT, Caching
+from analysis.evaluate.quality import plain_runner, score, var_runner
+from analysis.report.provenance import hash_json
+from analysis.resampling import Estimate
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax import checksums
@@ -53,7 +53,7 @@ class Subject:
     answers: Answers
     config: VARConfig
     documents: Sequence[Encoded]  # that neither the table nor the policy has seen
-    batch_size: int = 8  # as in `analysis.evaluation.quality.score`
+    batch_size: int = 8  # as in `analysis.evaluate.quality.score`
     max_length: int = 256  # tokens
     stride: int | None = None  # tokens; None: max_length
     folder: Path | None = None  # where the losses are kept; None: nowhere
@@ -133,12 +133,6 @@ def losses(
     if path is not None:
         _write(path, found, [one.id for one in subject.documents])
     return found
-
-
-def resampled(documents: int, samples: int, seed: int) -> np.ndarray:
-    """float64 [S, N]: how often each document is in each bootstrap draw. Points share the draws, so they are paired."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(documents, np.full(documents, 1 / documents), samples).astype(np.float64)
 
 
 def degradations(plain: Losses, points: Sequence[Losses], counts: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.evaluation.quality import Scores, plain_runner, score, var_runner
+from analysis.evaluate.quality import Scores, plain_runner, score, var_runner
 from analysis.policies.ladder import Choice, Measured, climb
 from analysis.text.encoding import Encoded
 from models import Model
@@ -63,7 +63,7 @@ def search(
         budget: relative change of perplexity; None: 90 % of `base.max_quality_degradation`, since the tuning
             documents flatter what was chosen on them.
         frequency_threshold: occurrences that a key needs.
-        batch_size: as in `analysis.evaluation.quality.score`.
+        batch_size: as in `analysis.evaluate.quality.score`.
         max_length: likewise.
     """
     budget = 0.9 * base.max_quality_degradation if budget is None else budget
@@ -123,7 +123,7 @@ def policies(
     """By layer: any key of the orders that was seen often enough may answer; the deviation says how well it does."""
     return {
         choice.layer: LayerPolicy(
-            kept=None,
+            experts_kept=None,
             tolerance=choice.tolerance,
             orders=orders,
             frequency_threshold=frequency_threshold,

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.evaluation.comparison import Estimate
-from analysis.policies.scored_points import Losses, Measured, Subject, degradations, losses, measured, resampled
+from analysis.policies.scored_points import Losses, Measured, Subject, degradations, losses, measured
+from analysis.resampling import Estimate, document_counts
 from analysis.studies.families import SCALES, VAR, Family, families, table_of
 from varjax.model import build_for
 from varjax.progress import progress_bar
@@ -60,7 +60,7 @@ def evaluate(subject: Subject) -> Alternatives:
     table = build_for(subject.model, subject.stats, subject.config, subject.answers, keep_shapes=True)
     wanted = families(subject)
     plain = losses(subject)
-    counts = resampled(len(plain.nll), subject.samples, subject.seed)
+    counts = document_counts(len(plain.nll), subject.samples, subject.seed)
     scored: dict[str, list[Losses]] = {}
     number = sum(len(family.points) for family in wanted)
     known = 0  # points that an earlier run scored
@@ -89,7 +89,7 @@ def evaluate(subject: Subject) -> Alternatives:
 def fewest_experts(experts: np.ndarray, loss: np.ndarray, most: np.ndarray) -> np.ndarray:
     """[...]: the fewest experts along a curve whose loss is at most `most`, infinite where none is.
 
-    Between neighbouring points the curve is a straight line.
+    Between neighboring points the curve is a straight line.
 
     Args:
         experts: [P], in the order of the curve.

@@ -9,14 +9,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from analysis.evaluation.comparison import Estimate
 from analysis.policies.scored_points import Measured
-from analysis.reports.figures import panels
-from analysis.reports.report import Column, FigureNote, Section, Table
+from analysis.report.figures import panels
+from analysis.report.report import Column, ReportFigure, Section, Table
+from analysis.resampling import Estimate
 from analysis.studies.alternatives import Alternatives, Curve
 
 NAME = "alternatives"
-NOTE = FigureNote(
+NOTE = ReportFigure(
     NAME,
     "VAR and its alternatives",
     "A panel for every alternative, VAR's curve in each: black dots, the ringed one is the policy that was given. "

@@ -1,6 +1,6 @@
-"""Figures of the sources of VAR's error and of its drift, readable in greyscale, and how to read them.
+"""Figures of the sources of VAR's error and of its drift, readable in grayscale, and how to read them.
 
-`analysis.reports.figures.save` writes them.
+`analysis.report.figures.save` writes them.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.evaluation.comparison import Estimate
-from analysis.reports.figures import panels, subplots
-from analysis.reports.report import FigureNote
+from analysis.report.figures import panels, subplots
+from analysis.report.report import ReportFigure
+from analysis.resampling import Estimate
 from analysis.studies.error_sources import ErrorSources
 from analysis.studies.generation_drift import Drift
 
-KINDS = FigureNote(
+KINDS = ReportFigure(
     "error_kinds",
     "Kinds of error",
     "Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one way. Above: choice "
@@ -27,7 +27,7 @@ KINDS = FigureNote(
     "Choice and weight errors save nothing: they are there to say where an error comes from, not as policies, and they "
     "need not add up. Rows run different numbers of experts: see the tables.",
 )
-LAYERS = FigureNote(
+LAYERS = ReportFigure(
     "error_layers",
     "Layers one at a time",
     "Dots with 95 % intervals: loss added when one layer alone is planned. The last two rows: their sum, and all of "
@@ -35,7 +35,7 @@ LAYERS = FigureNote(
     "A layer's own change is measured under layers that are left alone, so it is its price on top of the plain model, "
     "not on top of the policy. Layers that drop more experts may cost more for that reason only.",
 )
-GROUPS = FigureNote(
+GROUPS = ReportFigure(
     "error_groups",
     "Where the loss falls",
     "Dots with 95 % intervals: loss added per token of a group, at the position that made the prediction. Dashed: the "
@@ -44,7 +44,7 @@ GROUPS = FigureNote(
     "loss; open tokens lose for that reason only. Groups differ in how hard their tokens are. Small groups have wide "
     "intervals, and none where they come from fewer than 10 documents: see the tables for their size.",
 )
-DRIFT = FigureNote(
+DRIFT = ReportFigure(
     "generation_drift",
     "Agreement with the plain model's text",
     "At each new position, with 95 % intervals over prompts: the share of prompts whose token is the plain model's "
@@ -52,7 +52,7 @@ DRIFT = FigureNote(
     "the plain model's text (single step). Only the last says how good a step is; the distance from the others is "
     "what one different token does to all later ones.",
     "Greedy texts part at near-ties, where either token is as good: a low curve is no loss of quality by itself. A "
-    "small model's greedy text repeats itself, which brings agreement back. Neighbouring positions are of the same "
+    "small model's greedy text repeats itself, which brings agreement back. Neighboring positions are of the same "
     "prompts, and the intervals are for each position alone; where all prompts agree an interval is a point, which is "
     "too narrow. Later positions rest on the prompts whose plain text goes on, so that (together) may even rise.",
 )

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.evaluation.comparison import Estimate
-from analysis.reports.report import Column, Section, Table
+from analysis.report.report import Column, Section, Table
+from analysis.resampling import Estimate
 from analysis.studies.error_figures import DRIFT, GROUPS, KINDS, LAYERS
 from analysis.studies.error_sources import Change, ErrorSources, Group, LayersAlone
 from analysis.studies.generation_drift import Drift
@@ -109,7 +109,7 @@ def _drift(found: Drift) -> Section:
         (
             f"Greedy continuations of {found.prompts} beginnings of {found.prompt_tokens} tokens, {found.new_tokens} "
             "new tokens at most. Positions after the end of the plain model's text are left out.",
-            "The plain model's log probability favours its own greedy text, which is made of its likeliest tokens; how "
+            "The plain model's log probability favors its own greedy text, which is made of its likeliest tokens; how "
             "the documents really go on says how little that means. A difference near 0 says that the text is only "
             "different.",
         ),

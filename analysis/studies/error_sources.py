@@ -7,7 +7,7 @@ Letters: L layers, R table rows, K experts per token, M scored tokens, N documen
 
 Every run reads the same tokens, and all runs share one table of fixed shapes: the same tokens are planned, only what
 is done with them differs. Changes are paired with the plain model, and their intervals draw whole documents
-(`analysis.estimators.resampling`). A cached tier plays no part but in `groups`: what it answers depends on what it
+(`analysis.resampling`). A cached tier plays no part but in `groups`: what it answers depends on what it
 read before.
 """
 
@@ -22,10 +22,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.estimators.resampling import ratio_with_interval
-from analysis.evaluation.caching import INDEPENDENT, Caching
-from analysis.evaluation.comparison import Estimate
-from analysis.evaluation.token_losses import BY_CACHE, BY_ROUTER, TokenLosses, differences, token_losses
+from analysis.evaluate.caching import INDEPENDENT, Caching
+from analysis.evaluate.token_losses import BY_CACHE, BY_ROUTER, TokenLosses, differences, token_losses
+from analysis.resampling import Estimate, ratio_with_interval
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax.answers import Answers
@@ -133,7 +132,7 @@ def prepare(
     Args:
         stats, answers: from documents other than these.
         config: the policy in question.
-        batch_size, max_length, stride: as in `analysis.evaluation.quality.score`.
+        batch_size, max_length, stride: as in `analysis.evaluate.quality.score`.
         samples: bootstrap draws.
         caching: which documents share a cached tier, where the config has one.
         seed: of the draws.
@@ -174,7 +173,7 @@ def kinds(subject: Subject) -> tuple[Change, ...]:
     """Choice, weight and answer error: at the tokens that the policy plans, all K experts run, chosen or weighed by
     the table; and the policy itself, where the gate chooses and weighs, and answers stand in for experts.
     """
-    all_run = jnp.full_like(subject.table.kept, subject.table.top_k)
+    all_run = jnp.full_like(subject.table.experts_kept, subject.table.top_k)
     neutral = LayerRules.neutral(subject.table.num_layers)
     changes = []
     for name, choice, weights in (
@@ -187,7 +186,7 @@ def kinds(subject: Subject) -> tuple[Change, ...]:
             choice_from_table=jnp.full_like(neutral.choice_from_table, choice),
             weights_from_table=jnp.full_like(neutral.weights_from_table, weights),
         )
-        table = dataclasses.replace(subject.table, kept=all_run, rules=rules)
+        table = dataclasses.replace(subject.table, experts_kept=all_run, rules=rules)
         changes.append(_change(subject, name, _run(subject, table)))
     return (*changes, _change(subject, "the policy", subject.policy))
 
@@ -221,7 +220,7 @@ def dropping(subject: Subject) -> tuple[Change, ...]:
         silent = tuple(dataclasses.replace(one, answers=jnp.zeros_like(one.answers)) for one in table.answers)
     quiet = dataclasses.replace(table, answers=silent)
     neutral = LayerRules.neutral(table.num_layers)
-    first = dataclasses.replace(table, kept=jnp.ones_like(table.kept), rules=neutral)
+    first = dataclasses.replace(table, experts_kept=jnp.ones_like(table.experts_kept), rules=neutral)
     changes = [_change(subject, "the policy, with answers", subject.policy)]
     for name, base, rescale in (
         ("the policy, without", quiet, False),
@@ -229,7 +228,7 @@ def dropping(subject: Subject) -> tuple[Change, ...]:
         ("the first expert, without", first, False),
         ("the first expert, without, rescaled", first, True),
     ):
-        ruled = dataclasses.replace(base.rules, renormalise=jnp.full_like(rules.renormalise, rescale))
+        ruled = dataclasses.replace(base.rules, renormalize=jnp.full_like(rules.renormalize, rescale))
         changes.append(_change(subject, name, _run(subject, dataclasses.replace(base, rules=ruled))))
     return tuple(changes)
 

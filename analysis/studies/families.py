@@ -62,7 +62,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
     """
     config = dataclasses.replace(subject.config, cache_size=0, cache_layers=None)
     top_k = subject.model.config.top_k
-    rescaled = subject.model.config.normalise_top_k  # what others proposed weighs the rest as the model weighs its K
+    rescaled = subject.model.config.normalize_top_k  # what others proposed weighs the rest as the model weighs its K
     policies = _policies(subject)
     tolerances = [policy.tolerance for policy in policies.values() if policy is not None and policy.tolerance]
     typical = math.exp(sum(map(math.log, tolerances)) / len(tolerances))
@@ -72,33 +72,33 @@ def families(subject: Subject) -> tuple[Family, ...]:
         return dataclasses.replace(config, default=None, layers=changed)
 
     def everywhere(**fields: Any) -> VARConfig:
-        usual: dict[str, Any] = {"kept": top_k, "orders": (0,), "residual": False}
+        usual: dict[str, Any] = {"experts_kept": top_k, "orders": (0,), "residual": False}
         return dataclasses.replace(config, default=LayerPolicy(**(usual | fields)), layers={})
 
     def scaled(scale: float, **fields: Any) -> VARConfig:
         return each(lambda one: dataclasses.replace(one, tolerance=scale * (one.tolerance or 0), **fields))
 
     def unanswered(ratio: float) -> VARConfig:
-        fields: dict[str, Any] = {"kept": top_k, "tolerance": None, "residual": False, "renormalise": rescaled}
+        fields: dict[str, Any] = {"experts_kept": top_k, "tolerance": None, "residual": False, "renormalize": rescaled}
         return each(lambda one: dataclasses.replace(one, gate_ratio=ratio, **fields))
 
     def cached(confidence: float, mass: float) -> VARConfig:
-        nothing: dict[str, Any] = {"kept": None, "orders": subject.stats.orders, "frequency_threshold": _NEVER}
+        nothing: dict[str, Any] = {"experts_kept": None, "orders": subject.stats.orders, "frequency_threshold": _NEVER}
         size = subject.config.cache_size or VARConfig().cache_size
-        alone = everywhere(renormalise=rescaled, **nothing)
+        alone = everywhere(renormalize=rescaled, **nothing)
         return dataclasses.replace(alone, cache_size=size, confidence_threshold=confidence, mass_threshold=mass)
 
     def points(dials: Iterable[float], config_at: Callable[[float], VARConfig]) -> tuple[Point, ...]:
         return tuple(Point(dial, config_at(dial)) for dial in dials)
 
     scale, number, smaller = "scale of the tolerances", "m, experts that run", "a smaller K"
-    mone, top_one = "MoNE, arXiv 2507.00390", Point(1, everywhere(kept=1, residual=True))
+    mone, top_one = "MoNE, arXiv 2507.00390", Point(1, everywhere(experts_kept=1, residual=True))
     fewer = range(top_k - 1, -1, -1)
-    renormalised = points(fewer[:-1], lambda m: everywhere(kept=int(m), renormalise=True))
-    own = points(fewer, lambda m: everywhere(kept=int(m)))
-    answered = points(fewer, lambda m: each(lambda one: dataclasses.replace(one, kept=int(m), tolerance=None)))
-    by_ratio = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, renormalise=rescaled))
-    by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalise=rescaled))
+    renormalized = points(fewer[:-1], lambda m: everywhere(experts_kept=int(m), renormalize=True))
+    own = points(fewer, lambda m: everywhere(experts_kept=int(m)))
+    answered = points(fewer, lambda m: each(lambda one: dataclasses.replace(one, experts_kept=int(m), tolerance=None)))
+    by_ratio = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, renormalize=rescaled))
+    by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalize=rescaled))
     means = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, residual=True))
     by_cache = tuple(Point(confidence, cached(confidence, mass)) for confidence, mass in CACHES)
     uniform = points(
@@ -106,7 +106,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
     )
     found = (
         Family(VAR, scale, "the given policy", points(SCALES, scaled)),
-        Family("top-m for all, renormalised", number, smaller, renormalised, from_plain=False),
+        Family("top-m for all, renormalized", number, smaller, renormalized, from_plain=False),
         Family("top-m for all, own weights", number, smaller, own, from_plain=False),
         Family("weight ratio", "weight ratio", "NAEE, arXiv 2402.14800", by_ratio),
         Family("top-p", "probability to reach", "Huang et al. 2024, arXiv 2403.07652", by_mass),
@@ -157,12 +157,15 @@ def _policies(subject: Subject) -> dict[int, LayerPolicy | None]:
     strange = [
         layer
         for layer, one in planned.items()
-        if not one.tolerance or one.kept not in (None, subject.model.config.top_k) or one.gate_ratio or one.gate_mass
+        if not one.tolerance
+        or one.experts_kept not in (None, subject.model.config.top_k)
+        or one.gate_ratio
+        or one.gate_mass
     ]
     if strange or not planned:
         raise NotTestableError(
             f"the policies of layers {strange or 'all'} are not governed by a tolerance, so there is no dial to turn: "
-            "expected policies with a tolerance, kept=None, gate_ratio=None and gate_mass=None (--search_policy "
+            "expected policies with a tolerance, experts_kept=None, gate_ratio=None, gate_mass=None (--search_policy "
             "finds such)"
         )
     return policies

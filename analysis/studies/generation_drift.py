@@ -16,10 +16,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.estimators.resampling import bootstrap, ratio_with_interval
-from analysis.evaluation.caching import INDEPENDENT, Caching
-from analysis.evaluation.comparison import Estimate
-from analysis.evaluation.quality import token_nll
+from analysis.evaluate.caching import INDEPENDENT, Caching
+from analysis.evaluate.quality import token_nll
+from analysis.resampling import Estimate, bootstrap, ratio_with_interval
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax.errors import NotTestableError

@@ -17,8 +17,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from analysis.policies.scored_points import Subject
-from analysis.reports.files import write_report
-from analysis.reports.report import Report, Section
+from analysis.report.files import write_report
+from analysis.report.report import Report, Section
 from analysis.studies import (
     alternatives,
     alternatives_section,
@@ -40,7 +40,7 @@ class Finding:
     name: str  # of the result in the JSON file
     sections: tuple[Section, ...]
     figures: Mapping[str, Figure]  # by the names that the sections give them
-    result: Any  # for `analysis.reports.provenance.write_json`
+    result: Any  # for `analysis.report.provenance.write_json`
 
 
 Part = Callable[[Subject], Finding]

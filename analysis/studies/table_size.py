@@ -15,7 +15,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from analysis.policies.scored_points import Measured, Subject, losses, measured, resampled
+from analysis.policies.scored_points import Measured, Subject, losses, measured
+from analysis.resampling import document_counts
 from varjax.config import AnswerType
 from varjax.keys import KeyIndex
 from varjax.model import build_for
@@ -57,7 +58,7 @@ def table_sizes(subject: Subject) -> TableSizes:
         InputError: as `varjax.table.build`.
     """
     plain = losses(subject)
-    counts = resampled(len(plain.nll), subject.samples, subject.seed)
+    counts = document_counts(len(plain.nll), subject.samples, subject.seed)
     top_k = subject.model.config.top_k
     whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
     most = max(shipped(build_for(subject.model, subject.stats, whole, subject.answers, keep_shapes=True)).answers)
@@ -87,7 +88,7 @@ def shipped(table: RouteTable) -> Shipped:
     rows = np.flatnonzero(np.asarray(table.eligible).any(axis=0))
     rows = rows if len(rows) else np.array([0])
     keys = KeyIndex.build(np.asarray(table.index.keys)[rows])
-    per_row = (table.eligible, table.kept, table.routing)  # [L, R, ...]
+    per_row = (table.eligible, table.experts_kept, table.routing)  # [L, R, ...]
     total = _bytes((keys, table.rules, table.made_with)) + _bytes(per_row) * len(rows) // table.eligible.shape[1]
     answers, answer_bytes = [], 0
     for layer, wanted in zip(table.answers or (), np.asarray(table.rules.residual), strict=False):

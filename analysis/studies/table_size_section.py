@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from analysis.reports.figures import panels
-from analysis.reports.report import Column, FigureNote, Section, Table
+from analysis.report.figures import panels
+from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.studies.table_size import Size, TableSizes
 
 NAME = "table_size"
-NOTE = FigureNote(
+NOTE = ReportFigure(
     NAME,
     "Size of the table against what it saves",
     "Each dot is a table under the same policy; from left to right it holds more answers, the most valuable ones "

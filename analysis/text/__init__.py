@@ -1,1 +1,1 @@
-"""From texts to batches of token ids: corpora, splits, tokenised corpora on disk, windows."""
+"""From texts to batches of token ids: corpora, splits, tokenized corpora on disk, windows."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from platform import python_version
 from typing import Any
 
-from analysis.reports.provenance import version_of
+from analysis.report.provenance import version_of
 from analysis.text import embedded
 from analysis.text.corpus import corpus_hash, iter_documents, split_of
 from analysis.text.prepared import is_prepared, read_manifest

@@ -19,7 +19,7 @@ same text lands in the same split on every machine, in every order and whatever 
 Which files of a directory are read and which are skipped (`analysis.text.corpus_files`) is logged once. Records whose
 text is null are left out, counted, and logged. A byte-order mark at the start of a file is not part of its text.
 
-`analysis.text.encoded_corpus` also reads what `experiments/prepare_datasets.py` has tokenised.
+`analysis.text.encoded_corpus` also reads what `experiments/prepare_datasets.py` has tokenized.
 
 A WikiText article starts at a line ` = Title = `. A plain text file without separators is one document on
 purpose: its paragraphs are not independent of each other, and a confidence bound over documents would be
@@ -44,7 +44,7 @@ from varjax.errors import InputError
 END_OF_DOCUMENT = "<|endofdoc|>"
 
 SPLITS = {"train": 0.80, "tune": 0.04, "calibrate": 0.08, "test": 0.08}
-"""Share of each split. `train` holds what the reference model learnt from and what statistics and tables are
+"""Share of each split. `train` holds what the reference model learned from and what statistics and tables are
 built from (`build` is another name for it); `tune` chooses settings, `calibrate` certifies them, `test`
 reports."""
 

@@ -5,7 +5,7 @@ license. The sources are parsed, never imported. Only the distributions named he
 does not change with what else is installed; with other versions of these some documents change, and
 `analysis.text.corpus.corpus_hash` shows it.
 
-Copies would make a held-out text a text already learnt (model files in particular repeat each other), so a
+Copies would make a held-out text a text already learned (model files in particular repeat each other), so a
 docstring more than half of whose lines have occurred before is left out.
 """
 

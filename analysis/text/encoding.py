@@ -40,7 +40,7 @@ def encode(
 def iter_encode(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase | None, config: MoEConfig
 ) -> Iterator[Encoded]:
-    """Tokenise documents, some hundred at a time; those without two tokens have nothing to predict and are left out.
+    """Tokenize documents, some hundred at a time; those without two tokens have nothing to predict and are left out.
 
     Raises:
         CorpusError: no tokenizer, no document left, a text that is no Unicode, or ids that the model does not have.
@@ -48,7 +48,7 @@ def iter_encode(
     if tokenizer is None:
         raise CorpusError("the model has no tokenizer; put its tokenizer.json or tokenizer.model beside config.json")
     read = found = 0
-    for document in tokenised(documents, tokenizer):
+    for document in tokenized(documents, tokenizer):
         read += 1
         if len(document.ids) < 2:
             continue
@@ -63,7 +63,7 @@ def iter_encode(
         )
 
 
-def tokenised(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
+def tokenized(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[Encoded]:
     """Every document, however short. Raises CorpusError for a text that is no Unicode."""
     for part in _parts(documents):
         sizes = [_utf8_bytes(document) for document in part]

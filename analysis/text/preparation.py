@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from analysis.reports.provenance import provenance, write_json
+from analysis.report.provenance import provenance, write_json
 from analysis.text.corpus import CorpusError, Document, corpus_hash
 from analysis.text.drawn import Cut, Drawn, order_of
-from analysis.text.encoding import Encoded, tokenised
+from analysis.text.encoding import Encoded, tokenized
 from analysis.text.prepared import (
     MANIFEST,
     SCHEMA,
@@ -47,7 +47,7 @@ def prepare(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Tokenise documents into a prepared folder, all of it or nothing.
+    """Tokenize documents into a prepared folder, all of it or nothing.
 
     Documents are read once and leave memory in parts.
     Documents without two tokens are left out. A folder that an interrupted call left unfinished is replaced.
@@ -72,7 +72,7 @@ def prepare(
         with _appearing(target) as temporary:
             counts = Counter[str]()
             with progress_bar(total=request.max_tokens, unit="token", unit_scale=True, show=progress) as bar:
-                kept = _kept(tokenised(chain(first, source), tokenizer), request.max_tokens, counts, bar)
+                kept = _kept(tokenized(chain(first, source), tokenizer), request.max_tokens, counts, bar)
                 shards = tuple(_write(temporary, kept))
             if not shards:
                 raise CorpusError(

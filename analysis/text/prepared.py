@@ -1,4 +1,4 @@
-"""A tokenised corpus on disk: made once, then read by every run without a tokenizer's work, memory-mapped.
+"""A tokenized corpus on disk: made once, then read by every run without a tokenizer's work, memory-mapped.
 
 A prepared folder, version 1, holds:
 
@@ -183,7 +183,7 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of a fast tokenizer's serialised form, padding and truncation (which calls change) left out."""
+    """SHA-256 of a fast tokenizer's serialized form, padding and truncation (which calls change) left out."""
     fields = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

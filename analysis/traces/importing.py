@@ -67,7 +67,7 @@ import numpy as np
 from scipy.special import entr, softmax
 
 from analysis.command import path_argument, program
-from analysis.reports.output import Output
+from analysis.report.output import Output
 from analysis.traces import trace as trace_file
 from analysis.traces.capture import captured_layers, on_all_layers, zero_layers
 from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError

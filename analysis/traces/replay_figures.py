@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from analysis.reports.figures import stacked_tiers, subplots
+from analysis.report.figures import stacked_tiers, subplots
 from varjax.step import TIERS
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def tiers_by_layer(found: Replay) -> Figure:
     return figure
 
 
-def false_hits_by_age(found: Replay) -> Figure:
+def mispredictions_by_age(found: Replay) -> Figure:
     """False hits of the cached tier by the age of the decision, in each layer. Hatched: fewer than 20 decisions."""
     buckets = 1 + int(np.max(np.flatnonzero(found.sums.aged.any(axis=0)), initial=0))  # up to the last with any
     decisions, agreed = found.sums.aged[:, :buckets], found.sums.aged_agreements[:, :buckets]
@@ -59,7 +59,7 @@ def false_hits_by_age(found: Replay) -> Figure:
     figure, axis = subplots(figsize=(6.4, 1.8 + 0.16 * len(decisions)))
     top = max(0.01, float(np.max(rate, where=enough, initial=0)))
     image = axis.imshow(rate, cmap="Greys", vmin=0, vmax=top, aspect="auto", origin="lower")
-    figure.colorbar(image, ax=axis, label="false hits", format=PercentFormatter(1))
+    figure.colorbar(image, ax=axis, label="mispredictions", format=PercentFormatter(1))
     edges = [f"{edge:,}" for edge in found.age_edges[:buckets]]
     axis.patch.set(hatch="xxx", edgecolor="0.8")  # shows where there is nothing
     axis.set_xticks(range(len(edges)), edges, rotation=45, ha="right")

@@ -55,7 +55,7 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
             "that they allow; entropy thresholds pass more than they would on the whole gate"
         )
     if not trace.ranked:
-        notes.append("the experts are not ranked: there is no agreement, and no false hit, only recall")
+        notes.append("the experts are not ranked: there is no agreement, and no misprediction, only recall")
     return config, notes
 
 
@@ -107,9 +107,9 @@ def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, lis
 
 
 def _without_answers(policy: LayerPolicy, top_k: int) -> LayerPolicy:
-    """The policy as it is where nothing stands in for an expert; a tolerance then lets all run that `kept` lets."""
-    kept = top_k if policy.kept is None and policy.tolerance is not None else policy.kept
-    return replace(policy, residual=False, tolerance=None, kept=kept)
+    """The policy without answers: a tolerance then lets run whatever `experts_kept` lets run."""
+    kept = top_k if policy.experts_kept is None and policy.tolerance is not None else policy.experts_kept
+    return replace(policy, residual=False, tolerance=None, experts_kept=kept)
 
 
 def _with_policies(config: VARConfig, change: Callable[[LayerPolicy], LayerPolicy]) -> VARConfig:

@@ -7,23 +7,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.reports.report import Column, FigureNote, Report, Section, Table
-from analysis.traces.replay_figures import false_hits_by_age, tiers_by_layer
+from analysis.report.report import Column, Report, ReportFigure, Section, Table
+from analysis.traces.replay_figures import mispredictions_by_age, tiers_by_layer
 from varjax.step import TIERS
 
 if TYPE_CHECKING:
     from analysis.replay import Replay
 
-_MEASURES = ("agreement", "recall", "kept", "mass")  # of a tier that plans
-_TIERS = FigureNote(
+_MEASURES = ("agreement", "recall", "experts_kept", "mass")  # of a tier that plans
+_TIERS = ReportFigure(
     "replay_tiers",
     "Who decides in each layer, and how well",
     "Top: shares of the tokens by tier; the short lines are what a cache without bounds would reach on top of the fast "
     "tier. Bottom: agreement and recall, beside a table that gives all tokens the layer's busiest experts.",
     "A tier is judged at the tokens that it decides, and these are the easier ones.",
 )
-_AGES = FigureNote(
-    "replay_false_hits",
+_AGES = ReportFigure(
+    "replay_mispredictions",
     "False hits of the cached tier by age",
     "A row is a layer, a column the age of the decision that was used again; darker: more often not the router's. "
     "Hatched: fewer than 20 decisions.",
@@ -45,7 +45,7 @@ def report(found: Replay) -> Report:
 def draw(found: Replay) -> dict[str, Figure]:
     """The figures that the report names."""
     drawn = {_TIERS.name: tiers_by_layer(found)}
-    return drawn | ({_AGES.name: false_hits_by_age(found)} if found.has_ages else {})
+    return drawn | ({_AGES.name: mispredictions_by_age(found)} if found.has_ages else {})
 
 
 def _tiers(found: Replay) -> Section:
@@ -93,11 +93,11 @@ def _foretold(name: str, rates: dict[str, Any]) -> tuple[str | float | None, ...
 
 def _ages(found: Replay) -> Section:
     rows = []
-    for bucket in found.rates()["false_hits_by_age"]:
+    for bucket in found.rates()["mispredictions_by_age"]:
         tokens = bucket["from_tokens"]
         seconds = tokens * found.seconds_per_token
-        rows.append((f"from {tokens:,} tokens", seconds, bucket["decisions"], bucket["false_hits"]))
-    columns = (Column("age"), Column("from [s]", ".4g"), Column("decisions", ","), Column("false hits", ".1%"))
+        rows.append((f"from {tokens:,} tokens", seconds, bucket["decisions"], bucket["mispredictions"]))
+    columns = (Column("age"), Column("from [s]", ".4g"), Column("decisions", ","), Column("mispredictions", ".1%"))
     return Section(
         "ages",
         "How cached decisions age",

@@ -43,7 +43,7 @@ class Sums:
     agreements: np.ndarray  # int64 [L, 3], predicted first = the router's first; an open token agrees
     recalled: np.ndarray  # int64 [L, 3], chosen experts that were predicted
     mass: np.ndarray  # float64 [L, 3], their share of the chosen experts' probability
-    kept: np.ndarray  # int64 [L, 3], predicted experts that the plan keeps
+    experts_kept: np.ndarray  # int64 [L, 3], predicted experts that the plan keeps
     kept_chosen: np.ndarray  # int64 [L, 3], of these, those that the router chose
     aged: np.ndarray  # int64 [L, A], cached decisions
     aged_agreements: np.ndarray  # int64 [L, A]
@@ -65,7 +65,7 @@ class _StepSums(NamedTuple):
 
     recalled: Array  # int32 [L, 3]
     mass: Array  # float32 [L, 3]
-    kept: Array  # int32 [L, 3]
+    experts_kept: Array  # int32 [L, 3]
     kept_chosen: Array  # int32 [L, 3]
     aged: Array  # int32 [L, A]
     aged_agreements: Array  # int32 [L, A]
@@ -233,9 +233,9 @@ def _measured(plan: Plan, given: _Steps, age: Array, age_edges: Array, num_exper
     caught, right = jnp.any(same, axis=-2), jnp.any(same, axis=-1)
     whole = jnp.sum(probs, axis=-1)
     share = jnp.sum(jnp.where(caught, probs, 0), axis=-1) / jnp.where(whole > 0, whole, 1)
-    keeps = (jnp.arange(predicted.shape[-1], dtype=plan.kept.dtype)[None, None] < plan.kept[:, 0, :, None]) & (
-        predicted < num_experts
-    )
+    keeps = (
+        jnp.arange(predicted.shape[-1], dtype=plan.experts_kept.dtype)[None, None] < plan.experts_kept[:, 0, :, None]
+    ) & (predicted < num_experts)
     tiers = jnp.arange(len(TIERS), dtype=tier.dtype)[None, None]
     of_tier = (tier[..., None] == tiers) & given.mask[0][None, :, None]  # [L, T, 3]
 
@@ -252,7 +252,7 @@ def _measured(plan: Plan, given: _Steps, age: Array, age_edges: Array, num_exper
     return _StepSums(
         recalled=counted(caught),
         mass=total(share),
-        kept=counted(keeps),
+        experts_kept=counted(keeps),
         kept_chosen=counted(keeps & right),
         aged=jnp.sum(aged, axis=1, dtype=jnp.int32),
         aged_agreements=jnp.sum(agreed, axis=1, dtype=jnp.int32),

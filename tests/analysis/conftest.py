@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
 from varjax.answers import Answers
 from varjax.stats import RoutingStats

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.policies.search import search
 from analysis.traces.recording import record
 from analysis.traces.trace import read
@@ -20,7 +20,7 @@ from varjax.model import build_for
 READING = {"batch_size": 20, "max_length": 16, "progress": False}
 BETWEEN = {"dense_layers": (1,), "dense_size": 20}
 FAMILIES = {
-    "olmoe": {"query_key_norm": "projection", "clip_qkv": 1.0, "normalise_top_k": False},
+    "olmoe": {"query_key_norm": "projection", "clip_qkv": 1.0, "normalize_top_k": False},
     "qwen3_moe": {"query_key_norm": "head", "attention_bias": True},
 }
 
@@ -62,10 +62,10 @@ def test_the_table_weighs_experts_as_the_gate_does(model, stats):
     sums = np.asarray(table.routing.weights.sum(-1))[:, :-1]  # the last row is order 0
     mean = stats.sum_probs / stats.count[..., None]
     best = -np.sort(-mean, axis=-1)[..., : model.config.top_k].sum(-1)
-    np.testing.assert_allclose(sums, 1 if model.config.normalise_top_k else best, rtol=1e-5)
+    np.testing.assert_allclose(sums, 1 if model.config.normalize_top_k else best, rtol=1e-5)
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_switched_off_it_is_the_plain_model_bit_for_bit(model, known):
     ids = np.stack([one.ids for one in known[-4:]])
     plain, (off, _) = model(ids), VARModel(model, VARConfig(enable_var=False))(ids, None)
@@ -74,7 +74,7 @@ def test_switched_off_it_is_the_plain_model_bit_for_bit(model, known):
 
 
 def test_switched_on_it_runs_fewer_experts(model, known, stats, answers):
-    config = VARConfig(default=LayerPolicy(kept=1), frequency_threshold=3, entropy_threshold=9.0)
+    config = VARConfig(default=LayerPolicy(experts_kept=1), frequency_threshold=3, entropy_threshold=9.0)
     var_model = VARModel(model, config, table=build_for(model, stats, config, answers))
     ids = np.stack([one.ids for one in known[-4:]])
     on, state = var_model(ids, var_model.init(4))

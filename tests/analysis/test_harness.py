@@ -13,10 +13,10 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.evaluation.caching import Caching
-from analysis.evaluation.harness_lm import HarnessLM, _Wanted
-from analysis.evaluation.quality import plain_runner, score
+from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.evaluate.caching import Caching
+from analysis.evaluate.harness_lm import HarnessLM, _Wanted
+from analysis.evaluate.quality import plain_runner, score
 from analysis.harness import evaluate, main
 from analysis.text.corpus import Document
 from analysis.text.encoding import encode
@@ -88,7 +88,7 @@ def test_loglikelihoods_equal_the_harness_own_model(reference, hflm):
         ("The number of", " the given value"),  # what greedy decoding says
         ("", "Return the number of elements."),
         ("A space ends this ", "array of values"),
-        ("<s>The begin id is spelt", " out"),
+        ("<s>The begin id is spelled", " out"),
         (long, " Its size too."),  # loses its beginning
         ("a", long[:150]),
     )
@@ -339,7 +339,7 @@ def test_an_added_token_without_an_embedding_is_refused_in_a_text(saved_model):
 
 def test_without_the_harness_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    for name in ("analysis.harness", "analysis.evaluation.harness_lm"):
+    for name in ("analysis.harness", "analysis.evaluate.harness_lm"):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"varjax\[eval\]"):
         importlib.import_module("analysis.harness")

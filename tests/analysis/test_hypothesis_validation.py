@@ -16,7 +16,7 @@ from analysis.hypotheses.entropy_kind import entropy_kind
 from analysis.hypotheses.sources import Source, open_source, trace_source
 from analysis.hypotheses.trace_findings import Settings
 from analysis.hypothesis_validation import examine, main, report, validate
-from analysis.reports.report import Report, text
+from analysis.report.report import Report, text
 from analysis.traces import trace
 from analysis.traces.statistics import trace_statistics
 from analysis.traces.trace import Trace

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from analysis.replay import constant_table, fields_of, main, replay
-from analysis.reports.report import text
+from analysis.report.report import text
 from analysis.traces import replay_inputs, replay_steps
 from analysis.traces import trace as trace_file
 from analysis.traces.importing import import_npz
@@ -35,7 +35,7 @@ CONFIG = VARConfig(
     cache_ttl_seconds=40.0,
     context_window_size=3,
     mass_threshold=0.75,
-    default=LayerPolicy(kept=None, residual=False, orders=(1, 2)),
+    default=LayerPolicy(experts_kept=None, residual=False, orders=(1, 2)),
 )
 
 
@@ -136,7 +136,9 @@ def test_the_replay_equals_a_slow_one(step):
     trace = random_trace(1)
     found = replay(trace, CONFIG, step=step, seconds_per_token=SECONDS)
     scored, expected = slow_replay(trace, CONFIG, step)
-    sums = {name: np.zeros((LAYERS, 3)) for name in ("tokens", "active", "agreements", "recalled", "mass", "kept")}
+    sums = {
+        name: np.zeros((LAYERS, 3)) for name in ("tokens", "active", "agreements", "recalled", "mass", "experts_kept")
+    }
     sums["kept_chosen"] = np.zeros((LAYERS, 3))
     aged, aged_agreements = np.zeros((2, LAYERS, len(found.age_edges)))
     for n, (tier, predicted, kept, age) in enumerate(expected):
@@ -149,7 +151,7 @@ def test_the_replay_equals_a_slow_one(step):
         sums["agreements"][layer, tier] += agrees
         sums["recalled"][layer, tier] += len(caught)
         sums["mass"][layer, tier] += sum(caught) / probs.sum()
-        sums["kept"][layer, tier] += min(kept, len(predicted))
+        sums["experts_kept"][layer, tier] += min(kept, len(predicted))
         sums["kept_chosen"][layer, tier] += len(set(predicted[:kept]) & set(chosen))
         if tier == CACHED:
             bucket = max(i for i, edge in enumerate(found.age_edges) if age >= edge)
@@ -183,7 +185,7 @@ def test_without_a_cached_tier_there_is_no_unlimited_one():
     hits, agreements = unlimited_cache(trace, np.zeros((len(trace.token_id), LAYERS), bool), config, 8)
     assert hits.tolist() == agreements.tolist() == [0, 0]
     found = replay(trace, config, step=8)
-    assert not found.sums.tokens[:, CACHED].any() and found.rates()["false_hits_by_age"] == []
+    assert not found.sums.tokens[:, CACHED].any() and found.rates()["mispredictions_by_age"] == []
     assert [section.name for section in report(found).sections] == ["tiers"] and len(draw(found)) == 1
 
 
@@ -209,17 +211,17 @@ def test_settled_routing_is_foretold_entirely(kind):
     assert cached["shares"]["fast"] == 0.0 and cached["shares"]["cached"] > 0.05
     for rates in (fast["fast"], cached["cached"], found.rates()["fast"]):
         assert rates["agreement"] == (None if kind == "unranked" else 1.0)
-        assert rates["recall"] == rates["kept"] == 1.0
+        assert rates["recall"] == rates["experts_kept"] == 1.0
         assert rates["mass"] == (pytest.approx(1) if kind == "probs" else None)
         assert rates["experts_per_token"] == TOP_K
     assert fast["cached"]["agreement"] is None and fast["experts_per_token"] == TOP_K
-    wrong = [bucket["false_hits"] for bucket in cached["false_hits_by_age"]]
+    wrong = [bucket["mispredictions"] for bucket in cached["mispredictions_by_age"]]
     assert wrong and set(wrong) == {None if kind == "unranked" else 0.0}
 
 
 def test_thresholds_that_a_trace_cannot_judge_are_lifted():
     strict = replace(CONFIG, entropy_threshold=0.0, confidence_threshold=1.0, mass_threshold=0.1)
-    strict = replace(strict, layers={1: LayerPolicy(kept=1, gate_ratio=1.0, entropy_threshold=0.1)})
+    strict = replace(strict, layers={1: LayerPolicy(experts_kept=1, gate_ratio=1.0, entropy_threshold=0.1)})
     judged = replay(settled_trace("probs"), strict, step=8)
     assert judged.keys == 0 and not judged.sums.tokens[:, CACHED].any()
     lifted = replay(settled_trace("ranked"), strict, step=8)
@@ -237,7 +239,7 @@ def test_sigmoid_scores_do_not_make_experts_drop_out(tmp_path):
     np.savez(tmp_path / "log.npz", **arrays, probs=0.5 + 0.1 * rng.random(experts.shape))
     fields = {"num_layers": layers, "num_experts": 8, "top_k": 4, "scores": "sigmoid"}
     (tmp_path / "log.json").write_text(json.dumps(fields))
-    policy = LayerPolicy(kept=None, residual=False)
+    policy = LayerPolicy(experts_kept=None, residual=False)
     config = VARConfig(entropy_threshold=9.0, confidence_threshold=0.2, mass_threshold=0.9, default=policy)
     found = replay(import_npz(tmp_path / "log.npz"), config)
     rates = found.rates()
@@ -247,12 +249,12 @@ def test_sigmoid_scores_do_not_make_experts_drop_out(tmp_path):
 
 def test_without_answers_a_tolerance_lets_all_run_and_order_0_plans_every_token():
     policies = {
-        0: LayerPolicy(kept=None, tolerance=0.5, orders=(0, 1)),
-        1: LayerPolicy(kept=TOP_K, residual=False, gate_mass=0.01, orders=(0,)),
+        0: LayerPolicy(experts_kept=None, tolerance=0.5, orders=(0, 1)),
+        1: LayerPolicy(experts_kept=TOP_K, residual=False, gate_mass=0.01, orders=(0,)),
     }
     trace, config = settled_trace("probs"), replace(CONFIG, layers=policies, cache_size=0)
     found = replay(trace, config, step=8)
-    assert found.config.policy(0).kept == TOP_K
+    assert found.config.policy(0).experts_kept == TOP_K
     for layer, experts in ((0, TOP_K), (1, 1)):
         rates = found.rates(layer)
         assert rates["shares"]["fast"] == 1.0 and rates["experts_per_token"] == experts
@@ -307,7 +309,11 @@ def test_many_steps_and_another_policy_compile_once():
     first = replay(trace, CONFIG, step=step)
     compiled = replay_steps._advance._cache_size()
     assert first.tokens > step * replay_steps._AT_ONCE and compiled <= before + 1
-    changes = {"confidence_threshold": 0.5, "cache_ttl_seconds": 1e9, "layers": {1: LayerPolicy(kept=1, orders=(2,))}}
+    changes = {
+        "confidence_threshold": 0.5,
+        "cache_ttl_seconds": 1e9,
+        "layers": {1: LayerPolicy(experts_kept=1, orders=(2,))},
+    }
     second = replay(trace, replace(CONFIG, **changes), step=step)
     assert replay_steps._advance._cache_size() == compiled
     assert second.sums.tokens[:, CACHED].sum() > first.sums.tokens[:, CACHED].sum()
@@ -322,7 +328,7 @@ def test_many_steps_and_another_policy_compile_once():
         (CONFIG, {"build_share": 1.0}, ValueError, r"build_share=1\.0"),
         (CONFIG, {"build_share": 1e-9}, TraceError, "130 documents with tokens, of which 0 build"),
         (replace(CONFIG, layers={7: None}), {}, ValueError, "layer 7: the statistics have only layers 0 to 1"),
-        (replace(CONFIG, default=LayerPolicy(kept=3)), {}, ValueError, "runs only 2 experts"),
+        (replace(CONFIG, default=LayerPolicy(experts_kept=3)), {}, ValueError, "runs only 2 experts"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(config, settings, error, message):
@@ -348,7 +354,7 @@ def test_the_command_writes_report_numbers_and_figures(tmp_path, monkeypatch, ca
     assert {name: saved[name] for name in fields_of(found)} == json.loads(json.dumps(fields_of(found)))
     assert saved["provenance"]["config"] == json.loads(CONFIG.to_json())
     assert len(saved["layers"]) == LAYERS and saved["notes"]
-    names = {f"{name}.{kind}" for name in ("replay_tiers", "replay_false_hits") for kind in ("png", "pdf")}
+    names = {f"{name}.{kind}" for name in ("replay_tiers", "replay_mispredictions") for kind in ("png", "pdf")}
     names |= {"replay.json", "replay.txt", "replay.html", "index.html"}
     assert {file.name for file in (tmp_path / "out").iterdir()} == names
 
@@ -372,7 +378,7 @@ def test_a_part_of_the_real_trace(shared_data):
     some = whole.of(np.arange(615) < 200)
     layers = [0, 0, 12, 12]  # each once with order 1, once with order 2
     some = replace(some, experts=some.experts[:, layers], probs=some.probs[:, layers])
-    shorter, longer = (LayerPolicy(kept=2, residual=False, orders=(order,)) for order in (1, 2))
+    shorter, longer = (LayerPolicy(experts_kept=2, residual=False, orders=(order,)) for order in (1, 2))
     config = VARConfig(
         frequency_threshold=10,
         entropy_threshold=9.0,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
 from tests.running import run_python
 from varjax import answersfile, statsfile
 from varjax.config import residuals_beside

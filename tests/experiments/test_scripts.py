@@ -26,7 +26,7 @@ SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 def many_experts(model_directory, saved_model, tmp_path_factory) -> Path:
     """Four experts of six for a token, unlike Mixtral's two, and a layer without experts between two with some."""
     folder = tmp_path_factory.mktemp("many_experts")
-    other = {"query_key_norm": "head", "normalise_top_k": False, "dense_layers": (1,), "dense_size": 20}
+    other = {"query_key_norm": "head", "normalize_top_k": False, "dense_layers": (1,), "dense_size": 20}
     config = dataclasses.replace(saved_model.config, family="qwen3_moe", num_experts=6, top_k=4, **other)
     save_params(folder, init_params(config, jax.random.key(0)), config)
     for path in model_directory.glob("tokenizer*"):

@@ -13,7 +13,7 @@ from varjax.config import LayerPolicy
 @pytest.fixture
 def policy(statistics, tmp_path):
     path = tmp_path / "policy.json"
-    layer = LayerPolicy(kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
+    layer = LayerPolicy(experts_kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
     VARConfig(default=layer, cache_size=0).at(statistics).save(path)
     return path
 
@@ -29,7 +29,7 @@ def few_calls(monkeypatch):
     monkeypatch.setattr(points, "tasks", lambda quick: few)
 
 
-def test_a_policy_is_analysed_and_its_traces_are_kept(script, common, policy, few_calls, tmp_path, capsys):
+def test_a_policy_is_analyzed_and_its_traces_are_kept(script, common, policy, few_calls, tmp_path, capsys):
     output = tmp_path / "systems"
     script(
         "05_systems_analysis.py",
@@ -61,7 +61,7 @@ def test_without_a_policy_the_plain_model_is_analyzed(script, common, few_calls,
     assert named <= {"dispatch-bound", "memory-bound", "poor scaling"}  # nothing about VAR
 
 
-def test_what_cannot_be_analysed_is_said(script, common, tmp_path):
+def test_what_cannot_be_analyzed_is_said(script, common, tmp_path):
     VARConfig().save(tmp_path / "config.json")
     with pytest.raises(SystemExit, match="routing_stats is not set"):
         script("05_systems_analysis.py", *common, "--split", "all", "--var_config", tmp_path / "config.json")

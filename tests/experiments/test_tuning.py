@@ -13,7 +13,7 @@ import numpy as np
 import optuna
 import pytest
 
-from analysis.evaluation.caching import Caching
+from analysis.evaluate.caching import Caching
 from analysis.policies.ladder import Choice, Ladder, Step
 from tuning import study
 from varjax import VARConfig

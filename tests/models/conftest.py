@@ -32,7 +32,7 @@ FAMILY_FIELDS = {
         "family": "olmoe",
         "query_key_norm": "projection",
         "clip_qkv": 1.0,
-        "normalise_top_k": False,
+        "normalize_top_k": False,
         "dense_layers": (2,),
         "dense_size": 20,
     },

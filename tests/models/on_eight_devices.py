@@ -18,8 +18,8 @@ import pytest
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
 from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
@@ -108,7 +108,7 @@ def with_var(model: Model, collected, cache_size: int = 64) -> VARModel:
         confidence_threshold=0.3,
         context_window_size=2,
         cache_size=cache_size,
-        default=LayerPolicy(kept=1, orders=(1, 2)),
+        default=LayerPolicy(experts_kept=1, orders=(1, 2)),
     )
     stats, answers = collected
     return VARModel(model, config, table=build_for(model, stats, config, answers), clock=lambda: 0.0)
@@ -235,7 +235,7 @@ def test_under_a_plan_devices_also_learn_what_was_routed(collected):
 # --- what a mesh divides, and what not -------------------------------------------------------------------------------
 
 FAMILIES = {
-    "olmoe": {"query_key_norm": "projection", "clip_qkv": 1.0, "normalise_top_k": False},
+    "olmoe": {"query_key_norm": "projection", "clip_qkv": 1.0, "normalize_top_k": False},
     "qwen3_moe": {"query_key_norm": "head", "attention_bias": True, "num_kv_heads": 2},  # 2 heads on 4 devices: whole
 }
 
@@ -298,8 +298,8 @@ def test_slots_and_audits(texts):
     for model in (random_model(None), random_model("data=2,model=4")):
         ids, real = model.check_inputs(texts[:, :LENGTH], mask)
         audit = jnp.array([3, 40, -1], jnp.int32)
-        out = model.network.forward(model.params, ids, attention_mask=real, slot_outputs_of=(0,), audit=audit)
-        found.append((out.slot_outputs, out.routing, out.audit))
+        out = model.network.forward(model.params, ids, attention_mask=real, expert_outputs_of=(0,), audit=audit)
+        found.append((out.expert_outputs, out.routing, out.audit))
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **CLOSE), *found)
 
 

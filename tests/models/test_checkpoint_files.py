@@ -207,7 +207,7 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(fields_of, family):
     names = {**COMMON_FIELDS, **FAMILIES[family].fields}
     for field in ("max_position_embeddings", "rms_norm_eps", "router_aux_loss_coef", "initializer_range"):
         assert getattr(ours, field) == getattr(theirs, names[field]), field
-    for field in ("num_kv_heads", "sliding_window", "tie_word_embeddings", "normalise_top_k", "attention_bias"):
+    for field in ("num_kv_heads", "sliding_window", "tie_word_embeddings", "normalize_top_k", "attention_bias"):
         if field in names:
             assert getattr(ours, field) == getattr(theirs, names[field]), field
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]

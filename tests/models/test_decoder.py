@@ -64,12 +64,12 @@ def test_padding_changes_nothing_and_runs_nothing(tiny_model, padded_texts):
         np.testing.assert_array_equal(together.routing.weights[:, ~real], 0)
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_an_open_plan_is_the_plain_model_bit_for_bit(tiny_model, padded_texts):
     check_open_plan(tiny_model, padded_texts)
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_an_open_plan_is_the_plain_model_bit_for_bit_in_other_families(make_model, padded_texts, family_fields):
     check_open_plan(make_model(**family_fields), padded_texts)
 
@@ -94,7 +94,9 @@ def test_routing_is_numbered_over_the_layers_with_experts(make_model, family_fie
     assert plain.router_probs.shape == (2, 1, 6, config.num_experts)
     last = jnp.array([False, True])[:, None, None]
     opened = open_plan(model, ids)
-    emptied = dataclasses.replace(opened, tier=jnp.where(last, FAST, opened.tier), kept=jnp.where(last, 0, opened.kept))
+    emptied = dataclasses.replace(
+        opened, tier=jnp.where(last, FAST, opened.tier), experts_kept=jnp.where(last, 0, opened.experts_kept)
+    )
     emptied = model.network.forward(model.params, jnp.asarray(ids), plan=emptied)
     np.testing.assert_array_equal(emptied.routing.experts[0], plain.routing.experts[0])
     np.testing.assert_array_equal(emptied.routing.experts[1], config.num_experts)
@@ -105,13 +107,13 @@ def test_routing_is_numbered_over_the_layers_with_experts(make_model, family_fie
     np.testing.assert_allclose(emptied.logits, model.network.forward(silent, jnp.asarray(ids)).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
-def test_weights_and_the_audit_follow_the_gate_divided_or_not(make_model, normalise):
-    model = make_model(normalise_top_k=normalise)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_weights_and_the_audit_follow_the_gate_divided_or_not(make_model, normalize):
+    model = make_model(normalize_top_k=normalize)
     ids = jnp.arange(6)[None]
     out = model.network.forward(model.params, ids, plan=open_plan(model, ids), audit=jnp.arange(6))
     best = -np.sort(-np.asarray(out.router_probs), axis=-1)[..., : model.config.top_k]
-    expected = best / best.sum(-1, keepdims=True) if normalise else best
+    expected = best / best.sum(-1, keepdims=True) if normalize else best
     np.testing.assert_allclose(out.routing.weights, expected, rtol=1e-6)
     np.testing.assert_allclose(out.audit, 0, atol=1e-5)
 
@@ -132,7 +134,7 @@ def planned(make_model, padded_texts):
     experts = np.argsort(rng.random((*shape, config.num_experts)))[..., : config.top_k]
     plan = Plan(
         tier=jnp.asarray(rng.choice([FAST, CACHED, LEARNED], shape), jnp.int8),
-        kept=jnp.asarray(rng.integers(0, config.top_k + 1, shape), jnp.int8),
+        experts_kept=jnp.asarray(rng.integers(0, config.top_k + 1, shape), jnp.int8),
         row=jnp.asarray(rng.integers(NO_ROW, ROWS, shape), jnp.int32),
         routing=Routing(
             jnp.asarray(experts, jnp.int32), jnp.asarray(rng.dirichlet(np.ones(config.top_k), shape), jnp.float32)
@@ -142,7 +144,7 @@ def planned(make_model, padded_texts):
             gate_mass=jnp.array([jnp.inf, jnp.inf, 0.6], jnp.float32),
             tolerance=jnp.array([0.4, 0.0, 0.0], jnp.float32),
             residual=jnp.array([True, True, False]),
-            renormalise=jnp.zeros(3, bool),
+            renormalize=jnp.zeros(3, bool),
             choice_from_table=jnp.array([False, False, True]),
             weights_from_table=jnp.array([False, False, True]),
         ),
@@ -162,13 +164,13 @@ def planned(make_model, padded_texts):
 def test_a_plan_does_what_it_says(planned):
     model, ids, plan, answers = planned
     wanted = (0, 2)
-    out = model.network.forward(model.params, jnp.asarray(ids), plan=plan, answers=answers, slot_outputs_of=wanted)
+    out = model.network.forward(model.params, jnp.asarray(ids), plan=plan, answers=answers, expert_outputs_of=wanted)
     for row in range(len(ids)):
         of_row = jax.tree.map(lambda leaf, row=row: leaf[:, row] if leaf.ndim > 1 else leaf, plan)
         logits, experts, weights, slots = slow_forward(model, ids[row], of_row, answers)
         np.testing.assert_array_equal(out.routing.experts[:, row], experts)
         np.testing.assert_allclose(out.routing.weights[:, row], weights, **CLOSE)
-        np.testing.assert_allclose(out.slot_outputs[:, row], slots[list(wanted)], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(out.expert_outputs[:, row], slots[list(wanted)], rtol=0, atol=1e-4)
         np.testing.assert_allclose(out.logits[row], logits, rtol=0, atol=2e-4)
     active = np.asarray(out.routing.experts) < model.config.num_experts
     assert 0 < active.sum() < active.size  # something was dropped, something was not
@@ -222,7 +224,7 @@ def slow_slots(logits, plan, known, index, token):
         chosen = list(
             zip(plan.routing.experts[index, token].tolist(), plan.routing.weights[index, token].tolist(), strict=True)
         )
-    row, kept, reached, slots = int(plan.row[index, token]), int(plan.kept[index, token]), 0.0, []
+    row, kept, reached, slots = int(plan.row[index, token]), int(plan.experts_kept[index, token]), 0.0, []
     for slot, (expert, weight) in enumerate(chosen):
         looked_up = rules.residual and row != NO_ROW
         answer = int(known.entry[row, expert]) if looked_up else NO_ANSWER

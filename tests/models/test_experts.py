@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.experts import ENGINES, get_engine, pallas_engine, slot_outputs
+from models.experts import ENGINES, expert_outputs, get_engine, pallas_engine
 from models.experts_blocks import block_sizes, cut
 from varjax.routing import Routing
 
@@ -178,11 +178,11 @@ def test_gradients_are_those_of_the_reference(engine, rows, slots, num_experts):
         np.testing.assert_allclose(one, reference, rtol=1e-4, atol=1e-4 * float(jnp.abs(reference).max()))
 
 
-def test_slot_outputs_are_the_summands(engine):
+def test_expert_outputs_are_the_summands(engine):
     rng = np.random.default_rng(6)
     experts, x, routing = random_experts(rng), random_rows(rng, ROWS), random_routing(rng, ROWS)
     params = engine.prepare(experts)
-    slots = jax.jit(lambda *args: slot_outputs(engine, *args))(x, routing, params)
+    slots = jax.jit(lambda *args: expert_outputs(engine, *args))(x, routing, params)
     np.testing.assert_allclose(slots.sum(1), slow(x, routing, experts), atol=1e-4)
     for slot in range(SLOTS):
         alone = jax.tree.map(lambda leaf, slot=slot: leaf[:, slot : slot + 1], routing)

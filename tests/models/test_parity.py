@@ -62,7 +62,7 @@ def qwen3_moe(*shape, more=None, **fields) -> Case:
 CASES |= {
     "olmoe-as-published": olmoe(2, 16, (4, 4), (8, 4), theta=1e4, old_style=True),
     "olmoe-clipped": olmoe(1, 16, (2, 2), (4, 2), more={"clip_qkv": 0.7}),
-    "olmoe-normalised": olmoe(2, 16, (4, 2), (4, 3), more={"norm_topk_prob": True}, shard="6KB"),
+    "olmoe-normalized": olmoe(2, 16, (4, 2), (4, 3), more={"norm_topk_prob": True}, shard="6KB"),
     "olmoe-biased": olmoe(1, 24, (4, 1), (4, 2), more={"attention_bias": True, "clip_qkv": 1.5}, eps=1e-3),
     "olmoe-tied": olmoe(1, 16, (2, 2), (3, 1), tied=True),
     "olmoe-one-head": olmoe(3, 16, (1, 1), (2, 2), theta=500.0),

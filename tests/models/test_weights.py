@@ -111,7 +111,7 @@ def test_the_fingerprint_knows_the_model_and_nothing_else(checkpoint, tiny_confi
     assert fingerprint(tmp_path / "sharded") == original
     assert fingerprint(config=dataclasses.replace(tiny_config, initializer_range=0.02)) == original
 
-    for maths in ({"top_k": 1}, {"clip_qkv": 1.0}, {"normalise_top_k": False}):
+    for maths in ({"top_k": 1}, {"clip_qkv": 1.0}, {"normalize_top_k": False}):
         assert fingerprint(config=dataclasses.replace(tiny_config, **maths)) != original
     last_value = np.asarray(load_file(checkpoint / "model.safetensors")[EXPERT]).copy()
     last_value[-1, -1] += 1e-3
@@ -192,7 +192,7 @@ WEIGHT_FAULTS = {
         lambda d: edit(d, **{QUERIES: np.ones((16, 24), np.float32)}),
         [QUERIES, "model.safetensors", "(16, 24)", "expected (24, 16)"],
     ),
-    "quantised": (lambda d: edit(d, **{NORM: np.ones(16, np.int8)}), [NORM, "stored as I8", "expected one of F32"]),
+    "quantized": (lambda d: edit(d, **{NORM: np.ones(16, np.int8)}), [NORM, "stored as I8", "expected one of F32"]),
     "several": (
         lambda d: edit(d, extra=np.ones(2), **{HEAD: None, NORM: np.ones(3, np.float32), EXPERT: None}),
         [f"missing {HEAD}", f"missing {EXPERT}", "surplus extra", f"{NORM} in model.safetensors has shape (3,)"],
@@ -343,7 +343,7 @@ CONFIG_FAULTS = {
     ),
     "rope-not-an-object": ({"rope_parameters": "default"}, ["rope_parameters is 'default'", "expected an object"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
-    "quantised": (
+    "quantized": (
         {"quantization_config": {"quant_method": "gptq", "modules": ["a"] * 999}},
         ["quantized (quantization_config has quant_method 'gptq')", "use the checkpoint that this one was made from"],
     ),
@@ -393,7 +393,7 @@ def test_config_faults_of_other_families_are_named(checkpoint, changes, named):
 
 
 @pytest.mark.parametrize(
-    "field", [{"clip_qkv": 1.0}, {"normalise_top_k": False}, {"dense_layers": (2,), "dense_size": 8}]
+    "field", [{"clip_qkv": 1.0}, {"normalize_top_k": False}, {"dense_layers": (2,), "dense_size": 8}]
 )
 def test_what_a_format_cannot_say_is_not_saved_in_it(tiny_config, tiny_params, tmp_path, field):
     with pytest.raises(ValueError, match="the mixtral format"):

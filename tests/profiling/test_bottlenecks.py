@@ -3,15 +3,15 @@ import dataclasses
 import pytest
 
 import profiling.bottlenecks
+from analysis.resampling import Estimate
 from profiling.bottlenecks import Evidence, bottlenecks
-from profiling.timing import Ratio
 
 WELL = Evidence(
     phase="decode",
     batch=1,
     plain={"plan": 0.0, "experts": 6e-3, "projections": 3e-3, "commit": 0.0, "other": 1e-3},
     var={"plan": 1e-4, "experts": 2.4e-3, "projections": 3e-3, "commit": 1e-4, "other": 1e-3},
-    speedup=Ratio(1.5, 1.45, 1.55),
+    speedup=Estimate(1.5, 1.45, 1.55),
     experts=(2.0, 0.8),
     tiers={"fast": 0.95, "cached": 0.0, "learned": 0.05},
     cached_tier=False,
@@ -42,8 +42,8 @@ def test_where_all_is_well_nothing_is_found():
 @pytest.mark.parametrize(
     ("changes", "name", "severity", "said"),
     [
-        ({"speedup": Ratio(0.7, 0.6, 0.8)}, "slow-down", "high", "0.70x [0.60, 0.80]"),
-        ({"speedup": Ratio(0.96, 0.95, 0.99)}, "slow-down", "low", "0.96x"),
+        ({"speedup": Estimate(0.7, 0.6, 0.8)}, "slow-down", "high", "0.70x [0.60, 0.80]"),
+        ({"speedup": Estimate(0.96, 0.95, 0.99)}, "slow-down", "low", "0.96x"),
         ({"var": {**WELL.var, "plan": 5e-3}}, "look-up", "high", "plan 5.00 ms, commit 100 µs"),
         ({"tiers": {"fast": 0.4, "cached": 0.0, "learned": 0.6}}, "learned share", "high", "60% of tokens and layers"),
         ({"cached_tier": True}, "cache use", "low", "decides 0.00%"),
@@ -62,10 +62,10 @@ def test_each_bottleneck_is_named_alone_with_its_severity_and_numbers(changes, n
 @pytest.mark.parametrize(
     "changes",
     [
-        {"speedup": Ratio(0.98, 0.9, 1.02)},  # the interval reaches 1
+        {"speedup": Estimate(0.98, 0.9, 1.02)},  # the interval reaches 1
         {"cached_tier": True, "tiers": {"fast": 0.8, "cached": 0.15, "learned": 0.05}},
         {"overhead": None, "waiting": None, "exponent": None},  # not measured
-        {"experts": (2.0, 2.0), "var": {**WELL.plain, "plan": 1e-4}, "speedup": Ratio(1.0, 0.99, 1.01)},
+        {"experts": (2.0, 2.0), "var": {**WELL.plain, "plan": 1e-4}, "speedup": Estimate(1.0, 0.99, 1.01)},
     ],
 )
 def test_what_is_no_bottleneck_is_not_found(changes):
@@ -92,7 +92,7 @@ def test_advice_that_was_tried_says_what_came_of_it():
 
 
 def test_a_slow_down_names_the_component_that_grew_most():
-    found = seen(var={**WELL.var, "commit": 9e-3}, speedup=Ratio(0.6, 0.55, 0.65))
+    found = seen(var={**WELL.var, "commit": 9e-3}, speedup=Estimate(0.6, 0.55, 0.65))
     assert "commit grew most, by 9.00 ms" in found["slow-down"].evidence
 
 

@@ -18,7 +18,7 @@ from models.parameters import init_params
 from profiling.costs import COMPONENTS, Cost, component_costs, flops_per_token, parameters
 from profiling.published import MIXTRAL_8X7B, PUBLISHED
 from profiling.workload import Mix, Workload
-from profiling.xla_costs import analyse, equations
+from profiling.xla_costs import analyze, equations
 from varjax.routing import Plan, Routing
 
 PRODUCTS = ("projections", "scores", "gate", "experts", "head")  # components of which only matrix products are counted
@@ -51,7 +51,7 @@ def products(traced) -> int:
 def check(traced, flops: float) -> None:
     """The products are exactly those; XLA, which also counts what is left out, agrees within 1 %."""
     assert products(traced) == flops
-    assert analyse(traced).flops == pytest.approx(flops, rel=0.01)
+    assert analyze(traced).flops == pytest.approx(flops, rel=0.01)
 
 
 @pytest.mark.parametrize("length", [48, 160, 384])
@@ -66,7 +66,7 @@ def test_attention_of_a_whole_text_agrees_with_xla(length):
     mask = jax.ShapeDtypeStruct((2, length, length), bool)
     traced = jax.jit(run).trace(state, SHAPE((2, length, 512)), heads, heads, mask)
     costs = component_costs(ONE_LAYER, Workload(2, length), Mix.plain(CONFIG, 2 * length), as_written=True)
-    assert not analyse(traced).doubts
+    assert not analyze(traced).doubts
     check(traced, (costs["projections"] + costs["scores"]).flops)
 
 
@@ -114,7 +114,7 @@ def test_a_whole_plain_forward_agrees_with_xla(cached, last_logits_only):
     workload = Workload(2, 80, cached=cached, capacity=120 if cached else None, last_logits_only=last_logits_only)
     costs = component_costs(CONFIG, workload, Mix.plain(CONFIG, 160), as_written=True)
     assert products(traced) == sum(costs[name].flops for name in PRODUCTS)
-    xla = analyse(traced)
+    xla = analyze(traced)
     assert "loop" not in xla.doubts and "conditional" not in xla.doubts
     assert xla.flops == pytest.approx(sum(costs.values(), Cost()).flops, rel=0.01)
 
@@ -162,7 +162,7 @@ def test_one_token_reads_the_weights_of_the_experts_that_it_runs():
 
 def test_a_plan_has_the_bytes_of_its_arrays():
     plan = Plan.open(2, 3, 5, CONFIG.top_k, CONFIG.num_experts)
-    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves((plan.tier, plan.kept, plan.row, plan.routing)))
+    arrays = sum(leaf.nbytes for leaf in jax.tree.leaves((plan.tier, plan.experts_kept, plan.row, plan.routing)))
     costs = component_costs(CONFIG, Workload(3, 5), Mix(experts=2, distinct=8, planned=True))
     assert costs["plan"].bytes == arrays
     off = component_costs(CONFIG, Workload(3, 5), Mix(experts=2, distinct=8))

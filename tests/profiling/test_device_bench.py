@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.reports.provenance import write_json
+from analysis.report.provenance import write_json
 from models.experts import Engine, get_engine
 from models.experts_pallas import stack_experts
 from profiling import experts_bench, torch_bench
@@ -52,7 +52,7 @@ def test_all_parts_are_there_or_it_is_said_why(result):
 
 def test_figures_are_those_of_the_work_that_was_asked_for(result):
     for tokens in (1, 8):
-        cells = {(one["engine"], one["kept"]): one for one in result[f"experts/{tokens}"]}
+        cells = {(one["engine"], one["experts_kept"]): one for one in result[f"experts/{tokens}"]}
         assert cells.keys() >= {(name, kept) for name in ("blocks", "lax.ragged_dot") for kept in (2.0, 1.0)}
         for (_, kept), one in cells.items():
             assert one["single"] == 2 - kept
@@ -120,7 +120,7 @@ def test_rivals_compute_the_same():
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"family": "olmoe", "query_key_norm": "projection", "normalise_top_k": False}],
+    [{}, {"family": "olmoe", "query_key_norm": "projection", "normalize_top_k": False}],
     ids=["Mixtral", "OLMoE"],
 )
 def test_transformers_is_timed_where_torch_is(fields):

@@ -37,7 +37,7 @@ def test_one_token_hits_its_own_experts_and_many_hit_all():
     assert distinct_experts(4, 2, 1, skew) == pytest.approx(2)
     assert distinct_experts(4, 2, 1000, skew) == pytest.approx(4)
     assert distinct_experts(4, 0, 1000) == distinct_experts(4, 2, 0) == 0
-    assert distinct_experts(4, 2, 5, skew) < distinct_experts(4, 2, 5)  # favourites are shared
+    assert distinct_experts(4, 2, 5, skew) < distinct_experts(4, 2, 5)  # favorites are shared
 
 
 def test_shares_that_cannot_be_are_refused():
@@ -55,13 +55,15 @@ def test_a_look_up_reads_a_bucket_its_keys_and_a_row_of_every_array():
     stats = RoutingStats.empty(keys, (1,), 3, 4)
     count = np.full_like(stats.count, 7)
     stats = dataclasses.replace(stats, count=count, sum_probs=7 * rng.dirichlet(np.ones(4), count.shape))
-    config = VARConfig(frequency_threshold=1, entropy_threshold=9.0, default=LayerPolicy(kept=1, residual=False))
+    config = VARConfig(
+        frequency_threshold=1, entropy_threshold=9.0, default=LayerPolicy(experts_kept=1, residual=False)
+    )
     table = build(stats, config, k=2)
 
     bucket, width = table.index.buckets.shape[1], table.index.keys.shape[1]
     look_up = (table.index.buckets.nbytes / len(table.index.buckets)) + bucket * 4 * width
     rows = len(table.index.keys)
-    per_row = [leaf.nbytes / rows for leaf in (table.kept, table.routing.experts, table.routing.weights)]
+    per_row = [leaf.nbytes / rows for leaf in (table.experts_kept, table.routing.experts, table.routing.weights)]
     expected = 5 * (look_up + table.eligible.nbytes / rows + sum(per_row))
     model = dataclasses.replace(MIXTRAL_8X7B, num_layers=3)
     assert table_bytes(model, 5, orders=1, width=width, bucket=bucket) == expected

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from profiling.xla_costs import KNOWN_ERRORS, analyse, constructs, explain
+from profiling.xla_costs import KNOWN_ERRORS, analyze, constructs, explain
 
 N = 64
 SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -15,7 +15,7 @@ PRODUCT = 2 * N**3  # operations of one matrix product
 
 
 def cost_of(function, *arguments):
-    return analyse(jax.jit(function).trace(*arguments))
+    return analyze(jax.jit(function).trace(*arguments))
 
 
 def test_a_program_without_doubts_is_counted_right():
@@ -26,7 +26,7 @@ def test_a_program_without_doubts_is_counted_right():
 
 
 def test_a_donated_argument_takes_no_second_place():
-    donated = analyse(jax.jit(lambda x: x + 1, donate_argnums=0).trace(SQUARE))
+    donated = analyze(jax.jit(lambda x: x + 1, donate_argnums=0).trace(SQUARE))
     assert donated.aliased_bytes == 4 * N * N
     assert donated.peak_bytes == 4 * N * N + donated.temporary_bytes
 

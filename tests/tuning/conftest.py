@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from profiling.timing import Ratio
+from analysis.resampling import Estimate
 from tuning.points import PREDICTED, Outcome, Point
 from tuning.space import Parameter
 
@@ -41,7 +41,7 @@ def make_point():
             hopeless=hopeless,
             experts_per_token=2 / speedup,
             learned_share=0.1,
-            speedups={phase: Ratio(speedup, speedup - 0.01, speedup + 0.01)},
+            speedups={phase: Estimate(speedup, speedup - 0.01, speedup + 0.01)},
             speedup=speedup,
         )
         return Point(number, values, json.dumps(values) if config is None else config, outcome)

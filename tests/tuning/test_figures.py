@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from analysis.reports.figures import save
+from analysis.report.figures import save
 from tuning import figures
 from tuning.importance import importances, sensitivities
 from tuning.points import best, pareto

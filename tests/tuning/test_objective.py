@@ -4,12 +4,12 @@ import math
 import numpy as np
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.evaluation.caching import Caching
-from analysis.evaluation.quality import plain_runner, score, var_runner
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.evaluate.caching import Caching
+from analysis.evaluate.quality import plain_runner, score, var_runner
 from analysis.policies.scored_points import Subject
-from profiling.timing import Ratio
+from analysis.resampling import Estimate
 from tuning.objective import Objective, predicted_speedup, upper_limit
 from tuning.points import PREDICTED
 from varjax.config import LayerPolicy, VARConfig
@@ -35,7 +35,7 @@ def objective(subject):
 
 
 def kept(subject, kept, residual=True):
-    return dataclasses.replace(subject.config, default=LayerPolicy(kept=kept, orders=(1, 2), residual=residual))
+    return dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, orders=(1, 2), residual=residual))
 
 
 def test_a_bound_on_the_answers_that_one_table_cannot_keep_is_refused(subject):
@@ -62,7 +62,7 @@ def test_the_cost_is_that_of_the_whole_evaluation(subject, objective):
     expected = math.expm1(scores.nll_per_token - plain.nll_per_token)
     assert found.degradation == pytest.approx(expected, abs=1e-5)
     assert found.upper > found.degradation
-    assert found.speedups == {PREDICTED: Ratio(found.speedup, found.speedup, found.speedup)}
+    assert found.speedups == {PREDICTED: Estimate(found.speedup, found.speedup, found.speedup)}
 
 
 def test_a_hopeless_config_is_given_up_and_can_never_be_chosen(subject, objective):

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from analysis.reports.files import write_report
-from analysis.reports.report import Section, fields, text
+from analysis.report.files import write_report
+from analysis.report.report import Section, fields, text
 from tuning.report import SHOWN, draw, examine, report
 
 LIMIT = 0.01

@@ -143,7 +143,7 @@ def test_a_trial_tries_a_point_of_the_space():
 
 
 def test_values_that_are_not_given_stay_the_bases():
-    base = VARConfig(cache_size=77, entropy_threshold=1.1, layers={1: LayerPolicy(kept=0)})
+    base = VARConfig(cache_size=77, entropy_threshold=1.1, layers={1: LayerPolicy(experts_kept=0)})
     assert config_at({}, base, LADDER, ORDERS) == base
     changed = config_at({"frequency_threshold": 12, "cache_ttl_seconds": 5.0}, base, LADDER, ORDERS)
     assert (changed.frequency_threshold, changed.cache_ttl_seconds) == (12, 5.0)
@@ -154,7 +154,8 @@ def test_a_budget_climbs_the_ladder_and_leaves_the_other_layers_open():
     config = config_at({"loss_budget": 0.02}, VARConfig(), LADDER, ORDERS)
     assert config.default is None and config.policy(2) is None
     assert dict(config.layers) == {
-        layer: LayerPolicy(kept=None, tolerance=tolerance, orders=ORDERS) for layer, tolerance in LADDER.within(0.02)
+        layer: LayerPolicy(experts_kept=None, tolerance=tolerance, orders=ORDERS)
+        for layer, tolerance in LADDER.within(0.02)
     }
     assert [dict(config.layers)[layer].tolerance for layer in (0, 1)] == pytest.approx([0.1, 0.2])
 
@@ -168,9 +169,9 @@ def test_a_budget_of_nothing_leaves_all_layers_open():
 def test_the_longest_context_limits_the_orders_of_all_layers(longest, orders):
     config = config_at({"loss_budget": 0.03, "longest_context": longest}, VARConfig(), LADDER, ORDERS)
     assert [config.policy(layer).orders for layer in (0, 1)] == [orders, orders]
-    own = VARConfig(default=LayerPolicy(orders=(1,)), layers={1: LayerPolicy(kept=0), 2: None})
+    own = VARConfig(default=LayerPolicy(orders=(1,)), layers={1: LayerPolicy(experts_kept=0), 2: None})
     kept = config_at({"longest_context": longest}, own, LADDER, ORDERS)
-    assert kept.policy(0).orders == orders and kept.policy(1).orders == orders and kept.policy(1).kept == 0
+    assert kept.policy(0).orders == orders and kept.policy(1).orders == orders and kept.policy(1).experts_kept == 0
     assert kept.policy(2) is None
 
 

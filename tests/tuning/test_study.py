@@ -17,7 +17,7 @@ import sqlalchemy
 from optuna.trial import TrialState
 
 from analysis import command
-from profiling.timing import Ratio
+from analysis.resampling import Estimate
 from tuning import landscape
 from tuning.points import PREDICTED, Outcome, Point, best
 from tuning.space import Parameter, grid, suggest
@@ -42,7 +42,7 @@ work(study, {method!r}, 0, attempt, 0.01, lambda: print("done", flush=True))
 """
 ATTEMPT = """
 import time
-from profiling.timing import Ratio
+from analysis.resampling import Estimate
 from tuning.points import PREDICTED, Outcome, Point
 from tuning.space import Parameter, suggest
 SPACE = {space!r}
@@ -50,7 +50,7 @@ def attempt(trial):
     values = suggest(SPACE, trial)
     time.sleep({seconds})
     speedup = 1 + values["entropy_threshold"] / 10
-    outcome = Outcome(0.0, 0.001, 1, False, 1.0, 0.0, {{PREDICTED: Ratio(speedup, speedup, speedup)}}, speedup)
+    outcome = Outcome(0.0, 0.001, 1, False, 1.0, 0.0, {{PREDICTED: Estimate(speedup, speedup, speedup)}}, speedup)
     return Point(trial.number, values, str(values), outcome)
 """
 
@@ -59,7 +59,7 @@ def attempt(trial: optuna.Trial) -> Point:
     values = suggest(SPACE, trial)
     speedup = 1 + values["entropy_threshold"] / 10 - 0.1 * values["cached_tier"]
     loss = values["entropy_threshold"] / 100
-    outcome = Outcome(loss, loss, 1, False, 1.0, 0.0, {PREDICTED: Ratio(speedup, speedup, speedup)}, speedup)
+    outcome = Outcome(loss, loss, 1, False, 1.0, 0.0, {PREDICTED: Estimate(speedup, speedup, speedup)}, speedup)
     return Point(trial.number, values, str(values), outcome)
 
 

@@ -4,16 +4,15 @@ import math
 import numpy as np
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.evaluation.certificate import Losses, certify
-from analysis.evaluation.comparison import Estimate
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.evaluate.certificate import Losses, certify
 from analysis.policies.scored_points import Subject
-from profiling.timing import Ratio
+from analysis.resampling import Estimate
 from tuning import validation
 from tuning.validation import (
-    MIN_SPEEDUP,
     REPEATS,
+    TUNING_SPEEDUP,
     Candidate,
     Judged,
     Repeat,
@@ -35,7 +34,7 @@ OBSERVED = 0.05
 
 
 def timed(speed):
-    return Timed({"prefill": Ratio(speed, speed, speed)}, speed)
+    return Timed({"prefill": Estimate(speed, speed, speed)}, speed)
 
 
 def candidate(name, speed):
@@ -134,7 +133,7 @@ def test_simulated_validations_pass_as_often_as_they_should(five_certified, true
     """A thousand of them, of five candidates of one true speed-up, of which the apparently fastest is chosen."""
     rng, passed = np.random.default_rng(0), 0
     for _ in range(1000):
-        speeds = rng.lognormal(np.log(true * MIN_SPEEDUP), OBSERVED, 5 + REPEATS)
+        speeds = rng.lognormal(np.log(true * TUNING_SPEEDUP), OBSERVED, 5 + REPEATS)
         candidates = [
             candidate(one.name, speed) for one, speed in zip(five_certified.configurations, speeds[:5], strict=True)
         ]
@@ -158,7 +157,7 @@ def subject(saved_model, even_documents):
 def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject, even_documents):
     test = dataclasses.replace(subject, documents=even_documents[87:])
     nothing = dataclasses.replace(subject.config, default=None)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(kept=1, residual=False))
+    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, residual=False))
     found = validate(subject, test, {"half": half}, {"preset": half, "none": nothing}, repeats=3, rounds=2, limit=0.2)
     one, (preset, none) = found.chosen, found.presets
     assert [one.name for one in found.candidates] == ["half"] and (one.name, preset.name) == ("half", "preset")
@@ -179,14 +178,14 @@ def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_docum
 
     def timing(var_model, documents, **_):
         ids = {one.id for one in documents}
-        kept = var_model.config.default.kept
+        kept = var_model.config.default.experts_kept
         read.append((kept, ids))
         value = looks[kept] if ids <= calibrate_ids else 1.2
         return {"speedup": {"prefill": {"value": value, "low": value, "high": value}}}
 
     monkeypatch.setattr(validation, "measure", timing)
     configs = {
-        f"keeps {kept}": dataclasses.replace(subject.config, default=LayerPolicy(kept=kept, residual=False))
+        f"keeps {kept}": dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, residual=False))
         for kept in (2, 1)
     }
     found = validate(subject, test, configs, {}, repeats=2, limit=0.2)
@@ -198,7 +197,7 @@ def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_docum
 
 def test_where_nothing_is_certified_no_test_document_is_read(subject):
     test = dataclasses.replace(subject, documents=[None] * 4)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(kept=1, residual=False))
+    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, residual=False))
     found = validate(subject, test, {"half": half}, {"preset": half}, repeats=2, rounds=2, level=1 - 1e-9)
     assert found.chosen is None and found.presets == () and section(found).verdict == "FAIL"
 

@@ -210,7 +210,7 @@ def test_kept_experts_and_answers_are_the_full_output_where_each_pair_occurred_o
     rules = jax.tree.map(lambda leaf: leaf[0], LayerRules.neutral(1))
     plan = Plan(
         tier=jnp.full(shape, FAST, jnp.int8),
-        kept=jnp.full(shape, kept, jnp.int8),
+        experts_kept=jnp.full(shape, kept, jnp.int8),
         row=jnp.asarray(rows[0]),
         routing=Routing.unused((*shape, TOP_K), EXPERTS),
         rules=LayerRules(**vars(rules) | {"residual": jnp.array(True), "gate_ratio": jnp.float32(gate_ratio)}),

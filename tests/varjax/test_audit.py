@@ -63,15 +63,15 @@ def test_errors_equal_a_full_computation_of_each_layer(small_var_model, ids):
     def run(plan, **options):
         return model.network.forward(model.params, ids, plan=plan, answers=table.answers, **options)
 
-    out = run(plan, slot_outputs_of=(0, 1), audit=tokens)
+    out = run(plan, expert_outputs_of=(0, 1), audit=tokens)
     for layer in range(2):
         # The same past, but this layer is left to its router.
         opened = dataclasses.replace(plan, tier=plan.tier.at[layer].set(LEARNED))
-        full = np.asarray(run(opened, slot_outputs_of=(0, 1)).slot_outputs[layer].sum(-2))
+        full = np.asarray(run(opened, expert_outputs_of=(0, 1)).expert_outputs[layer].sum(-2))
         known = table.answers[layer]
         _, dropped = resolve(out.router_probs[layer], 2, plan.layer(layer), known)
         added = known.total(dropped)
-        under_var = np.asarray(out.slot_outputs[layer].sum(-2)) + added
+        under_var = np.asarray(out.expert_outputs[layer].sum(-2)) + added
         wanted = np.linalg.norm(under_var - full, axis=-1) / np.linalg.norm(full, axis=-1)
         expected = np.where(tokens >= 0, wanted.reshape(-1)[tokens], 0)
         assert (expected > 0.05).sum() >= 2

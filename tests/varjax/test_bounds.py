@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.reports.provenance import write_json
+from analysis.report.provenance import write_json
 from varjax.bounds import ConfidenceSequence, begin, documents_needed, interval, p_value, update, upper_bound
 from varjax.checksums import read_json
 

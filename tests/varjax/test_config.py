@@ -24,7 +24,7 @@ def policies(draw) -> LayerPolicy:
     residual = draw(st.booleans())
     looked_at, tolerance = draw(orders), draw(st.none() | numbers) if residual else None
     return LayerPolicy(
-        kept=draw(st.integers(0, 8) if 0 in looked_at and tolerance is None else st.none() | st.integers(0, 8)),
+        experts_kept=draw(st.integers(0, 8) if 0 in looked_at and tolerance is None else st.none() | st.integers(0, 8)),
         residual=residual,
         orders=looked_at,
         choice_from=draw(st.sampled_from(["gate", "table"])),
@@ -32,7 +32,7 @@ def policies(draw) -> LayerPolicy:
         gate_ratio=draw(st.none() | shares),
         gate_mass=draw(st.none() | shares),
         tolerance=tolerance,
-        renormalise=draw(st.booleans()) and not residual,
+        renormalize=draw(st.booleans()) and not residual,
         frequency_threshold=draw(st.none() | st.integers(1, 500)),
         entropy_threshold=draw(st.none() | numbers),
     )
@@ -68,7 +68,7 @@ def test_json_round_trip(config):
 
 
 def test_save_and_load_leave_one_file(tmp_path):
-    config = VARConfig.aggressive(layers={3: LayerPolicy(kept=0), 1: None})
+    config = VARConfig.aggressive(layers={3: LayerPolicy(experts_kept=0), 1: None})
     config.save(tmp_path / "runs" / "config.json")
     assert VARConfig.load(tmp_path / "runs" / "config.json") == config
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["config.json"]
@@ -140,9 +140,12 @@ def test_a_bad_field_is_named_with_its_value_and_range(field, value, expected):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"kept": -1}, "kept=-1"),
-        ({"kept": None, "orders": (0, 1)}, "kept=None: expected an integer, or a tolerance, where orders hold 0"),
-        ({"renormalise": True}, "renormalise=True"),
+        ({"experts_kept": -1}, "experts_kept=-1"),
+        (
+            {"experts_kept": None, "orders": (0, 1)},
+            "experts_kept=None: expected an integer, or a tolerance, where orders hold 0",
+        ),
+        ({"renormalize": True}, "renormalize=True"),
         ({"orders": ()}, "orders=()"),
         ({"orders": (-1,)}, "orders=(-1,)"),
         ({"choice_from": "cache"}, "choice_from='cache'"),
@@ -161,8 +164,8 @@ def test_a_bad_policy_is_refused(fields, named):
 
 
 def test_kept_may_stay_open():
-    assert LayerPolicy(kept=None).kept is None  # as many as reach the mass threshold
-    assert LayerPolicy(kept=None, tolerance=0.1, orders=[0]).orders == (0,)
+    assert LayerPolicy(experts_kept=None).experts_kept is None  # as many as reach the mass threshold
+    assert LayerPolicy(experts_kept=None, tolerance=0.1, orders=[0]).orders == (0,)
 
 
 def test_all_faults_come_in_one_error():
@@ -211,7 +214,7 @@ def test_from_routing_stats_finds_the_residual_rows_beside_it(tmp_path):
     stats.write_bytes(b"PAR1....PAR1")
     without = VARConfig.from_routing_stats(stats, cache_size=3)
     assert (without.routing_stats, without.residuals, without.cache_size) == (str(stats), None, 3)
-    assert without.default == LayerPolicy(kept=None, residual=False)
+    assert without.default == LayerPolicy(experts_kept=None, residual=False)
 
     rows = tmp_path / "routing_stats.residuals.safetensors"
     rows.write_bytes(b"")
@@ -229,7 +232,7 @@ def test_every_field_is_in_the_json():
 def test_the_digest_tells_settings_apart_but_not_folders():
     here = VARConfig(routing_stats="a.parquet", residuals="a.safetensors")
     assert here.digest() == dataclasses.replace(here, routing_stats="b.parquet").digest()
-    assert here.digest() != dataclasses.replace(here, default=LayerPolicy(kept=0)).digest()
+    assert here.digest() != dataclasses.replace(here, default=LayerPolicy(experts_kept=0)).digest()
 
 
 def test_the_digest_tells_files_apart_by_what_they_hold(tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import varjax
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
 from models import Sampling
 from models.generation_config import GenerationDefaults
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
@@ -19,7 +19,7 @@ from varjax.routing import CACHED
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
 ANYTHING = 5.0  # nats, more than any entropy
-CACHE_ONLY = LayerPolicy(kept=1, frequency_threshold=10**9)  # no key is that frequent
+CACHE_ONLY = LayerPolicy(experts_kept=1, frequency_threshold=10**9)  # no key is that frequent
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def ids(documents):
     return np.stack([document.ids[:16] for document in documents if len(document.ids) >= 16][:4])
 
 
-@pytest.mark.optimised
+@pytest.mark.optimized
 def test_switched_off_is_bit_identical_to_the_plain_model(saved_model, ids):
     var_model = VARModel(saved_model, VARConfig(enable_var=False))
     out, state = var_model(ids, var_model.init())
@@ -144,12 +144,12 @@ def test_planned_tokens_run_fewer_experts_and_answers_help(saved_model, stats_pa
     plain = saved_model(ids).logits
     error, experts = {}, {}
     for name, policy in {
-        "look-up only": LayerPolicy(kept=0),
-        "one": LayerPolicy(kept=1),
-        "one, nothing added": LayerPolicy(kept=1, residual=False),
-        "one of every token": LayerPolicy(kept=1, orders=(0,)),
-        "tolerant": LayerPolicy(kept=None, tolerance=1e9),
-        "strict": LayerPolicy(kept=None, tolerance=1e-9),
+        "look-up only": LayerPolicy(experts_kept=0),
+        "one": LayerPolicy(experts_kept=1),
+        "one, nothing added": LayerPolicy(experts_kept=1, residual=False),
+        "one of every token": LayerPolicy(experts_kept=1, orders=(0,)),
+        "tolerant": LayerPolicy(experts_kept=None, tolerance=1e9),
+        "strict": LayerPolicy(experts_kept=None, tolerance=1e-9),
     }.items():
         var_model = VARModel(saved_model, config(stats_path, default=policy, cache_size=0))
         out, _ = var_model(ids, var_model.init(len(ids)))
@@ -169,7 +169,9 @@ def test_planned_tokens_run_fewer_experts_and_answers_help(saved_model, stats_pa
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_answers_in_fewer_bytes_change_little(saved_model, stats_path, ids, dtype):
     def logits(**overrides):
-        var_model = VARModel(saved_model, config(stats_path, default=LayerPolicy(kept=0), cache_size=0, **overrides))
+        var_model = VARModel(
+            saved_model, config(stats_path, default=LayerPolicy(experts_kept=0), cache_size=0, **overrides)
+        )
         return np.asarray(var_model(ids, var_model.init(len(ids)))[0].logits)
 
     full, plain = logits(), np.asarray(saved_model(ids).logits)
@@ -191,11 +193,11 @@ def test_second_step_compiles_nothing_and_policies_share_it(saved_model, stats_p
         for _ in range(2):
             _, state = var_model(ids, state)
 
-    step(LayerPolicy(kept=1))
+    step(LayerPolicy(experts_kept=1))
     compiled = routed_forward._cache_size()
-    step(LayerPolicy(kept=0))
-    step(LayerPolicy(kept=1, residual=False, renormalise=True))
-    step(LayerPolicy(kept=None, tolerance=0.1, orders=(0, 2)))
+    step(LayerPolicy(experts_kept=0))
+    step(LayerPolicy(experts_kept=1, residual=False, renormalize=True))
+    step(LayerPolicy(experts_kept=None, tolerance=0.1, orders=(0, 2)))
     assert routed_forward._cache_size() == compiled
 
 
@@ -339,7 +341,7 @@ def test_answers_are_found_beside_the_statistics(stats_path):
 
 def test_a_plan_is_refused_without_the_answers_of_its_table(saved_model, stats_path, ids):
     """Whoever carries a plan out by hand has to give the answers that stand in for what it leaves out."""
-    var_model = VARModel(saved_model, config(stats_path, cache_size=0, default=LayerPolicy(kept=0)))
+    var_model = VARModel(saved_model, config(stats_path, cache_size=0, default=LayerPolicy(experts_kept=0)))
     table, token_ids = var_model.table, jnp.asarray(ids)
     plan = varjax.plan(table, var_model.init(len(ids)), token_ids, np.int32(0), var_model.settings)
     with pytest.raises(ValueError, match=r"no answers were given; pass answers=table\.answers"):

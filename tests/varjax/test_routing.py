@@ -26,7 +26,7 @@ from varjax.routing import (
 
 BATCH, LENGTH, EXPERTS, ROWS, ANSWERS, HIDDEN = 2, 12, 6, 5, 14, 3
 NEVER = float("inf")
-COLUMNS = ("gate_ratio", "gate_mass", "tolerance", "residual", "renormalise", "choice_from_table", "weights_from_table")
+COLUMNS = ("gate_ratio", "gate_mass", "tolerance", "residual", "renormalize", "choice_from_table", "weights_from_table")
 FLAGS = list(itertools.product((False, True), repeat=4))
 DROPPING = [(0.0, NEVER, 0.0), (0.6, NEVER, 0.0), (0.0, 0.7, 0.0), (0.0, NEVER, 0.25), (0.4, 0.8, 0.1)]
 RULES = [(*dropping, *flags) for dropping in DROPPING for flags in FLAGS]  # one layer for each
@@ -60,7 +60,7 @@ def random_case(seed: int, k: int) -> tuple[np.ndarray, Plan, LayerAnswers]:
     unused = np.arange(k) >= predicted
     plan = Plan(
         tier=jnp.asarray(rng.choice([FAST, CACHED, LEARNED], size=shape).astype(np.int8)),
-        kept=jnp.asarray(rng.integers(0, k + 1, size=shape).astype(np.int8)),
+        experts_kept=jnp.asarray(rng.integers(0, k + 1, size=shape).astype(np.int8)),
         row=jnp.asarray(rng.integers(-1, ROWS, size=shape).astype(np.int32)),
         routing=Routing(
             jnp.asarray(np.where(unused, EXPERTS, experts)),
@@ -71,20 +71,20 @@ def random_case(seed: int, k: int) -> tuple[np.ndarray, Plan, LayerAnswers]:
     return probs, plan, random_answers(rng)
 
 
-def slow_resolve(probs, k, normalise, tier, kept, row, experts, weights, rule, entry, deviation):
+def slow_resolve(probs, k, normalize, tier, kept, row, experts, weights, rule, entry, deviation):
     """One token of one layer, in words that follow the docstring of `resolve`: what runs, what is dropped.
 
     Returns a list of (expert, weight) or None per slot, and one of (answer, weight) or None per slot.
     """
-    ratio, gate_mass, tolerance, residual, renormalise, choice_from_table, weights_from_table = rule
+    ratio, gate_mass, tolerance, residual, renormalize, choice_from_table, weights_from_table = rule
     order = sorted(range(EXPERTS), key=lambda e: (-probs[e], e))[:k]
-    total = sum(probs[e] for e in order) if normalise else 1.0
+    total = sum(probs[e] for e in order) if normalize else 1.0
     slots = [(e, probs[e] / total) for e in order]
     if tier == LEARNED:
         return slots, [None] * k
     named = [(int(e), w) for e, w in zip(experts, weights, strict=True) if e < EXPERTS]
     if choice_from_table and named:
-        total = sum(probs[e] for e, _ in named) if normalise else 1.0
+        total = sum(probs[e] for e, _ in named) if normalize else 1.0
         slots = [(e, probs[e] / total) for e, _ in named]
     if weights_from_table and named:
         slots = [(e, w) for (e, _), w in zip(slots, weights, strict=False)]
@@ -106,7 +106,7 @@ def slow_resolve(probs, k, normalise, tier, kept, row, experts, weights, rule, e
         runs.append(None if unwanted else (expert, weight))
         dropped.append((answer, weight) if unwanted else None)
     left = sum(slot[1] for slot in runs if slot)
-    if renormalise and None in runs and left > 0:
+    if renormalize and None in runs and left > 0:
         scale = sum(w for _, w in slots) / left
         runs = [slot and (slot[0], slot[1] * scale) for slot in runs]
     return runs, dropped
@@ -114,28 +114,28 @@ def slow_resolve(probs, k, normalise, tier, kept, row, experts, weights, rule, e
 
 @pytest.fixture(scope="module")
 def resolve_all():
-    """All layers in one compiled call: (probs, plan, answers, k, normalise) -> Routing, Dropped [L, B, T, K]."""
+    """All layers in one compiled call: (probs, plan, answers, k, normalize) -> Routing, Dropped [L, B, T, K]."""
 
-    def run(probs, plan, answers, k, normalise):
+    def run(probs, plan, answers, k, normalize):
         if answers is None:
-            return jax.vmap(lambda p, layer: resolve(p, k, layer, None, normalise))(probs, plan)
-        return jax.vmap(lambda p, layer, known: resolve(p, k, layer, known, normalise))(probs, plan, answers)
+            return jax.vmap(lambda p, layer: resolve(p, k, layer, None, normalize))(probs, plan)
+        return jax.vmap(lambda p, layer, known: resolve(p, k, layer, known, normalize))(probs, plan, answers)
 
     return jax.jit(run, static_argnums=(3, 4))
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize(("k", "normalise"), [(2, True), (4, True), (4, False)])
+@pytest.mark.parametrize(("k", "normalize"), [(2, True), (4, True), (4, False)])
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_resolve_equals_the_slow_reference(resolve_all, k, normalise, known, seed):
+def test_resolve_equals_the_slow_reference(resolve_all, k, normalize, known, seed):
     probs, plan, answers = random_case(seed, k)
-    routing, dropped = jax.tree.map(np.asarray, resolve_all(probs, plan, answers if known else None, k, normalise))
+    routing, dropped = jax.tree.map(np.asarray, resolve_all(probs, plan, answers if known else None, k, normalize))
     host, entry, deviation = jax.tree.map(np.asarray, (plan, answers.entry, answers.deviation))
     for at in np.ndindex(host.tier.shape):
         layer = at[0]
         runs, gone = slow_resolve(
-            probs[at], k, normalise, host.tier[at], host.kept[at], host.row[at], host.routing.experts[at],
+            probs[at], k, normalize, host.tier[at], host.experts_kept[at], host.row[at], host.routing.experts[at],
             host.routing.weights[at], RULES[layer], entry[layer] if known else None, deviation[layer],
         )  # fmt: skip
         runs, gone = (runs + [None] * k)[:k], (gone + [None] * k)[:k]
@@ -145,11 +145,11 @@ def test_resolve_equals_the_slow_reference(resolve_all, k, normalise, known, see
         np.testing.assert_allclose(dropped.weights[at], [0.0 if s is None else s[1] for s in gone], rtol=2e-6)
 
 
-@pytest.mark.parametrize(("k", "normalise"), [(2, True), (4, False)])
-def test_open_tokens_are_bit_identical_to_the_plain_router(resolve_all, k, normalise):
+@pytest.mark.parametrize(("k", "normalize"), [(2, True), (4, False)])
+def test_open_tokens_are_bit_identical_to_the_plain_router(resolve_all, k, normalize):
     probs, plan, answers = random_case(7, k)
-    routing, dropped = resolve_all(probs, plan, answers, k, normalise)
-    plain = jax.jit(top_k, static_argnums=(1, 2))(probs, k, normalise)
+    routing, dropped = resolve_all(probs, plan, answers, k, normalize)
+    plain = jax.jit(top_k, static_argnums=(1, 2))(probs, k, normalize)
     is_open = np.asarray(plan.tier) == LEARNED
     assert is_open.any()
     np.testing.assert_array_equal(np.asarray(routing.experts)[is_open], np.asarray(plain.experts)[is_open])
@@ -219,7 +219,7 @@ def test_what_is_not_known_runs(one_layer):
     probs = sharp_probs(3)
     harsh = {"gate_ratio": 1.0, "gate_mass": 0.01, "tolerance": 1e9}
     for row, residual, runs in ((0, True, 4), (1, True, 0), (1, False, 0), (NO_ROW, True, 0)):
-        plan = replace(planned(4, row, residual=residual, **harsh), kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
+        plan = replace(planned(4, row, residual=residual, **harsh), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
         routing, dropped = resolve(probs, 4, plan, one_layer)
         assert (np.asarray(routing.experts) < EXPERTS).sum(-1).tolist() == [[runs] * LENGTH] * BATCH
         answered = (np.asarray(dropped.answer) != NO_ANSWER).sum()
@@ -229,7 +229,7 @@ def test_what_is_not_known_runs(one_layer):
 def test_without_the_answers_a_plan_that_relies_on_them_is_refused():
     """Or, where nobody says that it does, every expert runs: none is left out with nothing in its place."""
     probs = sharp_probs(3)
-    plan = replace(planned(4, row=1, residual=True), kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
+    plan = replace(planned(4, row=1, residual=True), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
     routing, _ = resolve(probs, 4, plan)
     jax.tree.map(np.testing.assert_array_equal, routing, top_k(probs, 4))
     with pytest.raises(ValueError, match=r"no answers were given; pass answers=table\.answers"):
@@ -244,7 +244,7 @@ def test_no_tolerance_drops_nothing_and_a_huge_one_is_look_up_only(one_layer):
         np.testing.assert_array_equal(strict.weights, top_k(probs, 4).weights)
 
         huge = resolve(probs, 4, planned(4, row, residual=True, tolerance=1e9), one_layer)
-        nothing = replace(planned(4, row, residual=True), kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
+        nothing = replace(planned(4, row, residual=True), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
         jax.tree.map(np.testing.assert_array_equal, huge, resolve(probs, 4, nothing, one_layer))
 
 

@@ -21,8 +21,8 @@ def occurrences():
     """300 slots: previous id, id, expert, gate weight, output."""
     rng = np.random.default_rng(0)
     before, now, expert = (rng.integers(0, n, 300) for n in (IDS, IDS, EXPERTS))
-    centre = rng.normal(size=(IDS, IDS, EXPERTS, HIDDEN))
-    outputs = centre[before, now, expert] + rng.normal(size=(300, HIDDEN))
+    center = rng.normal(size=(IDS, IDS, EXPERTS, HIDDEN))
+    outputs = center[before, now, expert] + rng.normal(size=(300, HIDDEN))
     return before, now, expert, rng.uniform(0.1, 1, 300), outputs
 
 

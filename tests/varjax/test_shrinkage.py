@@ -54,7 +54,7 @@ def answers_of(keys, entry, mean, mass, m2, count, **more) -> Answers:
     return Answers(np.asarray(keys, np.int32), (4,), entry, nonfinite=np.zeros(1, np.int64), **arrays, **more)
 
 
-def test_an_answer_shrinks_towards_the_same_experts_at_the_longest_shorter_key():
+def test_an_answer_shrinks_toward_the_same_experts_at_the_longest_shorter_key():
     keys = [[ANY, ANY], [ANY, 2], [1, 2], [6, 5], [7, 2]]
     # Expert 0 has no answer at [2]: that of [1, 2] leans on the one of all tokens. Expert 1 has answers everywhere.
     entry = [[0, 1], [-1, 2], [3, 4], [5, -1], [-1, 6]]
@@ -71,10 +71,10 @@ def test_an_answer_shrinks_towards_the_same_experts_at_the_longest_shorter_key()
 
 
 def drawn(rng, per_key, shrinkage, spread=0.7, between=0.5, hidden=6):
-    """Answers of one expert at many keys, drawn around a common centre, and the true root mean square distances."""
+    """Answers of one expert at many keys, drawn around a common center, and the true root mean square distances."""
     num_keys = len(per_key)
-    centre = rng.normal(size=hidden)
-    truth = centre + between * rng.normal(size=(num_keys, hidden))
+    center = rng.normal(size=hidden)
+    truth = center + between * rng.normal(size=(num_keys, hidden))
     outputs = [truth[r] + spread * rng.normal(size=(n, hidden)) for r, n in enumerate(per_key)]
     every = np.concatenate(outputs)
     sets = [every, *outputs]

@@ -27,10 +27,12 @@ CONFIG = VARConfig(
     cache_size=16,
     cache_ttl_seconds=0.3,
     context_window_size=2,
-    default=LayerPolicy(kept=1, residual=False, orders=(1, 2)),
+    default=LayerPolicy(experts_kept=1, residual=False, orders=(1, 2)),
 )
 ABOUT = {"fingerprint": "abc", "cache_size": 16}
-WITHOUT = replace(CONFIG, cache_size=0, default=LayerPolicy(kept=1, residual=False))  # `recent` is empty, [B, 0]
+WITHOUT = replace(
+    CONFIG, cache_size=0, default=LayerPolicy(experts_kept=1, residual=False)
+)  # `recent` is empty, [B, 0]
 
 
 def table_of(random_stats, config):

@@ -164,7 +164,7 @@ def test_documents_are_added():
 
 def test_bytes_a_key_are_those_of_the_window():
     buffer = init(EMPTY)
-    by_key = (buffer.sums, buffer.lows, buffer.centre, buffer.centre_probs)
+    by_key = (buffer.sums, buffer.lows, buffer.center, buffer.center_probs)
     assert sum(leaf.nbytes for leaf in by_key) == len(KEYS) * bytes_a_key(LAYERS, EXPERTS)
 
 

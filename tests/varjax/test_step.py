@@ -27,7 +27,7 @@ CONFIG = VARConfig(
     cache_ttl_seconds=10.0,
     context_window_size=3,
     mass_threshold=0.7,
-    default=LayerPolicy(kept=1, residual=False, orders=(1, 2)),
+    default=LayerPolicy(experts_kept=1, residual=False, orders=(1, 2)),
     cache_layers=(1, 2),
 )
 SETTINGS = Settings.of(CONFIG, LAYERS)
@@ -73,8 +73,8 @@ def test_what_was_learned_with_confidence_is_remembered_with_enough_experts(tabl
         at = tuple(at)
         np.testing.assert_array_equal(second.routing.experts[at], learned.experts[at])
         np.testing.assert_array_equal(second.routing.weights[at], learned.weights[at])
-        assert second.kept[at] == (1 if learned.weights[at][0] >= CONFIG.mass_threshold else 2)
-    assert (second.kept[~expected] == TOP_K).all()
+        assert second.experts_kept[at] == (1 if learned.weights[at][0] >= CONFIG.mass_threshold else 2)
+    assert (second.experts_kept[~expected] == TOP_K).all()
     assert (second.routing.experts[~expected] == EXPERTS).all()
 
     third, _, state = run_step(table, begin(state), ids, 10.0)  # a cached decision does not renew itself
@@ -173,7 +173,7 @@ def test_counters_equal_a_slow_count(table, seed):
         assert part["experts_per_token"] == pytest.approx(part["experts_share"] * TOP_K)
     assert shares["tokens"] == tokens.sum()
     planned_tokens = tokens[:, :2].sum()
-    assert shares["false_hits"] == pytest.approx(1 - agreements[:, :2].sum() / max(planned_tokens, 1))
+    assert shares["mispredictions"] == pytest.approx(1 - agreements[:, :2].sum() / max(planned_tokens, 1))
     assert shares["experts_per_token"] == pytest.approx(active.sum() / tokens.sum())
 
 
@@ -197,8 +197,8 @@ def test_without_a_cache_there_are_two_tiers(table):
 
 @pytest.mark.parametrize("cache_size", [0, 64])
 def test_order_0_plans_every_real_token_and_nothing_else(random_stats, cache_size):
-    """As the simple alternatives do. It predicts nothing, so nothing it does is a false hit."""
-    policy = LayerPolicy(kept=1, residual=False, orders=(0,))
+    """As the simple alternatives do. It predicts nothing, so nothing it does is a misprediction."""
+    policy = LayerPolicy(experts_kept=1, residual=False, orders=(0,))
     config = replace(CONFIG, default=policy, cache_size=cache_size)
     table = build(random_stats(np.random.default_rng(8), LAYERS, EXPERTS), config, TOP_K)
     ids, mask = np.arange(16).reshape(2, 8), np.random.default_rng(0).random((2, 8)) < 0.7
@@ -208,16 +208,16 @@ def test_order_0_plans_every_real_token_and_nothing_else(random_stats, cache_siz
         np.testing.assert_array_equal(planned.tier, np.where(np.broadcast_to(mask, (LAYERS, 2, 8)), FAST, LEARNED))
         assert ((routing.experts[:, mask] < EXPERTS).sum(-1) == 1).all()
     shares = summary(state.counters, TOP_K)
-    assert (shares["hit_rate"], shares["false_hits"], shares["experts_per_token"]) == (1.0, 0.0, 1.0)
+    assert (shares["hit_rate"], shares["mispredictions"], shares["experts_per_token"]) == (1.0, 0.0, 1.0)
 
 
 def test_the_second_step_and_another_policy_compile_nothing(random_stats):
     stats = random_stats(np.random.default_rng(8), LAYERS, EXPERTS)
     others = [
-        replace(CONFIG, default=LayerPolicy(kept=0, residual=False, gate_ratio=0.4)),
+        replace(CONFIG, default=LayerPolicy(experts_kept=0, residual=False, gate_ratio=0.4)),
         replace(CONFIG, frequency_threshold=2, confidence_threshold=0.9, mass_threshold=0.5, cache_ttl_seconds=1.0),
         replace(CONFIG, layers={0: None}, cache_layers=None),
-        replace(CONFIG, default=LayerPolicy(kept=2, residual=False, gate_mass=0.7, orders=(0,))),
+        replace(CONFIG, default=LayerPolicy(experts_kept=2, residual=False, gate_mass=0.7, orders=(0,))),
     ]
     state = init(build(stats, CONFIG, TOP_K, keep_shapes=True), CONFIG, 1)
     ids = np.array([[0, 1, 9, 3, 11, 8, 9, 2]])

@@ -19,10 +19,10 @@ from varjax.table import build, fast_plan, with_policies
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 4, 5, 3, 2
 POLICIES = {
-    0: LayerPolicy(kept=1, orders=(1, 2)),
+    0: LayerPolicy(experts_kept=1, orders=(1, 2)),
     1: None,
-    2: LayerPolicy(kept=None, residual=False, orders=(2,), choice_from="table", frequency_threshold=3),
-    3: LayerPolicy(kept=None, tolerance=0.5, orders=(0, 1), entropy_threshold=0.9),
+    2: LayerPolicy(experts_kept=None, residual=False, orders=(2,), choice_from="table", frequency_threshold=3),
+    3: LayerPolicy(experts_kept=None, tolerance=0.5, orders=(0, 1), entropy_threshold=0.9),
 }
 CONFIG = VARConfig(
     frequency_threshold=8, entropy_threshold=0.6, mass_threshold=0.8, residual_shrinkage=2.0, layers=POLICIES
@@ -65,7 +65,7 @@ def slow_plan(context, layer, stats, answers):
         probs = stats.sum_probs[layer, at[0]]
         experts = sorted(range(EXPERTS), key=lambda e: -probs[e])[:TOP_K]
         weights = probs[experts] / probs[experts].sum()
-        kept = policy.kept
+        kept = policy.experts_kept
         if kept is None and policy.tolerance is not None:
             kept = TOP_K
         elif kept is None:
@@ -108,12 +108,12 @@ def assert_plan_is_right(table, stats, answers, rng):
     for l, b, t in np.ndindex(plan.tier.shape):
         expected = slow_plan(np.asarray(context)[b, t].tolist(), l, stats, answers)
         if expected is None:
-            assert (plan.tier[l, b, t], plan.kept[l, b, t], plan.row[l, b, t]) == (LEARNED, TOP_K, NO_ROW)
+            assert (plan.tier[l, b, t], plan.experts_kept[l, b, t], plan.row[l, b, t]) == (LEARNED, TOP_K, NO_ROW)
             assert plan.routing.experts[l, b, t].tolist() == [EXPERTS] * TOP_K
             assert plan.routing.weights[l, b, t].tolist() == [0] * TOP_K
             continue
         kept, found, experts, weights = expected
-        assert (plan.tier[l, b, t], plan.kept[l, b, t]) == (FAST, kept)
+        assert (plan.tier[l, b, t], plan.experts_kept[l, b, t]) == (FAST, kept)
         assert plan.routing.experts[l, b, t].tolist() == experts
         np.testing.assert_allclose(plan.routing.weights[l, b, t], weights, rtol=1e-6)
         assert plan.row[l, b, t] != NO_ROW
@@ -127,7 +127,7 @@ def assert_plan_is_right(table, stats, answers, rng):
 
 def test_rows_that_no_layer_may_use_are_dropped(random_stats):
     stats = random_stats(np.random.default_rng(4), LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(kept=1, residual=False, orders=(1, 2)), frequency_threshold=15)
+    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False, orders=(1, 2)), frequency_threshold=15)
     table = build(stats, config, TOP_K)
     usable = ((stats.count >= 15) & (stats.entropy.mean <= config.entropy_threshold)).any(axis=0)
     assert 0 < usable.sum() < len(usable)
@@ -150,13 +150,13 @@ def test_any_policy_has_the_same_shapes_and_compiles_nothing_new(random_stats, r
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
     context = jnp.zeros((1, 3, 2), jnp.int32)
     plans = jax.jit(fast_plan)
-    no_residual = LayerPolicy(kept=2, residual=False, orders=(2,))
+    no_residual = LayerPolicy(experts_kept=2, residual=False, orders=(2,))
     configs = [
         CONFIG,
-        replace(CONFIG, layers={**POLICIES, 0: LayerPolicy(kept=0)}),
+        replace(CONFIG, layers={**POLICIES, 0: LayerPolicy(experts_kept=0)}),
         VARConfig(default=None),
         VARConfig(default=no_residual, frequency_threshold=3),
-        VARConfig(default=LayerPolicy(kept=2, residual=False, gate_mass=0.5, orders=(0,))),
+        VARConfig(default=LayerPolicy(experts_kept=2, residual=False, gate_mass=0.5, orders=(0,))),
     ]
     tables = [build(stats, config, TOP_K, answers, keep_shapes=True) for config in configs]
     plans(tables[0], context)
@@ -206,10 +206,10 @@ def test_a_table_does_not_take_settings_that_it_was_not_built_with(random_stats,
         with_policies(table, stats, CONFIG)
 
 
-def test_without_normalisation_the_weights_are_mean_probabilities(random_stats):
+def test_without_normalization_the_weights_are_mean_probabilities(random_stats):
     stats = random_stats(np.random.default_rng(2), LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(kept=1, residual=False))
-    table = build(stats, config, EXPERTS, normalise=False, keep_shapes=True)
+    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False))
+    table = build(stats, config, EXPERTS, normalize=False, keep_shapes=True)
     seen = np.pad(stats.count > 0, ((0, 0), (0, 1)))  # order 0 comes last, and predicts nothing
     best = -np.sort(-stats.mean_probs[seen[:, :-1]], axis=-1)
     np.testing.assert_allclose(np.asarray(table.routing.weights)[seen], best, rtol=1e-6)
@@ -219,9 +219,15 @@ def test_without_normalisation_the_weights_are_mean_probabilities(random_stats):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"layers": {2: LayerPolicy(kept=4, residual=False)}}, r"layer 2: kept=4, but the model runs only 3"),
-        ({"layers": {1: LayerPolicy(kept=1, residual=False, orders=(3,))}}, r"layer 1: orders \[3\]"),
-        ({"layers": {1: LayerPolicy(kept=1)}}, r"layer 1: it has no answers \(there are those of layers \[0, 3\]\)"),
+        (
+            {"layers": {2: LayerPolicy(experts_kept=4, residual=False)}},
+            r"layer 2: experts_kept=4, but the model runs only 3",
+        ),
+        ({"layers": {1: LayerPolicy(experts_kept=1, residual=False, orders=(3,))}}, r"layer 1: orders \[3\]"),
+        (
+            {"layers": {1: LayerPolicy(experts_kept=1)}},
+            r"layer 1: it has no answers \(there are those of layers \[0, 3\]\)",
+        ),
         ({"layers": {7: None}}, "layer 7: the statistics have only layers 0 to 3"),
         ({"cache_layers": (4,)}, "layer 4: the statistics have only layers 0 to 3"),
     ],
@@ -229,14 +235,14 @@ def test_without_normalisation_the_weights_are_mean_probabilities(random_stats):
 def test_a_policy_that_cannot_be_carried_out_is_explained(random_stats, random_answers, changes, message):
     rng = np.random.default_rng(3)
     stats = random_stats(rng, LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(kept=1, residual=False), **changes)
+    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False), **changes)
     with pytest.raises(ValueError, match=message):
         build(stats, config, TOP_K, random_answers(rng, stats, COLLECTED, HIDDEN))
 
 
 def test_answers_of_another_shape_are_refused(random_stats):
     stats = random_stats(np.random.default_rng(3), LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(kept=1, residual=False))
+    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False))
     for keys, experts in ((stats.keys[:, 1:][:0], EXPERTS), (stats.keys, EXPERTS - 1)):
         with pytest.raises(ValueError, match=r"answers have \(ids per key, experts\) .*, the statistics \(2, 5\)"):
             build(stats, config, TOP_K, Answers.empty(keys, COLLECTED, experts, HIDDEN))
@@ -271,7 +277,7 @@ def test_order_0_plans_known_and_unknown_tokens_alike_but_no_padding(random_stat
     rng = np.random.default_rng(6)
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
-    config = VARConfig(default=None, layers={3: LayerPolicy(kept=0, orders=(0,))})
+    config = VARConfig(default=None, layers={3: LayerPolicy(experts_kept=0, orders=(0,))})
     ids, mask = rng.integers(0, 40, size=(2, 9)), rng.random((2, 9)) < 0.7
     seen = contexts(jnp.asarray(ids, jnp.int32), jnp.full((2, 0), NONE, jnp.int32), 1, jnp.asarray(mask))
     plan = jax.tree.map(np.asarray, fast_plan_jit(build(stats, config, TOP_K, answers), seen))

@@ -30,7 +30,7 @@ def test_intervals_hold_the_truth_and_know_that_documents_differ():
     truth = np.array([0.4, 0.3, 0.2, 0.1])
     covered = []
     for seed in range(100):
-        own = rng.dirichlet(20 * truth, 40)  # each document has its favourites
+        own = rng.dirichlet(20 * truth, 40)  # each document has its favorites
         experts = (rng.random((2000, 1)) > own.cumsum(axis=-1).repeat(50, axis=0)[:, :-1]).sum(axis=-1)
         share = load(make_trace(experts[:, None, None], 4), samples=200, seed=seed).share
         covered.append((share.low[:, 0] <= truth) & (truth <= share.high[:, 0]))

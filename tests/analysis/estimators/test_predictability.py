@@ -37,8 +37,8 @@ def test_documents_with_preferences_of_their_own_lie_within_the_band_too():
     rng = np.random.default_rng(1)
     tokens, length = 6000, 100
     ids = zipf_ids(rng, tokens, 50) + 50 * (np.arange(tokens) // length % 2)  # two kinds of documents: ids ...
-    favourite = (np.arange(tokens) // length % 2)[:, None]  # ... and favourite expert
-    first = np.where(rng.random((tokens, 1)) < 0.6, favourite, rng.integers(0, 8, (tokens, 1)))
+    favorite = (np.arange(tokens) // length % 2)[:, None]  # ... and favorite expert
+    first = np.where(rng.random((tokens, 1)) < 0.6, favorite, rng.integers(0, 8, (tokens, 1)))
     found = predictability(
         make_trace(first[..., None], 8, token_id=ids, length=100), permutations=39, samples=10, progress=False
     )

@@ -69,9 +69,9 @@ def test_random_routing_lies_within_the_band_at_the_nominal_rate():
 
 def test_routing_by_document_alone_lies_above_the_null():
     rng = np.random.default_rng(4)
-    favourite = rng.integers(0, 4, 60)  # of each document
+    favorite = rng.integers(0, 4, 60)  # of each document
     home = rng.integers(0, 60, (400, 2))  # the documents that an id keeps to
-    top1 = np.stack([np.bincount(favourite[rng.choice(two, 20)], minlength=4) for two in home])
+    top1 = np.stack([np.bincount(favorite[rng.choice(two, 20)], minlength=4) for two in home])
     found = consistency(routed([top1]))
     assert found.value[0, 0] > found.null_high[0, 0]
 

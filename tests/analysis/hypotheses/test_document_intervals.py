@@ -18,9 +18,9 @@ EXPERTS, VOCABULARY = 6, 400
 
 
 def text(seed: int, documents: int = 40, layers: int = 1) -> Trace:
-    """Documents of 20 to 100 tokens with a favourite expert, favourite ids and a mood of their own.
+    """Documents of 20 to 100 tokens with a favorite expert, favorite ids and a mood of their own.
 
-    Half of the choices are the id's own, three in ten the document's favourite; frequent ids have less entropy, and two
+    Half of the choices are the id's own, three in ten the document's favorite; frequent ids have less entropy, and two
     probabilities p and 1 - p carry it.
     """
     world = np.random.default_rng(0)
@@ -32,9 +32,9 @@ def text(seed: int, documents: int = 40, layers: int = 1) -> Trace:
     topic = rng.integers(0, VOCABULARY, (documents, 8))[document, rng.integers(0, 8, tokens)]
     token_id = np.where(rng.random(tokens) < 0.15, topic, zipf_ids(rng, tokens, VOCABULARY))
     kind = rng.random((tokens, layers))
-    favourite = rng.integers(0, EXPERTS, documents)[document, None]
+    favorite = rng.integers(0, EXPERTS, documents)[document, None]
     free = rng.integers(0, EXPERTS, (tokens, layers))
-    first = np.where(kind < 0.5, own[token_id, None], np.where(kind < 0.8, favourite, free))
+    first = np.where(kind < 0.5, own[token_id, None], np.where(kind < 0.8, favorite, free))
     mood = rng.normal(0, 0.05, documents)[document, None]
     p = np.clip(sure[token_id, None] + mood + rng.normal(0, 0.05, (tokens, layers)), 0.5, 0.999)
     return Trace(

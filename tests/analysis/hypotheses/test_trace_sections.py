@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.estimators.resampling import Measure
 from analysis.hypotheses.trace_findings import Settings, examine_trace
 from analysis.hypotheses.trace_sections import trace_sections
 from analysis.hypotheses.trace_tables import layers_above_null, measure_tables, verdict_above_null
+from analysis.resampling import Measure
 from tests.synthetic_traces import make_trace, zipf_ids
 
 SETTINGS = Settings(orders=(1, 2), min_count=5, permutations=19, samples=20)

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.checkpoints import Checkpoints
-from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.evaluation.quality import plain_runner, score, var_runner
-from analysis.policies.distillation import DistilConfig, _lines, distil
+from analysis.collect.answers import collect_answers
+from analysis.collect.checkpoints import Checkpoints
+from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.evaluate.quality import plain_runner, score, var_runner
+from analysis.policies.distillation import DistilConfig, _lines, distill
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
 from varjax.routing import NO_ANSWER
@@ -17,7 +17,7 @@ from varjax.shrinkage import lineage, shrunk
 from varjax.table import build
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
-POLICY = LayerPolicy(kept=0, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
+POLICY = LayerPolicy(experts_kept=0, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
 CONFIG = VARConfig(default=POLICY, cache_size=0)
 SETTINGS = DistilConfig(steps=52, batch_size=8, max_length=16, learning_rate=0.03, min_count=8)
 
@@ -31,7 +31,7 @@ def collected(saved_model, even_documents):
 
 @pytest.fixture(scope="module")
 def distilled(saved_model, even_documents, collected):
-    return distil(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, progress=False)
+    return distill(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, progress=False)
 
 
 def test_training_brings_the_model_nearer_to_the_full_one(saved_model, even_documents, collected, distilled):
@@ -62,7 +62,7 @@ def test_training_leaves_the_deviations_and_what_no_trained_answer_stands_above(
 def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, even_documents, collected, distilled, tmp_path):
     def run(checkpoints):
         options = {"checkpoints": checkpoints, "save_steps": 25, "progress": False}
-        return distil(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, **options)
+        return distill(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, **options)
 
     saved = Checkpoints(tmp_path)
     run(saved)
@@ -89,7 +89,7 @@ def test_a_line_of_descent_names_the_trained_ones_among_an_answer_and_those_abov
 def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, even_documents, collected):
     stats, answers = collected
     settings = dataclasses.replace(SETTINGS, steps=1, min_count=1)
-    found = distil(saved_model, stats, answers, even_documents[:1], CONFIG, settings, progress=False).answers
+    found = distill(saved_model, stats, answers, even_documents[:1], CONFIG, settings, progress=False).answers
     moved = [
         np.any(found.mean[layer] != shrunk(answers, layer, CONFIG.residual_shrinkage).answers, axis=-1)
         for layer in range(2)
@@ -99,9 +99,9 @@ def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, even
 
 def test_errors(saved_model, even_documents, collected, distilled):
     with pytest.raises(ValueError, match="distilled already"):
-        distil(saved_model, collected[0], distilled.answers, even_documents, CONFIG, SETTINGS)
+        distill(saved_model, collected[0], distilled.answers, even_documents, CONFIG, SETTINGS)
     few = dataclasses.replace(SETTINGS, min_count=10**9)
     with pytest.raises(ValueError, match=r"layer 0 has no answer of min_count=1000000000 occurrences"):
-        distil(saved_model, *collected, even_documents, CONFIG, few)
+        distill(saved_model, *collected, even_documents, CONFIG, few)
     with pytest.raises(ValueError, match=r"steps=0: expected at least 1; learning_rate=0: expected more than 0"):
         DistilConfig(steps=0, learning_rate=0)

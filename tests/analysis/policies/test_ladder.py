@@ -3,8 +3,8 @@ import itertools
 import numpy as np
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.policies.ladder import QUANTILES, Choice, Ladder, Measured, candidate_tolerances, hull_steps
 from varjax.shrinkage import shrunk
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.evaluation.comparison import Estimate
-from analysis.evaluation.quality import score, var_runner
+from analysis.evaluate.quality import score, var_runner
 from analysis.policies import scored_points
 from analysis.policies.ladder import candidate_tolerances
-from analysis.policies.scored_points import Subject, losses, resampled
+from analysis.policies.scored_points import Subject, losses
+from analysis.resampling import Estimate, document_counts
 from analysis.studies.alternatives import evaluate, fewest_experts
 from analysis.studies.alternatives_section import figure, losses_of_var, section
 from analysis.studies.families import RATIOS, SCALES, VAR, Point, families, table_of
@@ -32,7 +32,7 @@ def subject(saved_model, collected) -> Subject:
     """A policy that drops some and keeps some, in both layers."""
     policies = {
         layer: LayerPolicy(
-            kept=None,
+            experts_kept=None,
             tolerance=candidate_tolerances(collected.answers, layer, 1.0)[1],
             orders=(1, 2),
             frequency_threshold=5,
@@ -82,12 +82,12 @@ def plain_losses(subject) -> np.ndarray:
 
 
 def test_top_m_runs_exactly_m_experts_for_every_token(run, family):
-    for name, numbers in (("top-m for all, renormalised", [1]), ("top-m for all, own weights", [1, 0])):
+    for name, numbers in (("top-m for all, renormalized", [1]), ("top-m for all, own weights", [1, 0])):
         assert [point.dial for point in family(name).points] == numbers
         for number, experts in enumerate(numbers):
             _, counted = run(name, number)
             assert counted["experts_per_token"] == experts and counted["tiers"]["fast"] == 1
-    assert (run("top-m for all, renormalised", 0)[0] != run("top-m for all, own weights", 0)[0]).any()
+    assert (run("top-m for all, renormalized", 0)[0] != run("top-m for all, own weights", 0)[0]).any()
 
 
 def test_m_experts_and_answers_run_m_experts_at_known_keys(subject, run, family):
@@ -101,12 +101,12 @@ def test_m_experts_and_answers_run_m_experts_at_known_keys(subject, run, family)
 
 
 def test_rules_of_others_rescale_where_the_model_does(subject):
-    config = dataclasses.replace(subject.model.config, normalise_top_k=False)
+    config = dataclasses.replace(subject.model.config, normalize_top_k=False)
     raw = dataclasses.replace(subject, model=dataclasses.replace(subject.model, config=config))
     for one, other in zip(families(subject), families(raw), strict=True):
         if one.name in ("weight ratio", "top-p", "VAR without answers", "cache only"):
-            assert all(point.config.policy(0).renormalise for point in one.points)
-            assert not any(point.config.policy(0).renormalise for point in other.points)
+            assert all(point.config.policy(0).renormalize for point in one.points)
+            assert not any(point.config.policy(0).renormalize for point in other.points)
         else:
             assert one == other
 
@@ -162,7 +162,7 @@ def test_without_answers_the_same_tokens_are_planned_and_nothing_stands_in(subje
     point = family("VAR without answers").points[3]
     changed = table_of(subject, table, family("VAR without answers"), point)
     np.testing.assert_array_equal(changed.eligible, table.eligible)
-    assert not np.asarray(changed.rules.residual).any() and np.asarray(changed.rules.renormalise).all()
+    assert not np.asarray(changed.rules.residual).any() and np.asarray(changed.rules.renormalize).all()
     assert run("VAR without answers", 3)[1]["tiers"] == run(VAR, 3)[1]["tiers"]
 
 
@@ -242,7 +242,7 @@ def test_no_family_but_the_cache_compiles_anything(subject, table):
 
 
 def test_a_policy_without_a_dial_is_refused(subject):
-    for policy in (LayerPolicy(kept=1), dataclasses.replace(subject.config.policy(0), kept=1), None):
+    for policy in (LayerPolicy(experts_kept=1), dataclasses.replace(subject.config.policy(0), experts_kept=1), None):
         config = VARConfig(default=policy, entropy_threshold=2.0)
         with pytest.raises(ValueError, match=r"governed by a tolerance.*--search_policy"):
             families(dataclasses.replace(subject, config=config))
@@ -336,7 +336,7 @@ def test_another_request_is_not_read_back(kept, monkeypatch):
 
 
 def test_draws_are_of_whole_documents():
-    counts = resampled(7, 100, seed=3)
+    counts = document_counts(7, 100, seed=3)
     assert counts.shape == (100, 7) and (counts.sum(axis=1) == 7).all() and (counts == counts.round()).all()
     assert counts.mean() == 1 and 0.5 < counts.var() < 1.2  # multinomial: 1 - 1/7
 

@@ -4,12 +4,12 @@ import math
 import numpy as np
 import pytest
 
-from analysis.collection.answers import collect_answers
-from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.evaluation.caching import INDEPENDENT, Caching
-from analysis.evaluation.comparison import Estimate
-from analysis.evaluation.quality import plain_runner, score, var_runner
-from analysis.evaluation.token_losses import BY_CACHE, BY_ROUTER, differences, token_losses
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.evaluate.caching import INDEPENDENT, Caching
+from analysis.evaluate.quality import plain_runner, score, var_runner
+from analysis.evaluate.token_losses import BY_CACHE, BY_ROUTER, differences, token_losses
+from analysis.resampling import Estimate
 from analysis.studies.error_sources import (
     _decile_names,
     _deciles,
@@ -26,7 +26,7 @@ from varjax.model import VARModel, routed_forward
 from varjax.table import build
 
 READING = {"batch_size": 16, "max_length": 16}
-POLICY = LayerPolicy(kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=9.0)
+POLICY = LayerPolicy(experts_kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=9.0)
 NOTHING = Estimate(0.0, 0.0, 0.0)
 
 
@@ -103,7 +103,7 @@ def test_each_kind_of_error_is_that_of_its_config(subject, run_of):
     sources = {"choice_from": ("table", "gate", "table"), "weights_from": ("gate", "table", "table")}
     for index, change in enumerate(kinds(subject)[:3]):
         own = {name: column[index] for name, column in sources.items()}
-        run = run_of(dataclasses.replace(POLICY, kept=2, residual=False, **own))
+        run = run_of(dataclasses.replace(POLICY, experts_kept=2, residual=False, **own))
         assert change.experts == 2.0
         assert change.nats.value == pytest.approx(differences(subject.plain, run).mean())
         assert change.nats.value != 0
@@ -145,8 +145,8 @@ def test_dropping_without_answers_is_a_policy_without_residual(subject_of, run_o
     everywhere = dataclasses.replace(POLICY, orders=(0,))
     subject = subject_of(default=everywhere)
     _, nothing, rescaled, *first = dropping(subject)
-    for change, same, renormalise in zip((nothing, rescaled), first, (False, True), strict=True):
-        run = run_of(dataclasses.replace(everywhere, residual=False, renormalise=renormalise))
+    for change, same, renormalize in zip((nothing, rescaled), first, (False, True), strict=True):
+        run = run_of(dataclasses.replace(everywhere, residual=False, renormalize=renormalize))
         assert change.experts == 1.0
         assert change.nats.value == pytest.approx(differences(subject.plain, run).mean())
         assert same.experts == 1.0 and same.nats.value == pytest.approx(change.nats.value)

@@ -3,9 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.collection.statistics import KeySettings, choose_keys, collect
-from analysis.evaluation.caching import Caching
-from analysis.evaluation.quality import plain_runner, score
+from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.evaluate.caching import Caching
+from analysis.evaluate.quality import plain_runner, score
 from analysis.studies.generation_drift import NOTHING, agreement, drift, ended, log_probability, next_tokens
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
@@ -20,7 +20,7 @@ def var_model(saved_model, documents):
     some = [dataclasses.replace(document, ids=document.ids[:16]) for document in documents[:60]]
     reading = {"batch_size": 16, "max_length": 16, "progress": False}
     stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), 2)), **reading)
-    policy = LayerPolicy(kept=0, residual=False, frequency_threshold=2, entropy_threshold=9.0)
+    policy = LayerPolicy(experts_kept=0, residual=False, frequency_threshold=2, entropy_threshold=9.0)
     config = VARConfig(cache_size=0, default=policy)
     return VARModel(saved_model, config, table=build(stats, config, 2))
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from analysis.reports.figures import subplots
-from analysis.reports.report import FigureNote, Section
+from analysis.report.figures import subplots
+from analysis.report.report import ReportFigure, Section
 from analysis.studies.study import Finding, study
 from varjax.errors import InputError, NotTestableError
 
@@ -16,7 +16,7 @@ def part(name: str):
     def asked(subject) -> Finding:
         figure, axis = subplots()
         axis.plot([0, 1])
-        note = FigureNote(name, f"The figure {name}", "Look.", "Never.")
+        note = ReportFigure(name, f"The figure {name}", "Look.", "Never.")
         section = Section(name, f"About {name}", "reported", f"{name} is {subject}", figures=(note,))
         return Finding(name, (section,), {name: figure}, {"answer": subject})
 

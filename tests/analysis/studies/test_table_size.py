@@ -21,7 +21,7 @@ READING = {"batch_size": 20, "max_length": 16}
 @pytest.fixture(scope="module")
 def subject(saved_model, collected) -> Subject:
     """Everything that is known may be dropped, whatever the error: bounds alone decide what runs."""
-    policy = LayerPolicy(kept=0, orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
+    policy = LayerPolicy(experts_kept=0, orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
     config = VARConfig(default=policy, cache_size=0)
     return Subject(saved_model, *collected[:2], config, collected.held_out, samples=100, progress=False, **READING)
 

@@ -1,4 +1,4 @@
-"""Prepared corpora: what tokenising gives, whole or not at all, lazily made and lazily read, every fault named."""
+"""Prepared corpora: what tokenizing gives, whole or not at all, lazily made and lazily read, every fault named."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def same(left: Encoded, right: Encoded) -> bool:
 # --- what is written is what is read ---------------------------------------------------------------------------------
 
 
-def test_a_prepared_corpus_is_what_tokenising_gives(folder, documents, tokenizer):
+def test_a_prepared_corpus_is_what_tokenizing_gives(folder, documents, tokenizer):
     prepared = open_prepared(folder, tokenizer, check_hashes=True)
     assert len(prepared.manifest.shards) > 2
     assert len(prepared) == len(documents)

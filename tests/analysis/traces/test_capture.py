@@ -9,7 +9,7 @@ from analysis.hypotheses.sources import trace_source
 from analysis.hypotheses.trace_findings import Settings, examine_trace
 from analysis.hypothesis_validation import draw, examine, report
 from analysis.replay import replay
-from analysis.reports.report import text
+from analysis.report.report import text
 from analysis.traces import replay_report
 from analysis.traces import trace as trace_file
 from analysis.traces.capture import captured_layers, layer_names
@@ -125,7 +125,9 @@ def test_reports_and_figures_say_so(traces):
 
 
 def test_a_replay_leaves_them_out(traces):
-    by_table, by_cache = (LayerPolicy(kept=1, residual=False, frequency_threshold=least) for least in (5, 10_000))
+    by_table, by_cache = (
+        LayerPolicy(experts_kept=1, residual=False, frequency_threshold=least) for least in (5, 10_000)
+    )
     config = VARConfig(entropy_threshold=9.0, confidence_threshold=0.6, context_window_size=2, cache_layers=(0, 4))
     policies = dict(zip(PLACES, (by_table, by_cache), strict=True))
     long = replay(traces[1], replace(config, layers=policies))

@@ -1,0 +1,275 @@
+"""How sure a figure is: bootstrap over documents, permutation within documents, a band for a whole family of figures.
+
+Letters: N tokens, D documents, S bootstrap draws, P permutations, O rows (context orders, experts, ...), L layers.
+
+Tokens of one document depend on each other, documents do not: intervals draw documents, never tokens. Few documents say
+too little of how documents differ, and a percentile interval of them is too narrow. Simulated (ratios over documents of
+50 to 400 tokens, each with a rate of its own; nominal 95 %), it held the truth in so many cases:
+
+| documents | 2 | 5 | 8 | 10 | 12 | 20 | 40 |
+|---|---|---|---|---|---|---|---|
+| held | 0.49 | 0.82 | 0.87 | 0.88 | 0.90 | 0.92 | 0.94 |
+
+A figure over fewer than `MIN_DOCUMENTS` documents therefore has no interval (NaN).
+
+The permutation null shuffles routing among the tokens *within* each document, all layers together. It keeps every
+expert's load and every document's preferences, and breaks the link to the token's place and id. It also breaks the
+likeness of neighbors, so the band says what routing without any order within a document would give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from varjax.errors import InputError
+
+LEVEL = 0.95  # of every interval and band
+MIN_PERMUTATIONS = 19  # the fewest whose extremes can bound 95 %
+MIN_DOCUMENTS = 10  # a figure over fewer has no interval
+MIN_DIFFERENT = 5  # permuted values of a figure, for a spread that can be trusted
+_DRAWN = 1 << 25  # floats that one block of draws may take
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure per row (context order, or something else) and layer, with its uncertainty. NaN: not measured."""
+
+    name: str  # "agreement", "recall", "mass", "coverage", "conditional_entropy", ...
+    unit: str  # "share", "nats", "ratio"
+    value: np.ndarray  # float64 [O, L]
+    low: np.ndarray  # float64 [O, L], 95 % percentile bootstrap over documents; NaN if they are fewer than 10
+    high: np.ndarray  # float64 [O, L]
+    null: np.ndarray | None = None  # float64 [O, L], mean under the permutation null; None where no null applies
+    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95 % band; see `against_null`
+    null_high: np.ndarray | None = None
+    p: np.ndarray | None = None  # float64 [O, L], family-wise permutation p value (max-T over the family)
+
+
+def measure(
+    name: str,
+    unit: str,
+    value: np.ndarray,
+    interval: tuple[np.ndarray, np.ndarray],
+    permuted: np.ndarray | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
+) -> Measure:
+    """A figure with its interval and, if there are permutations, its null and band.
+
+    Args:
+        value: [O, L].
+        interval: low and high, [O, L] each.
+        permuted: [P, O, L], the same figures under the null; None or P = 0: no null.
+        limits: the least and the most that the figure can be; the band does not pass them.
+    """
+    if permuted is None or len(permuted) == 0:
+        return Measure(name, unit, value, *interval)
+    return Measure(name, unit, value, *interval, *against_null(value, permuted, limits))
+
+
+def document_sums(values: np.ndarray, document: np.ndarray) -> np.ndarray:
+    """float64 [D, ...]: sums of values [N, ...] over the tokens of each document that has any.
+
+    Args:
+        document: [N], equal ones stand together.
+    """
+    return np.add.reduceat(np.asarray(values, np.float64), _starts(document), axis=0)
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray], *sums: np.ndarray, samples: int = 1000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """95 % percentile interval of `statistic(*sums over documents)`, documents drawn with replacement.
+
+    Args:
+        statistic: takes the total of each of `sums`, with the draws in front, [S, ...]; returns [S, ...]. It may
+            divide nothing by nothing: such draws are left out.
+        sums: [D, ...] each, sums over the tokens of each document.
+
+    Returns:
+        Low and high; NaN where there are fewer than `MIN_DOCUMENTS` documents, or no draw has a figure.
+    """
+    documents = len(sums[0])
+    flat = [one.reshape(documents, -1) for one in sums]
+    parts = []
+    for counts in _count_blocks(documents, samples, seed, max(one.shape[1] for one in flat)):
+        totals = [(counts @ one).reshape(len(counts), *whole.shape[1:]) for one, whole in zip(flat, sums, strict=True)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            parts.append(statistic(*totals))
+    draws = np.concatenate(parts)
+    if documents < MIN_DOCUMENTS:
+        draws = np.full_like(draws, np.nan)
+    missing = ~np.isfinite(draws).any(axis=0)
+    draws[:, missing] = 0  # nanquantile warns where there is nothing
+    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    return np.where(missing, np.nan, low), np.where(missing, np.nan, high)
+
+
+def document_counts(documents: int, samples: int, seed: int) -> np.ndarray:
+    """How often each document is in each bootstrap draw. Figures that share the draws are paired.
+
+    Args:
+        documents: D, the number of documents.
+        samples: S, the number of draws.
+        seed: of the draws.
+
+    Returns:
+        float64 [S, D].
+    """
+    return np.concatenate(list(_count_blocks(documents, samples, seed)))
+
+
+def ratio_estimate(
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    samples: int = 2000,
+    seed: int = 0,
+    transform: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> Estimate:
+    """`transform(sum(numerator) / sum(denominator))` with a percentile bootstrap over documents.
+
+    Args:
+        numerator: float64 [D], one value per document.
+        denominator: [D], positive.
+        samples: the number of draws.
+        seed: of the draws.
+        transform: a monotone function of arrays, such as `np.expm1`.
+
+    Returns:
+        The estimate with its 95 % interval, for any number of documents.
+    """
+    sums = np.stack([numerator, denominator], axis=1)
+    totals = np.concatenate([counts @ sums for counts in _count_blocks(len(sums), samples, seed)])
+    low, high = np.quantile(transform(totals[:, 0] / totals[:, 1]), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(transform(np.sum(numerator) / np.sum(denominator))), float(low), float(high))
+
+
+def median_estimate(values: np.ndarray, samples: int = 2000, seed: int = 0) -> Estimate:
+    """The median of repeated measurements with a percentile bootstrap over them.
+
+    Args:
+        values: float64 [repeats].
+        samples: the number of draws.
+        seed: of the draws.
+
+    Returns:
+        The estimate with its 95 % interval.
+    """
+    rng = np.random.default_rng(seed)
+    draws = np.median(values[rng.integers(0, len(values), (samples, len(values)))], axis=1)
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(np.median(values)), float(low), float(high))
+
+
+def allowed(repeats: int, error: float) -> float:
+    """The share of failures that chance explains where a promised error is just kept: three standard errors above."""
+    return error + 3 * math.sqrt(error * (1 - error) / repeats)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """float64, NaN where the denominator is 0."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(denominator > 0, numerator / denominator, np.nan)
+
+
+def ratio_with_interval(
+    numerator: np.ndarray, denominator: np.ndarray, samples: int, seed: int
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """`sum(numerator) / sum(denominator)` over documents and its interval; both arguments [D, ...].
+
+    A figure is over the documents whose denominator is not 0.
+    """
+    low, high = bootstrap(ratio, numerator, denominator, samples=samples, seed=seed)
+    few = np.sum(denominator > 0, axis=0) < MIN_DOCUMENTS
+    interval = np.where(few, np.nan, low), np.where(few, np.nan, high)
+    return ratio(numerator.sum(axis=0), denominator.sum(axis=0)), interval
+
+
+def permutation(document: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """int64 [N]: a random order of the tokens in which each stays within its document.
+
+    Args:
+        document: [N], equal ones stand together.
+    """
+    starts = np.zeros(len(document))
+    starts[_starts(document)[1:]] = 1
+    return np.argsort(np.cumsum(starts) + rng.random(len(document)))
+
+
+def check_permutations(permutations: int) -> None:
+    """Raises InputError for a number of permutations that no 95 % band can be made of."""
+    if permutations != 0 and permutations < MIN_PERMUTATIONS:
+        raise InputError(
+            f"permutations is {permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
+            "fewer cannot make a 95 % band"
+        )
+
+
+def against_null(
+    value: np.ndarray, permuted: np.ndarray, limits: tuple[float, float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Null mean, family-wise band (low, high) and p value of each figure, all as `value`.
+
+    Single-step max-T (Westfall & Young 1993), two-sided: every figure is studentised by the mean and the standard
+    deviation of its permutations, each permutation by those of the *other* ones. So a permutation is judged just as the
+    data are, by a spread that it did not help to set, and the level holds with few permutations as well.
+    p is at least 1 / (P + 1): 0.025 with 39 permutations.
+
+    A figure that hardly ever moves (fewer than `MIN_DIFFERENT` different values in its permutations) has no spread that
+    can be trusted, and would widen everybody's band. It is judged alone: its band is the range that was seen, its p the
+    rank of its distance from the mean, and neither is family-wise.
+
+    Args:
+        value: [...]; figures that are NaN stay out of the family.
+        permuted: [P, ...], P >= 19.
+        limits: the least and the most that a figure can be.
+    """
+    count = len(permuted)
+    null = permuted.mean(axis=0)
+    rounding = 1e-12 * np.maximum(np.abs(null), 1e-3)  # figures that no permutation changes differ by this much
+    measured = np.isfinite(value) & np.isfinite(null)
+    different = 1 + np.sum(np.diff(np.sort(permuted, axis=0), axis=0) > rounding, axis=0)
+    family = measured & (different >= MIN_DIFFERENT)
+
+    deviation, distance = permuted - null, np.abs(value - null)
+    square = np.where(family, np.sum(deviation**2, axis=0), 1)
+    spread = np.sqrt(square / (count - 1))
+    away = deviation * count / (count - 1)  # from the mean of the others
+    others = np.where(family, np.maximum(square - deviation * away, 1e-12 * square), 1)  # not below 0 by rounding
+    others = np.sqrt(others / (count - 2))
+    largest = np.max(np.abs(away) / others, axis=tuple(range(1, permuted.ndim)), where=family, initial=0)
+    critical = np.sort(largest)[math.ceil(LEVEL * (count + 1) - 1e-9) - 1]
+
+    as_far = largest.reshape(-1, *[1] * value.ndim) >= distance / spread
+    as_far_alone = np.abs(deviation) >= distance - rounding
+    p = (1 + np.sum(np.where(family, as_far, as_far_alone), axis=0)) / (count + 1)
+    low = np.where(family, null - critical * spread, permuted.min(axis=0) - rounding)
+    high = np.where(family, null + critical * spread, permuted.max(axis=0) + rounding)
+    low, high = np.clip([low, high], *limits)
+    return tuple(np.where(measured, one, np.nan) for one in (null, low, high, p))  # type: ignore[return-value]
+
+
+def _count_blocks(documents: int, samples: int, seed: int, width: int = 1) -> Iterator[np.ndarray]:
+    """float64 [S', D] parts of the draws, small enough for sums of `width` columns; their sizes do not change them."""
+    rng = np.random.default_rng(seed)
+    block = max(1, min(samples, _DRAWN // max(documents, width)))
+    for start in range(0, samples, block):
+        size = min(block, samples - start)
+        yield rng.multinomial(documents, np.full(documents, 1 / documents), size).astype(np.float64)
+
+
+def _starts(document: np.ndarray) -> np.ndarray:
+    """int64 [D]: the first token of each document that has any."""
+    return np.flatnonzero(np.r_[True, document[1:] != document[:-1]])
