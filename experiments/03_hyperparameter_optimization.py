@@ -21,15 +21,13 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from analysis.command import path_argument, program, run
 from analysis.evaluate import caching as cached_tier
 from analysis.inputs import STATISTICS, find_statistics, listed
-from analysis.policies.ladder import Ladder
 from analysis.policies.scored_points import Subject
 from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, Output
@@ -39,14 +37,12 @@ from analysis.text import card
 from analysis.text.drawn import Drawn
 from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers
 from profiling.calls import PHASES
-from tuning import chosen
-from tuning import report as search_report
 from tuning.objective import Objective
-from tuning.points import Point, best
-from tuning.space import CACHED_TIER, Space, config_at, default_space, only, suggest, with_ranges, without_effect
-from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
-from tuning.validation import REPEATS, validate
-from tuning.validation_section import section
+from tuning.points import Point, best, read_chosen, write_chosen
+from tuning.report import report
+from tuning.space import CACHED_TIER, reasons, search_space
+from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, without_password, work
+from tuning.validation import REPEATS, section, validate
 from varjax.config import PRESETS, VARConfig
 from varjax.errors import InputError
 from varjax.progress import progress_bar
@@ -118,60 +114,41 @@ class Setting:
     """What every worker of a search makes for itself from the arguments."""
 
     objective: Objective
-    space: Space
-    orders: tuple[int, ...]  # of the contexts that have answers
-    unsearched: dict[str, str]  # parameters that can change nothing on these documents, and why
-    about: dict[str, Any]  # whatever decides what a trial finds
+    unsearched: dict[str, str]  # parameters that cannot change anything on these documents, and why
+    about: dict[str, Any]  # everything that decides what a trial finds
     origin: dict[str, Any]
 
     @classmethod
     def of(cls, args: argparse.Namespace, progress: bool = True) -> Setting:
         subject, origin = make_subject(args, "tune", args.num_samples, progress)
         orders = tuple(order for order in subject.answers.orders if order > 0)
-        space = with_ranges(default_space(orders, subject.stats.num_experts), args.ranges)
-        space = only(space, args.parameters) if args.parameters else space
-        seconds = subject.caching.span(subject.documents, subject.max_length, subject.stride)
-        unsearched = without_effect(space, seconds)
-        space = tuple(one for one in space if one.name not in unsearched)
-        if not space:
-            raise InputError(
-                f"nothing is left to search: {said_of(unsearched)}; give --shared_cache, or other --parameters"
-            )
+        span = subject.caching.span(subject.documents, subject.max_length, subject.stride)
+        experts, names = subject.stats.num_experts, args.parameters
+        space, unsearched = search_space(orders, experts, ranges=args.ranges, names=names, span=span)
         if CACHED_TIER in unsearched:  # it would only take time
             subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, cache_size=0))
-        limit = subject.config.max_quality_degradation if args.limit is None else args.limit
         judged = {
             "speed": args.speed,
             "phases": tuple(args.phases),
             "repeats": args.repeats,
             "confidence": args.confidence,
-            "limit": limit,
+            "limit": subject.config.max_quality_degradation if args.limit is None else args.limit,
         }
-        objective = Objective(subject, **judged)
         about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
         about |= {"method": args.method, "seed": args.seed}
-        return cls(objective, space, orders, unsearched, about, origin)
-
-    @cached_property
-    def ladder(self) -> Ladder:
-        return self.objective.ladder()
-
-    def attempt(self, trial: Any) -> Point:
-        values = suggest(self.space, trial)
-        config = config_at(values, self.objective.subject.config, self.ladder, self.orders)
-        return Point(trial.number, values, config.to_json(), self.objective.evaluate(config))
+        return cls(Objective(subject, space, **judged), unsearched, about, origin)
 
 
 def search(args: argparse.Namespace) -> None:
     check_method(args.method)
     name_statistics(args)
     setting = Setting.of(args)
-    limit = setting.objective.limit
+    objective, limit = setting.objective, setting.objective.limit
     if setting.unsearched:
-        print(f"not searched: {said_of(setting.unsearched)}")
+        print(f"not searched: {reasons(setting.unsearched)}")
     study = open_study(storage_of(args), args.study_name, args.method, setting.about)
-    total = fill(study, args.method, setting.space, args.n_calls, args.grid_points)
-    _ = setting.ladder  # measured, or read back, before there are workers that would all measure it
+    total = fill(study, args.method, objective.space, args.n_calls, args.grid_points)
+    _ = objective.ladder  # measured, or read back, before there are workers that would all measure it
     if args.workers > 1 and args.speed == "measured":
         print("several workers on one machine disturb each other's timing: give each a device, or take --speed model")
     bar = progress_bar(total=total, initial=len(points(study)), unit="trial", desc=args.method)
@@ -184,7 +161,7 @@ def search(args: argparse.Namespace) -> None:
     show()
     try:
         if args.workers == 1:
-            work(study, args.method, args.seed, setting.attempt, limit, show)
+            work(study, args.method, args.seed, objective.attempt, limit, show)
         else:
             with_workers(args, show)
     except KeyboardInterrupt:
@@ -221,7 +198,7 @@ def join(args: argparse.Namespace) -> None:
     def begin() -> None:
         setting = Setting.of(args, progress=False)
         study = open_study(storage_of(args), args.study_name, args.method, setting.about)
-        work(study, args.method, args.seed, setting.attempt, setting.objective.limit)
+        work(study, args.method, args.seed, setting.objective.attempt, setting.objective.limit)
 
     run(begin)
 
@@ -235,19 +212,17 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
         ("data", f"{args.dataset}, split tune, {len(setting.objective.subject.documents):,} documents"),
         ("search", f"{args.method}, {len(found):,} trials, seed {args.seed}"),
         ("cached tier", setting.objective.subject.caching.words),
-        *((("not searched", said_of(setting.unsearched)),) if setting.unsearched else ()),
+        *((("not searched", reasons(setting.unsearched)),) if setting.unsearched else ()),
         *card.facts(setting.origin["card"]),
     )
-    examined = search_report.examine(found, setting.space, limit, seed=args.seed)
-    said_in_full = search_report.report(examined, facts)
-    save_report(
-        said_in_full, args.output, "tuning", search_report.draw(examined), {"points": found, "provenance": made}
-    )
-    chosen.write(args.output, found, limit, made)
+    trials = [vars(one) | {"config": json.loads(one.config.to_json())} for one in found]
+    said_in_full = report(found, setting.objective.space, limit, facts, seed=args.seed)
+    save_report(said_in_full, args.output, "tuning", {"points": trials, "provenance": made})
+    write_chosen(args.output, found, limit, made)
 
 
 def put_to_the_test(args: argparse.Namespace) -> None:
-    given = chosen.read(args.validate)
+    given = read_chosen(args.validate)
     name_statistics(args, list(given.values()))
     candidates = {name: over_files(config, args) for name, config in given.items()}
     calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
@@ -277,7 +252,7 @@ def put_to_the_test(args: argparse.Namespace) -> None:
     said_in_full = Report("Validation of searched configurations", facts, notes, (section(found),))
     made = provenance(seed=args.seed, **origin, test_data=data)
     beside = {"validation": found, "configs": {name: json.loads(c.to_json()) for name, c in candidates.items()}}
-    save_report(said_in_full, args.output, "validation", {}, beside | {"provenance": made})
+    save_report(said_in_full, args.output, "validation", beside | {"provenance": made})
 
 
 def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig] = ()) -> None:
@@ -318,18 +293,10 @@ def make_subject(
     return Subject(model, stats, answers, config, documents, **reading), origin
 
 
-def save_report(said_in_full: Report, folder: Path, name: str, figures: Any, beside: dict[str, Any]) -> None:
-    write_report(said_in_full, folder, name, figures=figures, beside=beside)
+def save_report(said_in_full: Report, folder: Path, name: str, beside: dict[str, Any]) -> None:
+    write_report(said_in_full, folder, name, beside=beside)
     print("\n".join(summary(said_in_full)))
     print(f"written to {folder}")
-
-
-def said_of(unsearched: Mapping[str, str]) -> str:
-    """What is not searched, and why, for people."""
-    return "; ".join(
-        f"{', '.join(name for name in unsearched if unsearched[name] == why)}: {why}"
-        for why in dict.fromkeys(unsearched.values())
-    )
 
 
 def said(found: list[Point], limit: float) -> str:
@@ -341,7 +308,7 @@ def said(found: list[Point], limit: float) -> str:
 
 
 def storage_of(args: argparse.Namespace) -> str:
-    return args.storage or sqlite_url(args.output / "study.db")
+    return args.storage or f"sqlite:///{args.output / 'study.db'}"
 
 
 if __name__ == "__main__":

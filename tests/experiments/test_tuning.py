@@ -16,6 +16,7 @@ import pytest
 from analysis.evaluate.caching import Caching
 from analysis.policies.ladder import Choice, Ladder, Step
 from tuning import study
+from tuning.space import grid
 from varjax import VARConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,12 +81,12 @@ def test_the_space_and_its_points_look_at_the_same_orders(monkeypatch):
     subject = SimpleNamespace(stats=stats, answers=answers, config=VARConfig(), digest="", documents=[document])
     vars(subject).update(caching=Caching(), max_length=16, stride=None)
     monkeypatch.setattr(module, "make_subject", lambda *_: (subject, {}))
-    monkeypatch.setattr(module.Objective, "ladder", lambda _: Ladder((), (Step(Choice(0, 0.1), 0.001),)))
+    monkeypatch.setattr(module.Objective, "ladder", Ladder((), (Step(Choice(0, 0.1), 0.001),)))
     monkeypatch.setattr(module.Objective, "evaluate", lambda _, config: config)
     judged = {"speed": "model", "phases": ["prefill"], "repeats": 1, "confidence": 0.9, "limit": 0.1}
     asked = {"num_samples": 1, "ranges": [], "parameters": None, "method": "tpe", "seed": 0}
-    setting = module.Setting.of(argparse.Namespace(**judged, **asked))
-    shortest = setting.attempt(optuna.trial.FixedTrial({one.name: one.points(2)[0] for one in setting.space}))
+    objective = module.Setting.of(argparse.Namespace(**judged, **asked)).objective
+    shortest = objective.attempt(optuna.trial.FixedTrial(grid(objective.space, 2)[0]))
     assert [layer.orders for layer in dict(shortest.outcome.layers).values()] == [(2,)]
 
 

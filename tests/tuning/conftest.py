@@ -1,13 +1,12 @@
 """Points with known results, so that what is said of them can be known beforehand."""
 
-import json
-
 import numpy as np
 import pytest
 
 from analysis.resampling import Estimate
 from tuning.points import PREDICTED, Outcome, Point
 from tuning.space import Parameter
+from varjax.config import VARConfig
 
 SPACE = (
     Parameter("loss_budget", "float", 0.001, 0.03, log=True),
@@ -24,7 +23,7 @@ def space():
 
 @pytest.fixture(scope="session")
 def make_point():
-    """A point; its upper limit is a little above its degradation, and its values are anywhere in `SPACE`."""
+    """A point whose upper limit is a little above its degradation; its values are random, its config is its own."""
 
     def made(number, speedup=1.2, degradation=0.005, *, hopeless=False, phase=PREDICTED, config=None, **values):
         rng = np.random.default_rng(number)
@@ -44,14 +43,15 @@ def make_point():
             speedups={phase: Estimate(speedup, speedup - 0.01, speedup + 0.01)},
             speedup=speedup,
         )
-        return Point(number, values, json.dumps(values) if config is None else config, outcome)
+        own = VARConfig(frequency_threshold=values["frequency_threshold"], entropy_threshold=values["loss_budget"])
+        return Point(number, values, own if config is None else config, outcome)
 
     return made
 
 
 @pytest.fixture(scope="session")
 def searches(make_point):
-    """Searches that are hard to say anything of, and one that is not, by name."""
+    """Searches by name: one of many points, and some that say little."""
     rng = np.random.default_rng(0)
     many = [
         make_point(i, float(rng.uniform(1, 1.5)), float(rng.uniform(-0.001, 0.03)), hopeless=i % 5 == 0)

@@ -10,7 +10,7 @@ from analysis.evaluate.caching import Caching
 from analysis.evaluate.quality import plain_runner, score, var_runner
 from analysis.policies.scored_points import Subject
 from analysis.resampling import Estimate
-from tuning.objective import Objective, predicted_speedup, upper_limit
+from tuning.objective import Objective, _predicted_speedup, upper_limit
 from tuning.points import PREDICTED
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
@@ -83,11 +83,11 @@ def test_measured_speeds_are_paired_by_phase(subject):
 
 def test_the_ladder_is_of_every_layer_with_answers_and_is_kept_on_disk(subject, tmp_path):
     kept_on_disk = dataclasses.replace(subject, folder=tmp_path)
-    ladder = Objective(kept_on_disk, speed="model").ladder()
+    ladder = Objective(kept_on_disk, speed="model").ladder
     assert {point.choices[0].layer for point in ladder.single} == {0, 1}
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(files) == len(ladder.single) + 1  # and the plain model
-    again = Objective(dataclasses.replace(kept_on_disk), speed="model").ladder()
+    again = Objective(dataclasses.replace(kept_on_disk), speed="model").ladder
     assert again == ladder and files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
@@ -104,7 +104,7 @@ def test_the_upper_limit_covers_the_truth_as_often_as_it_says():
 
 
 def test_predicted_speed_grows_with_every_expert_that_is_saved(saved_model):
-    speeds = [predicted_speedup(saved_model.config, 64, experts) for experts in (2.0, 1.5, 1.0, 0.0)]
+    speeds = [_predicted_speedup(saved_model.config, 64, experts) for experts in (2.0, 1.5, 1.0, 0.0)]
     assert speeds[0] == 1.0 and speeds == sorted(speeds) and speeds[-1] > 1
 
 

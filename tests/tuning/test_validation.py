@@ -9,20 +9,18 @@ from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.certificate import Losses, certify
 from analysis.policies.scored_points import Subject
 from analysis.resampling import Estimate
-from tuning import validation
+from tuning import objective
 from tuning.validation import (
     REPEATS,
     TUNING_SPEEDUP,
-    Candidate,
-    Judged,
+    Measured,
     Repeat,
-    Timed,
     Validation,
     choose,
     lower_limit,
+    section,
     validate,
 )
-from tuning.validation_section import section
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 
@@ -33,24 +31,20 @@ LIMIT = 0.01
 OBSERVED = 0.05
 
 
-def timed(speed):
-    return Timed({"prefill": Estimate(speed, speed, speed)}, speed)
-
-
 def candidate(name, speed):
-    return Candidate(name, 1.0, timed(speed))
+    return judged(name, [speed])
 
 
 def judged(name, speeds, losses=None, upper=None):
     """One configuration on test documents; its limit is a little above its loss unless said otherwise."""
     losses = [0.004] * len(speeds) if losses is None else losses
     repeats = tuple(
-        Repeat(50, Estimate(loss, loss - 0.001, loss + 0.001), timed(speed))
+        Repeat(50, Estimate(loss, loss - 0.001, loss + 0.001), {"prefill": Estimate(speed, speed, speed)}, speed)
         for speed, loss in zip(speeds, losses, strict=True)
     )
     mean = float(np.mean(losses))
     upper = mean + 0.001 if upper is None else upper
-    return Judged(name, 1.0, Estimate(mean, mean - 0.001, mean + 0.001), upper, repeats)
+    return Measured(name, 1.0, Estimate(mean, mean - 0.001, mean + 0.001), upper, repeats)
 
 
 def certificate(means):
@@ -181,15 +175,16 @@ def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_docum
         kept = var_model.config.default.experts_kept
         read.append((kept, ids))
         value = looks[kept] if ids <= calibrate_ids else 1.2
-        return {"speedup": {"prefill": {"value": value, "low": value, "high": value}}}
+        ratio = {"value": value, "low": value, "high": value}
+        return {"speedup": {"prefill": ratio, "decode": ratio}}
 
-    monkeypatch.setattr(validation, "measure", timing)
+    monkeypatch.setattr(objective, "measure", timing)
     configs = {
         f"keeps {kept}": dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, residual=False))
         for kept in (2, 1)
     }
     found = validate(subject, test, configs, {}, repeats=2, limit=0.2)
-    assert [one.timed.speedup for one in found.candidates] == [1.4, 1.6] and found.chosen.name == "keeps 1"
+    assert [one.speedup for one in found.candidates] == [1.4, 1.6] and found.chosen.name == "keeps 1"
     assert found.chosen.speedup == pytest.approx(1.2)
     assert [(kept, ids == calibrate_ids) for kept, ids in read[:2]] == [(2, True), (1, True)]
     assert [kept for kept, _ in read[2:]] == [1, 1] and set.union(*(ids for _, ids in read[2:])) == test_ids
