@@ -47,8 +47,7 @@ from analysis.report.report import text
 from analysis.resampling import MIN_DOCUMENTS
 from analysis.studies.study import PARTS, Finding, Part, study
 from analysis.text import card
-from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
-from experiments.hosts import add_hosts, join
+from experiments.arguments import add_hosts, asked_config, join, load, load_encoded, parser, read_answers
 from models import Model
 from profiling import throughput_section
 from profiling.throughput import by_batch, measure

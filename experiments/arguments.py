@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from analysis.command import HelpFormatter, name_argument, path_argument
+from analysis.inputs import STATISTICS, listed
 from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
@@ -21,60 +24,136 @@ from varjax.answers import Answers
 from varjax.errors import InputError
 from varjax.model import read_files
 
+AUTO = "auto"
+NOTICED_AFTER = 20  # seconds without a sign of life after which a process counts as gone
+DATASET_HELP = (
+    "'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, compressed "
+    "(.gz, .zst) or not, a directory of such files or of prepare_datasets.py, or a hub dataset name[:config[:split]]"
+)
+
 
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every phase takes."""
+    """Make a parser with the options that every phase has.
+
+    Args:
+        description: what the program does.
+        default_output: default of `--output`.
+
+    Returns:
+        The parser.
+    """
     made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    made.add_argument(
-        "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"
+    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the parameters")
+    add_options(
+        made,
+        ("model", name_argument, "reference", "model directory, hub id, or 'reference' (comes with varjax)"),
+        ("implementation", str, None, "engine that runs the experts, of models.experts (default: the device's best)"),
+        ("dataset", name_argument, "embedded", f"documents to read: {DATASET_HELP}"),
+        ("text_column", str, "text", "field of the text in JSONL, Parquet and hub datasets"),
+        ("num_samples", int, None, "most documents to read (default: all)"),
+        ("output", path_argument, Path(default_output), "file or directory to write"),
+        ("seed", int, 0, "seed of everything that is drawn"),
+        ("batch_size", int, 8, "sequences of max_length tokens per batch"),
+        ("max_length", int, 256, "tokens per window, the longest context that a token gets"),
     )
-    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
-    made.add_argument("--implementation", default=None, help="expert engine; see models.experts")
     add_mesh(made)
-    made.add_argument(
-        "--dataset",
-        default="embedded",
-        type=name_argument,
-        help="'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, "
-        "compressed (.gz, .zst) or not, a directory of such or of prepare_datasets.py, or a datasets "
-        "name[:config[:split]]",
-    )
-    made.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
-    made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")
-    made.add_argument("--output", type=path_argument, default=Path(default_output), help="file or directory to write")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
-    made.add_argument("--max_length", type=int, default=256, help="tokens per window, the most context a token gets")
     return made
 
 
+def add_table(made: argparse.ArgumentParser, otherwise: str) -> None:
+    """Add the options that name a policy and the files of its table.
+
+    Args:
+        made: the parser.
+        otherwise: which config is used without `--var_config`, for the help.
+    """
+    add_options(
+        made,
+        (
+            "routing_stats",
+            path_argument,
+            None,
+            f"routing_stats.parquet of phase 1 (default: that of the configs, else "
+            f"the first of {listed(STATISTICS)} that exists)",
+        ),
+        (
+            "answers",
+            path_argument,
+            None,
+            "answers to use, such as distilled ones (default: those next to the statistics)",
+        ),
+        ("var_config", path_argument, None, f"VARConfig as a JSON file (default: {otherwise})"),
+    )
+
+
+def add_options(made: argparse.ArgumentParser, *options: tuple[str, Any, Any, str]) -> None:
+    """Add options that take one value each.
+
+    Args:
+        made: the parser.
+        options: name, type, default and help of each option.
+    """
+    for name, kind, default, text in options:
+        made.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
 def add_mesh(made: argparse.ArgumentParser) -> None:
+    """Add `--mesh`.
+
+    Args:
+        made: the parser.
+    """
     made.add_argument(
         "--mesh",
-        default=None,
         metavar="data=D,model=M",
-        help="divide the model over M devices and a batch over D groups of them (docs/scaling.md); none: undivided",
+        help="devices: the model is divided over M, a batch over D groups of them, see docs/scaling.md (default: one "
+        "device)",
     )
 
 
 def asked_mesh(args: argparse.Namespace) -> Mesh | None:
-    """The devices that the arguments ask for; None: one. Processes that are joined use all that they have."""
+    """Make the mesh of devices.
+
+    Args:
+        args: the options of `add_mesh`.
+
+    Returns:
+        The mesh; None: one device.
+
+    Raises:
+        MeshError: the mesh is malformed, or leaves out devices of processes that were joined.
+    """
     if not jax.distributed.is_initialized():
         return None if args.mesh is None else make_mesh(args.mesh)
     present = jax.device_count()
     mesh = make_mesh(args.mesh or f"{DATA}={present}")
     if mesh.size < present:
-        raise MeshError(f"mesh {args.mesh!r}: the joined processes have {present} devices; give one of so many")
+        raise MeshError(f"mesh {args.mesh!r}: the joined processes have {present} devices; give a mesh of that size")
     return mesh
 
 
 def open_model(args: argparse.Namespace) -> Model:
-    """The model, on the devices that the arguments ask for."""
+    """Load the model.
+
+    Args:
+        args: the options of `parser`.
+
+    Returns:
+        The model on the devices that `--mesh` asks for.
+    """
     return load_model(args.model, args.dtype, args.implementation, asked_mesh(args))
 
 
 def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], dict[str, Any]]:
-    """The model, the documents of a split in its token ids, and what a result file says of both."""
+    """Load the model and the documents of a split.
+
+    Args:
+        args: the options of `parser`.
+        split: which documents; "all" for every one.
+
+    Returns:
+        The model, the documents in its token ids, and what a result file states about both.
+    """
     model = open_model(args)
     documents, data = load_encoded(model, args, split, args.num_samples)
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
@@ -85,13 +164,33 @@ def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], di
 def load_encoded(
     model: Model, args: argparse.Namespace, split: str, limit: int | None
 ) -> tuple[list[Encoded], dict[str, Any]]:
-    """At most `limit` documents of a split in the model's token ids, and what a result file says of them."""
+    """Load documents in the model's token ids.
+
+    Args:
+        model: its tokenizer is used.
+        args: the options of `parser`.
+        split: which documents; "all" for every one.
+        limit: the most documents; None: `--num_samples`.
+
+    Returns:
+        The documents, and what a result file states about them.
+    """
     corpus = open_corpus(model, args, split, limit)
     return list(corpus), corpus.about
 
 
 def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int | None = None) -> EncodedCorpus:
-    """The documents of a split ('all': every one), to be read as often as needed; None: at most --num_samples."""
+    """Open the documents of a split, to be read as often as needed.
+
+    Args:
+        model: its tokenizer is used.
+        args: the options of `parser`.
+        split: which documents; "all" for every one.
+        limit: the most documents; None: `--num_samples`.
+
+    Returns:
+        The corpus in the model's token ids.
+    """
     wanted = None if split == "all" else split
     limit = args.num_samples if limit is None else limit
     return EncodedCorpus(args.dataset, wanted, limit, model.tokenizer, model.config, args.text_column)
@@ -125,3 +224,47 @@ def over_files(config: VARConfig, args: argparse.Namespace) -> VARConfig:
     if args.routing_stats:
         return config.at(args.routing_stats, args.answers)
     return dataclasses.replace(config, residuals=str(args.answers)) if args.answers else config
+
+
+def add_hosts(made: argparse.ArgumentParser) -> None:
+    """Add the options of a program that several processes run, on one machine or on many.
+
+    Args:
+        made: the parser.
+    """
+    made.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address at which the first of --num_processes processes listens, to run one program over all their "
+        f"devices (docs/scaling.md); {AUTO!r} takes it and the numbers from SLURM, MPI or Kubernetes",
+    )
+    add_options(
+        made,
+        ("num_processes", int, 1, "number of processes"),
+        ("process_id", int, 0, "number of this process, from 0"),
+    )
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the other processes if `--coordinator` is given.
+
+    All processes have the same arguments, read the same files and compute every result; the model and its batches are
+    divided over all devices (`--mesh`). Only the first one prints and writes from then on.
+
+    Args:
+        args: the options of `add_hosts`.
+
+    Raises:
+        InputError: the options contradict each other.
+    """
+    if args.coordinator is None:
+        return
+    given: dict[str, Any] = {}
+    if args.coordinator != AUTO:
+        last = args.num_processes - 1
+        if not 0 <= args.process_id <= last:
+            raise InputError(f"process {args.process_id} of {last + 1}: expected a process from 0 to {last}")
+        given = {"coordinator_address": args.coordinator, "num_processes": last + 1, "process_id": args.process_id}
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=NOTICED_AFTER, shutdown_timeout_seconds=NOTICED_AFTER)
+    if jax.process_index() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)

@@ -230,7 +230,8 @@ def _best(points: Sequence[Point], space: Space, limit: float) -> Section:
     rows = tuple((one.name, one.unit, *(point.values[one.name] for point in shown)) for one in space)
     results = _results("The fastest within the limit" if feasible else "The least bad", shown)
     tables = (results, Table("Their parameters", columns, rows))
-    return Section("best", title, "reported" if feasible else "FAIL", outcome, tuple(words), tables)
+    verdict, headline = "reported" if feasible else "FAIL", f"{one.speedup:.2f}x"
+    return Section("best", title, verdict, outcome, tuple(words), tables, headline=headline)
 
 
 def _results(title: str, points: Sequence[Point]) -> Table:

@@ -291,7 +291,8 @@ def section(found: Validation) -> Section:
         f"token; {sum(bool(one.passed) for one in found.criteria)} of {len(rows)} criteria hold"
     )
     tables = (criteria, _candidates(found), *_judged((chosen, *found.presets), found.limit))
-    return Section(name, title, "PASS" if found.passed else "FAIL", outcome, words, tables)
+    verdict = "PASS" if found.passed else "FAIL"
+    return Section(name, title, verdict, outcome, words, tables, headline=f"{chosen.speedup:.2f}x")
 
 
 def _candidates(found: Validation) -> Table:

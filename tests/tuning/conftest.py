@@ -43,7 +43,7 @@ def make_point():
             speedups={phase: Estimate(speedup, speedup - 0.01, speedup + 0.01)},
             speedup=speedup,
         )
-        own = VARConfig(frequency_threshold=values["frequency_threshold"], entropy_threshold=values["loss_budget"])
+        own = VARConfig(frequency_threshold=values["frequency_threshold"], entropy_threshold=abs(values["loss_budget"]))
         return Point(number, values, own if config is None else config, outcome)
 
     return made
