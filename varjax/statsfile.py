@@ -38,14 +38,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from varjax import checksums
-from varjax.errors import InputError
+from varjax.errors import InputError, Library
 from varjax.keys import ANY, distinct
 from varjax.stats import Moments, RoutingStats
+
+pa, pc, pq = Library("pyarrow"), Library("pyarrow.compute"), Library("pyarrow.parquet")
 
 VERSION = 1
 REQUIRED = (
