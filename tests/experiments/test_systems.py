@@ -64,5 +64,5 @@ def test_without_a_policy_the_plain_model_is_analyzed(script, common, few_calls,
 
 def test_what_cannot_be_analyzed_is_said(script, common, tmp_path):
     VARConfig().save(tmp_path / "config.json")
-    with pytest.raises(SystemExit, match="routing_stats is not set"):
+    with pytest.raises(SystemExit, match="it names no routing statistics; give --routing_stats"):
         script("05_systems_analysis.py", *common, "--split", "all", "--var_config", tmp_path / "config.json")
