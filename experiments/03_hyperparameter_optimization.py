@@ -1,15 +1,15 @@
-"""Phase 3: search for the configuration that is fastest within a limit on quality, and put it to the test.
+"""Phase 3: search for the configuration that is fastest within a limit on quality, and validate it.
 
   --routing_stats S --method bayesian --n_calls 50 --output DIR
-                                   search on the tune split; S and the answers next to it are phase 1's
+                                   search on the tune split; S and the answers next to it come from phase 1
   --validate DIR/best_configs.json --output DIR
                                    certify the best few on the calibrate split, choose the fastest there, and judge that
-                                   one on several parts of the test split, next to the presets (a VARConfig does, too)
+                                   one on several parts of the test split, next to the presets (a VARConfig works, too)
 
-A search writes into DIR, anew after an interruption too: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db`
-shows it), tuning.json, .txt, .html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and
-best_configs.json for --validate. The same command goes on where it was interrupted. More workers may join a search:
---workers on one machine, or the same command on several with one --storage.
+A search writes into DIR: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db` shows it), tuning.json, .txt,
+.html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and best_configs.json for
+--validate. Rerun the same command to resume an interrupted search. More workers may join it: --workers on one machine,
+or the same command on several with one --storage.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.command import path_argument, program, run
+from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate import caching as cached_tier
-from analysis.inputs import STATISTICS, find_statistics, listed
+from analysis.inputs import find_statistics
 from analysis.policies.scored_points import Subject
 from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, Output
@@ -35,7 +36,7 @@ from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
 from analysis.text import card
 from analysis.text.drawn import Drawn
-from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers
+from experiments.arguments import add_options, add_table, asked_config, load, load_encoded, parser, read_answers
 from profiling.calls import PHASES
 from tuning.objective import Objective
 from tuning.points import Point, best, read_chosen, write_chosen
@@ -46,54 +47,44 @@ from tuning.validation import REPEATS, section, validate
 from varjax.config import PRESETS, VARConfig
 from varjax.errors import InputError
 from varjax.progress import progress_bar
+from varjax.tablefiles import TableFiles, saved_files
 
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Run the program."""
     options = parser(__doc__, "results/phase3")
     options.set_defaults(num_samples=200)
+    add_table(options, "the defaults; what is not searched keeps its value")
     options.add_argument(
-        "--routing_stats",
-        type=path_argument,
-        help="routing_stats.parquet of phase 1; without it, those of the configs that are given, or the first of "
-        f"{listed(STATISTICS)} that exists",
+        "--method", choices=METHODS, default="tpe", help="how points are chosen; bayesian needs torch (varjax[gp])"
     )
+    options.add_argument("--parameters", nargs="+", metavar="NAME", help="parameters to search (default: all)")
     options.add_argument(
-        "--answers",
-        type=path_argument,
-        help="answers to use, such as distilled ones (default: those next to the statistics)",
-    )
-    options.add_argument(
-        "--var_config", type=path_argument, help="a VARConfig as JSON: what is not searched stays as it is there"
-    )
-    options.add_argument("--method", choices=METHODS, default="tpe", help="bayesian needs torch (varjax[gp])")
-    options.add_argument("--n_calls", type=int, default=50, help="trials in all, those of earlier runs included")
-    options.add_argument("--grid_points", type=int, default=3, help="values of each parameter of a grid")
-    options.add_argument("--parameters", nargs="+", metavar="NAME", help="search only these; none: all")
-    options.add_argument(
-        "--range", nargs="+", default=[], dest="ranges", metavar="NAME=LOW:HIGH", help="search elsewhere"
+        "--range", nargs="+", default=[], dest="ranges", metavar="NAME=LOW:HIGH", help="other ranges to search"
     )
     options.add_argument(
         "--speed",
         choices=["measured", "model"],
         default="measured",
-        help="paired timing, or the prediction by active experts, which makes a search repeat exactly",
+        help="paired timing, or the prediction from active experts, with which a search repeats exactly",
     )
-    options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="that count, if measured")
-    options.add_argument("--repeats", type=int, default=7, help="timed rounds of a trial")
-    options.add_argument("--limit", type=float, help="relative change of perplexity; none: the config's")
-    options.add_argument("--confidence", type=float, default=0.95, help="of the upper limit, and of the certificate")
-    options.add_argument("--storage", help="URL of a database for workers on several machines; none: OUTPUT/study.db")
-    options.add_argument("--study_name", default="varjax", help="in the storage")
-    options.add_argument("--workers", type=int, default=1, help="processes on this machine")
+    options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="phases that are timed")
     options.add_argument(
-        "--validate", type=path_argument, metavar="FILE", help="best_configs.json, or a VARConfig as JSON"
+        "--validate", type=path_argument, metavar="FILE", help="best_configs.json or a VARConfig to validate"
     )
-    options.add_argument(
-        "--validate_repeats", type=int, default=REPEATS, help="number of parts of the test split, each timed separately"
-    )
-    options.add_argument(
-        "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
+    add_options(
+        options,
+        ("n_calls", int, 50, "number of trials, those of earlier runs included"),
+        ("grid_points", int, 3, "values of each parameter of a grid"),
+        ("repeats", int, 7, "timed rounds of a trial"),
+        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase of perplexity"),
+        ("confidence", float, 0.95, "confidence of the upper limit and of the certificate"),
+        ("storage", str, None, "URL of a database for workers on several machines (default: OUTPUT/study.db)"),
+        ("study_name", str, "varjax", "name of the study in the storage"),
+        ("workers", int, 1, "processes on this machine"),
+        ("validate_repeats", int, REPEATS, "number of parts of the test split, each timed separately"),
+        ("validate_samples", int, None, "most documents of each split to validate on (default: all)"),
     )
     cached_tier.add_arguments(options)
     args = options.parse_args(arguments)
@@ -104,49 +95,45 @@ def main(arguments: Sequence[str] | None) -> None:
     part = f"{platform.node()}-{os.getpid()}" if args.storage and not args.validate else ""
     with output.locked(part):
         if args.validate:
-            put_to_the_test(args)
+            _validate(args, output)
         else:
-            search(args)
+            _search(args, output)
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class _Setting:
     """What every worker of a search makes for itself from the arguments."""
 
     objective: Objective
     unsearched: dict[str, str]  # parameters that cannot change anything on these documents, and why
+    files: TableFiles
     about: dict[str, Any]  # everything that decides what a trial finds
     origin: dict[str, Any]
 
     @classmethod
-    def of(cls, args: argparse.Namespace, progress: bool = True) -> Setting:
-        subject, origin = make_subject(args, "tune", args.num_samples, progress)
-        orders = tuple(order for order in subject.answers.orders if order > 0)
+    def of(cls, args: argparse.Namespace, progress: bool = True) -> _Setting:
+        subject, files, origin = _subject(args, "tune", args.num_samples, progress)
+        orders = tuple(order for order in subject.answers.ngram_orders if order > 0)
         span = subject.caching.span(subject.documents, subject.max_length, subject.stride)
         experts, names = subject.stats.num_experts, args.parameters
         space, unsearched = search_space(orders, experts, ranges=args.ranges, names=names, span=span)
         if CACHED_TIER in unsearched:  # it would only take time
             subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, cache_size=0))
-        judged = {
-            "speed": args.speed,
-            "phases": tuple(args.phases),
-            "repeats": args.repeats,
-            "confidence": args.confidence,
-            "limit": subject.config.max_quality_degradation if args.limit is None else args.limit,
-        }
-        about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
+        judged = {name: getattr(args, name) for name in ("speed", "repeats", "confidence", "limit")}
+        judged["phases"] = tuple(args.phases)
+        about = judged | {"subject": subject.digest, "config": subject.config.digest(files.digest()), "space": space}
         about |= {"method": args.method, "seed": args.seed}
-        return cls(Objective(subject, space, **judged), unsearched, about, origin)
+        return cls(Objective(subject, space, **judged), unsearched, files, about, origin)
 
 
-def search(args: argparse.Namespace) -> None:
+def _search(args: argparse.Namespace, output: Output) -> None:
     check_method(args.method)
-    name_statistics(args)
-    setting = Setting.of(args)
-    objective, limit = setting.objective, setting.objective.limit
+    _name_files(args)
+    setting = _Setting.of(args)
+    objective, limit = setting.objective, args.limit
     if setting.unsearched:
         print(f"not searched: {reasons(setting.unsearched)}")
-    study = open_study(storage_of(args), args.study_name, args.method, setting.about)
+    study = open_study(_storage(args), args.study_name, args.method, setting.about)
     total = fill(study, args.method, objective.space, args.n_calls, args.grid_points)
     _ = objective.ladder  # measured, or read back, before there are workers that would all measure it
     if args.workers > 1 and args.speed == "measured":
@@ -155,23 +142,24 @@ def search(args: argparse.Namespace) -> None:
 
     def show() -> None:
         found = points(study)
-        bar.n = len(found)
-        bar.set_postfix_str(said(found, limit))
+        bar.n, ahead = len(found), best(found, limit, 1)
+        reached = [f"best {one.outcome.speedup:.2f}x at {one.outcome.degradation:+.2%}" for one in ahead]
+        bar.set_postfix_str(reached[0] if reached else "none feasible yet")
 
     show()
     try:
         if args.workers == 1:
             work(study, args.method, args.seed, objective.attempt, limit, show)
         else:
-            with_workers(args, show)
+            _with_workers(args, show)
     except KeyboardInterrupt:
-        print(f"interrupted after {len(points(study))} of {total} trials; the same command goes on from there")
+        print(f"interrupted after {len(points(study))} of {total} trials; rerun the same command to resume")
         raise
     finally:
         bar.close()
         found = points(study)
         if found:
-            conclude(args, setting, found)
+            _conclude(args, output, setting, found)
     if not best(found, limit, 1):
         raise StudyError(
             f"none of {len(found)} trials is within {limit:+.2%}: the least bad are in "
@@ -180,65 +168,61 @@ def search(args: argparse.Namespace) -> None:
         )
 
 
-def with_workers(args: argparse.Namespace, show: Callable[[], None]) -> None:
-    """Processes that share the study; raises StudyError if one of them fails."""
-    processes = [multiprocessing.get_context("spawn").Process(target=join, args=(args,)) for _ in range(args.workers)]
+def _with_workers(args: argparse.Namespace, show: Callable[[], None]) -> None:
+    """Start processes that share the study and wait for them."""
+    processes = [multiprocessing.get_context("spawn").Process(target=_join, args=(args,)) for _ in range(args.workers)]
     for process in processes:
         process.start()
     while any(process.is_alive() for process in processes):
         time.sleep(1)
         show()
     if failed := [process.exitcode for process in processes if process.exitcode]:
-        raise StudyError(f"{len(failed)} of {args.workers} workers ended in an error, see above; run again to go on")
+        raise StudyError(f"{len(failed)} of {args.workers} workers ended in an error, see above; rerun to resume")
 
 
-def join(args: argparse.Namespace) -> None:
-    """One worker: the model, the documents and the study once more, then ticket by ticket."""
+def _join(args: argparse.Namespace) -> None:
+    """Run one worker, which loads model, documents and study for itself."""
 
     def begin() -> None:
-        setting = Setting.of(args, progress=False)
-        study = open_study(storage_of(args), args.study_name, args.method, setting.about)
-        work(study, args.method, args.seed, setting.objective.attempt, setting.objective.limit)
+        setting = _Setting.of(args, progress=False)
+        study = open_study(_storage(args), args.study_name, args.method, setting.about)
+        work(study, args.method, args.seed, setting.objective.attempt, args.limit)
 
     run(begin)
 
 
-def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> None:
-    """Write what the search found so far."""
-    limit = setting.objective.limit
-    made = provenance(seed=args.seed, **setting.origin, about=setting.about, storage=without_password(storage_of(args)))
+def _conclude(args: argparse.Namespace, output: Output, setting: _Setting, found: list[Point]) -> None:
+    """Write what the search has found so far."""
+    subject = setting.objective.subject
+    made = provenance(seed=args.seed, **setting.origin, about=setting.about, storage=without_password(_storage(args)))
     facts = (
-        ("model", f"{setting.objective.subject.model.name} ({args.dtype})"),
-        ("data", f"{args.dataset}, split tune, {len(setting.objective.subject.documents):,} documents"),
+        ("model", f"{subject.model.name} ({args.dtype})"),
+        ("data", f"{args.dataset}, split tune, {len(subject.documents):,} documents"),
         ("search", f"{args.method}, {len(found):,} trials, seed {args.seed}"),
-        ("cached tier", setting.objective.subject.caching.words),
+        ("cached tier", subject.caching.words),
         *((("not searched", reasons(setting.unsearched)),) if setting.unsearched else ()),
         *card.facts(setting.origin["card"]),
     )
-    trials = [vars(one) | {"config": json.loads(one.config.to_json())} for one in found]
-    said_in_full = report(found, setting.objective.space, limit, facts, seed=args.seed)
-    save_report(said_in_full, args.output, "tuning", {"points": trials, "provenance": made})
-    write_chosen(args.output, found, limit, made)
+    trials = [vars(one) | {"config": _fields(one.config)} for one in found]
+    said = report(found, setting.objective.space, args.limit, facts, seed=args.seed)
+    _write(said, output, {"points": trials, "provenance": made})
+    write_chosen(args.output, found, args.limit, setting.files, made)
 
 
-def put_to_the_test(args: argparse.Namespace) -> None:
-    given = read_chosen(args.validate)
-    name_statistics(args, list(given.values()))
-    candidates = {name: over_files(config, args) for name, config in given.items()}
-    calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
-    args.num_samples = args.validate_samples
-    documents, data = load_encoded(calibrate.model, args, "test", args.num_samples)
-    test = dataclasses.replace(calibrate, documents=documents)
-    presets = {f"preset {name}": new_config(args, **fields) for name, fields in PRESETS.items()}
-    limit = calibrate.config.max_quality_degradation if args.limit is None else args.limit
+def _validate(args: argparse.Namespace, output: Output) -> None:
+    candidates, saved = read_chosen(args.validate)
+    _name_files(args, saved)
+    calibrate, files, origin = _subject(args, "calibrate", args.validate_samples)
+    documents, data = load_encoded(calibrate.model, args, "test", args.validate_samples)
+    table = (files.routing_stats, files.answers)
     found = validate(
         calibrate,
-        test,
+        dataclasses.replace(calibrate, documents=documents),
         candidates,
-        presets,
+        {f"preset {name}": VARConfig.from_routing_stats(*table, **fields) for name, fields in PRESETS.items()},
         repeats=args.validate_repeats,
         level=args.confidence,
-        limit=limit,
+        limit=args.limit,
         drawn=Drawn.of(origin["data"]),
     )
     facts = (
@@ -248,66 +232,77 @@ def put_to_the_test(args: argparse.Namespace) -> None:
         ("cached tier", calibrate.caching.words),
         *card.facts(origin["card"]),
     )
-    notes = ("Intervals are 95 %, each for itself, over whole documents (speed-ups: over rounds).",)
-    said_in_full = Report("Validation of searched configurations", facts, notes, (section(found),))
+    notes = ("Intervals are 95 %, each on its own, over whole documents (speed-ups: over rounds).",)
     made = provenance(seed=args.seed, **origin, test_data=data)
-    beside = {"validation": found, "configs": {name: json.loads(c.to_json()) for name, c in candidates.items()}}
-    save_report(said_in_full, args.output, "validation", beside | {"provenance": made})
+    beside = {"validation": found, "configs": {name: _fields(config) for name, config in candidates.items()}}
+    said = Report("Validation of searched configurations", facts, notes, (section(found),))
+    _write(said, output, beside | {"provenance": made})
 
 
-def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig] = ()) -> None:
-    """If the arguments name no statistics, take those of the configs, and the answers with them; else look for some.
+def _name_files(args: argparse.Namespace, saved: TableFiles | None = None) -> None:
+    """Name the statistics and answers in the arguments if these do not.
+
+    Those that the configs were saved with are taken, else statistics are looked for.
 
     Args:
-        configs: in addition to `--var_config`.
+        args: changed in place.
+        saved: the files that the candidates of a validation were saved with.
 
     Raises:
-        InputError: the configs name different ones, or there are none.
+        InputError: the configs name different files, or there are none.
     """
-    configs = [*configs, *([] if args.var_config is None else [VARConfig.load(args.var_config)])]
     if args.routing_stats is not None:
         return
-    named = {(config.routing_stats, config.residuals) for config in configs if config.routing_stats is not None}
+    named = {saved, None if args.var_config is None else saved_files(args.var_config)} - {None}
     if len(named) > 1:
-        files = ", ".join(sorted(str(stats) for stats, _ in named))
+        files = ", ".join(sorted(one.routing_stats for one in named if one))
         raise InputError(f"the configs name different statistics or answers ({files}); give --routing_stats")
-    stats, answers = next(iter(named), (None, None))
-    args.routing_stats = find_statistics(None if stats is None else Path(stats))
-    if args.answers is None and answers is not None:
-        if not Path(answers).is_file():
-            raise InputError(f"{answers}: the configs name these answers, but there is no such file; give --answers")
-        args.answers = Path(answers)
+    found = next(iter(named), None)
+    args.routing_stats = find_statistics(None if found is None else Path(found.routing_stats))
+    if args.answers is None and found is not None and found.answers is not None:
+        if not Path(found.answers).is_file():
+            raise InputError(
+                f"{found.answers}: the configs name these answers, but there is no such file; give --answers"
+            )
+        args.answers = Path(found.answers)
 
 
-def make_subject(
+def _subject(
     args: argparse.Namespace, split: str, limit: int | None, progress: bool = True
-) -> tuple[Subject, dict[str, Any]]:
-    """What is searched or validated, on at most `limit` documents of a split, and what a result file says of it."""
+) -> tuple[Subject, TableFiles, dict[str, Any]]:
+    """What is searched or validated, on at most `limit` documents of a split; its files; what a result states."""
     args = argparse.Namespace(**vars(args) | {"num_samples": limit})
     model, documents, origin = load(args, split)
-    config = asked_config(args)
-    stats, answers = read_answers(model, config)
-    reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
-    folder = args.output / "losses"
-    reading |= {"folder": folder, "progress": progress, "caching": cached_tier.asked(args)}
-    return Subject(model, stats, answers, config, documents, **reading), origin
+    config, files = asked_config(args)
+    stats, answers = read_answers(model, files)
+    subject = Subject(
+        model,
+        stats,
+        answers,
+        config,
+        documents,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        folder=args.output / "losses",
+        seed=args.seed,
+        progress=progress,
+        caching=cached_tier.asked(args),
+        table_sha256=files.digest(),
+    )
+    return subject, files, origin
 
 
-def save_report(said_in_full: Report, folder: Path, name: str, beside: dict[str, Any]) -> None:
-    write_report(said_in_full, folder, name, beside=beside)
-    print("\n".join(summary(said_in_full)))
-    print(f"written to {folder}")
+def _write(said: Report, output: Output, beside: dict[str, Any]) -> None:
+    write_report(said, output, beside=beside)
+    print("\n".join(summary(said)))
+    print(f"written to {output.folder}")
 
 
-def said(found: list[Point], limit: float) -> str:
-    """The best so far, for the progress bar."""
-    ahead = best(found, limit, 1)
-    if not ahead:
-        return "none feasible yet"
-    return f"best {ahead[0].outcome.speedup:.2f}x at {ahead[0].outcome.degradation:+.2%}"
+def _fields(config: VARConfig) -> dict[str, Any]:
+    return json.loads(config.to_json())
 
 
-def storage_of(args: argparse.Namespace) -> str:
+def _storage(args: argparse.Namespace) -> str:
     return args.storage or f"sqlite:///{args.output / 'study.db'}"
 
 

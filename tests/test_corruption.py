@@ -36,6 +36,7 @@ from varjax.errors import InputError
 from varjax.stats import RoutingStats
 from varjax.step import Counters, VARState
 from varjax.streams import Stream
+from varjax.tablefiles import TableFiles
 
 TIMES = 300
 MODEL = MoEConfig(
@@ -124,7 +125,7 @@ def evaluation(folder: Path) -> Path:
 def best_configs(folder: Path) -> Path:
     outcome = Outcome(0.001, 0.002, 50, False, 1.2, 0.1, {}, 1.3)
     points = [Point(n, {}, VARConfig(frequency_threshold=10 + n), outcome) for n in range(3)]
-    write_chosen(folder, points, 0.01, {"seed": 0})
+    write_chosen(folder, points, 0.01, TableFiles("s.parquet"), {"seed": 0})
     return folder / "best_configs.json"
 
 

@@ -106,10 +106,10 @@ class Objective:
             Its loss of quality and its speed-up over the plain model.
         """
         self._make_room(config)
-        table = with_policies(self._table, self.subject.stats, config, self.subject.answers)
+        table = with_policies(self._table, config, self.subject.stats, self.subject.answers)
         if self.speed == "measured":  # as fast as a table of its own, which would look up these orders only
-            asked = asked_orders(config, table.num_layers) or table.orders[:1]
-            table = dataclasses.replace(table, orders=asked)
+            asked = asked_orders(config, table.num_layers) or table.ngram_orders[:1]
+            table = dataclasses.replace(table, ngram_orders=asked)
         var_model = VARModel(self.subject.model, config, table=table)
         nll, experts, learned = self._score(var_model)
         seen = self._order[: len(nll)]
@@ -133,7 +133,7 @@ class Objective:
     @property
     def orders(self) -> tuple[int, ...]:
         """Context orders above 0 that have answers."""
-        return tuple(order for order in self.subject.answers.orders if order > 0)
+        return tuple(order for order in self.subject.answers.ngram_orders if order > 0)
 
     @cached_property
     def ladder(self) -> Ladder:
@@ -144,19 +144,19 @@ class Objective:
         def measured(choices: Sequence[Choice]) -> Measured:
             layers = policies(choices, subject.model.config.num_experts, self.orders)
             config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
-            table = with_policies(self._table, subject.stats, config, subject.answers)
+            table = with_policies(self._table, config, subject.stats, subject.answers)
             found = losses(subject, config, table)
             bar.update()
             change = (found.nll - self._plain.nll).sum() / self._plain.tokens.sum()
             return Measured(tuple(choices), math.expm1(change), found.experts_per_token)
 
         with bar:
-            return climb(measured, subject.answers, subject.config.residual_shrinkage, top_k)
+            return climb(measured, subject.answers, subject.config.answer_shrinkage, top_k)
 
     @cached_property
     def _table(self) -> RouteTable:
         nothing = dataclasses.replace(self.subject.config, default=None, layers={})
-        return build_for(self.subject.model, self.subject.stats, nothing, self.subject.answers, keep_shapes=True)
+        return build_for(self.subject.model, nothing, self.subject.stats, self.subject.answers, keep_shapes=True)
 
     def _make_room(self, config: VARConfig) -> None:
         """Drop compiled programs before there are too many.

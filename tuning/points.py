@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tuning.space import Values
 from varjax import checksums
 from varjax.config import VARConfig
 from varjax.errors import InputError
+from varjax.tablefiles import ENTRY, TableFiles, named_files, saved_files
 
 PREDICTED = "predicted"  # takes the place of a phase where the speed-up follows from active assignments
 KEPT = 5  # configurations in `best_configs.json`
@@ -97,13 +98,16 @@ def least_bad(points: Sequence[Point], count: int) -> list[Point]:
     return _distinct(sorted(points, key=lambda point: (point.outcome.hopeless, point.outcome.upper)), count)
 
 
-def write_chosen(folder: Path, points: Sequence[Point], limit: float, provenance: Mapping[str, Any]) -> None:
+def write_chosen(
+    folder: Path, points: Sequence[Point], limit: float, files: TableFiles, provenance: Mapping[str, Any]
+) -> None:
     """Write the chosen configurations, and delete files of an earlier run that no longer hold.
 
     Args:
         folder: where the files go.
         points: finished trials.
         limit: the largest acceptable relative increase of perplexity.
+        files: of the table that all points share.
         provenance: what `best_configs.json` states about its origin.
     """
     feasible = best(points, limit, KEPT)
@@ -113,7 +117,7 @@ def write_chosen(folder: Path, points: Sequence[Point], limit: float, provenance
             one.unlink(missing_ok=True)
             several.unlink(missing_ok=True)
             continue
-        found[0].config.save(one)
+        found[0].config.save(one, files)
         configs = [
             {
                 "name": f"trial {point.number}",
@@ -123,17 +127,19 @@ def write_chosen(folder: Path, points: Sequence[Point], limit: float, provenance
             }
             for point in sorted(found, key=lambda point: point.outcome.upper)
         ]
-        write_json(several, {"limit": limit, "measured": MEASURED, "configs": configs, "provenance": provenance})
+        about = {"limit": limit, "measured": MEASURED, ENTRY: asdict(files)}
+        write_json(several, about | {"configs": configs, "provenance": provenance})
 
 
-def read_chosen(path: Path) -> dict[str, VARConfig]:
+def read_chosen(path: Path) -> tuple[dict[str, VARConfig], TableFiles | None]:
     """Read the configurations to validate.
 
     Args:
         path: `best_configs.json` of a search, or a VARConfig file.
 
     Returns:
-        The configurations by name, in the order of testing; a single one has the name of its file.
+        The configurations by name, in the order of testing (a single one has the name of its file), and the files of
+        their table; None: the file names none.
 
     Raises:
         InputError: the file is neither of the two, or is damaged.
@@ -144,14 +150,16 @@ def read_chosen(path: Path) -> dict[str, VARConfig]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); give best_configs.json of a search, or a VARConfig") from None
     if not isinstance(saved, dict) or "configs" not in saved:
-        return {path.stem: VARConfig.load(path)}
+        return {path.stem: VARConfig.load(path)}, saved_files(path)
     saved = checksums.read_json(path, "search again, or give a VARConfig")
     try:
-        return {one["name"]: VARConfig.from_json(json.dumps(one["config"])) for one in saved["configs"]}
+        configs = {one["name"]: VARConfig.from_json(json.dumps(one["config"])) for one in saved["configs"]}
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{path}: a configuration lacks {error}; give best_configs.json as a search wrote it"
         ) from None
+    first = saved["configs"][0]["config"] if configs else {}  # where an earlier version named the files
+    return configs, saved_files(path) or named_files(first)
 
 
 def _distinct(points: Sequence[Point], count: int) -> list[Point]:

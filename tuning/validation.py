@@ -186,7 +186,7 @@ def validate(
         # Each configuration has a table of its own size, and programs must not pile up.
         if (number := next(built)) and number % PROGRAMS == 0:
             jax.clear_caches()
-        table = build_for(subject.model, subject.stats, config, subject.answers)
+        table = build_for(subject.model, config, subject.stats, subject.answers)
         scored, var_model = losses(subject, config, table), VARModel(subject.model, config, table=table)
         change, everything = scored.nll - plain.nll, np.arange(len(subject.documents))
         order = everything if parts == 1 else np.random.default_rng(subject.seed).permutation(everything)
@@ -210,7 +210,7 @@ def validate(
             {name: _of(calibrate, scored) for name, (_, scored) in tried.items()},
             clip=certificate.CLIP,
             model_sha256=calibrate.model.fingerprint,
-            config_sha256={name: config.digest() for name, config in candidates.items()},
+            config_sha256={name: config.digest(calibrate.table_sha256) for name, config in candidates.items()},
             level=level,
             limit=math.log1p(limit),
             seed=calibrate.seed,

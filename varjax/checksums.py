@@ -19,15 +19,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from varjax.errors import InputError
+import numpy as np
+
+from varjax.errors import InputError, Library
 from varjax.files import replacing
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+pa, pq, st = Library("pyarrow"), Library("pyarrow.parquet"), Library("safetensors.numpy")
 
 CHECKSUM = "checksum"  # the field of a JSON file
 DAMAGED = "was damaged or edited after it was written: its contents do not match their checksum"
@@ -84,9 +83,7 @@ def write_safetensors(
     Args:
         path: a temporary file (`varjax.files.replacing`).
     """
-    from safetensors.numpy import save_file
-
-    save_file(dict(tensors), path, metadata={**metadata, **SEALED})
+    st.save_file(dict(tensors), path, metadata={**metadata, **SEALED})
     seal(path)
 
 
@@ -102,8 +99,6 @@ def parquet_writer(path: str | os.PathLike[str], schema: pa.Schema) -> Iterator[
     Args:
         path: a temporary file (`varjax.files.replacing`).
     """
-    import pyarrow.parquet as pq
-
     with pq.ParquetWriter(path, parquet_schema(schema), compression="zstd", write_page_checksum=True) as writer:
         yield writer
     seal(path)
@@ -128,9 +123,6 @@ def read_parquet(
         InputError: the file was damaged, or is not Parquet.
         OSError: it cannot be opened.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     verify(path, fix, required=required)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
@@ -167,7 +159,7 @@ def read_json(
         OSError: it cannot be read.
     """
     try:
-        fields = json.loads(Path(path).read_bytes().decode())
+        fields = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as problem:  # UnicodeDecodeError and JSONDecodeError among them
         raise error(f"{path}: not valid JSON ({problem}); {fix}") from problem
     if not isinstance(fields, dict):

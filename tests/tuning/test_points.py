@@ -9,8 +9,10 @@ import pytest
 from tuning.points import best, least_bad, read_chosen, write_chosen
 from varjax import checksums
 from varjax.config import VARConfig
+from varjax.tablefiles import TableFiles
 
 LIMIT = 0.01
+FILES = TableFiles("stats.parquet", "answers.safetensors")
 
 
 def config(number):
@@ -73,21 +75,22 @@ def test_equal_configs_come_once(make_point):
 def test_the_fastest_is_handed_on_and_the_few_are_in_the_order_of_testing(make_point, tmp_path):
     points = [make_point(i, 1 + i / 10, 0.007 - i / 1000, config=config(10 + i)) for i in range(4)]
     points.append(make_point(9, 3.0, 0.05, config=config(99)))  # beyond the limit
-    write_chosen(tmp_path, points, LIMIT, {})
+    write_chosen(tmp_path, points, LIMIT, FILES, {})
     assert VARConfig.load(tmp_path / "best_config.json") == config(13)
     assert "by the measurements that chose" in json.loads((tmp_path / "best_configs.json").read_text())["measured"]
-    candidates = read_chosen(tmp_path / "best_configs.json")
+    candidates, files = read_chosen(tmp_path / "best_configs.json")
+    assert files == FILES
     assert list(candidates) == ["trial 3", "trial 2", "trial 1", "trial 0"]  # the surest first
     assert candidates["trial 1"] == config(11)
-    assert read_chosen(tmp_path / "best_config.json") == {"best_config": config(13)}
+    assert read_chosen(tmp_path / "best_config.json") == ({"best_config": config(13)}, FILES)
 
 
 def test_where_none_is_feasible_nothing_is_called_best(make_point, tmp_path):
     feasible, bad = make_point(0, config=config(10)), make_point(1, 1.5, 0.02, config=config(11))
-    write_chosen(tmp_path, [feasible], LIMIT, {})
-    write_chosen(tmp_path, [bad], LIMIT, {})
+    write_chosen(tmp_path, [feasible], LIMIT, FILES, {})
+    write_chosen(tmp_path, [bad], LIMIT, FILES, {})
     assert {path.name for path in tmp_path.iterdir()} == {"least_bad_config.json", "least_bad_configs.json"}
-    write_chosen(tmp_path, [feasible, bad], LIMIT, {})
+    write_chosen(tmp_path, [feasible, bad], LIMIT, FILES, {})
     assert {path.name for path in tmp_path.iterdir()} == {"best_config.json", "best_configs.json"}
 
 

@@ -108,7 +108,7 @@ def test_a_search_killed_in_a_trial_loses_and_repeats_none_that_was_finished(url
 
 @pytest.mark.parametrize("method", ["random", "tpe", "nsga2"])
 def test_a_resumed_search_is_an_unbroken_one(tmp_path, method):
-    whole = searched(f"sqlite:///{tmp_path}/whole.db", method, 14, seed=3)
+    whole = searched(f"sqlite:///{tmp_path}/whole.db", method, 12, seed=3)
     tries = 0
 
     def once(trial):
@@ -120,13 +120,13 @@ def test_a_resumed_search_is_an_unbroken_one(tmp_path, method):
 
     interrupted = f"sqlite:///{tmp_path}/interrupted.db"
     study = open_study(interrupted, "s", method, ABOUT)
-    fill(study, method, SPACE, 14, 3)
+    fill(study, method, SPACE, 12, 3)
     with pytest.raises(KeyboardInterrupt):
         work(study, method, 3, once, 0.01)
     assert len(points(study)) == 5
-    resumed = searched(interrupted, method, 14, seed=3)
+    resumed = searched(interrupted, method, 12, seed=3)
     assert [point.values for point in resumed] == [point.values for point in whole]
-    assert len({str(point.values) for point in whole}) > 10
+    assert len({str(point.values) for point in whole}) > 8
 
 
 def test_other_seeds_search_elsewhere(tmp_path):
@@ -224,12 +224,15 @@ def test_the_landscapes_best_point_is_where_it_is_said_to_be():
     assert reached <= landscape.OPTIMUM + 1e-9 and reached == pytest.approx(landscape.OPTIMUM, rel=2e-3)
 
 
-@pytest.mark.parametrize(("method", "seeds"), [("tpe", 6), ("bayesian", 1)])
-def test_a_model_of_the_landscape_finds_its_best_point(method, seeds):
-    """All twenty seeds: `python -m tests.tuning.landscape`."""
-    found = landscape.reached(method, 60, range(seeds))
+@pytest.mark.parametrize(("method", "trials", "seeds"), [("tpe", 40, 3), ("bayesian", 20, 1)])
+def test_a_model_of_the_landscape_finds_its_best_point(method, trials, seeds):
+    """More of both: `python -m tests.tuning.landscape`."""
+    if method == "bayesian":
+        torch = pytest.importorskip("torch")
+        torch.set_num_threads(1)  # threads that wait for busy cores take minutes
+    found = landscape.reached(method, trials, range(seeds))
     assert np.all(found >= (1 - landscape.NEAR) * landscape.OPTIMUM)
-    assert np.median(found) > np.median(landscape.reached("random", 60, range(seeds)))
+    assert np.median(found) > np.median(landscape.reached("random", trials, range(seeds)))
 
 
 def test_the_best_of_a_search_keeps_the_limit():
