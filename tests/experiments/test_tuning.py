@@ -80,7 +80,7 @@ def test_the_space_and_its_points_look_at_the_same_orders(monkeypatch):
     document = SimpleNamespace(ids=np.zeros(2000, np.int32))
     stats, answers = SimpleNamespace(ngram_orders=(1, 2, 3), num_experts=8), SimpleNamespace(ngram_orders=(0, 2, 3))
     subject = SimpleNamespace(stats=stats, answers=answers, config=VARConfig(), digest="", documents=[document])
-    vars(subject).update(caching=Caching(), max_length=16, stride=None)
+    vars(subject).update(caching=Caching(), max_length=16, stride=None, table_sha256="")
     monkeypatch.setattr(module, "_subject", lambda *_: (subject, TableFiles("s.parquet"), {}))
     monkeypatch.setattr(module.Objective, "ladder", Ladder((), (Step(Choice(0, 0.1), 0.001),)))
     monkeypatch.setattr(module.Objective, "evaluate", lambda _, config: config)
