@@ -1,0 +1,79 @@
+"""The form of a question: a name, a title, and a function that answers it with a section of a report.
+
+    def examine(data: RoutingData) -> Section:
+        return QUESTION.section("reported", "what was found", words=(...), tables=(...), figures=(...))
+
+    QUESTION = Question("repetition", "Consecutive tokens repeat their first choice", examine)
+
+To add a question, write such a module in this folder and add its `QUESTION` to a list in `analysis.questions.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from analysis.report.report import ReportFigure, Section, Table
+from varjax.errors import NotTestableError
+
+Data = TypeVar("Data")
+
+
+class NotMeasuredError(NotTestableError):
+    """The data that a question needs were not given."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The sections that answer a question, and what else belongs in the JSON file of the report."""
+
+    sections: tuple[Section, ...]
+    result: Any = None  # for `analysis.report.provenance.write_json`; None: the tables say everything
+
+
+@dataclass(frozen=True)
+class Question(Generic[Data]):
+    """One question and the function that answers it."""
+
+    name: str  # of the section, and of the result in the JSON file
+    title: str  # the claim or the topic, as the heading of the section
+    examine: Callable[[Data], Section | Answer]  # may raise NotTestableError or NotMeasuredError; other errors are bugs
+
+    def answer(self, data: Data) -> Answer:
+        """Answer the question, or say why the data cannot answer it.
+
+        Args:
+            data: what the question is asked about.
+
+        Returns:
+            The sections, at least one.
+        """
+        try:
+            found = self.examine(data)
+        except NotTestableError as error:
+            verdict = "not measured" if isinstance(error, NotMeasuredError) else "not testable"
+            found = self.section(verdict, str(error))
+        return found if isinstance(found, Answer) else Answer((found,))
+
+    def section(
+        self,
+        verdict: str,
+        outcome: str,
+        words: Sequence[str] = (),
+        tables: Sequence[Table] = (),
+        figures: Sequence[ReportFigure] = (),
+    ) -> Section:
+        """Make the section of this question.
+
+        Args:
+            verdict: one of `analysis.report.report.VERDICTS`.
+            outcome: one line that says what was found.
+            words: paragraphs that a reader needs to understand the tables.
+            tables: the results.
+            figures: each with its `draw` function.
+
+        Returns:
+            The section, with the name and title of the question.
+        """
+        return Section(self.name, self.title, verdict, outcome, tuple(words), tuple(tables), tuple(figures))
