@@ -23,7 +23,7 @@ from pathlib import Path
 
 from analysis.command import path_argument, program
 from analysis.inputs import CONFIGS, find_config, listed
-from analysis.report.files import write_output
+from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
@@ -120,7 +120,7 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
     made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
     measured = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales, "memory": peaks}
     measured |= {"evidence": evidence, "bottlenecks": [dataclasses.asdict(one) for one in found]}
-    write_output(report, output, beside={"results": measured, "provenance": made})
+    write_report(report, output, beside={"results": measured, "provenance": made})
     print("\n".join(summary(report)))
     print(f"written to {args.output}")
 

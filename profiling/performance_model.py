@@ -260,6 +260,7 @@ def section(found: Study, experts: float = 1.0, batches: Sequence[int] = (1, 2, 
                 partial(_roofline, found),
             ),
         ),
+        headline=f"{unseen.median:.1%} median error of predicted times",
     )
 
 
