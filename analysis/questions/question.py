@@ -1,9 +1,9 @@
 """The form of a question: a name, a title, and a function that answers it with a section of a report.
 
-    def examine(data: RoutingData) -> Section:
+    def _examine(data: RoutingData) -> Section:
         return QUESTION.section("reported", "what was found", words=(...), tables=(...), figures=(...))
 
-    QUESTION = Question("repetition", "Consecutive tokens repeat their first choice", examine)
+    QUESTION = Question("repetition", "Consecutive tokens repeat their first choice", _examine)
 
 To add a question, write such a module in this folder and add its `QUESTION` to a list in `analysis.questions.registry`.
 """
