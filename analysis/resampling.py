@@ -1,10 +1,10 @@
-"""Uncertainty: bootstrap over documents, permutation within documents, bands for families of figures, Holm's correction.
+"""Uncertainty: bootstrap over documents, permutation within documents, family-wise bands, and the correction of Holm.
 
 Letters: N tokens, D documents, S bootstrap draws, P permutations, O rows (context orders, experts, ...), L layers.
 
-Tokens of one document depend on each other and documents do not, so intervals draw documents, never tokens. A percentile
-interval over few documents is too narrow: in simulations at nominal 95 % it covered the truth in 82 % of the cases with
-5 documents, 88 % with 10, 92 % with 20 and 94 % with 40. A figure over fewer than `MIN_DOCUMENTS`
+Tokens of one document depend on each other and documents do not, so intervals draw documents, never tokens. A
+percentile interval over few documents is too narrow: in simulations at nominal 95 % it covered the truth in 82 % of the
+cases with 5 documents, 88 % with 10, 92 % with 20 and 94 % with 40. A figure over fewer than `MIN_DOCUMENTS`
 documents therefore has no interval (NaN).
 
 The permutation null shuffles routing among the tokens *within* each document, all layers together. It keeps every

@@ -131,7 +131,7 @@ class _Choices:
         self.document = trace.document
         self.num_experts = trace.num_experts
         self.documents = len(np.unique(trace.document))
-        self.correction = grassberger(len(trace.token_id))
+        self.correction = _grassberger(len(trace.token_id))
 
     def count(self, keys: Sequence[np.ndarray], counted: np.ndarray) -> np.ndarray:
         """Tokens among `counted` that have a key."""
@@ -179,15 +179,8 @@ class _Choices:
         sums[:, order, layer] = document_sums(every, self.document)
 
 
-def grassberger(largest: int) -> np.ndarray:
-    """Compute Grassberger's replacement for the logarithm of counts.
-
-    Args:
-        largest: the largest count.
-
-    Returns:
-        float64 [largest + 1]: G(c); 0 at c = 0, which no token has.
-    """
+def _grassberger(largest: int) -> np.ndarray:
+    """float64 [largest + 1]: G(c), Grassberger's replacement for ln c; 0 at c = 0, which no token has."""
     c = np.arange(1, largest + 1)
     sign = np.where(c % 2 == 0, 1, -1)
     return np.r_[0.0, digamma(c) + sign / 2 * (digamma((c + 1) / 2) - digamma(c / 2))]
@@ -222,8 +215,9 @@ def _examine(data: RoutingData) -> Section:
     if not settings.permutations:
         outcome = "no permutations were made, so what ids explain beyond chance is not known"
     elif np.isnan(covered).all():
-        outcome = "what ids explain on unseen text is not known: all documents are on one side of the split; " + "; ".join(
-            f"{name} {inside}" for name, inside in zip(orders, in_sample, strict=True)
+        outcome = (
+            "what ids explain on unseen text is not known: all documents are on one side of the split; "
+            + "; ".join(f"{name} {inside}" for name, inside in zip(orders, in_sample, strict=True))
         )
     else:
         outcome = "explained by the ids on held-out documents, mean over layers: " + "; ".join(
@@ -234,11 +228,11 @@ def _examine(data: RoutingData) -> Section:
         )
     words = [
         f"Keys seen {settings.min_count} times or more; {found.tokens:,} tokens of {found.documents:,} documents. "
-        "cross_entropy: loss of a table on documents that did not build it; explained_held_out: 1 - cross_entropy over its "
-        "mean under the null, negative where the table misleads.",
+        "cross_entropy: loss of a table on documents that did not build it; explained_held_out: 1 - cross_entropy "
+        "over its mean under the null, negative where the table misleads.",
         "In sample: plug_in, too low where keys are rare; conditional_entropy, with Grassberger's correction (2003); "
-        "explained, 1 - conditional_entropy over its mean under the null, which counts word-for-word repetition within a "
-        "document as explained.",
+        "explained, 1 - conditional_entropy over its mean under the null, which counts word-for-word repetition "
+        "within a document as explained.",
         f"{null_words(settings)} Longer orders look at fewer and easier tokens: see predictability for orders at equal "
         "tokens.",
         INTERVALS,
@@ -255,10 +249,10 @@ def _examine(data: RoutingData) -> Section:
     figure = ReportFigure(
         "choice_entropy",
         "Entropy of the first choice, given the last ids",
-        "Dots: the entropy that is left once the last n ids are known, with intervals; dashed and grey: the same keys with "
-        "shuffled routing; dotted: without any ids. The further below the grey, the more the ids explain.",
-        "With few occurrences per key even the corrected entropy is biased; so compare with the grey, which has the same "
-        "counts, and not with the dotted line.",
+        "Dots: the entropy that is left once the last n ids are known, with intervals; dashed and grey: the same "
+        "keys with shuffled routing; dotted: without any ids. The further below the grey, the more the ids explain.",
+        "With few occurrences per key even the corrected entropy is biased; so compare with the grey, which has the "
+        "same counts, and not with the dotted line.",
         lambda: _draw(found, settings),
     )
     return QUESTION.section("reported", f"{outcome}; no published bound", words, tables, [figure])

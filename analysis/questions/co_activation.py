@@ -3,10 +3,10 @@
 Letters: N tokens, D documents, L layers, E experts, K experts per token, P listed pairs.
 
 Busy experts are often chosen together without any relation, and the K experts of a token are always different. So the
-share that load alone explains is that of the distribution over sets of K experts with the measured loads and the largest
-entropy: P(set) proportional to the product of its members' weights ("conditional Poisson sampling", Chen, Dempster and
-Liu 1994). For K = 2 that is quasi-independence, a symmetric matrix w_a w_b without its diagonal, fitted to the loads; for
-K > 2 such a matrix is only an approximation.
+share that load alone explains is that of the distribution over sets of K experts with the measured loads and the
+largest entropy: P(set) proportional to the product of its members' weights ("conditional Poisson sampling", Chen,
+Dempster and Liu 1994). For K = 2 that is quasi-independence, a symmetric matrix w_a w_b without its diagonal, fitted to
+the loads; for K > 2 such a matrix is only an approximation.
 
 The strongest of many pairs look strong by chance alone. So the pairs to list are chosen on the trace's build documents
 (`Trace.build_documents`), and their ratios and intervals are those of the other documents, with their own loads.
@@ -102,19 +102,10 @@ def co_activation(trace: Trace, settings: Settings, pairs: int = 10, min_expecte
     )
 
 
-def expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
-    """Compute how often pairs are chosen if K experts are chosen with given loads and nothing else matters.
+def _expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
+    """float64 [E, E]: share of tokens that choose both, if K experts are chosen with these loads [E] of sum K.
 
-    Args:
-        load: float64 [E], share of the tokens that choose each expert; adds up to K.
-        top_k: K.
-
-    Returns:
-        float64 [E, E]: share of the tokens that choose both; on the diagonal the load.
-
-    Raises:
-        InputError: the loads do not add up to K.
-        NotTestableError: no distribution over sets of K experts was found that has these loads.
+    Raises NotTestableError if no distribution over sets of K experts was found that has these loads.
     """
     if not np.isclose(load.sum(), top_k):
         raise InputError(
@@ -133,7 +124,7 @@ def expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
 def _shares(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Measured and expected shares of a trace's tokens, float64 [L, E, E] each."""
     share = np.stack([_pair_shares(layer, trace.num_experts) for layer in trace.experts.transpose(1, 0, 2)])
-    return share, np.stack([expected_shares(np.diagonal(layer), trace.top_k) for layer in share])
+    return share, np.stack([_expected_shares(np.diagonal(layer), trace.top_k) for layer in share])
 
 
 def _of_pairs(matrix: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -207,9 +198,7 @@ def _strongest(share: np.ndarray, expected: np.ndarray, pairs: int, least: float
         yield chosen
 
 
-def _strength(
-    trace: Trace, share: np.ndarray, expected: np.ndarray, pairs: np.ndarray, settings: Settings
-) -> Measure:
+def _strength(trace: Trace, share: np.ndarray, expected: np.ndarray, pairs: np.ndarray, settings: Settings) -> Measure:
     """Ratios of the listed pairs in a trace, [P, L], with their intervals; NaN where there is no pair or no token."""
     a, b = pairs[..., 0], pairs[..., 1]  # [L, P]
     if len(trace.token_id) == 0:
@@ -230,7 +219,9 @@ def _strength(
     tokens = document_sums(np.ones(len(trace.document)), trace.document)
     sums.append(np.broadcast_to(tokens[:, None, None], sums[0].shape))
     value = statistic(*[one.sum(axis=0) for one in sums])
-    return measure("pair_ratio", "ratio", value, bootstrap(statistic, *sums, samples=settings.samples, seed=settings.seed))
+    return measure(
+        "pair_ratio", "ratio", value, bootstrap(statistic, *sums, samples=settings.samples, seed=settings.seed)
+    )
 
 
 def _examine(data: RoutingData) -> Section:
@@ -241,8 +232,8 @@ def _examine(data: RoutingData) -> Section:
     numbers = np.stack([found.pair_share[layers, ranks], found.pair_expected[layers, ranks], *strength], axis=-1)
     names = [f"{a} and {b}" for a, b in zip(first[layers, ranks], second[layers, ranks], strict=True)]
     body = tuple(zip(layers.tolist(), names, *numbers.T.tolist(), strict=True))
-    columns = (Column("layer"), Column("experts"), Column("share", ".2%"), Column("by load alone", ".2%"))
-    columns += tuple(Column(name, ".2f") for name in ("ratio", "low", "high"))
+    columns = [Column("layer"), Column("experts"), Column("share", ".2%"), Column("by load alone", ".2%")]
+    columns += [Column(name, ".2f") for name in ("ratio", "low", "high")]
     outcome = "not measured: no pair is expected often enough in the build documents"
     if not found.build_documents or not found.held_out_documents:
         outcome = "not measured: all documents are on one side of the split into build and held-out documents"
@@ -252,21 +243,22 @@ def _examine(data: RoutingData) -> Section:
             f"{mean(found.strength.value[0]):.2f}x, mean over layers; no published bound"
         )
     words = [
-        "Share of a layer's tokens that chose both experts, against what the experts' loads alone explain. The pairs are "
-        f"the strongest ones in {found.build_documents:,} documents, among those expected often enough; all figures are "
-        f"those of {found.held_out_documents:,} other documents. Documents of different load raise the ratios too.",
+        "Share of a layer's tokens that chose both experts, against what the experts' loads alone explain. The pairs "
+        f"are the strongest ones in {found.build_documents:,} documents, among those expected often enough; all "
+        f"figures are those of {found.held_out_documents:,} other documents. Documents of different load raise the "
+        "ratios too.",
         INTERVALS,
     ]
     figure = ReportFigure(
         "co_activation",
         "Co-activation of experts",
-        "Each panel is a layer; a cell shows how often two experts are chosen for the same token, over what their loads "
-        "alone explain, as the binary logarithm: +1 is twice as often, -1 half as often. Medium grey is chance.",
-        "A rare expert's cells are noise, and documents of different load raise the ratios by themselves; the table lists "
-        "frequent pairs on held-out documents.",
+        "Each panel is a layer; a cell shows how often two experts are chosen for the same token, over what their "
+        "loads alone explain, as the binary logarithm: +1 is twice as often, -1 half as often. Medium grey is chance.",
+        "A rare expert's cells are noise, and documents of different load raise the ratios by themselves; the table "
+        "lists frequent pairs on held-out documents.",
         lambda: _draw(found),
     )
-    table = Table("Strongest pairs", columns, body)
+    table = Table("Strongest pairs", tuple(columns), body)
     return QUESTION.section("reported" if body else "not testable", outcome, words, [table], [figure])
 
 

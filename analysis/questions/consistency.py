@@ -87,7 +87,7 @@ def consistency(
         marginal = (stats.top1_counts if first_choices_known else stats.sum_probs)[layer, rows].sum(axis=0)
         different, which, ids = np.unique(count, return_inverse=True, return_counts=True)
         draws = np.maximum(ids, samples)
-        mean, variance = largest_shares(different, marginal / marginal.sum(), draws, rng)
+        mean, variance = _largest_shares(different, marginal / marginal.sum(), draws, rng)
         every, ones = np.arange(len(rows)), np.ones(len(rows))
         for group, part in enumerate([every, every, every[-TOP:], *np.array_split(every, DECILES)]):
             weight = (count if group == 1 else ones)[part]
@@ -105,20 +105,10 @@ def consistency(
     return Consistency(LayerValues(*figures[:3]), LayerValues(*figures[3:]), keys, frequencies, used)
 
 
-def largest_shares(
+def _largest_shares(
     count: np.ndarray, marginal: np.ndarray, draws: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Simulate the most common expert's share of first choices that are drawn at random.
-
-    Args:
-        count: int64 [n], numbers of first choices.
-        marginal: float64 [E], the share of each expert.
-        draws: int64 [n], simulations of each count.
-        rng: the source of randomness.
-
-    Returns:
-        Its mean and variance, float64 [n] each.
-    """
+    """Mean and variance [n] of the most common expert's share, if counts [n] draw from shares [E], `draws` times."""
     made = [rng.multinomial(n, marginal, times).max(axis=-1) / n for n, times in zip(count, draws, strict=True)]
     return np.array([one.mean() for one in made]), np.array([one.var() for one in made])
 
@@ -160,9 +150,9 @@ def _examine(data: RoutingData) -> Section:
         for at, group in enumerate(GROUPS)
     )
     words = [
-        "Share of a token id's occurrences with its most common first choice, in sample. Null: every occurrence draws its "
-        "expert from the layer's own shares. Only the distance between the two says something about routing. Least and "
-        "most: occurrences of the rarest and the most frequent id of a group.",
+        "Share of a token id's occurrences with its most common first choice, in sample. Null: every occurrence "
+        "draws its expert from the layer's own shares. Only the distance between the two says something about "
+        "routing. Least and most: occurrences of the rarest and the most frequent id of a group.",
         "Caution: the null knows no documents. Routing that follows the document alone is above it too, because an id "
         "occurs in few documents. Held-out predictability excludes that.",
         *admitted_words(stats),
@@ -174,27 +164,28 @@ def _examine(data: RoutingData) -> Section:
     ]
     if data.estimated:
         words.append(
-            "The file names only the most common first choice of an id, so the layer's shares are estimated (the rest in "
-            "equal parts) and the null is too low: read the distance from it as an upper bound."
+            "The file names only the most common first choice of an id, so the layer's shares are estimated (the "
+            "rest in equal parts) and the null is too low: read the distance from it as an upper bound."
         )
     figures = [
         ReportFigure(
             "routing_consistency",
             "Routing consistency by frequency",
-            "Dots: mean consistency of a tenth of the ids, rarest on the left, with intervals. Dashed line and grey: what "
-            "chance alone gives for ids of this frequency. Only the distance between the two says something about routing.",
-            "On the left both are high because rare ids are consistent by themselves. See predictability for choices on "
-            "unseen text.",
+            "Dots: mean consistency of a tenth of the ids, rarest on the left, with intervals. Dashed line and grey: "
+            "what chance alone gives for ids of this frequency. Only the distance between the two says something "
+            "about routing.",
+            "On the left both are high because rare ids are consistent by themselves. See predictability for choices "
+            "on unseen text.",
             lambda: _draw(values, null, stats),
         ),
         ReportFigure(
             "token_experts",
             "First choices of the most frequent token ids",
-            "A row is a token id, a column an expert; darker means chosen first more often. A row with one dark cell is a "
-            "token that one expert processes.",
-            "Only the most frequent ids are shown, and they differ from the rest; a dark column is a popular expert, not "
-            "a rule about tokens.",
-            lambda: token_experts(stats, data.source.strings),
+            "A row is a token id, a column an expert; darker means chosen first more often. A row with one dark cell "
+            "is a token that one expert processes.",
+            "Only the most frequent ids are shown, and they differ from the rest; a dark column is a popular expert, "
+            "not a rule about tokens.",
+            lambda: _token_experts(stats, data.source.strings),
         ),
     ]
     return QUESTION.section(
@@ -225,24 +216,14 @@ def _draw(values: LayerValues, null: LayerValues, stats: RoutingStats) -> Figure
     return figure
 
 
-def token_experts(stats: RoutingStats, strings: Mapping[int, str], ids: int = 30, layers: int = 4) -> Figure:
-    """Draw the share of each expert among the first choices of the most frequent token ids.
-
-    Args:
-        stats: routing statistics with keys of order 1.
-        strings: the text of each id, as far as known.
-        ids: rows at most.
-        layers: panels at most, for layers spread over the depth.
-
-    Returns:
-        The figure.
-    """
+def _token_experts(stats: RoutingStats, strings: Mapping[int, str], ids: int = 30, layers: int = 4) -> Figure:
+    """Share of each expert among the first choices of the most frequent ids, in at most 4 layers over the depth."""
     known = np.flatnonzero(stats.count.any(axis=1))  # a layer without rows was not captured
     shown = over_the_depth(known if len(known) else np.arange(len(stats.count)), layers)
     ones = np.flatnonzero(stats.row_orders == 1)
     frequency = stats.count[:, ones].max(axis=0, initial=0)
     rows = ones[np.argsort(-frequency, kind="stable")[:ids]]
-    labels = [readable(strings.get(int(one), f"id {one}")) for one in stats.keys[rows, -1]]
+    labels = [_readable(strings.get(int(one), f"id {one}")) for one in stats.keys[rows, -1]]
     width = min(1.0 + 0.09 * stats.num_experts, 6)
     figure, axes = subplots(
         1, len(shown), figsize=(1.4 + width * len(shown), 0.9 + 0.17 * max(len(rows), 4)), squeeze=False, sharey=True
@@ -258,15 +239,8 @@ def token_experts(stats: RoutingStats, strings: Mapping[int, str], ids: int = 30
     return figure
 
 
-def readable(text: str) -> str:
-    """Write a token's text in one line of characters that the font has.
-
-    Args:
-        text: of a token.
-
-    Returns:
-        The text with spaces as dots, and other characters escaped.
-    """
+def _readable(text: str) -> str:
+    """A token's text in one line of characters that the font has: spaces as dots, others escaped."""
     known = (one if one.isprintable() and (ord(one) < 0x250 or one == "▁") else ascii(one)[1:-1] for one in text)
     return "".join(known).replace(" ", "·")
 

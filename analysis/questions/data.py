@@ -277,9 +277,7 @@ def entropy_kind(source: Source) -> EntropyKind:
     if "num_experts" in meta.get("filled", {}):
         words += " (experts up to the largest id in the file)"
     if meta.get("entropy_from") == "all":
-        known = (
-            f"Caution: the trace has only the chosen experts' probabilities, so entropy is a lower bound: {bound}"
-        )
+        known = f"Caution: the trace has only the chosen experts' probabilities, so entropy is a lower bound: {bound}"
         return EntropyKind(number, words, (known, *caution), "gate entropy is known as a lower bound only")
     return EntropyKind(number, words, caution)
 
@@ -292,10 +290,12 @@ def _on_all_layers(found: Any, captured: np.ndarray) -> Any:
     if isinstance(found, Measure):
         arrays = {name: one for name, one in vars(found).items() if isinstance(one, np.ndarray)}
         if found.name.endswith("coverage"):
-            spread = {name: np.repeat(one[:, :1], len(captured), axis=1) for name, one in arrays.items()}
+            changed: dict[str, Any] = {
+                name: np.repeat(one[:, :1], len(captured), axis=1) for name, one in arrays.items()
+            }
         else:
-            spread = {name: on_all_layers(one, captured, np.nan, axis=1) for name, one in arrays.items()}
-        return replace(found, **spread)
+            changed = {name: on_all_layers(one, captured, np.nan, axis=1) for name, one in arrays.items()}
+        return replace(found, **changed)
     if isinstance(found, np.ndarray):
         return on_all_layers(found, captured, -1 if np.issubdtype(found.dtype, np.integer) else np.nan)
     if isinstance(found, Mapping):

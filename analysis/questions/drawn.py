@@ -7,8 +7,8 @@ entropy sums and first choices per token id are a sparse matrix [ids, documents]
 recomputed from them: ids that a draw does not contain are absent, ranks and deciles are those of the draw.
 
 **The interval is the percentile interval of the draws, shifted so that their mean is the estimate.** Unshifted it
-fails: a draw has the tokens of 63 % of the documents, some of them twice, so rare ids vanish, the others repeat, and ids
-are more consistent in *every* draw than in the text. The interval covers the figure that texts of as many documents
+fails: a draw has the tokens of 63 % of the documents, some of them twice, so rare ids vanish, the others repeat, and
+ids are more consistent in *every* draw than in the text. The interval covers the figure that texts of as many documents
 have on average. docs/phase1.md has the coverage that simulations found.
 """
 

@@ -157,7 +157,7 @@ def _draw(stats: RoutingStats, most: float) -> Figure:
     bins = np.linspace(0, max(most, *(one.max(initial=1e-3) for one in entropies)), _BINS + 1)
     shares = np.full((layers, _BINS), np.nan)
     figure, axis = subplots(figsize=(5.2, 3.6 if layers <= _LINES else max(3.6, 0.16 * layers + 1.2)))
-    for layer in np.flatnonzero(used.testable):
+    for layer in np.flatnonzero(used.testable).tolist():
         entropy, weight = entropies[layer], stats.count[layer, used.rows[layer]]
         shares[layer] = np.histogram(np.clip(entropy, 0, bins[-1]), bins, weights=weight / weight.sum())[0]
         if layers <= _LINES:

@@ -51,7 +51,7 @@ def expert_load(trace: Trace, settings: Settings) -> Load:
     """
     if len(trace.token_id) == 0:
         raise NotTestableError("the trace has no token; give one that has")
-    counts = assignments(trace).transpose(0, 2, 1)  # [D, E, L]
+    counts = _assignments(trace).transpose(0, 2, 1)  # [D, E, L]
     every = np.broadcast_to(counts.sum(axis=1, keepdims=True), counts.shape)
     total = counts.sum(axis=0)
     drawn = {"samples": settings.samples, "seed": settings.seed}
@@ -69,15 +69,8 @@ def expert_load(trace: Trace, settings: Settings) -> Load:
     )
 
 
-def assignments(trace: Trace) -> np.ndarray:
-    """Count how often the tokens of each document chose each expert.
-
-    Args:
-        trace: captured in all layers.
-
-    Returns:
-        float64 [D, L, E], of the documents that have tokens.
-    """
+def _assignments(trace: Trace) -> np.ndarray:
+    """float64 [D, L, E]: how often the tokens of each document (of those that have any) chose each expert."""
     different, document = np.unique(trace.document, return_inverse=True)
     size = len(different) * trace.num_experts
     cells = document[:, None] * trace.num_experts + trace.experts.transpose(1, 0, 2)  # [L, N, K]
@@ -111,8 +104,8 @@ def _examine(data: RoutingData) -> Answer:
         if unused >= 0  # else the layer was not captured
     )
     words = [
-        f"Shares of the assignments of {found.tokens:,} tokens in {found.documents:,} documents. imbalance: the busiest "
-        "expert's share over the mean share; evenness: entropy of the shares over the largest possible one.",
+        f"Shares of the assignments of {found.tokens:,} tokens in {found.documents:,} documents. imbalance: the "
+        "busiest expert's share over the mean share; evenness: entropy of the shares over the largest possible one.",
         INTERVALS,
     ]
     figure = ReportFigure(
@@ -128,7 +121,7 @@ def _examine(data: RoutingData) -> Answer:
         f"{int(found.unused[found.unused > 0].sum())} experts unused; no published bound"
     )
     section = QUESTION.section("reported", outcome, words, [Table("Per layer", columns, body)], [figure])
-    return Answer((section,), found.share)  # of every expert: too wide for a table
+    return Answer((section,), {"expert_load": found.share})  # of every expert: too wide for a table
 
 
 def _draw(found: Load) -> Figure:

@@ -108,9 +108,10 @@ def frequency_figure(stats: RoutingStats, experts: int | None = None) -> ReportF
     return ReportFigure(
         "frequency_entropy",
         "Frequency and gate entropy",
-        "Each dot is a token id. A cloud that falls to the right shows that frequent ids are routed with more certainty.",
-        "The mean entropy of rare ids is noisy, which widens the cloud on the left. Overlapping dots hide how many there "
-        "are.",
+        "Each dot is a token id. A cloud that falls to the right shows that frequent ids are routed with more "
+        "certainty.",
+        "The mean entropy of rare ids is noisy, which widens the cloud on the left. Overlapping dots hide how many "
+        "there are.",
         lambda: _draw(stats, experts or stats.num_experts),
     )
 
@@ -119,7 +120,9 @@ def _draw(stats: RoutingStats, experts: int) -> Figure:
     figure, axes = panels(len(stats.count), sharex=True, sharey=True)
     for layer, axis in enumerate(axes):
         rows = used_ids(stats, "entropy").rows[layer]
-        axis.scatter(stats.count[layer, rows], stats.entropy.mean[layer, rows], s=3, c="0.25", alpha=0.4, rasterized=True)
+        axis.scatter(
+            stats.count[layer, rows], stats.entropy.mean[layer, rows], s=3, c="0.25", alpha=0.4, rasterized=True
+        )
         axis.axhline(math.log(experts), color="0.6", linewidth=0.8, linestyle=":")
         axis.axhline(LOW_ENTROPY, color="0.0", linewidth=0.8, linestyle="--")
         axis.set(xscale="log", title=f"layer {layer}")

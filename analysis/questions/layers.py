@@ -1,12 +1,12 @@
 """What the questions about routing statistics share: which token ids a test uses, figures by layer, verdicts, tables.
 
-Letters: L layers, R rows (keys of order 1, which are token ids), n rows of a test. Intervals and p values are two-sided,
-at 95 %.
+Letters: L layers, R rows (keys of order 1, which are token ids), n rows of a test. Intervals and p values are
+two-sided, at 95 %.
 
 A statistics file knows keys, not documents. So intervals treat token ids as independent draws; where shares are of
-occurrences, their effective number (Kish: the square of the summed weights over the sum of squares) is used. Occurrences
-in a document depend on each other, so these intervals are too narrow rather than too wide. Where the documents are
-known, `over_documents` replaces them.
+occurrences, their effective number (Kish: the square of the summed weights over the sum of squares) is used.
+Occurrences in a document depend on each other, so these intervals are too narrow rather than too wide. Where the
+documents are known, `over_documents` replaces them.
 
 A key with NaN among the figures that a test needs is left out of that test alone, and named.
 """
@@ -121,7 +121,9 @@ def used_ids(stats: RoutingStats, name: str, least: int = MIN_KEYS) -> UsedIds:
         reason = ""
         if not len(seen):
             missed = stats.count.any() and not count.any()
-            reason = "not captured: it has no rows, though other layers have" if missed else "no rows of single token ids"
+            reason = (
+                "not captured: it has no rows, though other layers have" if missed else "no rows of single token ids"
+            )
         elif len(used[-1]) < least:
             with_figure = f" with a known {name}" if missing.any() else ""
             reason = f"{len(used[-1])} of {len(seen)} token ids{with_figure}, at least {least} needed"

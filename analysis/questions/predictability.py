@@ -17,7 +17,8 @@ times or more in the build part.
 
 Orders look at different tokens: a long context that is frequent is an easy one. `agreement` rises with the order even
 where the added ids say nothing; what they add is its distance from `agreement_of_shortest`, at the same tokens (of
-unranked experts `recall_of_shortest`). The longest known key of each token covers the same tokens as the shortest order.
+unranked experts `recall_of_shortest`). The longest known key of each token covers the same tokens as the shortest
+order.
 
 Probabilities count as shares of the chosen experts' sum, whether the trace's are over all experts or over the chosen.
 Nothing is scored on the build part: a bigram seen once is never wrong there. The null shuffles routing among each
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -214,23 +216,24 @@ def _examine(data: RoutingData) -> Section:
     words = [
         f"Tables of the last n ids (order n) are built on {found.build_documents:,} documents "
         f"({found.build_tokens:,} tokens) and scored on {found.held_out_documents:,} others "
-        f"({found.held_out_tokens:,} tokens), at keys seen {settings.min_count} times or more; coverage is the share of "
-        "tokens with such a key. agreement: the first choice is the predicted one; recall: share of the chosen experts "
-        f"that were predicted; mass: share of their probability.{unranked}",
+        f"({found.held_out_tokens:,} tokens), at keys seen {settings.min_count} times or more; coverage is the share "
+        "of tokens with such a key. agreement: the first choice is the predicted one; recall: share of the chosen "
+        f"experts that were predicted; mass: share of their probability.{unranked}",
         f"Longer orders are scored at fewer and easier tokens. {there}: {judged} of the shortest order at the same "
         "tokens; the distance from it is what the further ids add.",
-        f"{null_words(settings)} PASS: above the band. The verdict is that of {judged} over all orders; this criterion is "
-        "this project's, not a published one.",
+        f"{null_words(settings)} PASS: above the band. The verdict is that of {judged} over all orders; this "
+        "criterion is this project's, not a published one.",
         INTERVALS,
     ]
     outcomes = "; ".join(_outcome(rows, judged, row, name, there) for row, name in enumerate(names))
     figure = ReportFigure(
         "predictability",
         "Held-out predictability by layer and order",
-        "One row per figure, one column per context order. Dots with intervals: observed; dashed line and grey: shuffled "
-        "routing; dotted: the shortest order at the same tokens. The higher above the grey, the more the ids predict.",
-        "Longer contexts are scored at fewer and easier tokens (the coverage is above each column), so an order that is "
-        "better at its own keys may not be better over all tokens. Intervals hold the tables fixed.",
+        "One row per figure, one column per context order. Dots with intervals: observed; dashed line and grey: "
+        "shuffled routing; dotted: the shortest order at the same tokens. The higher above the grey, the more the "
+        "ids predict.",
+        "Longer contexts are scored at fewer and easier tokens (the coverage is above each column), so an order that "
+        "is better at its own keys may not be better over all tokens. Intervals hold the tables fixed.",
         lambda: _draw(found, settings),
     )
     orders_only = _first(found.measures[judged], len(settings.orders))
@@ -240,7 +243,8 @@ def _examine(data: RoutingData) -> Section:
 
 def _first(one: Measure, rows: int) -> Measure:
     """The first rows of a measure; its band stays that of the whole family."""
-    return replace(one, **{name: array[:rows] for name, array in vars(one).items() if isinstance(array, np.ndarray)})
+    arrays: dict[str, Any] = {name: array for name, array in vars(one).items() if isinstance(array, np.ndarray)}
+    return replace(one, **{name: array[:rows] for name, array in arrays.items()})
 
 
 def _outcome(rows: Mapping[str, Measure], judged: str, row: int, name: str, there: str) -> str:

@@ -29,7 +29,7 @@ class Answer:
     """The sections that answer a question, and what else belongs in the JSON file of the report."""
 
     sections: tuple[Section, ...]
-    result: Any = None  # for `analysis.report.provenance.write_json`; None: the tables say everything
+    result: Any = None  # for the JSON file, in the form that the program that asks expects; None: the tables suffice
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Question(Generic[Data]):
         words: Sequence[str] = (),
         tables: Sequence[Table] = (),
         figures: Sequence[ReportFigure] = (),
+        headline: str = "",
     ) -> Section:
         """Make the section of this question.
 
@@ -72,8 +73,9 @@ class Question(Generic[Data]):
             words: paragraphs that a reader needs to understand the tables.
             tables: the results.
             figures: each with its `draw` function.
+            headline: the most important number with its unit.
 
         Returns:
             The section, with the name and title of the question.
         """
-        return Section(self.name, self.title, verdict, outcome, tuple(words), tuple(tables), tuple(figures))
+        return Section(self.name, self.title, verdict, outcome, tuple(words), tuple(tables), tuple(figures), headline)

@@ -72,7 +72,7 @@ def repetition(trace: Trace, settings: Settings, progress: bool = False) -> Repe
         raise NotTestableError("no two tokens of the trace directly follow each other; give a trace of running text")
     best = np.ascontiguousarray(trace.experts[:, :, :2].transpose(2, 1, 0))  # [2 or 1, L, N]
     pairs = np.repeat(document_sums(pair, trace.document)[:, None, None], trace.num_layers, axis=-1)
-    uniform = uniform_repetition(trace.num_experts, trace.top_k)
+    uniform = _uniform_repetition(trace.num_experts, trace.top_k)
 
     def sums(shuffled: np.ndarray | slice) -> dict[str, np.ndarray]:
         return _sums(best[..., shuffled], pair, trace.document)
@@ -87,16 +87,8 @@ def repetition(trace: Trace, settings: Settings, progress: bool = False) -> Repe
     )
 
 
-def uniform_repetition(num_experts: int, top_k: int) -> dict[str, float]:
-    """Compute the same shares where every choice of experts is equally likely and tokens are independent.
-
-    Args:
-        num_experts: E.
-        top_k: K.
-
-    Returns:
-        The share by name of the measure.
-    """
+def _uniform_repetition(num_experts: int, top_k: int) -> dict[str, float]:
+    """The same shares where every choice of experts is equally likely and tokens are independent."""
     e, shares = num_experts, {"first_choice": 1 / num_experts}
     if top_k >= 2:
         shares["first_or_second"] = 1 - (e - 2) * (e - 3) / (e * (e - 1))
@@ -124,15 +116,15 @@ def _examine(data: RoutingData) -> Section:
     chance = ", ".join(f"{name} {share:.1%}" for name, share in found.uniform.items())
     words = [
         f"{found.pairs:,} pairs of tokens that directly follow each other. Uniform routing would give {chance}.",
-        f"{null_words(data.settings)} It keeps each document's favorite experts, so what is above the band is persistent "
-        "routing, or ids that come in bursts.",
+        f"{null_words(data.settings)} It keeps each document's favorite experts, so what is above the band is "
+        "persistent routing, or ids that come in bursts.",
         INTERVALS,
     ]
     figure = ReportFigure(
         "repetition",
         "Repetition of the first choice",
-        "Dots: share of consecutive tokens with the same first choice; dashed and grey: the same with the tokens of each "
-        "document shuffled; dotted: uniform routing.",
+        "Dots: share of consecutive tokens with the same first choice; dashed and grey: the same with the tokens of "
+        "each document shuffled; dotted: uniform routing.",
         "Text that repeats itself repeats its routing: a token id that follows itself counts as well.",
         lambda: _draw(found),
     )

@@ -57,27 +57,20 @@ def zipf(stats: RoutingStats) -> Zipf:
     whole = max(stats.tokens - int(stats.nonfinite.min(initial=0)), int(every.sum()))
     known = [whole > 0 and (most <= len(every) or whole == every.sum()) for most in TOP_IDS]
     shares = [every[:most].sum() / whole if fine else np.nan for most, fine in zip(TOP_IDS, known, strict=True)]
-    all_slope, all_r_squared, _ = zipf_fit(every)
+    all_slope, all_r_squared, _ = _zipf_fit(every)
     reason = ""
     if ranks < MIN_KEYS:
         reason = f"{ranks} token ids with {ZIPF_FREQUENCY} or more occurrences, at least {MIN_KEYS} needed"
     elif frequency[0] == frequency[-1]:
         reason = f"every token id occurs {least} times"
-    slope, r_squared, exponent = zipf_fit(frequency)
+    slope, r_squared, exponent = _zipf_fit(frequency)
     half = Z95 * exponent * np.sqrt(2 / max(ranks, 1))
     fit = (slope, r_squared, exponent, exponent - half, exponent + half)
     return Zipf(ranks, least, reason, *fit, all_slope, all_r_squared, len(every), tuple(map(float, shares)))
 
 
-def zipf_fit(frequency: np.ndarray) -> tuple[float, float, float]:
-    """Fit frequencies to their ranks.
-
-    Args:
-        frequency: falling, [ranks].
-
-    Returns:
-        Slope, R² and exponent as in `Zipf`; NaN for fewer than MIN_KEYS frequencies or where all are the same.
-    """
+def _zipf_fit(frequency: np.ndarray) -> tuple[float, float, float]:
+    """Slope, R² and exponent as in `Zipf` of falling frequencies; NaN for fewer than MIN_KEYS or equal ones."""
     if len(frequency) < MIN_KEYS or frequency[0] == frequency[-1]:
         return np.nan, np.nan, np.nan
     rank, y = np.arange(1, len(frequency) + 1), np.log(frequency)
@@ -87,7 +80,7 @@ def zipf_fit(frequency: np.ndarray) -> tuple[float, float, float]:
 
 def _drawn_exponents(block: Block) -> np.ndarray:
     """float64 [B]"""
-    return np.array([zipf_fit(np.sort(count[count >= ZIPF_FREQUENCY])[::-1])[2] for count in block.count])
+    return np.array([_zipf_fit(np.sort(count[count >= ZIPF_FREQUENCY])[::-1])[2] for count in block.count])
 
 
 def _examine(data: RoutingData) -> Section:
@@ -115,9 +108,7 @@ def _examine(data: RoutingData) -> Section:
             *(Column(name, ".4f") for name in ("slope", "R²", "exponent", "low", "high")),
             *(Column(name, ",") for name in ("ranks", "least frequency")),
         ),
-        (
-            (found.slope, found.r_squared, found.exponent, found.low, found.high, found.ranks, found.least_frequency),
-        ),
+        ((found.slope, found.r_squared, found.exponent, found.low, found.high, found.ranks, found.least_frequency),),
     )
     outcome = (
         f"slope {found.slope:.3f}, R² {found.r_squared:.3f} (over all ids {found.all_slope:.3f}, "
@@ -125,8 +116,8 @@ def _examine(data: RoutingData) -> Section:
         "no published bound"
     )
     words = [
-        f"Least squares of ln frequency on ln rank over the {found.ranks:,} ids seen {ZIPF_FREQUENCY} times or more. The "
-        "exponent is the fit on ln(rank - 1/2) (Gabaix and Ibragimov 2011).",
+        f"Least squares of ln frequency on ln rank over the {found.ranks:,} ids seen {ZIPF_FREQUENCY} times or more. "
+        "The exponent is the fit on ln(rank - 1/2) (Gabaix and Ibragimov 2011).",
         "Caution: ranks are sorted by what they explain, so R² is near 1 for many laws that are not Zipf's.",
         *interval_words(data, "Interval: exponent · (1 ± 1.96 √(2/ranks))"),
         as_published,

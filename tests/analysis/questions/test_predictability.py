@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.estimators.predictability import known_keys, predictability
+from analysis.questions.data import Settings
+from analysis.questions.measures import known_keys
+from analysis.questions.predictability import predictability
 from analysis.traces.trace import Trace
 from tests.synthetic_traces import make_trace, zipf_ids
 
@@ -25,10 +27,10 @@ def random_trace(seed, num_experts=8, tokens=3000, layers=2, top_k=2, vocabulary
 def test_independent_routing_lies_within_the_band(num_experts):
     outside = Counter()
     for seed in range(25):
-        found = predictability(random_trace(seed, num_experts), (1, 2), permutations=19, samples=10, progress=False)
+        found = predictability(random_trace(seed, num_experts), Settings((1, 2), permutations=19, samples=10))
         for name in ("agreement", "recall", "mass"):
-            rows = found.measures[name], found.longest[name]
-            outside[name] += any(np.any((m.value < m.null_low) | (m.value > m.null_high)) for m in rows)
+            one = found.measures[name]
+            outside[name] += np.any((one.value < one.null_low) | (one.value > one.null_high))
     # Each family leaves its band with 5 %: 5 of 25 or more with 0.7 %.
     assert all(count <= 4 for count in outside.values()), outside
 
@@ -39,9 +41,8 @@ def test_documents_with_preferences_of_their_own_lie_within_the_band_too():
     ids = zipf_ids(rng, tokens, 50) + 50 * (np.arange(tokens) // length % 2)  # two kinds of documents: ids ...
     favorite = (np.arange(tokens) // length % 2)[:, None]  # ... and favorite expert
     first = np.where(rng.random((tokens, 1)) < 0.6, favorite, rng.integers(0, 8, (tokens, 1)))
-    found = predictability(
-        make_trace(first[..., None], 8, token_id=ids, length=100), permutations=39, samples=10, progress=False
-    )
+    trace = make_trace(first[..., None], 8, token_id=ids, length=100)
+    found = predictability(trace, Settings(permutations=39, samples=10))
     agreement = found.measures["agreement"]
     assert agreement.value.min() > 0.5  # far above 1 / 8, but not because of the tokens
     assert np.all((agreement.null_low <= agreement.value) & (agreement.value <= agreement.null_high))
@@ -56,13 +57,8 @@ def test_routing_by_the_last_two_ids_is_found_and_one_id_knows_what_theory_says(
     first = function[np.roll(ids, 1), ids]
     first[::100] = 0  # a document's first token has no previous one
     experts = np.stack([first, (first + 1) % num_experts], axis=-1)[:, None]
-    found = predictability(
-        make_trace(experts, num_experts, token_id=ids, length=100),
-        (1, 2, 3),
-        permutations=19,
-        samples=50,
-        progress=False,
-    )
+    trace = make_trace(experts, num_experts, token_id=ids, length=100)
+    found = predictability(trace, Settings((1, 2, 3), permutations=19, samples=50))
     agreement, recall = found.measures["agreement"].value[:, 0], found.measures["recall"].value[:, 0]
     # One id: the previous ids mix; the table knows the expert with the most of them behind it.
     mixture = np.stack([np.bincount(function[:, one], share, num_experts) for one in range(vocabulary)])
@@ -70,8 +66,8 @@ def test_routing_by_the_last_two_ids_is_found_and_one_id_knows_what_theory_says(
     assert agreement[1] > 0.999 and recall[1] > 0.999 and agreement[2] > 0.99
     assert np.all(found.measures["agreement"].p == 1 / 20)
     # Where the longest key is known it is right; the first token of each document has only itself.
-    assert found.longest["agreement"].value[0, 0] > 0.985
-    assert found.longest["coverage"].value[0, 0] == 1
+    assert agreement[3] > 0.985
+    assert found.measures["coverage"].value[3, 0] == 1
 
 
 def test_a_longer_order_that_knows_no_more_is_no_better_at_the_same_tokens():
@@ -80,12 +76,12 @@ def test_a_longer_order_that_knows_no_more_is_no_better_at_the_same_tokens():
     sure = np.linspace(0.9, 0.1, 60)[ids]  # frequent ids, which make the frequent pairs, are the easy ones
     first = np.where(rng.random(len(ids)) < sure, ids % 8, rng.integers(0, 8, len(ids)))
     trace = make_trace(first[:, None, None], 8, token_id=ids, length=100)
-    found = predictability(trace, (1, 2), min_count=40, permutations=19, samples=10, progress=False)
+    found = predictability(trace, Settings((1, 2), min_count=40, permutations=19, samples=10))
     agreement, shortest = (found.measures[name].value[:, 0] for name in ("agreement", "agreement_of_shortest"))
     assert agreement[1] > agreement[0] + 0.03  # it looks better, ...
     assert agreement[1] == pytest.approx(shortest[1], abs=0.01) and shortest[0] == agreement[0]  # ... and is not
-    assert found.longest["coverage"].value[0, 0] == found.measures["coverage"].value[0, 0]
-    assert found.longest["agreement_of_shortest"].value[0, 0] == agreement[0]
+    assert found.measures["coverage"].value[-1, 0] == found.measures["coverage"].value[0, 0]
+    assert shortest[-1] == agreement[0]
     assert found.measures["agreement_of_shortest"].null[1, 0] < 0.3
 
 
@@ -122,10 +118,10 @@ def slow_scores(trace, layer, order, min_count):
 
 
 def compare(trace, min_count, tolerance):
-    found = predictability(trace, (1, 2, 3), min_count=min_count, permutations=0, samples=20, progress=False)
+    found = predictability(trace, Settings((1, 2, 3), min_count, permutations=0, samples=20))
     for layer in range(trace.num_layers):
         longest, shortest = {}, None
-        for row, order in enumerate(found.orders):
+        for row, order in enumerate((1, 2, 3)):
             scores, held_out = slow_scores(trace, layer, order, min_count)
             longest |= scores
             shortest = shortest or scores
@@ -136,9 +132,9 @@ def compare(trace, min_count, tolerance):
             np.testing.assert_allclose(fast, slow, atol=tolerance)
             there = np.mean([shortest[token][0] for token in scores])
             assert found.measures["agreement_of_shortest"].value[row, layer] == pytest.approx(there, abs=tolerance)
-        fast = [found.longest[name].value[0, layer] for name in ("agreement", "recall", "mass")]
+        fast = [found.measures[name].value[-1, layer] for name in ("agreement", "recall", "mass")]
         np.testing.assert_allclose(fast, np.mean(list(longest.values()), axis=0), atol=tolerance)
-        assert found.longest["coverage"].value[0, layer] == pytest.approx(len(longest) / held_out)
+        assert found.measures["coverage"].value[-1, layer] == pytest.approx(len(longest) / held_out)
     return found
 
 
@@ -154,7 +150,7 @@ def test_real_routing_scores_as_dictionaries_say(shared_data):
     path = shared_data / "traces" / "gpt_oss_20b.npz"
     header = json.loads(path.with_suffix(".json").read_text())
     with np.load(path) as file:
-        rows = file["document"] < 250
+        rows = file["document"] < 100
         columns = {name: file[name][rows] for name in ("token", "document", "position", "experts", "probs")}
     trace = Trace(
         token_id=columns["token"],
@@ -162,43 +158,44 @@ def test_real_routing_scores_as_dictionaries_say(shared_data):
         position=columns["position"],
         experts=columns["experts"][:, [0, 12]].astype(np.int16),
         probs=columns["probs"][:, [0, 12]].astype(np.float32),
-        document_ids=tuple(f"document {i}" for i in range(250)),
-        groups=tuple(header["document_group"][:250]),
+        document_ids=tuple(f"document {i}" for i in range(100)),
+        groups=tuple(header["document_group"][:100]),
         num_experts=header["num_experts"],
         probs_over="chosen",
     )
     found = compare(trace, 10, 0.01)
     agreement = found.measures["agreement"].value
-    assert np.all(np.diff(agreement[:, 0]) > -0.02) and agreement[0, 0] > 0.8  # the first layer is foretold well,
+    assert np.all(np.diff(agreement[:3, 0]) > -0.02) and agreement[0, 0] > 0.8  # the first layer is predicted well,
     assert np.all(agreement[:, 1] < agreement[:, 0])  # the middle one less
 
 
 def test_what_a_trace_does_not_say_is_left_out():
     trace = random_trace(4)
-    quick = dict(permutations=0, samples=10, progress=False)
+    quick = Settings(permutations=0, samples=10)
     everything = ["coverage", "agreement", "recall", "mass", "agreement_of_shortest"]
-    assert list(predictability(trace, **quick).measures) == everything
+    assert list(predictability(trace, quick).measures) == everything
     bare = replace(trace, probs=None, probs_over=None, ranked=False)
-    assert list(predictability(bare, **quick).measures) == ["coverage", "recall", "recall_of_shortest"]
+    assert list(predictability(bare, quick).measures) == ["coverage", "recall", "recall_of_shortest"]
     one = replace(bare, experts=trace.experts[..., :1])  # one expert is the first, whatever the trace says
-    found = predictability(one, **quick)
+    found = predictability(one, quick)
     np.testing.assert_array_equal(found.measures["agreement"].value, found.measures["recall"].value)
 
 
 def test_an_order_that_no_document_reaches_has_no_figures_and_no_coverage():
-    found = predictability(random_trace(5, tokens=6000), (101, 1, 1), permutations=19, samples=10, progress=False)
-    assert found.orders == (1, 101)
+    settings = Settings((101, 1, 1), permutations=19, samples=10)
+    found = predictability(random_trace(5, tokens=6000), settings)
+    assert settings.orders == (1, 101)
     assert np.all(found.measures["coverage"].value[1] == 0)
     agreement = found.measures["agreement"]
     for array in (agreement.value, agreement.low, agreement.null, agreement.null_low, agreement.p):
         assert np.isnan(array[1]).all() and np.isfinite(array[0]).all()
-    np.testing.assert_array_equal(found.longest["agreement"].value[0], agreement.value[0])
+    np.testing.assert_array_equal(agreement.value[2], agreement.value[0])  # by the longest known key
 
 
 def test_a_seed_repeats_the_figures():
     trace = random_trace(6, tokens=6000)
     first, second, other = (
-        predictability(trace, permutations=19, samples=50, seed=seed, progress=False) for seed in (0, 0, 1)
+        predictability(trace, Settings(permutations=19, samples=50, seed=seed)) for seed in (0, 0, 1)
     )
     for name in ("low", "null_high", "p"):
         one, same, different = (getattr(found.measures["recall"], name) for found in (first, second, other))
@@ -216,10 +213,8 @@ def test_known_keys():
 def test_errors():
     trace = random_trace(7)
     with pytest.raises(ValueError, match="1 documents are all on one side"):
-        predictability(trace.of(np.arange(30) == 0))
+        predictability(trace.of(np.arange(30) == 0), Settings())
     with pytest.raises(
         ValueError, match=r"no context of 1, 2 ids occurs 5000 times in the build documents; .*min_count"
     ):
-        predictability(trace, (1, 2), min_count=5000)
-    with pytest.raises(ValueError, match="permutations is 3"):
-        predictability(trace, permutations=3)
+        predictability(trace, Settings((1, 2), min_count=5000))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from analysis.hypotheses.paired_runs import compare
+from analysis.questions.paired_runs import compare
 from varjax.stats import Moments, RoutingStats
 
 
@@ -33,23 +33,23 @@ def test_tests_agree_with_scipy_and_find_the_planted_difference():
     measures = {one.name: one for one in compare(first, second)}
     assert list(measures) == ["entropy", "confidence"]
 
-    found = measures["entropy"]
+    found = measures["entropy"].figures
     difference = moved - entropy
     raw = []
     for layer in range(2):
         oracle = scipy_stats.ttest_rel(moved[layer], entropy[layer])
         raw.append(oracle.pvalue)
         interval = oracle.confidence_interval()
-        assert found.difference.value[layer] == pytest.approx(difference[layer].mean())
-        assert found.difference.low[layer] == pytest.approx(interval.low)
-        assert found.difference.high[layer] == pytest.approx(interval.high)
-        assert found.effect[layer] == pytest.approx(difference[layer].mean() / difference[layer].std(ddof=1))
-    assert found.t_p[0] == pytest.approx(raw[0] * 4)  # the least of two figures in two layers
-    assert found.wilcoxon_p[0] == pytest.approx(
-        4 * scipy_stats.wilcoxon(difference[0], method="asymptotic").pvalue, rel=1e-9
-    )
-    assert found.t_p[0] < 0.001 < 0.05 < found.t_p[1]
-    assert found.rank_effect[0] > 0.5
+        assert found["difference"][layer] == pytest.approx(difference[layer].mean())
+        assert found["low"][layer] == pytest.approx(interval.low)
+        assert found["high"][layer] == pytest.approx(interval.high)
+        assert found["d"][layer] == pytest.approx(difference[layer].mean() / difference[layer].std(ddof=1))
+    assert found["p, t-test"][0] == pytest.approx(raw[0] * 4)  # the least of two figures in two layers
+    ranks = scipy_stats.rankdata(np.abs(difference[0])) * np.sign(difference[0])
+    z = ranks.sum() / np.sqrt(np.square(ranks).sum())  # exact variance, ties included
+    assert found["p, Wilcoxon"][0] == pytest.approx(4 * 2 * scipy_stats.norm.sf(abs(z)), rel=1e-9)
+    assert found["rank r"][0] == pytest.approx(ranks.sum() / np.abs(ranks).sum()) and found["rank r"][0] > 0.5
+    assert found["p, t-test"][0] < 0.001 < 0.05 < found["p, t-test"][1]
 
 
 def test_ids_of_one_run_and_unknown_figures_stay_out():
@@ -59,8 +59,8 @@ def test_ids_of_one_run_and_unknown_figures_stay_out():
     first = run(np.arange(30), entropy, entropy)
     second = run(np.arange(5, 35), holes, holes)
     found = compare(first, second)[0]
-    assert found.difference.keys[0] == 25 - 2
-    assert first.keys[found.difference.left_out[0], -1].tolist() == [7, 12]
+    assert found.used.number[0] == 25 - 2
+    assert first.keys[found.used.left_out[0], -1].tolist() == [7, 12]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_ids_of_one_run_and_unknown_figures_stay_out():
 def test_what_cannot_be_tested_says_why(shift, number, reason):
     entropy = np.arange(number) / 8
     found = compare(run(range(number), entropy, entropy), run(range(number), entropy + shift, entropy))[0]
-    assert reason in found.difference.untestable[0] and np.isnan(found.t_p[0])
+    assert reason in found.used.untestable[0] and np.isnan(found.figures["p, t-test"][0])
 
 
 def test_other_models_are_refused():

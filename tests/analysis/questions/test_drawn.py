@@ -5,11 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.hypotheses import document_draws
-from analysis.hypotheses.consistency import consistency
-from analysis.hypotheses.criteria import ENTROPIES, coverage, entropy_distribution, frequency_entropy, zipf
-from analysis.hypotheses.document_draws import draw_documents, figures
-from analysis.hypotheses.document_intervals import interval
+from analysis.questions import consistency, coverage, drawn, entropy_distribution, frequency_entropy, zipf
+from analysis.questions.drawn import DocumentDraws, interval
 from analysis.traces.statistics import trace_statistics
 from analysis.traces.trace import Trace
 from tests.synthetic_traces import zipf_ids
@@ -51,16 +48,28 @@ def text(seed: int, documents: int = 40, layers: int = 1) -> Trace:
 
 
 def points(trace: Trace) -> dict[str, np.ndarray]:
-    """The figures as the tests on statistics compute them, named as in `Draws`."""
+    """The figures as the questions compute them from statistics."""
     stats = trace_statistics(trace)
-    shares = entropy_distribution(stats)
+    ids, occurrences = entropy_distribution.entropy_distribution(stats).below
     return {
-        "zipf": np.array(zipf(stats).exponent),
-        "rho": frequency_entropy(stats).rho.value,
-        "under_ids": np.stack([shares.under_ids[most].value for most in ENTROPIES], axis=-1),
-        "under_occurrences": np.stack([shares.under_occurrences[most].value for most in ENTROPIES], axis=-1),
-        "presets": np.stack([one.value for one in coverage(stats).presets.values()], axis=-1),
-        "consistency": consistency(stats, samples=1).value,
+        "zipf": np.array(zipf.zipf(stats).exponent),
+        "rho": frequency_entropy.frequency_entropy(stats).rho.value,
+        "ids": ids.value,
+        "occurrences": occurrences.value,
+        "presets": coverage.coverage(stats).presets.value,
+        "consistency": consistency.consistency(stats, samples=1).values.value,
+    }
+
+
+def figures(draws: DocumentDraws) -> dict[str, np.ndarray]:
+    """The same figures in every draw."""
+    return {
+        "zipf": draws.of_counts(zipf._drawn_exponents),
+        "rho": draws.by_layer(frequency_entropy._drawn_rho),
+        "ids": draws.by_layer(entropy_distribution._drawn_ids),
+        "occurrences": draws.by_layer(entropy_distribution._drawn_occurrences),
+        "presets": draws.by_layer(coverage._drawn_presets),
+        "consistency": draws.by_layer(consistency._drawn_groups),
     }
 
 
@@ -81,14 +90,14 @@ def drawn_text(trace: Trace, weights: np.ndarray) -> Trace:
 
 @pytest.mark.parametrize("drawn_at_once", [1 << 24, 5000])
 def test_a_draw_is_what_the_tests_say_of_the_text_written_out(drawn_at_once, monkeypatch):
-    monkeypatch.setattr(document_draws, "_DRAWN", drawn_at_once)
+    monkeypatch.setattr(drawn, "_DRAWN", drawn_at_once)
     trace = text(1, layers=2)
     weights = np.random.default_rng(0).multinomial(40, np.full(40, 1 / 40), 3)
     weights[0] = 1  # the text itself
-    found = figures(trace, trace.document, weights.astype(float))
+    found = figures(DocumentDraws(trace, weights.astype(float)))
     for draw, weight in enumerate(weights):
         for name, expected in points(drawn_text(trace, weight)).items():
-            assert getattr(found, name)[draw] == pytest.approx(expected, abs=1e-9), name
+            assert found[name][draw] == pytest.approx(expected, abs=1e-9), name
 
 
 def test_the_gates_own_entropy_is_used_where_the_trace_has_it():
@@ -96,20 +105,20 @@ def test_the_gates_own_entropy_is_used_where_the_trace_has_it():
     own = replace(
         trace, entropy=np.random.default_rng(0).uniform(0.2, 1.7, (len(trace.token_id), 1)).astype(np.float32)
     )
-    found = figures(own, own.document, np.ones((1, 40)))
+    found = figures(DocumentDraws(own, np.ones((1, 40))))
     for name, expected in points(own).items():
-        assert getattr(found, name)[0] == pytest.approx(expected, abs=1e-9), name
+        assert found[name][0] == pytest.approx(expected, abs=1e-9), name
 
 
 def test_draws_follow_the_seed_and_documents_whatever_their_numbers():
     trace = text(2)
-    one = draw_documents(trace, 5, seed=3)
+    one = DocumentDraws.of(trace, 5, seed=3).by_layer(consistency._drawn_groups)
     gaps = replace(
         trace, document=trace.document * 2, document_ids=tuple(map(str, range(80))), groups=("g",) * 80
     )  # every second document has no token
-    for other in (draw_documents(trace, 5, seed=3), draw_documents(gaps, 5, seed=3)):
-        assert other.documents == 40 and np.array_equal(other.consistency, one.consistency)
-    assert not np.array_equal(draw_documents(trace, 5, seed=4).consistency, one.consistency)
+    for other in (DocumentDraws.of(trace, 5, seed=3), DocumentDraws.of(gaps, 5, seed=3)):
+        assert other.documents == 40 and np.array_equal(other.by_layer(consistency._drawn_groups), one)
+    assert not np.array_equal(DocumentDraws.of(trace, 5, seed=4).by_layer(consistency._drawn_groups), one)
 
 
 def test_an_interval_is_moved_to_its_point_and_stays_within_its_limits():
@@ -131,11 +140,10 @@ def test_moved_intervals_hold_what_texts_of_this_size_have_where_percentiles_fai
     moved, plain = ({name: np.zeros(one.shape) for name, one in truth.items()} for _ in range(2))
     for seed in range(texts):
         trace = text(seed)
-        draws = draw_documents(trace, 100, seed)
+        draws = figures(DocumentDraws.of(trace, 100, seed))
         for name, point in points(trace).items():
-            drawn = getattr(draws, name)
-            percentiles = np.nanquantile(drawn, [0.025, 0.975], axis=0)
-            for held, (low, high) in ((moved, interval(point, drawn)), (plain, percentiles)):
+            percentiles = np.nanquantile(draws[name], [0.025, 0.975], axis=0)
+            for held, (low, high) in ((moved, interval(point, draws[name])), (plain, percentiles)):
                 held[name] += (low - 1e-9 <= truth[name]) & (truth[name] <= high + 1e-9)
     for name, held in moved.items():
         assert np.all(held >= 0.75 * texts), name  # 38 expected; the truth itself is known to a third of an interval
