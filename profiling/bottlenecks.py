@@ -22,8 +22,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from analysis.criteria import MAX_LEARNED
 
+from analysis.criteria import MAX_LEARNED
 from analysis.evaluate.caching import SECONDS_PER_TOKEN
 from analysis.report.report import Column, Section, Table
 from analysis.resampling import Estimate

@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from analysis.criteria import EVALUATION_SPEEDUP
 from matplotlib.figure import Figure
 
+from analysis.criteria import EVALUATION_SPEEDUP
 from analysis.evaluate.caching import SECONDS_PER_TOKEN
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
