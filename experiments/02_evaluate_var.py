@@ -189,7 +189,9 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
-    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=var_model.digest)
+    result["provenance"] = provenance(
+        seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest
+    )
     facts = [("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}")]
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
@@ -264,7 +266,7 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         ("cached tier, where one is", subject.caching.words),
         *card.facts(origin["card"]),
     ]
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest(files.digest()))
+    made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=config.digest(files.digest()))
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
     facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
     said = study(subject, output.folder, facts=facts, provenance=made, parts=PARTS + timed)

@@ -138,7 +138,7 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
         *card.facts(origin["card"]),
     )
     said = Report("Systems analysis", facts, NOTES, tuple(sections))
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=var_model.digest)
+    made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest)
     measured: dict[str, Any] = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales}
     measured |= {"memory": peaks, "evidence": seen, "bottlenecks": [dataclasses.asdict(one) for one in found]}
     write_output(said, output, figures=figures, beside={"results": measured, "provenance": made})
