@@ -28,7 +28,7 @@ from benchmarks import harness
 from models import Model, load_model
 from profiling.points import NEVER, ORDERS, as_step, decoding, embedded_texts, random_stats
 from profiling.timing import compare, paired_ratio
-from varjax import LayerPolicy, Plan, RouteTable, VARConfig, VARModel, VARState
+from varjax import LayerPolicy, RouteTable, VARConfig, VARModel, VARState
 from varjax import step as var_step
 from varjax.model import build_for
 from varjax.step import Settings
@@ -90,14 +90,14 @@ def plan_and_commit(model: Model, table: RouteTable, config: VARConfig, text: np
     one = jnp.ones((1, 1), bool)
 
     @partial(jax.jit, donate_argnames="state")
-    def both(table: RouteTable, state: VARState, ids: jax.Array, now: Any, settings: Settings) -> tuple[Plan, VARState]:
+    def both(table: RouteTable, state: VARState, ids: jax.Array, now: Any, settings: Settings) -> tuple[Any, VARState]:
         plan = var_step.plan(table, state, ids, now, settings, one)
-        return plan, var_step.commit(state, plan, ids, routing, probs, now, settings, one)
+        return plan.tier, var_step.commit(state, plan, ids, routing, probs, now, settings, one)
 
     def run() -> Any:
         for ids in tokens:
-            plan, held[0] = both(table, held[0], ids, var_step.timestamp(var_model.clock()), settings)
-        return plan.tier
+            tier, held[0] = both(table, held[0], ids, var_step.timestamp(var_model.clock()), settings)
+        return tier
 
     return run
 
