@@ -1,6 +1,6 @@
 """Phase 1: collect routing statistics of every layer and context key, the answers for phase 2, and a trace.
 
-Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
+Writes into --output: routing_stats.parquet, routing_stats.answers.safetensors, routing_trace.parquet, a summary and
 figures; for an --output such as NAME.parquet, that file and NAME.*. Rerun the same command to resume a killed run.
 
 All devices of the machine are used, each with the whole model unless --mesh divides it. Several machines divide the
@@ -14,16 +14,18 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from analysis.collect import report as collection_report
 from analysis.collect.merging import merge_files
 from analysis.collect.passes import EVERY_DOCUMENT, Share
 from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
+from analysis.questions import routers
+from analysis.questions.data import RoutingData, Source
+from analysis.questions.layers import size
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
-from analysis.report.report import text
+from analysis.report.report import Report, text
 from analysis.text import card
 from analysis.traces.recording import record
 from experiments.arguments import add_hosts, add_options, join, open_corpus, open_model, parser
@@ -142,10 +144,11 @@ def _print_keys(keys: ContextCounts) -> None:
 
 def _present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """Print and write the summary with its figures."""
-    said = collection_report.report(stats, facts)
-    beside = {"layers": collection_report.summarize(stats), "provenance": provenance(seed=args.seed)}
-    name, drawn = f"{output.prefix}routing_summary", collection_report.draw(stats)
-    write_report(said, output.folder, name, prefix=output.prefix, index=not output.named, figures=drawn, beside=beside)
+    answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
+    facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
+    said = Report("Routing statistics", facts, (), answer.sections)
+    beside = {**answer.result, "provenance": provenance(seed=args.seed)}
+    write_report(said, output, f"{output.prefix}routing_summary", beside=beside)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))
     print(shlex.join(["python", "-m", "analysis.hypothesis_validation", *map(str, asked)]))

@@ -121,7 +121,11 @@ class _Setting:
             subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, cache_size=0))
         judged = {name: getattr(args, name) for name in ("speed", "repeats", "confidence", "limit")}
         judged["phases"] = tuple(args.phases)
-        about = judged | {"subject": subject.digest, "config": subject.config.digest(subject.table_sha256), "space": space}
+        about = judged | {
+            "subject": subject.digest,
+            "config": subject.config.digest(subject.table_sha256),
+            "space": space,
+        }
         about |= {"method": args.method, "seed": args.seed}
         return cls(Objective(subject, space, **judged), unsearched, files, about, origin)
 

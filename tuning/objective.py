@@ -36,8 +36,7 @@ from analysis.text.encoding import Encoded
 from models import MoEConfig
 from profiling.calls import PHASES
 from profiling.costs import flops_per_token
-from profiling.throughput import measure
-from profiling.timing import geometric_mean
+from profiling.timing import geometric_mean, measure
 from tuning.points import PREDICTED, Outcome, Point
 from tuning.space import Space, config_at, suggest
 from varjax import bounds

@@ -327,22 +327,14 @@ def _parameters(points: Sequence[Point], space: Space, limit: float, found: Sequ
     )
     figures = (
         ReportFigure(
-            "tuning_importance",
-            "Importance of parameters",
-            "Black: how far the best quarter in speed-up differs from all trials; white: the best quarter in "
-            "perplexity. Dashed and dotted lines: the largest share stays below them in 95 of 100 shuffles.",
-            "Shares add up to 1 even if no parameter matters. What a search settled early varies little afterwards and "
-            "looks unimportant. Pairs of parameters are not considered.",
-            partial(_draw_importance, found),
-        ),
-        ReportFigure(
-            "tuning_sensitivity",
-            "Which way parameters pull",
-            "Spearman's rank correlation of a parameter with speed-up and with the increase of perplexity, with 95 % "
-            "bootstrap intervals over trials. Right of 0: higher values come with more of it.",
-            "A correlation is not a cause: one parameter may ride along with another. Trials of a search depend on "
-            "each other, so intervals are too narrow. What rises and falls again shows as 0.",
-            partial(_draw_sensitivity, found),
+            "tuning_parameters",
+            "Importance of parameters, and which way they pull",
+            "Left: how far the best quarter in speed-up (black) and in perplexity (white) differs from all trials; the "
+            "largest share stays below the lines in 95 of 100 shuffles. Right: Spearman's rank correlation with 95 % "
+            "bootstrap intervals over trials; right of 0, higher values come with more of it.",
+            "Shares add up to 1 even if no parameter matters, and what a search settled early looks unimportant. "
+            "Trials of a search depend on each other, so intervals are too narrow. What rises and falls again shows as 0.",
+            partial(_draw_effects, found),
         ),
         ReportFigure(
             "tuning_slices",
@@ -430,39 +422,32 @@ def _draw_front(points: Sequence[Point], limit: float) -> Figure:
     return _finished(figure, axis, points)
 
 
-def _draw_importance(found: Sequence[Effects]) -> Figure:
-    """Draw the importance of parameters, the most important for the first target on top."""
-    names = list(dict.fromkeys(name for one in found for name in one.shares))
-    figure, axis = subplots(figsize=(6.4, 0.45 * max(len(names), 3) + 1.6), layout="constrained")
+def _draw_effects(found: Sequence[Effects]) -> Figure:
+    """Importance, and the rank correlations with their intervals, the most important parameter on top."""
+    names = list(dict.fromkeys(name for one in found for known in (one.shares, one.correlations) for name in known))
+    figure, axes = subplots(1, 1 + len(found), figsize=(9.6, 0.45 * max(len(names), 3) + 1.8), sharey=True)
     height = 0.8 / len(found)
     for index, (one, face, line) in enumerate(zip(found, "01", ("--", ":"), strict=True)):
         places = np.arange(len(names)) + (index - (len(found) - 1) / 2) * height
         widths = [one.shares.get(name, math.nan) for name in names]
-        label = f"{one.target}, {one.points} trials"
-        axis.barh(places, widths, height, color=face, edgecolor="0", linewidth=0.8, label=label)
+        axes[0].barh(places, widths, height, color=face, edgecolor="0", linewidth=0.8, label=one.target)
         if math.isfinite(one.by_chance):
-            axis.axvline(one.by_chance, color="0.4", linewidth=1, linestyle=line, label=f"chance, {one.target}")
-    axis.set(xlabel="importance, as a share", xlim=(0, 1), ylim=(max(len(names), 1) - 0.5, -0.5))
-    axis.set_yticks(range(len(names)), names)
-    return _finished(figure, axis, names, "too few trials to say")
-
-
-def _draw_sensitivity(found: Sequence[Effects]) -> Figure:
-    """Draw rank correlations with intervals, one panel for each target."""
-    names = list(dict.fromkeys(name for one in found for name in one.correlations))
-    size = (7.2, 0.32 * max(len(names), 3) + 1.4)
-    figure, axes = subplots(1, len(found), figsize=size, sharey=True, squeeze=False)
-    for axis, one in zip(axes.flat, found, strict=True):
-        there = [(place, one.correlations[name]) for place, name in enumerate(names) if name in one.correlations]
-        for place, estimate in there:
-            axis.hlines(place, estimate.low, estimate.high, color="0.5")
-        axis.plot([known.value for _, known in there], [place for place, _ in there], "o", color="0", markersize=4)
+            axes[0].axvline(one.by_chance, color="0.4", linewidth=1, linestyle=line, label=f"chance, {one.target}")
+    axes[0].set(xlim=(0, 1), xlabel="importance, as a share")
+    _nothing(axes[0], any(one.shares for one in found), "too few trials to say")
+    for axis, one in zip(axes[1:], found, strict=True):
+        for place, name in enumerate(names):
+            if name in one.correlations:
+                estimate = one.correlations[name]
+                axis.hlines(place, estimate.low, estimate.high, color="0.5")
+                axis.plot(estimate.value, place, "o", color="0", markersize=4)
         axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-        axis.set(xlim=(-1.05, 1.05), title=f"{one.target}, {one.points} trials")
+        axis.set(xlim=(-1.05, 1.05), xlabel="rank correlation", title=f"{one.target}, {one.points} trials")
         _nothing(axis, one.correlations, "too few trials to say")
-    axes[0, 0].set_yticks(range(len(names)), names)
-    axes[0, 0].set_ylim(max(len(names), 1) - 0.5, -0.5)
-    figure.supxlabel("rank correlation")
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].set_ylim(max(len(names), 1) - 0.5, -0.5)
+    if names:
+        axes[0].legend(fontsize="x-small", loc="lower right")
     figure.tight_layout()
     return figure
 

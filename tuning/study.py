@@ -46,7 +46,10 @@ _ABOUT, _TICKET, _OUTCOME, _CONFIG = "about", "ticket", "outcome", "config"  # a
 
 # What a storage that cannot be opened raises: a RuntimeError of Optuna means another version of its tables, an
 # ImportError a missing driver, a ValueError a bad port in the URL.
-_STORAGE_ERRORS = (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, OSError, RuntimeError)
+_STORAGE_ERRORS = (
+    *(sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError),
+    *(ImportError, OSError, RuntimeError, ValueError),
+)
 
 
 class StudyError(InputError):
@@ -108,7 +111,7 @@ def open_study(storage: str, name: str, method: Method, about: Mapping[str, Any]
     try:
         with _quiet():
             database = optuna.storages.RDBStorage(
-                _checked_url(storage),
+                storage,
                 engine_kwargs=engine,
                 heartbeat_interval=HEARTBEAT,
                 grace_period=GRACE,
@@ -244,15 +247,6 @@ def points(study: optuna.Study) -> list[Point]:
 def _reason(error: BaseException) -> str:
     """The first line of an error's message, or its class if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _checked_url(storage: str) -> str:
-    """The URL itself, or an error of SQLAlchemy; a bad port would be a plain ValueError."""
-    try:
-        sqlalchemy.make_url(storage)
-    except ValueError as error:
-        raise sqlalchemy.exc.ArgumentError(str(error)) from error
-    return storage
 
 
 def _begin_writing(connection: sqlalchemy.Connection) -> None:

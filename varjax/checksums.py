@@ -87,13 +87,13 @@ def write_safetensors(
     seal(path)
 
 
-def parquet_schema(schema: pa.Schema) -> pa.Schema:
+def parquet_schema(schema: Any) -> Any:
     """The schema with `SEALED` among its metadata."""
     return schema.with_metadata({**(schema.metadata or {}), _NAME.encode(): SEALED[_NAME].encode()})
 
 
 @contextmanager
-def parquet_writer(path: str | os.PathLike[str], schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def parquet_writer(path: str | os.PathLike[str], schema: Any) -> Iterator[Any]:
     """A writer of a Parquet file with checksums of its pages, which is sealed at the end.
 
     Args:
@@ -104,7 +104,7 @@ def parquet_writer(path: str | os.PathLike[str], schema: pa.Schema) -> Iterator[
     seal(path)
 
 
-def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
+def write_parquet(path: str | os.PathLike[str], table: Any) -> None:
     """The table as a Parquet file, whole or not at all, with checksums of its pages and sealed."""
     with replacing(Path(path)) as temporary, parquet_writer(temporary, table.schema) as writer:
         writer.write_table(table)
@@ -112,7 +112,7 @@ def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
 
 def read_parquet(
     path: str | os.PathLike[str], fix: str, *, required: bool = False, columns: list[str] | None = None
-) -> pa.Table:
+) -> Any:
     """A Parquet file, after its checksums were verified, if it has any.
 
     Args:

@@ -268,7 +268,7 @@ def lines(axis) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_search_can_be_drawn(said, name):
     drawn = {one.name: one.draw() for section in said[name].sections for one in section.figures}
-    assert drawn.keys() == {f"tuning_{kind}" for kind in ("history", "front", "importance", "sensitivity", "slices")}
+    assert drawn.keys() == {f"tuning_{kind}" for kind in ("history", "front", "parameters", "slices")}
     for figure_name, figure in drawn.items():
         if name == "none":
             assert "no trial" in words(figure) or "too few trials" in words(figure), figure_name
@@ -279,7 +279,7 @@ def test_the_report_is_written_with_every_figure_that_it_names(said, tmp_path):
     write_report(said["many"], Output.of(tmp_path / "out", "tuning", DIRECTORY), beside={"provenance": {"seed": 1}})
     saved = json.loads((tmp_path / "out" / "tuning.json").read_text())
     assert saved["provenance"] == {"seed": 1} and set(saved["sections"]) == {"best", "history", "front", "parameters"}
-    assert (tmp_path / "out" / "tuning.html").read_text().count("data:image/png;base64,") == 5
+    assert (tmp_path / "out" / "tuning.html").read_text().count("data:image/png;base64,") == 4
     assert (tmp_path / "out" / "tuning.txt").read_text() == text(said["many"])
 
 
@@ -329,13 +329,12 @@ def test_the_front_is_drawn_with_upper_limits_and_the_limit(searches):
 
 def test_bars_and_dots_are_the_numbers(searches, space):
     found = effects(searches["many"], space, samples=100)
-    axis = module._draw_importance(found).axes[0]
-    widths = sorted(one.get_width() for one in axis.patches)
+    drawn = module._draw_effects(found)
+    widths = sorted(one.get_width() for one in drawn.axes[0].patches)
     assert widths == pytest.approx(sorted(share for one in found for share in one.shares.values()))
-    drawn = module._draw_sensitivity(found)
-    for axis, one in zip(drawn.axes, found, strict=True):
-        dots = axis.lines[0].get_xdata()
-        assert list(dots) == [estimate.value for estimate in one.correlations.values()]
+    for axis, one in zip(drawn.axes[1:], found, strict=True):
+        dots = {float(line.get_xdata()[0]) for line in axis.lines if line.get_marker() == "o"}
+        assert dots == {estimate.value for estimate in one.correlations.values()}
     assert "degradation, 32 trials" in words(drawn)
 
 
