@@ -108,7 +108,7 @@ def _collect(args: argparse.Namespace, output: Output) -> None:
     share = EVERY_DOCUMENT if args.coordinator else Share(args.process_id, args.num_processes)
     model = open_model(args)
     checked = card.announced(model, args.dataset)
-    corpus = open_corpus(model, args, args.split)
+    corpus = open_corpus(model, args, args.split, args.num_samples)
     found = analyze(model, corpus, args.output, settings, share=share, seed=args.seed)
     if found is None:
         return

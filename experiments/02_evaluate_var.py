@@ -48,7 +48,7 @@ from analysis.report.report import text
 from analysis.resampling import MIN_DOCUMENTS
 from analysis.studies.study import PARTS, Finding, Part, study
 from analysis.text import card
-from experiments.arguments import add_hosts, asked_config, join, load, load_encoded, parser, read_answers
+from experiments.arguments import add_hosts, asked_config, join, load, open_corpus, parser, read_answers
 from models import Model
 from profiling.timing import by_batch, measure
 from profiling.timing import section as throughput_section
@@ -159,7 +159,7 @@ def certify(args: argparse.Namespace, output: Output) -> None:
 def evaluate(args: argparse.Namespace, output: Output) -> None:
     if args.mode == "var" and args.var_config is None:
         args.routing_stats = find_statistics(args.routing_stats)
-    model, documents, origin = load(args, args.split)
+    model, documents, origin = load(args, args.split, args.num_samples)
     config, files, found = choose_config(args, model)
     caching = cached_tier.asked(args)
     table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
@@ -209,7 +209,7 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
 
 def distil_answers(args: argparse.Namespace, output: Output) -> None:
     find_policy(args)
-    model, documents, origin = load(args, "build")
+    model, documents, origin = load(args, "build", args.num_samples)
     config, files, _ = choose_config(args, model)
     assert files is not None  # the plain model is another mode
     stats, answers = read_answers(model, files)
@@ -241,7 +241,7 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
 
 def study_policy(args: argparse.Namespace, output: Output) -> None:
     find_policy(args)
-    model, documents, origin = load(args, args.split)
+    model, documents, origin = load(args, args.split, args.num_samples)
     config, files, _ = choose_config(args, model)
     assert files is not None  # the plain model is another mode
     stats, answers = read_answers(model, files)
@@ -292,7 +292,7 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Ta
     if not args.search_policy:
         return config, files, None
     stats, answers = read_answers(model, files)
-    tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
+    tuning = list(open_corpus(model, args, "tune", args.tune_samples))
     if len(tuning) < MIN_DOCUMENTS:
         print(f"only {len(tuning)} tune documents: on others the policy may lose far more than its budget")
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}

@@ -36,7 +36,7 @@ from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
 from analysis.text import card
 from analysis.text.drawn import Drawn
-from experiments.arguments import add_options, add_table, asked_config, load, load_encoded, parser, read_answers
+from experiments.arguments import add_options, add_table, asked_config, load, open_corpus, parser, read_answers
 from profiling.calls import PHASES
 from tuning.objective import Objective
 from tuning.points import Point, best, read_chosen, write_chosen
@@ -217,7 +217,8 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
     candidates, saved = read_chosen(args.validate)
     _name_files(args, saved)
     calibrate, files, origin = _subject(args, "calibrate", args.validate_samples)
-    documents, data = load_encoded(calibrate.model, args, "test", args.validate_samples)
+    corpus = open_corpus(calibrate.model, args, "test", args.validate_samples)
+    documents = list(corpus)
     table = (files.routing_stats, files.answers)
     found = validate(
         calibrate,
@@ -237,7 +238,7 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
         *card.facts(origin["card"]),
     )
     notes = ("Intervals are 95 %, each on its own, over whole documents (speed-ups: over rounds).",)
-    made = provenance(seed=args.seed, **origin, test_data=data)
+    made = provenance(seed=args.seed, **origin, test_data=corpus.about)
     beside = {"validation": found, "configs": {name: _fields(config) for name, config in candidates.items()}}
     said = Report("Validation of searched configurations", facts, notes, (section(found),))
     _write(said, output, beside | {"provenance": made})
@@ -275,8 +276,7 @@ def _subject(
     args: argparse.Namespace, split: str, limit: int | None, progress: bool = True
 ) -> tuple[Subject, TableFiles, dict[str, Any]]:
     """What is searched or validated, on at most `limit` documents of a split; its files; what a result states."""
-    args = argparse.Namespace(**vars(args) | {"num_samples": limit})
-    model, documents, origin = load(args, split)
+    model, documents, origin = load(args, split, limit)
     config, files = asked_config(args)
     stats, answers = read_answers(model, files)
     subject = Subject(

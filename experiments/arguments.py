@@ -144,55 +144,37 @@ def open_model(args: argparse.Namespace) -> Model:
     return load_model(args.model, args.dtype, args.implementation, asked_mesh(args))
 
 
-def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], dict[str, Any]]:
+def load(args: argparse.Namespace, split: str, limit: int | None) -> tuple[Model, list[Encoded], dict[str, Any]]:
     """Load the model and the documents of a split.
 
     Args:
         args: the options of `parser`.
         split: which documents; "all" for every one.
+        limit: the most documents; None: all.
 
     Returns:
         The model, the documents in its token ids, and what a result file states about both.
     """
     model = open_model(args)
-    documents, data = load_encoded(model, args, split, args.num_samples)
-    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
-    origin = {"model": about, "data": data, "card": card.announced(model, args.dataset)}
-    return model, documents, origin
-
-
-def load_encoded(
-    model: Model, args: argparse.Namespace, split: str, limit: int | None
-) -> tuple[list[Encoded], dict[str, Any]]:
-    """Load documents in the model's token ids.
-
-    Args:
-        model: its tokenizer is used.
-        args: the options of `parser`.
-        split: which documents; "all" for every one.
-        limit: the most documents; None: `--num_samples`.
-
-    Returns:
-        The documents, and what a result file states about them.
-    """
     corpus = open_corpus(model, args, split, limit)
-    return list(corpus), corpus.about
+    documents = list(corpus)
+    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
+    return model, documents, {"model": about, "data": corpus.about, "card": card.announced(model, args.dataset)}
 
 
-def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int | None = None) -> EncodedCorpus:
+def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int | None) -> EncodedCorpus:
     """Open the documents of a split, to be read as often as needed.
 
     Args:
         model: its tokenizer is used.
         args: the options of `parser`.
         split: which documents; "all" for every one.
-        limit: the most documents; None: `--num_samples`.
+        limit: the most documents; None: all.
 
     Returns:
         The corpus in the model's token ids.
     """
     wanted = None if split == "all" else split
-    limit = args.num_samples if limit is None else limit
     return EncodedCorpus(args.dataset, wanted, limit, model.tokenizer, model.config, args.text_column)
 
 

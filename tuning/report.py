@@ -333,7 +333,8 @@ def _parameters(points: Sequence[Point], space: Space, limit: float, found: Sequ
             "largest share stays below the lines in 95 of 100 shuffles. Right: Spearman's rank correlation with 95 % "
             "bootstrap intervals over trials; right of 0, higher values come with more of it.",
             "Shares add up to 1 even if no parameter matters, and what a search settled early looks unimportant. "
-            "Trials of a search depend on each other, so intervals are too narrow. What rises and falls again shows as 0.",
+            "Trials of a search depend on each other, so intervals are too narrow. A correlation misses what rises and "
+            "falls again.",
             partial(_draw_effects, found),
         ),
         ReportFigure(
