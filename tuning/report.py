@@ -14,10 +14,9 @@ cross. Optuna's own figures cannot replace them: they show neither given-up tria
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,18 +30,14 @@ from scipy import stats as ranking
 from analysis.report.figures import panels, subplots
 from analysis.report.report import Column, Report, ReportFigure, Section, Table
 from analysis.resampling import Estimate
-from tuning.points import Outcome, Point, best, least_bad
+from tuning.points import Point, best, least_bad
 from tuning.space import CACHED, CACHED_TIER, Parameter, Space
 
 SHOWN = 5  # of the best points
 FEWEST = 20  # points; with fewer the best quarter would have under 5, and nothing is said
 _BEST = 0.25  # share of the points whose values importance compares with those of all
 
-TARGETS: dict[str, Callable[[Outcome], float]] = {
-    "speed-up": lambda outcome: outcome.speedup,
-    "degradation": lambda outcome: outcome.degradation,
-}
-_HIGHER_IS_BETTER = ("speed-up",)
+TARGETS = {"speed-up": "speedup", "degradation": "degradation"}  # fields of an outcome
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +101,10 @@ def effects(
 
 def _effects(points: Sequence[Point], space: Space, target: str, shuffles: int, samples: int, seed: int) -> Effects:
     points = [point for point in points if target == "speed-up" or not point.outcome.hopeless]
-    results = np.array([TARGETS[target](point.outcome) for point in points], np.float64)
+    results = np.array([getattr(point.outcome, TARGETS[target]) for point in points], np.float64)
     space, shares, by_chance, correlations = _varied(points, space), {}, math.nan, {}
     if len(points) >= FEWEST and space:
-        losses = -results if target in _HIGHER_IS_BETTER else results
+        losses = -results if target == "speed-up" else results
         # Ties may reach from the best quarter to the worst; then it is all points.
         if np.quantile(losses, _BEST, method="inverted_cdf") < losses.max():
             shares = _shares(points, space, losses)
@@ -128,8 +123,7 @@ def _varied(points: Sequence[Point], space: Space) -> Space:
 
 def _shares(points: Sequence[Point], space: Space, losses: np.ndarray) -> dict[str, float]:
     distributions = {one.name: one.distribution for one in space}
-    with _quiet():
-        study = optuna.create_study(direction="minimize")
+    study = optuna.create_study(direction="minimize")
     study.add_trials(
         [
             optuna.trial.create_trial(
@@ -160,17 +154,6 @@ def _spearman(values: np.ndarray, results: np.ndarray) -> np.ndarray:
     spreads = np.prod([np.square(side).sum(axis=1) for side in centered], axis=0)
     together = np.prod(centered, axis=0).sum(axis=1)
     return np.divide(together, np.sqrt(spreads), out=np.full(len(spreads), np.nan), where=spreads > 0)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide Optuna's line about every study that is made."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------

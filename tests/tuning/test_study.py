@@ -90,9 +90,9 @@ def test_a_search_killed_in_a_trial_loses_and_repeats_none_that_was_finished(url
     study = open_study(url, "s", "grid", ABOUT)
     fill(study, "grid", SPACE, None, 2)  # 8 points
     worker = start("grid")
-    for _ in range(3):
-        assert worker.stdout.readline() == "done\n"
-    time.sleep(0.15)  # in the middle of the next trial
+    for line in (*["begun\n", "done\n"] * 3, "begun\n"):
+        assert worker.stdout.readline() == line
+    time.sleep(0.2)  # in the middle of the fourth trial
     worker.send_signal(signal.SIGKILL)
     worker.communicate()
     before = points(study)

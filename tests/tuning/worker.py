@@ -33,8 +33,9 @@ def attempt(trial: optuna.Trial) -> Point:
 
 
 def slowly(trial: optuna.Trial) -> Point:
+    print("begun", flush=True)
     found = attempt(trial)
-    time.sleep(0.3)
+    time.sleep(0.4)
     return found
 
 
