@@ -192,9 +192,9 @@ def interval_words(data: RoutingData, otherwise: str, *if_drawn: str) -> list[st
 
 def admitted_words(stats: RoutingStats) -> list[str]:
     """Say which share of all occurrences the token ids that are keys cover, the others being too rare for a key."""
-    if not stats.tokens or 1 not in stats.orders:
+    if not stats.tokens or 1 not in stats.ngram_orders:
         return []
-    absent = sum(int(stats.absent[at]) for at, order in enumerate(stats.orders) if order == 1)
+    absent = sum(int(stats.absent[at]) for at, order in enumerate(stats.ngram_orders) if order == 1)
     return [f"Token ids are those that are keys; they cover {1 - absent / stats.tokens:.1%} of all occurrences."]
 
 

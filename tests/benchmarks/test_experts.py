@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from benchmarks.experts import cases, measure, print_table
 from models.experts import get_engine
-from profiling.experts_bench import cases, measure, print_table
 
 
 def test_cases_keep_what_they_say():

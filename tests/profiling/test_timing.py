@@ -2,8 +2,7 @@
 
 import numpy as np
 
-from profiling import throughput_section
-from profiling.throughput import by_batch, measure
+from profiling.timing import by_batch, measure, section
 
 
 def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, documents):
@@ -19,9 +18,9 @@ def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, do
     assert many.distinct[0] > 2
     np.testing.assert_allclose(alone.distinct[1], alone.experts[1])
 
-    section = throughput_section.section(found)
-    assert len(section.tables[0].rows) == 4 and "distinct experts" in section.words[1]
-    assert throughput_section.figure(found) is not None
+    said = section(found)
+    assert len(said.tables[0].rows) == 4 and "distinct experts" in said.words[1]
+    assert said.figures[0].draw() is not None
 
 
 def test_the_rates_of_both_sides_are_of_the_same_rounds(small_var_model, documents):

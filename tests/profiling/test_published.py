@@ -2,10 +2,8 @@
 
 import pytest
 
-from profiling.costs import Cost, component_costs
-from profiling.hardware import HARDWARE, Hardware, ceiling, get_hardware
-from profiling.published import MIXTRAL_8X7B
-from profiling.workload import Mix, Workload
+from profiling.costs import Cost, Mix, Workload, component_costs
+from profiling.published import HARDWARE, MIXTRAL_8X7B, Hardware, ceiling, get_hardware
 
 
 def rate(workload: Workload, mix: Mix) -> float:

@@ -1,20 +1,20 @@
-"""What an accelerator makes of the engine and of a whole model, beside what it could make of them at most.
+"""How fast the expert engine and a whole model run on an accelerator, compared with its ceilings and with rivals.
 
-    python -m profiling.device_bench --output benchmarks/h200.json            # 8 minutes at most; --quick: 2
+    python -m benchmarks.device --output benchmarks/h200.json            # at most 8 minutes; --quick: 2
 
-In this order: the model in transformers with grouped products, where torch has a CUDA device, in a process of its own;
-the machine's ceilings; one layer's experts, ours and others', against one plain SwiGLU block of the same operations, at
-several numbers of tokens of which some keep one expert; a whole model of the shape of Mixtral-8x7B with random bfloat16
-weights, of as many layers as fit, plain and under VAR. It installs nothing and goes on without what is not there: the
-file says what was left out and why.
+The parts are, in this order: the model in transformers with grouped products, in a process of its own, where torch has
+a CUDA device; the machine's ceilings; one layer's experts, ours and others', against one plain SwiGLU block of the
+same operations, at several numbers of tokens of which some keep one expert; and a whole model with the shape of
+Mixtral-8x7B and random bfloat16 weights, with as many layers as fit, plain and under VAR. Nothing is installed. A part
+whose requirements are missing is skipped, and the file says why.
 
-Ours and the plain block, plain and VAR are timed in the same rounds; transformers is not, for the two do not fit a
-device together. The weights are random, and so is the text: experts are hit evenly, which real routers do not do.
+Our engine and the plain block, and plain and VAR, are timed in the same rounds; transformers is not, because both
+models do not fit on a device together. Weights and text are random, so experts are used evenly, unlike with real
+routers.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import time
@@ -31,18 +31,17 @@ from analysis.command import name_argument, path_argument, program
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json
 from analysis.resampling import median_estimate
+from benchmarks import experts, harness, torch_model
+from benchmarks.rivals import RivalError, rivals
 from models import Model, MoEConfig
 from models.config import read_config
 from models.experts import ENGINES, Engine, get_engine
 from models.parameters import init_params
-from profiling import ceilings, experts_bench, torch_bench
-from profiling.costs import component_costs, parameters
-from profiling.hardware import Hardware, ceiling
+from profiling import ceilings
+from profiling.costs import Mix, Workload, component_costs, parameters
 from profiling.points import Point, Task, measure
-from profiling.published import PUBLISHED
-from profiling.rivals import RivalError, rivals
+from profiling.published import PUBLISHED, Hardware, ceiling
 from profiling.timing import paired_ratio
-from profiling.workload import Mix, Workload
 from varjax.errors import InputError
 
 DTYPE = "bfloat16"
@@ -92,13 +91,15 @@ QUICK = dataclasses.replace(
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=path_argument, required=True, help="JSON file to write, or a directory for it")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, mixes and rounds")
-    parser.add_argument(
+    options = harness.parser(__doc__)
+    options.add_argument(
+        "--output", type=path_argument, required=True, help="JSON file to write, or a directory for it"
+    )
+    options.add_argument("--quick", action="store_true", help="fewer shapes, mixes and rounds")
+    options.add_argument(
         "--model", default="mixtral-8x7b", type=name_argument, help=f"{', '.join(PUBLISHED)}, or a config.json"
     )
-    args = parser.parse_args(arguments)
+    args = options.parse_args(arguments)
     # The memory is shared with a process of torch, and then all of it is wanted. JAX reads these when it begins.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
@@ -130,7 +131,7 @@ def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = prin
         say(f"{name}: {time.monotonic() - began:.0f} s since the beginning")
         return result[name]
 
-    reason = torch_bench.obstacle()
+    reason = torch_model.obstacle()
     if reason is None:
         try:
             part("transformers", partial(_transformers, fitting, settings))
@@ -208,7 +209,7 @@ def _memory(device: Any) -> float | None:
 
 def _transformers(config: MoEConfig, settings: Settings) -> dict[str, Any]:
     options = {name: getattr(settings, name) for name in ("tokens", "length", "cached", "batches", "steps", "rounds")}
-    found = torch_bench.in_a_process(config, timeout=settings.seconds / 2, **options)
+    found = torch_model.in_a_process(config, timeout=settings.seconds / 2, **options)
     figures = {name: median_estimate(np.asarray(own)) for name, own in found["seconds"].items()}
     return {"seconds": figures, "peak_bytes": found["peak_bytes"]}
 
@@ -224,12 +225,12 @@ def _experts(
 ) -> list[dict[str, Any]]:
     """One layer's experts on so many tokens: one entry per engine and number of experts kept."""
     k = config.top_k
-    routings = experts_bench.cases(tokens, config.num_experts, k, [k - share * (k - 1) for share in settings.single])
+    routings = experts.cases(tokens, config.num_experts, k, [k - share * (k - 1) for share in settings.single])
     sizes = (config.hidden_size, config.intermediate_size, config.num_experts, DTYPE)
-    seconds = experts_bench.measure(routings, *sizes, engines, settings.rounds)
+    seconds = experts.measure(routings, *sizes, engines, settings.rounds)
     for name, one in others.items():
         try:
-            theirs = experts_bench.measure(routings, *sizes, {name: one}, settings.rounds)
+            theirs = experts.measure(routings, *sizes, {name: one}, settings.rounds)
         except (RivalError, jax.errors.JaxRuntimeError) as error:  # it does not trace, or does not compile or run
             left_out[f"{name}/{tokens}"] = str(error)[:300]
             continue

@@ -1,17 +1,16 @@
-"""What each of several devices holds, and what crosses between them: the table of `docs/scaling.md`.
+"""What each of several devices holds, and what they exchange: the table of `docs/scaling.md`.
 
-    python -m profiling.device_memory                                   # from shapes alone, in half a minute
-    python -m profiling.device_memory --compile                         # what XLA says of a step of decoding beside it
-    python -m profiling.device_memory my_model/config.json --devices 2 4
+    python -m benchmarks.device_memory                                   # from shapes alone, in half a minute
+    python -m benchmarks.device_memory --compile                         # also what XLA says of a decoding step
+    python -m benchmarks.device_memory my_model/config.json --devices 2 4
 
-Nothing is loaded and no device is needed: shapes and their division follow from the declarations that loading and
-running use (`models.parameters`, `models.placement`). `--compile` divides the program over simulated CPU devices, in
+Nothing is loaded and no device is needed: shapes and their division follow from the declarations used by loading and
+running (`models.parameters`, `models.placement`). `--compile` divides the program over simulated CPU devices, in
 float32: the CPU's compiler would turn bfloat16 weights into copies in float32, which no accelerator does.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from analysis.command import path_argument, program
+from benchmarks import harness
 from models.config import MoEConfig, read_config
 from models.decoder import Network
 from models.experts import get_engine
@@ -48,15 +48,15 @@ class Share:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
+    options = harness.parser(__doc__)
+    options.add_argument(
         "configs", nargs="*", type=path_argument, help="config.json of a model; none: three published ones"
     )
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="along `model` (1 2 4 8)")
-    parser.add_argument("--positions", type=int, default=32768, help="of the key/value cache (32768)")
-    parser.add_argument("--compile", action="store_true", help="compile a step of decoding for as many devices")
-    parser.add_argument("--layers", type=int, default=None, help="layers to compile; none: all")
-    args = parser.parse_args(arguments)
+    options.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="devices along `model`")
+    options.add_argument("--positions", type=int, default=32768, help="positions of the key/value cache")
+    options.add_argument("--compile", action="store_true", help="also compile a decoding step for these devices")
+    options.add_argument("--layers", type=int, default=None, help="layers to compile; none: all")
+    args = options.parse_args(arguments)
     if args.compile:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", max(args.devices))

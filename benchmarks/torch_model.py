@@ -1,13 +1,13 @@
-"""A model of random weights in transformers, with torch's grouped matrix products: what `device_bench` compares with.
+"""A model of random weights in transformers, with torch's grouped matrix products, for `benchmarks.device`.
 
-    python -m profiling.torch_bench '{"config": ..., "tokens": [1], "length": 8, ...}'     # as device_bench starts it
+    python -m benchmarks.torch_model '{"config": ..., "tokens": [1], "length": 8, ...}'
 
-A process of its own, for its weights and JAX's would not fit a device together. It prints JSON: seconds of every round.
+It runs in its own process because its weights and JAX's would not fit on a device together. It prints JSON: seconds of
+every round.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import json
@@ -18,8 +18,9 @@ from functools import partial
 from typing import Any
 
 from analysis.command import program
+from benchmarks import harness
+from benchmarks.rivals import RivalError
 from models.config import MoEConfig, config_from_hf, config_to_hf
-from profiling.rivals import RivalError
 from profiling.timing import compare
 
 
@@ -38,7 +39,7 @@ def in_a_process(config: MoEConfig, timeout: float, **options: Any) -> dict[str,
     Raises RivalError with the end of what it said if it fails or takes more seconds than `timeout`.
     """
     asked = json.dumps({"config": config_to_hf(config, "bfloat16"), "device": "cuda", **options})
-    command = [sys.executable, "-m", "profiling.torch_bench", asked]
+    command = [sys.executable, "-m", "benchmarks.torch_model", asked]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -50,9 +51,9 @@ def in_a_process(config: MoEConfig, timeout: float, **options: Any) -> dict[str,
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("asked", type=json.loads, help="the arguments of `measure`, with the model's config, as JSON")
-    asked = parser.parse_args(arguments).asked
+    options = harness.parser(__doc__)
+    options.add_argument("asked", type=json.loads, help="the arguments of `measure`, with the model's config, as JSON")
+    asked = options.parse_args(arguments).asked
     print(json.dumps(measure(config_from_hf(asked.pop("config")), **asked)))
 
 

@@ -1,6 +1,6 @@
 """This decoder against Hugging Face's eager Mixtral: same weights, same batch, interleaved, on the CPU.
 
-    python -m profiling.huggingface_bench
+    python -m benchmarks.huggingface
 
 Needs torch (extra `test` or `gp`). Prefill reads a batch of whole texts; decode continues one text greedily with the
 key/value cache. Prints tokens per second of both and their paired ratio with its interval.
@@ -8,9 +8,7 @@ key/value cache. Prints tokens per second of both and their paired ratio with it
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import jax
 import numpy as np
 
 from analysis.command import program
+from benchmarks import harness
 from models import Model, MoEConfig, load_model
 from models.parameters import init_params
 from models.weights import save_params
@@ -41,13 +40,13 @@ CONFIG = MoEConfig(
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=4, help="texts of the prefill")
-    parser.add_argument("--length", type=int, default=512, help="tokens of each")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode")
-    parser.add_argument("--new_tokens", type=int, default=32, help="tokens decoded per repeat")
-    parser.add_argument("--repeats", type=int, default=11)
-    args = parser.parse_args(arguments)
+    options = harness.parser(__doc__)
+    options.add_argument("--batch", type=int, default=4, help="texts of the prefill")
+    options.add_argument("--length", type=int, default=512, help="tokens of each")
+    options.add_argument("--prompt", type=int, default=32, help="tokens before the decode")
+    options.add_argument("--new_tokens", type=int, default=32, help="tokens decoded per repeat")
+    options.add_argument("--repeats", type=int, default=11, help="rounds")
+    args = options.parse_args(arguments)
 
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -60,13 +59,13 @@ def main(arguments: Sequence[str] | None) -> None:
         "prefill": (batch.size, *prefill(ours, theirs, batch)),
         "decode": (args.new_tokens, *decode(ours, theirs, prompt, args.new_tokens)),
     }
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; float32, {args.repeats} interleaved repeats")
+    print(f"{harness.machine()}; float32, {args.repeats} interleaved repeats")
     print(f"{'':10}{'varjax, tokens/s':>18}{'HF eager, tokens/s':>20}{'varjax is faster by':>22}")
     for name, (tokens, mine, other) in pairs.items():
         seconds = compare({"varjax": mine, "huggingface": other}, args.repeats)
         rates = [tokens / np.median(seconds[side]) for side in ("varjax", "huggingface")]
         ratio = paired_ratio(seconds["huggingface"], seconds["varjax"])
-        print(f"{name:10}{rates[0]:>18,.0f}{rates[1]:>20,.0f}{ratio.value:>9.2f}x  [{ratio.low:.2f}, {ratio.high:.2f}]")
+        print(f"{name:10}{rates[0]:>18,.0f}{rates[1]:>20,.0f}{ratio.value:>9.2f}x  {harness.interval(ratio)}")
 
 
 def load_huggingface(folder: str) -> Any:

@@ -1,4 +1,4 @@
-"""Other ways of running experts in JAX, as engines to be timed beside ours: a grouped matrix product of sorted rows.
+"""Other ways of running experts in JAX, as engines to compare with ours: grouped matrix products of sorted rows.
 
 Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, A = N * K assignments.
 """
@@ -20,14 +20,21 @@ from varjax.routing import Routing
 
 
 class RivalError(Exception):
-    """What others wrote has failed: the message says how. No other error may leave a rival out of a benchmark."""
+    """Code of another library failed. No other error may leave a rival out of a benchmark."""
 
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]  # [A, D], [E, D, F], int[E] rows of each -> [A, F]
 
 
 def rivals(device: Any) -> tuple[dict[str, Engine], dict[str, str]]:
-    """Those that are there, by name; and why the others are left out."""
+    """The rivals that can run on a device.
+
+    Args:
+        device: a JAX device.
+
+    Returns:
+        Engines by name, and why the others are left out.
+    """
     found: dict[str, Product] = {"lax.ragged_dot": partial(jax.lax.ragged_dot, preferred_element_type=jnp.float32)}
     missing = {}
     if device.platform != "gpu":

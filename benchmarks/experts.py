@@ -1,21 +1,19 @@
 """Expert engines against a plain SwiGLU block of the same FLOPs, by how many experts a token keeps.
 
-    python -m profiling.experts_bench [--tokens 2048 1] [--hidden 512 1024] [--ffn 3.0]              # like Mixtral
-    python -m profiling.experts_bench --engines blocks --experts 64 --top_k 8 --hidden 2048 --ffn 0.5    # OLMoE
-    python -m profiling.experts_bench --engines blocks --experts 128 --top_k 8 --hidden 2048 --ffn 0.375 # Qwen3-30B-A3B
+    python -m benchmarks.experts [--tokens 2048 1] [--hidden 512 1024] [--ffn 3.0]              # like Mixtral
+    python -m benchmarks.experts --engines blocks --experts 64 --top_k 8 --hidden 2048 --ffn 0.5    # OLMoE
+    python -m benchmarks.experts --engines blocks --experts 128 --top_k 8 --hidden 2048 --ffn 0.375 # Qwen3-30B-A3B
 
 Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, m experts that a token keeps.
 
 The plain block has K * F inner units and runs on the same N rows: what an ideal engine costs when every slot is used.
-A few tokens hit more than K experts together, whose weights all have to be read: their number stands beside. Each cell
-is the time over the plain block's in the same round, median and 95 % interval; the last column is the time over the
-engine's own with all K kept.
+Several tokens together use more than K experts, whose weights must all be read; the column `hit` has their number.
+Each row has the time over the plain block's in the same round, median and 95 % interval, and in the last column the
+time over the engine's own with all K kept.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis.command import program
+from benchmarks import harness
 from models.experts import ENGINES, Engine
 from profiling.timing import compare, paired_ratio
 from varjax.routing import Routing
@@ -32,22 +31,22 @@ from varjax.routing import Routing
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 1], help="N: prefill, and decode of a batch")
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 1024], help="D")
-    parser.add_argument("--experts", type=int, default=8, help="E")
-    parser.add_argument("--top_k", type=int, default=2, help="K")
-    parser.add_argument("--ffn", type=float, default=3.0, help="F / D; Mixtral has 3.5")
-    parser.add_argument("--kept", type=float, nargs="+", help="m, a mean over tokens; default: K, 3/4 K, ..., 0")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--engines", nargs="+", choices=sorted(ENGINES), help="default: all that run here")
-    parser.add_argument("--repeats", type=int, default=11)
-    args = parser.parse_args(arguments)
+    options = harness.parser(__doc__)
+    options.add_argument("--tokens", type=int, nargs="+", default=[2048, 1], help="N: prefill, and decode of a batch")
+    options.add_argument("--hidden", type=int, nargs="+", default=[512, 1024], help="D")
+    options.add_argument("--experts", type=int, default=8, help="E")
+    options.add_argument("--top_k", type=int, default=2, help="K")
+    options.add_argument("--ffn", type=float, default=3.0, help="F / D; Mixtral has 3.5")
+    options.add_argument("--kept", type=float, nargs="+", help="m, a mean over tokens; none: K, 3/4 K, ..., 0")
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    options.add_argument("--engines", nargs="+", choices=sorted(ENGINES), help="engines; none: all that run here")
+    options.add_argument("--repeats", type=int, default=11, help="rounds")
+    args = options.parse_args(arguments)
 
     here = [name for name, engine in sorted(ENGINES.items()) if engine.obstacle(jax.devices()[0]) is None]
     engines = {name: ENGINES[name] for name in args.engines or here}
     kept = [args.top_k * share / 4 for share in (4, 3, 2, 1, 0)] if args.kept is None else args.kept
-    print(f"{jax.devices()[0].device_kind}, {os.cpu_count()} cores; {args.dtype}, E={args.experts}, K={args.top_k}")
+    print(f"{harness.machine()}; {args.dtype}, E={args.experts}, K={args.top_k}")
     for hidden in args.hidden:
         size = int(args.ffn * hidden)
         for tokens in args.tokens:
@@ -128,7 +127,7 @@ def print_table(
         for m, routing in routings.items():
             taken, hit = seconds[f"{engine}/{m}"], np.sum(np.unique(routing.experts) < num_experts)
             over, own = paired_ratio(taken, seconds["plain"]), paired_ratio(taken, full)
-            over_plain = f"{over.value:>10.2f}  [{over.low:.2f}, {over.high:.2f}]"
+            over_plain = f"{over.value:>10.2f}  {harness.interval(over)}"
             print(f"  {engine:12}{m:>6g}{hit:>6}{np.median(taken) * 1e3:>12.3f}{over_plain:28}{own.value:>10.2f}")
 
 

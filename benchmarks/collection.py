@@ -1,18 +1,16 @@
-"""What collecting routing statistics costs beside the forward pass that it needs anyway.
+"""What collecting routing statistics costs in addition to the forward pass.
 
-    python -m profiling.collection_bench [--model reference]
+    python -m benchmarks.collection [--model reference]
 
-By default on a model of 100 million random parameters: what is timed does not depend on their values. In one run, round
-by round: the forward pass (without its head, which nobody asks for), the same with statistics, the update alone, and a
+By default the model has 100 million random parameters, because the time does not depend on their values. Each round
+times the forward pass (without its head, which is not needed), the same with statistics, the update alone, and a
 Python loop over tokens that keeps the same figures. The host's share (tokenizing, counting keys, moving sums to the
-host) is timed apart, per token.
+host) is timed separately, per token.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import time
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,6 +23,7 @@ from analysis.command import name_argument, program
 from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
+from benchmarks import harness
 from models import Model, MoEConfig, load_model
 from models.experts import get_engine
 from models.parameters import Params, init_params, prepare
@@ -38,22 +37,22 @@ LOOP_TOKENS = 64  # of a batch, for the Python loop: it is slow
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="random", type=name_argument, help="directory, hub id, 'reference' or 'random' (the default)"
+    options = harness.parser(__doc__)
+    options.add_argument(
+        "--model", default="random", type=name_argument, help="directory, hub id, 'reference' or 'random'"
     )
-    parser.add_argument("--num_samples", type=int, default=1500, help="documents that choose the keys (1500)")
-    parser.add_argument("--repeats", type=int, default=9, help="rounds (9)")
-    args = parser.parse_args(arguments)
+    options.add_argument("--num_samples", type=int, default=1500, help="documents that choose the keys")
+    options.add_argument("--repeats", type=int, default=9, help="rounds")
+    args = options.parse_args(arguments)
 
     model = random_model() if args.model == "random" else load_model(args.model)
     texts = load_documents("embedded", split="build", limit=args.num_samples)
-    documents, reading = timed(lambda: list(iter_encode(texts, model.tokenizer, model.config)))
+    documents, reading = harness.timed(lambda: list(iter_encode(texts, model.tokenizer, model.config)))
     tokens = sum(len(document.ids) for document in documents)
-    keys, counting = timed(lambda: choose_keys(model, documents, 256, KeySettings()))
+    keys, counting = harness.timed(lambda: choose_keys(model, documents, 256, KeySettings()))
     full = next((batch for batch in batches(documents, 8, 256) if batch.ids.shape[1] == 256), None)
     if full is None:
-        parser.error(f"--num_samples {args.num_samples}: none of these documents fills half of a window of 256 tokens")
+        options.error(f"--num_samples {args.num_samples}: none of these documents fills half of a window of 256 tokens")
     ids, mask = jnp.asarray(full.ids), jnp.asarray(full.mask)
 
     orders = tuple(count.order for count in keys.orders)
@@ -88,7 +87,7 @@ def main(arguments: Sequence[str] | None) -> None:
         "loop": lambda: python_loop(host_rows, host_probs),
     }
     seconds = compare(sides, args.repeats)
-    _, flushing = timed(lambda: jax.block_until_ready(stats.init(stats.absorb(window[0], empty))))
+    _, flushing = harness.timed(lambda: jax.block_until_ready(stats.init(stats.absorb(window[0], empty))))
     size = ids.size
     forward = float(np.median(seconds["forward"])) / size
     both = paired_ratio(seconds["with statistics"], seconds["forward"])
@@ -98,12 +97,12 @@ def main(arguments: Sequence[str] | None) -> None:
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,} parameters, {len(layers)} layers")
     print(f"{len(keys.keys):,} keys of orders {orders}, batch {ids.shape[0]} x {ids.shape[1]}")
     print(f"forward             {forward * size * 1e3:9.1f} ms a batch")
-    print(f"with statistics     {both.value:9.3f}x [{both.low:.3f}, {both.high:.3f}]")
+    print(f"with statistics     {both.value:9.3f}x {harness.interval(both, 3)}")
     print(f"update alone        {np.median(seconds['update']) * 1e3:9.1f} ms a batch")
     for name, cost in host.items():
         print(f"{name:20}{cost / forward:+9.3f}x")
     print(f"in all              {both.value + sum(host.values()) / forward:9.3f}x")
-    print(f"Python loop         {loop.value:9.0f}x the update's time per token [{loop.low:.0f}, {loop.high:.0f}]")
+    print(f"Python loop         {loop.value:9.0f}x the update's time per token {harness.interval(loop, 0)}")
 
 
 def random_model() -> Model:
@@ -148,13 +147,6 @@ def python_loop(rows: np.ndarray, probs: np.ndarray) -> dict[tuple[int, int], li
                 one[3][first] += 1
                 one[4] += p
     return found
-
-
-def timed(call: Callable) -> tuple:
-    """What it returns, and the seconds it took."""
-    start = time.perf_counter()
-    found = call()
-    return found, time.perf_counter() - start
 
 
 if __name__ == "__main__":

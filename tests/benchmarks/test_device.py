@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 
 from analysis.report.provenance import write_json
+from benchmarks import experts, torch_model
+from benchmarks import rivals as rivals_module
+from benchmarks.device import QUICK, _experts, layers_that_fit, run
+from benchmarks.rivals import rivals
 from models.experts import Engine, get_engine
 from models.experts_pallas import stack_experts
-from profiling import experts_bench, torch_bench
-from profiling import rivals as rivals_module
 from profiling.costs import parameters
-from profiling.device_bench import QUICK, _experts, layers_that_fit, run
-from profiling.hardware import HARDWARE
-from profiling.published import MIXTRAL_8X7B
-from profiling.rivals import rivals
+from profiling.published import HARDWARE, MIXTRAL_8X7B
 from varjax.routing import Routing
 
 TINY = dataclasses.replace(
@@ -76,9 +75,9 @@ def test_a_rival_that_fails_is_left_out_and_a_fault_of_ours_is_not(monkeypatch):
     assert {one["engine"] for one in found} == {"blocks"}
     assert left_out == {"theirs/2": "ValueError: operands could not be broadcast together"}
 
-    measure = experts_bench.measure
+    measure = experts.measure
     monkeypatch.setattr(
-        experts_bench, "measure", lambda *args: broken() if "theirs" in args[-2] else measure(*args)
+        experts, "measure", lambda *args: broken() if "theirs" in args[-2] else measure(*args)
     )  # the measuring itself is at fault
     with pytest.raises(ValueError, match="broadcast"):
         _experts(*given, hardware, {})
@@ -126,6 +125,6 @@ def test_rivals_compute_the_same():
 def test_transformers_is_timed_where_torch_is(fields):
     pytest.importorskip("torch")
     options = {"tokens": [1, 4], "length": 8, "cached": 4, "batches": [1, 2], "steps": 2, "rounds": 2}
-    found = torch_bench.measure(dataclasses.replace(TINY, **fields), device="cpu", **options)
+    found = torch_model.measure(dataclasses.replace(TINY, **fields), device="cpu", **options)
     assert found["seconds"].keys() == {"experts/1", "experts/4", "prefill", "decode/1", "decode/2"}
     assert all(len(own) == 2 and min(own) > 0 for own in found["seconds"].values())
