@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 
+from analysis.collect.answers import collect_answers
+from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.policies.scored_points import Subject
 from analysis.resampling import Estimate
 from tuning.points import PREDICTED, Outcome, Point
 from tuning.space import Parameter
 from varjax.config import VARConfig
 
+READING = {"batch_size": 4, "max_length": 16}
 SPACE = (
     Parameter("loss_budget", "float", 0.001, 0.03, log=True),
     Parameter("frequency_threshold", "int", 10, 200, log=True, unit="occurrences"),
@@ -65,3 +69,14 @@ def searches(make_point):
         "all given up": [make_point(i, 1.5, 0.1 + i / 10, hopeless=True) for i in range(25)],
         "all the same": [make_point(i, **many[1].values) for i in range(25)],
     }
+
+
+@pytest.fixture(scope="session")
+def subject(saved_model, even_documents):
+    """Statistics and answers of 57 documents, to be judged on the others."""
+    known = even_documents[:57]
+    keys = choose_keys(saved_model, known, 16, KeySettings((1, 2), min_count=3))
+    stats = collect(saved_model, known, keys, **READING, progress=False)
+    answers = collect_answers(saved_model, known, stats.keys, range(2), **READING, progress=False)
+    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0, default=None)
+    return Subject(saved_model, stats, answers, config, even_documents[57:], **READING, progress=False)

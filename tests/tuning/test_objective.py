@@ -4,29 +4,16 @@ import math
 import numpy as np
 import pytest
 
-from analysis.collect.answers import collect_answers
-from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.caching import Caching
 from analysis.evaluate.quality import plain_runner, score, var_runner
-from analysis.policies.scored_points import Subject
 from analysis.resampling import Estimate
 from tuning.objective import Objective, _predicted_speedup, upper_limit
 from tuning.points import PREDICTED
-from varjax.config import LayerPolicy, VARConfig
+from varjax.config import LayerPolicy
 from varjax.model import VARModel
 from varjax.table import build_table
 
 READING = {"batch_size": 4, "max_length": 16}
-
-
-@pytest.fixture(scope="module")
-def subject(saved_model, even_documents):
-    known = even_documents[:57]
-    keys = choose_keys(saved_model, known, 16, KeySettings((1, 2), min_count=3))
-    stats = collect(saved_model, known, keys, **READING, progress=False)
-    answers = collect_answers(saved_model, known, stats.keys, range(2), **READING, progress=False)
-    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0, default=None)
-    return Subject(saved_model, stats, answers, config, even_documents[57:], **READING, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +116,8 @@ def test_programs_of_many_cache_sizes_do_not_pile_up(subject, objective, monkeyp
     monkeypatch.setattr("tuning.objective.jax.clear_caches", lambda: cleared.append(1))
     monkeypatch.setattr("tuning.objective.PROGRAMS", 2)
     fresh = dataclasses.replace(objective)
-    few = dataclasses.replace(fresh, subject=dataclasses.replace(subject, documents=subject.documents[:8]))
     for size in (4, 4, 8, 12, 4):
-        few.evaluate(dataclasses.replace(kept(subject, 1), cache_size=size, context_window_size=2))
+        fresh._make_room(dataclasses.replace(subject.config, cache_size=size, context_window_size=2))
     assert len(cleared) == 1  # for the third size; then there is room for the first again
 
 

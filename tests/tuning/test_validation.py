@@ -4,10 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.collect.answers import collect_answers
-from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.certificate import Losses, certify
-from analysis.policies.scored_points import Subject
 from analysis.resampling import Estimate
 from tuning import objective
 from tuning.validation import (
@@ -21,7 +18,7 @@ from tuning.validation import (
     section,
     validate,
 )
-from varjax.config import LayerPolicy, VARConfig
+from varjax.config import LayerPolicy
 from varjax.errors import InputError
 
 LIMIT = 0.01
@@ -138,21 +135,23 @@ def test_simulated_validations_pass_as_often_as_they_should(five_certified, true
 
 
 @pytest.fixture(scope="module")
-def subject(saved_model, even_documents):
-    reading = {"batch_size": 4, "max_length": 16, "progress": False}
-    known = even_documents[:57]
-    keys = choose_keys(saved_model, known, 16, KeySettings((1,), min_count=3))
-    stats = collect(saved_model, known, keys, **reading)
-    answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
-    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0)
-    return Subject(saved_model, stats, answers, config, even_documents[57:87], **reading)
+def calibrate(subject, even_documents):
+    config = dataclasses.replace(subject.config, default=LayerPolicy())
+    return dataclasses.replace(subject, config=config, documents=even_documents[57:87])
 
 
-def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject, even_documents):
-    test = dataclasses.replace(subject, documents=even_documents[87:])
-    nothing = dataclasses.replace(subject.config, default=None)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, use_answers=False))
-    found = validate(subject, test, {"half": half}, {"preset": half, "none": nothing}, repeats=3, rounds=2, limit=0.2)
+@pytest.fixture
+def untimed(monkeypatch):
+    """Every speed-up is 1.1x, without a clock."""
+    ratio = {"value": 1.1, "low": 1.0, "high": 1.2}
+    monkeypatch.setattr(objective, "measure", lambda *_, **__: {"speedup": {"prefill": ratio, "decode": ratio}})
+
+
+def test_a_real_model_is_validated_on_different_documents_in_each_repeat(calibrate, even_documents, untimed):
+    test = dataclasses.replace(calibrate, documents=even_documents[87:])
+    nothing = dataclasses.replace(calibrate.config, default=None)
+    half = dataclasses.replace(calibrate.config, default=LayerPolicy(experts_kept=1, use_answers=False))
+    found = validate(calibrate, test, {"half": half}, {"preset": half, "none": nothing}, repeats=3, rounds=2, limit=0.2)
     one, (preset, none) = found.chosen, found.presets
     assert [one.name for one in found.candidates] == ["half"] and (one.name, preset.name) == ("half", "preset")
     assert none.degradation.value == pytest.approx(0, abs=1e-6) and none.experts_per_token == 2.0
@@ -163,10 +162,10 @@ def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject
     assert section(found).verdict in ("PASS", "FAIL")
 
 
-def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_documents, monkeypatch):
+def test_no_measurement_that_chose_takes_part_in_the_verdict(calibrate, even_documents, monkeypatch):
     """Timings are set here, so that it is known which candidate looks the fastest, and on which documents."""
-    test = dataclasses.replace(subject, documents=even_documents[87:117])
-    calibrate_ids, test_ids = ({one.id for one in of.documents} for of in (subject, test))
+    test = dataclasses.replace(calibrate, documents=even_documents[87:117])
+    calibrate_ids, test_ids = ({one.id for one in of.documents} for of in (calibrate, test))
     looks = {1: 1.6, 2: 1.4}  # by experts that are kept, on the calibrate documents
     read = []
 
@@ -180,24 +179,26 @@ def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_docum
 
     monkeypatch.setattr(objective, "measure", timing)
     configs = {
-        f"keeps {kept}": dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, use_answers=False))
+        f"keeps {kept}": dataclasses.replace(
+            calibrate.config, default=LayerPolicy(experts_kept=kept, use_answers=False)
+        )
         for kept in (2, 1)
     }
-    found = validate(subject, test, configs, {}, repeats=2, limit=0.2)
+    found = validate(calibrate, test, configs, {}, repeats=2, limit=0.2)
     assert [one.speedup for one in found.candidates] == [1.4, 1.6] and found.chosen.name == "keeps 1"
     assert found.chosen.speedup == pytest.approx(1.2)
     assert [(kept, ids == calibrate_ids) for kept, ids in read[:2]] == [(2, True), (1, True)]
     assert [kept for kept, _ in read[2:]] == [1, 1] and set.union(*(ids for _, ids in read[2:])) == test_ids
 
 
-def test_where_nothing_is_certified_no_test_document_is_read(subject):
-    test = dataclasses.replace(subject, documents=[None] * 4)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, use_answers=False))
-    found = validate(subject, test, {"half": half}, {"preset": half}, repeats=2, rounds=2, level=1 - 1e-9)
+def test_where_nothing_is_certified_no_test_document_is_read(calibrate, untimed):
+    test = dataclasses.replace(calibrate, documents=[None] * 4)
+    half = dataclasses.replace(calibrate.config, default=LayerPolicy(experts_kept=1, use_answers=False))
+    found = validate(calibrate, test, {"half": half}, {"preset": half}, repeats=2, rounds=2, level=1 - 1e-9)
     assert found.chosen is None and found.presets == () and section(found).verdict == "FAIL"
 
 
-def test_too_few_documents_for_the_repeats_are_refused(subject):
-    test = dataclasses.replace(subject, documents=subject.documents[:2])
+def test_too_few_documents_for_the_repeats_are_refused(calibrate):
+    test = dataclasses.replace(calibrate, documents=calibrate.documents[:2])
     with pytest.raises(InputError, match="3 repeats of 2 test documents"):
-        validate(subject, test, {}, {}, repeats=3)
+        validate(calibrate, test, {}, {}, repeats=3)
