@@ -19,8 +19,7 @@ from analysis.policies import scored_points
 from analysis.report.provenance import write_json
 from analysis.text import embedded
 from analysis.text.corpus import load_documents
-from analysis.text.preparation import prepare
-from analysis.text.prepared import MANIFEST, Request, open_prepared
+from analysis.text.prepared import MANIFEST, Request, open_prepared, prepare
 from analysis.traces import trace as traces
 from models.config import MoEConfig
 from models.parameters import init_params

@@ -23,8 +23,8 @@ from analysis.collect.passes import EVERY_DOCUMENT, SAVE_TOKENS, Share, mesh_of
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
-from analysis.text.corpus import CorpusError
 from analysis.text.encoded_corpus import EncodedCorpus
+from analysis.text.sources import CorpusError
 from models import Model, MoEConfig
 from varjax import answers, answersfile, statsfile
 from varjax.config import residuals_beside
