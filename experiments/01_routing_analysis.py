@@ -13,15 +13,17 @@ their devices.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 from collections.abc import Sequence
+from functools import partial
 
-from analysis.collect import report as collection_report
-from analysis.collect.merging import merge_files
 from analysis.collect.passes import EVERY_DOCUMENT, Share
-from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, place
-from analysis.collect.statistics import KeySettings
+from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, merge_files, place
+from analysis.collect.statistics import KeySettings, report, summarize
 from analysis.command import path_argument, program
+from analysis.hypotheses import statistics_figures
+from analysis.hypotheses.figure_notes import NOTES
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
@@ -144,10 +146,14 @@ def print_keys(keys: ContextCounts) -> None:
 
 def present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """The summary, printed and written, and the figures."""
-    said = collection_report.report(stats, facts)
-    beside = {"layers": collection_report.summarize(stats), "provenance": provenance(seed=args.seed)}
-    name, drawn = f"{output.prefix}routing_summary", collection_report.draw(stats)
-    write_report(said, output.folder, name, prefix=output.prefix, index=not output.named, figures=drawn, beside=beside)
+    drawn = {
+        "frequency_entropy": statistics_figures.frequency_against_entropy,
+        "entropy_distribution": statistics_figures.entropy_distribution,
+    }
+    figures = [dataclasses.replace(NOTES[name], draw=partial(draw, stats)) for name, draw in drawn.items()]
+    said = report(stats, facts, figures)
+    beside = {"layers": summarize(stats), "provenance": provenance(seed=args.seed)}
+    write_report(said, output, f"{output.prefix}routing_summary", beside=beside)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))
     print(shlex.join(["python", "-m", "analysis.hypothesis_validation", *map(str, asked)]))

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.collect.passes import FLUSH_TOKENS, on_all_devices, on_mesh, per_device
-from analysis.collect.statistics import KeySettings, choose_keys, collect_step, find_rows
+from analysis.collect.passes import FLUSH_TOKENS, Sums, find_rows, mesh_of, on_devices, pass_step, windows_of
+from analysis.collect.statistics import KeySettings, choose_keys
 from analysis.command import name_argument, program
 from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
@@ -30,7 +30,6 @@ from models.experts import get_engine
 from models.parameters import Params, init_params, prepare
 from profiling.timing import compare, paired_ratio
 from varjax import stats
-from varjax.keys import KeyIndex
 from varjax.stats import RoutingStats
 
 LOOP_TOKENS = 64  # of a batch, for the Python loop: it is slow
@@ -57,15 +56,16 @@ def main(arguments: Sequence[str] | None) -> None:
     ids, mask = jnp.asarray(full.ids), jnp.asarray(full.mask)
 
     orders = tuple(count.order for count in keys.orders)
-    model, mesh = on_mesh(model)
+    mesh = mesh_of(model)
+    model, shared = on_devices(model, keys.keys)
     layers = tuple(range(model.config.num_layers))
     empty = RoutingStats.empty(keys.keys, orders, len(layers), model.config.num_experts)
-    special = jnp.asarray(model.special_token_ids, jnp.int32)
-    shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
-    windows = [per_device(stats.init(empty), mesh)]
+    windows = [windows_of(stats.init(empty), mesh)]
+    sums = Sums("statistics", stats.init, stats.update, stats.absorb, orders, layers)
+    running = {"sums": sums, "network": model.network, "mesh": mesh}
 
     def collecting() -> jax.Array:
-        windows[0] = collect_step(windows[0], *shared, model.params, ids, mask, model.network, orders, layers, mesh)
+        windows[0] = pass_step(windows[0], shared, model.params, ids, mask, **running)
         return windows[0].tokens
 
     @jax.jit

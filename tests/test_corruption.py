@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from analysis.collect.checkpoints import Checkpoints, note, resumed
+from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.evaluate.comparison import read_result
 from analysis.evaluate.quality import Scores
 from analysis.policies import scored_points

@@ -1,52 +1,39 @@
-"""Phase 1's pass over a corpus: the routing statistics of every layer and context key.
-
-Letters: G devices, L layers, B sequences, T positions, O orders, E experts.
+"""The first pass of phase 1: the routing statistics of every layer and context key, and their summary.
 
 Token ids alone decide which keys are kept (`varjax.keys.count_contexts`), so the keys are chosen before the model runs
-and the devices work on arrays of a fixed size, whatever the corpus holds.
+and the devices work on arrays of a fixed size, whatever the corpus contains.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
-from functools import partial
+from typing import Unpack
 
-import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
 
-from analysis.collect.checkpoints import Checkpoints
-from analysis.collect.passes import (
-    SAVE_TOKENS,
-    SPLIT,
-    SPLIT_LAYERS,
-    WHOLE,
-    on_all_devices,
-    on_each_device,
-    on_mesh,
-    run_pass,
-)
+from analysis.collect.passes import Reading, Sums, run_pass
+from analysis.criteria import LOW_ENTROPY
+from analysis.report.report import Column, Report, ReportFigure, Section, Table
 from analysis.text.batches import windows
 from analysis.text.encoding import Encoded
 from models import Model
-from models.decoder import Network
-from models.parameters import Params
 from varjax import stats
 from varjax.errors import InputError
-from varjax.keys import NONE, ContextCounts, KeyIndex, contexts, count_contexts, find_orders
+from varjax.keys import ContextCounts, count_contexts
 from varjax.progress import progress_bar
-from varjax.stats import RoutingStats, StatsBuffer
+from varjax.stats import RoutingStats
 
 
 @dataclasses.dataclass(frozen=True)
 class KeySettings:
-    """Which keys are worth a row."""
+    """Which keys get a row. Raises InputError for a setting out of range."""
 
     orders: tuple[int, ...] = (1, 2, 3)  # context lengths in tokens, the current one included
     min_count: int = 5  # occurrences that a key needs
-    max_keys: int | None = 50_000  # over all orders together: the most frequent ones; None: no bound
-    capacity: int = 1 << 20  # different contexts of one order that are counted at a time: what memory depends on
+    max_keys: int | None = 50_000  # over all orders together, the most frequent ones; None: no bound
+    capacity: int = 1 << 20  # different contexts of one order that are counted at a time, which bounds memory
 
     def __post_init__(self) -> None:
         at_least_one = {"min_count": self.min_count, "max_keys": self.max_keys, "capacity": self.capacity}
@@ -60,7 +47,17 @@ class KeySettings:
 def choose_keys(
     model: Model, documents: Iterable[Encoded], max_length: int, settings: KeySettings, *, progress: bool = False
 ) -> ContextCounts:
-    """The keys of a corpus, counted over the same windows that the model will read.
+    """Choose the keys of a corpus, counted over the same windows that the model will read.
+
+    Args:
+        model: its special tokens are not keys.
+        documents: the corpus.
+        max_length: tokens per window.
+        settings: which keys get a row.
+        progress: show a bar on standard error.
+
+    Returns:
+        The keys with their counts.
 
     Raises:
         InputError: no context is frequent enough to be a key.
@@ -83,82 +80,101 @@ def collect(
     keys: ContextCounts,
     *,
     layers: Sequence[int] | None = None,
-    batch_size: int = 8,
-    max_length: int = 256,
-    checkpoints: Checkpoints | None = None,
-    save_tokens: int = SAVE_TOKENS,
-    progress: bool = True,
+    **reading: Unpack[Reading],
 ) -> RoutingStats:
-    """The statistics of `model` over `documents`, on the keys that `choose_keys` found.
-
-    Runs on the mesh that the model is divided over, or on all devices of this process.
+    """Collect the statistics of a model over documents.
 
     Args:
-        layers: those to collect, ascending; None: all. The others have no occurrences.
-        batch_size: rows per device and batch at `max_length`.
-        max_length: tokens per window.
-        checkpoints: where to resume from and to save to; None for a pass that starts anew.
-        save_tokens: tokens between checkpoints.
-        progress: show a bar on standard error.
+        model: the model.
+        documents: in the same order whenever they are read.
+        keys: see `choose_keys`.
+        layers: the layers to collect, ascending; None: all. The others have no occurrences.
+        reading: see `analysis.collect.passes.Reading`.
+
+    Returns:
+        The statistics.
     """
     num_layers = model.config.num_layers
     chosen = tuple(range(num_layers)) if layers is None else tuple(layers)
     orders = tuple(count.order for count in keys.orders)
-    model, mesh = on_mesh(model)
-    special = jnp.asarray(model.special_token_ids, jnp.int32)
-    shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
-
-    def step(windows: StatsBuffer, ids: jax.Array, mask: jax.Array) -> StatsBuffer:
-        return collect_step(windows, *shared, model.params, ids, mask, model.network, orders, chosen, mesh)
-
-    found, read = run_pass(
-        RoutingStats.empty(keys.keys, orders, len(chosen), model.config.num_experts),
-        documents,
-        begin=stats.init,
-        step=step,
-        absorb=stats.absorb,
-        name="statistics",
-        mesh=mesh,
-        batch_size=batch_size,
-        max_length=max_length,
-        checkpoints=checkpoints,
-        save_tokens=save_tokens,
-        progress=progress,
-    )
+    empty = RoutingStats.empty(keys.keys, orders, len(chosen), model.config.num_experts)
+    sums = Sums("statistics", stats.init, stats.update, stats.absorb, orders, chosen)
+    found, read = run_pass(model, documents, keys.keys, empty, sums, **reading)
     return stats.spread(dataclasses.replace(found, documents=read), chosen, num_layers)
 
 
-@partial(jax.jit, static_argnames=("network", "orders", "layers", "mesh"), donate_argnums=0)
-def collect_step(
-    windows: StatsBuffer,
-    index: KeyIndex,
-    special: jax.Array,
-    params: Params,
-    ids: jax.Array,
-    mask: jax.Array,
-    network: Network,
-    orders: tuple[int, ...],
-    layers: tuple[int, ...],
-    mesh: Mesh,
-) -> StatsBuffer:
-    """One batch [G * B, T] through the model and into the windows [G, ...] of the devices.
+@dataclasses.dataclass(frozen=True)
+class LayerSummary:
+    """One layer's means over the occurrences of all token ids that are keys."""
 
-    Special tokens (int32 [S]) route but do not count.
+    layer: int
+    mean_entropy: float  # of the gate, nats
+    normalized_entropy: float  # divided by ln E
+    share_at_sure_ids: float  # share of the occurrences whose ids have a mean entropy below `LOW_ENTROPY`
+    routing_consistency: float  # share of an id's occurrences with its most frequent first choice
+
+
+def summarize(found: RoutingStats) -> list[LayerSummary]:
+    """Summarize each layer in which a token id was counted.
+
+    Args:
+        found: the statistics.
+
+    Returns:
+        One summary per layer.
     """
-    probs = network.forward(params, ids, attention_mask=mask).router_probs
+    layers = []
+    ones = found.row_orders == 1
+    for layer in range(len(found.count)):
+        seen = ones & (found.count[layer] > 0)
+        if not seen.any():
+            continue
+        entropy, consistency = found.entropy.mean[layer, seen], found.routing_consistency[layer, seen]
+        columns = (entropy, entropy < LOW_ENTROPY, consistency)
+        mean, sure, settled = (float(np.average(one, weights=found.count[layer, seen])) for one in columns)
+        layers.append(LayerSummary(layer, mean, mean / math.log(found.num_experts), sure, settled))
+    return layers
 
-    def add(
-        window: StatsBuffer, index: KeyIndex, special: jax.Array, ids: jax.Array, mask: jax.Array, probs: jax.Array
-    ) -> StatsBuffer:
-        rows = find_rows(index, ids, mask, orders)
-        return stats.update(window, rows, probs[jnp.array(layers)], mask & ~jnp.isin(ids, special))
 
-    specs = (WHOLE, WHOLE, SPLIT, SPLIT, SPLIT_LAYERS)
-    return on_each_device(add, mesh, *specs)(windows, index, special, ids, mask, probs)
+def report(found: RoutingStats, facts: Sequence[tuple[str, str]] = (), figures: Sequence[ReportFigure] = ()) -> Report:
+    """Report how sure and how settled each layer's router is. `analysis.hypothesis_validation` tests hypotheses.
+
+    Args:
+        found: the statistics.
+        facts: about model and data.
+        figures: of the statistics.
+
+    Returns:
+        The report.
+    """
+    layers = summarize(found)
+    entropies = [one.normalized_entropy for one in layers]
+    spread = f"{min(entropies):.0%} to {max(entropies):.0%} of ln {found.num_experts}" if layers else "no token id"
+    left_out = tuple(
+        f"Layer {layer}: {count:,} tokens are left out, the router gave NaN or infinity."
+        for layer, count in enumerate(found.nonfinite)
+        if count
+    )
+    section = Section(
+        "routers",
+        "How sure the routers are",
+        "reported",
+        f"mean gate entropy by layer: {spread}",
+        (
+            "Means over the occurrences of token ids that are keys. An id is below a bound if its mean entropy is; "
+            "single occurrences need not be. Consistency is measured on the same text, which favors rare ids.",
+            *left_out,
+        ),
+        (Table("Routers by layer", _COLUMNS, tuple(map(dataclasses.astuple, layers))),),
+        tuple(figures),
+        f"{np.mean(entropies):.0%} of ln {found.num_experts}" if layers else "",
+    )
+    documents = f"{found.documents:,} documents" if found.documents else "documents not known"
+    size = f"{found.tokens:,} tokens, {documents}, {len(found.keys):,} keys"
+    return Report("Routing statistics", (*facts, ("statistics", size)), (), (section,))
 
 
-def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[int, ...]) -> jax.Array:
-    """int32 [O, B, T]: the key rows of whole windows, which begin without a past."""
-    length = max(1, *orders)
-    recent = jnp.full((ids.shape[0], length - 1), NONE, jnp.int32)
-    return find_orders(index, contexts(ids, recent, length, mask), orders)
+_COLUMNS = (
+    *(Column("layer"), Column("gate entropy [nats]", ".3f"), Column("of ln E", ".1%")),
+    *(Column(f"at ids below {LOW_ENTROPY} nats", ".1%"), Column("consistency", ".1%")),
+)

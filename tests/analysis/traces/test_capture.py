@@ -8,13 +8,12 @@ import pytest
 from analysis.hypotheses.sources import trace_source
 from analysis.hypotheses.trace_findings import Settings, examine_trace
 from analysis.hypothesis_validation import draw, examine, report
-from analysis.replay import replay
+from analysis.replay import report_of
 from analysis.report.report import text
-from analysis.traces import replay_report
 from analysis.traces import trace as trace_file
 from analysis.traces.capture import captured_layers, layer_names
 from analysis.traces.importing import import_npz
-from analysis.traces.replay_report import draw as draw_replay
+from analysis.traces.replaying import replay
 from analysis.traces.trace import TraceError
 from tests.analysis.traces.test_importing import stored
 from varjax.config import LayerPolicy, VARConfig
@@ -137,11 +136,12 @@ def test_a_replay_leaves_them_out(traces):
     assert [long.rates(place) for place in PLACES] == [short.rates(0), short.rates(1)]
     assert long.rates() == short.rates()
     assert long.rates(0)["experts_per_token"] is None
-    assert any("Not captured: layers 0, 2, 3 of 5" in note for note in replay_report.report(long).notes)
-    table = replay_report.report(long).sections[0].tables[0]
+    assert any("Not captured: layers 0, 2, 3 of 5" in note for note in report_of(long).notes)
+    table = report_of(long).sections[0].tables[0]
     names = ["0 (not captured)", "1", "2 (not captured)", "3 (not captured)", "4", "all"]
     assert [row[0] for row in table.rows] == names
-    assert len(draw_replay(long)) == 2
+    figures = [figure for section in report_of(long).sections for figure in section.figures]
+    assert len(figures) == 2 and all(figure.draw() for figure in figures)
     with pytest.raises(InputError, match="layer 7: the trace has only layers 0 to 4"):
         replay(traces[1], replace(config, layers={7: None}))
 
