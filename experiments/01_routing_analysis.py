@@ -13,21 +13,20 @@ their devices.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 from collections.abc import Sequence
-from functools import partial
 
 from analysis.collect.passes import EVERY_DOCUMENT, Share
 from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, merge_files, place
-from analysis.collect.statistics import KeySettings, report, summarize
+from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
-from analysis.hypotheses import statistics_figures
-from analysis.hypotheses.figure_notes import NOTES
+from analysis.questions import routers
+from analysis.questions.data import RoutingData, Source
+from analysis.questions.layers import size
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
-from analysis.report.report import text
+from analysis.report.report import Report, text
 from analysis.text import card
 from analysis.traces.recording import record
 from experiments.arguments import open_corpus, open_model, parser
@@ -146,13 +145,10 @@ def print_keys(keys: ContextCounts) -> None:
 
 def present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """The summary, printed and written, and the figures."""
-    drawn = {
-        "frequency_entropy": statistics_figures.frequency_against_entropy,
-        "entropy_distribution": statistics_figures.entropy_distribution,
-    }
-    figures = [dataclasses.replace(NOTES[name], draw=partial(draw, stats)) for name, draw in drawn.items()]
-    said = report(stats, facts, figures)
-    beside = {"layers": summarize(stats), "provenance": provenance(seed=args.seed)}
+    answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
+    facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
+    said = Report("Routing statistics", facts, (), answer.sections)
+    beside = {**answer.result, "provenance": provenance(seed=args.seed)}
     write_report(said, output, f"{output.prefix}routing_summary", beside=beside)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
 from analysis.checkpoints import Checkpoints
 from analysis.text.batches import batches
@@ -42,7 +43,6 @@ SAVE_TOKENS = 1 << 21  # tokens between checkpoints
 _SPLIT, _WHOLE = PartitionSpec(DATA), PartitionSpec()  # the first axis over the devices; the same on all of them
 _SPLIT_LAYERS = PartitionSpec(None, DATA)  # [L, B, ...]
 
-T = TypeVar("T")
 Window = TypeVar("Window")  # a pytree of device arrays
 Total = TypeVar("Total")  # a pytree of host arrays
 
@@ -116,38 +116,65 @@ def mesh_of(model: Model) -> Mesh:
     return model.placement.mesh or make_mesh(f"{DATA}={jax.local_device_count()}", jax.local_devices())
 
 
-def on_devices(model: Model, keys: np.ndarray) -> tuple[Model, tuple[KeyIndex, jax.Array]]:
-    """Move to the devices what all batches of a pass share.
+class Devices(Generic[Window, Total]):
+    """The devices' part of a pass: the model, the index of the keys, and a window of sums on each of G devices."""
 
-    Args:
-        model: the model.
-        keys: int32 [R, C].
+    def __init__(self, model: Model, keys: np.ndarray, sums: Sums[Window, Total]):
+        """Move everything that batches share to the devices, whole on each unless the model is divided already.
 
-    Returns:
-        The model, whole on each device of `mesh_of` it unless it is divided already; and the index of the keys with
-        the special tokens' ids int32 [S], whole on each device.
-    """
-    mesh = mesh_of(model)
-    shared = KeyIndex.build(keys), jnp.asarray(model.special_token_ids, jnp.int32)
-    if mesh.size > 1 and model.placement.mesh is None:
-        placement = Placement.of(model.config, mesh)
-        model = replace(model, params=placement.place(model.params), placement=placement)
-    return model, jax.device_put(shared, NamedSharding(mesh, _WHOLE))
+        Args:
+            model: the model.
+            keys: int32 [R, C].
+            sums: what is summed up.
+        """
+        self.mesh, self._sums = mesh_of(model), sums
+        if self.mesh.size > 1 and model.placement.mesh is None:
+            placement = Placement.of(model.config, self.mesh)
+            model = replace(model, params=placement.place(model.params), placement=placement)
+        shared = KeyIndex.build(keys), jnp.asarray(model.special_token_ids, jnp.int32)
+        self._model, self._shared = model, jax.device_put(shared, NamedSharding(self.mesh, _WHOLE))
+        self._split = partial(jax.device_put, device=NamedSharding(self.mesh, _SPLIT))
+        self._windows: Any = None
 
+    def begin(self, total: Total) -> None:
+        """Give every device an empty window.
 
-def windows_of(window: Window, mesh: Mesh) -> Window:
-    """Give every device a window of its own.
+        Args:
+            total: what the windows will be absorbed into.
+        """
+        empty, devices = self._sums.begin(total), self.mesh.shape[DATA]
+        self._windows = self._split(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *leaf.shape)), empty))
 
-    Args:
-        window: an empty one.
-        mesh: of G devices along `data`.
+    def add(self, ids: ArrayLike, mask: ArrayLike) -> Window:
+        """Run one batch through the model and add it to the windows. Special tokens are routed but not counted.
 
-    Returns:
-        The windows [G, ...].
-    """
-    shape = (mesh.shape[DATA],)
-    copies = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (*shape, *leaf.shape)), window)
-    return jax.device_put(copies, NamedSharding(mesh, _SPLIT))
+        Args:
+            ids: int32 [G * B, T].
+            mask: bool [G * B, T], real tokens.
+
+        Returns:
+            The windows [G, ...], which the next call invalidates.
+        """
+        batch = self._split(ids), self._split(mask)
+        model = self._model
+        self._windows = _step(
+            self._windows, self._shared, model.params, *batch, sums=self._sums, network=model.network, mesh=self.mesh
+        )
+        return self._windows
+
+    def absorb(self, total: Total) -> Total:
+        """Move the sums of all devices to the host, in the order of the mesh. `begin` must follow.
+
+        Args:
+            total: what was moved before.
+
+        Returns:
+            The total with the windows in it.
+        """
+        for device in range(self.mesh.shape[DATA]):
+            total = self._sums.absorb(jax.tree.map(partial(_window, device=device), self._windows), total)
+        self._windows = None  # frees memory for the next ones
+        return total
 
 
 def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[int, ...]) -> jax.Array:
@@ -168,7 +195,7 @@ def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[in
 
 
 @partial(jax.jit, static_argnames=("sums", "network", "mesh"), donate_argnums=0)
-def pass_step(
+def _step(
     windows: Window,
     shared: tuple[KeyIndex, jax.Array],
     params: Params,
@@ -179,34 +206,18 @@ def pass_step(
     network: Network,
     mesh: Mesh,
 ) -> Window:
-    """Run one batch through the model and add it to the windows. Special tokens are routed but not counted.
-
-    Args:
-        windows: [G, ...], donated.
-        shared: see `on_devices`.
-        params: of the model.
-        ids: int32 [G * B, T].
-        mask: bool [G * B, T], real tokens.
-        sums: what is summed up.
-        network: of the model.
-        mesh: that the model runs on.
-
-    Returns:
-        The windows [G, ...].
-    """
-    if sums.expert_outputs:
-        out = network.forward(params, ids, attention_mask=mask, expert_outputs_of=sums.layers)
-        figures: tuple[Any, ...] = (out.expert_outputs, out.routing)
-    else:
-        figures = (network.forward(params, ids, attention_mask=mask).router_probs,)
+    """One batch [G * B, T] through the model and into the windows [G, ...]."""
+    options: dict[str, Any] = {"expert_outputs_of": sums.layers} if sums.expert_outputs else {}
+    out = network.forward(params, ids, attention_mask=mask, **options)
+    figures: tuple[Any, ...] = (out.expert_outputs, out.routing) if sums.expert_outputs else (out.router_probs,)
 
     def add(
         windows: Window, shared: tuple[KeyIndex, jax.Array], ids: jax.Array, mask: jax.Array, *figures: Any
     ) -> Window:
         (index, special), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
-        rows = find_rows(index, ids, mask, sums.orders)
         if not sums.expert_outputs:
             figures = (figures[0][jnp.array(sums.layers)],)
+        rows = find_rows(index, ids, mask, sums.orders)
         window = sums.update(window, rows, *figures, mask & ~jnp.isin(ids, special))
         return jax.tree.map(lambda leaf: leaf[None], window)
 
@@ -231,52 +242,37 @@ def run_pass(
     """Read all documents.
 
     Args:
-        model: runs on the mesh that it is divided over, or on all devices of this process.
+        model: runs on `mesh_of` it.
         documents: in the same order whenever they are read.
         keys: int32 [R, C].
         total: nothing counted yet.
         sums: what is summed up.
-        batch_size: see `Reading`.
-        max_length: see `Reading`.
-        checkpoints: see `Reading`.
-        save_tokens: see `Reading`.
-        progress: see `Reading`.
+        batch_size, max_length, checkpoints, save_tokens, progress: see `Reading`.
 
     Returns:
         The total, and how many documents are in it.
     """
-    mesh = mesh_of(model)
-    model, shared = on_devices(model, keys)
-    place = partial(jax.device_put, device=NamedSharding(mesh, _SPLIT))
     done, total = (checkpoints and checkpoints.newest(total)) or (0, total)
-    windows = windows_of(sums.begin(total), mesh)
+    devices = Devices(model, keys, sums)
+    devices.begin(total)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
     with progress_bar(documents, desc=sums.name, unit=" documents", show=progress) as read:
-        for number, batch in enumerate(batches(read, batch_size * mesh.shape[DATA], max_length), start=1):
+        for number, batch in enumerate(batches(read, batch_size * devices.mesh.shape[DATA], max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:
                 continue
-            ids, mask = place(batch.ids), place(batch.mask)
-            windows = pass_step(windows, shared, model.params, ids, mask, sums=sums, network=model.network, mesh=mesh)
+            devices.add(batch.ids, batch.mask)
             unmoved += int(batch.mask.sum())
             if unmoved < flush_tokens:
                 continue
-            total = _absorbed(windows, total, sums)
-            del windows  # frees memory for the next ones
-            windows = windows_of(sums.begin(total), mesh)
+            total = devices.absorb(total)
+            devices.begin(total)
             unmoved, unsaved = 0, unsaved + unmoved
             if checkpoints and unsaved >= save_tokens:
                 checkpoints.save(number, total)
                 unsaved = 0
-    return _absorbed(windows, total, sums), read_documents
-
-
-def _absorbed(windows: Any, total: Total, sums: Sums[Any, Total]) -> Total:
-    """The total with the windows [G, ...] of all devices in it, in the order of the mesh."""
-    for device in range(len(jax.tree.leaves(windows)[0])):
-        total = sums.absorb(jax.tree.map(partial(_window, device=device), windows), total)
-    return total
+    return devices.absorb(total), read_documents
 
 
 def _window(leaf: jax.Array, device: int) -> np.ndarray:

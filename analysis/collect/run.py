@@ -27,13 +27,13 @@ from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.sources import CorpusError
 from models import Model, MoEConfig
 from varjax import answers, answersfile, stats, statsfile
-from varjax.config import residuals_beside
 from varjax.errors import InputError
 from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
 from varjax.progress import progress_bar
 from varjax.selection import likeliest
 from varjax.stats import RoutingStats, bytes_a_key
+from varjax.tablefiles import answers_next_to
 
 STATS, TRACE = "routing_stats.parquet", "routing_trace.parquet"
 _WORK = "routing_checkpoints"  # the folder inside the output; removed by `finish`
@@ -68,37 +68,16 @@ class Settings:
         if faults:
             raise InputError("; ".join(faults))
 
-    def layers_of(self, model: Model) -> tuple[int, ...]:
-        """Resolve the layers to collect.
-
-        Args:
-            model: the model.
-
-        Returns:
-            Their indices, ascending.
-
-        Raises:
-            InputError: the model does not have one of them.
-        """
+    def _layers_of(self, model: Model) -> tuple[int, ...]:
+        """The layers to collect, ascending. Raises InputError for one that the model does not have."""
         every = range(model.config.num_layers)
         chosen = tuple(every) if self.layers is None else tuple(sorted(set(self.layers)))
         if not chosen or not set(chosen) <= set(every):
             raise InputError(f"layers {list(chosen)}: expected some of 0 to {len(every) - 1}, the layers of the model")
         return chosen
 
-    def keys_of(self, config: MoEConfig, num_layers: int) -> KeySettings:
-        """Bound the number of keys by the memory for them.
-
-        Args:
-            config: of the model.
-            num_layers: layers to collect.
-
-        Returns:
-            Which keys get a row.
-
-        Raises:
-            InputError: there is no room for a single key.
-        """
+    def _keys_of(self, config: MoEConfig, num_layers: int) -> KeySettings:
+        """Which keys get a row, bounded by the memory for them. Raises InputError if there is no room for one."""
         one = bytes_a_key(num_layers, config.num_experts)
         room = self.stats_bytes // one
         if room < 1:
@@ -106,16 +85,8 @@ class Settings:
         most = room if self.keys.max_keys is None else min(self.keys.max_keys, room)
         return dataclasses.replace(self.keys, max_keys=most)
 
-    def pairs_of(self, config: MoEConfig, num_layers: int) -> int:
-        """Count the pairs of a key and an expert that fit into the memory for answers.
-
-        Args:
-            config: of the model.
-            num_layers: layers to collect.
-
-        Returns:
-            The number in each layer, not counting those of order 0.
-        """
+    def _pairs_of(self, config: MoEConfig, num_layers: int) -> int:
+        """The pairs of a key and an expert in each layer that there is memory for, besides those of order 0."""
         one = answers.bytes_a_pair(num_layers, config.num_experts, config.hidden_size)
         return max(self.residual_bytes // one - config.num_experts, 0)
 
@@ -161,7 +132,7 @@ def analyze(
         InputError: no key, a layer that does not exist, or `output` holds the checkpoints of another run.
         CorpusError: the documents are not those that a resumed run began with.
     """
-    layers = settings.layers_of(model)
+    layers = settings._layers_of(model)
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}
     run = {
         "model": about | {"implementation": model.engine.name},
@@ -176,7 +147,7 @@ def analyze(
     keys, noted = _keys(model, corpus, settings, work, run, progress)
     order, num_experts = np.sum(keys.keys >= 0, axis=1), model.config.num_experts
     answerable = np.isin(order, settings.residual_orders) & (keys.counts >= settings.residual_min_count)
-    room = settings.pairs_of(model.config, len(layers))
+    room = settings._pairs_of(model.config, len(layers))
     frequent = np.flatnonzero(answerable)  # more keys than pairs would be of no use: the most frequent ones
     frequent = np.sort(frequent[np.argsort(-keys.counts[frequent], kind="stable")[:room]])
     pairs = min(room, len(frequent) * num_experts)
@@ -198,7 +169,7 @@ def analyze(
         found = collect(model, documents, keys, layers=layers, **reading("statistics"))
         _check_same(corpus.about, noted, work)
         strings = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) if model.tokenizer else None
-        for companion in (residuals_beside(own), part.other(TRACE)):
+        for companion in (answers_next_to(own), part.other(TRACE)):
             companion.unlink(missing_ok=True)  # belongs to statistics that a previous run left here
         statsfile.write(own, found, meta, strings)
         done.touch()
@@ -209,7 +180,7 @@ def analyze(
             wanted = likeliest(statsfile.read(own)[0], chosen, layers, pairs)
         averaged = collect_answers(model, documents, chosen, layers, pairs=wanted, **reading("residuals"))
         _check_same(corpus.about, noted, work)
-        answersfile.write(residuals_beside(own), averaged, meta | {"statistics": statsfile.identity(own)})
+        answersfile.write(answers_next_to(own), averaged, meta | {"statistics": statsfile.identity(own)})
         done.touch()
     (work / "part.done").touch()
     if share.index > 0:
@@ -274,10 +245,10 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
                     f"{path}: {name} is {meta.get(name)}, but {first.get(name)} in {paths[0]}; "
                     "only statistics of the same layers of the same model merge"
                 )
-    without = [path for path in paths if not residuals_beside(path).is_file()]
+    without = [path for path in paths if not answers_next_to(path).is_file()]
     for path in [] if without else paths:
-        answersfile.check_statistics(residuals_beside(path), path)
-    parts = [] if without else [answersfile.read(residuals_beside(path))[0] for path in paths]
+        answersfile.check_statistics(answers_next_to(path), path)
+    parts = [] if without else [answersfile.read(answers_next_to(path))[0] for path in paths]
     try:
         together = reduce(stats.merge, (part for part, _ in read))
         averaged = reduce(answers.merge, parts) if parts else None
@@ -288,12 +259,12 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
         {"file": str(path), "provenance": meta.get("provenance")} for path, (_, meta) in zip(paths, read, strict=True)
     ]
     meta = {name: first[name] for name in ("model", *_SAME) if name in first} | about | {"merged": merged}
-    residuals_beside(output).unlink(missing_ok=True)  # those of other statistics, if any
+    answers_next_to(output).unlink(missing_ok=True)  # those of other statistics, if any
     filled = reduce(dict.__or__, (part["filled"] for _, part in read))
     strings = reduce(dict.__or__, (statsfile.token_strings(path) for path in paths))
     statsfile.write(output, together, meta | {"filled": filled}, strings)
     if averaged is not None:
-        answersfile.write(residuals_beside(output), averaged, meta | {"statistics": statsfile.identity(output)})
+        answersfile.write(answers_next_to(output), averaged, meta | {"statistics": statsfile.identity(output)})
     return together, without
 
 
@@ -307,7 +278,7 @@ def _keys(
         chosen = saved.newest(like)
         if chosen is not None:
             return chosen[1], noted
-    wanted = settings.keys_of(model.config, len(settings.layers_of(model)))
+    wanted = settings._keys_of(model.config, len(settings._layers_of(model)))
     keys = choose_keys(model, corpus, settings.max_length, wanted, progress=progress)
     note(work / "run.json", run, corpus.about)
     saved.save(0, keys)

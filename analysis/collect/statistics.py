@@ -1,4 +1,4 @@
-"""The first pass of phase 1: the routing statistics of every layer and context key, and their summary.
+"""The first pass of phase 1: the routing statistics of every layer and context key.
 
 Token ids alone decide which keys are kept (`varjax.keys.count_contexts`), so the keys are chosen before the model runs
 and the devices work on arrays of a fixed size, whatever the corpus contains.
@@ -7,15 +7,10 @@ and the devices work on arrays of a fixed size, whatever the corpus contains.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Sequence
 from typing import Unpack
 
-import numpy as np
-
 from analysis.collect.passes import Reading, Sums, run_pass
-from analysis.criteria import LOW_ENTROPY
-from analysis.report.report import Column, Report, ReportFigure, Section, Table
 from analysis.text.batches import windows
 from analysis.text.encoding import Encoded
 from models import Model
@@ -101,80 +96,3 @@ def collect(
     sums = Sums("statistics", stats.init, stats.update, stats.absorb, orders, chosen)
     found, read = run_pass(model, documents, keys.keys, empty, sums, **reading)
     return stats.spread(dataclasses.replace(found, documents=read), chosen, num_layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerSummary:
-    """One layer's means over the occurrences of all token ids that are keys."""
-
-    layer: int
-    mean_entropy: float  # of the gate, nats
-    normalized_entropy: float  # divided by ln E
-    share_at_sure_ids: float  # share of the occurrences whose ids have a mean entropy below `LOW_ENTROPY`
-    routing_consistency: float  # share of an id's occurrences with its most frequent first choice
-
-
-def summarize(found: RoutingStats) -> list[LayerSummary]:
-    """Summarize each layer in which a token id was counted.
-
-    Args:
-        found: the statistics.
-
-    Returns:
-        One summary per layer.
-    """
-    layers = []
-    ones = found.row_orders == 1
-    for layer in range(len(found.count)):
-        seen = ones & (found.count[layer] > 0)
-        if not seen.any():
-            continue
-        entropy, consistency = found.entropy.mean[layer, seen], found.routing_consistency[layer, seen]
-        columns = (entropy, entropy < LOW_ENTROPY, consistency)
-        mean, sure, settled = (float(np.average(one, weights=found.count[layer, seen])) for one in columns)
-        layers.append(LayerSummary(layer, mean, mean / math.log(found.num_experts), sure, settled))
-    return layers
-
-
-def report(found: RoutingStats, facts: Sequence[tuple[str, str]] = (), figures: Sequence[ReportFigure] = ()) -> Report:
-    """Report how sure and how settled each layer's router is. `analysis.hypothesis_validation` tests hypotheses.
-
-    Args:
-        found: the statistics.
-        facts: about model and data.
-        figures: of the statistics.
-
-    Returns:
-        The report.
-    """
-    layers = summarize(found)
-    entropies = [one.normalized_entropy for one in layers]
-    spread = f"{min(entropies):.0%} to {max(entropies):.0%} of ln {found.num_experts}" if layers else "no token id"
-    left_out = tuple(
-        f"Layer {layer}: {count:,} tokens are left out, the router gave NaN or infinity."
-        for layer, count in enumerate(found.nonfinite)
-        if count
-    )
-    section = Section(
-        "routers",
-        "How sure the routers are",
-        "reported",
-        f"mean gate entropy by layer: {spread}",
-        (
-            "Means over the occurrences of token ids that are keys. An id is below a bound if its mean entropy is; "
-            "single occurrences need not be. Consistency is measured on the same text, which favors rare ids.",
-            *left_out,
-        ),
-        (Table("Routers by layer", _COLUMNS, tuple(map(dataclasses.astuple, layers))),),
-        tuple(figures),
-        f"{np.mean(entropies):.0%} of ln {found.num_experts}" if layers else "",
-    )
-    documents = f"{found.documents:,} documents" if found.documents else "documents not known"
-    size = f"{found.tokens:,} tokens, {documents}, {len(found.keys):,} keys"
-    return Report("Routing statistics", (*facts, ("statistics", size)), (), (section,))
-
-
-_COLUMNS = (
-    *(Column("layer"), Column("gate entropy [nats]", ".3f"), Column("of ln E", ".1%")),
-    *(Column(f"at ids below {LOW_ENTROPY} nats", ".1%"), Column("consistency", ".1%")),
-)

@@ -88,9 +88,7 @@ def windows(
 
     Args:
         documents: the documents.
-        max_length: see `cut`.
-        stride: see `cut`.
-        full_last: see `cut`.
+        max_length, stride, full_last: see `cut`.
 
     Yields:
         The windows in order.

@@ -105,8 +105,7 @@ def announced(model: Model, dataset: str) -> dict[str, Any] | None:
     """Compare as `check` does, and print the result.
 
     Args:
-        model: see `check`.
-        dataset: see `check`.
+        model, dataset: see `check`.
 
     Returns:
         The comparison as a result file holds it, with its words; None: see `check`.

@@ -82,9 +82,7 @@ def check_request(dataset: str | Path, split: str | None = None, limit: int | No
     """Check the arguments of `iter_documents` before anything is read.
 
     Args:
-        dataset: see `iter_documents`. An empty name would otherwise mean the working directory.
-        split: see `iter_documents`.
-        limit: see `iter_documents`.
+        dataset, split, limit: see `iter_documents`. An empty name would otherwise mean the working directory.
 
     Raises:
         CorpusError: an empty name, an unknown split, or a limit below 1.
@@ -105,10 +103,7 @@ def load_documents(
     """Read all documents of a dataset. `iter_documents` reads them one by one.
 
     Args:
-        dataset: see `iter_documents`.
-        split: see `iter_documents`.
-        limit: see `iter_documents`.
-        text_column: see `iter_documents`.
+        dataset, split, limit, text_column: see `iter_documents`.
 
     Returns:
         The documents.

@@ -41,22 +41,15 @@ class EncodedCorpus:
 
         Args:
             dataset: a prepared folder (`analysis.text.prepared`), or as in `analysis.text.corpus.iter_documents`.
-            split: as in `analysis.text.corpus.iter_documents`.
-            limit: as in `analysis.text.corpus.iter_documents`.
-            tokenizer: of the model.
-            config: of the model.
-            text_column: as in `analysis.text.corpus.iter_documents`.
+            split, limit, text_column: as in `analysis.text.corpus.iter_documents`.
+            tokenizer, config: of the model.
 
         Raises:
             CorpusError: an unknown split, a limit below 1, or an empty name.
         """
         check_request(dataset, split, limit)
-        self.request: dict[str, Any] = {
-            "dataset": dataset,
-            "split": split,
-            "limit": limit,
-            "text_column": text_column,
-        }
+        given = {"dataset": dataset, "split": split, "limit": limit, "text_column": text_column}
+        self.request: dict[str, Any] = given
         self.about: dict[str, Any] = self.request
         self._tokenizer, self._config = tokenizer, config
 

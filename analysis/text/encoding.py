@@ -42,9 +42,7 @@ def encode(
     """Tokenize documents; see `iter_encode`.
 
     Args:
-        documents: the documents.
-        tokenizer: of the model.
-        config: of the model.
+        documents, tokenizer, config: see `iter_encode`.
 
     Returns:
         The documents that hold two tokens or more.
@@ -59,8 +57,7 @@ def iter_encode(
 
     Args:
         documents: the documents.
-        tokenizer: of the model; None is refused.
-        config: of the model.
+        tokenizer, config: of the model; without a tokenizer it is an error.
 
     Yields:
         The documents that hold two tokens or more.

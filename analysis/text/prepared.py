@@ -35,7 +35,7 @@ from analysis.text.encoding import Cut, Drawn, Encoded, grouped, order_of, token
 from analysis.text.sources import CorpusError
 from varjax import checksums
 from varjax.errors import InputError
-from varjax.progress import Bar, progress_bar
+from varjax.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -296,7 +296,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[str], bar: Bar) -> Iterator[Encoded]:
+def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[str], bar: Any) -> Iterator[Encoded]:
     """The documents with two tokens or more, up to the one that reaches `max_tokens`; the others are counted."""
     for document in documents:
         if len(document.ids) < 2:

@@ -32,7 +32,7 @@ from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
 from varjax.stats import RoutingStats
 from varjax.step import TIERS
-from varjax.table import build
+from varjax.table import build_table
 
 MAX_KEYS = 50_000  # of the table
 _MAX_CELLS = 1 << 26  # keys x layers x experts, of the statistics: about 1 GB
@@ -167,9 +167,9 @@ def replay(
             f"step={step}, seconds_per_token={seconds_per_token}, build_share={build_share}: "
             "expected at least 1, above 0, and between 0 and 1"
         )
-    config, notes = applicable(config, trace)
+    config, notes = _applicable(config, trace)
     captured = trace.captured
-    judged = with_stand_ins(trace.captured_part())
+    judged = _with_stand_ins(trace.captured_part())
     own = _on_captured_layers(config, captured)
     building = trace.build_documents(build_share)
     ours, theirs = judged.of(building), judged.of(~building)
@@ -178,12 +178,12 @@ def replay(
             f"{len(np.unique(trace.document))} documents with tokens, of which {len(np.unique(ours.document))} build "
             f"the table at build_share={build_share}: both parts need one; give more documents or another share"
         )
-    stats, more = table_statistics(ours, own)
-    table = build(stats, own, trace.top_k, keep_shapes=True)  # another policy recompiles nothing
+    stats, more = _table_statistics(ours, own)
+    table = build_table(own, stats, top_k=trace.top_k, keep_shapes=True)  # another policy recompiles nothing
     edges = np.append(0, step << np.arange(_AGE_BUCKETS - 1))
     sums, tier = run_steps(theirs, table, own, step, seconds_per_token, edges)
     sums["unlimited"], sums["unlimited_agreements"] = unlimited_cache(theirs, tier == FAST, own, step)
-    sums["constant_agreements"], sums["constant_recalled"] = constant_table(ours, theirs)
+    sums["constant_agreements"], sums["constant_recalled"] = _constant_table(ours, theirs)
     return Replay(
         config=config,
         notes=(*trace.remarks(), *notes, *more),
@@ -204,24 +204,13 @@ def replay(
     )
 
 
-def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
-    """Adapt a config to what a trace can carry out.
-
-    Args:
-        config: the config.
-        trace: the trace.
-
-    Returns:
-        The config, and notes on what was dropped or is judged by less than the whole gate.
-
-    Raises:
-        InputError: VAR is switched off in the config.
-    """
+def _applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
+    """The config as far as a trace can carry it out, and notes on what was dropped or is judged less exactly."""
     if not config.enable_var:
         raise InputError("enable_var is False: every token stays with the router, there is nothing to replay")
     notes = []
-    if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
-        notes.append("answers are left out, and tolerances with them (residual=False): a trace has no expert outputs")
+    if any(policy is not None and policy.use_answers for policy in map(config.policy, range(trace.num_layers))):
+        notes.append("answers and tolerances are left out (use_answers=False), since a trace has no expert outputs")
         config = _with_policies(config, lambda policy: _without_answers(policy, trace.top_k))
     if trace.probs is None:
         notes.append(
@@ -249,15 +238,8 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
     return config, notes
 
 
-def with_stand_ins(trace: Trace) -> Trace:
-    """Add probabilities to a trace that has none.
-
-    Args:
-        trace: the trace.
-
-    Returns:
-        The trace with probabilities that fall evenly with the rank, or are equal if there is no rank.
-    """
+def _with_stand_ins(trace: Trace) -> Trace:
+    """The trace, with probabilities where it has none: falling evenly with the rank, or equal if there is no rank."""
     if trace.probs is not None:
         return trace
     weight = np.arange(trace.top_k, 0, -1) if trace.ranked else np.ones(trace.top_k)
@@ -265,18 +247,10 @@ def with_stand_ins(trace: Trace) -> Trace:
     return replace(trace, probs=probs, probs_over="chosen", ranked=True)
 
 
-def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, list[str]]:
-    """Collect the statistics that a config's table needs.
-
-    Args:
-        trace: with probabilities.
-        config: the config.
-
-    Returns:
-        The statistics, and notes on them.
-    """
+def _table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, list[str]]:
+    """The statistics that a config's table needs, and notes on them."""
     policies = [policy for policy in map(config.policy, range(trace.num_layers)) if policy is not None]
-    orders = sorted({order for policy in policies for order in policy.orders} - {0}) or [1]
+    orders = sorted({order for policy in policies for order in policy.ngram_orders} - {0}) or [1]
     least = min((policy.frequency_threshold or 1 for policy in policies), default=1)
     max_keys = min(MAX_KEYS, _MAX_CELLS // (trace.num_layers * trace.num_experts))
     stats = trace_statistics(trace, orders, least, max_keys)
@@ -288,17 +262,9 @@ def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, lis
     return stats, []
 
 
-def constant_table(build: Trace, scored: Trace) -> tuple[np.ndarray, np.ndarray]:
-    """Score a table that gives every token the layer's busiest experts.
-
-    Args:
-        build: part of a trace that the table is built on.
-        scored: the other part.
-
-    Returns:
-        int64 [L], scored tokens whose first expert is the most frequent first one of `build`; int64 [L], scored
-        assignments to one of its K busiest experts.
-    """
+def _constant_table(build: Trace, scored: Trace) -> tuple[np.ndarray, np.ndarray]:
+    """A table that gives every token the busiest experts of `build`: int64 [L] scored tokens whose first expert is the
+    most frequent first one, and int64 [L] scored assignments to one of the K busiest experts."""
     agreements, recalled = np.zeros((2, scored.num_layers), np.int64)
     for layer in range(scored.num_layers):
         firsts = np.bincount(build.experts[:, layer, 0], minlength=build.num_experts)
@@ -327,7 +293,7 @@ def _on_captured_layers(config: VARConfig, captured: np.ndarray) -> VARConfig:
 def _without_answers(policy: LayerPolicy, top_k: int) -> LayerPolicy:
     """The policy without answers; without them a tolerance lets all experts run that `experts_kept` lets run."""
     kept = top_k if policy.experts_kept is None and policy.tolerance is not None else policy.experts_kept
-    return replace(policy, residual=False, tolerance=None, experts_kept=kept)
+    return replace(policy, use_answers=False, tolerance=None, experts_kept=kept)
 
 
 def _with_policies(config: VARConfig, change: Callable[[LayerPolicy], LayerPolicy]) -> VARConfig:
