@@ -15,8 +15,6 @@ layer was not captured if one of these holds:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 
 from varjax.errors import InputError
@@ -84,16 +82,3 @@ def on_all_layers(values: np.ndarray, captured: np.ndarray, missing: float, axis
     whole = np.full((*values.shape[:axis], len(captured), *values.shape[axis + 1 :]), missing, values.dtype)
     whole[(slice(None),) * axis + (captured,)] = values
     return whole
-
-
-def layer_names(layers: Iterable[int]) -> str:
-    """Name layers for people.
-
-    Args:
-        layers: their indices.
-
-    Returns:
-        'layer 3', or 'layers 0, 4, 5'.
-    """
-    names = [str(int(layer)) for layer in layers]
-    return f"layer{'s' * (len(names) != 1)} {', '.join(names)}"

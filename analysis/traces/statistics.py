@@ -56,7 +56,7 @@ def trace_statistics(
     entropy, confidence = np.full((2, 4, trace.num_layers, len(found.keys)), np.nan)
     entropy[1] = confidence[1] = 0
     for order in orders:
-        row = key_rows(trace, admitted.keys, order)
+        row = _key_rows(trace, admitted.keys, order)
         here = np.flatnonzero(row >= 0)
         here = here[np.argsort(row[here], kind="stable")]  # the occurrences of a key together
         for layer in np.flatnonzero(trace.captured).tolist():
@@ -112,17 +112,8 @@ def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
     return np.maximum(known, 0)
 
 
-def key_rows(trace: Trace, keys: np.ndarray, order: int) -> np.ndarray:
-    """Find the key of every token.
-
-    Args:
-        trace: the trace.
-        keys: int32 [R, C].
-        order: ids per context.
-
-    Returns:
-        int64 [N], the row of the key that the last `order` ids are; -1 where they are not a key.
-    """
+def _key_rows(trace: Trace, keys: np.ndarray, order: int) -> np.ndarray:
+    """int64 [N]: which of the keys int32 [R, C] the last `order` ids of each token are; -1 where none."""
     code = trace.contexts(order)
     first = np.unique(code, return_index=True)[1]  # of each context, where it occurs first
     first = first[code[first] >= 0]

@@ -43,7 +43,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.traces.capture import captured_layers, layer_names
+from analysis.traces.capture import captured_layers
 from varjax import checksums
 from varjax.errors import InputError
 from varjax.files import replacing
@@ -116,8 +116,8 @@ class Trace:
         missing = np.flatnonzero(~self.captured)
         if not len(missing):
             return self.notes
-        remark = f"Not captured: {layer_names(missing)} of {self.num_layers}; left out of every mean, table and figure."
-        return (*self.notes, remark)
+        layers = f"layer{'s' * (len(missing) != 1)} {', '.join(map(str, missing))} of {self.num_layers}"
+        return (*self.notes, f"Not captured: {layers}; left out of every mean, table and figure.")
 
     def captured_part(self) -> Trace:
         """Select the captured layers.

@@ -15,7 +15,7 @@ from analysis.questions.repetition import repetition
 from analysis.replay import report_of
 from analysis.report.report import text
 from analysis.traces import trace as trace_file
-from analysis.traces.capture import captured_layers, layer_names
+from analysis.traces.capture import captured_layers
 from analysis.traces.importing import import_npz
 from analysis.traces.replaying import replay
 from analysis.traces.trace import TraceError
@@ -75,7 +75,6 @@ def test_they_are_marked_and_named(tmp_path, traces):
     assert short.captured.all() and short.captured_part() is short
     trace_file.write(tmp_path / "trace.parquet", long)
     assert trace_file.read(tmp_path / "trace.parquet").remarks() == long.remarks()
-    assert layer_names([3]) == "layer 3"
 
 
 def test_a_file_of_another_writer_is_looked_at_when_it_is_read(tmp_path, traces):
