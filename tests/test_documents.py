@@ -58,7 +58,7 @@ def program(words: tuple[str, ...]) -> str:
 PYTHON = [one for one in COMMANDS if python_words(one)]
 SLOW = (
     *("olmoe", "--mode study", "results/phase3", "results/phase5", "--hidden 2048", "analysis.harness"),
-    *("step_bench", "performance_model", "device_bench", "device_memory"),
+    *("step_bench", "performance_model", "device_bench", "device_memory", "results/roadmap"),
 )
 """Words by which a command is known that takes half a minute even here."""
 
