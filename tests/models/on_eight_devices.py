@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
+from benchmarks.device_memory import abstract_params, bytes_per_device, compile_decode
 from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
 from models.decoder import forward
@@ -29,7 +30,6 @@ from models.experts import get_engine, pallas_engine
 from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
-from profiling.device_memory import abstract_params, bytes_per_device, compile_decode
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.model import build_for, routed_forward
 from varjax.routing import Routing
@@ -108,10 +108,10 @@ def with_var(model: Model, collected, cache_size: int = 64) -> VARModel:
         confidence_threshold=0.3,
         context_window_size=2,
         cache_size=cache_size,
-        default=LayerPolicy(experts_kept=1, orders=(1, 2)),
+        default=LayerPolicy(experts_kept=1, ngram_orders=(1, 2)),
     )
     stats, answers = collected
-    return VARModel(model, config, table=build_for(model, stats, config, answers), clock=lambda: 0.0)
+    return VARModel(model, config, table=build_for(model, config, stats, answers), clock=lambda: 0.0)
 
 
 class Run(NamedTuple):
