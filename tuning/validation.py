@@ -30,7 +30,7 @@ from analysis.evaluate.certificate import Certificate, certify
 from analysis.policies.scored_points import Losses, Subject, losses
 from analysis.report.report import UNKNOWN, Column, Section, Table
 from analysis.resampling import Estimate, ratio_estimate
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from profiling.timing import geometric_mean
 from tuning.objective import timed, upper_limit
 from varjax.config import VARConfig
