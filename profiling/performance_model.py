@@ -18,11 +18,11 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-from analysis.criteria import MAX_PREDICTION_ERROR
 from matplotlib.figure import Figure
 from scipy.stats import linregress
 
 from analysis.command import HelpFormatter, name_argument, path_argument, program
+from analysis.criteria import MAX_PREDICTION_ERROR
 from analysis.report.figures import MARKERS, panels
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json

@@ -8,9 +8,8 @@ that they were written under. The innermost scope that is one of `profiling.cost
 
 * A fusion is shared among the components that it fuses: all of it goes to a matrix product in it, otherwise each has
   the share of its elements. That is an estimate, because the parts of a fused loop cannot be timed.
-* An instruction that XLA created without a scope belongs to the component that alone reads an argument which it reads
-  (a rewritten matrix product and its weights), otherwise to the nearest user with a scope, otherwise to the nearest
-  operand.
+* An instruction that XLA created without a scope belongs to the nearest user with a scope, otherwise to the nearest
+  operand with one.
 * The event of a loop, a conditional or a call spans those inside it. Per thread only the innermost event counts, and
   across threads control flow counts only while nothing else runs.
 * Wall time is shared in equal parts among the operations that run at the same time, so components and `other` sum to
@@ -32,7 +31,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Literal
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
 from jax.stages import Traced
 
@@ -45,9 +43,8 @@ _CALL = "call"  # the annotation around each call
 _CONTROL = frozenset({"while", "conditional", "call"})
 _FREE = frozenset({"parameter", "constant", "broadcast", "bitcast", "iota", "tuple", "get-tuple-element"})
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
 _OPCODE = re.compile(r" ([\w-]+)\(")
-_PARAMETER = re.compile(r" parameter\((\d+)\)")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
 _FUSED = re.compile(r" fusion\(.* calls=%([\w.-]+)")
@@ -119,56 +116,39 @@ def _component(scope: str) -> str:
     return OTHER
 
 
-def _owners(jaxpr: ClosedJaxpr) -> list[str]:
-    """The component that alone reads each argument of a program."""
-    readers: list[set[str]] = [set() for _ in jaxpr.jaxpr.invars]
-    _note_readers(jaxpr, readers, "")
-    return [next(iter(one)) if len(one) == 1 else OTHER for one in readers]
-
-
 def describe(traced: Traced) -> Module:
     """Compile a traced function and find the component of each of its instructions.
 
     Args:
-        traced: from `jax.jit(f, keep_unused=True).trace(*arguments)`.
+        traced: from `jax.jit(f).trace(*arguments)`.
 
     Returns:
         The compiled program.
-
-    Raises:
-        InputError: unused arguments were left out of the compiled program.
     """
-    return _parsed(traced.lower().compile().as_text() or "", _owners(traced.jaxpr))
+    return _parsed(traced.lower().compile().as_text() or "")
 
 
-def _parsed(text: str, owned: Sequence[str] = ()) -> Module:
-    """Find the component of each instruction in the text of an optimized HLO module."""
+def _parsed(text: str) -> Module:
+    """The component of each instruction in the text of an optimized HLO module."""
     lines: dict[str, _Line] = {}  # names are unique in a module
     users: dict[str, list[str]] = defaultdict(list)
     bodies: dict[str, list[str]] = defaultdict(list)  # computation -> its instructions
-    arguments, results = {}, {}
-    computation, entry = "", False
+    results = {}  # the root of a computation -> the computation
+    computation = ""
     for row in text.splitlines():
-        if not (found := _LINE.match(row)):
-            if opening := _COMPUTATION.match(row):
-                entry, computation = bool(opening[1]), opening[2]
-            continue
-        root, name, rest = found.groups()
-        lines[name] = _line(rest)
-        bodies[computation].append(name)
-        for operand in lines[name].operands:
-            users[operand].append(name)
-        if entry and (number := _PARAMETER.search(rest)):
-            arguments[name] = int(number[1])
-        if root:
-            results[name] = computation
+        if found := _LINE.match(row):
+            root, name, rest = found.groups()
+            lines[name] = _line(rest)
+            bodies[computation].append(name)
+            for operand in lines[name].operands:
+                users[operand].append(name)
+            if root:
+                results[name] = computation
+        elif opening := _COMPUTATION.match(row):
+            computation = opening[1]
     for name, called in results.items():  # what a computation returns is used where it is called
         users[name] += users[called]
-    if owned and len(owned) != len(arguments):
-        raise InputError(
-            f"the program has {len(arguments)} arguments of {len(owned)}: unused ones were left out and the others "
-            "cannot be told apart; jit it with keep_unused=True"
-        )
+    operands = {name: line.operands for name, line in lines.items()}
 
     def fused(name: str) -> tuple[tuple[str, float], ...]:
         inside = [lines[one] for one in bodies.get(lines[name].fused or "", ()) if lines[one].component]
@@ -179,28 +159,20 @@ def _parsed(text: str, owned: Sequence[str] = ()) -> Module:
                 weights[str(one.component)] += one.elements
         return tuple((part, weight / weights.total()) for part, weight in weights.items() if weights.total())
 
-    def nearest(name: str, neighbors: Callable[[str], Iterable[str]]) -> str | None:
+    def nearest(name: str, neighbors: Mapping[str, list[str]]) -> str | None:
         seen, frontier = {name}, [name]
         while frontier:
             for one in frontier:
                 if one in lines and lines[one].component:
                     return lines[one].component
-            frontier = list(dict.fromkeys(other for one in frontier for other in neighbors(one) if other not in seen))
+            frontier = [other for one in frontier for other in neighbors.get(one, ()) if other not in seen]
             seen.update(frontier)
         return None
 
-    def operands(name: str) -> Iterable[str]:
-        return lines[name].operands if name in lines else ()
-
-    def inferred(name: str) -> str:
-        read_alone = (owned[arguments[one]] for one in operands(name) if owned and one in arguments)
-        said = next((one for one in read_alone if one != OTHER), None)
-        return said or nearest(name, lambda one: users.get(one, ())) or nearest(name, operands) or OTHER
-
-    instructions = {
-        name: Instruction(fused(name) or ((line.component or inferred(name), 1.0),), line.opcode in _CONTROL)
-        for name, line in lines.items()
-    }
+    instructions = {}
+    for name, line in lines.items():
+        shares = fused(name) or ((nearest(name, users) or nearest(name, operands) or OTHER, 1.0),)
+        instructions[name] = Instruction(shares, line.opcode in _CONTROL)
     return Module(text.removeprefix("HloModule ").split(",", 1)[0], instructions)
 
 
@@ -287,27 +259,6 @@ def operations(path: str | Path) -> tuple[np.ndarray, float]:
     calls, threads = _read(path, Module("", {}))
     wall = np.array([end - start for start, end in calls]) * 1e-9
     return wall, sum(map(len, threads)) / len(calls)
-
-
-def _note_readers(jaxpr: ClosedJaxpr, arguments: Sequence[set[str] | None], scope: str) -> list[set[str] | None]:
-    """Add the components that read each argument to its set, also inside calls; return the sets of the results."""
-    known: dict[Any, set[str] | None] = dict(zip(jaxpr.jaxpr.invars, arguments, strict=True))
-
-    def given(atoms: Iterable[Any]) -> list[set[str] | None]:
-        return [None if isinstance(atom, Literal) else known.get(atom) for atom in atoms]
-
-    for equation in jaxpr.jaxpr.eqns:
-        inside = f"{scope}/{equation.source_info.name_stack}"
-        called = None
-        if equation.primitive.name in ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call"):
-            called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
-        if isinstance(called, ClosedJaxpr):
-            known |= zip(equation.outvars, _note_readers(called, given(equation.invars), inside), strict=True)
-        else:
-            for readers in given(equation.invars):
-                if readers is not None:
-                    readers.add(_component(inside))
-    return given(jaxpr.jaxpr.outvars)
 
 
 def _line(rest: str) -> _Line:

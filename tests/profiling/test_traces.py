@@ -14,7 +14,6 @@ from profiling.traces import (
     Instruction,
     Module,
     _component,
-    _owners,
     _parsed,
     capture,
     component_times,
@@ -187,18 +186,6 @@ def test_a_program_is_read_from_its_text():
     assert [name for name, one in module.instructions.items() if one.control] == ["while.1"]
 
 
-def test_an_argument_of_one_component_tells_what_a_rewritten_product_is():
-    assert shares(_parsed(TEXT, [OTHER, "projections"]), "dot.1") == {"projections": 1.0}
-    assert shares(_parsed(TEXT, [OTHER, OTHER]), "dot.1") == {"norms": 1.0}
-
-
-def test_arguments_that_were_left_out_are_an_error():
-    f = lambda x, unused: x + 1  # noqa: E731
-    with pytest.raises(ValueError, match="1 arguments of 2: unused ones were left out"):
-        describe(jax.jit(f).trace(1.0, 2.0))
-    assert describe(jax.jit(f, keep_unused=True).trace(1.0, 2.0)).name.startswith("jit_")
-
-
 @pytest.mark.parametrize(
     ("scope", "expected"),
     [
@@ -211,14 +198,3 @@ def test_arguments_that_were_left_out_are_an_error():
 )
 def test_the_innermost_scope_that_is_a_component_counts(scope, expected):
     assert _component(scope) == expected
-
-
-def test_the_owner_of_an_argument_is_who_alone_reads_it():
-    def f(x, weights, shared, unused):
-        with jax.named_scope("gate"):
-            x = jax.nn.silu(x @ weights) + shared
-        with jax.named_scope("head"):
-            return x * shared
-
-    jaxpr = jax.make_jaxpr(f)(jnp.ones((4, 4)), jnp.ones((4, 4)), 1.0, 1.0)
-    assert _owners(jaxpr) == ["gate", "gate", OTHER, OTHER]  # also inside the call of silu
