@@ -62,7 +62,7 @@ clean:
 
 # A stamp older than pyproject.toml: the requirements may have changed; install again.
 $(BASE): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[tuning]'
 	@touch $@
 
 $(TEST): pyproject.toml | $(BIN)/python

@@ -28,7 +28,7 @@ from analysis.audits.auditing import calibrate_from, passages, streams_of, tally
 from analysis.audits.faults import faults, random_texts
 from analysis.command import name_argument, path_argument, program
 from analysis.evaluate.quality import score, var_runner
-from analysis.inputs import STATISTICS, find_statistics, listed
+from analysis.inputs import STATISTICS, find_statistics, listed, table_files
 from analysis.report.files import write_output
 from analysis.report.output import OUTPUT_HELP, Output
 from analysis.report.provenance import provenance
@@ -37,12 +37,13 @@ from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
-from varjax import LayerPolicy, VARConfig, VARModel
+from varjax import LayerPolicy, VARConfig, VARModel, load_table
 from varjax.drift import ALPHA, Calibration
 from varjax.errors import InputError
 from varjax.progress import progress_bar
 from varjax.step import summary
 from varjax.streams import Tally, observe
+from varjax.tablefiles import TableFiles
 
 
 class Situation(NamedTuple):
@@ -90,7 +91,8 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     args.routing_stats = find_statistics(args.routing_stats)
     model = load_model(args.model)
     checked = card.announced(model, args.dataset)
-    var_model = VARModel(model, chosen_config(args))
+    config, files = chosen_config(args)
+    var_model = VARModel(model, config, load_table(model, config, files.routing_stats, files.answers))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
 
     print("calibration", file=sys.stderr)
@@ -120,7 +122,8 @@ def _run(args: argparse.Namespace, output: Output) -> None:
             card=checked,
             data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
             config=var_model.config,
-            config_sha256=var_model.config.digest(),
+            table=files,
+            config_sha256=var_model.digest,
         ),
     }
     figures = {audit_report.NAME: audit_report.figure(outcomes)}
@@ -154,12 +157,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def chosen_config(args: argparse.Namespace) -> VARConfig:
-    """--var_config on these statistics, or a policy under which nearly every key answers; no cached tier."""
-    here = VARConfig.from_routing_stats(args.routing_stats, frequency_threshold=5, entropy_threshold=3.0, cache_size=0)
+def chosen_config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles]:
+    """--var_config, or a policy under which nearly every key answers; no cached tier. And the table's files."""
+    files = table_files(args.routing_stats, var_config=args.var_config)
     if args.var_config:
-        return dataclasses.replace(VARConfig.load(args.var_config).at(args.routing_stats), cache_size=0)
-    return dataclasses.replace(here, default=LayerPolicy(experts_kept=1, residual=True, orders=(1, 2)))
+        return dataclasses.replace(VARConfig.load(args.var_config), cache_size=0), files
+    policy = LayerPolicy(experts_kept=1, use_answers=True, ngram_orders=(1, 2))
+    return VARConfig(frequency_threshold=5, entropy_threshold=3.0, cache_size=0, default=policy), files
 
 
 def documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from analysis.command import HelpFormatter, name_argument, path_argument, program
 from analysis.evaluate import caching as cached_tier
-from analysis.inputs import CONFIGS, find_config, listed
+from analysis.inputs import CONFIGS, find_config, listed, table_files
 from analysis.report.files import write_output
 from analysis.report.output import OUTPUT_HELP, Output
 from analysis.report.provenance import provenance
@@ -28,7 +28,7 @@ from analysis.text.encoded_corpus import EncodedCorpus
 from models import load_model
 from varjax.config import VARConfig
 from varjax.errors import InputError
-from varjax.model import VARModel, read_files
+from varjax.model import VARModel, load_statistics
 
 INTERVALS = (
     "Intervals are 95 %, each for itself, by bootstrap over whole documents (over prompts where texts are continued). "
@@ -73,9 +73,8 @@ def _run(args: argparse.Namespace, output: Output) -> None:
         )
     config = VARConfig.load(policy)
     model = load_model(args.model, args.dtype)
-    if args.routing_stats:
-        config = config.at(args.routing_stats)
-    stats, answers = read_files(model, config)
+    files = table_files(args.routing_stats, var_config=policy)
+    stats, answers = load_statistics(model, files)
     split = None if args.split == "all" else args.split
     corpus = EncodedCorpus(args.dataset, split, args.num_samples, model.tokenizer, model.config)
     documents = list(corpus)
@@ -99,7 +98,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     )
     about = provenance(
         seed=args.seed, model={"name": model.name, "fingerprint": model.fingerprint}, data=corpus.about,
-        card=checked, config=config, config_sha256=config.digest(),
+        card=checked, config=config, table=files, config_sha256=config.digest(files.digest()),
     )  # fmt: skip
     figures = dict(draw(sources, drifted))
     write_output(said, output, figures=figures, beside={"provenance": about})

@@ -28,7 +28,7 @@ from benchmarks import harness
 from models import Model, load_model
 from profiling.points import NEVER, ORDERS, as_step, decoding, embedded_texts, random_stats
 from profiling.timing import compare, paired_ratio
-from varjax import LayerPolicy, Plan, RouteTable, VARConfig, VARModel, VARState
+from varjax import LayerPolicy, RouteTable, VARConfig, VARModel, VARState
 from varjax import step as var_step
 from varjax.model import build_for
 from varjax.step import Settings
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None) -> None:
     feed = partial(decoding, model, text[None], cached=args.tokens, steps=args.tokens)
     sides: dict[str, Callable[[], Any]] = {"plain": feed(model._step, None)}
     for name, config in configs().items():
-        table = build_for(model, stats, config, keep_shapes=True) if config.enable_var else None
+        table = build_for(model, config, stats, keep_shapes=True) if config.enable_var else None
         var_model = VARModel(model, config, table=table)
         sides[name] = feed(as_step(var_model), var_model.init())
         if table is not None and config.frequency_threshold != NEVER:
@@ -69,7 +69,7 @@ def configs() -> dict[str, VARConfig]:
     answering = VARConfig(
         frequency_threshold=1,
         entropy_threshold=100.0,
-        default=LayerPolicy(experts_kept=1, residual=False, orders=ORDERS),
+        default=LayerPolicy(experts_kept=1, use_answers=False, ngram_orders=ORDERS),
     )
     found = {"switched off": VARConfig(enable_var=False)}
     nothing = dataclasses.replace(answering, frequency_threshold=NEVER, confidence_threshold=1.0)  # nor remembered
@@ -90,14 +90,14 @@ def plan_and_commit(model: Model, table: RouteTable, config: VARConfig, text: np
     one = jnp.ones((1, 1), bool)
 
     @partial(jax.jit, donate_argnames="state")
-    def both(table: RouteTable, state: VARState, ids: jax.Array, now: Any, settings: Settings) -> tuple[Plan, VARState]:
+    def both(table: RouteTable, state: VARState, ids: jax.Array, now: Any, settings: Settings) -> tuple[Any, VARState]:
         plan = var_step.plan(table, state, ids, now, settings, one)
-        return plan, var_step.commit(state, plan, ids, routing, probs, now, settings, one)
+        return plan.tier, var_step.commit(state, plan, ids, routing, probs, now, settings, one)
 
     def run() -> Any:
         for ids in tokens:
-            plan, held[0] = both(table, held[0], ids, var_step.milliseconds(var_model.clock()), settings)
-        return plan.tier
+            tier, held[0] = both(table, held[0], ids, var_step.timestamp(var_model.clock()), settings)
+        return tier
 
     return run
 

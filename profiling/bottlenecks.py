@@ -22,8 +22,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from analysis.criteria import MAX_LEARNED
 
+from analysis.criteria import MAX_LEARNED
 from analysis.evaluate.caching import SECONDS_PER_TOKEN
 from analysis.report.report import Column, Section, Table
 from analysis.resampling import Estimate
@@ -313,13 +313,13 @@ def _counters(var_model: VARModel, ids: np.ndarray, phase: str) -> Counters:
     if phase == "prefill":
         state = var_model.init(1)
         for number, text in enumerate(ids):
-            _, state = var_model(text[None], state, now=number * len(text) * SECONDS_PER_TOKEN)
+            _, state = var_model(text[None], state, now=number * len(text) * SECONDS_PER_TOKEN, donate=True)
     else:
         out, state = var_model.prefill(ids[:, :1], var_model.init(len(ids)), capacity=ids.shape[1], now=0.0)
         real = jnp.ones((len(ids), 1), bool)
         for at in range(1, ids.shape[1]):
             following, now = jnp.asarray(ids[:, at : at + 1]), at * SECONDS_PER_TOKEN
-            out, state = var_model.advance(state, following, real, out.kv, last_logits_only=True, now=now)
+            out, state = var_model.advance(state, following, real, out.kv, last_logits_only=True, now=now, donate=True)
     assert state is not None  # VAR is on
     return state.counters
 

@@ -28,7 +28,7 @@ from jax.stages import Traced
 from profiling.costs import Mix, Workload, table_bytes
 from varjax.errors import InputError
 from varjax.model import VARModel, routed_forward
-from varjax.step import VARState, milliseconds
+from varjax.step import VARState, timestamp
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
     if phase not in PHASES:
         raise InputError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
     batch, length = ids.shape
-    fixed = Fixed(var_model.model.params, var_model.table, var_model.settings, milliseconds(var_model.clock()))
+    fixed = Fixed(var_model.model.params, var_model.table, var_model.settings, timestamp(var_model.clock()))
     step = _stepping(var_model.model.network, phase == "decode")
     if phase == "prefill":
         return Calls(step, fixed, Carry(None, var_model.init(batch)), [jnp.asarray(ids)])
@@ -184,7 +184,7 @@ def workload_and_mix(var_model: VARModel, ids: np.ndarray, phase: str) -> tuple[
     mix = Mix(min(experts, config.top_k), float(used.any(axis=1 if decodes else (1, 2)).sum(-1).mean()))
     if table is not None:
         answered = config.top_k - experts if table.answers is not None else 0.0
-        read = table_bytes(config, batch * (1 if decodes else length), orders=len(table.orders))
+        read = table_bytes(config, batch * (1 if decodes else length), orders=len(table.ngram_orders))
         mix = dataclasses.replace(mix, answers=max(answered, 0.0), planned=True, table_bytes=read)
     itemsize = jax.tree.leaves(var_model.model.params)[0].dtype.itemsize
     if decodes:

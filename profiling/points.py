@@ -97,7 +97,7 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
 
     def config(kept: Sequence[int], *, answers: bool, orders: tuple[int, ...], often: int = 1) -> VARConfig:
         layers = {
-            layer: LayerPolicy(experts_kept=number, residual=answers, orders=orders)
+            layer: LayerPolicy(experts_kept=number, use_answers=answers, ngram_orders=orders)
             for layer, number in enumerate(kept)
         }
         return VARConfig(
@@ -253,7 +253,7 @@ def as_step(var_model: VARModel) -> Step:
     """
 
     def run(kv: Any, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
-        out, carry = var_model.advance(carry, ids, mask, kv, last_logits_only=True)
+        out, carry = var_model.advance(carry, ids, mask, kv, last_logits_only=True, donate=True)
         return out.logits, out.kv, carry
 
     return run
@@ -337,9 +337,9 @@ def _var_models(
             answered = name.startswith("answers")
             if answered not in tables:
                 answers = _random_answers(model, stats.keys) if answered else None
-                tables[answered] = build_for(model, stats, config, answers, keep_shapes=True), answers
+                tables[answered] = build_for(model, config, stats, answers, keep_shapes=True), answers
             shared, answers = tables[answered]
-            table = with_policies(shared, stats, config, answers)
+            table = with_policies(shared, config, stats, answers)
         found[name] = VARModel(model, config, table=table)
     return found
 
@@ -368,7 +368,7 @@ def _prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
 
     def run() -> Any:
         for ids in batches:
-            out, held[0] = var_model.advance(held[0], ids, mask)
+            out, held[0] = var_model.advance(held[0], ids, mask, donate=True)
         return out.logits
 
     return run

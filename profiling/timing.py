@@ -25,9 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from analysis.criteria import EVALUATION_SPEEDUP
 from matplotlib.figure import Figure
 
+from analysis.criteria import EVALUATION_SPEEDUP
 from analysis.evaluate.caching import SECONDS_PER_TOKEN
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
@@ -323,7 +323,7 @@ def _prefill(var_model: VARModel, prompts: np.ndarray) -> Callable[[], Any]:
     def run() -> Any:
         for ids in groups:
             # A cache that already knew these texts would make VAR look too good.
-            out, _ = var_model(ids, jax.tree.map(jnp.copy, start), mask)
+            out, _ = var_model(ids, start, mask)
         return out.logits
 
     return run
@@ -344,7 +344,7 @@ def _decode(var_model: VARModel, texts: np.ndarray, seconds_per_token: float) ->
         for start, steps in groups:
             kv, state = jax.tree.map(jnp.copy, start)  # every step donates its inputs
             for ids, now in steps:
-                out, state = var_model.advance(state, ids, one, kv, last_logits_only=True, now=now)
+                out, state = var_model.advance(state, ids, one, kv, last_logits_only=True, now=now, donate=True)
                 kv = out.kv
         return out.logits
 

@@ -58,8 +58,8 @@ def calibrate(
 
 def calibrate_from(observed: np.ndarray, var_model: VARModel, share: float) -> Calibration:
     """The same from what was observed already, float64 [N, M]."""
-    origin = var_model.model.fingerprint
-    return drift.calibrate(observed, streams_of(var_model), fingerprint=origin, config=var_model.config, share=share)
+    origin = {"fingerprint": var_model.model.fingerprint, "config_sha256": var_model.digest}
+    return drift.calibrate(observed, streams_of(var_model), share=share, **origin)
 
 
 def streams_of(var_model: VARModel) -> tuple[Stream, ...]:

@@ -69,7 +69,7 @@ class Caching:
         if state is not None:
             state, now = self.enter(state, batch)
         ids, mask = to_device((batch.ids, batch.mask))
-        return var_model.advance(state, ids, mask, now=now)
+        return var_model.advance(state, ids, mask, now=now, donate=True)
 
     def now(self, state: VARState) -> float:
         """The time of a cache that all sequences share: it ages by all tokens that the state has counted, seconds."""

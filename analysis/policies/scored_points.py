@@ -60,6 +60,7 @@ class Subject:
     samples: int = 2000  # bootstrap draws
     seed: int = 0
     progress: bool = True  # show bars on standard error
+    table_sha256: str = ""  # `TableFiles.digest` of the statistics and answers; "": they come from no files
     caching: Caching = INDEPENDENT  # which documents share a cached tier, where a config has one
 
     def __post_init__(self) -> None:
@@ -111,8 +112,7 @@ def losses(
         table: from the subject's statistics and answers, under the policies of `config`.
         change: what was done to the table beyond that, in words that tell tables apart.
     """
-    asked = config and dataclasses.replace(config, routing_stats=None, residuals=None)  # paths decide nothing
-    path = subject.folder and subject.folder / f"{hash_json([subject.digest, asked, change])[:32]}.parquet"
+    path = subject.folder and subject.folder / f"{hash_json([subject.digest, config, change])[:32]}.parquet"
     if path is not None and path.is_file():
         return _read(path)
     reading: dict[str, Any] = {

@@ -15,6 +15,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.quality import Scores, plain_runner, score, var_runner
 from analysis.policies.ladder import Choice, Measured, climb
 from analysis.text.encoding import Encoded
@@ -60,17 +61,17 @@ def search(
         answers: likewise.
         documents: the tuning documents; whoever reports the result must do so on others.
         base: the config whose layer policies are to be replaced; its cached tier is left out of the search.
-        budget: relative change of perplexity; None: 90 % of `base.max_quality_degradation`, since the tuning
+        budget: relative change of perplexity; None: 90 % of the published limit, since the tuning
             documents flatter what was chosen on them.
         frequency_threshold: occurrences that a key needs.
         batch_size: as in `analysis.evaluate.quality.score`.
         max_length: likewise.
     """
-    budget = 0.9 * base.max_quality_degradation if budget is None else budget
+    budget = 0.9 * MAX_DEGRADATION if budget is None else budget
     scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
     plain, _ = scoring(plain_runner(model), None)
     bar = progress_bar(unit=" policies", show=progress, desc="search")
-    orders = tuple(order for order in answers.orders if order > 0)
+    orders = tuple(order for order in answers.ngram_orders if order > 0)
 
     def config_of(choices: Sequence[Choice]) -> VARConfig:
         return dataclasses.replace(
@@ -81,7 +82,7 @@ def search(
         )
 
     everywhere = config_of([Choice(layer, 1.0) for layer in answers.layers])
-    table = build_for(model, stats, everywhere, answers, keep_shapes=True)
+    table = build_for(model, everywhere, stats, answers, keep_shapes=True)
 
     def measure(choices: Sequence[Choice]) -> Measured:
         tolerances = np.zeros(model.config.num_layers, np.float32)
@@ -94,7 +95,7 @@ def search(
         experts = summary(state.counters, model.config.top_k)["experts_per_token"]
         return Measured(tuple(choices), _degradation(plain, scores), experts)
 
-    ladder = climb(measure, answers, base.residual_shrinkage, model.config.top_k)
+    ladder = climb(measure, answers, base.answer_shrinkage, model.config.top_k)
     path = {0: Measured((), 0.0, float(model.config.top_k))}
     low, high = 0, len(ladder.steps)  # prefixes: `low` is within the budget, everything above `high` is not
     while low < high:
@@ -125,7 +126,7 @@ def policies(
         choice.layer: LayerPolicy(
             experts_kept=None,
             tolerance=choice.tolerance,
-            orders=orders,
+            ngram_orders=orders,
             frequency_threshold=frequency_threshold,
             entropy_threshold=math.log(num_experts) * 1.001,
         )

@@ -57,7 +57,7 @@ def evaluate(subject: Subject) -> Alternatives:
     Raises:
         InputError: as `analysis.studies.families.families`.
     """
-    table = build_for(subject.model, subject.stats, subject.config, subject.answers, keep_shapes=True)
+    table = build_for(subject.model, subject.config, subject.stats, subject.answers, keep_shapes=True)
     wanted = families(subject)
     plain = losses(subject)
     counts = document_counts(len(plain.nll), subject.samples, subject.seed)

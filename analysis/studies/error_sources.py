@@ -137,7 +137,7 @@ def prepare(
         caching: which documents share a cached tier, where the config has one.
         seed: of the draws.
     """
-    table = build_for(model, stats, config, answers, keep_shapes=True)
+    table = build_for(model, config, stats, answers, keep_shapes=True)
     reading: dict[str, Any] = {
         "batch_size": batch_size,
         "max_length": max_length,
@@ -243,7 +243,7 @@ def groups(subject: Subject) -> Groups:
     if subject.config.cache_size > 0:
         var_model = VARModel(subject.model, subject.config, table=subject.table)
         run = token_losses(var_model, subject.documents, **subject.reading)
-    orders = [order for order in np.unique([*subject.table.orders, *run.order]) if order >= 0]
+    orders = [order for order in np.unique([*subject.table.ngram_orders, *run.order]) if order >= 0]
     names = {BY_ROUTER: "the router", BY_CACHE: "the cache"} | {int(order): f"order {order}" for order in orders}
     keys = np.array(sorted(names))
     most = subject.table.num_layers * subject.table.top_k
@@ -264,7 +264,7 @@ def groups(subject: Subject) -> Groups:
 
 def id_frequency(stats: RoutingStats, vocab_size: int) -> np.ndarray:
     """int64 [V]: occurrences of each token id, from the keys of the shortest order; 0 where it is in none."""
-    shortest = stats.row_orders == min(stats.orders)
+    shortest = stats.row_orders == min(stats.ngram_orders)
     counted = np.zeros(vocab_size, np.int64)
     np.add.at(counted, stats.keys[shortest, -1], stats.count.max(axis=0)[shortest])
     return counted

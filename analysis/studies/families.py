@@ -72,18 +72,27 @@ def families(subject: Subject) -> tuple[Family, ...]:
         return dataclasses.replace(config, default=None, layers=changed)
 
     def everywhere(**fields: Any) -> VARConfig:
-        usual: dict[str, Any] = {"experts_kept": top_k, "orders": (0,), "residual": False}
+        usual: dict[str, Any] = {"experts_kept": top_k, "ngram_orders": (0,), "use_answers": False}
         return dataclasses.replace(config, default=LayerPolicy(**(usual | fields)), layers={})
 
     def scaled(scale: float, **fields: Any) -> VARConfig:
         return each(lambda one: dataclasses.replace(one, tolerance=scale * (one.tolerance or 0), **fields))
 
     def unanswered(ratio: float) -> VARConfig:
-        fields: dict[str, Any] = {"experts_kept": top_k, "tolerance": None, "residual": False, "renormalize": rescaled}
+        fields: dict[str, Any] = {
+            "experts_kept": top_k,
+            "tolerance": None,
+            "use_answers": False,
+            "renormalize": rescaled,
+        }
         return each(lambda one: dataclasses.replace(one, gate_ratio=ratio, **fields))
 
     def cached(confidence: float, mass: float) -> VARConfig:
-        nothing: dict[str, Any] = {"experts_kept": None, "orders": subject.stats.orders, "frequency_threshold": _NEVER}
+        nothing: dict[str, Any] = {
+            "experts_kept": None,
+            "ngram_orders": subject.stats.ngram_orders,
+            "frequency_threshold": _NEVER,
+        }
         size = subject.config.cache_size or VARConfig().cache_size
         alone = everywhere(renormalize=rescaled, **nothing)
         return dataclasses.replace(alone, cache_size=size, confidence_threshold=confidence, mass_threshold=mass)
@@ -92,14 +101,14 @@ def families(subject: Subject) -> tuple[Family, ...]:
         return tuple(Point(dial, config_at(dial)) for dial in dials)
 
     scale, number, smaller = "scale of the tolerances", "m, experts that run", "a smaller K"
-    mone, top_one = "MoNE, arXiv 2507.00390", Point(1, everywhere(experts_kept=1, residual=True))
+    mone, top_one = "MoNE, arXiv 2507.00390", Point(1, everywhere(experts_kept=1, use_answers=True))
     fewer = range(top_k - 1, -1, -1)
     renormalized = points(fewer[:-1], lambda m: everywhere(experts_kept=int(m), renormalize=True))
     own = points(fewer, lambda m: everywhere(experts_kept=int(m)))
     answered = points(fewer, lambda m: each(lambda one: dataclasses.replace(one, experts_kept=int(m), tolerance=None)))
     by_ratio = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, renormalize=rescaled))
     by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalize=rescaled))
-    means = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, residual=True))
+    means = points(RATIOS, lambda ratio: everywhere(gate_ratio=ratio, use_answers=True))
     by_cache = tuple(Point(confidence, cached(confidence, mass)) for confidence, mass in CACHES)
     uniform = points(
         [typical * one for one in WIDE_SCALES], lambda t: each(lambda one: dataclasses.replace(one, tolerance=t))
@@ -111,7 +120,12 @@ def families(subject: Subject) -> tuple[Family, ...]:
         Family("weight ratio", "weight ratio", "NAEE, arXiv 2402.14800", by_ratio),
         Family("top-p", "probability to reach", "Huang et al. 2024, arXiv 2403.07652", by_mass),
         Family("one mean per expert, by ratio", "weight ratio; last: top-1", mone, (*means, top_one)),
-        Family("one mean per expert, by tolerance", scale, mone, points(WIDE_SCALES, lambda s: scaled(s, orders=(0,)))),
+        Family(
+            "one mean per expert, by tolerance",
+            scale,
+            mone,
+            points(WIDE_SCALES, lambda s: scaled(s, ngram_orders=(0,))),
+        ),
         Family(
             "VAR without answers",
             "weight ratio",
@@ -123,7 +137,7 @@ def families(subject: Subject) -> tuple[Family, ...]:
             "token ids only",
             scale,
             "answers of order 1 alone",
-            points(WIDE_SCALES, lambda s: scaled(s, orders=(1,))),
+            points(WIDE_SCALES, lambda s: scaled(s, ngram_orders=(1,))),
         ),
         Family("cache only", "confidence to remember, weight to keep with it", "nothing known beforehand", by_cache),
         Family(
@@ -141,11 +155,11 @@ def families(subject: Subject) -> tuple[Family, ...]:
 
 def table_of(subject: Subject, table: RouteTable, family: Family, point: Point) -> RouteTable:
     """The table of one point: `table`, which was built from the subject with `keep_shapes`, under its policies."""
-    changed = with_policies(table, subject.stats, point.config, subject.answers)
+    changed = with_policies(table, point.config, subject.stats, subject.answers)
     if family.change == "shuffled":
         return shuffled_answers(changed, np.random.default_rng(subject.seed))
     if family.change == "same keys":
-        given = with_policies(table, subject.stats, subject.config, subject.answers)
+        given = with_policies(table, subject.config, subject.stats, subject.answers)
         return dataclasses.replace(changed, eligible=given.eligible)
     return changed
 

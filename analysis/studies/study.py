@@ -75,7 +75,7 @@ def sources_of_error(subject: Subject) -> Finding:
 
 def free_generation(subject: Subject) -> Finding:
     """Does the text stay the same when the model writes it?"""
-    table = build_for(subject.model, subject.stats, subject.config, subject.answers)
+    table = build_for(subject.model, subject.config, subject.stats, subject.answers)
     var_model = VARModel(subject.model, subject.config, table=table)
     found = generation_drift.drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching)
     return Finding("generation", error_sections.sections(None, found), dict(error_figures.draw(None, found)), found)

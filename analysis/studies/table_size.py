@@ -61,13 +61,13 @@ def table_sizes(subject: Subject) -> TableSizes:
     counts = document_counts(len(plain.nll), subject.samples, subject.seed)
     top_k = subject.model.config.top_k
     whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
-    most = max(shipped(build_for(subject.model, subject.stats, whole, subject.answers, keep_shapes=True)).answers)
+    most = max(shipped(build_for(subject.model, whole, subject.stats, subject.answers, keep_shapes=True)).answers)
     bounds = sorted({max(round(share * most), 1) for share in SHARES})
     configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
     configs += [dataclasses.replace(whole, answer_dtype=one) for one in TYPES]
     found = []
     for config in progress_bar(configs, unit="table", desc="table sizes", show=subject.progress):
-        table = build_for(subject.model, subject.stats, config, subject.answers, keep_shapes=True)
+        table = build_for(subject.model, config, subject.stats, subject.answers, keep_shapes=True)
         size = shipped(table)
         number = sum(size.answers)
         point = measured(number, plain, losses(subject, config, table), counts)
@@ -91,7 +91,7 @@ def shipped(table: RouteTable) -> Shipped:
     per_row = (table.eligible, table.experts_kept, table.routing)  # [L, R, ...]
     total = _bytes((keys, table.rules, table.made_with)) + _bytes(per_row) * len(rows) // table.eligible.shape[1]
     answers, answer_bytes = [], 0
-    for layer, wanted in zip(table.answers or (), np.asarray(table.rules.residual), strict=False):
+    for layer, wanted in zip(table.answers or (), np.asarray(table.rules.use_answers), strict=False):
         entry = np.asarray(layer.entry)[rows] if wanted else np.full((1, table.num_experts), NO_ANSWER, np.int32)
         answers.append(len(np.unique(entry[entry != NO_ANSWER])))
         per_answer = _bytes((layer.answers, layer.deviation, layer.scale)) // len(layer.answers)

@@ -21,7 +21,9 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
         return Finding("asked", (Section("asked", "What is asked", "reported", "it depends"),), {}, None)
 
     monkeypatch.setattr(study, "PARTS", (part,))
-    policy = LayerPolicy(experts_kept=None, tolerance=0.2, orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
+    policy = LayerPolicy(
+        experts_kept=None, tolerance=0.2, ngram_orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0
+    )
     VARConfig(default=policy, cache_size=0).save(tmp_path / "policy.json")
     command = (
         "02_evaluate_var.py",
@@ -43,7 +45,7 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
     assert subject.folder == tmp_path / "study" / "losses"
     assert "What is asked" in printed and "it depends" in printed
     saved = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert saved["provenance"]["config"]["routing_stats"] == str(statistics) and saved["provenance"]["data"]
+    assert saved["provenance"]["table"]["routing_stats"] == str(statistics) and saved["provenance"]["data"]
     assert (tmp_path / "study" / "study.html").is_file()
 
 

@@ -8,13 +8,14 @@ from profiling import components, points
 from profiling.points import Task
 from varjax import VARConfig
 from varjax.config import LayerPolicy
+from varjax.tablefiles import TableFiles
 
 
 @pytest.fixture
 def policy(statistics, tmp_path):
     path = tmp_path / "policy.json"
-    layer = LayerPolicy(experts_kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
-    VARConfig(default=layer, cache_size=0).at(statistics).save(path)
+    layer = LayerPolicy(experts_kept=1, ngram_orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
+    VARConfig(default=layer, cache_size=0).save(path, TableFiles.find(statistics))
     return path
 
 
@@ -63,5 +64,5 @@ def test_without_a_policy_the_plain_model_is_analyzed(script, common, few_calls,
 
 def test_what_cannot_be_analyzed_is_said(script, common, tmp_path):
     VARConfig().save(tmp_path / "config.json")
-    with pytest.raises(SystemExit, match="routing_stats is not set"):
+    with pytest.raises(SystemExit, match="it names no routing statistics; give --routing_stats"):
         script("05_systems_analysis.py", *common, "--split", "all", "--var_config", tmp_path / "config.json")

@@ -31,7 +31,7 @@ from profiling.xla import _equations, analyze
 from varjax import LayerPolicy, VARConfig
 from varjax.routing import Plan, Routing
 from varjax.stats import RoutingStats
-from varjax.table import build
+from varjax.table import build_table
 
 PRODUCTS = ("projections", "scores", "gate", "experts", "head")  # components of which only matrix products are counted
 CONFIG = MoEConfig(
@@ -270,9 +270,9 @@ def test_a_look_up_reads_a_bucket_its_keys_and_a_row_of_every_array():
     count = np.full_like(stats.count, 7)
     stats = dataclasses.replace(stats, count=count, sum_probs=7 * rng.dirichlet(np.ones(4), count.shape))
     config = VARConfig(
-        frequency_threshold=1, entropy_threshold=9.0, default=LayerPolicy(experts_kept=1, residual=False)
+        frequency_threshold=1, entropy_threshold=9.0, default=LayerPolicy(experts_kept=1, use_answers=False)
     )
-    table = build(stats, config, k=2)
+    table = build_table(config, stats, top_k=2)
 
     bucket, width = table.index.buckets.shape[1], table.index.keys.shape[1]
     look_up = (table.index.buckets.nbytes / len(table.index.buckets)) + bucket * 4 * width
