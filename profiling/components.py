@@ -12,11 +12,10 @@ components can then be compared with the untraced call.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -25,10 +24,8 @@ from analysis.report.figures import panels, shade
 from analysis.report.report import Column, ReportFigure, Section, Table
 from profiling.calls import Calls, at_once, prepare, sides
 from profiling.costs import COMPONENTS
-from profiling.traces import OTHER, capture, component_times, describe, operations, wall_times
+from profiling.traces import OTHER, ComponentTimes, capture, component_times, describe, wall_times
 from varjax.model import VARModel
-
-T = TypeVar("T")
 
 NAME = "components"
 WITHIN = 0.1  # of the untraced call, to which the components must sum
@@ -100,9 +97,7 @@ def measure_sides(
     found = []
     for (side, one), phase, ids in kinds:
         calls = prepare(one, ids, phase, max_calls)
-        program = describe(calls.traced())
-        name = f"{phase}-{side}-batch-{len(ids)}"
-        untraced, read = _in_turns(calls, folder, name, turns, partial(component_times, program=program))
+        untraced, read = _in_turns(calls, folder, f"{phase}-{side}-batch-{len(ids)}", turns)
         # At each call of a turn, the turn counts whose wall time is the lower quartile.
         chosen = np.argsort(np.stack([times.wall for times in read]), axis=0)[_quartile(turns)]
 
@@ -180,7 +175,7 @@ def section(found: Sequence[Breakdown]) -> Section:
                 "Each bar is one side: the components of a call by trace, from the bottom in the order of the legend. "
                 "The dash across a bar is the untraced call: the nearer to the bar's end, the better it is explained.",
                 "A fused operation is shared among its components by the number of elements, which is an estimate. "
-                "`other` is mostly time in which nothing runs: for short calls, that of the host.",
+                "`other` is mostly time in which nothing runs: for short calls, the host's.",
                 partial(_figure, found),
             ),
         ),
@@ -214,26 +209,25 @@ def _compile(var_model: VARModel, ids: np.ndarray, phase: str) -> None:
     prepare(var_model, ids, phase, max_calls=1).traced().lower().compile()
 
 
-def _in_turns(
-    calls: Calls, folder: str | Path, name: str, turns: int, read: Callable[[Path], T]
-) -> tuple[np.ndarray, list[T]]:
-    """Seconds of calls without a trace, float64 [turns, calls], and what is read from the trace of each turn."""
+def _in_turns(calls: Calls, folder: str | Path, name: str, turns: int) -> tuple[np.ndarray, list[ComponentTimes]]:
+    """Seconds of calls without a trace, float64 [turns, calls], and the components in the trace of each turn."""
+    program = describe(calls.traced())
     wall_times(calls.each())  # compiles
     rounds = max(round(TURN / wall_times(calls.each()).sum()), 1)
     untraced, traced = [], []
     for _ in range(turns):
         untraced.append(wall_times(calls.each(rounds)))
-        traced.append(read(capture(calls.each(rounds), folder, name)))  # the last trace stays
+        traced.append(component_times(capture(calls.each(rounds), folder, name), program))  # the last trace stays
     return np.stack(untraced), traced
 
 
 def _cost_of_recording(calls: Calls, turns: int) -> float:
     """Seconds that recording one operation takes: by how much a trace slows calls down, over their operations."""
     with tempfile.TemporaryDirectory() as folder:
-        untraced, read = _in_turns(calls, folder, "recording", turns, operations)
-    traced = np.stack([wall for wall, _ in read])
-    slower = _undisturbed(traced) - _undisturbed(untraced)
-    return max(float(slower.mean()) / float(np.mean([number for _, number in read])), 0.0)
+        untraced, traced = _in_turns(calls, folder, "recording", turns)
+    slower = _undisturbed(np.stack([times.wall for times in traced])) - _undisturbed(untraced)
+    operations = np.mean([sum(times.recorded.values()) for times in traced])
+    return max(float(slower.mean() / operations), 0.0)
 
 
 def _undisturbed(times: np.ndarray) -> np.ndarray:

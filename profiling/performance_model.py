@@ -5,7 +5,7 @@
 The form of the model is in `profiling.predict`, the calls are in `profiling.points`.
 
 Time is not a power of the tokens of a call: overheads weigh on small calls, and attention grows with the square of the
-length. So the measured exponent is compared with that of the predicted times of the same unseen calls.
+length. So the measured exponent is compared with the exponent of the predicted times of the same unseen calls.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from analysis.criteria import MAX_PREDICTION_ERROR
 from analysis.report.figures import MARKERS, panels
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json
-from analysis.report.report import Column, ReportFigure, Section, Table
+from analysis.report.report import Column, Report, ReportFigure, Section, Table, text
 from analysis.resampling import median_estimate
 from models import Model, load_model
 from models.config import MoEConfig
@@ -42,7 +42,6 @@ _PUBLISHED = "h200"  # drawn next to what was measured
 _NO_GAIN = 1.05  # a speed-up below this counts as none
 FEWEST = 3  # sizes of calls that an exponent is fitted to
 _OFF = 0.15  # by how much an exponent may exceed the expected one
-_SCALING = "How does time grow with the tokens?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +105,7 @@ class Scaling:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    """Calibrate and test the performance model alone, print the result, and save it if asked to.
-
-    Args:
-        arguments: of the command line; None: those of this process.
-    """
+    """Calibrate and test the performance model alone, print the result, and save it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id or 'reference'")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
@@ -157,14 +152,15 @@ def _errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point])
     return Errors(each, median.value, median.low, median.high, each[int(absolute.argmax())])
 
 
-def scalings(found: Study) -> list[Scaling]:
+def scaling(found: Study) -> tuple[Section, list[Scaling]]:
     """Fit exponents to the unseen calls of every phase and policy with enough sizes.
 
     Args:
         found: from `study`.
 
     Returns:
-        By phase, with the plain model first.
+        The section, whose criterion is that time grows no faster than the performance model expects; and the exponents
+        by phase, those of the plain model first.
     """
     groups: dict[tuple[str, str], list[PointError]] = {}
     for one in found.unseen.each:
@@ -180,22 +176,22 @@ def scalings(found: Study) -> list[Scaling]:
             expected = float(linregress(np.log(tokens), np.log(predicted)).slope)
             exponent = float(line.slope), float(line.stderr), expected
             fitted.append(Scaling(phase, policy, tokens, measured, predicted, *exponent))
-    return sorted(fitted, key=lambda one: (one.phase, one.policy != "plain"))
+    fitted.sort(key=lambda one: (one.phase, one.policy != "plain"))
+    return _scaling_section(fitted), fitted
 
 
-def section(found: Study, experts: float = 1.0, batches: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> Section:
+def section(found: Study, experts: float = 1.0) -> Section:
     """Report the ceilings and the performance model; the criterion is the median error on unseen points.
 
     Args:
         found: from `study`.
         experts: per token and layer under VAR, for the predicted speed-up.
-        batches: of the break-even table.
 
     Returns:
         The section with its tables and figures.
     """
     unseen = found.unseen
-    gains = list(_gains(found, experts, batches))
+    gains = list(_gains(found, experts))
     none = [f"{phase} at batch {batch}" for phase, batch, _, gain in gains if gain < _NO_GAIN]
     where = "in " + ", ".join(none) if none else "nowhere here"
     numbers = tuple(dataclasses.asdict(found.model).items())
@@ -264,17 +260,10 @@ def section(found: Study, experts: float = 1.0, batches: Sequence[int] = (1, 2, 
     )
 
 
-def scaling_section(found: Sequence[Scaling]) -> Section:
-    """Report how time grows; the criterion is that it grows no faster than the performance model expects.
-
-    Args:
-        found: from `scalings`.
-
-    Returns:
-        The section with its table and figure.
-    """
+def _scaling_section(found: Sequence[Scaling]) -> Section:
+    title = "How does time grow with the tokens?"
     if not found:
-        return Section("scaling", _SCALING, "not measured", f"no kind of call was timed at {FEWEST} sizes")
+        return Section("scaling", title, "not measured", f"no kind of call was timed at {FEWEST} sizes")
     off = max(found, key=lambda one: one.exponent - one.expected)
     rows = tuple(
         (
@@ -291,11 +280,13 @@ def scaling_section(found: Sequence[Scaling]) -> Section:
     )
     return Section(
         "scaling",
-        _SCALING,
+        title,
         "PASS" if all(one.consistent for one in found) else "FAIL",
         f"exponent of time over tokens at most {_OFF} above the expected one: the largest difference is {off.phase}, "
         f"{off.policy}, {off.exponent:.2f} against {off.expected:.2f}",
-        ("The expected exponent is that of the predicted times of the same calls, which did not calibrate it.",),
+        (
+            "The expected exponent is fitted to the predicted times of the same calls, which did not calibrate the model.",
+        ),
         (Table("Exponents", columns, rows),),
         (
             ReportFigure(
@@ -314,35 +305,14 @@ def scaling_section(found: Sequence[Scaling]) -> Section:
 def _measure_and_print(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args.model)
     found = study(model, repeats=args.repeats, seed=args.seed)
-    units = {
-        "product": (1e-9, "GFLOP/s"),
-        "half_rows": (1, "rows"),
-        "weights": (1e-9, "GB/s"),
-        "stream": (1e-9, "GB/s"),
-    }
-    print(f"{found.ceilings}\n\nThe performance model")
-    for name, value in dataclasses.asdict(found.model).items():
-        scale, unit = units.get(name, (1e6, "µs"))
-        print(f"  {name:12}{value * scale:>10,.1f} {unit}")
-    for name, one in (("\ncalibrated", found.calibrated), ("unseen", found.unseen)):
-        print(
-            f"{name}: {len(one.each)} points, median error {one.median:.1%} [{one.low:.1%}, {one.high:.1%}], "
-            f"worst {one.worst.relative:+.1%} at {one.worst.point.name}"
-        )
-        for each in one.each:
-            half = (each.point.high - each.point.low) / 2 / each.point.seconds
-            print(
-                f"  {each.point.name:48}{each.point.seconds * 1e3:>9.3f} ms ±{half:>4.0%}"
-                f"{each.predicted * 1e3:>10.3f} ms{each.relative:>+8.1%}"
-            )
-    verdict = "PASS" if found.unseen.passed else "FAIL"
-    print(f"{verdict}: median error on unseen points under {MAX_PREDICTION_ERROR:.0%}")
+    facts = (("model", model.name), ("device", found.ceilings.device))
+    print(text(Report("Performance model", facts, (), (section(found),))))
     return {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found}
 
 
-def _gains(found: Study, experts: float, batches: Sequence[int]) -> Iterator[tuple[str, int, float | None, float]]:
+def _gains(found: Study, experts: float) -> Iterator[tuple[str, int, float | None, float]]:
     """Phase, batch, break-even and predicted speed-up."""
-    for phase, batch in product(("decode", "prefill"), batches):
+    for phase, batch in product(("decode", "prefill"), (1, 2, 4, 8, 16, 32)):
         call = _decode(found, batch) if phase == "decode" else Workload(batch, 128, itemsize=_itemsize(found))
         at = break_even(found.model, found.config, call)
         yield phase, batch, at, speedup(found.model, found.config, call, experts)

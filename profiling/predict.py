@@ -113,7 +113,7 @@ def seconds_by_part(model: PerformanceModel, config: MoEConfig, workload: Worklo
         model, config, workload, mix: as in `predict`.
 
     Returns:
-        Seconds by component of `profiling.costs`, and "overhead": what calls and layers cost whatever they compute.
+        Seconds by component of `profiling.costs`, and "overhead": the fixed cost of calls and layers.
     """
     costs = component_costs(config, workload, mix, as_written=True)
     rows = {"projections": workload.tokens, "gate": workload.tokens, "head": workload.logit_rows}
@@ -157,7 +157,7 @@ def _expert_blocks(config: MoEConfig, workload: Workload, mix: Mix) -> list[tupl
 
 
 def speedup(model: PerformanceModel, config: MoEConfig, workload: Workload, experts: float, orders: int = 1) -> float:
-    """The predicted time of the plain call over that of VAR, with experts drawn evenly and independently.
+    """The predicted time of the plain call over the time under VAR, with experts drawn evenly and independently.
 
     Args:
         model, config, workload: as in `predict`.

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from models.config import MoEConfig
 from profiling.costs import Cost
-from varjax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -53,26 +52,6 @@ HARDWARE: Mapping[str, Hardware] = {
         measured=True,
     ),
 }
-
-
-def get_hardware(name: str) -> Hardware:
-    """Look up an accelerator.
-
-    Args:
-        name: a key of `HARDWARE`, in any case.
-
-    Returns:
-        Its rates.
-
-    Raises:
-        InputError: there is no such entry.
-    """
-    if name.lower() not in HARDWARE:
-        raise InputError(
-            f"hardware {name!r} is not in the table; choose one of {', '.join(HARDWARE)}, or describe yours with "
-            "profiling.published.Hardware"
-        )
-    return HARDWARE[name.lower()]
 
 
 def ceiling(costs: Mapping[str, Cost], hardware: Hardware) -> float:

@@ -95,13 +95,6 @@ class _Event(NamedTuple):
     instruction: Instruction
 
 
-class _Recording(NamedTuple):
-    """A trace as it is read from its file."""
-
-    calls: list[tuple[float, float]]  # start and end of each, nanoseconds
-    threads: list[list[_Event]]
-
-
 _UNKNOWN = Instruction(((OTHER, 1.0),), control=False)
 
 
@@ -247,20 +240,6 @@ def component_times(path: str | Path, program: Module) -> ComponentTimes:
     return ComponentTimes(np.array([end - start for start, end in calls]) * 1e-9, seconds, idle, recorded)
 
 
-def operations(path: str | Path) -> tuple[np.ndarray, float]:
-    """The calls of a trace without their components.
-
-    Args:
-        path: what `capture` returned.
-
-    Returns:
-        Seconds of each call, float64 [calls], and recorded operations per call.
-    """
-    calls, threads = _read(path, Module("", {}))
-    wall = np.array([end - start for start, end in calls]) * 1e-9
-    return wall, sum(map(len, threads)) / len(calls)
-
-
 def _line(rest: str) -> _Line:
     opcode, scope, shape, fused = (one.search(rest) for one in (_OPCODE, _SCOPE, _SHAPE, _FUSED))
     said = scope is not None and not _FUNCTIONS.fullmatch(scope[1])
@@ -273,7 +252,8 @@ def _line(rest: str) -> _Line:
     )
 
 
-def _read(path: str | Path, program: Module) -> _Recording:
+def _read(path: str | Path, program: Module) -> tuple[list[tuple[float, float]], list[list[_Event]]]:
+    """Start and end of each call in nanoseconds, and the operations of each thread."""
     calls, threads = [], []
     for plane in ProfileData.from_file(str(path)).planes:
         for line in plane.lines:
@@ -287,7 +267,7 @@ def _read(path: str | Path, program: Module) -> _Recording:
                     known = program.instructions if str(about.get("hlo_module")) == program.name else {}
                     thread.append(_Event(event.start_ns, event.end_ns, known.get(str(about["hlo_op"]), _UNKNOWN)))
             threads.append(thread)
-    return _Recording(sorted(calls), threads)
+    return sorted(calls), threads
 
 
 def _nested(events: Iterable[_Event]) -> tuple[list[_Event], list[Instruction]]:
