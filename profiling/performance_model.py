@@ -284,9 +284,7 @@ def _scaling_section(found: Sequence[Scaling]) -> Section:
         "PASS" if all(one.consistent for one in found) else "FAIL",
         f"exponent of time over tokens at most {_OFF} above the expected one: the largest difference is {off.phase}, "
         f"{off.policy}, {off.exponent:.2f} against {off.expected:.2f}",
-        (
-            "The expected exponent is fitted to the predicted times of the same calls, which did not calibrate the model.",
-        ),
+        ("The expected exponent is fitted to the predicted times of the same calls, all of them unseen.",),
         (Table("Exponents", columns, rows),),
         (
             ReportFigure(

@@ -109,7 +109,7 @@ def test_names_that_only_sound_like_constructs_are_no_doubts():
 
 def test_the_prediction_is_near_what_xla_lays_out(small_var_model):
     """A model so small that its activations are most of it; they are what the prediction overstates."""
-    found = memory(small_var_model, [(1, 32), (8, 64), (8, 64)])
+    _, found = memory(small_var_model, [(1, 32), (8, 64), (8, 64)])
     assert [(one.side, one.batch, one.length) for one in found] == [
         *(("plain", 1, 32), ("VAR", 1, 32), ("plain", 8, 64), ("VAR", 8, 64))
     ]
