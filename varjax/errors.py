@@ -23,6 +23,11 @@ class NotTestableError(InputError):
 def require_integer(name: str, value: Any, least: int) -> None:
     """Check an argument that counts something.
 
+    Args:
+        name: of the argument.
+        value: that was given.
+        least: the smallest that is allowed.
+
     Raises:
         InputError: `value` is not an integer (true and false are not), or is less than `least`.
     """

@@ -341,7 +341,7 @@ class VARModel:
         """
         if state is None:
             return "VAR is switched off: the learned router decides everything."
-        return format_summary(step.summary(state.counters, self.model.config.top_k))
+        return _format_summary(step.summary(state.counters, self.model.config.top_k))
 
     def report(self, state: VARState | None) -> dict[str, Any]:
         """What `summary` prints, as JSON can hold it, with what fills the cache.
@@ -576,7 +576,7 @@ def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:
         )
 
 
-def format_summary(shares: dict[str, Any]) -> str:
+def _format_summary(shares: dict[str, Any]) -> str:
     """`step.summary` as a table for people."""
     lines = [f"{'layer':>7}{'fast':>8}{'cached':>8}{'learned':>9}{'mispredictions':>15}{'experts/token':>15}"]
     for name, row in [*enumerate(shares["layers"]), ("all", shares)]:

@@ -62,9 +62,13 @@ def load(path: str | Path, like: VARState, now: float, about: Mapping[str, Any])
     """The state that `save` wrote, with as many sequences as it had.
 
     Args:
+        path: the folder.
         like: a state of the same model and cache (`varjax.step.init`), with any number of sequences.
         now: seconds, on the clock of the steps to come.
         about: as given to `save`.
+
+    Returns:
+        The state.
 
     Raises:
         FileNotFoundError: no state was saved there.

@@ -70,12 +70,12 @@ def write(
     meta: Mapping[str, Any],
     token_strings: Mapping[int, str] | Sequence[str] | None = None,
 ) -> None:
-    """Write the whole file or nothing. Keys that occurred in no layer are left out.
+    """Write a file of statistics, whole or not at all. Keys that occurred in no layer are left out.
 
     Args:
         path: replaced if it exists.
         stats: with at least the occurrences to write.
-        meta: what JSON can hold; what `stats` knows itself is added, and wins.
+        meta: what JSON can hold; the fields that `stats` knows itself are added, and win.
         token_strings: the text of each id.
     """
     layer, row = np.nonzero(stats.count)
@@ -119,10 +119,16 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
-    """The statistics in a file, and its metadata with `filled` and `rows_with_nan` added.
+    """The statistics in a file.
 
     Keys come in order of first appearance. A row with NaN or null among its required figures is kept as it is and
-    counted in `rows_with_nan`: such a key passes no threshold, and whoever validates the file can name it.
+    counted in `rows_with_nan`: such a key passes no threshold, and a validation of the file can name it.
+
+    Args:
+        path: a Parquet file.
+
+    Returns:
+        The statistics, and the file's metadata with `filled` and `rows_with_nan` added.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -171,7 +177,13 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
 
 
 def identity(path: str | os.PathLike[str]) -> str:
-    """What tells the statistics in a file apart from others; it is computed where the file does not say it.
+    """A name that tells the statistics in a file from others; it is computed where the file does not hold it.
+
+    Args:
+        path: a Parquet file.
+
+    Returns:
+        A SHA-256.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -191,7 +203,14 @@ def identity(path: str | os.PathLike[str]) -> str:
 
 
 def token_strings(path: str | os.PathLike[str]) -> dict[int, str]:
-    """The text of each id that a file which `read` accepts has one for."""
+    """The texts of token ids.
+
+    Args:
+        path: a file that `read` accepts.
+
+    Returns:
+        The text of each id that the file has one for.
+    """
     if "token_str" not in pq.read_schema(path).names:
         return {}
     table = checksums.read_parquet(path, _FIX, columns=["token_id", "token_str"])

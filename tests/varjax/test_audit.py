@@ -12,9 +12,8 @@ import pytest
 
 from varjax import LEARNED, VARConfig, VARModel, drift, step
 from varjax.audit import Auditor, _audited, audited, choose, tally
-from varjax.drift import DriftWarning
+from varjax.drift import ERROR_CAP, DriftWarning, observe, watched
 from varjax.routing import LayerRules, Plan, Routing, resolve
-from varjax.streams import ERROR_CAP, observe, watched
 
 SHARE = 0.4
 

@@ -5,8 +5,7 @@ import pytest
 
 from varjax import bounds, drift
 from varjax.config import VARConfig
-from varjax.drift import ALPHA, LOOK, Calibration
-from varjax.streams import Stream, watched
+from varjax.drift import ALPHA, LOOK, Calibration, Stream, watched
 
 CONFIG = VARConfig(layers={1: None}, cache_layers=(2,))
 STREAMS = watched(CONFIG, 3)
