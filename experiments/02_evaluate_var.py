@@ -51,8 +51,8 @@ from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
 from experiments.hosts import add_hosts, join
 from models import Model
-from profiling import throughput_section
-from profiling.throughput import by_batch, measure
+from profiling.timing import by_batch, measure
+from profiling.timing import section as throughput_section
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
@@ -282,8 +282,7 @@ def throughput_of(subject: Subject, repeats: int) -> Finding:
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
     found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    drawn = {throughput_section.NAME: throughput_section.figure(found)}
-    return Finding("throughput", (throughput_section.section(found),), drawn, found)
+    return Finding("throughput", (throughput_section(found),), {}, found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:

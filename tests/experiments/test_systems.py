@@ -44,7 +44,7 @@ def test_a_policy_is_analyzed_and_its_traces_are_kept(script, common, policy, fe
     assert len(found["results"]["performance"]["unseen"]["each"]) == len(UNSEEN)
     assert {one["phase"] for one in found["results"]["evidence"]} == {"prefill", "decode"}
     written = {path.name for path in output.iterdir()}
-    assert {"systems.html", "systems.txt", "roofline.png", "components.png", "scaling.pdf", "traces"} <= written
+    assert {"systems.html", "systems.txt", "roofline.png", "components.pdf", "traces"} <= written
     assert len(list(output.glob("traces/plugins/profile/*/*.xplane.pb"))) == 4  # both sides of both phases
 
 
