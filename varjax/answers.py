@@ -143,7 +143,7 @@ def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routin
 
     Args:
         sums: donated, not to be used again.
-        rows: int32 [O, B, T], from `keys.find_orders`; negative where there is no key. An occurrence counts at each.
+        rows: int32 [O, B, T], from `keys.find_orders`; negative for none. An occurrence counts at each key.
         expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.

@@ -67,7 +67,7 @@ class Auditor:
             theirs = getattr(calibration, name)
             if theirs != value:
                 raise InputError(
-                    f"the calibration has {name} {theirs[:12]}…, this model {value[:12]}…; calibrate anew with "
+                    f"the calibration has {name} {theirs[:12]}…, this model {value[:12]}…; calibrate again with "
                     "analysis.audits.auditing.calibrate"
                 )
         self.var_model, self.calibration, self.on_drift = var_model, calibration, on_drift

@@ -2,7 +2,7 @@
 
 Letters: N observations, S sides, F bets, M candidate means.
 
-Of the observations nothing is assumed but that they lie in [low, high] and are drawn independently from one population.
+The only assumptions are that the observations are in [low, high] and are drawn independently from one population.
 Scaled to x in [0, 1], a mean m or higher is tested by a bet against it (Waudby-Smith & Ramdas 2023, arXiv 2010.09686):
 capital starts at 1 and is multiplied by 1 + bet * (m - x) for each x. Where the mean is m or higher, the game is
 unfavorable whatever the bets, as long as each is fixed before its x is seen, so the capital reaches 1 / alpha with a

@@ -213,10 +213,7 @@ def _writers(cache: ContextCache, keys: Array, storable: Array) -> tuple[Array, 
 
 
 def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple[Array, Array, Array]:
-    """Where the writers write.
-
-    Args:
-        bucket, way: int32 [N], from `_writers`.
+    """Where the writers `bucket` and `way`, int32 [N] from `_writers`, write.
 
     Returns:
         way int32 [N]; fresh bool [N], a newcomer; writes bool [N], False for those that lose their place.
@@ -268,13 +265,10 @@ def _insert_one(
 def _merged(
     held: ContextCache, fresh: Array, ids: Array, experts: Array, weights: Array, decided: Array, now: Array
 ) -> ContextCache:
-    """Rows [N] of the cache to be written: what was decided, over what is held there unless it is another's.
+    """Rows [N] to be written: what was decided, over what is held there unless it belongs to another context.
 
-    Args:
-        held: rows of the cache, [N, ...].
-        fresh: bool [N], the context is a newcomer in its row.
-        ids, experts, weights: int32 [N, C], int16 and float32 [N, L, K].
-        decided: bool [N, L], the layers that have something to store.
+    `held` are rows of the cache; `fresh` bool [N], the context is a newcomer in its row; `ids` int32 [N, C], `experts`
+    int16 and `weights` float32 [N, L, K]; `decided` bool [N, L], the layers that have something to store.
     """
     blank = jnp.where(fresh[:, None, None], NOTHING, held.experts)  # an update leaves the other layers alone
     return ContextCache(
@@ -291,7 +285,7 @@ def _bucket(cache: ContextCache, contexts: Array) -> Array:
 
 
 def _find(cache: ContextCache, bucket: Array, contexts: Array) -> tuple[Array, Array]:
-    """int32 [...], bool [...]: the way in which each context lies, and whether it lies anywhere."""
+    """int32 [...], bool [...]: the way that holds each context, and whether there is one."""
     ways = cache.ids.shape[1]
     same = jnp.all(cache.ids[bucket] == contexts[..., None, :], axis=-1)  # [..., W]
     way = jnp.min(jnp.where(same, _iota(ways), ways), axis=-1)

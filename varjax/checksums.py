@@ -2,7 +2,7 @@
 
 A Parquet or safetensors file has a *seal* among its metadata: the SHA-256 of the whole file with the seal's digits
 replaced by zeros. So it covers every byte: data, metadata, and what a reader would never look at. A JSON file has a
-field `checksum`, the SHA-256 of the other fields in a canonical form: another indentation is no damage.
+field `checksum`, the SHA-256 of the other fields in a canonical form, whatever the indentation.
 
     _seal(path)                     # a file that was written with SEALED among its metadata
     verify(path, fix)             # False: it has no seal; InputError: it is not what was written
@@ -38,11 +38,7 @@ _BLOCK = 1 << 20  # bytes read at a time
 
 
 def _seal(path: str | os.PathLike[str]) -> None:
-    """Fill in the seal of a file.
-
-    Args:
-        path: a file that was written with `SEALED` among its metadata.
-    """
+    """Fill in the seal of a file that was written with `SEALED` among its metadata."""
     with open(path, "r+b") as file:
         place = _seal_place(file)
         assert place is not None, f"{path}: no seal to fill in; write checksums.SEALED among the file's metadata"
@@ -96,14 +92,7 @@ def write_safetensors(
 
 
 def _parquet_schema(schema: Any) -> Any:
-    """The schema with `SEALED` among its metadata.
-
-    Args:
-        schema: of pyarrow.
-
-    Returns:
-        The schema.
-    """
+    """The schema with `SEALED` among its metadata."""
     return schema.with_metadata({**(schema.metadata or {}), _NAME.encode(): SEALED[_NAME].encode()})
 
 
@@ -216,7 +205,7 @@ def without_checksum(fields: Mapping[str, Any]) -> dict[str, Any]:
         The fields without it.
 
     Raises:
-        InputError: the checksum is that of other fields.
+        InputError: the checksum does not match.
     """
     rest = {name: value for name, value in fields.items() if name != CHECKSUM}
     if CHECKSUM in fields and fields[CHECKSUM] != digest_of(rest):

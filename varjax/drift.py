@@ -42,7 +42,7 @@ from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
 from varjax.step import TIERS as ALL_TIERS
 
-ERROR_CAP = 1.0  # relative error that an observation is clipped to: that of no answer at all
+ERROR_CAP = 1.0  # relative error that an observation is clipped to: as without any answer
 TIERS = ALL_TIERS[FAST : CACHED + 1]  # those that plan
 ALPHA = 0.05  # probability of a false alarm in a run of any length
 LOOK = 8  # texts between two looks at the bounds
@@ -185,14 +185,14 @@ class Calibration:
         Raises:
             InputError: the file is not a calibration, or was damaged.
         """
-        data = checksums.read_json(path, "calibrate anew")
+        data = checksums.read_json(path, "calibrate again")
         try:
             if data.pop("format") != FORMAT:
                 raise InputError(f"another format than {FORMAT}")
             values = [Calibrated(**value | {"stream": Stream(**value["stream"])}) for value in data.pop("values")]
             return cls(**data, values=tuple(values))
         except (InputError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: not the calibration of an audit ({error}); calibrate anew") from error
+            raise InputError(f"{path}: not the calibration of an audit ({error}); calibrate again") from error
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class Drift:
     texts: int  # that had come in by then
     calibrated: float  # mean
     calibrated_bound: float
-    observed: float  # mean, since the sequences last began anew
+    observed: float  # mean, since the sequences last began
     observed_bound: float  # of its mean, on the side of `calibrated_bound`
 
     def __str__(self) -> str:
@@ -356,7 +356,9 @@ def _drift(value: Calibrated, sequence: ConfidenceSequence, texts: int) -> Drift
 
 
 def _sequences(calibration: Calibration, turn: int) -> tuple[ConfidenceSequence, ...]:
-    errors = np.maximum(_errors(calibration.streams) / (turn * (turn + 1)), 2.0**-50)  # less would be lost beside 1
+    errors = np.maximum(
+        _errors(calibration.streams) / (turn * (turn + 1)), 2.0**-50
+    )  # less would be lost when added to 1
     return tuple(
         bounds.begin(*stream.limits, 1 - error, _SIDES[stream.signal])
         for stream, error in zip(calibration.streams, errors, strict=True)

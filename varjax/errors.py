@@ -16,7 +16,7 @@ class InputError(ValueError):
 class NotTestableError(InputError):
     """The data are sound but cannot answer this question: too few documents, say, or experts that are not ranked.
 
-    A report prints the message in the place of a result. No other error may become a result.
+    A report prints the message instead of a result. No other error may become a result.
     """
 
 

@@ -59,7 +59,7 @@ def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Pa
 
     Args:
         path: replaced if it exists.
-        of_this_machine: the file is no result of the program but, say, a cache, which every process writes for itself.
+        of_this_machine: the file is not a result but, for example, a cache, which every process writes for itself.
 
     Yields:
         The temporary path.
@@ -82,7 +82,7 @@ def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Pa
             yield temporary
             temporary.chmod(mode)
         if process is not None:
-            _meet(target)  # from here on nobody asks whether the file was there before
+            _meet(target)  # from here on no process asks whether the file was there before
         if not process:
             os.replace(temporary, target)
     finally:

@@ -28,7 +28,7 @@ from varjax.transfer import to_device
 
 ANY = -1  # a place that the key's order does not look at
 NONE = -2  # no token: before the start of a sequence, or padding
-ABSENT = -1  # the row of a context that is no key
+ABSENT = -1  # the row of a context that is not a key
 
 _CHUNK = 1 << 19  # tokens that are counted at once
 
@@ -63,7 +63,7 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
         ids = jnp.concatenate([recent, token_ids], axis=1).astype(jnp.int32)
         last = jnp.broadcast_to(before + jnp.arange(steps, dtype=jnp.int32), (batch, steps))
     else:
-        # Real tokens move together behind `recent`; `last` is where each of them comes to stand.
+        # Real tokens move together behind `recent`; `last` is the place of each of them.
         last = before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         width = before + steps
         sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -181,7 +181,7 @@ def find_orders(index: KeyIndex, contexts: Array, ngram_orders: Sequence[int]) -
     longest = min(width, contexts.shape[-1])
     if not ngram_orders or min(ngram_orders) < 0 or max(ngram_orders) > longest:
         raise InputError(
-            f"ngram_orders {tuple(ngram_orders)} must lie in 0..{longest}; "
+            f"ngram_orders {tuple(ngram_orders)} must be in 0..{longest}; "
             f"keys hold {width} ids, contexts {contexts.shape[-1]}"
         )
     padding = [(0, 0)] * (contexts.ndim - 1) + [(width - longest, 0)]
@@ -212,10 +212,10 @@ class OrderCount(NamedTuple):
     """What `count_contexts` saw of one order."""
 
     order: int
-    distinct: int  # different contexts; at most so many where `undercount` is not 0
+    distinct: int  # different contexts; an upper bound where `undercount` is not 0
     admitted: int  # of these, keys
     occurrences: int  # positions with such a context
-    occurrences_admitted: int  # of these, at a key; at least so many where `undercount` is not 0
+    occurrences_admitted: int  # of these, at a key; a lower bound where `undercount` is not 0
     undercount: int  # by how much a count may be too low, because rare contexts were forgotten; 0: exact
 
 
@@ -335,10 +335,8 @@ def _occurring(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per order, the different contexts int32 [n, order] of one chunk, by current id first, and their counts int64 [n].
 
-    Args:
-        ids: int64 [N].
-        position: int64 [N], of each in its document.
-        ordinary: bool [N], False where no key may end.
+    `ids` and `position` are int64 [N], the latter counts within the document; `ordinary` bool [N] is False where no key
+    may end.
     """
     vocabulary = int(ids.max(initial=0)) + 1
     code = np.zeros(len(ids), np.int64)  # equal where the last `order` ids are equal; one more id each round

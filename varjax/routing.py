@@ -54,7 +54,7 @@ class LayerRules:
     use_answers: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
     renormalize: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate
-    weights_from_table: Array  # bool [L], it supplies the weights, slot by slot, whoever names the experts
+    weights_from_table: Array  # bool [L], it supplies the weights, slot by slot
 
     @classmethod
     def neutral(cls, num_layers: int) -> LayerRules:
@@ -85,7 +85,7 @@ class LayerAnswers:
 
         Args:
             row: int32 [...], rows of the table, NO_ROW for none.
-            experts: int32 [..., K]; E is no expert.
+            experts: int32 [..., K]; E for an unused slot.
 
         Returns:
             int32 [..., K], NO_ANSWER where there is none.
@@ -278,11 +278,7 @@ def _weighted(experts: Array, gate: Array, normalize: bool) -> Routing:
 
 
 def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
-    """bool [..., K]: the slots that a planned token does without, whatever is known of them.
-
-    Args:
-        weights, gate: float32 [..., K], the candidate's weights and gate probabilities.
-    """
+    """bool [..., K]: the slots that a planned token drops by their weight, gate probability or number."""
     slot = jax.lax.broadcasted_iota(jnp.int8, weights.shape, weights.ndim - 1)
     # The slots before each slot; a masked sum is one kernel, a running one is three.
     before = slot[..., None, :] < slot[..., :, None]

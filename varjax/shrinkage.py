@@ -1,9 +1,13 @@
-"""From the means of past occurrences to estimates of other text: each answer leans on the one above it.
+"""From the means of past occurrences to estimates on other text, and which answers are worth their bytes.
 
-Letters: R rows (keys), C key width, E experts, N answers of a layer, D hidden size.
+Letters: A layers that are collected, R rows (keys), C key width, E experts, N answers of a layer, D hidden size.
 
-Above an answer stands the same expert's answer at the longest shorter key, up to that of order 0 (Katz 1987 backs off
-in the same order). Few occurrences say little, so a rare key's answer is drawn toward the one above.
+Each mean is shrunk toward its back-off parent, the same expert's answer at the longest shorter key, up to order 0 (Katz
+1987 backs off in the same order), because few occurrences say little.
+
+Where memory is bounded, the answers that remove the most error are kept: all answers of a layer take the same bytes.
+Without an answer, the parent stands in, and without a parent the expert runs. Before an answer is collected its worth
+is estimated from the gate's probabilities.
 """
 
 from __future__ import annotations
@@ -138,9 +142,6 @@ def _squared(rows: np.ndarray) -> np.ndarray:
 
 def _divisor(mass: np.ndarray) -> np.ndarray:
     return np.where(mass > 0, mass, 1.0)
-
-
-# --- which answers are worth their bytes --------------------------------------------------------------------------
 
 
 def likeliest(stats: RoutingStats, keys: np.ndarray, layers: Sequence[int], bound: int) -> np.ndarray:

@@ -57,7 +57,7 @@ class RoutingStats:
     top1_counts: np.ndarray  # int64 [L, R, E], how often each expert came first
     sum_probs: np.ndarray  # float64 [L, R, E], gate probabilities summed over occurrences
     nonfinite: np.ndarray  # int64 [L], tokens left out because the router gave NaN or infinity
-    absent: np.ndarray  # int64 [O], tokens whose context of that order is no key
+    absent: np.ndarray  # int64 [O], tokens whose context of that order is not a key
     tokens: int  # all tokens seen, padding not counted
     documents: int
 

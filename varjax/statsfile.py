@@ -26,7 +26,7 @@ answers name the statistics that they belong to by it. `sealed` says that the fi
 
 Files of others are read too. The columns in `REQUIRED` must be there; whatever else is missing is filled, and each
 filling is named in the metadata that `read` returns (`filled`: name -> with what). So a table can be built from one
-layer's file that names only the commonest expert of each token, and nobody need take a filling for a measurement.
+layer's file that names only the commonest expert of each token, and a filling cannot be taken for a measurement.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class _File:
             self.filled: dict[str, str] = dict(self.meta.get("filled", {}))
         except (pa.ArrowException, OSError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.path}: not a readable Parquet file of routing statistics ({error}); write it anew"
+                f"{self.path}: not a readable Parquet file of routing statistics ({error}); write it again"
             ) from error
         if self.meta.pop("sealed", False) and not sealed:
             raise InputError(f"{self.path}: its checksum is missing or unreadable, so the file was damaged; {_FIX}")
@@ -282,7 +282,7 @@ class _File:
     def integers(self, name: str, lowest: int = 0, highest: int = LARGEST_ID) -> np.ndarray:
         """int64 [N], a column of whole numbers within bounds; they may be stored as floats, but none may be missing."""
         values = self._numbers(name, self.table.column(name))
-        self.refuse(name, ~_whole(values, lowest, highest), values, f"is no whole number from {lowest} to {highest}")
+        self.refuse(name, ~_whole(values, lowest, highest), values, f"is not a whole number from {lowest} to {highest}")
         return values.astype(np.int64)
 
     def figures(self, name: str, highest: float = np.inf) -> np.ndarray:

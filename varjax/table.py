@@ -112,7 +112,7 @@ def build_table(
 
     A row is eligible in a layer if the layer's policy looks at its order, it was seen often enough there, the
     gate was certain enough on average, and, where the policy uses answers, some expert has an answer there. Where a key
-    has no answer for an expert, that of the longest shorter key stands in; but what an expert says on average over all
+    has no answer for an expert, the longest shorter key's answer stands in; but an expert's mean output over all
     tokens (order 0) answers for a policy of order 0 alone: tokens that are not known stay with the router.
 
     Args:
@@ -121,7 +121,7 @@ def build_table(
         answers: the experts' mean outputs at the same keys or some of them; None: nothing stands in for an expert.
         top_k: experts per token in the model.
         normalize: as in `varjax.routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
-        keep_shapes: keep every row, that of order 0 and every answer, whatever the policy wants, so that tables of
+        keep_shapes: keep every row, order 0 and every answer, whatever the policy wants, so that tables of
             other policies have the same shapes.
 
     Returns:
@@ -186,7 +186,7 @@ def with_policies(
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
         raise InputError(
-            f"the table has {rows} rows, the statistics {len(stats.keys)} keys and that of order 0; "
+            f"the table has {rows} rows, the statistics {len(stats.keys)} keys and order 0; "
             "build the table from these statistics with keep_shapes=True"
         )
     _check_answers(table, config, answers)
@@ -299,7 +299,7 @@ def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_exp
 
 
 def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry: np.ndarray) -> np.ndarray:
-    """bool [R]: the keys of the statistics, then that of order 0. `entry` int32 [R, E] is the layer's."""
+    """bool [R]: the keys of the statistics, then order 0. `entry` int32 [R, E] is the layer's."""
     if policy is None:
         return np.zeros(len(entry), bool)
     admitted = (

@@ -54,7 +54,7 @@ class TableFiles:
         return cls(str(stats), None if answers is None else os.fspath(answers))
 
     def digest(self) -> str:
-        """A name for the contents of the files, wherever they lie; `VARConfig.digest` takes it.
+        """A name for the contents of the files, in any folder; `VARConfig.digest` takes it.
 
         Returns:
             The SHA-256 of the SHA-256 of each file, as hexadecimal digits.

@@ -240,7 +240,7 @@ def test_disabled_is_the_switched_off_model_until_begun_anew(small_var_model, ca
 
 def test_what_does_not_fit_is_refused(small_var_model, calibration):
     other = dataclasses.replace(calibration, fingerprint="0" * 64)
-    with pytest.raises(ValueError, match=r"fingerprint 000000000000…, this model .*; calibrate anew"):
+    with pytest.raises(ValueError, match=r"fingerprint 000000000000…, this model .*; calibrate again"):
         Auditor(small_var_model, other)
     changed = dataclasses.replace(small_var_model.config, answer_shrinkage=2.0)
     with pytest.raises(ValueError, match="config_sha256"):

@@ -120,7 +120,7 @@ def test_calibrations_survive_a_round_trip(tmp_path):
 def test_a_file_that_is_none_is_named(tmp_path, text):
     path = tmp_path / "calibration.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"calibration\.json: .*; calibrate anew"):
+    with pytest.raises(ValueError, match=r"calibration\.json: .*; calibrate again"):
         Calibration.load(path)
 
 
