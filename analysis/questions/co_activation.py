@@ -25,8 +25,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions.data import RoutingData, Settings
-from analysis.questions.measures import INTERVALS, mean
 from analysis.questions.question import Question
+from analysis.questions.trace_tests import mean
 from analysis.report.figures import heat_map, over_the_depth, subplots
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Measure, bootstrap, document_sums, measure, ratio
@@ -247,7 +247,6 @@ def _examine(data: RoutingData) -> Section:
         f"are the strongest ones in {found.build_documents:,} documents, among those expected often enough; all "
         f"figures are those of {found.held_out_documents:,} other documents. Documents of different load raise the "
         "ratios too.",
-        INTERVALS,
     ]
     figure = ReportFigure(
         "co_activation",

@@ -8,22 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.criteria import LOW_ENTROPY, MIN_LOW_SHARE
+from analysis.questions import layer_tests
 from analysis.questions.data import RoutingData
 from analysis.questions.drawn import LayerDraws
-from analysis.questions.layers import (
-    NARROW_ENDS,
-    SHARE,
-    LayerValues,
-    UsedIds,
-    admitted_words,
-    interval_words,
-    layer_table,
-    over_documents,
-    size,
-    used_ids,
-    verdict_by_layer,
-    wilson,
-)
 from analysis.questions.question import Question
 from analysis.report.figures import MARKERS, heat_map, shade, subplots
 from analysis.report.report import ReportFigure, Section
@@ -40,10 +27,12 @@ _BINS = 40  # of entropy, in the heat map
 class EntropyDistribution:
     """Mean gate entropy over token ids (kind 0) and over their occurrences (kind 1)."""
 
-    below: tuple[LayerValues, LayerValues]  # by kind: [L, thresholds], shares below each of ENTROPIES; Wilson intervals
+    below: tuple[
+        layer_tests.LayerValues, layer_tests.LayerValues
+    ]  # by kind: [L, thresholds], shares below each of ENTROPIES; Wilson intervals
     percentiles: np.ndarray  # float64 [kinds, L, PERCENTILES], nats
     mean: np.ndarray  # float64 [L], over occurrences
-    used: UsedIds
+    used: layer_tests.UsedIds
 
 
 def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
@@ -55,7 +44,7 @@ def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
     Returns:
         The distribution in every layer.
     """
-    used = used_ids(stats, "entropy")
+    used = layer_tests.used_ids(stats, "entropy")
     layers = len(stats.count)
     percentiles = np.full((2, layers, len(PERCENTILES)), np.nan)
     shares = np.full((2, layers, len(ENTROPIES)), np.nan)
@@ -68,7 +57,10 @@ def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
             percentiles[kind, layer] = _percentiles(entropy, weight)
             shares[kind, layer] = [weight[entropy < most].sum() / weight.sum() for most in ENTROPIES]
             effective[kind, layer] = weight.sum() ** 2 / np.square(weight).sum()
-    ids, occurrences = (LayerValues(one, *wilson(one, number)) for one, number in zip(shares, effective, strict=True))
+    ids, occurrences = (
+        layer_tests.LayerValues(one, *layer_tests.wilson(one, number))
+        for one, number in zip(shares, effective, strict=True)
+    )
     return EntropyDistribution((ids, occurrences), percentiles, mean, used)
 
 
@@ -95,33 +87,37 @@ def _drawn_occurrences(drawn: LayerDraws) -> np.ndarray:
 def _examine(data: RoutingData) -> Section:
     found = entropy_distribution(data.stats)
     used, most = found.used, data.entropy.most
-    ids = over_documents(data, found.below[0], _drawn_ids)
-    occurrences = over_documents(data, found.below[1], _drawn_occurrences)
+    ids = layer_tests.over_documents(data, found.below[0], _drawn_ids)
+    occurrences = layer_tests.over_documents(data, found.below[1], _drawn_occurrences)
     low = ENTROPIES.index(LOW_ENTROPY)
     criterion = f"more than {MIN_LOW_SHARE:.0%} of token ids below {LOW_ENTROPY} nats"
     passed = ids.value[:, low] > MIN_LOW_SHARE
-    verdict, outcome, by_layer = verdict_by_layer(data, used, passed, criterion, fails_are_valid=True)
+    verdict, outcome, by_layer = layer_tests.verdict_by_layer(data, used, passed, criterion, fails_are_valid=True)
     names = ("ids < 0.5", "low", "high", "occurrences < 0.5", "occ. low", "occ. high")
-    columns = [*((name, SHARE) for name in names), ("mean", ".3f"), ("of the most", SHARE)]
+    columns = [*((name, layer_tests.SHARE) for name in names), ("mean", ".3f"), ("of the most", layer_tests.SHARE)]
     figures = [*(one[:, low] for one in (*ids, *occurrences)), found.mean, found.mean / most]
-    tables = [layer_table("Per layer", columns, figures, used, by_layer)]
+    tables = [layer_tests.layer_table("Per layer", columns, figures, used, by_layer)]
     for unit, shares, percentiles in zip(
         ("token ids", "occurrences"), (ids, occurrences), found.percentiles, strict=True
     ):
         columns = [(f"{at} %{of}", ".3f") for of in ("", " of most") for at in PERCENTILES]
-        columns += [(f"< {most_nats}{part}", SHARE) for most_nats in ENTROPIES for part in ("", " low", " high")]
+        columns += [
+            (f"< {most_nats}{part}", layer_tests.SHARE) for most_nats in ENTROPIES for part in ("", " low", " high")
+        ]
         figures = [*percentiles.T, *(percentiles / most).T]
         figures += [one[:, at] for at in range(len(ENTROPIES)) for one in shares]
-        tables.append(layer_table(f"Percentiles [nats, and of the most] and shares, over {unit}", columns, figures))
+        tables.append(
+            layer_tests.layer_table(f"Percentiles [nats, and of the most] and shares, over {unit}", columns, figures)
+        )
     words = [
         "Mean gate entropy of each token id. The criterion is on token ids, as published; shares of occurrences are "
         f"shown for comparison. The largest possible entropy is {data.entropy.words}.",
-        *admitted_words(data.stats),
-        *interval_words(
+        *layer_tests.admitted_words(data.stats),
+        *layer_tests.interval_words(
             data,
             "Wilson intervals, for occurrences with the effective number of ids, which is too narrow where few ids "
             "have most occurrences",
-            f"{NARROW_ENDS} For shares of ids they are somewhat too narrow where documents are few.",
+            f"{layer_tests.NARROW_ENDS} For shares of ids they are somewhat too narrow where documents are few.",
         ),
         *data.entropy.caution,
         *used.words(data, "mean entropy"),
@@ -152,7 +148,7 @@ def entropy_figure(stats: RoutingStats, experts: int | None = None) -> ReportFig
 
 def _draw(stats: RoutingStats, most: float) -> Figure:
     layers = len(stats.count)
-    used = used_ids(stats, "entropy", 1)
+    used = layer_tests.used_ids(stats, "entropy", 1)
     entropies = [stats.entropy.mean[layer, rows] for layer, rows in enumerate(used.rows)]
     bins = np.linspace(0, max(most, *(one.max(initial=1e-3) for one in entropies)), _BINS + 1)
     shares = np.full((layers, _BINS), np.nan)
@@ -177,7 +173,7 @@ def _draw(stats: RoutingStats, most: float) -> Figure:
     for threshold in ENTROPIES:
         if threshold <= bins[-1]:
             axis.axvline(threshold, color="0.4", linewidth=0.8, linestyle="--")
-    axis.set_title(f"Gate entropy — {size(stats)}", fontsize="medium")
+    axis.set_title(f"Gate entropy — {layer_tests.size(stats)}", fontsize="medium")
     return figure
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions.data import RoutingData, Settings
-from analysis.questions.measures import INTERVALS, mean
 from analysis.questions.question import Answer, Question
+from analysis.questions.trace_tests import mean
 from analysis.report.figures import heat_map, subplots
 from analysis.report.report import Column, ReportFigure, Table
 from analysis.resampling import Measure, bootstrap, measure, ratio, ratio_with_interval
@@ -106,7 +106,6 @@ def _examine(data: RoutingData) -> Answer:
     words = [
         f"Shares of the assignments of {found.tokens:,} tokens in {found.documents:,} documents. imbalance: the "
         "busiest expert's share over the mean share; evenness: entropy of the shares over the largest possible one.",
-        INTERVALS,
     ]
     figure = ReportFigure(
         "expert_load",

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import rankdata, ttest_1samp, wilcoxon
 
 from analysis.questions.data import RoutingData
-from analysis.questions.layers import ALPHA, MIN_KEYS, UsedIds, figure_of, layer_table
+from analysis.questions.layer_tests import ALPHA, MIN_KEYS, UsedIds, figure_of, layer_table
 from analysis.questions.question import NotMeasuredError, Question
 from analysis.report.report import Section
 from analysis.resampling import holm

@@ -9,7 +9,7 @@ from scipy.stats import linregress
 
 from analysis.questions.data import RoutingData
 from analysis.questions.drawn import Block, interval
-from analysis.questions.layers import MIN_KEYS, SHARE, Z95, interval_words
+from analysis.questions.layer_tests import MIN_KEYS, SHARE, Z95, interval_words
 from analysis.questions.question import Question
 from analysis.report.report import Column, Section, Table
 from varjax.stats import RoutingStats
@@ -86,7 +86,8 @@ def _drawn_exponents(block: Block) -> np.ndarray:
 def _examine(data: RoutingData) -> Section:
     found = zipf(data.stats)
     if data.draws is not None:
-        low, high = interval(np.array(found.exponent), data.draws.of_counts(_drawn_exponents))
+        drawn = np.concatenate([_drawn_exponents(block) for block in data.draws.blocks])
+        low, high = interval(np.array(found.exponent), drawn)
         found = replace(found, low=float(low), high=float(high))
     published = Table(
         "As in the published report: the fit over all ids, and the share of occurrences at the most frequent ids",

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import hypothesis_validation
-from analysis.hypothesis_validation import main, validate
-from analysis.questions.data import RoutingData, Settings, Source, entropy_kind, open_source, trace_source
+from analysis.hypothesis_validation import main, open_source, validate
+from analysis.questions.data import RoutingData, Settings, Source, trace_source
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report import files
 from analysis.report.report import Report, text
@@ -367,7 +367,7 @@ def test_it_runs_by_its_path(monkeypatch, capsys):
 def test_what_sigmoid_scores_are_is_said_where_entropy_is_judged():
     for scores, said in (("softmax", False), ("logits", False), ("sigmoid", True)):
         source = trace_source(replace(small_trace(), scores=scores))
-        caution = " ".join(entropy_kind(source).caution)
+        caution = " ".join(RoutingData(source).entropy.caution)
         assert ("sigmoid scores; they are divided by their sum" in caution) == said
     source = trace_source(replace(small_trace(probs=False), scores="sigmoid"))
-    assert not entropy_kind(source).caution
+    assert not RoutingData(source).entropy.caution

@@ -10,7 +10,7 @@ from analysis.criteria import MAX_RHO, MIN_COVERED, MIN_LOW_SHARE
 from analysis.questions.coverage import GRID_ENTROPIES, GRID_FREQUENCIES, coverage
 from analysis.questions.entropy_distribution import ENTROPIES, PERCENTILES, entropy_distribution
 from analysis.questions.frequency_entropy import frequency_entropy
-from analysis.questions.layers import wilson
+from analysis.questions.layer_tests import wilson
 from analysis.questions.zipf import TOP_IDS, zipf
 from varjax.config import PRESETS
 from varjax.stats import Moments, RoutingStats

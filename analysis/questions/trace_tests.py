@@ -12,23 +12,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions.data import Settings
-from analysis.questions.layers import not_testable
+from analysis.questions.layer_tests import not_testable
 from analysis.report.figures import subplots
 from analysis.report.report import Column, Table
-from analysis.resampling import MIN_DIFFERENT, MIN_DOCUMENTS, Measure, measure, permutation, ratio, ratio_with_interval
+from analysis.resampling import Measure, measure, permutation, ratio, ratio_with_interval
 from analysis.traces.trace import Trace
 from varjax.errors import NotTestableError
 from varjax.progress import progress_bar
 
-INTERVALS = f"Intervals draw documents; a figure over fewer than {MIN_DOCUMENTS} of them has none."
-
-
-def null_words(settings: Settings) -> str:
-    """Describe the permutation null in one sentence."""
-    return (
-        f"Null: routing is shuffled among the tokens of each document, {settings.permutations} times; bands and p are "
-        f"family-wise, except for figures with fewer than {MIN_DIFFERENT} different permuted values."
-    )
+NULL = "Null: routing is shuffled among the tokens of each document."
 
 
 def check_ranked(trace: Trace) -> None:
@@ -114,21 +106,6 @@ def verdicts_above_null(one: Measure) -> np.ndarray:
     assert one.null_high is not None
     testable = ~np.isnan(one.value) & ~np.isnan(one.null_high)
     return np.where(testable, np.where(one.value > one.null_high, "PASS", "FAIL"), "not testable")
-
-
-def verdict_above_null(one: Measure) -> str:
-    """Judge a whole measure against its band.
-
-    Args:
-        one: the measure.
-
-    Returns:
-        PASS only if every figure that can be tested is above the family-wise band.
-    """
-    if one.null_high is None:
-        return "reported"
-    found = set(verdicts_above_null(one).flat)
-    return "FAIL" if "FAIL" in found else "PASS" if "PASS" in found else "not testable"
 
 
 def layers_above_null(one: Measure, row: int) -> str:
