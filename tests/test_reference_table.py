@@ -1,4 +1,4 @@
-"""The policy and the table that come with the reference model save experts at a bounded loss, straight after installation."""
+"""The policy and table that come with the reference model save experts at a bounded loss."""
 
 import numpy as np
 import pytest
