@@ -25,8 +25,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions.data import RoutingData, Settings
+from analysis.questions.nulls import mean
 from analysis.questions.question import Question
-from analysis.questions.trace_tests import mean
 from analysis.report.figures import heat_map, over_the_depth, subplots
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Measure, bootstrap, document_sums, measure, ratio

@@ -197,8 +197,6 @@ def test_statistics_and_a_trace_differ_in_their_intervals_alone(own_file):
     for name in names:
         one, other = (next(s for s in said.sections if s.name == name) for said in (mine, theirs))
         assert one.verdict == other.verdict
-        assert "documents are not known" in " ".join(one.words) and "bootstrap" not in " ".join(one.words)
-        assert "20 bootstrap draws of the 30 documents" in " ".join(other.words)
         for ours, drawn in zip(rows(mine, name), rows(theirs, name), strict=True):
             ends = {key for key in ours if key.endswith(("low", "high")) and not key.startswith("null")}
             np.testing.assert_equal(
@@ -206,7 +204,8 @@ def test_statistics_and_a_trace_differ_in_their_intervals_alone(own_file):
             )
             assert any(ours[key] != drawn[key] for key in ends)
     assert np.isnan([row["low"] for row in rows(theirs, "consistency") if "decile" in row["group"]]).all()  # 4 ids each
-    assert "too narrow rather" in " ".join(mine.notes) and "draw whole documents, also" in " ".join(theirs.notes)
+    assert "too narrow rather" in " ".join(mine.notes)
+    assert "20 bootstrap draws of the 30 documents" in " ".join(theirs.notes)
 
 
 def test_one_document_has_no_intervals():

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from analysis.questions.data import Settings
+from analysis.questions.nulls import known_keys
 from analysis.questions.predictability import predictability
-from analysis.questions.trace_tests import known_keys
 from analysis.traces.trace import Trace
 from tests.synthetic_traces import make_trace, zipf_ids
 
