@@ -85,20 +85,6 @@ def validate(
     return Report("Routing hypotheses", tuple(_facts(data)), (*remarks, *_notes(data)), sections), fields
 
 
-def overview(report: Report) -> str:
-    """Summarize a report for the terminal.
-
-    Args:
-        report: of `validate`.
-
-    Returns:
-        The facts about the data, and one line per hypothesis.
-    """
-    width = max(len(name) for name, _ in report.facts)
-    facts = (f"{name:<{width}}  {value}" for name, value in report.facts)
-    return "\n".join([report.title, "", *facts, "", *summary(report)])
-
-
 @program
 def main(arguments: Sequence[str] | None) -> None:
     """Run the command.
@@ -166,8 +152,15 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
     write_report(report, output, beside={"provenance": about} | fields)
-    print(overview(report))
+    print(_overview(report))
     print(f"\nEverything behind these lines: {output.main('.txt')} (also .html with the figures, and .json)")
+
+
+def _overview(report: Report) -> str:
+    """The facts about the data, and one line per hypothesis."""
+    width = max(len(name) for name, _ in report.facts)
+    facts = (f"{name:<{width}}  {value}" for name, value in report.facts)
+    return "\n".join([report.title, "", *facts, "", *summary(report)])
 
 
 def _trace_next_to(stats: Path) -> Path | None:

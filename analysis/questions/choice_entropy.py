@@ -15,15 +15,12 @@ occurrences of k.
 
 Grassberger's estimate (2003, arXiv physics/0307138) replaces ln c by G(c) = psi(c) + (-1)^c / 2 (psi((c + 1) / 2) -
 psi(c / 2)). Of the estimates that are sums over tokens, so that documents can be resampled, it loses least where n is
-below E: of ln 32 = 3.47 nats, seen through 10 draws, plug-in finds 2.1, Miller-Madow 2.5, Zhang 2.6, Grassberger 3.1.
-The null has the same keys with the same counts, so its bias is the same. With E far above `min_count` neither comes
-near ln E, which compresses `explained` toward 0.
+below E (docs/phase1.md). The null has the same keys with the same counts, so its bias is the same.
 
 `explained` is in sample: a phrase that a document repeats word for word, routed alike each time, counts as explained.
 `explained_held_out` is the figure to rely on; it is negative where the table misleads, and can be too high where
-held-out documents are near-duplicates of build documents. The two entropies are taken over different tokens, so neither
-bounds the other. Orders look at different tokens too, and longer ones at easier tokens: `agreement_of_shortest` of
-`analysis.questions.predictability` compares orders at the same tokens.
+held-out documents are near-duplicates of build documents. Longer orders look at fewer and easier tokens:
+`agreement_of_shortest` of `analysis.questions.predictability` compares orders at the same tokens.
 """
 
 from __future__ import annotations

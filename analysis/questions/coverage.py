@@ -107,7 +107,10 @@ def _examine(data: RoutingData) -> Section:
         lambda: _draw(data.stats, found, presets),
     )
     tables = [by_layer.table("Per layer", columns, used, verdicts), grid]
-    return QUESTION.section(verdict, outcome, words, tables, [shown] if used.testable.any() else [])
+    if not used.testable.any():
+        return QUESTION.section(verdict, outcome, words, tables)
+    headline = f"{np.nanmean(presets.value[:, _BALANCED]):.0%} covered"
+    return QUESTION.section(verdict, outcome, words, tables, [shown], headline)
 
 
 def _grid_mean(found: Coverage) -> np.ndarray:

@@ -15,16 +15,15 @@ times or more in the build part.
 | `recall` | share of the chosen experts that are among the K predicted |
 | `mass` | share of the chosen experts' probability that the K predicted have; only where probabilities are known |
 
-Orders look at different tokens: a long context that is frequent is an easy one. `agreement` rises with the order even
-where the added ids say nothing; what they add is its distance from `agreement_of_shortest`, at the same tokens (of
-unranked experts `recall_of_shortest`). The longest known key of each token covers the same tokens as the shortest
-order.
+A long context that is frequent is an easy one, so `agreement` rises with the order even where the added ids say
+nothing. What they add is its distance from `agreement_of_shortest`, at the same tokens (of unranked experts
+`recall_of_shortest`). The longest known key of each token covers the same tokens as the shortest order.
 
-Probabilities count as shares of the chosen experts' sum, whether the trace's are over all experts or over the chosen.
-Nothing is scored on the build part: a bigram seen once is never wrong there. The null shuffles routing among each
-document's tokens and rebuilds and rescores the tables, so what is above the band is not due to the load of the experts
-or the topics of documents. The null also breaks the similarity of neighbors: where routing persists from token to token
-and ids come in bursts, a table can exceed the band a little though no id decides anything.
+Probabilities count as shares of the chosen experts' sum. Nothing is scored on the build part: a bigram seen once is
+never wrong there. The null shuffles routing among each document's tokens and rebuilds and rescores the tables, so what
+is above the band is not due to the load of the experts or the topics of documents. It also breaks the similarity of
+neighbors: where routing persists from token to token and ids come in bursts, a table can exceed the band a little
+though no id decides anything.
 """
 
 from __future__ import annotations
@@ -227,7 +226,8 @@ def _examine(data: RoutingData) -> Section:
         of_orders = set(nulls.verdicts(found.measures[judged])[: len(settings.orders)].flat)
         verdict = "FAIL" if "FAIL" in of_orders else "PASS" if "PASS" in of_orders else "not testable"
     outcome = f"held-out {judged}, mean over layers: {outcomes}"
-    return QUESTION.section(verdict, outcome, words, tables, [figure])
+    headline = f"{nulls.mean(rows[judged].value[0]):.2f} {judged}"
+    return QUESTION.section(verdict, outcome, words, tables, [figure], headline)
 
 
 def _first(one: Measure, rows: int) -> Measure:

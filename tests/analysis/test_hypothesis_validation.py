@@ -139,7 +139,7 @@ def test_the_command_writes_everything_and_prints_the_overview(trace_file, tmp_p
     assert page.count("<img") == len(figures) and "http" not in page
 
 
-def test_statistics_alone_need_a_trace_for_the_rest(others_file, tmp_path):
+def test_statistics_alone_need_a_trace_for_the_rest(others_file, tmp_path, no_figures):
     main(["--input", str(others_file), "--output", str(tmp_path / "out")])
     saved = json.loads((tmp_path / "out" / "hypotheses.json").read_text())["sections"]
     for name in ("predictability", "choice_entropy", "repetition", "load", "co_activation"):
