@@ -28,11 +28,10 @@ from analysis.report.report import Column, Section, Table
 from analysis.resampling import Estimate
 from profiling.calls import prepare, sides, workload_and_mix
 from profiling.ceilings import Ceilings
-from profiling.components import Breakdown
+from profiling.components import OTHER, Breakdown
 from profiling.costs import component_costs
 from profiling.performance_model import Scaling
 from profiling.timing import compare, paired_ratio
-from profiling.traces import OTHER
 from varjax.model import VARModel
 from varjax.step import Counters, summary
 

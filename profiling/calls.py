@@ -68,7 +68,7 @@ class Calls:
         """The jitted step, traced for these calls.
 
         Returns:
-            What `traces.describe` and `xla.analyze` take.
+            What `xla.analyze` takes.
         """
         return _jitted(self.step).trace(self.fixed, self.carry, self.inputs[0])
 

@@ -10,11 +10,11 @@ import pytest
 import profiling.bottlenecks
 from analysis.resampling import Estimate
 from models import load_model
+from profiling import components
 from profiling.bottlenecks import Evidence, _bottlenecks, examine
 from profiling.calls import workload_and_mix
-from profiling.components import Breakdown, measure_sides
+from profiling.components import OTHER, Breakdown, measure_sides
 from profiling.points import embedded_texts, policies, random_stats
-from profiling.traces import OTHER
 from varjax import VARModel, step
 from varjax.config import VARConfig
 from varjax.table import build_table
@@ -144,6 +144,11 @@ def one_expert(model, texts):
     config = policies(model.config.num_layers)["one"]
     stats = random_stats(model, list(texts), 50)
     return VARModel(model, config, table=build_table(config, stats, top_k=model.config.top_k))
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    monkeypatch.setattr(components, "TURN", 0.01)
 
 
 def found(var_model, ids, phase, folder):

@@ -11,7 +11,9 @@ from models.config import config_to_hf
 from profiling import calculator
 from profiling.calculator import _estimate, _needed_memory, _where_it_vanishes
 from profiling.costs import Workload
-from profiling.published import HARDWARE, MIXTRAL_8X7B
+from profiling.published import HARDWARE, PUBLISHED
+
+MIXTRAL_8X7B = PUBLISHED["mixtral-8x7b"]
 
 
 def run(monkeypatch, capsys, *arguments: str) -> str:

@@ -11,26 +11,24 @@ from profiling.ceilings import Ceilings, Rate
 from profiling.costs import Mix, Workload
 from profiling.performance_model import (
     FEWEST,
+    PARAMETERS,
     Errors,
+    PerformanceModel,
     PointError,
     Study,
+    _break_even,
     _errors,
+    _expert_blocks,
     _scaling_section,
+    _seconds_by_part,
+    _speedup,
+    fit,
+    predict,
     scaling,
     section,
     study,
 )
 from profiling.points import Point, Task, tasks
-from profiling.predict import (
-    PARAMETERS,
-    PerformanceModel,
-    _expert_blocks,
-    break_even,
-    fit,
-    predict,
-    seconds_by_part,
-    speedup,
-)
 
 CONFIG = read_config(REFERENCE / "config.json")
 TRUE = PerformanceModel(
@@ -138,10 +136,10 @@ def test_too_few_points_are_refused():
 def test_parts_sum_to_the_prediction():
     workload = Workload(4, 128)
     mix = Mix.even(CONFIG, workload.tokens, 1.0, orders=2, answered=True)
-    parts = seconds_by_part(TRUE, CONFIG, workload, mix)
+    parts = _seconds_by_part(TRUE, CONFIG, workload, mix)
     assert sum(parts.values()) == predict(TRUE, CONFIG, workload, mix)
     assert all(seconds > 0 for seconds in parts.values())
-    plain = seconds_by_part(TRUE, CONFIG, workload, Mix.plain(CONFIG, workload.tokens))
+    plain = _seconds_by_part(TRUE, CONFIG, workload, Mix.plain(CONFIG, workload.tokens))
     assert plain["plan"] == plain["commit"] == plain["answers"] == 0
     assert plain["experts"] > parts["experts"]
 
@@ -162,12 +160,12 @@ def test_blocks_are_those_of_drawn_rows():
 
 def test_break_even_lies_where_the_times_are_equal():
     workload = Workload(4, 1, cached=128, last_logits_only=True)
-    k = break_even(TRUE, CONFIG, workload)
+    k = _break_even(TRUE, CONFIG, workload)
     assert k is not None and 0 < k < 2
-    assert speedup(TRUE, CONFIG, workload, k) == pytest.approx(1, rel=1e-3)
-    assert speedup(TRUE, CONFIG, workload, k - 0.1) > 1 > speedup(TRUE, CONFIG, workload, k + 0.1)
+    assert _speedup(TRUE, CONFIG, workload, k) == pytest.approx(1, rel=1e-3)
+    assert _speedup(TRUE, CONFIG, workload, k - 0.1) > 1 > _speedup(TRUE, CONFIG, workload, k + 0.1)
     dear = dataclasses.replace(TRUE, plan=1.0)
-    assert break_even(dear, CONFIG, workload) is None
+    assert _break_even(dear, CONFIG, workload) is None
 
 
 def test_the_report_says_how_far_off_and_where_the_gain_vanishes():

@@ -3,7 +3,9 @@
 import pytest
 
 from profiling.costs import Cost, Mix, Workload, component_costs
-from profiling.published import HARDWARE, MIXTRAL_8X7B, Hardware, ceiling
+from profiling.published import HARDWARE, PUBLISHED, Hardware, ceiling
+
+MIXTRAL_8X7B = PUBLISHED["mixtral-8x7b"]
 
 
 def rate(workload: Workload, mix: Mix) -> float:
