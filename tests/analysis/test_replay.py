@@ -372,7 +372,7 @@ def test_bad_input_ends_in_one_message(tmp_path, monkeypatch):
 
 
 def test_a_part_of_the_real_trace(real_trace):
-    """What is known of gpt-oss-20b: the first layer is foretold far better than the middle, longer contexts better."""
+    """Known of gpt-oss-20b: the first layer is far more predictable than the middle, longer contexts predict better."""
     some = real_trace.of(np.arange(615) < 100)
     layers = [0, 0, 12, 12]  # each once with order 1, once with order 2
     some = replace(some, experts=some.experts[:, layers], probs=some.probs[:, layers])

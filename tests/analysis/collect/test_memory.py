@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.collect.run import Settings
+from analysis.collect.run import CollectSettings
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
 from models.config import read_config
@@ -58,7 +58,7 @@ def test_ten_times_the_tokens_need_no_more_memory(saved_model, monkeypatch):
 @pytest.mark.parametrize("name", ["qwen3_moe_config.json", "olmoe_config.json"])
 def test_the_published_sizes_stay_within_the_bounds(shared_data, name):
     config = read_config(shared_data / name)
-    settings = Settings(keys=KeySettings(max_keys=None))
+    settings = CollectSettings(keys=KeySettings(max_keys=None))
     most = settings._keys_of(config, config.num_layers).max_keys
     assert most > 50_000  # what Phase 1 takes unless told otherwise
     assert most * bytes_a_key(config.num_layers, config.num_experts) <= settings.stats_bytes
