@@ -9,7 +9,8 @@ from urllib.parse import unquote
 from matplotlib.figure import Figure
 
 from analysis.report.files import write_report
-from analysis.report.index_page import main, write_index
+from analysis.report.html import write_index
+from analysis.report.index_page import main
 from analysis.report.output import Output
 from analysis.report.report import Report, ReportFigure, Section
 
