@@ -15,12 +15,12 @@ import shlex
 from collections.abc import Sequence
 
 from analysis.collect.passes import EVERY_DOCUMENT, Share
-from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, merge_files, place
+from analysis.collect.run import STATS, TRACE, CollectSettings, analyze, finish, merge_files, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
 from analysis.questions import routers
+from analysis.questions.by_layer import size
 from analysis.questions.data import RoutingData, Source
-from analysis.questions.layer_tests import size
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
@@ -37,7 +37,7 @@ GIB = 1 << 30
 @program
 def main(arguments: Sequence[str] | None) -> None:
     """Run the program."""
-    keys, defaults = KeySettings(), Settings()
+    keys, defaults = KeySettings(), CollectSettings()
     options = parser(__doc__, "results/phase1")
     options.add_argument("--orders", type=int, nargs="+", default=keys.orders, help="context lengths, in token ids")
     options.add_argument("--layers", type=int, nargs="+", help="layers to collect (default: all)")
@@ -92,8 +92,8 @@ def _merge(args: argparse.Namespace, output: Output) -> None:
 def _collect(args: argparse.Namespace, output: Output) -> None:
     """Collect this process's share of the documents; the first process writes what all of them found."""
     orders = tuple(sorted(set(args.orders)))
-    answered = args.residual_orders or set(Settings().residual_orders) & set(orders)
-    settings = Settings(
+    answered = args.residual_orders or set(CollectSettings().residual_orders) & set(orders)
+    settings = CollectSettings(
         keys=KeySettings(orders, args.min_count, args.max_keys),
         layers=args.layers and tuple(sorted(set(args.layers))),
         residual_orders=tuple(sorted(set(answered))) if args.residuals else (),
