@@ -245,16 +245,9 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
 
 
 def _name_files(args: argparse.Namespace, saved: TableFiles | None = None) -> None:
-    """Name the statistics and answers in the arguments if these do not.
+    """Complete the arguments with the files that the configs were saved with, else with statistics that are found.
 
-    Those that the configs were saved with are taken, else statistics are looked for.
-
-    Args:
-        args: changed in place.
-        saved: the files that the candidates of a validation were saved with.
-
-    Raises:
-        InputError: the configs name different files, or there are none.
+    `saved` are the files of the candidates of a validation. Raises InputError if the configs name different files.
     """
     if args.routing_stats is not None:
         return
