@@ -36,11 +36,14 @@ _DRAWN = 1 << 25  # floats that one block of draws may take
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval; `f"{estimate:+.2%}"` shows both."""
 
     value: float
     low: float
     high: float
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,25 @@ def check_permutations(permutations: int) -> None:
             f"permutations is {permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
             "fewer cannot make a 95 % band"
         )
+
+
+def holm(p: np.ndarray) -> np.ndarray:
+    """p values corrected for their number (Holm 1979): any false alarm at all is as rare as the level says.
+
+    Args:
+        p: float64 [...]; NaN, a test that was not made, is not counted.
+
+    Returns:
+        float64 [...], NaN where p is.
+    """
+    tested = p[~np.isnan(p)]
+    order = np.argsort(tested)
+    stepped = np.maximum.accumulate(tested[order] * np.arange(len(tested), 0, -1))
+    corrected = np.empty_like(tested)
+    corrected[order] = np.minimum(stepped, 1)
+    out = np.full(p.shape, np.nan)
+    out[~np.isnan(p)] = corrected
+    return out
 
 
 def against_null(

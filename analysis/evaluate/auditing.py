@@ -1,8 +1,8 @@
-"""The audit over documents: what it is calibrated on, and what it would have seen.
+"""The audit over documents: its calibration, and what it observes.
 
 Letters: N documents, M streams (`varjax.streams`).
 
-A document is one observation however many windows it is read in: their tallies are added up before its means are taken.
+A document is one observation, however many windows it is read in: their tallies are added up before its means are taken.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from zlib import crc32
 import jax
 import numpy as np
 
-from analysis.evaluate.caching import INDEPENDENT, Caching
+from analysis.evaluate.losses import INDEPENDENT, Caching
 from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from varjax import drift
@@ -38,14 +38,19 @@ def calibrate(
     max_length: int = 256,
     progress: bool = True,
 ) -> Calibration:
-    """What the audit sees where nothing is wrong, with bounds on its means.
+    """Measure what the audit observes where nothing is wrong, with bounds on its means.
 
     Args:
+        var_model: the model to watch.
         documents: from the population that VAR will meet, none of them used to build its table.
         share: of the planned tokens to compute in full, here and later.
         seed: of the draw of these tokens.
         batch_size: as in `analysis.text.batches.batches`.
-        max_length: likewise.
+        max_length: as in `analysis.text.batches.batches`.
+        progress: show a bar on standard error.
+
+    Returns:
+        What `varjax.audit.Auditor` compares with.
 
     Raises:
         InputError: fewer than two documents, a share outside (0, 1], or VAR is switched off.
@@ -57,13 +62,22 @@ def calibrate(
 
 
 def calibrate_from(observed: np.ndarray, var_model: VARModel, share: float) -> Calibration:
-    """The same from what was observed already, float64 [N, M]."""
+    """Make a calibration from what was observed already.
+
+    Args:
+        observed: float64 [N, M].
+        var_model: the model that was watched.
+        share: of the planned tokens that was computed in full.
+
+    Returns:
+        The calibration.
+    """
     origin = var_model.model.fingerprint
     return drift.calibrate(observed, streams_of(var_model), fingerprint=origin, config=var_model.config, share=share)
 
 
 def streams_of(var_model: VARModel) -> tuple[Stream, ...]:
-    """[M]: what is watched of this model."""
+    """The M streams that are watched of this model."""
     return watched(var_model.config, var_model.model.config.num_layers)
 
 
@@ -78,9 +92,25 @@ def tally_documents(
     progress: bool = True,
     caching: Caching = INDEPENDENT,
 ) -> tuple[Tally, VARState]:
-    """Every document under VAR and under audit: its tally, with B = N on the host, and the last state.
+    """Run every document under VAR and under audit.
 
-    The arguments are those of `calibrate`. Which tokens are audited follows from the seed and the document alone.
+    Which tokens are audited follows from the seed and the document alone.
+
+    Args:
+        var_model: the model to watch.
+        documents: in token ids.
+        share: of the planned tokens to compute in full.
+        seed: of the draw of these tokens.
+        batch_size: as in `analysis.text.batches.batches`.
+        max_length: as in `analysis.text.batches.batches`.
+        progress: show a bar on standard error.
+        caching: which documents share a cached tier.
+
+    Returns:
+        The tally of each document, with B = N on the host, and the last state.
+
+    Raises:
+        InputError: VAR is switched off.
     """
     state = caching.init(var_model, batch_size)
     if state is None:
@@ -105,7 +135,7 @@ def tally_documents(
 
 
 def _keys(batch: Batch, documents: Sequence[Encoded], seed: int) -> jax.Array:
-    """A PRNG key for each row, from the seed, the document and the window."""
+    """A PRNG key for each row, from the seed, the document and the window's text."""
     names = [documents[owner].id.encode() if owner >= 0 else b"" for owner in batch.documents]
     hashes = [
         crc32(ids[mask].tobytes(), crc32(name)) for ids, mask, name in zip(batch.ids, batch.mask, names, strict=True)
@@ -114,10 +144,14 @@ def _keys(batch: Batch, documents: Sequence[Encoded], seed: int) -> jax.Array:
 
 
 def until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:
-    """The monitor at its first drift, or after all documents where there is none.
+    """Watch documents until the first drift.
 
     Args:
-        observed: float64 [N, M], in the order in which the documents come.
+        calibration: what to compare with.
+        observed: float64 [N, M], in the order in which the documents arrive.
+
+    Returns:
+        The monitor at the first drift, or after all documents where there is none.
     """
     monitor = drift.begin(calibration)
     for start in range(0, len(observed), drift.LOOK):
@@ -128,9 +162,16 @@ def until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:
 
 
 def passages(documents: Sequence[Encoded], length: int) -> Iterator[Encoded]:
-    """The documents cut into texts of `length` ids, for corpora whose documents are few and long; a rest is left out.
+    """Cut documents into passages of equal length, for corpora whose documents are few and long.
 
     Passages of one document depend on each other.
+
+    Args:
+        documents: in token ids.
+        length: ids of a passage.
+
+    Yields:
+        The passages; what is left at the end of a document is dropped.
     """
     for document in documents:
         for start in range(0, len(document.ids) - length + 1, length):
