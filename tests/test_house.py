@@ -1,6 +1,7 @@
 """What holds of the project as a whole: which way imports point, and that the documents name what is there."""
 
 import ast
+import graphlib
 import re
 import subprocess
 import sys
@@ -130,3 +131,39 @@ def test_python_in_documents_is_python_and_imports_what_is_there(document):
             if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] in FOLDERS:
                 module = __import__(str(node.module), fromlist=["*"])
                 assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Every module of the project and the project's modules that it imports, wherever it does."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in FOLDERS
+        for path in sorted((ROOT / folder).rglob("*.py"))
+    }
+    graph: dict[str, set[str]] = {name: set() for name in paths}
+    for name, path in paths.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                # `from package import module` imports the module, anything else the package itself.
+                found = (f"{node.module}.{alias.name}" for alias in node.names)
+                graph[name] |= {one if one in paths else str(node.module) for one in found}
+            elif isinstance(node, ast.Import):
+                graph[name] |= {alias.name for alias in node.names}
+        graph[name] &= paths.keys() - {name}
+    return graph
+
+
+def test_no_modules_import_each_other():
+    list(graphlib.TopologicalSorter(module_graph()).static_order())  # raises CycleError naming the modules
+
+
+def test_imports_between_subfolders_point_one_way():
+    """Of a folder's subfolders and of the files next to them, none imports what imports it."""
+
+    def place(module: str) -> str:
+        return ".".join(module.split(".")[:2])
+
+    graph: dict[str, set[str]] = {}
+    for module, imports in module_graph().items():
+        graph.setdefault(place(module), set()).update({place(one) for one in imports} - {place(module)})
+    list(graphlib.TopologicalSorter(graph).static_order())

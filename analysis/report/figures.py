@@ -1,4 +1,4 @@
-"""Figures that the phases share, as PNG and PDF, readable in grayscale.
+"""Figures that several reports share, as PNG and PDF, readable in grayscale.
 
 Letters: L layers.
 """
@@ -19,11 +19,20 @@ from varjax.step import TIERS
 
 MARKERS = "os^Dv<>ph*"
 _CAPTIONS = 1.2  # inches above and below panels
-_LEAST = (5.2, 4.6)  # inches of a figure of panels; captions, and the label at its side, must fit
+_LEAST = (5.2, 4.6)  # inches of a figure of panels, so that captions and the label at its side fit
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """`folder/name.png` (200 dpi) and `.pdf`, each whole or not at all."""
+    """Save a figure as PNG (200 dpi) and PDF, each whole or not at all.
+
+    Args:
+        figure: the figure.
+        folder: where to.
+        name: stem of the two files.
+
+    Returns:
+        The two paths.
+    """
     written = []
     for kind in ("png", "pdf"):
         path = folder / f"{name}.{kind}"
@@ -41,18 +50,33 @@ def subplots(
     layout: Literal["constrained"] | None = None,
     **options: Any,
 ) -> tuple[Figure, Any]:
-    """As pyplot's function of that name, but nobody else knows the figure: no window, and nothing to be closed."""
+    """Make a figure with axes, as pyplot's `subplots` does, but without a window and with nothing to close.
+
+    Args:
+        rows: of axes.
+        columns: of axes.
+        figsize: width and height in inches.
+        layout: of matplotlib.
+        options: of `matplotlib.figure.Figure.subplots`.
+
+    Returns:
+        The figure and its axes.
+    """
     figure = Figure(figsize=figsize, layout=layout)
     return figure, figure.subplots(rows, columns, **options)
 
 
 def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) -> tuple[Figure, list[Any]]:
-    """A figure with so many panels, about as wide as a page, and their axes; more panels are smaller ones.
+    """Make a figure of panels that is about as wide as a page. The more panels, the smaller they are.
 
     Args:
+        number: of panels.
         width: inches of a panel, if there are few.
         height: inches of a panel, if there are few.
-        shared: passed on to `subplots`, such as `sharey=True`.
+        shared: options of `subplots`, such as `sharey=True`.
+
+    Returns:
+        The figure and the panels' axes.
     """
     rows = max(1, round(math.sqrt(number / 1.5)))
     columns = math.ceil(number / rows)
@@ -70,28 +94,51 @@ def panels(number: int, width: float = 3.0, height: float = 2.6, **shared: Any) 
         axis.tick_params(labelsize=max(10 * scale, 6))
         axis.title.set_fontsize(max(11 * scale, 7))
     for axis in axes.flat[max(number - columns, 0) : number]:
-        axis.tick_params(labelbottom=True)  # shared axes have labels in the last row alone, which may not be full
+        axis.tick_params(labelbottom=True)  # shared axes have labels in the last row only, which may not be full
     return figure, list(axes.flat[:number])
 
 
 def shade(index: int, number: int) -> str:
-    """A gray from black to light for one of a number of lines."""
+    """Choose the gray of one of several lines.
+
+    Args:
+        index: of the line, from 0.
+        number: of lines.
+
+    Returns:
+        A matplotlib color from black to light gray.
+    """
     return str(0.7 * index / max(number - 1, 1))
 
 
 def heat_map(axis: Any, values: np.ndarray, numbers: str = "", **settings: Any) -> Any:
-    """Values [rows, columns] as grays, dark is high; with `numbers`, such as ".0%", each cell says its value."""
+    """Draw values as grays, dark for high ones.
+
+    Args:
+        axis: to draw on.
+        values: [rows, columns]; NaN stays empty.
+        numbers: format such as ".0%" for writing each value into its cell; "": none.
+        settings: of matplotlib's `imshow`.
+
+    Returns:
+        The image, for a color bar.
+    """
     image = axis.imshow(values, cmap="Greys", aspect="auto", interpolation="nearest", **settings)
     if numbers:
         for (row, column), value in np.ndenumerate(values):
             dark = np.isfinite(value) and image.norm(value) > 0.55
-            said = format(value, numbers) if np.isfinite(value) else ""
-            axis.text(column, row, said, ha="center", va="center", fontsize=7, color="1" if dark else "0")
+            text = format(value, numbers) if np.isfinite(value) else ""
+            axis.text(column, row, text, ha="center", va="center", fontsize=7, color="1" if dark else "0")
     return image
 
 
 def stacked_tiers(axis: Any, layers: Sequence[Mapping[str, float]]) -> None:
-    """Bars of who decides: of each layer the shares by tier, fast first."""
+    """Draw the share of tokens that each tier decides, a bar per layer.
+
+    Args:
+        axis: to draw on.
+        layers: shares by tier of each layer.
+    """
     bottom = np.zeros(len(layers))
     for tier, gray in zip(TIERS, ("0.25", "0.6", "0.9"), strict=True):
         height = np.array([shares[tier] for shares in layers])
@@ -105,13 +152,16 @@ def stacked_tiers(axis: Any, layers: Sequence[Mapping[str, float]]) -> None:
 def quality_against_experts(
     series: Mapping[str, Sequence[tuple[float, float]]], budget: float, caption: str, dots: Collection[str] = ()
 ) -> Figure:
-    """What fewer experts cost.
+    """Draw the change of perplexity against the number of experts.
 
     Args:
         series: name -> points (experts per token and layer, relative change of perplexity).
-        budget: the change that is still acceptable, drawn as a line.
-        caption: which documents were scored.
-        dots: names of series that no line joins, for their points do not follow from each other.
+        budget: the acceptable change, drawn as a line.
+        caption: title, which says which documents were scored.
+        dots: names of series whose points are not joined by a line.
+
+    Returns:
+        The figure.
     """
     figure, axis = subplots(figsize=(5.2, 3.6))
     for index, (name, points) in enumerate(series.items()):
@@ -127,5 +177,13 @@ def quality_against_experts(
 
 
 def over_the_depth(layers: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the layers, spread evenly over the depth."""
+    """Choose some layers, spread evenly over the depth.
+
+    Args:
+        layers: int [L].
+        most: how many to choose at most.
+
+    Returns:
+        int [at most `most`].
+    """
     return layers[np.unique(np.linspace(0, len(layers) - 1, most).round().astype(int))]

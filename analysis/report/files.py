@@ -1,72 +1,78 @@
-"""A report as the files that people and programs read: text, JSON, a page, and the figures beside them."""
+"""A report as the files that people and programs read: text, JSON, a page, and the figures next to them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from analysis.report.figures import save
-from analysis.report.html import write_html
+from analysis.report.html import page
 from analysis.report.index_page import INDEX, is_foreign, write_index
 from analysis.report.output import Output
 from analysis.report.provenance import write_json
-from analysis.report.report import Report, Section, fields, text
+from analysis.report.report import Report, ReportFigure, fields, text
 from varjax.files import replacing
 
 
 def write_report(
     report: Report,
-    folder: Path,
-    name: str,
+    output: Output | Path,
+    name: str | None = None,
     *,
-    prefix: str = "",
-    index: bool = True,
+    beside: Mapping[str, Any] | None = None,
     figures: Mapping[str, Figure] | None = None,
     earlier: Collection[str] = (),
-    beside: Mapping[str, Any] | None = None,
-) -> None:
-    """Write `folder/name.txt`, `.json` and `.html`, and the figures, each whole or not at all.
+    prefix: str | None = None,
+    index: bool | None = None,
+) -> Report:
+    """Write a report as text, JSON and a page, and its figures, each file whole or not at all.
+
+    Figures are drawn and saved one by one, since all of them together take much memory. In a directory the page of all
+    runs (`analysis.report.index_page`) is written too; next to a named file it is only brought up to date.
 
     Args:
-        prefix: what the names of the figures begin with, so that reports in one folder keep theirs apart.
-        index: write the folder's page of all reports (`analysis.report.index_page`); False: only bring one that is
-            there up to date.
-        figures: by the names that the sections give them.
-        earlier: names of figures that this run has saved in the folder before; they are on the page too.
-        beside: what else stands in the JSON file, such as provenance.
+        report: the report.
+        output: where the program writes.
+        name: stem of the files of a report that is not the program's main one; None: `output.stem`.
+        beside: more fields of the JSON file, such as provenance.
+
+    Returns:
+        The report with its figures marked as saved, so that it can be written again with more sections.
     """
+    if isinstance(output, Path):  # the arguments figures, earlier, prefix and index go when nobody uses them
+        output = Output(output, output, name or "", named=index is False)
+    prefix = output.prefix if prefix is None else prefix
+    stem = output.stem if name is None else name
+    folder = output.folder
     folder.mkdir(parents=True, exist_ok=True)
-    report = _with_prefix(report, prefix)
-    for figure_name, figure in (figures or {}).items():
-        save(figure, folder, f"{prefix}{figure_name}")
-    drawn = {f"{prefix}{figure_name}" for figure_name in (*(figures or {}), *earlier)}
-    for note in (one for section in report.sections for one in section.figures):
-        if note.draw is not None and note.name not in drawn:
-            save(note.draw(), folder, note.name)  # one by one: all of them together take much memory
-            drawn.add(note.name)
-    with replacing(folder / f"{name}.txt") as temporary:
+    for figure_name, drawn in (figures or {}).items():
+        save(drawn, folder, f"{prefix}{figure_name}")
+    saved = {*(figures or {}), *earlier}
+    for figure in (one for section in report.sections for one in section.figures):
+        if figure.draw is not None and figure.name not in saved:
+            save(figure.draw(), folder, f"{prefix}{figure.name}")
+    named = _with_figures(report, lambda one: dataclasses.replace(one, name=f"{prefix}{one.name}"))
+    with replacing(folder / f"{stem}.txt") as temporary:
         temporary.write_text(text(report), encoding="utf-8")
-    write_json(folder / f"{name}.json", fields(report) | dict(beside or {}))
-    listed = (index or (folder / INDEX).is_file()) and not is_foreign(folder)
-    write_html(folder / f"{name}.html", report, drawn, INDEX if listed else None)
+    write_json(folder / f"{stem}.json", fields(named) | dict(beside or {}))
+    listed = (not output.named or (folder / INDEX).is_file()) and not is_foreign(folder)
+    pngs = (folder / f"{one.name}.png" for section in named.sections for one in section.figures)
+    images = {path.stem: path.read_bytes() for path in pngs if path.is_file()}
+    with replacing(folder / f"{stem}.html") as temporary:
+        temporary.write_text(page(named, images, INDEX if listed else None), encoding="utf-8")
     if listed:
         write_index(folder)
+    return _with_figures(report, lambda one: dataclasses.replace(one, draw=None))
 
 
-def write_output(report: Report, output: Output, **rest: Any) -> None:
-    """`write_report` where `--output` says; `rest` are its other arguments."""
-    write_report(report, output.folder, output.stem, prefix=output.prefix, index=not output.named, **rest)
+write_output = write_report
 
 
-def _with_prefix(report: Report, prefix: str) -> Report:
-    """The same report, with other names of its figures."""
-
-    def renamed(section: Section) -> Section:
-        notes = (dataclasses.replace(note, name=f"{prefix}{note.name}") for note in section.figures)
-        return dataclasses.replace(section, figures=tuple(notes))
-
-    return dataclasses.replace(report, sections=tuple(map(renamed, report.sections)))
+def _with_figures(report: Report, change: Callable[[ReportFigure], ReportFigure]) -> Report:
+    """The same report with every figure changed."""
+    sections = (dataclasses.replace(one, figures=tuple(map(change, one.figures))) for one in report.sections)
+    return dataclasses.replace(report, sections=tuple(sections))

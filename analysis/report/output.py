@@ -1,11 +1,11 @@
-"""What `--output` means, a file or a directory, and the lock that keeps two runs from writing the same files.
+"""The meaning of `--output`, a file or a directory, and the lock that keeps two runs from writing the same files.
 
     output = Output.of(args.output, "hypotheses", REPORT)
     with output.locked():
-        write_output(report, output)
+        write_report(report, output)
 
-A name with a known ending (`ENDINGS`) is that file: what else the program writes goes next to it, under the same stem.
-Every other name, with a dot in it or without, is a directory, in which the program's own names are used.
+A name with a known ending (`ENDINGS`) is that file: everything else that the program writes goes next to it, under the
+same stem. Every other name, with or without a dot, is a directory, in which the program's own names are used.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ import jax
 from varjax.errors import InputError
 
 ENDINGS = (".parquet", ".json", ".txt", ".html")
-REPORT = (".txt", ".json", ".html")  # of the files of a report
+REPORT = (".txt", ".json", ".html")  # the files of a report
 DIRECTORY = ()  # for a program that writes a directory only
 
 OUTPUT_HELP = "directory to write, or a file such as NAME.json, with the other files next to it under the same stem"
 
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # a file system that knows none
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # a file system without locks
 
 
 @dataclass(frozen=True)
@@ -46,50 +46,70 @@ class Output:
 
     @classmethod
     def of(cls, given: Path, stem: str, endings: Collection[str] = REPORT) -> Output:
-        """What `--output` means to a program.
+        """Interpret `--output` for a program.
 
         Args:
             given: `--output`.
-            stem: of the program's main files in a directory, such as "hypotheses".
-            endings: of the files that the program can be asked for, among `ENDINGS`.
+            stem: stem of the program's main files in a directory, such as "hypotheses".
+            endings: endings of the files that the program can be asked for, among `ENDINGS`.
+
+        Returns:
+            The output.
 
         Raises:
-            InputError: a file that the program does not write, or something of the other kind is there.
+            InputError: the program does not write such a file, or something of the other kind exists there.
         """
+        fault = fix = ""
         if given.suffix not in ENDINGS:
             if given.exists() and not given.is_dir():
-                raise InputError(f"--output {given} is a file, but a directory is to be written; choose another name")
-            return cls(given, given, stem, named=False)
-        if given.suffix not in endings:
-            known = f"a name that ends in {', '.join(endings)}, or a directory" if endings else "a directory"
-            raise InputError(f"--output {given}: no {given.suffix} file is written here; give {known}")
-        if given.name == "index.html":
-            raise InputError(f"--output {given}: index.html is the page of all runs; choose another name")
-        if given.is_dir():
-            raise InputError(f"--output {given} is a directory, but a file is to be written; choose another name")
-        return cls(given, given.parent, given.stem, named=True)
+                fault, fix = " is a file, but a directory is to be written", "choose another name"
+        elif given.suffix not in endings:
+            fault = f": no {given.suffix} file is written here"
+            fix = f"give a name that ends in {', '.join(endings)}, or a directory" if endings else "give a directory"
+        elif given.name == "index.html":
+            fault, fix = ": index.html is the page of all runs", "choose another name"
+        elif given.is_dir():
+            fault, fix = " is a directory, but a file is to be written", "choose another name"
+        if fault:
+            raise InputError(f"--output {given}{fault}; {fix}")
+        named = given.suffix in ENDINGS
+        return cls(given, given.parent if named else given, given.stem if named else stem, named)
 
     @property
     def prefix(self) -> str:
-        """What the names of all files begin with that are not the main ones, such as figures."""
+        """Beginning of the names of all files that are not the main ones, such as figures."""
         return f"{self.stem}." if self.named else ""
 
     def main(self, ending: str) -> Path:
-        """The main file with this ending."""
+        """Name a main file.
+
+        Args:
+            ending: its ending, such as ".json".
+
+        Returns:
+            Its path.
+        """
         return self.folder / f"{self.stem}{ending}"
 
     def other(self, name: str) -> Path:
-        """Another file or folder: `name` in a directory, `STEM.name` next to a file."""
+        """Name another file or folder.
+
+        Args:
+            name: its name in a directory; next to a file it becomes `STEM.name`.
+
+        Returns:
+            Its path.
+        """
         return self.folder / f"{self.prefix}{name}"
 
     @contextlib.contextmanager
     def locked(self, part: str = "") -> Iterator[None]:
         """Keep other runs from writing the same files. The folder is made, or refused, before the work begins.
 
-        Of joined processes (`jax.distributed`), the first one alone writes and holds the lock.
+        Of joined processes (`jax.distributed`), only the first one writes and holds the lock.
 
         Args:
-            part: which of several processes that share the output this is; "" is the one that writes the main files.
+            part: names one of several processes that share the output; "" is the one that writes the main files.
 
         Raises:
             InputError: another run holds the lock, or nothing can be written there.
@@ -103,10 +123,11 @@ class Output:
 
 @contextlib.contextmanager
 def lock(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock file `path` while the work is done; the system releases it when the process ends, however it ends.
+    """Hold a lock file inside the `with`. The system releases it when the process ends, however it ends.
 
     Args:
-        what: names the output in a message.
+        path: the lock file, which is removed at the end.
+        what: names the output in error messages.
 
     Raises:
         InputError: another run holds it, or it cannot be written.
@@ -118,13 +139,13 @@ def lock(path: Path, what: str) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)})")
         file.flush()
     except OSError as error:
-        raise InputError(f"{what}: cannot be written ({error.strerror}); give a place that can") from error
+        raise InputError(f"{what}: cannot be written ({error.strerror}); give a place that can be written") from error
     try:
         yield
     finally:
         path.unlink(missing_ok=True)  # before others can take it
         file.close()
-        for folder in missing:  # nothing was written after all
+        for folder in missing:  # removed again if nothing was written
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -139,7 +160,9 @@ def _taken(path: Path, what: str) -> TextIO:
             file.seek(0)
             holder = file.read() or "another run"
             file.close()
-            raise InputError(f"{what}: {holder} is writing there; wait for its end, or give another --output") from None
+            raise InputError(
+                f"{what}: {holder} is writing there; wait until it ends, or give another --output"
+            ) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 file.close()
@@ -148,4 +171,4 @@ def _taken(path: Path, what: str) -> TextIO:
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 file.truncate(0)
                 return file
-        file.close()  # the run before has just removed the file that was opened here
+        file.close()  # the previous run has just removed the file that was opened here

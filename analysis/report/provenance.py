@@ -1,4 +1,4 @@
-"""Where a result comes from, and JSON result files that are written whole or not at all."""
+"""The origin of a result, and JSON result files that are written whole or not at all."""
 
 import dataclasses
 import math
@@ -20,9 +20,14 @@ _DISTRIBUTIONS = ("varjax", "jax", "jaxlib", "flax", "numpy", "transformers")
 
 
 def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
-    """What every result file says about its making: versions, device, time, command line and seed.
+    """Describe how a result was made.
 
-    `extra` adds what the caller knows, such as `model`, `dataset` or `config` with their hashes.
+    Args:
+        seed: of the random numbers; None: none were drawn.
+        extra: what the caller knows, such as `model`, `dataset` or `config` with their hashes.
+
+    Returns:
+        Fields for a result file: versions, device, time, command line, seed and `extra`.
     """
     device = jax.devices()[0]
     return {
@@ -39,26 +44,42 @@ def provenance(*, seed: int | None = None, **extra: Any) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write `obj`, a mapping or a dataclass, as readable JSON with a checksum, whole or not at all.
+    """Write readable JSON with a checksum, whole or not at all. `varjax.checksums.read_json` reads it.
 
-    `varjax.checksums.read_json` reads it back and verifies it.
+    Dataclasses become objects, arrays and scalars of NumPy and JAX become lists and numbers, paths become strings, and
+    infinities and NaN, which JSON does not have, become null.
 
-    Dataclasses become objects; NumPy and JAX arrays and scalars, lists and numbers; paths, strings. JSON
-    knows no infinities and no NaN: they become null.
+    Args:
+        path: the file to write.
+        obj: a mapping or a dataclass.
 
     Raises:
-      TypeError: something else is in `obj`; names where.
+        TypeError: `obj` holds something else; the message names where.
     """
     checksums.write_json(path, _plain(obj))
 
 
 def hash_json(obj: Any) -> str:
-    """SHA-256 of `obj`'s JSON as `write_json` would convert it, in any order of keys."""
+    """Hash what `write_json` would write.
+
+    Args:
+        obj: a mapping or a dataclass.
+
+    Returns:
+        SHA-256, which does not depend on the order of keys.
+    """
     return checksums.digest_of(_plain(obj))
 
 
 def version_of(distribution: str) -> str | None:
-    """The installed version of a distribution; None: it is not installed."""
+    """Look up the installed version of a package.
+
+    Args:
+        distribution: its name in the package index.
+
+    Returns:
+        The version; None: it is not installed.
+    """
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -66,7 +87,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def _plain(obj: Any, where: str = "$") -> Any:
-    """`obj` in dicts, lists, strings, finite numbers, booleans and None; `where` is its JSON path."""
+    """Convert `obj` to dicts, lists, strings, finite numbers, booleans and None; `where` is its JSON path."""
     if obj is None or isinstance(obj, str | bool | int):
         return obj
     if isinstance(obj, float):

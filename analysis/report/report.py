@@ -1,7 +1,7 @@
-"""A report of tests in one form, for people and for files: sections with a verdict, plain words, tables and figures.
+"""A report in one form, for people and for files: sections with a verdict, plain words, tables and figures.
 
-A verdict is one of `VERDICTS`. PASS and FAIL belong to a criterion; `reported` says that there is none; `not testable`
-that the data cannot answer; `not measured` that the data were not given.
+A verdict is one of `VERDICTS`. PASS and FAIL belong to a criterion; `reported` means that there is none, `not testable`
+that the data cannot answer the question, `not measured` that the data were not given.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain values; a number that is not known is None or NaN."""
+    """Rows of plain values; an unknown number is None or NaN."""
 
     title: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[Any, ...], ...]
 
     def cells(self) -> Iterator[list[str]]:
-        """Every row as text."""
+        """Format every row as text.
+
+        Returns:
+            One list of cells per row.
+        """
         for row in self.rows:
             yield [shown(value, column.format) for value, column in zip(row, self.columns, strict=True)]
 
@@ -54,19 +58,19 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class Section:
-    """One question, its answer, and what the answer rests on."""
+    """One question, its answer, and the evidence for it."""
 
     name: str  # short, for files
     title: str
     verdict: str  # one of VERDICTS
-    outcome: str  # one line: what was found, beside the criterion where there is one
+    outcome: str  # one line: what was found, next to the criterion where there is one
     words: tuple[str, ...] = ()
     tables: tuple[Table, ...] = ()
     figures: tuple[ReportFigure, ...] = ()
+    headline: str = ""  # the most important number with its unit, such as "+0.42 %", for the page of all runs
 
     def __post_init__(self) -> None:
-        if self.verdict not in VERDICTS:
-            raise ValueError(f"section {self.name}: verdict {self.verdict!r}, expected one of {', '.join(VERDICTS)}")
+        assert self.verdict in VERDICTS, f"section {self.name}: {self.verdict!r} is not one of {', '.join(VERDICTS)}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,15 @@ class Report:
 
 
 def shown(value: Any, form: str = "") -> str:
-    """A value for people: unknown numbers as a dash, truth as yes and no."""
+    """Format a value for people.
+
+    Args:
+        value: of a table's cell; None and NaN become a dash, truth values yes and no.
+        form: format of a number, as in `Column.format`.
+
+    Returns:
+        The text.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return UNKNOWN
     if isinstance(value, bool):
@@ -89,7 +101,14 @@ def shown(value: Any, form: str = "") -> str:
 
 
 def text(report: Report) -> str:
-    """The report for a terminal or a text file; words are folded, tables are as wide as they are."""
+    """Lay the report out for a terminal or a text file.
+
+    Args:
+        report: the report.
+
+    Returns:
+        Lines of at most 110 characters, except tables, which keep their width.
+    """
     width = max((len(name) for name, _ in report.facts), default=0)
     lines = [report.title, "=" * len(report.title), ""]
     lines += [f"{name:<{width}}  {value}" for name, value in report.facts]
@@ -109,39 +128,40 @@ def text(report: Report) -> str:
 
 
 def summary(report: Report) -> list[str]:
-    """One line per section."""
+    """Summarize the report.
+
+    Args:
+        report: the report.
+
+    Returns:
+        One line per section: its title, verdict and outcome.
+    """
     title = max((len(section.title) for section in report.sections), default=0)
     verdict = max(map(len, VERDICTS))
     return [f"{one.title:<{title}}  {one.verdict:<{verdict}}  {one.outcome}" for one in report.sections]
 
 
 def fields(report: Report) -> dict[str, Any]:
-    """The report for `analysis.report.provenance.write_json`; table rows become objects."""
-    return {
-        "title": report.title,
-        "facts": dict(report.facts),
-        "notes": report.notes,
-        "sections": {
-            section.name: {
-                "title": section.title,
-                "verdict": section.verdict,
-                "outcome": section.outcome,
-                "words": section.words,
-                "tables": [
-                    {
-                        "title": table.title,
-                        "rows": [
-                            {column.name: value for column, value in zip(table.columns, row, strict=True)}
-                            for row in table.rows
-                        ],
-                    }
-                    for table in section.tables
-                ],
-                "figures": [note.name for note in section.figures],
-            }
-            for section in report.sections
-        },
-    }
+    """Convert the report for `analysis.report.provenance.write_json`.
+
+    Args:
+        report: the report.
+
+    Returns:
+        Fields by name; sections by their names, table rows as objects.
+    """
+
+    def section(one: Section) -> dict[str, Any]:
+        tables = [
+            {"title": table.title, "rows": [dict(zip(names, row, strict=True)) for row in table.rows]}
+            for table in one.tables
+            for names in [[column.name for column in table.columns]]
+        ]
+        plain = {name: getattr(one, name) for name in ("title", "verdict", "outcome", "headline", "words")}
+        return {**plain, "tables": tables, "figures": [figure.name for figure in one.figures]}
+
+    sections = {one.name: section(one) for one in report.sections}
+    return {"title": report.title, "facts": dict(report.facts), "notes": report.notes, "sections": sections}
 
 
 def _wrapped(words: str) -> list[str]:
@@ -154,8 +174,6 @@ def _table(table: Table) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [table.title] if table.title else []
     for row in cells:
-        first, *rest = (
-            f"{cell:<{w}}" if not i else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  " + "  ".join([first, *rest]).rstrip())
+        aligned = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  " + "  ".join([row[0].ljust(widths[0]), *aligned[1:]]).rstrip())
     return lines

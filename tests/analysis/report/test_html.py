@@ -1,10 +1,15 @@
 """The report as text, as fields and as a page: the same content, nothing from elsewhere, nothing executed."""
 
+import dataclasses
+import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 
-from analysis.report.html import page, write_html
+from analysis.report.files import write_report
+from analysis.report.html import badge, page
+from analysis.report.output import Output
 from analysis.report.report import Column, Report, ReportFigure, Section, Table, fields, text
 
 NOTE = ReportFigure("curve", "A curve", "Up is more.", "With few points.")
@@ -63,15 +68,25 @@ def test_text_from_outside_is_escaped():
     assert "A &lt;title&gt; &amp; more" in source and "&lt;b&gt;12" in source and "<script>" not in source
 
 
-def test_figures_that_were_not_drawn_are_left_out_though_another_run_left_some(tmp_path):
-    (tmp_path / "curve.png").write_bytes(b"\x89PNG")
-    write_html(tmp_path / "page.html", REPORT, ())
-    without = (tmp_path / "page.html").read_text()
-    assert "<img" not in without
-    write_html(tmp_path / "page.html", REPORT, ["curve", "not named"])
-    with_it = (tmp_path / "page.html").read_text()
-    assert "<img" in with_it and "Up is more." in with_it and "With few points." in with_it
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png", "page.html"]
+def test_a_figure_is_drawn_once_and_stays_on_the_page_when_the_report_is_written_again(tmp_path):
+    drawn = []
+    figure = dataclasses.replace(NOTE, draw=lambda: drawn.append(1) or Figure())
+    first = Section("first", "A", "PASS", "o", figures=(figure,))
+    report, output = Report("Title", (), (), (first,)), Output.of(tmp_path, "page")
+    report = write_report(report, output)
+    report = dataclasses.replace(report, sections=(*report.sections, Section("second", "B", "FAIL", "o")))
+    write_report(report, output)
+    source = (tmp_path / "page.html").read_text()
+    assert drawn == [1] and "<img" in source and "Up is more." in source and "With few points." in source
+    assert "B</a>" in source and (tmp_path / "curve.pdf").is_file()
+
+
+def test_verdicts_are_colored_and_readable_without_color():
+    source = page(REPORT, {})
+    assert re.search(r"\.FAIL \{ background: #b4", source) and re.search(r"\.PASS \{ background: #1a7", source)
+    assert '<span class="verdict FAIL">✗ FAIL</span>' in source
+    assert '<span class="verdict not">not measured</span>' in source  # neutral: a frame without a color
+    assert '<span class="verdict PASS">✓ PASS</span>' in badge("PASS")
 
 
 def test_text_and_fields_say_the_same():
@@ -90,5 +105,5 @@ def test_lines_of_words_stay_readable():
 
 
 def test_a_verdict_is_one_of_the_known():
-    with pytest.raises(ValueError, match="section a: verdict 'pass', expected one of PASS"):
+    with pytest.raises(AssertionError, match="section a: 'pass' is not one of PASS"):
         Section("a", "A", "pass", "o")

@@ -1,6 +1,7 @@
 """The page of all runs: every report that lies below it, the newest first, and a way back."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis.report.files import write_report
 from analysis.report.index_page import main, write_index
+from analysis.report.output import Output
 from analysis.report.report import Report, ReportFigure, Section
 
 
@@ -23,13 +25,11 @@ def links(path):
     return found
 
 
-def written(folder, name, time, verdict="PASS"):
-    note = ReportFigure(f"{name}_curve", "A curve", "Up is more.", "Never.")
-    said = Report(
-        f"Run <{name}>", (("model", "tiny & small"),), (), (Section("a", "A", verdict, "o", figures=(note,)),)
-    )
-    drawn = {note.name: Figure()}
-    write_report(said, folder, name, figures=drawn, beside={"provenance": {"time_utc": time}})
+def written(folder, name, time, verdict="PASS", headline=""):
+    figure = ReportFigure(f"{name}_curve", "A curve", "Up is more.", "Never.", Figure)
+    section = Section("a", "A question", verdict, "the outcome", figures=(figure,), headline=headline)
+    said = Report(f"Run <{name}>", (("model", "tiny & small"),), (), (section,))
+    write_report(said, Output.of(folder, name), beside={"provenance": {"time_utc": time}})
 
 
 def test_the_page_of_all_runs_lists_what_is_below_its_folder(tmp_path, monkeypatch, capsys):
@@ -46,6 +46,27 @@ def test_the_page_of_all_runs_lists_what_is_below_its_folder(tmp_path, monkeypat
     assert "Run &lt;second&gt;" in said and "1 FAIL" in said and "tiny &amp; small" in said and "2 runs" in said
 
 
+def words_of_cards(path):
+    """The words of every card in the order in which a reader meets them."""
+    cards = path.read_text().split("<article>")[1:]
+    return [" ".join(re.sub(r"<[^>]+>", " ", card.split("<details>")[0]).split()) for card in cards]
+
+
+def test_a_card_names_its_run_and_shows_one_number_with_its_verdict(tmp_path):
+    written(tmp_path / "alone", "first", "4", "FAIL", "+0.42 %")
+    written(tmp_path / "both", "first", "3")
+    written(tmp_path / "both", "second", "2")
+    written(tmp_path, "here", "1")
+    write_index(tmp_path)
+    cards = words_of_cards(tmp_path / "index.html")
+    assert cards[0].startswith(
+        "alone Run <first> 4 +0.42 % ✗ FAIL A question".replace("<", "&lt;").replace(">", "&gt;")
+    )
+    assert [card.split()[0] for card in cards] == ["alone", "both/first", "both/second", "here"]
+    assert "✓ PASS A question: the outcome" in cards[1]  # without a number the outcome itself
+    assert "<b>+0.42 %</b>" in (tmp_path / "index.html").read_text()
+
+
 def test_a_run_writes_nothing_above_its_folder_and_looks_at_nothing_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "project" / "x" / "results" / "other", "other", "")
@@ -60,10 +81,10 @@ def test_a_run_writes_nothing_above_its_folder_and_looks_at_nothing_there(tmp_pa
 
 def test_a_run_that_names_a_file_makes_no_page_but_keeps_one_up_to_date(tmp_path):
     said = Report("Run", (), (), (Section("a", "A", "PASS", "o"),))
-    write_report(said, tmp_path, "named", index=False)
+    write_report(said, Output.of(tmp_path / "named.txt", ""))
     assert not (tmp_path / "index.html").exists() and "index.html" not in links(tmp_path / "named.html")
     written(tmp_path, "first", "")
-    write_report(said, tmp_path, "later", index=False)
+    write_report(said, Output.of(tmp_path / "later.txt", ""))
     assert {"first.html", "named.html", "later.html"} <= set(links(tmp_path / "index.html"))
     assert "index.html" in links(tmp_path / "later.html")
 

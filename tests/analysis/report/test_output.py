@@ -10,7 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis.report import output as output_module
-from analysis.report.files import write_output
+from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, Output, lock
 from analysis.report.report import Report, ReportFigure, Section
 from varjax.errors import InputError
@@ -113,9 +113,10 @@ def test_without_locks_in_the_file_system_the_work_is_done(tmp_path, monkeypatch
 
 def test_figures_of_two_reports_in_one_folder_do_not_collide(tmp_path):
     for name in ("first", "second"):
-        section = Section("a", "A", "PASS", "o", figures=(ReportFigure("curve", "A curve", "Up is more.", "Never."),))
+        curve = ReportFigure("curve", "A curve", "Up is more.", "Never.", Figure)
+        section = Section("a", "A", "PASS", "o", figures=(curve,))
         said = Report(name, (("model", "tiny"),), (), (section,))
-        write_output(said, Output.of(tmp_path / f"{name}.txt", "report"), figures={"curve": Figure()})
+        write_report(said, Output.of(tmp_path / f"{name}.txt", "report"))
     names = {path.name for path in tmp_path.iterdir()}
     ends = ("txt", "json", "html", "curve.png", "curve.pdf")
     assert names == {f"{name}.{end}" for name in ("first", "second") for end in ends}  # and no index.html
