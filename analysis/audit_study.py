@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from analysis.command import HelpFormatter, name_argument, path_argument, program
 from analysis.evaluate.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
 from analysis.evaluate.losses import score, var_runner
-from analysis.inputs import STATISTICS, find_statistics, listed
+from analysis.inputs import STATISTICS, find_statistics, listed, table_files
 from analysis.questions.alternatives import shuffled_answers
 from analysis.report.figures import subplots
 from analysis.report.files import write_report
@@ -41,7 +41,7 @@ from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
-from varjax import LayerPolicy, VARConfig, VARModel
+from varjax import LayerPolicy, VARConfig, VARModel, load_table
 from varjax.drift import ALPHA, Calibration
 from varjax.errors import InputError
 from varjax.progress import progress_bar
@@ -121,10 +121,11 @@ def main(arguments: Sequence[str] | None) -> None:
 
 
 def _run(args: argparse.Namespace, output: Output) -> None:
-    args.routing_stats = find_statistics(args.routing_stats)
+    files = table_files(find_statistics(args.routing_stats), var_config=args.var_config)
     model = load_model(args.model)
     checked = card.announced(model, args.dataset)
-    var_model = VARModel(model, _config(args))
+    config = _config(args)
+    var_model = VARModel(model, config, load_table(model, config, files.routing_stats, files.answers))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
 
     print("calibration", file=sys.stderr)
@@ -154,8 +155,8 @@ def _run(args: argparse.Namespace, output: Output) -> None:
             model={"name": model.name, "fingerprint": model.fingerprint},
             card=checked,
             data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
-            config=var_model.config,
-            config_sha256=var_model.config.digest(),
+            config=config,
+            config_sha256=var_model.digest,
         ),
     }
     write_report(said, output, beside=beside)
@@ -163,11 +164,11 @@ def _run(args: argparse.Namespace, output: Output) -> None:
 
 
 def _config(args: argparse.Namespace) -> VARConfig:
-    """--var_config on these statistics, or a policy under which nearly every key answers; no cached tier."""
+    """--var_config, or a policy under which nearly every key answers; no cached tier."""
     if args.var_config:
-        return dataclasses.replace(VARConfig.load(args.var_config).at(args.routing_stats), cache_size=0)
-    here = VARConfig.from_routing_stats(args.routing_stats, frequency_threshold=5, entropy_threshold=3.0, cache_size=0)
-    return dataclasses.replace(here, default=LayerPolicy(experts_kept=1, residual=True, orders=(1, 2)))
+        return dataclasses.replace(VARConfig.load(args.var_config), cache_size=0)
+    policy = LayerPolicy(experts_kept=1, use_answers=True, ngram_orders=(1, 2))
+    return VARConfig(frequency_threshold=5, entropy_threshold=3.0, cache_size=0, default=policy)
 
 
 def _documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:

@@ -18,12 +18,13 @@ from typing import Any
 from analysis.command import name_argument, path_argument, program
 from analysis.evaluate import caching as cached_tier
 from analysis.evaluate.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.inputs import table_files
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json
 from models import load_model
 from varjax.config import VARConfig
 from varjax.errors import InputError
-from varjax.model import VARModel
+from varjax.model import VARModel, load_table
 from varjax.step import summary
 
 UNITS = {
@@ -92,6 +93,8 @@ def main(arguments: Sequence[str] | None) -> None:
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
     parser.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; none: the plain model")
+    parser.add_argument("--routing_stats", type=path_argument, help="statistics (default: those that the config names)")
+    parser.add_argument("--answers", type=path_argument, help="answers (default: those that the config names)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
     parser.add_argument("--include_path", type=path_argument, help="a folder with YAML tasks")
     parser.add_argument("--limit", type=int, help="documents of each task at most; none: all")
@@ -117,9 +120,13 @@ def _command(args: argparse.Namespace, path: Path) -> None:
     from lm_eval.utils import make_table
 
     model = load_model(args.model, args.dtype)
-    config = VARConfig.load(args.var_config) if args.var_config else VARConfig(enable_var=False)
+    config, table = VARConfig(enable_var=False), None
+    if args.var_config:
+        config, files = VARConfig.load(args.var_config), table_files(args.routing_stats, args.answers, args.var_config)
+        table = load_table(model, config, files.routing_stats, files.answers) if config.enable_var else None
+    var_model = VARModel(model, config, table)
     lm = HarnessLM(
-        VARModel(model, config),
+        var_model,
         batch_size=args.batch_size,
         max_length=args.max_length,
         caching=cached_tier.asked(args),
@@ -131,7 +138,7 @@ def _command(args: argparse.Namespace, path: Path) -> None:
     if found.get("groups"):
         print(make_table(found, "groups"))
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
-    origin = {"model": about, "config": config, "config_sha256": config.digest(), "lm_eval": __version__}
+    origin = {"model": about, "config": config, "config_sha256": var_model.digest, "lm_eval": __version__}
     result = {name: found[name] for name in _TAKEN if name in found}
     if lm.state is not None:
         shares = summary(lm.state.counters, model.config.top_k)

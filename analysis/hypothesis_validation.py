@@ -258,7 +258,7 @@ def _facts(stats: RoutingStats, meta: Mapping[str, Any]) -> Iterator[tuple[str, 
             yield name, str(meta[name])
     yield "data", statistics_figures.size(stats)
     yield "layers, experts", f"{len(stats.count)}, {stats.num_experts}"
-    keys = (f"{int((stats.row_orders == order).sum()):,} of order {order}" for order in stats.orders)
+    keys = (f"{int((stats.row_orders == order).sum()):,} of order {order}" for order in stats.ngram_orders)
     yield "keys", ", ".join(keys)
     if stats.nonfinite.any():
         bad = (f"{count:,} in layer {layer}" for layer, count in enumerate(stats.nonfinite) if count)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from varjax.errors import InputError
+from varjax.tablefiles import TableFiles, saved_files
 
 STATISTICS = tuple(Path("results") / place / "routing_stats.parquet" for place in ("", "phase1", "demo"))
 CONFIGS = (
@@ -44,6 +45,29 @@ def find_statistics(named: Path | None = None) -> Path:
 def find_config(named: Path | None = None) -> Path | None:
     """The config that is named, or the first of `CONFIGS` that is there; None: there is none."""
     return _first("config", CONFIGS) if named is None else named
+
+
+def table_files(routing_stats: Path | None, answers: Path | None = None, var_config: Path | None = None) -> TableFiles:
+    """The files that a table is built from: those that are named, else those that the config was saved with.
+
+    Args:
+        routing_stats: the statistics.
+        answers: the answers; None: those that the config names, if they are there, else those next to the statistics.
+        var_config: a saved VARConfig.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        InputError: no statistics are named, or the answers belong to others.
+    """
+    saved = None if var_config is None else saved_files(var_config)
+    if routing_stats is None and saved is None:
+        raise InputError(f"{var_config}: it names no routing statistics; give --routing_stats")
+    if answers is None and saved is not None and saved.answers is not None:
+        answers = Path(saved.answers) if routing_stats is None or Path(saved.answers).is_file() else None
+    return TableFiles.find(routing_stats or Path(saved.routing_stats), answers)  # type: ignore[union-attr]
 
 
 def _first(what: str, places: Sequence[Path]) -> Path | None:

@@ -44,7 +44,7 @@ from varjax.config import PRESETS, VARConfig
 from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
 from varjax.step import TIERS
-from varjax.table import build
+from varjax.table import build_table
 
 _AGE_BUCKETS = 18  # up to one step, then each twice as long; the last has no end
 
@@ -132,7 +132,7 @@ def replay(
     """What `config` would have decided on the documents of `trace` that its table is not built on.
 
     Args:
-        config: its `routing_stats` and `residuals` are not read: the table comes from the trace.
+        config: the settings; the table comes from the trace.
         build_share: share of the documents that the table is built on.
         step: tokens between a look-up and the commit of what was learned; steps end with their document.
         seconds_per_token: the clock; 0.01 is a stream of 100 tokens per second.
@@ -158,7 +158,7 @@ def replay(
             f"the table at build_share={build_share}: both parts need one; give more documents or another share"
         )
     stats, more = table_statistics(ours, ours_only)
-    table = build(stats, ours_only, trace.top_k, keep_shapes=True)  # another policy recompiles nothing
+    table = build_table(ours_only, stats, top_k=trace.top_k, keep_shapes=True)  # another policy recompiles nothing
     edges = np.append(0, step << np.arange(_AGE_BUCKETS - 1))
     sums, tier = run_steps(theirs, table, ours_only, step, seconds_per_token, edges)
     by_layer = (*unlimited_cache(theirs, tier == FAST, ours_only, step), *constant_table(ours, theirs))

@@ -29,6 +29,7 @@ from typing import Any
 
 from analysis.collect.checkpoints import Checkpoints, note, resumed
 from analysis.command import path_argument, program
+from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate import caching as cached_tier
 from analysis.evaluate import certificate_report, comparison_report
 from analysis.evaluate import report as evaluation_report
@@ -56,8 +57,9 @@ from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
 from varjax.files import remove
-from varjax.model import build_for
+from varjax.model import build_for, load_table
 from varjax.step import summary
+from varjax.tablefiles import TableFiles
 
 
 @program
@@ -84,7 +86,14 @@ def main(arguments: Sequence[str] | None) -> None:
         "the config's policies, without a cached tier; written as *.var_config.json",
     )
     options.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
-    options.add_argument("--budget", type=float, help="of --search_policy, relative loss; none: 0.9 of the config's")
+    options.add_argument(
+        "--budget",
+        type=float,
+        help="relative increase of perplexity that --search_policy may spend (default: 0.9 of --limit)",
+    )
+    options.add_argument(
+        "--limit", type=float, default=MAX_DEGRADATION, help="acceptable relative increase of perplexity"
+    )
     options.add_argument("--split", default="test", help="documents to score; 'all' for every one")
     options.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
     options.add_argument("--no_throughput", action="store_true", help="leave the timing out")
@@ -152,40 +161,41 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     if args.mode == "var" and args.var_config is None:
         args.routing_stats = find_statistics(args.routing_stats)
     model, documents, origin = load(args, args.split)
-    config, found = choose_config(args, model)
+    config, files, found = choose_config(args, model)
     caching = cached_tier.asked(args)
-    var_model = VARModel(model, config)
+    table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
+    var_model = VARModel(model, config, table)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
     start = caching.init(var_model, args.batch_size)
     scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
 
     name = output.stem
-    table = output.main(".documents.parquet")
-    scores.save(table)
+    kept = output.main(".documents.parquet")
+    scores.save(kept)
     result: dict[str, Any] = {
         "mode": args.mode,
         **scores.summary(),
-        "documents_file": table.name,
-        "documents_sha256": checksums.digest_of_file(table),
+        "documents_file": kept.name,
+        "documents_sha256": checksums.digest_of_file(kept),
         "experts_per_token": float(model.config.top_k),
     }
     if state is not None:
         shares = summary(state.counters, model.config.top_k)
         result |= {key: shares[key] for key in ("tiers", "hit_rate", "mispredictions", "experts_per_token", "layers")}
         result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
-        config.save(output.main(".var_config.json"))
+        config.save(output.main(".var_config.json"), files)
     if not args.no_throughput:
         pace = caching.seconds_per_token
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
-    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
+    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=var_model.digest)
     facts = [("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}")]
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
         facts.append(("policy", "found under a loss budget" if found else given))
     facts += [*cached_tier.described(caching, config), *card.facts(origin["card"])]
-    drawn = evaluation_report.draw(name, result, found, config.max_quality_degradation, args.tune_samples)
+    drawn = evaluation_report.draw(name, result, found, args.limit, args.tune_samples)
     said = evaluation_report.report(name, result, scores, facts)
     write_report(said, output.folder, name, index=not output.named, figures=drawn, beside=result)
 
@@ -199,22 +209,27 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
 def distil_answers(args: argparse.Namespace, output: Output) -> None:
     find_policy(args)
     model, documents, origin = load(args, "build")
-    config, _ = choose_config(args, model)
-    stats, answers = read_answers(model, config)
+    config, files, _ = choose_config(args, model)
+    assert files is not None  # the plain model is another mode
+    stats, answers = read_answers(model, files)
     reading = (args.batch_size, args.max_length)
     settings = DistilConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
     work = output.other("distil_checkpoints")
-    run = {"model": origin["model"], "data": origin["data"], "config": config.digest(), "settings": vars(settings)}
+    run = {
+        "model": origin["model"],
+        "data": origin["data"],
+        "config": config.digest(files.digest()),
+        "settings": vars(settings),
+    }
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
     saved = Checkpoints(work / "steps")
     done = distill(model, stats, answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
-    path = output.other("distilled.residuals.safetensors")
-    assert config.routing_stats is not None  # they were read
+    path = output.other("distilled.answers.safetensors")
     about = {"model": model.name, "fingerprint": model.fingerprint, "provenance": made}
-    answersfile.write(path, done.answers, about | {"statistics": statsfile.identity(config.routing_stats)})
-    dataclasses.replace(config, residuals=str(path)).save(output.other("var_config.json"))
+    answersfile.write(path, done.answers, about | {"statistics": statsfile.identity(files.routing_stats)})
+    config.save(output.other("var_config.json"), dataclasses.replace(files, answers=str(path)))
     write_json(output.other("distillation.json"), {"divergence": done.divergence, "provenance": made})
     remove(work)
     if len(done.divergence) >= 2 * AVERAGED:
@@ -226,8 +241,9 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
 def study_policy(args: argparse.Namespace, output: Output) -> None:
     find_policy(args)
     model, documents, origin = load(args, args.split)
-    config, _ = choose_config(args, model)
-    stats, answers = read_answers(model, config)
+    config, files, _ = choose_config(args, model)
+    assert files is not None  # the plain model is another mode
+    stats, answers = read_answers(model, files)
     subject = Subject(
         model,
         stats,
@@ -248,18 +264,18 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         ("cached tier, where one is", subject.caching.words),
         *card.facts(origin["card"]),
     ]
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
+    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest(files.digest()))
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
     facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
     said = study(subject, output.folder, facts=facts, provenance=made, parts=PARTS + timed)
-    config.save(output.other("var_config.json"))
+    config.save(output.other("var_config.json"), files)
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
 
 
 def throughput_of(subject: Subject, repeats: int) -> Finding:
     """How much faster, and where must the gain vanish?"""
-    table = build_for(subject.model, subject.stats, subject.config, subject.answers)
+    table = build_for(subject.model, subject.config, subject.stats, subject.answers)
     var_model = VARModel(subject.model, subject.config, table=table)
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
@@ -268,20 +284,21 @@ def throughput_of(subject: Subject, repeats: int) -> Finding:
     return Finding("throughput", (throughput_section.section(found),), drawn, found)
 
 
-def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Search | None]:
-    """The config that the arguments ask for, and the search that found it, if one did."""
+def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
+    """The config that the arguments ask for, its table's files, and the search that found it, if one did."""
     if args.mode == "baseline":
-        return VARConfig(enable_var=False), None
-    config = asked_config(args, **PRESETS[args.preset])
+        return VARConfig(enable_var=False), None, None
+    config, files = asked_config(args, **PRESETS[args.preset])
     if not args.search_policy:
-        return config, None
-    stats, answers = read_answers(model, config)
+        return config, files, None
+    stats, answers = read_answers(model, files)
     tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
     if len(tuning) < MIN_DOCUMENTS:
         print(f"only {len(tuning)} tune documents: on others the policy may lose far more than its budget")
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
-    found = search(model, stats, answers, tuning, config, budget=args.budget, **reading)
-    return found.config, found
+    budget = 0.9 * args.limit if args.budget is None else args.budget
+    found = search(model, stats, answers, tuning, config, budget=budget, **reading)
+    return found.config, files, found
 
 
 def find_policy(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.command import path_argument, program, run
+from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate import caching as cached_tier
 from analysis.inputs import STATISTICS, find_statistics, listed
 from analysis.policies.ladder import Ladder
@@ -37,7 +38,7 @@ from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
 from analysis.text import card
 from analysis.text.drawn import Drawn
-from experiments.arguments import asked_config, load, load_encoded, new_config, over_files, parser, read_answers
+from experiments.arguments import asked_config, load, load_encoded, new_config, parser, read_answers
 from profiling.calls import PHASES
 from tuning import chosen
 from tuning import report as search_report
@@ -47,9 +48,10 @@ from tuning.space import CACHED_TIER, Space, config_at, default_space, only, sug
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, sqlite_url, without_password, work
 from tuning.validation import REPEATS, validate
 from tuning.validation_section import section
-from varjax.config import PRESETS, VARConfig
+from varjax.config import PRESETS
 from varjax.errors import InputError
 from varjax.progress import progress_bar
+from varjax.tablefiles import TableFiles, saved_files
 
 
 @program
@@ -121,13 +123,14 @@ class Setting:
     space: Space
     orders: tuple[int, ...]  # of the contexts that have answers
     unsearched: dict[str, str]  # parameters that can change nothing on these documents, and why
+    files: TableFiles
     about: dict[str, Any]  # whatever decides what a trial finds
     origin: dict[str, Any]
 
     @classmethod
     def of(cls, args: argparse.Namespace, progress: bool = True) -> Setting:
-        subject, origin = make_subject(args, "tune", args.num_samples, progress)
-        orders = tuple(order for order in subject.answers.orders if order > 0)
+        subject, files, origin = make_subject(args, "tune", args.num_samples, progress)
+        orders = tuple(order for order in subject.answers.ngram_orders if order > 0)
         space = with_ranges(default_space(orders, subject.stats.num_experts), args.ranges)
         space = only(space, args.parameters) if args.parameters else space
         seconds = subject.caching.span(subject.documents, subject.max_length, subject.stride)
@@ -139,7 +142,7 @@ class Setting:
             )
         if CACHED_TIER in unsearched:  # it would only take time
             subject = dataclasses.replace(subject, config=dataclasses.replace(subject.config, cache_size=0))
-        limit = subject.config.max_quality_degradation if args.limit is None else args.limit
+        limit = MAX_DEGRADATION if args.limit is None else args.limit
         judged = {
             "speed": args.speed,
             "phases": tuple(args.phases),
@@ -148,9 +151,9 @@ class Setting:
             "limit": limit,
         }
         objective = Objective(subject, **judged)
-        about = judged | {"subject": subject.digest, "config": subject.config.digest(), "space": space}
+        about = judged | {"subject": subject.digest, "config": subject.config.digest(files.digest()), "space": space}
         about |= {"method": args.method, "seed": args.seed}
-        return cls(objective, space, orders, unsearched, about, origin)
+        return cls(objective, space, orders, unsearched, files, about, origin)
 
     @cached_property
     def ladder(self) -> Ladder:
@@ -243,19 +246,18 @@ def conclude(args: argparse.Namespace, setting: Setting, found: list[Point]) -> 
     save_report(
         said_in_full, args.output, "tuning", search_report.draw(examined), {"points": found, "provenance": made}
     )
-    chosen.write(args.output, found, limit, made)
+    chosen.write(args.output, found, limit, made, setting.files)
 
 
 def put_to_the_test(args: argparse.Namespace) -> None:
-    given = chosen.read(args.validate)
-    name_statistics(args, list(given.values()))
-    candidates = {name: over_files(config, args) for name, config in given.items()}
-    calibrate, origin = make_subject(args, "calibrate", args.validate_samples)
+    candidates, saved = chosen.read(args.validate)
+    name_statistics(args, saved)
+    calibrate, files, origin = make_subject(args, "calibrate", args.validate_samples)
     args.num_samples = args.validate_samples
     documents, data = load_encoded(calibrate.model, args, "test", args.num_samples)
     test = dataclasses.replace(calibrate, documents=documents)
-    presets = {f"preset {name}": new_config(args, **fields) for name, fields in PRESETS.items()}
-    limit = calibrate.config.max_quality_degradation if args.limit is None else args.limit
+    presets = {f"preset {name}": new_config(files, **fields) for name, fields in PRESETS.items()}
+    limit = MAX_DEGRADATION if args.limit is None else args.limit
     found = validate(
         calibrate,
         test,
@@ -280,42 +282,44 @@ def put_to_the_test(args: argparse.Namespace) -> None:
     save_report(said_in_full, args.output, "validation", {}, beside | {"provenance": made})
 
 
-def name_statistics(args: argparse.Namespace, configs: Sequence[VARConfig] = ()) -> None:
-    """If the arguments name no statistics, take those of the configs, and the answers with them; else look for some.
+def name_statistics(args: argparse.Namespace, saved: TableFiles | None = None) -> None:
+    """If the arguments name no statistics, take those of the saved configs, and the answers with them; else find some.
 
     Args:
-        configs: in addition to `--var_config`.
+        saved: the files that the candidates of a validation were saved with.
 
     Raises:
-        InputError: the configs name different ones, or there are none.
+        InputError: the configs name different files, or there are none.
     """
-    configs = [*configs, *([] if args.var_config is None else [VARConfig.load(args.var_config)])]
     if args.routing_stats is not None:
         return
-    named = {(config.routing_stats, config.residuals) for config in configs if config.routing_stats is not None}
+    named = {saved, None if args.var_config is None else saved_files(args.var_config)} - {None}
     if len(named) > 1:
-        files = ", ".join(sorted(str(stats) for stats, _ in named))
+        files = ", ".join(sorted(one.routing_stats for one in named if one))
         raise InputError(f"the configs name different statistics or answers ({files}); give --routing_stats")
-    stats, answers = next(iter(named), (None, None))
-    args.routing_stats = find_statistics(None if stats is None else Path(stats))
-    if args.answers is None and answers is not None:
-        if not Path(answers).is_file():
-            raise InputError(f"{answers}: the configs name these answers, but there is no such file; give --answers")
-        args.answers = Path(answers)
+    found = next(iter(named), None)
+    args.routing_stats = find_statistics(None if found is None else Path(found.routing_stats))
+    if args.answers is None and found is not None and found.answers is not None:
+        if not Path(found.answers).is_file():
+            raise InputError(
+                f"{found.answers}: the configs name these answers, but there is no such file; give --answers"
+            )
+        args.answers = Path(found.answers)
 
 
 def make_subject(
     args: argparse.Namespace, split: str, limit: int | None, progress: bool = True
-) -> tuple[Subject, dict[str, Any]]:
-    """What is searched or validated, on at most `limit` documents of a split, and what a result file says of it."""
+) -> tuple[Subject, TableFiles, dict[str, Any]]:
+    """What is searched or validated on at most `limit` documents of a split, its files, and what is noted of both."""
     args = argparse.Namespace(**vars(args) | {"num_samples": limit})
     model, documents, origin = load(args, split)
-    config = asked_config(args)
-    stats, answers = read_answers(model, config)
+    config, files = asked_config(args)
+    stats, answers = read_answers(model, files)
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
     folder = args.output / "losses"
     reading |= {"folder": folder, "progress": progress, "caching": cached_tier.asked(args)}
-    return Subject(model, stats, answers, config, documents, **reading), origin
+    reading["table_sha256"] = files.digest()
+    return Subject(model, stats, answers, config, documents, **reading), files, origin
 
 
 def save_report(said_in_full: Report, folder: Path, name: str, figures: Any, beside: dict[str, Any]) -> None:

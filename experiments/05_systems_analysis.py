@@ -44,8 +44,9 @@ from profiling.bottlenecks import bottlenecks
 from profiling.components import measure_sides
 from profiling.points import tasks
 from profiling.throughput import drawn_texts
-from varjax import VARConfig, VARModel
+from varjax import VARConfig, VARModel, load_table
 from varjax.errors import InputError
+from varjax.tablefiles import TableFiles
 
 DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
 NOTES = (
@@ -81,9 +82,10 @@ def main(arguments: Sequence[str] | None) -> None:
 
 
 def analyze(args: argparse.Namespace, output: Output) -> None:
-    config = chosen_config(args)
+    config, files = chosen_config(args)
     model, documents, origin = load(args, args.split)
-    var_model = VARModel(model, config)
+    table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
+    var_model = VARModel(model, config, table)
     texts = {
         "prefill": drawn_texts(documents, args.batch_size, args.max_length, args.seed),
         "decode": drawn_texts(documents, 1, DECODED, args.seed),
@@ -136,7 +138,7 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
         *card.facts(origin["card"]),
     )
     said = Report("Systems analysis", facts, NOTES, tuple(sections))
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest())
+    made = provenance(seed=args.seed, **origin, config=config, config_sha256=var_model.digest)
     measured: dict[str, Any] = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales}
     measured |= {"memory": peaks, "evidence": seen, "bottlenecks": [dataclasses.asdict(one) for one in found]}
     write_output(said, output, figures=figures, beside={"results": measured, "provenance": made})
@@ -144,17 +146,17 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
     print(f"written to {args.output}")
 
 
-def chosen_config(args: argparse.Namespace) -> VARConfig:
-    """The policy that the arguments name or that is in a documented place, or VAR switched off."""
+def chosen_config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles | None]:
+    """The policy that is named or in a documented place, with its table's files; or VAR switched off."""
     if args.plain:
-        return VARConfig(enable_var=False)
+        return VARConfig(enable_var=False), None
     if args.routing_stats is None:
         args.var_config = find_config(args.var_config)
     if args.var_config is None and args.routing_stats is None:
         if args.answers is not None:
             raise InputError("--answers needs the config or the statistics that they belong to; name them too")
         print(f"no config is named, and none of {listed(CONFIGS)} exists: this is the plain model")
-        return VARConfig(enable_var=False)
+        return VARConfig(enable_var=False), None
     return asked_config(args)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from analysis.command import HelpFormatter, name_argument, path_argument
+from analysis.inputs import table_files
 from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
@@ -19,7 +19,8 @@ from models.placement import DATA, MeshError, make_mesh
 from varjax import RoutingStats, VARConfig
 from varjax.answers import Answers
 from varjax.errors import InputError
-from varjax.model import read_files
+from varjax.model import load_statistics
+from varjax.tablefiles import TableFiles
 
 
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
@@ -97,31 +98,24 @@ def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int |
     return EncodedCorpus(args.dataset, wanted, limit, model.tokenizer, model.config, args.text_column)
 
 
-def read_answers(model: Model, config: VARConfig) -> tuple[RoutingStats, Answers]:
-    """The statistics and answers of a config that has both."""
-    stats, answers = read_files(model, config)
+def read_answers(model: Model, files: TableFiles) -> tuple[RoutingStats, Answers]:
+    """The statistics and answers of a table that has both."""
+    stats, answers = load_statistics(model, files)
     if answers is None:
-        raise InputError(f"{config.routing_stats}: no answers beside it; run 01_routing_analysis.py with --residuals")
+        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --residuals")
     return stats, answers
 
 
-def asked_config(args: argparse.Namespace, **fields: Any) -> VARConfig:
-    """The config that --var_config, --routing_stats and --answers name.
+def asked_config(args: argparse.Namespace, **fields: Any) -> tuple[VARConfig, TableFiles]:
+    """The config and the table's files that --var_config, --routing_stats and --answers name.
 
     Args:
         fields: of the config where there is no --var_config, in the place of the defaults.
     """
-    return over_files(VARConfig.load(args.var_config), args) if args.var_config else new_config(args, **fields)
+    files = table_files(args.routing_stats, args.answers, args.var_config)
+    return VARConfig.load(args.var_config) if args.var_config else new_config(files, **fields), files
 
 
-def new_config(args: argparse.Namespace, **fields: Any) -> VARConfig:
-    """A config for --routing_stats, and for --answers in the place of those beside it."""
-    known = {"residuals": str(args.answers)} if args.answers else {}
-    return VARConfig.from_routing_stats(args.routing_stats, **fields, **known)
-
-
-def over_files(config: VARConfig, args: argparse.Namespace) -> VARConfig:
-    """The same settings over the --routing_stats and --answers that are given."""
-    if args.routing_stats:
-        return config.at(args.routing_stats, args.answers)
-    return dataclasses.replace(config, residuals=str(args.answers)) if args.answers else config
+def new_config(files: TableFiles, **fields: Any) -> VARConfig:
+    """A config that fits the files."""
+    return VARConfig.from_routing_stats(files.routing_stats, files.answers, **fields)

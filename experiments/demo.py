@@ -7,7 +7,6 @@ built on the build split, the policy is chosen on the tune split, and everything
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.command import HelpFormatter, program
+from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.comparison import degradation, read_result
 from analysis.report import figures
 from analysis.report.index_page import INDEX, write_index
@@ -82,9 +82,8 @@ def overview() -> None:
             f"{tiers['fast']:>7.0%}{tiers['cached']:>8.0%}{tiers['learned']:>9.0%}"
             f"{speedup['prefill']['value']:>9.2f}x{speedup['decode']['value']:>8.2f}x"
         )
-    bound = json.loads((OUT / f"{POLICY}.var_config.json").read_text())["max_quality_degradation"]
     caption = f"Held-out documents ({base.fields['tokens']:,} tokens of {base.fields['documents']:,} documents)"
-    figures.save(figures.quality_against_experts(points, bound, caption), OUT, "quality_experts")
+    figures.save(figures.quality_against_experts(points, MAX_DEGRADATION, caption), OUT, "quality_experts")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from models.kv_cache import KVCache, extend, visible
 from models.layers import rotary_angles
 from models.parameters import EXPERT_AXES, Params, with_methods
 from models.placement import ONE_DEVICE, Placement
-from varjax.routing import LayerAnswers, Plan, Routing, resolve, top_k
+from varjax.routing import Dropped, LayerAnswers, Plan, Routing, resolve, top_k
 
 
 @jax.tree_util.register_dataclass
@@ -53,7 +53,6 @@ def forward(
     attention_mask: jax.Array | None = None,
     kv: KVCache | None = None,
     plan: Plan | None = None,
-    answers: tuple[LayerAnswers, ...] | None = None,
     last_logits_only: bool = False,
     expert_outputs_of: tuple[int, ...] = (),
     audit: jax.Array | None = None,
@@ -69,7 +68,6 @@ def forward(
         attention_mask: bool or int[B, T], true for real tokens; padding may stand on either side. None: all are real.
         kv: cache with the positions before these ones; None: `token_ids` are the whole text.
         plan: what is settled before layer 0 (`varjax.plan`); None: the learned router decides everything.
-        answers: one per layer with experts, what stands in for those that the plan drops.
         last_logits_only: compute the head for the last position only.
         expert_outputs_of: layers (0 to L - 1) whose slots' outputs are wanted (costs their experts a second time).
         audit: int32[Q], tokens b * T + t whose experts are also run as the learned router would have it; negative for
@@ -78,7 +76,8 @@ def forward(
     mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     batch = "batch" if plan is None else None
     token_ids, mask = (placement.constrain(one, batch, None) for one in (token_ids, mask))
-    plan = placement.whole(plan)
+    answers = None if plan is None else plan.answers  # large ones are divided over the devices
+    plan = None if plan is None else placement.whole(dataclasses.replace(plan, answers=None))
     engine = divided(engine, placement, config.num_experts, EXPERT_AXES)
     with jax.named_scope("scores"):
         if kv is None:
@@ -120,7 +119,7 @@ def forward(
             # What stands in for an expert is looked up; its rows, which may be divided, are read below.
             index_only = None if known is None else dataclasses.replace(known, answers=known.answers[:0])
             routing, dropped = placement.by_rows(
-                partial(resolve, k=config.top_k, normalize=config.normalize_top_k),
+                partial(_settled, config),
                 rows={"probs": layer_probs, "plan": settled},
                 whole={"answers": index_only},
             )
@@ -165,6 +164,14 @@ def forward(
         expert_outputs=placement.constrain(jnp.stack(wanted), None, "batch", None, None, None) if wanted else None,
         audit=placement.whole(jnp.stack(audited)) if audited else None,
     )
+
+
+def _settled(
+    config: MoEConfig, probs: jax.Array, plan: Plan | None, answers: LayerAnswers | None
+) -> tuple[Routing, Dropped]:
+    """`resolve` of one layer, whose answers need not hold their outputs."""
+    plan = None if plan is None else dataclasses.replace(plan, answers=answers)
+    return resolve(probs, config.top_k, plan, config.normalize_top_k)
 
 
 def audit_error(

@@ -26,6 +26,7 @@ from models.placement import ONE_DEVICE, Placement
 from models.verification import fitting_tokenizer
 from models.weights import load_params
 from varjax.errors import InputError, require_integer
+from varjax.model import Generation
 from varjax.transfer import to_device
 
 if TYPE_CHECKING:
@@ -100,8 +101,8 @@ class Model:
         sampling: Sampling | None = None,
         step: Step | None = None,
         carry: Any = None,
-    ) -> tuple[np.ndarray, Any]:
-        """Continue each text; returns int32 [B, T + new] ids, which begin with `input_ids`, and the carry.
+    ) -> Generation:
+        """Continue each text; returns int32 [B, T + new] ids, which begin with `input_ids`, and the carry as the state.
 
         A text ends with any of `generation.end_ids`.
 
@@ -129,7 +130,7 @@ class Model:
         run = step or self._step
         tokens, carry = generate(run, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
         tokens[:, :length] = input_ids  # the caller's own, where padding has ids outside the vocabulary
-        return tokens, carry
+        return Generation(tokens, carry)
 
     def _step(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
         logits, kv = plain_step(self.params, kv, ids, mask, self.network)

@@ -25,7 +25,7 @@ from jax.stages import Traced
 
 from varjax.errors import InputError
 from varjax.model import VARModel, routed_forward
-from varjax.step import VARState, milliseconds
+from varjax.step import VARState, timestamp
 
 PHASES = ("prefill", "decode")
 
@@ -98,7 +98,7 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
     if phase not in PHASES:
         raise InputError(f"phase={phase!r}: expected one of {', '.join(PHASES)}")
     batch, length = ids.shape
-    fixed = Fixed(var_model.model.params, var_model.table, var_model.settings, milliseconds(var_model.clock()))
+    fixed = Fixed(var_model.model.params, var_model.table, var_model.settings, timestamp(var_model.clock()))
     step = _stepping(var_model.model.network, phase == "decode")
     if phase == "prefill":
         carry = Carry(None, var_model.init(batch))

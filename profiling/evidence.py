@@ -108,13 +108,13 @@ def _counters(var_model: VARModel, ids: np.ndarray, phase: str) -> Counters:
     if phase == "prefill":
         state = var_model.init(1)
         for number, text in enumerate(ids):
-            _, state = var_model(text[None], state, now=number * len(text) * SECONDS_PER_TOKEN)
+            _, state = var_model(text[None], state, now=number * len(text) * SECONDS_PER_TOKEN, donate=True)
     else:
         out, state = var_model.prefill(ids[:, :1], var_model.init(len(ids)), capacity=ids.shape[1], now=0.0)
         kv, real = out.kv, jnp.ones((len(ids), 1), bool)
         for at in range(1, ids.shape[1]):
             following, now = jnp.asarray(ids[:, at : at + 1]), at * SECONDS_PER_TOKEN
-            out, state = var_model.advance(state, following, real, kv, last_logits_only=True, now=now)
+            out, state = var_model.advance(state, following, real, kv, last_logits_only=True, now=now, donate=True)
             kv = out.kv
     assert state is not None  # VAR is on
     return state.counters
@@ -161,7 +161,7 @@ def workload_and_mix(var_model: VARModel, ids: np.ndarray, phase: str) -> tuple[
     mix = Mix(min(experts, config.top_k), distinct)
     if table is not None:
         answered = config.top_k - experts if table.answers is not None else 0.0
-        read = table_bytes(config, batch * (1 if decodes else length), orders=len(table.orders))
+        read = table_bytes(config, batch * (1 if decodes else length), orders=len(table.ngram_orders))
         mix = dataclasses.replace(mix, answers=max(answered, 0.0), planned=True, table_bytes=read)
     itemsize = jax.tree.leaves(model.params)[0].dtype.itemsize
     if decodes:

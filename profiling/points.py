@@ -90,7 +90,7 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
 
     def config(kept: Sequence[int], *, answers: bool, orders: tuple[int, ...] = EVERY, often: int = 1) -> VARConfig:
         layers = {
-            layer: LayerPolicy(experts_kept=number, residual=answers, orders=orders)
+            layer: LayerPolicy(experts_kept=number, use_answers=answers, ngram_orders=orders)
             for layer, number in enumerate(kept)
         }
         return VARConfig(
@@ -225,9 +225,9 @@ def _var_models(
             answered = name.startswith("answers")
             if answered not in tables:
                 answers = _random_answers(model, stats.keys) if answered else None
-                tables[answered] = build_for(model, stats, config, answers, keep_shapes=True), answers
+                tables[answered] = build_for(model, config, stats, answers, keep_shapes=True), answers
             shared, answers = tables[answered]
-            table = with_policies(shared, stats, config, answers)
+            table = with_policies(shared, config, stats, answers)
         found[name] = VARModel(model, config, table=table)
     return found
 
@@ -256,7 +256,7 @@ def _prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
 
     def run() -> Any:
         for ids in batches:
-            out, held[0] = var_model.advance(held[0], ids, mask)
+            out, held[0] = var_model.advance(held[0], ids, mask, donate=True)
         return out.logits
 
     return run

@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None) -> None:
     text = next(ids for ids in documents if len(ids) >= 2 * args.tokens)[: 2 * args.tokens]
     sides: dict[str, Callable[[], Any]] = {"plain": decoding(model, text, model._step, None)}
     for name, config in configs().items():
-        table = build_for(model, stats, config, keep_shapes=True) if config.enable_var else None
+        table = build_for(model, config, stats, keep_shapes=True) if config.enable_var else None
         var_model = VARModel(model, config, table=table)
         sides[name] = decoding(model, text, as_step(var_model), var_model.init())
         if table is not None and config.frequency_threshold != NEVER:
@@ -79,7 +79,7 @@ def configs() -> dict[str, VARConfig]:
     answering = VARConfig(
         frequency_threshold=1,
         entropy_threshold=100.0,
-        default=LayerPolicy(experts_kept=1, residual=False, orders=ORDERS),
+        default=LayerPolicy(experts_kept=1, use_answers=False, ngram_orders=ORDERS),
     )
     found = {"switched off": VARConfig(enable_var=False)}
     nothing = dataclasses.replace(answering, frequency_threshold=NEVER, confidence_threshold=1.0)  # nor remembered
@@ -101,7 +101,7 @@ def random_stats(model: Model, documents: list[np.ndarray], num_keys: int) -> Ro
 
 def as_step(var_model: VARModel) -> Step:
     def run(kv: Any, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
-        out, carry = var_model.advance(carry, ids, mask, kv, last_logits_only=True)
+        out, carry = var_model.advance(carry, ids, mask, kv, last_logits_only=True, donate=True)
         return out.logits, out.kv, carry
 
     return run
@@ -171,7 +171,7 @@ def plan_and_commit(model: Model, table: RouteTable, config: VARConfig, text: np
 
     def run() -> Any:
         for ids in tokens:
-            plan, held[0] = both(table, held[0], ids, var_step.milliseconds(var_model.clock()), settings)
+            plan, held[0] = both(table, held[0], ids, var_step.timestamp(var_model.clock()), settings)
         return plan.tier
 
     return run

@@ -144,7 +144,9 @@ def _prefill(var_model: VARModel, prompts: np.ndarray) -> Callable[[], Any]:
 
     def run() -> Any:
         for ids in groups:
-            out, _ = var_model(ids, jax.tree.map(jnp.copy, start), mask)  # a cache that knew these texts would flatter
+            out, _ = var_model(
+                ids, start, mask
+            )  # each time from the start: a cache that knew these texts would flatter
         return out.logits
 
     return run
@@ -167,7 +169,7 @@ def _decode(var_model: VARModel, texts: np.ndarray, seconds_per_token: float) ->
         for start, steps in groups:
             kv, state = jax.tree.map(jnp.copy, start)  # every step spends what it is given
             for ids, now in steps:
-                out, state = var_model.advance(state, ids, one, kv, last_logits_only=True, now=now)
+                out, state = var_model.advance(state, ids, one, kv, last_logits_only=True, now=now, donate=True)
                 kv = out.kv
         return out.logits
 

@@ -42,7 +42,7 @@ from models.parameters import init_params
 from models.tokenizer import save_tokenizer, train_bpe
 from models.weights import save_params
 from varjax import LayerPolicy, VARConfig, VARModel
-from varjax.table import build
+from varjax.table import build_table
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -155,4 +155,4 @@ def small_var_model(saved_model, even_documents) -> VARModel:
     stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), min_count=3)), **reading)
     answers = collect_answers(saved_model, some, stats.keys, range(2), **reading)
     config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, default=LayerPolicy(experts_kept=1), cache_size=0)
-    return VARModel(saved_model, config, table=build(stats, config, saved_model.config.top_k, answers))
+    return VARModel(saved_model, config, table=build_table(config, stats, answers, top_k=saved_model.config.top_k))

@@ -45,7 +45,7 @@ def test_outputs_that_name_a_file_are_files(finished):
     results = finished[0] / "results"
     stats, _ = statsfile.read(results / "routing_stats.parquet")
     assert stats.documents > 100
-    assert (results / "routing_stats.residuals.safetensors").is_file()
+    assert (results / "routing_stats.answers.safetensors").is_file()
     assert (results / "routing_stats.routing_trace.parquet").is_file()
     report = (results / "validation_report.txt").read_text()
     assert "Routing hypotheses" in report and "PASS" in report

@@ -39,7 +39,8 @@ from profiling import published
 from tests.documented import DOCUMENTS, ROOT, Command, commands
 from tests.running import run_python
 from tests.stage import MIXTRAL, TRIALS, shrink, shrink_harness, stage
-from varjax import VARConfig, answersfile, statsfile
+from varjax import answersfile, statsfile
+from varjax.tablefiles import saved_files
 
 COMMANDS = commands()
 
@@ -219,8 +220,7 @@ def evaluated(reader: Reader) -> None:
         assert read_json(asked.output / "certificate.json")["certificate"]
         assert f"certified at {asked.level} confidence" in reader.printed
     elif asked.mode == "distill":
-        config = VARConfig.load(asked.output / "var_config.json")
-        assert answersfile.read(config.residuals)[0].layers == (0, 1)
+        assert answersfile.read(saved_files(asked.output / "var_config.json").answers)[0].layers == (0, 1)
     elif asked.mode == "study":
         assert {"study.html", "study.json", "study.txt"} <= {path.name for path in asked.output.iterdir()}
     else:
@@ -229,8 +229,8 @@ def evaluated(reader: Reader) -> None:
         assert len(read_result(asked.output).documents) == result["documents"] > 0
     if asked.mode == "var":
         assert sum(result["tiers"].values()) == pytest.approx(1)
-        config = VARConfig.load(asked.output.with_suffix(".var_config.json"))
-        assert asked.answers is None or config.residuals == str(asked.answers)
+        files = saved_files(asked.output.with_suffix(".var_config.json"))
+        assert asked.answers is None or files.answers == str(asked.answers)
 
 
 def searched(reader: Reader) -> None:
@@ -240,7 +240,7 @@ def searched(reader: Reader) -> None:
         assert found["candidates"] and (found["chosen"] is None) == (not found["presets"])
     else:
         assert len(read_json(asked.output / "tuning.json")["points"]) == TRIALS
-        assert VARConfig.load(asked.output / "best_config.json").routing_stats == str(asked.routing_stats)
+        assert saved_files(asked.output / "best_config.json").routing_stats == str(asked.routing_stats)
 
 
 def analyzed(reader: Reader) -> None:

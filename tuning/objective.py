@@ -83,7 +83,7 @@ class Objective:
     def evaluate(self, config: VARConfig) -> Outcome:
         """The configuration on the tuning documents, as far as it is not hopeless, and its speed."""
         self._make_room(config)
-        table = with_policies(self._table, self.subject.stats, config, self.subject.answers)
+        table = with_policies(self._table, config, self.subject.stats, self.subject.answers)
         found, experts, learned = self._losses(config, table)
         change, seen = found - self._plain.nll[self._order][: len(found)], self._tokens[: len(found)]
         value, upper = upper_limit(change, seen, self.confidence)
@@ -102,25 +102,25 @@ class Objective:
     def ladder(self) -> Ladder:
         """Each layer alone at several tolerances; kept on disk by the subject, where it has a folder."""
         subject, top_k = self.subject, self.subject.model.config.top_k
-        orders = tuple(order for order in subject.answers.orders if order > 0)
+        orders = tuple(order for order in subject.answers.ngram_orders if order > 0)
         bar = progress_bar(unit=" policies", show=subject.progress, desc="layers alone")
 
         def measured(choices: Sequence[Choice]) -> Measured:
             layers = policies(choices, subject.model.config.num_experts, orders)
             config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
-            table = with_policies(self._table, subject.stats, config, subject.answers)
+            table = with_policies(self._table, config, subject.stats, subject.answers)
             found = losses(subject, config, table)
             bar.update()
             change = (found.nll - self._plain.nll).sum() / self._plain.tokens.sum()
             return Measured(tuple(choices), math.expm1(change), found.experts_per_token)
 
         with bar:
-            return climb(measured, subject.answers, subject.config.residual_shrinkage, top_k)
+            return climb(measured, subject.answers, subject.config.answer_shrinkage, top_k)
 
     @cached_property
     def _table(self) -> RouteTable:
         nothing = dataclasses.replace(self.subject.config, default=None, layers={})
-        return build_for(self.subject.model, self.subject.stats, nothing, self.subject.answers, keep_shapes=True)
+        return build_for(self.subject.model, nothing, self.subject.stats, self.subject.answers, keep_shapes=True)
 
     def _make_room(self, config: VARConfig) -> None:
         """Let go of compiled programs before there are too many.
@@ -185,9 +185,9 @@ class Objective:
             value = predicted_speedup(self.subject.model.config, self.subject.max_length, experts)
             return {PREDICTED: Estimate(value, value, value)}
         # A table of one's own would look up no more than this; all else that is there and unused costs little.
-        asked = asked_orders(config, table.num_layers) or table.orders[:1]
+        asked = asked_orders(config, table.num_layers) or table.ngram_orders[:1]
         timed = measure(
-            VARModel(self.subject.model, config, table=dataclasses.replace(table, orders=asked)),
+            VARModel(self.subject.model, config, table=dataclasses.replace(table, ngram_orders=asked)),
             self.subject.documents,
             batch_size=self.subject.batch_size,
             max_length=self.subject.max_length,

@@ -30,7 +30,7 @@ from varjax.errors import InputError
 Value = int | float | bool
 Values = Mapping[str, Value]
 
-OF_THE_TABLE = ("residual_shrinkage", "answers_per_layer", "answer_dtype")
+OF_THE_TABLE = ("answer_shrinkage", "answers_per_layer", "answer_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +194,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
     config = dataclasses.replace(base, **fields)
     if budget is not None:
         policies = {
-            choice.layer: LayerPolicy(experts_kept=None, tolerance=choice.tolerance, orders=tuple(orders))
+            choice.layer: LayerPolicy(experts_kept=None, tolerance=choice.tolerance, ngram_orders=tuple(orders))
             for choice in ladder.within(float(budget))
         }
         config = dataclasses.replace(config, default=None, layers=policies)
@@ -205,7 +205,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
 
 def _with_orders(config: VARConfig, orders: tuple[int, ...]) -> VARConfig:
     def changed(policy: LayerPolicy | None) -> LayerPolicy | None:
-        return policy and dataclasses.replace(policy, orders=orders)
+        return policy and dataclasses.replace(policy, ngram_orders=orders)
 
     layers = {layer: changed(policy) for layer, policy in dict(config.layers).items()}
     return dataclasses.replace(config, default=changed(config.default), layers=layers)

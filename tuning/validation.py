@@ -207,7 +207,7 @@ def validate(
         {name: _of(calibrate, one) for name, one in increases.items()},
         clip=certificate.CLIP,
         model_sha256=calibrate.model.fingerprint,
-        config_sha256={name: config.digest() for name, config in candidates.items()},
+        config_sha256={name: config.digest(calibrate.table_sha256) for name, config in candidates.items()},
         level=level,
         limit=math.log1p(limit),
         seed=calibrate.seed,
@@ -271,7 +271,7 @@ def _table(subject: Subject, config: VARConfig, built: int) -> RouteTable:
     # No other configuration has a table of this size, and programs must not pile up; the plain model's serve all.
     if built and built % PROGRAMS == 0:
         jax.clear_caches()
-    return build_for(subject.model, subject.stats, config, subject.answers)
+    return build_for(subject.model, config, subject.stats, subject.answers)
 
 
 def _timed(

@@ -76,7 +76,7 @@ class Answers:
         return _nothing(keys, tuple(layers), _numbered(there), hidden_size)
 
     @property
-    def orders(self) -> tuple[int, ...]:
+    def ngram_orders(self) -> tuple[int, ...]:
         """The context orders among the keys, 0 included."""
         return tuple(np.unique((self.keys != ANY).sum(axis=1)).tolist())
 

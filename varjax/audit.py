@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -27,7 +27,7 @@ from jax import Array
 from varjax import drift, step
 from varjax.drift import Calibration, DriftWarning, Monitor
 from varjax.errors import InputError
-from varjax.model import Network, VARModel, VAROutput
+from varjax.model import Network, VARModel, VAROutput, copied
 from varjax.routing import LEARNED, Plan
 from varjax.step import Settings, VARState
 from varjax.streams import ERROR_CAP, TIERS, Tally, observe
@@ -63,7 +63,7 @@ class Auditor:
             raise InputError("VAR is switched off (enable_var=False): there is nothing to audit")
         if on_drift not in get_args(OnDrift):
             raise InputError(f"on_drift={on_drift!r}: expected {' or '.join(map(repr, get_args(OnDrift)))}")
-        ours = {"fingerprint": var_model.model.fingerprint, "config_sha256": var_model.config.digest()}
+        ours = {"fingerprint": var_model.model.fingerprint, "config_sha256": var_model.digest}
         for name, value in ours.items():
             theirs = getattr(calibration, name)
             if theirs != value:
@@ -95,7 +95,7 @@ class Auditor:
             return out, state, audit_state
         if state is None:
             raise InputError("VAR is on but state is None; begin with var_model.init(batch_size)")
-        state = step.begin(state, batch_size=len(ids))
+        state = step.begin(copied(state), batch_size=len(ids))
         out, state, tally, key = audited(self.var_model, state, ids, mask, audit_state.key, self.calibration.share)
         observed = observe(jax.device_get(tally), self.calibration.streams)
         monitor = drift.watch(audit_state.monitor, observed)
@@ -123,12 +123,14 @@ def audited(
         share: of the planned tokens that are also computed in full.
         now: as in `VARModel.advance`.
     """
-    moment = step.milliseconds(var_model.clock() if now is None else now)
+    assert var_model.table is not None, "there is nothing to audit with VAR switched off"
+    moment = step.timestamp(var_model.clock() if now is None else now)
     options = {"share": share, "network": var_model.model.network}
     with passing_scalars():
-        return _audited(
+        out, *rest = _audited(
             var_model.model.params, var_model.table, state, ids, mask, moment, var_model.settings, key, **options
         )
+    return replace(out, plan=replace(out.plan, answers=var_model.table.answers)), *rest
 
 
 @partial(jax.jit, static_argnames=("share", "network"), donate_argnames="state")
@@ -148,10 +150,11 @@ def _audited(
     plan = step.plan(table, state, ids, now, settings, mask)
     key, draw = jax.random.split(key) if key.ndim == 0 else (key, key)
     tokens = choose(draw, jnp.any(plan.tier < LEARNED, axis=0), share)
-    out = network.forward(params, ids, attention_mask=mask, plan=plan, answers=table.answers, audit=tokens)
+    out = network.forward(params, ids, attention_mask=mask, plan=plan, audit=tokens)
     state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)
     with jax.named_scope("tally"):
         seen = tally(plan, out.router_probs, mask, tokens, out.audit)
+    plan = replace(plan, answers=None)
     return VAROutput(out.logits, out.router_probs, out.routing, plan, out.kv), state, seen, key
 
 

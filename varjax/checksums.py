@@ -167,7 +167,7 @@ def read_json(
         OSError: it cannot be read.
     """
     try:
-        fields = json.loads(Path(path).read_bytes().decode())
+        fields = json.loads(Path(path).read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as problem:  # UnicodeDecodeError and JSONDecodeError among them
         raise error(f"{path}: not valid JSON ({problem}); {fix}") from problem
     if not isinstance(fields, dict):

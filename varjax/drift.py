@@ -27,7 +27,6 @@ import numpy as np
 
 from varjax import bounds, checksums
 from varjax.bounds import ConfidenceSequence
-from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.streams import Stream
 
@@ -58,7 +57,7 @@ class Calibration:
     """The calibrated values of one model under one config."""
 
     fingerprint: str  # of the model
-    config_sha256: str  # `VARConfig.digest`
+    config_sha256: str  # `VARModel.digest`
     share: float  # of the planned tokens that is audited
     texts: int
     values: tuple[Calibrated, ...]
@@ -117,13 +116,14 @@ class Monitor:
 
 
 def calibrate(
-    observed: np.ndarray, streams: tuple[Stream, ...], *, fingerprint: str, config: VARConfig, share: float
+    observed: np.ndarray, streams: tuple[Stream, ...], *, fingerprint: str, config_sha256: str, share: float
 ) -> Calibration:
     """Bounds on each stream's mean from calibration texts.
 
     Args:
         observed: float64 [N, M], from `observe`.
         fingerprint: of the model.
+        config_sha256: `VARModel.digest`.
         share: of the planned tokens that was audited.
 
     Raises:
@@ -141,7 +141,7 @@ def calibrate(
         if len(seen) >= 2 and stream.signal != "error":
             lower = -bounds.upper_bound(-seen, -high, -low, level)
         values.append(Calibrated(stream, len(seen), float(seen.mean()) if len(seen) else None, lower, upper))
-    return Calibration(fingerprint, config.digest(), share, len(observed), tuple(values))
+    return Calibration(fingerprint, config_sha256, share, len(observed), tuple(values))
 
 
 def begin(calibration: Calibration) -> Monitor:

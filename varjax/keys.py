@@ -132,23 +132,24 @@ class KeyIndex:
 _find = jax.jit(KeyIndex.find)
 
 
-def find_orders(index: KeyIndex, contexts: Array, orders: Sequence[int]) -> Array:
+def find_orders(index: KeyIndex, contexts: Array, ngram_orders: Sequence[int]) -> Array:
     """int32 [O, B, T]: per order, the row of the last ids at each position, ABSENT where they are no key.
 
     Args:
-        index: keys of any orders, width C.
-        contexts: int32 [B, T, >= max(orders)], from `contexts`.
-        orders: how many of the last ids to look at, each from 0 to C. The key of order 0 is at every real token.
+        index: keys of any ngram_orders, width C.
+        contexts: int32 [B, T, >= max(ngram_orders)], from `contexts`.
+        ngram_orders: how many of the last ids to look at, each from 0 to C. The key of order 0 is at every real token.
     """
     width = index.keys.shape[1]
     longest = min(width, contexts.shape[-1])
-    if not orders or min(orders) < 0 or max(orders) > longest:
+    if not ngram_orders or min(ngram_orders) < 0 or max(ngram_orders) > longest:
         raise InputError(
-            f"orders {tuple(orders)} must lie in 0..{longest}; keys hold {width} ids, contexts {contexts.shape[-1]}"
+            f"ngram_orders {tuple(ngram_orders)} must lie in 0..{longest}; "
+            f"keys hold {width} ids, contexts {contexts.shape[-1]}"
         )
     padding = [(0, 0)] * (contexts.ndim - 1) + [(width - longest, 0)]
     recent = jnp.pad(contexts[..., -longest:], padding, constant_values=ANY)
-    seen = np.arange(width) >= width - np.asarray(orders)[:, None]  # [O, C]
+    seen = np.arange(width) >= width - np.asarray(ngram_orders)[:, None]  # [O, C]
     real = recent[..., -1:] != NONE
     return index.find(jnp.where(seen[:, None, None, :] | ~real[None], recent[None], ANY))
 
@@ -174,7 +175,7 @@ class ContextCounts(NamedTuple):
 
 def count_contexts(
     documents: Iterable[np.ndarray],
-    orders: Sequence[int],
+    ngram_orders: Sequence[int],
     min_count: int = 1,
     max_keys: int | None = None,
     special_ids: Collection[int] = (),
@@ -193,31 +194,37 @@ def count_contexts(
 
     Args:
         documents: 1-D integer arrays of token ids >= 0.
-        orders: context orders to count; the keys' width C is the largest.
+        ngram_orders: context lengths to count, in ids; the keys' width C is the largest.
         min_count: occurrences that a key needs.
         max_keys: keys to admit at most, over all orders together; None for no bound.
         special_ids: tokens that route nothing worth knowing (start, padding): no key ends in one.
         capacity: different contexts of one order that are held.
 
     Raises:
-        InputError: a document that is no 1-D array of ids in int32; orders, min_count, max_keys, capacity out of range.
+        InputError: a document is not a 1-D array of ids in int32, or another argument is out of range.
     """
-    orders = sorted(set(orders))
-    if not orders or orders[0] < 1 or min_count < 1 or (max_keys is not None and max_keys < 0) or capacity < 1:
+    ngram_orders = sorted(set(ngram_orders))
+    if (
+        not ngram_orders
+        or ngram_orders[0] < 1
+        or min_count < 1
+        or (max_keys is not None and max_keys < 0)
+        or capacity < 1
+    ):
         raise InputError(
-            "need at least one order, orders >= 1, min_count >= 1, max_keys >= 0 and capacity >= 1; "
-            f"got orders {orders}, min_count {min_count}, max_keys {max_keys}, capacity {capacity}"
+            "need at least one order, ngram_orders >= 1, min_count >= 1, max_keys >= 0 and capacity >= 1; "
+            f"got ngram_orders {ngram_orders}, min_count {min_count}, max_keys {max_keys}, capacity {capacity}"
         )
     special = np.fromiter(special_ids, np.int64)
-    tallies = [_Tally.empty(order) for order in orders]
+    tallies = [_Tally.empty(order) for order in ngram_orders]
     for ids, position in _chunks(documents):
-        fresh = _occurring(ids, position, ~np.isin(ids, special), orders)
+        fresh = _occurring(ids, position, ~np.isin(ids, special), ngram_orders)
         tallies = [tally.with_chunk(*found, capacity) for tally, found in zip(tallies, fresh, strict=True)]
 
     # Each order comes sorted by current id, then the one before, ...: a stable sort breaks ties as promised.
-    every_key = np.concatenate([_widened(tally.keys, orders[-1]) for tally in tallies])
+    every_key = np.concatenate([_widened(tally.keys, ngram_orders[-1]) for tally in tallies])
     every_count = np.concatenate([tally.counts for tally in tallies])
-    which = np.repeat(orders, [len(tally.counts) for tally in tallies])
+    which = np.repeat(ngram_orders, [len(tally.counts) for tally in tallies])
     frequent = np.argsort(-every_count, kind="stable")[:max_keys]
     frequent = frequent[every_count[frequent] >= min_count]
     frequent = frequent[np.argsort(which[frequent], kind="stable")]
@@ -230,7 +237,7 @@ def count_contexts(
             occurrences_admitted=int(every_count[frequent][which[frequent] == order].sum()),
             undercount=tally.undercount,
         )
-        for order, tally in zip(orders, tallies, strict=True)
+        for order, tally in zip(ngram_orders, tallies, strict=True)
     )
     return ContextCounts(every_key[frequent], every_count[frequent], report)
 

@@ -9,13 +9,12 @@ replay of a trace, the counters) calls it or reads what it returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-from varjax.errors import InputError
 
 FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED: the plan leaves the token open
 NO_ROW = -1  # the table row of a token that the table says nothing of
@@ -44,7 +43,7 @@ class LayerRules:
     gate_ratio: Array  # float32 [L], a slot under this share of slot 0's weight is dropped; 0 = never
     gate_mass: Array  # float32 [L], slots after those that reach this gate probability are dropped; inf = never
     tolerance: Array  # float32 [L], a slot whose weight times its answer's deviation is under this is dropped
-    residual: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
+    use_answers: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
     renormalize: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate
     weights_from_table: Array  # bool [L], it supplies the weights, slot by slot, whoever names the experts
@@ -54,36 +53,6 @@ class LayerRules:
         """[L]: the gate chooses and weighs, nothing is dropped or rescaled but what `experts_kept` says."""
         off, zero = jnp.zeros(num_layers, bool), jnp.zeros(num_layers, jnp.float32)
         return cls(zero, jnp.full_like(zero, jnp.inf), zero, off, off, off, off)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Plan:
-    """Everything that is settled before layer 0 runs, for each layer and token. The gate decides the rest."""
-
-    tier: Array  # int8 [L, B, T], FAST, CACHED or LEARNED
-    experts_kept: Array  # int8 [L, B, T], slots that may run in a planned token, 0 to K
-    row: Array  # int32 [L, B, T], row of the table whose answers may stand in, NO_ROW where there is none
-    routing: Routing  # [L, B, T, K], what the table or the cache predicts, if anything
-    rules: LayerRules  # [L]
-    # Answers belong to the table that made the plan: whoever carries the plan out has to give them.
-    needs_answers: bool = field(default=False, metadata={"static": True})
-
-    @classmethod
-    def open(cls, num_layers: int, batch: int, length: int, top_k: int, num_experts: int) -> Plan:
-        """[L, B, T]: nothing planned; a forward pass under it equals the plain model bit for bit."""
-        shape = (num_layers, batch, length)
-        return cls(
-            tier=jnp.full(shape, LEARNED, jnp.int8),
-            experts_kept=jnp.full(shape, top_k, jnp.int8),
-            row=jnp.full(shape, NO_ROW, jnp.int32),
-            routing=Routing.unused((*shape, top_k), num_experts),
-            rules=LayerRules.neutral(num_layers),
-        )
-
-    def layer(self, index: int) -> Plan:
-        """The plan of one layer: the same fields without their leading axis [L]."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
 
 
 @jax.tree_util.register_dataclass
@@ -121,6 +90,43 @@ class Dropped:
     weights: Array  # float32 [..., K], the gate weights of the slots that were dropped, 0 elsewhere
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is settled before layer 0 runs, for each layer and token. The gate decides the rest."""
+
+    tier: Array  # int8 [L, B, T], FAST, CACHED or LEARNED
+    experts_kept: Array  # int8 [L, B, T], slots that may run in a planned token, 0 to K
+    row: Array  # int32 [L, B, T], row of the table whose answers may stand in, NO_ROW where there is none
+    routing: Routing  # [L, B, T, K], what the table or the cache predicts, if anything
+    rules: LayerRules  # [L]
+    answers: Any = None  # LayerAnswers of each layer, a tuple [L]; None: the table that made the plan has none
+
+    @classmethod
+    def open(cls, num_layers: int, batch: int, length: int, top_k: int, num_experts: int) -> Plan:
+        """[L, B, T]: nothing planned; a forward pass under it equals the plain model bit for bit."""
+        shape = (num_layers, batch, length)
+        return cls(
+            tier=jnp.full(shape, LEARNED, jnp.int8),
+            experts_kept=jnp.full(shape, top_k, jnp.int8),
+            row=jnp.full(shape, NO_ROW, jnp.int32),
+            routing=Routing.unused((*shape, top_k), num_experts),
+            rules=LayerRules.neutral(num_layers),
+        )
+
+    def layer(self, index: int) -> Plan:
+        """The plan of one layer.
+
+        Args:
+            index: number of the layer among those with experts, from 0.
+
+        Returns:
+            The same fields without their leading axis [L]; `answers` is the layer's LayerAnswers.
+        """
+        one = jax.tree.map(lambda leaf: leaf[index], replace(self, answers=None))
+        return one if self.answers is None else replace(one, answers=self.answers[index])
+
+
 def top_k(probs: Array, k: int, normalize: bool = True) -> Routing:
     """The learned router's own decision.
 
@@ -132,18 +138,16 @@ def top_k(probs: Array, k: int, normalize: bool = True) -> Routing:
     return _weighted(*_best(probs, k), normalize)
 
 
-def resolve(
-    probs: Array, k: int, plan: Plan | None, answers: LayerAnswers | None = None, normalize: bool = True
-) -> tuple[Routing, Dropped]:
+def resolve(probs: Array, k: int, plan: Plan | None, normalize: bool = True) -> tuple[Routing, Dropped]:
     """What really runs in one layer, given its gate and its plan, and what stands in for the rest.
 
     1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else
        the gate's top k. They carry the gate's weights (divided by their sum if `normalize`) or, where the layer takes
        weights from the table and it predicts something, the table's: slot j the j-th one.
-    2. In a planned token, slot j is dropped if j >= kept; or if j >= 1 and its weight is under gate_ratio times slot
-       0's, or the gate's probabilities of the slots before it reach gate_mass; or if its weight times the deviation of
-       its answer is under the tolerance. But where the layer adds residuals and the token has a row, a slot is only
-       dropped if there is an answer: what is not known runs, and without `answers` nothing is known.
+    2. In a planned token, slot j is dropped if j >= experts_kept; or if j >= 1 and its weight is below gate_ratio times
+       slot 0's, or the gate's probabilities of the slots before it reach gate_mass; or if its weight times the
+       deviation of its answer is below the tolerance. But where the layer uses answers and the token has a row, a slot
+       is only dropped if there is an answer: an expert whose output is not known runs.
     3. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer renormalizes. The
        answers of the dropped slots, by their gate weights, stand in for them.
 
@@ -153,21 +157,11 @@ def resolve(
         probs: float32 [..., E], softmax of the gate over all experts.
         k: experts per token.
         plan: one layer's plan (`Plan.layer`) with fields [...] and [..., K]; None leaves every token open.
-        answers: the layer's; None: there are none.
         normalize: as in `top_k`.
 
     Returns:
         Routing [..., K], and what it lacks, [..., K].
-
-    Raises:
-        InputError: the plan comes from a table with answers, and there are none.
     """
-    if plan is not None and plan.needs_answers and answers is None:
-        raise InputError(
-            "this plan leaves experts out because its table has answers that stand in for them, but no answers were "
-            "given; pass answers=table.answers of the table that made the plan (network.forward(params, ids, "
-            "plan=plan, answers=table.answers))"
-        )
     experts, gate = _best(probs, k)
     if plan is None:
         return _weighted(experts, gate, normalize), Dropped(
@@ -184,14 +178,14 @@ def resolve(
     candidate = replace(candidate, weights=jnp.where(supplied, plan.routing.weights, candidate.weights))
     used = candidate.experts < probs.shape[-1]
     answer = jnp.full(candidate.experts.shape, NO_ANSWER, jnp.int32)
-    row = jnp.where(plan.rules.residual, plan.row, NO_ROW)
-    if answers is not None:
-        answer = answers.find(row, candidate.experts)
+    row = jnp.where(plan.rules.use_answers, plan.row, NO_ROW)
+    if plan.answers is not None:
+        answer = plan.answers.find(row, candidate.experts)
 
     gone = planned & used & _superfluous(candidate.weights, gate, plan)
-    if answers is not None:
-        foretold = candidate.weights * answers.deviation[answer] < plan.rules.tolerance
-        gone |= planned & used & foretold & (answer != NO_ANSWER)
+    if plan.answers is not None:
+        predictable = candidate.weights * plan.answers.deviation[answer] < plan.rules.tolerance
+        gone |= planned & used & predictable & (answer != NO_ANSWER)
     gone &= (row == NO_ROW)[..., None] | (answer != NO_ANSWER)
     lost = jnp.any(gone, axis=-1, keepdims=True)
 

@@ -26,7 +26,7 @@ from varjax import checksums
 from varjax.cache import since
 from varjax.errors import InputError
 from varjax.files import replacing
-from varjax.step import VARState
+from varjax.step import VARState, timestamp
 
 FORMAT = 2  # 1 was a folder of orbax's, with counters of 32 bits and without a checksum
 FILE = "state.safetensors"
@@ -34,12 +34,12 @@ _since, _before = jax.jit(since), jax.jit(jnp.subtract)
 _FIX = "restore the file, or begin with a new state"
 
 
-def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, Any]) -> None:
+def save(path: str | Path, state: VARState, now: float, about: Mapping[str, Any]) -> None:
     """Write `state` into the folder `path`, in place of the one before; back when it is on disk.
 
     Args:
-        state: not spent.
-        now: int32 [], ms, on the clock that the state was committed by.
+        state: it stays valid.
+        now: seconds, on the clock that the state was committed by.
         about: text, numbers and None by name: what `load` has to find again, such as the model's fingerprint.
 
     Raises:
@@ -48,19 +48,21 @@ def save(path: str | Path, state: VARState, now: np.int32, about: Mapping[str, A
     if Path(path).is_file():
         raise NotADirectoryError(f"{path} is a file; a state is saved in a folder of its own, give another path")
     if state.cache is not None:
-        state = replace(state, cache=replace(state.cache, stamp=_since(state.cache.stamp, jax.device_put(now))))
+        state = replace(
+            state, cache=replace(state.cache, stamp=_since(state.cache.stamp, jax.device_put(timestamp(now))))
+        )
     arrays = {name: np.ascontiguousarray(array) for name, array in jax.device_get(_arrays(state)).items()}
     noted = {"format": FORMAT, "about": dict(about), "arrays": _described(arrays)}
     with replacing(Path(path) / FILE) as part:
         checksums.write_safetensors(part, arrays, {"varjax": json.dumps(noted)})
 
 
-def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, Any]) -> VARState:
+def load(path: str | Path, like: VARState, now: float, about: Mapping[str, Any]) -> VARState:
     """The state that `save` wrote, with as many sequences as it had.
 
     Args:
         like: a state of the same model and cache (`varjax.step.init`), with any number of sequences.
-        now: int32 [], ms, on the clock of the steps to come.
+        now: seconds, on the clock of the steps to come.
         about: as given to `save`.
 
     Raises:
@@ -84,7 +86,7 @@ def load(path: str | Path, like: VARState, now: np.int32, about: Mapping[str, An
     state = jax.tree.unflatten(jax.tree.structure(like), jax.device_put([values[name] for name in expected]))
     if state.cache is None:
         return state
-    return replace(state, cache=replace(state.cache, stamp=_before(jax.device_put(now), state.cache.stamp)))
+    return replace(state, cache=replace(state.cache, stamp=_before(jax.device_put(timestamp(now)), state.cache.stamp)))
 
 
 def _arrays(state: VARState) -> dict[str, Array]:

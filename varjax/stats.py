@@ -50,7 +50,7 @@ class RoutingStats:
     """What the routers did at each key. Host arrays; row r is `keys[r]`."""
 
     keys: np.ndarray  # int32 [R, C], as in `varjax.keys`
-    orders: tuple[int, ...] = field(metadata={"static": True})
+    ngram_orders: tuple[int, ...] = field(metadata={"static": True})
     count: np.ndarray  # int64 [L, R], occurrences with a finite router output
     entropy: Moments
     confidence: Moments
@@ -62,21 +62,21 @@ class RoutingStats:
     documents: int
 
     @classmethod
-    def empty(cls, keys: np.ndarray, orders: Sequence[int], num_layers: int, num_experts: int) -> RoutingStats:
+    def empty(cls, keys: np.ndarray, ngram_orders: Sequence[int], num_layers: int, num_experts: int) -> RoutingStats:
         """No occurrence of any of the keys int32 [R, C]."""
         shape = (num_layers, len(keys))
         unknown = np.full(shape, np.nan)
         nothing = Moments(mean=unknown, m2=np.zeros(shape), min=unknown, max=unknown)
         return cls(
             keys=np.asarray(keys, np.int32),
-            orders=tuple(orders),
+            ngram_orders=tuple(ngram_orders),
             count=np.zeros(shape, np.int64),
             entropy=nothing,
             confidence=nothing,
             top1_counts=np.zeros((*shape, num_experts), np.int64),
             sum_probs=np.zeros((*shape, num_experts)),
             nonfinite=np.zeros(num_layers, np.int64),
-            absent=np.zeros(len(orders), np.int64),
+            absent=np.zeros(len(ngram_orders), np.int64),
             tokens=0,
             documents=0,
         )
@@ -144,7 +144,7 @@ def init(stats: RoutingStats) -> StatsBuffer:
         center=jnp.asarray(np.nan_to_num(center, nan=-np.inf)),
         center_probs=jnp.asarray(np.nan_to_num(center_probs)),
         nonfinite=jnp.zeros(num_layers, jnp.int32),
-        absent=jnp.zeros(len(stats.orders), jnp.int32),
+        absent=jnp.zeros(len(stats.ngram_orders), jnp.int32),
         tokens=jnp.zeros((), jnp.int32),
     )
 
@@ -251,7 +251,7 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
 
     window = RoutingStats(
         keys=stats.keys,
-        orders=stats.orders,
+        ngram_orders=stats.ngram_orders,
         count=count.astype(np.int64),
         entropy=moments(0),
         confidence=moments(1),
@@ -273,7 +273,7 @@ def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
     Raises:
         InputError: different orders, layers or experts.
     """
-    ours, theirs = ((s.orders, len(s.count), s.num_experts) for s in (a, b))
+    ours, theirs = ((s.ngram_orders, len(s.count), s.num_experts) for s in (a, b))
     if ours != theirs:
         raise InputError(
             "statistics merge only over the same orders, layers and experts; "
@@ -284,7 +284,7 @@ def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
         a, b = _on_rows(a, keys, rows[: len(a.keys)]), _on_rows(b, keys, rows[len(a.keys) :])
     return RoutingStats(
         keys=a.keys,
-        orders=a.orders,
+        ngram_orders=a.ngram_orders,
         count=a.count + b.count,
         entropy=_merged(a.entropy, a.count, b.entropy, b.count),
         confidence=_merged(a.confidence, a.count, b.confidence, b.count),
@@ -303,7 +303,7 @@ def spread(stats: RoutingStats, layers: Sequence[int], num_layers: int) -> Routi
     Args:
         layers: the model's layer of each layer of `stats`.
     """
-    wide = RoutingStats.empty(stats.keys, stats.orders, num_layers, stats.num_experts)
+    wide = RoutingStats.empty(stats.keys, stats.ngram_orders, num_layers, stats.num_experts)
 
     def placed(some: np.ndarray, every: np.ndarray) -> np.ndarray:
         every = every.copy()
@@ -330,7 +330,7 @@ def _merged(a: Moments, count_a: np.ndarray, b: Moments, count_b: np.ndarray) ->
 
 def _on_rows(stats: RoutingStats, keys: np.ndarray, rows: np.ndarray) -> RoutingStats:
     """The same statistics over more keys; row i becomes row rows[i], the other rows are empty."""
-    wide = RoutingStats.empty(keys, stats.orders, len(stats.count), stats.num_experts)
+    wide = RoutingStats.empty(keys, stats.ngram_orders, len(stats.count), stats.num_experts)
 
     def moved(old: np.ndarray, blank: np.ndarray) -> np.ndarray:
         new = blank.copy()

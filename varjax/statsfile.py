@@ -107,7 +107,7 @@ def write(
         "version": VERSION,
         "num_layers": len(stats.count),
         "num_experts": stats.num_experts,
-        "orders": list(stats.orders),
+        "orders": list(stats.ngram_orders),
         "tokens": stats.tokens,
         "documents": stats.documents,
         "nonfinite": stats.nonfinite.tolist(),
@@ -156,7 +156,7 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
     seen = np.bincount(layer[order == 1], weights=count[order == 1]).max(initial=0)
     stats = RoutingStats(
         keys=keys,
-        orders=tuple(orders.tolist()),
+        ngram_orders=tuple(orders.tolist()),
         count=placed(count, 0),
         entropy=moments("entropy", np.inf),
         confidence=moments("confidence", 1),

@@ -9,14 +9,17 @@ per token.
     ...                                                  # the model runs under the plan
     state = commit(state, plan_, token_ids, routing, router_probs, now, settings, mask)
 
-Both are pure and fit for jit; `commit` is made to have its state donated. Padding (mask False) is open in every layer,
-and neither counted nor remembered. `now` is in milliseconds on a clock of the caller's, which may begin anywhere and
-wraps around in int32 (`milliseconds`); only differences count.
+Both are pure and compiled; they may be called as they are or inside a jitted step. Padding (mask False) is open in
+every layer, and neither counted nor remembered. `now` is in seconds on a clock of the caller's, which may begin
+anywhere; only differences count. A jitted step takes `timestamp(now)` as an argument in its place, because a float32
+would lose digits.
 """
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,10 +30,11 @@ from jax import Array
 from varjax import cache as context_cache
 from varjax.cache import ContextCache
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.keys import NONE, contexts
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, Plan, Routing, slots_for_mass
 from varjax.table import RouteTable, fast_plan
-from varjax.transfer import to_device
+from varjax.transfer import passing_scalars, to_device
 from varjax.wide import WideCount
 
 TIERS = ("fast", "cached", "learned")
@@ -85,9 +89,27 @@ class VARState:
         return self.cache is not None and context_cache.is_each(self.cache)
 
 
-def milliseconds(seconds: float) -> np.int32:
-    """A clock's reading as `now`, modulo 2^32 ms; a NumPy scalar, see `varjax.transfer.passing_scalars`."""
+def timestamp(seconds: float) -> np.int32:
+    """A reading of the clock as an argument of a jitted step, for `plan` and `commit` inside it.
+
+    Args:
+        seconds: on any clock that does not go back.
+
+    Returns:
+        Milliseconds modulo 2^32, a NumPy scalar (see `varjax.transfer.passing_scalars`).
+    """
     return np.uint32(round(seconds * 1000) & 0xFFFFFFFF).astype(np.int32)
+
+
+def _reading(now: Any) -> Any:
+    """int32 []: seconds as milliseconds, or what `timestamp` gave, possibly traced."""
+    if getattr(now, "dtype", None) == np.int32:
+        return now
+    if isinstance(now, numbers.Real):
+        return timestamp(float(now))
+    raise InputError(
+        f"now={now!r}: expected seconds as a float; pass varjax.step.timestamp(seconds) into a jitted step"
+    )
 
 
 def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bool = True) -> VARState:
@@ -97,7 +119,7 @@ def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bo
         shared_cache: one cache for all sequences, as a service has it, so that what a sequence is given depends on
             those before it and next to it; False: one for each, which a new sequence finds empty.
     """
-    cache, longest = None, max(table.orders[-1], 1)
+    cache, longest = None, max(table.ngram_orders[-1], 1)
     if config.cache_size > 0:
         window = config.context_window_size
         cache = context_cache.init(config.cache_size, window, table.num_layers, table.top_k)
@@ -137,19 +159,37 @@ def plan(
     table: RouteTable,
     state: VARState,
     token_ids: Array,
-    now: Array,
+    now: float | Array,
     settings: Settings,
     mask: Array | None = None,
 ) -> Plan:
-    """[L, B, T]: what the fast tier knows, else what the cached tier remembers; the rest is open.
+    """What the fast tier knows, else what the cached tier remembers; the rest is left open.
 
-    A cached decision runs as few experts as reach the mass threshold and has no residual row.
+    A cached decision runs as few experts as reach the mass threshold and uses no answers.
 
     Args:
+        table: with L layers.
+        state: from `init`, or the `commit` before; it stays valid.
         token_ids: int32 [B, T].
-        now: int32 [], ms.
+        now: seconds, on the clock of the calls before; under jit an argument made by `timestamp`.
+        settings: from the config.
         mask: bool [B, T], False at padding; None where there is none.
+
+    Returns:
+        The plan [L, B, T]. It holds the table's answers, which are not copied unless a jitted function returns them.
+
+    Raises:
+        InputError: `now` is neither a number nor a timestamp.
     """
+    with passing_scalars():
+        made = _plan(replace(table, answers=None), state, token_ids, _reading(now), settings, mask)
+    return replace(made, answers=table.answers)
+
+
+@partial(jax.jit, inline=True)
+def _plan(
+    table: RouteTable, state: VARState, token_ids: Array, now: Array, settings: Settings, mask: Array | None
+) -> Plan:
     with jax.named_scope("plan"):
         seen = contexts(token_ids, state.recent, state.recent.shape[1] + 1, mask)
         fast = fast_plan(table, seen)
@@ -165,7 +205,6 @@ def plan(
             row=jnp.where(hit, NO_ROW, fast.row),
             routing=jax.tree.map(lambda ours, theirs: jnp.where(hit[..., None], ours, theirs), cached, fast.routing),
             rules=fast.rules,
-            needs_answers=fast.needs_answers,
         )
 
 
@@ -175,20 +214,44 @@ def commit(
     token_ids: Array,
     routing: Routing,
     router_probs: Array,
-    now: Array,
+    now: float | Array,
     settings: Settings,
     mask: Array | None = None,
 ) -> VARState:
-    """Remember confident learned decisions, move the counters and the recent ids on.
+    """Remember confident decisions of the learned router, and move the counters and the recent ids on.
 
     Args:
+        state: as given to `plan`; it stays valid.
         plan: the plan under which the model ran.
         token_ids: int32 [B, T], as given to `plan`.
         routing: [L, B, T, K], what ran.
         router_probs: float32 [L, B, T, E], softmax of every layer's gate.
-        now: int32 [], ms, not before any earlier step's.
+        now: seconds, not before any earlier step's; under jit an argument made by `timestamp`.
+        settings: from the config.
         mask: bool [B, T], as given to `plan`.
+
+    Returns:
+        The state for the next step.
+
+    Raises:
+        InputError: `now` is neither a number nor a timestamp.
     """
+    plan = replace(plan, answers=None)
+    with passing_scalars():
+        return _commit(state, plan, token_ids, routing, router_probs, _reading(now), settings, mask)
+
+
+@partial(jax.jit, inline=True)
+def _commit(
+    state: VARState,
+    plan: Plan,
+    token_ids: Array,
+    routing: Routing,
+    router_probs: Array,
+    now: Array,
+    settings: Settings,
+    mask: Array | None,
+) -> VARState:
     with jax.named_scope("commit"):
         seen = contexts(token_ids, state.recent, state.recent.shape[1] + 1, mask)
         cache = state.cache

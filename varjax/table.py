@@ -3,8 +3,8 @@
 Letters: L layers, R rows (keys) of the table, N answers of a layer, O orders, B sequences, T positions, C ids per
 context, E experts, K experts per token, D hidden size.
 
-    table = build(stats, config, k, answers)          # on the host, once
-    plan = fast_plan(table, contexts)                 # pure, fit for jit
+    table = build_table(config, stats, answers, top_k=2)   # on the host, once
+    plan = fast_plan(table, contexts)                      # pure, fit for jit
 
 A policy is array data. Tables built from the same statistics and answers with `keep_shapes=True` have equal shapes
 under any policy, so a search over policies compiles once. The key of order 0 is at every token: a policy of that order
@@ -22,27 +22,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from varjax import routing as routings
 from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 from varjax.keys import ABSENT, ANY, KeyIndex, distinct, find_orders
-from varjax.routing import (
-    FAST,
-    LEARNED,
-    NO_ANSWER,
-    LayerAnswers,
-    LayerRules,
-    Plan,
-    Routing,
-    slots_for_mass,
-    top_k,
-)
+from varjax.routing import FAST, LEARNED, NO_ANSWER, LayerAnswers, LayerRules, Plan, Routing, slots_for_mass
 from varjax.selection import most_valuable
 from varjax.shrinkage import inherit, shrunk
 from varjax.stats import RoutingStats
 from varjax.transfer import to_device
 
-_top_k = jax.jit(top_k, static_argnums=(1, 2))
+_top_k = jax.jit(routings.top_k, static_argnums=(1, 2))
 _slots_for_mass = jax.jit(slots_for_mass)
 
 
@@ -57,11 +48,12 @@ class RouteTable:
     routing: Routing  # [L, R, K], the most probable experts and their mean gate weights
     answers: tuple[LayerAnswers, ...] | None  # [L], their `entry` is [R, E]; None: nothing stands in for anything
     rules: LayerRules  # [L]
-    # What decided the answers in addition to the policies: residual_shrinkage and answers_per_layer (inf where there is
+    # What decided the answers in addition to the policies: answer_shrinkage and answers_per_layer (inf where there is
     # no bound). An array, so that tables that differ in it share their programs.
     made_with: Array  # float32 [2]
     num_experts: int = field(metadata={"static": True})
-    orders: tuple[int, ...] = field(metadata={"static": True})  # ascending
+    ngram_orders: tuple[int, ...] = field(metadata={"static": True})  # ascending
+    files_sha256: str = field(default="", metadata={"static": True})  # `TableFiles.digest`; "": built in memory
 
     @property
     def num_layers(self) -> int:
@@ -76,10 +68,10 @@ def lookup(table: RouteTable, contexts: Array) -> Array:
     """int32 [L, B, T]: the row of the longest order that may answer in each layer, ABSENT where none may.
 
     Args:
-        contexts: int32 [B, T, >= max(orders)], from `keys.contexts`.
+        contexts: int32 [B, T, >= max(ngram_orders)], from `keys.contexts`.
     """
     row = jnp.full((table.num_layers, *contexts.shape[:-1]), ABSENT, jnp.int32)
-    for found in find_orders(table.index, contexts, table.orders):
+    for found in find_orders(table.index, contexts, table.ngram_orders):
         row = jnp.where((found != ABSENT)[None] & table.eligible[:, found], found[None], row)
     return row
 
@@ -88,7 +80,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
     """[L, B, T]: the plan of the fast tier alone; what it does not know is open.
 
     Args:
-        contexts: int32 [B, T, >= max(orders)], from `keys.contexts`.
+        contexts: int32 [B, T, >= max(ngram_orders)], from `keys.contexts`.
     """
     row = lookup(table, contexts)
     known = row != ABSENT
@@ -102,31 +94,37 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
             lambda leaf, none: jnp.where(known[..., None], leaf[layer, row], none), table.routing, unused
         ),
         rules=table.rules,
-        needs_answers=table.answers is not None,
+        answers=table.answers,
     )
 
 
-def build(
-    stats: RoutingStats,
+def build_table(
     config: VARConfig,
-    k: int,
+    stats: RoutingStats,
     answers: Answers | None = None,
+    *,
+    top_k: int,
     normalize: bool = True,
     keep_shapes: bool = False,
 ) -> RouteTable:
     """Select what may be answered and lay it out for the device.
 
     A row is eligible in a layer if the layer's policy looks at its order, it was seen often enough there, the
-    gate was sure enough on average, and, where the policy adds residuals, some expert has an answer there. Where a key
+    gate was certain enough on average, and, where the policy uses answers, some expert has an answer there. Where a key
     has no answer for an expert, that of the longest shorter key stands in; but what an expert says on average over all
     tokens (order 0) answers for a policy of order 0 alone: tokens that are not known stay with the router.
 
     Args:
+        config: the policies.
         stats: what the routers did at each key.
-        k: experts per token in the model.
-        answers: what the experts said, at the same keys or some of them.
-        normalize: as in `routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
-        keep_shapes: keep every row, that of order 0 and every answer, whatever the policy wants.
+        answers: the experts' mean outputs at the same keys or some of them; None: nothing stands in for an expert.
+        top_k: experts per token in the model.
+        normalize: as in `varjax.routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
+        keep_shapes: keep every row, that of order 0 and every answer, whatever the policy wants, so that tables of
+            other policies have the same shapes.
+
+    Returns:
+        The table.
 
     Raises:
         InputError: naming each layer whose policy does not fit the model, the statistics or the answers.
@@ -134,21 +132,21 @@ def build(
     if len(stats.keys) == 0:
         raise InputError("the statistics hold no key at all; collect them over more text or admit rarer contexts")
     policies = [config.policy(layer) for layer in range(len(stats.count))]
-    _check_policies(config, policies, stats, k, answers)
+    _check_policies(config, policies, stats, top_k, answers)
 
     keys = np.concatenate([stats.keys, np.full((1, stats.keys.shape[1]), ANY, np.int32)])  # order 0 comes last
     entries = _entries(keys, answers, len(policies), stats.num_experts)
     eligible = np.stack([_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)])
     if answers is not None and config.answers_per_layer is not None:
         used = {l: np.unique(entries[l][eligible[l]]) for l in answers.layers}
-        fewer = most_valuable(answers, used, config.answers_per_layer, config.residual_shrinkage)
+        fewer = most_valuable(answers, used, config.answers_per_layer, config.answer_shrinkage)
         entries = _entries(keys, fewer, len(policies), stats.num_experts)
         eligible = np.stack([_eligible(l, policy, stats, entries[l]) for l, policy in enumerate(policies)])
     rows = np.arange(len(keys)) if keep_shapes else np.flatnonzero(eligible.any(axis=0))
     if len(rows) == 0:
         rows = np.array([0])  # not eligible, but there must be something to gather from
 
-    routing = _mean_routing(stats, rows, k, normalize)
+    routing = _mean_routing(stats, rows, top_k, normalize)
     asked = asked_orders(config, len(policies))
     return RouteTable(
         index=KeyIndex.build(keys[rows]),
@@ -159,12 +157,12 @@ def build(
         rules=_rules(policies),
         made_with=to_device(_made_with(config)),
         num_experts=stats.num_experts,
-        orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.orders})),
+        ngram_orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.ngram_orders})),
     )
 
 
 def with_policies(
-    table: RouteTable, stats: RoutingStats, config: VARConfig, answers: Answers | None = None
+    table: RouteTable, config: VARConfig, stats: RoutingStats, answers: Answers | None = None
 ) -> RouteTable:
     """A table that was built with `keep_shapes`, under the policies of another config; what it knows stays.
 
@@ -176,8 +174,8 @@ def with_policies(
         answers: likewise.
 
     Raises:
-        InputError: as `build`, the table holds other rows than all those of `stats`, or its answers were made under
-            another `answer_dtype`, `residual_shrinkage` or `answers_per_layer` than those of `config`.
+        InputError: as `build_table`, the table holds other rows than all those of `stats`, or its answers were made
+            under another `answer_dtype`, `answer_shrinkage` or `answers_per_layer` than those of `config`.
     """
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
@@ -208,7 +206,7 @@ def _check_answers(table: RouteTable, config: VARConfig, answers: Answers | None
         raise InputError(f"answers: {there}; give those that the table was built from")
     if table.answers is None or answers is None or not answers.layers:
         return
-    names = ("answer_dtype", "residual_shrinkage", "answers_per_layer")
+    names = ("answer_dtype", "answer_shrinkage", "answers_per_layer")
     dtype = str(table.answers[answers.layers[0]].answers.dtype)
     made = (dtype, *np.asarray(table.made_with).tolist())
     asked = (config.answer_dtype, *_made_with(config).tolist())
@@ -227,13 +225,13 @@ def _check_answers(table: RouteTable, config: VARConfig, answers: Answers | None
 def _made_with(config: VARConfig) -> np.ndarray:
     """float32 [2]: `RouteTable.made_with`."""
     bound = math.inf if config.answers_per_layer is None else config.answers_per_layer
-    return np.array([config.residual_shrinkage, bound], np.float32)
+    return np.array([config.answer_shrinkage, bound], np.float32)
 
 
 def asked_orders(config: VARConfig, num_layers: int) -> tuple[int, ...]:
     """The context orders that any layer's policy looks at, ascending."""
     policies = [config.policy(layer) for layer in range(num_layers)]
-    return tuple(sorted({order for policy in policies if policy is not None for order in policy.orders}))
+    return tuple(sorted({order for policy in policies if policy is not None for order in policy.ngram_orders}))
 
 
 def _check_policies(
@@ -260,12 +258,12 @@ def _check_policies(
             faults.append(
                 f"layer {layer}: experts_kept={policy.experts_kept}, but the model runs only {k} experts per token"
             )
-        strange = sorted(set(policy.orders) - {0, *stats.orders})
+        strange = sorted(set(policy.ngram_orders) - {0, *stats.ngram_orders})
         if strange:
-            faults.append(f"layer {layer}: orders {strange} are not in the statistics, which have {stats.orders}")
-        if policy.residual and (answers is None or layer not in answers.layers):
+            faults.append(f"layer {layer}: orders {strange} are not in the statistics, which have {stats.ngram_orders}")
+        if policy.use_answers and (answers is None or layer not in answers.layers):
             have = "there are none" if answers is None else f"there are those of layers {list(answers.layers)}"
-            faults.append(f"layer {layer}: it has no answers ({have}); collect them or set residual=False")
+            faults.append(f"layer {layer}: it has no answers ({have}); collect them or set use_answers=False")
     if faults:
         raise InputError("the policies cannot be carried out: " + "; ".join(faults))
 
@@ -291,12 +289,12 @@ def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry
     if policy is None:
         return np.zeros(len(entry), bool)
     admitted = (
-        np.isin(stats.row_orders, policy.orders)
+        np.isin(stats.row_orders, policy.ngram_orders)
         & (stats.count[layer] >= policy.frequency_threshold)
         & (stats.entropy.mean[layer] <= policy.entropy_threshold)
     )
-    admitted = np.append(admitted, 0 in policy.orders)
-    return admitted & (entry != NO_ANSWER).any(axis=1) if policy.residual else admitted
+    admitted = np.append(admitted, 0 in policy.ngram_orders)
+    return admitted & (entry != NO_ANSWER).any(axis=1) if policy.use_answers else admitted
 
 
 def _mean_routing(stats: RoutingStats, rows: np.ndarray, k: int, normalize: bool) -> Routing:
@@ -336,11 +334,11 @@ def _answers(
         return None
     built = []
     for layer, policy in enumerate(policies):
-        wanted = layer in answers.layers and (keep_shapes or (policy is not None and policy.residual))
+        wanted = layer in answers.layers and (keep_shapes or (policy is not None and policy.use_answers))
         entry = entries[layer] if wanted else np.full_like(entries[layer, :1], NO_ANSWER)
         rows, deviation = np.zeros((1, answers.mean.shape[-1]), np.float32), np.zeros(1, np.float32)
         if wanted and (keep_shapes or (entry != NO_ANSWER).any()):
-            rows, deviation, _ = shrunk(answers, layer, config.residual_shrinkage)
+            rows, deviation, _ = shrunk(answers, layer, config.answer_shrinkage)
             used = np.arange(len(rows)) if keep_shapes else np.unique(entry[entry != NO_ANSWER])
             place = np.full(len(rows) + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
             place[used] = np.arange(len(used))
@@ -361,7 +359,7 @@ def _encoded(rows: Array, dtype: str) -> tuple[Array, Array | None]:
 
 def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
     """[L]; a layer that is left open has neutral ones."""
-    given = [policy or LayerPolicy(residual=False) for policy in policies]
+    given = [policy or LayerPolicy(use_answers=False) for policy in policies]
 
     def column(values: list[float]) -> Array:
         return to_device(np.array(values, np.float32))
@@ -373,7 +371,7 @@ def _rules(policies: list[LayerPolicy | None]) -> LayerRules:
         gate_ratio=column([policy.gate_ratio or 0.0 for policy in given]),
         gate_mass=column([math.inf if policy.gate_mass is None else policy.gate_mass for policy in given]),
         tolerance=column([policy.tolerance or 0.0 for policy in given]),
-        residual=flags([policy.residual for policy in given]),
+        use_answers=flags([policy.use_answers for policy in given]),
         renormalize=flags([policy.renormalize for policy in given]),
         choice_from_table=flags([policy.choice_from == "table" for policy in given]),
         weights_from_table=flags([policy.weights_from == "table" for policy in given]),

@@ -66,7 +66,7 @@ def collect_answers(
     shared = on_all_devices((KeyIndex.build(empty.keys), special), mesh)
 
     def step(windows: AnswerSums, ids: jax.Array, mask: jax.Array) -> AnswerSums:
-        return _step(windows, *shared, model.params, ids, mask, model.network, empty.orders, mesh)
+        return _step(windows, *shared, model.params, ids, mask, model.network, empty.ngram_orders, mesh)
 
     found, _ = run_pass(
         empty,

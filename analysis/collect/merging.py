@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from varjax import answers, answersfile, stats, statsfile
-from varjax.config import residuals_beside
 from varjax.errors import InputError
+from varjax.tablefiles import answers_next_to
 
 SAME = ("fingerprint", "top_k", "vocab_size", "layers")  # what the parts must agree in
 
@@ -43,10 +43,10 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
                     f"{path}: {name} is {meta.get(name)}, but {metas[0].get(name)} in {paths[0]}; "
                     "only statistics of the same layers of the same model merge"
                 )
-    without = [path for path in paths if not residuals_beside(path).is_file()]
+    without = [path for path in paths if not answers_next_to(path).is_file()]
     for path in [] if without else paths:
-        answersfile.check_statistics(residuals_beside(path), path)
-    rows = [] if without else [answersfile.read(residuals_beside(path))[0] for path in paths]
+        answersfile.check_statistics(answers_next_to(path), path)
+    rows = [] if without else [answersfile.read(answers_next_to(path))[0] for path in paths]
     try:
         together = reduce(stats.merge, (part for part, _ in read))
         answered = reduce(answers.merge, rows) if rows else None
@@ -58,9 +58,9 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
     meta["merged"] = [
         {"file": str(path), "provenance": part.get("provenance")} for path, part in zip(paths, metas, strict=True)
     ]
-    residuals_beside(output).unlink(missing_ok=True)  # those of other statistics, if any
+    answers_next_to(output).unlink(missing_ok=True)  # those of other statistics, if any
     filled = reduce(dict.__or__, (part["filled"] for part in metas))
     statsfile.write(output, together, meta | {"filled": filled}, strings)
     if answered is not None:
-        answersfile.write(residuals_beside(output), answered, meta | {"statistics": statsfile.identity(output)})
+        answersfile.write(answers_next_to(output), answered, meta | {"statistics": statsfile.identity(output)})
     return together, without

@@ -27,13 +27,13 @@ from analysis.text.corpus import CorpusError
 from analysis.text.encoded_corpus import EncodedCorpus
 from models import Model, MoEConfig
 from varjax import answers, answersfile, statsfile
-from varjax.config import residuals_beside
 from varjax.errors import InputError
 from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
 from varjax.progress import progress_bar
 from varjax.selection import likeliest
 from varjax.stats import RoutingStats, bytes_a_key
+from varjax.tablefiles import answers_next_to
 
 STATS, TRACE = "routing_stats.parquet", "routing_trace.parquet"
 WORK = "routing_checkpoints"  # the folder inside the output; removed by `finish`
@@ -171,7 +171,7 @@ def analyze(
         stats = collect(model, documents, keys, layers=layers, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
         strings = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer))) if model.tokenizer else None
-        for companion in (residuals_beside(own), part.other(TRACE)):
+        for companion in (answers_next_to(own), part.other(TRACE)):
             companion.unlink(missing_ok=True)  # of other statistics, that a former run left here
         statsfile.write(own, stats, meta | origin, strings)
 
@@ -183,7 +183,7 @@ def analyze(
         found = collect_answers(model, documents, chosen, layers, pairs=wanted, checkpoints=saved, **reading)
         _check_same(corpus.about, noted, work)
         named = {"statistics": statsfile.identity(own)}
-        answersfile.write(residuals_beside(own), found, meta | origin | named)
+        answersfile.write(answers_next_to(own), found, meta | origin | named)
 
     _once(work / "statistics.done", statistics)
     if len(answered):

@@ -72,8 +72,8 @@ def calibrate_from(observed: np.ndarray, var_model: VARModel, share: float) -> C
     Returns:
         The calibration.
     """
-    origin = var_model.model.fingerprint
-    return drift.calibrate(observed, streams_of(var_model), fingerprint=origin, config=var_model.config, share=share)
+    origin = {"fingerprint": var_model.model.fingerprint, "config_sha256": var_model.digest}
+    return drift.calibrate(observed, streams_of(var_model), share=share, **origin)
 
 
 def streams_of(var_model: VARModel) -> tuple[Stream, ...]:

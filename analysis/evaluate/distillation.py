@@ -131,7 +131,7 @@ def distill(
     if answers.distilled:
         raise InputError("these answers were distilled already; give the means that were collected")
     config = dataclasses.replace(config, cache_size=0, answer_dtype="float32")
-    table = model.place(build_for(model, stats, config, answers, keep_shapes=True))
+    table = model.place(build_for(model, config, stats, answers, keep_shapes=True))
     lines = [_lines(answers, layer, settings.min_count) for layer in answers.layers]
     trained = [int((count >= settings.min_count).sum()) for count in answers.count]
     if 0 in trained:
@@ -161,7 +161,7 @@ def distill(
     mean, m2 = np.array(answers.mean, np.float32), np.array(answers.m2)
     for a, layer in enumerate(answers.layers):
         padded = np.concatenate([np.asarray(state[0][a]), np.zeros((1, mean.shape[-1]), np.float32)])
-        estimate = shrunk(answers, layer, config.residual_shrinkage)
+        estimate = shrunk(answers, layer, config.answer_shrinkage)
         mean[a] = estimate.answers + padded[lines[a]].sum(axis=1)
         m2[a] = answers.mass[a] * np.square(estimate.deviation, dtype=np.float64)
     found = dataclasses.replace(answers, mean=mean, m2=m2, distilled=True)
@@ -208,9 +208,9 @@ def _make_step(
             known[layer] = _Corrected(**own, correction=correction, line=line)
         state = var_step.init(table, config, ids.shape[0])
         how = Settings.of(config, table.num_layers)
-        plan = var_step.plan(table, state, ids, jnp.int32(0), how, mask)
+        plan = dataclasses.replace(var_step.plan(table, state, ids, 0.0, how, mask), answers=tuple(known))
         teacher = jax.lax.stop_gradient(network.forward(params, ids, attention_mask=mask).logits)
-        student = network.forward(params, ids, attention_mask=mask, plan=plan, answers=tuple(known)).logits
+        student = network.forward(params, ids, attention_mask=mask, plan=plan).logits
         target = jax.nn.log_softmax(teacher, axis=-1)
         divergence = jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(student, axis=-1)), axis=-1)
         return jnp.sum(jnp.where(mask, divergence, 0)) / jnp.sum(mask, dtype=jnp.float32)

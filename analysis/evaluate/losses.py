@@ -372,7 +372,7 @@ def _read(
     if state is not None:
         state, now = caching.enter(state, batch)
     ids, mask = to_device((batch.ids, batch.mask))
-    return var_model.advance(state, ids, mask, now=now)
+    return var_model.advance(state, ids, mask, now=now, donate=True)
 
 
 @jax.jit

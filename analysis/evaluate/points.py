@@ -60,6 +60,7 @@ class Subject:
     seed: int = 0
     progress: bool = True  # show bars on standard error
     caching: Caching = INDEPENDENT  # which documents share a cached tier, where a config has one
+    table_sha256: str = ""  # `TableFiles.digest` of the statistics and answers; "": they come from no files
 
     def __post_init__(self) -> None:
         if not self.config.enable_var:
@@ -80,7 +81,7 @@ class Subject:
         Returns:
             The table.
         """
-        return build_for(self.model, self.stats, config or self.config, self.answers, keep_shapes=keep_shapes)
+        return build_for(self.model, config or self.config, self.stats, self.answers, keep_shapes=keep_shapes)
 
     @cached_property
     def digest(self) -> str:
@@ -128,8 +129,7 @@ def score_point(
     Returns:
         The losses of every document, and the experts that ran.
     """
-    asked = config and dataclasses.replace(config, routing_stats=None, residuals=None)  # paths decide nothing
-    path = subject.folder and subject.folder / f"{hash_json([subject.digest, asked, change])[:32]}.parquet"
+    path = subject.folder and subject.folder / f"{hash_json([subject.digest, config, change])[:32]}.parquet"
     names = [one.id for one in subject.documents], [one.group for one in subject.documents]
     if path is not None and path.is_file():
         kept = checksums.read_parquet(path, "delete it, and it is scored again", required=True)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.losses import plain_runner, score, var_runner
 from analysis.text.encoding import Encoded
 from models import Model
@@ -129,8 +130,8 @@ def search(
         answers: from documents other than these.
         documents: the tuning documents; report the result on others.
         base: the config whose layer policies are to be replaced; its cached tier is left out of the search.
-        budget: relative change of perplexity; None: 90 % of `base.max_quality_degradation`, because the tuning
-            documents flatter what was chosen on them.
+        budget: relative change of perplexity; None: 90 % of the published limit, because the tuning documents
+            flatter what was chosen on them.
         frequency_threshold: occurrences that a key needs.
         batch_size: as in `analysis.evaluate.losses.score`.
         max_length: as in `analysis.evaluate.losses.score`.
@@ -139,18 +140,18 @@ def search(
     Returns:
         The measurements and the chosen config.
     """
-    budget = 0.9 * base.max_quality_degradation if budget is None else budget
+    budget = 0.9 * MAX_DEGRADATION if budget is None else budget
     scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
     plain, _ = scoring(plain_runner(model), None)
     bar = progress_bar(unit=" policies", show=progress, desc="search")
-    orders = tuple(order for order in answers.orders if order > 0)
+    orders = tuple(order for order in answers.ngram_orders if order > 0)
 
     def config_of(choices: Sequence[Choice]) -> VARConfig:
         layers = policies(choices, model.config.num_experts, orders, frequency_threshold)
         return dataclasses.replace(base, default=None, layers=layers, cache_size=0)
 
     everywhere = config_of([Choice(layer, 1.0) for layer in answers.layers])
-    table = build_for(model, stats, everywhere, answers, keep_shapes=True)
+    table = build_for(model, everywhere, stats, answers, keep_shapes=True)
 
     def measure(choices: Sequence[Choice]) -> Measured:
         tolerances = np.zeros(model.config.num_layers, np.float32)
@@ -163,7 +164,7 @@ def search(
         experts = summary(state.counters, model.config.top_k)["experts_per_token"]
         return Measured(tuple(choices), math.expm1(scores.nll_per_token - plain.nll_per_token), experts)
 
-    ladder = climb(measure, answers, base.residual_shrinkage, model.config.top_k)
+    ladder = climb(measure, answers, base.answer_shrinkage, model.config.top_k)
     path = {0: Measured((), 0.0, float(model.config.top_k))}
     low, high = 0, len(ladder.steps)  # lengths: `low` is within the budget, everything above `high` is not
     while low < high:
@@ -204,7 +205,7 @@ def policies(
         choice.layer: LayerPolicy(
             experts_kept=None,
             tolerance=choice.tolerance,
-            orders=orders,
+            ngram_orders=orders,
             frequency_threshold=frequency_threshold,
             entropy_threshold=math.log(num_experts) * 1.001,  # every key is below: the deviation decides instead
         )

@@ -247,8 +247,8 @@ def coverage(stats: RoutingStats) -> Coverage:
 
 def covered_by_ids(stats: RoutingStats) -> float:
     """Share of all occurrences at token ids that are keys, the rest being too rare for one; NaN without tokens."""
-    absent = sum(int(stats.absent[at]) for at, order in enumerate(stats.orders) if order == 1)
-    return 1 - absent / stats.tokens if stats.tokens and 1 in stats.orders else float("nan")
+    absent = sum(int(stats.absent[at]) for at, order in enumerate(stats.ngram_orders) if order == 1)
+    return 1 - absent / stats.tokens if stats.tokens and 1 in stats.ngram_orders else float("nan")
 
 
 def figure_of(stats: RoutingStats, name: str) -> np.ndarray:

@@ -168,29 +168,29 @@ def families(subject: Subject) -> tuple[Family, ...]:
 
     def everywhere(**fields: Any) -> VARConfig:
         """One policy for all layers and tokens."""
-        usual: dict[str, Any] = {"experts_kept": top_k, "orders": (0,), "residual": False}
+        usual: dict[str, Any] = {"experts_kept": top_k, "ngram_orders": (0,), "use_answers": False}
         return dataclasses.replace(config, default=LayerPolicy(**(usual | fields)), layers={})
 
     def cached(confidence: float, mass: float) -> VARConfig:
         size = subject.config.cache_size or VARConfig().cache_size
-        nothing: dict[str, Any] = {"experts_kept": None, "orders": subject.stats.orders, "frequency_threshold": _NEVER}
-        alone = everywhere(renormalize=rescaled, **nothing)
+        orders = subject.stats.ngram_orders
+        alone = everywhere(renormalize=rescaled, experts_kept=None, ngram_orders=orders, frequency_threshold=_NEVER)
         return dataclasses.replace(alone, cache_size=size, confidence_threshold=confidence, mass_threshold=mass)
 
     def points(dials: Iterable[float], config_at: Callable[[Any], VARConfig]) -> Points:
         return tuple((dial, config_at(dial)) for dial in dials)
 
     fewer = range(top_k - 1, -1, -1)
-    nothing: dict[str, Any] = {"experts_kept": top_k, "tolerance": None, "residual": False, "renormalize": rescaled}
+    nothing: dict[str, Any] = {"experts_kept": top_k, "tolerance": None, "use_answers": False, "renormalize": rescaled}
     top_m = points(fewer, lambda m: everywhere(experts_kept=m))
     renormalized = points(fewer[:-1], lambda m: everywhere(experts_kept=m, renormalize=True))
     by_ratio = points(RATIOS, lambda r: everywhere(gate_ratio=r, renormalize=rescaled))
     by_mass = points(MASSES, lambda mass: everywhere(gate_mass=mass, renormalize=rescaled))
-    means = points(RATIOS, lambda r: everywhere(gate_ratio=r, residual=True))
-    top_one = (1, everywhere(experts_kept=1, residual=True))
-    one_mean = points(_WIDE_SCALES, lambda s: each(s, orders=(0,)))
+    means = points(RATIOS, lambda r: everywhere(gate_ratio=r, use_answers=True))
+    top_one = (1, everywhere(experts_kept=1, use_answers=True))
+    one_mean = points(_WIDE_SCALES, lambda s: each(s, ngram_orders=(0,)))
     unanswered = points(RATIOS, lambda r: each(gate_ratio=r, **nothing))
-    by_id = points(_WIDE_SCALES, lambda s: each(s, orders=(1,)))
+    by_id = points(_WIDE_SCALES, lambda s: each(s, ngram_orders=(1,)))
     caches = tuple((confidence, cached(confidence, mass)) for confidence, mass in CACHES)
     uniform = points([typical * one for one in _WIDE_SCALES], lambda t: each(tolerance=t))
     answered = points(fewer, lambda m: each(experts_kept=m, tolerance=None))
@@ -226,11 +226,11 @@ def table_of(subject: Subject, table: RouteTable, family: Family, config: VARCon
     Returns:
         A table of the same shapes.
     """
-    changed = with_policies(table, subject.stats, config, subject.answers)
+    changed = with_policies(table, config, subject.stats, subject.answers)
     if family.change == "shuffled":
         return shuffled_answers(changed, np.random.default_rng(subject.seed))
     if family.change == "same keys":
-        given = with_policies(table, subject.stats, subject.config, subject.answers)
+        given = with_policies(table, subject.config, subject.stats, subject.answers)
         return dataclasses.replace(changed, eligible=given.eligible)
     return changed
 

@@ -231,7 +231,7 @@ def groups(runs: Runs) -> dict[str, Any]:
     subject, table, run = runs.subject, runs.table, runs.policy
     if subject.config.cache_size > 0:
         run = _losses(subject, subject.config, table)
-    orders = [order for order in np.unique([*table.orders, *run.order]) if order >= 0]
+    orders = [order for order in np.unique([*table.ngram_orders, *run.order]) if order >= 0]
     names = {BY_ROUTER: "the router", BY_CACHE: "the cache"} | {int(order): f"order {order}" for order in orders}
     keys = np.array(sorted(names))
     most = table.num_layers * table.top_k
@@ -257,7 +257,7 @@ def id_frequency(stats: RoutingStats, vocab_size: int) -> np.ndarray:
     Returns:
         int64 [V]; 0 for an id that is in no key.
     """
-    shortest = stats.row_orders == min(stats.orders)
+    shortest = stats.row_orders == min(stats.ngram_orders)
     counted = np.zeros(vocab_size, np.int64)
     np.add.at(counted, stats.keys[shortest, -1], stats.count.max(axis=0)[shortest])
     return counted

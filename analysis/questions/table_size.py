@@ -106,7 +106,7 @@ def shipped(table: RouteTable) -> Shipped:
     per_row = (table.eligible, table.experts_kept, table.routing)  # [L, R, ...]
     total = _bytes((keys, table.rules, table.made_with)) + _bytes(per_row) * len(rows) // table.eligible.shape[1]
     answers, answer_bytes = [], 0
-    for layer, wanted in zip(table.answers or (), np.asarray(table.rules.residual), strict=False):
+    for layer, wanted in zip(table.answers or (), np.asarray(table.rules.use_answers), strict=False):
         entry = np.asarray(layer.entry)[rows] if wanted else np.full((1, table.num_experts), NO_ANSWER, np.int32)
         answers.append(len(np.unique(entry[entry != NO_ANSWER])))
         per_answer = _bytes((layer.answers, layer.deviation, layer.scale)) // len(layer.answers)

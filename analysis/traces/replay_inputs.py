@@ -30,7 +30,7 @@ def applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
     if not config.enable_var:
         raise InputError("enable_var is False: every token stays with the router, there is nothing to replay")
     notes = []
-    if any(policy is not None and policy.residual for policy in map(config.policy, range(trace.num_layers))):
+    if any(policy is not None and policy.use_answers for policy in map(config.policy, range(trace.num_layers))):
         notes.append("answers are left out, and tolerances with them (residual=False): a trace has no expert outputs")
         config = _with_policies(config, lambda policy: _without_answers(policy, trace.top_k))
     if trace.probs is None:
@@ -94,7 +94,7 @@ def with_stand_ins(trace: Trace) -> Trace:
 def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, list[str]]:
     """The statistics that `config`'s table needs, and what is to be said about them."""
     policies = [policy for policy in map(config.policy, range(trace.num_layers)) if policy is not None]
-    orders = sorted({order for policy in policies for order in policy.orders} - {0}) or [1]
+    orders = sorted({order for policy in policies for order in policy.ngram_orders} - {0}) or [1]
     least = min((policy.frequency_threshold or 1 for policy in policies), default=1)
     max_keys = min(MAX_KEYS, _MAX_CELLS // (trace.num_layers * trace.num_experts))
     stats = trace_statistics(trace, orders, least, max_keys)
@@ -109,7 +109,7 @@ def table_statistics(trace: Trace, config: VARConfig) -> tuple[RoutingStats, lis
 def _without_answers(policy: LayerPolicy, top_k: int) -> LayerPolicy:
     """The policy without answers: a tolerance then lets run whatever `experts_kept` lets run."""
     kept = top_k if policy.experts_kept is None and policy.tolerance is not None else policy.experts_kept
-    return replace(policy, residual=False, tolerance=None, experts_kept=kept)
+    return replace(policy, use_answers=False, tolerance=None, experts_kept=kept)
 
 
 def _with_policies(config: VARConfig, change: Callable[[LayerPolicy], LayerPolicy]) -> VARConfig:

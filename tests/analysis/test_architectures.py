@@ -57,8 +57,10 @@ def test_statistics_are_of_the_layers_with_experts(model, known, stats):
 
 
 def test_the_table_weighs_experts_as_the_gate_does(model, stats):
-    config = VARConfig(default=LayerPolicy(residual=False, orders=(1,)), frequency_threshold=1, entropy_threshold=9.0)
-    table = build_for(model, stats, config, keep_shapes=True)
+    config = VARConfig(
+        default=LayerPolicy(use_answers=False, ngram_orders=(1,)), frequency_threshold=1, entropy_threshold=9.0
+    )
+    table = build_for(model, config, stats, keep_shapes=True)
     sums = np.asarray(table.routing.weights.sum(-1))[:, :-1]  # the last row is order 0
     mean = stats.sum_probs / stats.count[..., None]
     best = -np.sort(-mean, axis=-1)[..., : model.config.top_k].sum(-1)
@@ -75,7 +77,7 @@ def test_switched_off_it_is_the_plain_model_bit_for_bit(model, known):
 
 def test_switched_on_it_runs_fewer_experts(model, known, stats, answers):
     config = VARConfig(default=LayerPolicy(experts_kept=1), frequency_threshold=3, entropy_threshold=9.0)
-    var_model = VARModel(model, config, table=build_for(model, stats, config, answers))
+    var_model = VARModel(model, config, table=build_for(model, config, stats, answers))
     ids = np.stack([one.ids for one in known[-4:]])
     on, state = var_model(ids, var_model.init(4))
     assert len(var_model.report(state)["layers"]) == 2

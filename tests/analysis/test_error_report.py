@@ -68,7 +68,7 @@ def test_the_command_writes_a_report(saved_model, model_directory, corpus_file, 
     some = [dataclasses.replace(document, ids=document.ids[:16]) for document in documents]
     stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), 2)), **reading)
     statsfile.write(tmp_path / "stats.parquet", stats, {"fingerprint": saved_model.fingerprint})
-    policy = LayerPolicy(experts_kept=1, residual=False, frequency_threshold=2, entropy_threshold=9.0)
+    policy = LayerPolicy(experts_kept=1, use_answers=False, frequency_threshold=2, entropy_threshold=9.0)
     VARConfig(cache_size=0, default=policy).save(tmp_path / "policy.json")
     files = {"model": model_directory, "dataset": corpus_file, "split": "all", "output": tmp_path / "out"}
     files |= {"var_config": tmp_path / "policy.json", "routing_stats": tmp_path / "stats.parquet"}

@@ -23,10 +23,11 @@ from analysis.text.encoding import encode
 from models import load_model
 from models.generation_config import GenerationDefaults
 from models.model import REFERENCE
-from varjax import VARConfig, VARModel, statsfile
+from varjax import VARConfig, VARModel, load_table, statsfile
 from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
 from varjax.step import summary
+from varjax.tablefiles import TableFiles
 
 QUESTIONS = [
     ("The function returns a new", [" array", " zebra", "qqq"]),
@@ -179,7 +180,7 @@ def test_var_with_everything_open_equals_the_plain_model(saved_model, statistics
         ),
     ]
     nothing = VARConfig.from_routing_stats(statistics, frequency_threshold=10**9, confidence_threshold=1.0)
-    models = saved_model, VARModel(saved_model, nothing)
+    models = saved_model, under_var(saved_model, nothing, statistics)
     plain, var = (HarnessLM(model, batch_size=4, max_length=32, progress=False) for model in models)
     theirs, ours = results(plain, *tasks), results(var, *tasks)
     assert theirs.keys() == {"choice", "rolling", "free"}
@@ -189,15 +190,17 @@ def test_var_with_everything_open_equals_the_plain_model(saved_model, statistics
     assert int(np.asarray(var.state.counters.tokens).sum()) > 0 and plain.state is None
 
 
+def under_var(model, config, statistics) -> VARModel:
+    return VARModel(model, config, load_table(model, config, statistics))
+
+
 @pytest.fixture
 def cached(saved_model, statistics) -> VARModel:
     """Nothing in the table; whatever the router did once is repeated with one expert."""
-    return VARModel(
-        saved_model,
-        VARConfig.from_routing_stats(
-            statistics, frequency_threshold=10**9, confidence_threshold=0.01, mass_threshold=0.1, context_window_size=2
-        ),
+    config = VARConfig.from_routing_stats(
+        statistics, frequency_threshold=10**9, confidence_threshold=0.01, mass_threshold=0.1, context_window_size=2
     )
+    return under_var(saved_model, config, statistics)
 
 
 def test_requests_share_a_cached_tier_only_where_they_are_told_to(cached):
@@ -249,7 +252,7 @@ def test_a_request_gets_the_same_in_any_company(saved_model, statistics, tiers):
         context_window_size=2,
         cache_size=64 if "cache" in tiers else 0,
     )
-    model = saved_model if tiers == "plain" else VARModel(saved_model, config)
+    model = saved_model if tiers == "plain" else under_var(saved_model, config, statistics)
 
     def answered(batch_size, order, kind):
         lm = HarnessLM(model, batch_size=batch_size, max_length=32, progress=False)
@@ -296,10 +299,8 @@ def test_a_sampled_text_is_drawn_alike_in_any_company(saved_model):
 
 
 def test_generation_in_batches_equals_generation_one_by_one_under_var(saved_model, statistics):
-    var_model = VARModel(
-        saved_model,
-        VARConfig.from_routing_stats(statistics, frequency_threshold=3, entropy_threshold=5.0, cache_size=0),
-    )
+    config = VARConfig.from_routing_stats(statistics, frequency_threshold=3, entropy_threshold=5.0, cache_size=0)
+    var_model = under_var(saved_model, config, statistics)
     contexts = ["the", "the router finds", "a token. the layer drops a table.", "the expert keeps a"]
     asked = requests("generate_until", *((context, {"until": ["!"], "max_gen_toks": 6}) for context in contexts))
     together = HarnessLM(var_model, batch_size=4, max_length=64, progress=False)
@@ -360,7 +361,7 @@ doc_to_target: "{{{{text}}}}"
 metric_list: [{{metric: bits_per_byte}}]
 """)
     config = VARConfig.from_routing_stats(statistics, frequency_threshold=3, entropy_threshold=5.0)
-    config.save(tmp_path / "var.json")
+    config.save(tmp_path / "var.json", TableFiles.find(statistics))
     output = tmp_path / "result.json"
     given = ["--model", model_directory, "--var_config", tmp_path / "var.json", "--output", output]
     given += ["--tasks", "local_rolling", "--include_path", tmp_path, "--limit", 4, "--max_length", 32]

@@ -23,7 +23,7 @@ from analysis.traces.replay_steps import gate, unlimited_cache
 from analysis.traces.trace import Trace, TraceError
 from varjax.config import LayerPolicy, VARConfig
 from varjax.routing import CACHED, FAST, LEARNED, resolve
-from varjax.table import build
+from varjax.table import build_table
 
 LAYERS, TOP_K, EXPERTS = 2, 2, 6
 SECONDS = 0.5  # per token
@@ -35,7 +35,7 @@ CONFIG = VARConfig(
     cache_ttl_seconds=40.0,
     context_window_size=3,
     mass_threshold=0.75,
-    default=LayerPolicy(experts_kept=None, residual=False, orders=(1, 2)),
+    default=LayerPolicy(experts_kept=None, use_answers=False, ngram_orders=(1, 2)),
 )
 
 
@@ -239,7 +239,7 @@ def test_sigmoid_scores_do_not_make_experts_drop_out(tmp_path):
     np.savez(tmp_path / "log.npz", **arrays, probs=0.5 + 0.1 * rng.random(experts.shape))
     fields = {"num_layers": layers, "num_experts": 8, "top_k": 4, "scores": "sigmoid"}
     (tmp_path / "log.json").write_text(json.dumps(fields))
-    policy = LayerPolicy(experts_kept=None, residual=False)
+    policy = LayerPolicy(experts_kept=None, use_answers=False)
     config = VARConfig(entropy_threshold=9.0, confidence_threshold=0.2, mass_threshold=0.9, default=policy)
     found = replay(import_npz(tmp_path / "log.npz"), config)
     rates = found.rates()
@@ -249,8 +249,8 @@ def test_sigmoid_scores_do_not_make_experts_drop_out(tmp_path):
 
 def test_without_answers_a_tolerance_lets_all_run_and_order_0_plans_every_token():
     policies = {
-        0: LayerPolicy(experts_kept=None, tolerance=0.5, orders=(0, 1)),
-        1: LayerPolicy(experts_kept=TOP_K, residual=False, gate_mass=0.01, orders=(0,)),
+        0: LayerPolicy(experts_kept=None, tolerance=0.5, ngram_orders=(0, 1)),
+        1: LayerPolicy(experts_kept=TOP_K, use_answers=False, gate_mass=0.01, ngram_orders=(0,)),
     }
     trace, config = settled_trace("probs"), replace(CONFIG, layers=policies, cache_size=0)
     found = replay(trace, config, step=8)
@@ -278,9 +278,9 @@ def test_what_gave_way_is_said(note):
     trace = random_trace(1, **of_trace)
     config, notes = applicable(replace(CONFIG, **of_config), trace)
     stats, more = table_statistics(with_stand_ins(trace), config)
-    build(stats, config, TOP_K)  # which needs a key, even where no context is frequent enough
+    build_table(config, stats, top_k=TOP_K)  # which needs a key, even where no context is frequent enough
     assert any(re.search(note, one) for one in notes + more)
-    assert not any(policy.residual for policy in (config.policy(0), config.policy(1)))
+    assert not any(policy.use_answers for policy in (config.policy(0), config.policy(1)))
 
 
 def test_a_table_has_no_more_keys_than_fit(monkeypatch):
@@ -312,7 +312,7 @@ def test_many_steps_and_another_policy_compile_once():
     changes = {
         "confidence_threshold": 0.5,
         "cache_ttl_seconds": 1e9,
-        "layers": {1: LayerPolicy(experts_kept=1, orders=(2,))},
+        "layers": {1: LayerPolicy(experts_kept=1, ngram_orders=(2,))},
     }
     second = replay(trace, replace(CONFIG, **changes), step=step)
     assert replay_steps._advance._cache_size() == compiled
@@ -378,7 +378,7 @@ def test_a_part_of_the_real_trace(shared_data):
     some = whole.of(np.arange(615) < 200)
     layers = [0, 0, 12, 12]  # each once with order 1, once with order 2
     some = replace(some, experts=some.experts[:, layers], probs=some.probs[:, layers])
-    shorter, longer = (LayerPolicy(experts_kept=2, residual=False, orders=(order,)) for order in (1, 2))
+    shorter, longer = (LayerPolicy(experts_kept=2, use_answers=False, ngram_orders=(order,)) for order in (1, 2))
     config = VARConfig(
         frequency_threshold=10,
         entropy_threshold=9.0,

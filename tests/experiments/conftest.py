@@ -8,7 +8,7 @@ from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from tests.running import run_python
 from varjax import answersfile, statsfile
-from varjax.config import residuals_beside
+from varjax.tablefiles import answers_next_to
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -38,5 +38,5 @@ def statistics(saved_model, even_documents, tmp_path_factory):
     statsfile.write(path, stats, {"fingerprint": saved_model.fingerprint})
     answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
     about = {"fingerprint": saved_model.fingerprint, "statistics": statsfile.identity(path)}
-    answersfile.write(residuals_beside(path), answers, about)
+    answersfile.write(answers_next_to(path), answers, about)
     return path

@@ -20,7 +20,7 @@ from varjax import statsfile
 from varjax.answers import bytes_a_pair
 
 ROOT = Path(__file__).resolve().parents[2]
-STATS, ROWS = "routing_stats.parquet", "routing_stats.residuals.safetensors"
+STATS, ROWS = "routing_stats.parquet", "routing_stats.answers.safetensors"
 
 
 @pytest.fixture(scope="module")

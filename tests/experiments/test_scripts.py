@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from analysis.command import run
-from experiments.arguments import asked_config, new_config
+from experiments.arguments import asked_config
 from models.parameters import init_params
 from models.weights import save_params
 from tuning.objective import upper_limit
 from varjax import VARConfig
 from varjax.routing import top_k
+from varjax.tablefiles import TableFiles, answers_next_to, saved_files
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -40,7 +41,7 @@ def test_phases_one_and_two(script, many_experts, even_corpus, tmp_path, capsys)
     script("01_routing_analysis.py", *common, "--output", tmp_path, "--min_count", 3)
     stats = tmp_path / "routing_stats.parquet"
     written = {path.name for path in tmp_path.iterdir()}
-    assert {"routing_stats.parquet", "routing_stats.residuals.safetensors", "frequency_entropy.pdf"} <= written
+    assert {"routing_stats.parquet", "routing_stats.answers.safetensors", "frequency_entropy.pdf"} <= written
     assert "routing_trace.parquet" in written and "routing_checkpoints" not in written
 
     evaluate = (*common, "--split", "all", "--repeats", 2)
@@ -58,7 +59,7 @@ def test_phases_one_and_two(script, many_experts, even_corpus, tmp_path, capsys)
     for phase in ("prefill", "decode"):
         assert var["throughput"][f"{phase}_tokens_per_second"] > 0
     assert var["provenance"]["model"]["fingerprint"] == baseline["provenance"]["model"]["fingerprint"]
-    assert VARConfig.load(tmp_path / "var.var_config.json").routing_stats == str(stats)
+    assert saved_files(tmp_path / "var.var_config.json").routing_stats == str(stats)
 
     capsys.readouterr()
     script(
@@ -97,17 +98,20 @@ def test_only_what_is_refused_is_said_in_short():
 
 @pytest.mark.parametrize("saved", [True, False])
 @pytest.mark.parametrize("moved", [True, False])
-def test_answers_are_asked_for_with_and_without_a_config_and_statistics(tmp_path, saved, moved):
-    stats, config = tmp_path / "stats.parquet", tmp_path / "config.json"
-    stats.write_bytes(b"PAR1")
-    VARConfig(routing_stats="elsewhere.parquet", residuals="its own", cache_size=7).save(config)
-    named = {"var_config": config if saved else None, "routing_stats": stats if moved or not saved else None}
-    args = argparse.Namespace(**named, answers=Path("distilled.safetensors"))
-    asked = asked_config(args, cache_size=5)
-    assert (asked.residuals, asked.cache_size) == ("distilled.safetensors", 7 if saved else 5)
-    assert asked.routing_stats == str(named["routing_stats"] or "elsewhere.parquet")
-    preset = {**vars(args), "routing_stats": stats}
-    assert new_config(argparse.Namespace(**preset), cache_size=5).residuals == "distilled.safetensors"
+def test_answers_are_asked_for_with_and_without_a_config_and_statistics(statistics, tmp_path, saved, moved):
+    config, answers = tmp_path / "config.json", shutil.copy(answers_next_to(statistics), tmp_path / "own.safetensors")
+    VARConfig(cache_size=7).save(config, TableFiles("elsewhere.parquet" if moved else str(statistics), "gone"))
+    named = {"var_config": config if saved else None, "routing_stats": statistics if moved or not saved else None}
+    asked, files = asked_config(argparse.Namespace(**named, answers=answers), cache_size=5)
+    assert asked == VARConfig(cache_size=7 if saved else 5)
+    assert files == TableFiles(str(statistics), str(answers))
+    if saved:
+        by_itself = argparse.Namespace(**named, answers=None)
+        if moved:  # the answers that the config names are not there either: those next to the statistics
+            assert asked_config(by_itself)[1].answers == str(answers_next_to(statistics))
+        else:
+            with pytest.raises(FileNotFoundError, match="gone: no such file; collect the answers first"):
+                asked_config(by_itself)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in SCRIPTS.glob("[0-9]*.py")))

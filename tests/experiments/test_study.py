@@ -21,7 +21,9 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
         return Finding("asked", (Section("asked", "What is asked", "reported", "it depends"),), {}, None)
 
     monkeypatch.setattr(study, "PARTS", (part,))
-    policy = LayerPolicy(experts_kept=None, tolerance=0.2, orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
+    policy = LayerPolicy(
+        experts_kept=None, tolerance=0.2, ngram_orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0
+    )
     VARConfig(default=policy, cache_size=0).save(tmp_path / "policy.json")
     command = (
         "02_evaluate_var.py",

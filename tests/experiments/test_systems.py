@@ -8,13 +8,14 @@ from profiling import components, points
 from profiling.points import Task
 from varjax import VARConfig
 from varjax.config import LayerPolicy
+from varjax.tablefiles import TableFiles
 
 
 @pytest.fixture
 def policy(statistics, tmp_path):
     path = tmp_path / "policy.json"
-    layer = LayerPolicy(experts_kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
-    VARConfig(default=layer, cache_size=0).at(statistics).save(path)
+    layer = LayerPolicy(experts_kept=1, ngram_orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
+    VARConfig(default=layer, cache_size=0).save(path, TableFiles.find(statistics))
     return path
 
 

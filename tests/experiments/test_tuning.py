@@ -17,6 +17,7 @@ from analysis.evaluate.caching import Caching
 from analysis.policies.ladder import Choice, Ladder, Step
 from tuning import study
 from varjax import VARConfig
+from varjax.tablefiles import TableFiles
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "03_hyperparameter_optimization.py"
@@ -86,7 +87,7 @@ def test_the_space_and_its_points_look_at_the_same_orders(monkeypatch):
     asked = {"num_samples": 1, "ranges": [], "parameters": None, "method": "tpe", "seed": 0}
     setting = module.Setting.of(argparse.Namespace(**judged, **asked))
     shortest = setting.attempt(optuna.trial.FixedTrial({one.name: one.points(2)[0] for one in setting.space}))
-    assert [layer.orders for layer in dict(shortest.outcome.layers).values()] == [(2,)]
+    assert [layer.ngram_orders for layer in dict(shortest.outcome.layers).values()] == [(2,)]
 
 
 def test_the_same_seed_gives_the_same_search_bit_for_bit(script, asked, tmp_path):
@@ -155,16 +156,18 @@ def test_bayesian_search_without_torch_stops_before_any_work(script, asked, tmp_
 def test_statistics_that_are_not_named_are_those_of_the_configs(tmp_path, monkeypatch, capsys):
     name_statistics = importlib.import_module("experiments.03_hyperparameter_optimization").name_statistics
     monkeypatch.chdir(tmp_path)
-    here, there = VARConfig(routing_stats="here.parquet"), VARConfig(routing_stats="there.parquet")
+    here, there = TableFiles("here.parquet"), TableFiles("there.parquet")
+    VARConfig().save("config.json", there)
 
-    def named(*configs: VARConfig, given: Path | None = None) -> Path:
-        args = argparse.Namespace(routing_stats=given, answers=None, var_config=None)
-        name_statistics(args, configs)
+    def named(saved: TableFiles | None = None, var_config: str | None = None, given: Path | None = None) -> Path:
+        args = argparse.Namespace(routing_stats=given, answers=None, var_config=var_config)
+        name_statistics(args, saved)
         return args.routing_stats
 
-    assert named(here, here) == Path("here.parquet") and named(here, given=Path("mine")) == Path("mine")
+    assert named(here) == Path("here.parquet") and named(here, given=Path("mine")) == Path("mine")
+    assert named(there, "config.json") == named(None, "config.json") == Path("there.parquet")
     with pytest.raises(ValueError, match=r"different statistics or answers \(here\.parquet, there\.parquet\)"):
-        named(here, there)
+        named(here, "config.json")
     with pytest.raises(ValueError, match="no routing statistics are named"):
         named()
     Path("results/phase1").mkdir(parents=True)

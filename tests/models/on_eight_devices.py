@@ -108,10 +108,10 @@ def with_var(model: Model, collected, cache_size: int = 64) -> VARModel:
         confidence_threshold=0.3,
         context_window_size=2,
         cache_size=cache_size,
-        default=LayerPolicy(experts_kept=1, orders=(1, 2)),
+        default=LayerPolicy(experts_kept=1, ngram_orders=(1, 2)),
     )
     stats, answers = collected
-    return VARModel(model, config, table=build_for(model, stats, config, answers), clock=lambda: 0.0)
+    return VARModel(model, config, table=build_for(model, config, stats, answers), clock=lambda: 0.0)
 
 
 class Run(NamedTuple):

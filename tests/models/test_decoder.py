@@ -143,7 +143,7 @@ def planned(make_model, padded_texts):
             gate_ratio=jnp.array([0.0, 0.8, 0.0], jnp.float32),
             gate_mass=jnp.array([jnp.inf, jnp.inf, 0.6], jnp.float32),
             tolerance=jnp.array([0.4, 0.0, 0.0], jnp.float32),
-            residual=jnp.array([True, True, False]),
+            use_answers=jnp.array([True, True, False]),
             renormalize=jnp.zeros(3, bool),
             choice_from_table=jnp.array([False, False, True]),
             weights_from_table=jnp.array([False, False, True]),
@@ -164,7 +164,9 @@ def planned(make_model, padded_texts):
 def test_a_plan_does_what_it_says(planned):
     model, ids, plan, answers = planned
     wanted = (0, 2)
-    out = model.network.forward(model.params, jnp.asarray(ids), plan=plan, answers=answers, expert_outputs_of=wanted)
+    out = model.network.forward(
+        model.params, jnp.asarray(ids), plan=dataclasses.replace(plan, answers=answers), expert_outputs_of=wanted
+    )
     for row in range(len(ids)):
         of_row = jax.tree.map(lambda leaf, row=row: leaf[:, row] if leaf.ndim > 1 else leaf, plan)
         logits, experts, weights, slots = slow_forward(model, ids[row], of_row, answers)
@@ -226,7 +228,7 @@ def slow_slots(logits, plan, known, index, token):
         )
     row, kept, reached, slots = int(plan.row[index, token]), int(plan.experts_kept[index, token]), 0.0, []
     for slot, (expert, weight) in enumerate(chosen):
-        looked_up = rules.residual and row != NO_ROW
+        looked_up = rules.use_answers and row != NO_ROW
         answer = int(known.entry[row, expert]) if looked_up else NO_ANSWER
         runs = slot < kept and (slot == 0 or (weight >= rules.gate_ratio * chosen[0][1] and reached < rules.gate_mass))
         if answer != NO_ANSWER:

@@ -15,7 +15,7 @@ from profiling.points import embedded_texts, policies
 from profiling.step_bench import random_stats
 from varjax import VARModel, step
 from varjax.config import VARConfig
-from varjax.table import build
+from varjax.table import build_table
 
 MEASURING = {"turns": 2, "max_calls": 4, "ablate": False, "recording": 0.0}
 
@@ -34,7 +34,7 @@ def one_expert(model, texts):
     """VAR with one expert instead of two for every token."""
     config = policies(model.config.num_layers)["one"]
     stats = random_stats(model, list(texts), 50)
-    return VARModel(model, config, table=build(stats, config, model.config.top_k))
+    return VARModel(model, config, table=build_table(config, stats, top_k=model.config.top_k))
 
 
 def found(var_model, ids, phase, folder):
@@ -72,8 +72,8 @@ def test_a_cache_of_one_entry_is_found_and_a_useful_one_is_not(saved_model, docu
     text = np.concatenate([one.ids for one in some])[None, :200]  # few words, again and again
     for size, useless in ((1, True), (1000, False)):
         sized = dataclasses.replace(config, cache_size=size)
-        sized = dataclasses.replace(sized, default=dataclasses.replace(sized.default, residual=False))
-        var_model = VARModel(saved_model, sized, table=build(stats, sized, saved_model.config.top_k))
+        sized = dataclasses.replace(sized, default=dataclasses.replace(sized.default, use_answers=False))
+        var_model = VARModel(saved_model, sized, table=build_table(sized, stats, top_k=saved_model.config.top_k))
         seen, named = found(var_model, text, "decode", tmp_path / str(size))
         assert ("cache use" in named) == (seen.tiers["cached"] < 0.01)
         assert (seen.tiers["cached"] < 0.5) == useless

@@ -9,7 +9,7 @@ from profiling.published import MIXTRAL_8X7B
 from profiling.workload import Mix, Workload, distinct_experts, table_bytes
 from varjax import LayerPolicy, VARConfig
 from varjax.stats import RoutingStats
-from varjax.table import build
+from varjax.table import build_table
 
 
 @pytest.mark.parametrize("skewed", [False, True])
@@ -56,9 +56,9 @@ def test_a_look_up_reads_a_bucket_its_keys_and_a_row_of_every_array():
     count = np.full_like(stats.count, 7)
     stats = dataclasses.replace(stats, count=count, sum_probs=7 * rng.dirichlet(np.ones(4), count.shape))
     config = VARConfig(
-        frequency_threshold=1, entropy_threshold=9.0, default=LayerPolicy(experts_kept=1, residual=False)
+        frequency_threshold=1, entropy_threshold=9.0, default=LayerPolicy(experts_kept=1, use_answers=False)
     )
-    table = build(stats, config, k=2)
+    table = build_table(config, stats, top_k=2)
 
     bucket, width = table.index.buckets.shape[1], table.index.keys.shape[1]
     look_up = (table.index.buckets.nbytes / len(table.index.buckets)) + bucket * 4 * width

@@ -14,7 +14,7 @@ from tuning.objective import Objective, predicted_speedup, upper_limit
 from tuning.points import PREDICTED
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
-from varjax.table import build
+from varjax.table import build_table
 
 READING = {"batch_size": 4, "max_length": 16}
 
@@ -35,7 +35,9 @@ def objective(subject):
 
 
 def kept(subject, kept, residual=True):
-    return dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, orders=(1, 2), residual=residual))
+    return dataclasses.replace(
+        subject.config, default=LayerPolicy(experts_kept=kept, ngram_orders=(1, 2), use_answers=residual)
+    )
 
 
 def test_a_bound_on_the_answers_that_one_table_cannot_keep_is_refused(subject):
@@ -55,7 +57,7 @@ def test_an_open_config_costs_nothing_and_saves_nothing(subject, objective):
 def test_the_cost_is_that_of_the_whole_evaluation(subject, objective):
     config = kept(subject, 1)
     found = dataclasses.replace(objective, limit=0.2).evaluate(config)  # nothing is given up
-    var_model = VARModel(subject.model, config, table=build(subject.stats, config, 2, subject.answers))
+    var_model = VARModel(subject.model, config, table=build_table(config, subject.stats, subject.answers, top_k=2))
     plain, _ = score(plain_runner(subject.model), None, subject.documents, **READING, progress=False)
     scores, _ = score(var_runner(var_model), var_model.init(), subject.documents, **READING, progress=False)
     assert found.documents == len(subject.documents) and 1 <= found.experts_per_token < 2

@@ -41,7 +41,7 @@ def test_a_range_that_is_none_is_refused(settings, message):
         Parameter("x", *settings)
 
 
-@pytest.mark.parametrize("name", ["residual_shrinkage", "answers_per_layer", "answer_dtype"])
+@pytest.mark.parametrize("name", ["answer_shrinkage", "answers_per_layer", "answer_dtype"])
 def test_what_is_laid_down_in_the_table_cannot_be_searched(name):
     with pytest.raises(ValueError, match=f"{name} is laid down in the table"):
         Parameter(name, "int", 1, 10)
@@ -154,7 +154,7 @@ def test_a_budget_climbs_the_ladder_and_leaves_the_other_layers_open():
     config = config_at({"loss_budget": 0.02}, VARConfig(), LADDER, ORDERS)
     assert config.default is None and config.policy(2) is None
     assert dict(config.layers) == {
-        layer: LayerPolicy(experts_kept=None, tolerance=tolerance, orders=ORDERS)
+        layer: LayerPolicy(experts_kept=None, tolerance=tolerance, ngram_orders=ORDERS)
         for layer, tolerance in LADDER.within(0.02)
     }
     assert [dict(config.layers)[layer].tolerance for layer in (0, 1)] == pytest.approx([0.1, 0.2])
@@ -168,10 +168,14 @@ def test_a_budget_of_nothing_leaves_all_layers_open():
 @pytest.mark.parametrize(("longest", "orders"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3))])
 def test_the_longest_context_limits_the_orders_of_all_layers(longest, orders):
     config = config_at({"loss_budget": 0.03, "longest_context": longest}, VARConfig(), LADDER, ORDERS)
-    assert [config.policy(layer).orders for layer in (0, 1)] == [orders, orders]
-    own = VARConfig(default=LayerPolicy(orders=(1,)), layers={1: LayerPolicy(experts_kept=0), 2: None})
+    assert [config.policy(layer).ngram_orders for layer in (0, 1)] == [orders, orders]
+    own = VARConfig(default=LayerPolicy(ngram_orders=(1,)), layers={1: LayerPolicy(experts_kept=0), 2: None})
     kept = config_at({"longest_context": longest}, own, LADDER, ORDERS)
-    assert kept.policy(0).orders == orders and kept.policy(1).orders == orders and kept.policy(1).experts_kept == 0
+    assert (
+        kept.policy(0).ngram_orders == orders
+        and kept.policy(1).ngram_orders == orders
+        and kept.policy(1).experts_kept == 0
+    )
     assert kept.policy(2) is None
 
 

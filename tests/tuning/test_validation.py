@@ -157,7 +157,7 @@ def subject(saved_model, even_documents):
 def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject, even_documents):
     test = dataclasses.replace(subject, documents=even_documents[87:])
     nothing = dataclasses.replace(subject.config, default=None)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, residual=False))
+    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, use_answers=False))
     found = validate(subject, test, {"half": half}, {"preset": half, "none": nothing}, repeats=3, rounds=2, limit=0.2)
     one, (preset, none) = found.chosen, found.presets
     assert [one.name for one in found.candidates] == ["half"] and (one.name, preset.name) == ("half", "preset")
@@ -185,7 +185,7 @@ def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_docum
 
     monkeypatch.setattr(validation, "measure", timing)
     configs = {
-        f"keeps {kept}": dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, residual=False))
+        f"keeps {kept}": dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, use_answers=False))
         for kept in (2, 1)
     }
     found = validate(subject, test, configs, {}, repeats=2, limit=0.2)
@@ -197,7 +197,7 @@ def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_docum
 
 def test_where_nothing_is_certified_no_test_document_is_read(subject):
     test = dataclasses.replace(subject, documents=[None] * 4)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, residual=False))
+    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, use_answers=False))
     found = validate(subject, test, {"half": half}, {"preset": half}, repeats=2, rounds=2, level=1 - 1e-9)
     assert found.chosen is None and found.presets == () and section(found).verdict == "FAIL"
 

@@ -1,5 +1,6 @@
 """Means per key and expert against a slow loop; windows, parts, precision, and the file."""
 
+import dataclasses
 from collections import defaultdict
 
 import jax
@@ -102,9 +103,9 @@ def test_answers_equal_the_slow_loop_however_the_windows_fall(seed, windows):
 
 
 def test_the_key_of_order_0_comes_first_and_room_is_for_every_pair():
-    assert EMPTY.keys[0].tolist() == [ANY, ANY] and EMPTY.orders == (0, 1, 2)
+    assert EMPTY.keys[0].tolist() == [ANY, ANY] and EMPTY.ngram_orders == (0, 1, 2)
     assert sorted(EMPTY.entry[1].ravel()) == list(range(7 * EXPERTS))
-    assert Answers.empty(KEYS[:0], (1,), EXPERTS, HIDDEN).orders == (0,)
+    assert Answers.empty(KEYS[:0], (1,), EXPERTS, HIDDEN).ngram_orders == (0,)
 
 
 def test_only_the_pairs_asked_for_have_room():
@@ -213,9 +214,9 @@ def test_kept_experts_and_answers_are_the_full_output_where_each_pair_occurred_o
         experts_kept=jnp.full(shape, kept, jnp.int8),
         row=jnp.asarray(rows[0]),
         routing=Routing.unused((*shape, TOP_K), EXPERTS),
-        rules=LayerRules(**vars(rules) | {"residual": jnp.array(True), "gate_ratio": jnp.float32(gate_ratio)}),
+        rules=LayerRules(**vars(rules) | {"use_answers": jnp.array(True), "gate_ratio": jnp.float32(gate_ratio)}),
     )
-    executed, dropped = resolve(probs, TOP_K, plan, known)
+    executed, dropped = resolve(probs, TOP_K, dataclasses.replace(plan, answers=known))
     runs = np.asarray(executed.experts) < EXPERTS
     assert runs.sum() < runs.size and (kept == 0) == (runs.sum() == 0)
     whole = (outputs[0] * runs[..., None]).sum(-2) + known.total(dropped)
@@ -251,7 +252,7 @@ def some() -> Answers:
 
 
 def test_the_file_gives_back_what_was_written(some, tmp_path):
-    path = tmp_path / "run" / "stats.residuals.safetensors"
+    path = tmp_path / "run" / "stats.answers.safetensors"
     answersfile.write(path, some, {"fingerprint": "abc", "layers": [1]})
     answers, meta = answersfile.read(path)
     assert meta == {"fingerprint": "abc", "layers": [1]}

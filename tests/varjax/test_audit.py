@@ -33,7 +33,7 @@ def calibration(small_var_model, ids):
         state = step.begin(state, len(ids))
         _, state, sums, key = audited(small_var_model, state, jnp.asarray(ids), jnp.ones(ids.shape, bool), key, SHARE)
         seen.append(observe(jax.device_get(sums), streams))
-    origin = {"fingerprint": small_var_model.model.fingerprint, "config": small_var_model.config}
+    origin = {"fingerprint": small_var_model.model.fingerprint, "config_sha256": small_var_model.digest}
     return drift.calibrate(np.concatenate(seen), streams, share=SHARE, **origin)
 
 
@@ -57,11 +57,11 @@ def drifting(auditor: Auditor, ids: np.ndarray) -> tuple:
 def test_errors_equal_a_full_computation_of_each_layer(small_var_model, ids):
     model, table = small_var_model.model, small_var_model.table
     ids = jnp.asarray(ids)
-    plan = step.plan(table, small_var_model.init(len(ids)), ids, jnp.int32(0), small_var_model.settings)
+    plan = step.plan(table, small_var_model.init(len(ids)), ids, 0.0, small_var_model.settings)
     tokens = jnp.array([0, 5, -1, 17, 100, ids.size - 1], jnp.int32)
 
     def run(plan, **options):
-        return model.network.forward(model.params, ids, plan=plan, answers=table.answers, **options)
+        return model.network.forward(model.params, ids, plan=plan, **options)
 
     out = run(plan, expert_outputs_of=(0, 1), audit=tokens)
     for layer in range(2):
@@ -69,7 +69,7 @@ def test_errors_equal_a_full_computation_of_each_layer(small_var_model, ids):
         opened = dataclasses.replace(plan, tier=plan.tier.at[layer].set(LEARNED))
         full = np.asarray(run(opened, expert_outputs_of=(0, 1)).expert_outputs[layer].sum(-2))
         known = table.answers[layer]
-        _, dropped = resolve(out.router_probs[layer], 2, plan.layer(layer), known)
+        _, dropped = resolve(out.router_probs[layer], 2, dataclasses.replace(plan.layer(layer), answers=known))
         added = known.total(dropped)
         under_var = np.asarray(out.expert_outputs[layer].sum(-2)) + added
         wanted = np.linalg.norm(under_var - full, axis=-1) / np.linalg.norm(full, axis=-1)
@@ -243,7 +243,7 @@ def test_what_does_not_fit_is_refused(small_var_model, calibration):
     other = dataclasses.replace(calibration, fingerprint="0" * 64)
     with pytest.raises(ValueError, match=r"fingerprint 000000000000…, this model .*; calibrate anew"):
         Auditor(small_var_model, other)
-    changed = dataclasses.replace(small_var_model.config, residual_shrinkage=2.0)
+    changed = dataclasses.replace(small_var_model.config, answer_shrinkage=2.0)
     with pytest.raises(ValueError, match="config_sha256"):
         Auditor(VARModel(small_var_model.model, changed, table=small_var_model.table), calibration)
     with pytest.raises(ValueError, match="on_drift='stop': expected 'warn' or 'disable'"):
@@ -256,5 +256,6 @@ def test_what_does_not_fit_is_refused(small_var_model, calibration):
 
 
 def test_a_config_that_moved_is_the_same(small_var_model, calibration):
-    moved = dataclasses.replace(small_var_model.config, routing_stats="elsewhere/routing_stats.parquet")
-    Auditor(VARModel(small_var_model.model, moved, table=small_var_model.table), calibration)
+    other = dataclasses.replace(small_var_model.table, files_sha256="of other files")
+    with pytest.raises(ValueError, match="config_sha256"):
+        Auditor(VARModel(small_var_model.model, small_var_model.config, other), calibration)

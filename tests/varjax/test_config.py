@@ -2,17 +2,14 @@
 
 import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from varjax import answersfile, statsfile
-from varjax.answers import Answers
 from varjax.config import PRESETS, LayerPolicy, VARConfig
-from varjax.stats import RoutingStats
+from varjax.tablefiles import TableFiles, named_files
 
 numbers = st.floats(0.001, 1e6, allow_nan=False)
 shares = st.floats(0.001, 1.0)
@@ -25,8 +22,8 @@ def policies(draw) -> LayerPolicy:
     looked_at, tolerance = draw(orders), draw(st.none() | numbers) if residual else None
     return LayerPolicy(
         experts_kept=draw(st.integers(0, 8) if 0 in looked_at and tolerance is None else st.none() | st.integers(0, 8)),
-        residual=residual,
-        orders=looked_at,
+        use_answers=residual,
+        ngram_orders=looked_at,
         choice_from=draw(st.sampled_from(["gate", "table"])),
         weights_from=draw(st.sampled_from(["gate", "table"])),
         gate_ratio=draw(st.none() | shares),
@@ -46,12 +43,9 @@ configs = st.builds(
     cache_size=st.integers(0, 5000),
     cache_ttl_seconds=numbers,
     context_window_size=st.integers(1, 8),
-    routing_stats=st.none() | st.text(min_size=1),
-    residuals=st.none() | st.text(min_size=1),
     enable_var=st.booleans(),
-    max_quality_degradation=numbers,
     mass_threshold=shares,
-    residual_shrinkage=numbers,
+    answer_shrinkage=numbers,
     answer_dtype=st.sampled_from(["float32", "bfloat16", "int8"]),
     default=st.none() | policies(),
     layers=st.dictionaries(st.integers(0, 47), st.none() | policies(), max_size=4),
@@ -119,7 +113,6 @@ def test_numpy_numbers_are_taken_and_stored_plainly():
         ("cache_size", True, "integer of at least 0"),
         ("cache_ttl_seconds", float("inf"), "finite number"),
         ("context_window_size", "4", "integer of at least 1"),
-        ("routing_stats", 3, "a path or None"),
         ("enable_var", 1, "True or False"),
         ("mass_threshold", 0.0, "above 0 and at most 1"),
         ("answer_dtype", "float16", "'float32' or 'bfloat16' or 'int8'"),
@@ -142,19 +135,19 @@ def test_a_bad_field_is_named_with_its_value_and_range(field, value, expected):
     [
         ({"experts_kept": -1}, "experts_kept=-1"),
         (
-            {"experts_kept": None, "orders": (0, 1)},
-            "experts_kept=None: expected an integer, or a tolerance, where orders hold 0",
+            {"experts_kept": None, "ngram_orders": (0, 1)},
+            "experts_kept=None: expected an integer, or a tolerance, with order 0",
         ),
         ({"renormalize": True}, "renormalize=True"),
-        ({"orders": ()}, "orders=()"),
-        ({"orders": (-1,)}, "orders=(-1,)"),
+        ({"ngram_orders": ()}, "ngram_orders=()"),
+        ({"ngram_orders": (-1,)}, "ngram_orders=(-1,)"),
         ({"choice_from": "cache"}, "choice_from='cache'"),
         ({"weights_from": "cache"}, "weights_from='cache'"),
         ({"gate_ratio": 0.0}, "gate_ratio=0.0"),
         ({"gate_mass": 0.0}, "gate_mass=0.0"),
         ({"gate_mass": 1.5}, "gate_mass=1.5"),
         ({"tolerance": 0.0}, "tolerance=0.0"),
-        ({"tolerance": 0.1, "residual": False}, "tolerance=0.1: expected None with residual=False"),
+        ({"tolerance": 0.1, "use_answers": False}, "tolerance=0.1: expected None with use_answers=False"),
     ],
 )
 def test_a_bad_policy_is_refused(fields, named):
@@ -165,7 +158,7 @@ def test_a_bad_policy_is_refused(fields, named):
 
 def test_kept_may_stay_open():
     assert LayerPolicy(experts_kept=None).experts_kept is None  # as many as reach the mass threshold
-    assert LayerPolicy(experts_kept=None, tolerance=0.1, orders=[0]).orders == (0,)
+    assert LayerPolicy(experts_kept=None, tolerance=0.1, ngram_orders=[0]).ngram_orders == (0,)
 
 
 def test_all_faults_come_in_one_error():
@@ -180,7 +173,7 @@ def test_all_faults_come_in_one_error():
         ('{"cache_sise": 5}', "did you mean 'cache_size'"),
         (
             '{"layers": {"2": {"keep": 1}}}',
-            r"layers\[2\]: LayerPolicy has no field 'keep'; did you mean 'kept'",
+            r"layers\[2\]: LayerPolicy has no field 'keep'; did you mean 'experts_kept'",
         ),
         ('{"layers": {"two": null}}', "layer numbers"),
         ('{"default": 5}', "default: expected an object"),
@@ -203,84 +196,31 @@ def test_unknown_override_and_preset():
         VARConfig.preset("bold")
 
 
-def test_from_routing_stats_finds_the_residual_rows_beside_it(tmp_path):
-    stats = tmp_path / "routing_stats.parquet"
-    with pytest.raises(FileNotFoundError, match="collect routing statistics first"):
-        VARConfig.from_routing_stats(stats)
-    stats.write_bytes(b"not a table")
-    with pytest.raises(ValueError, match="not a Parquet file"):
-        VARConfig.from_routing_stats(stats)
-
-    stats.write_bytes(b"PAR1....PAR1")
-    without = VARConfig.from_routing_stats(stats, cache_size=3)
-    assert (without.routing_stats, without.residuals, without.cache_size) == (str(stats), None, 3)
-    assert without.default == LayerPolicy(experts_kept=None, residual=False)
-
-    rows = tmp_path / "routing_stats.residuals.safetensors"
-    rows.write_bytes(b"")
-    with_rows = VARConfig.from_routing_stats(stats)
-    assert with_rows.residuals == str(rows)
-    assert with_rows.default == LayerPolicy()
-    assert VARConfig.from_routing_stats(stats, residuals="other").residuals == "other"
-    assert VARConfig.from_routing_stats(stats, residuals=None) == dataclasses.replace(without, cache_size=1000)
-
-
 def test_every_field_is_in_the_json():
     assert set(json.loads(VARConfig().to_json())) == {f.name for f in dataclasses.fields(VARConfig)}
 
 
-def test_the_digest_tells_settings_apart_but_not_folders():
-    here = VARConfig(routing_stats="a.parquet", residuals="a.safetensors")
-    assert here.digest() == dataclasses.replace(here, routing_stats="b.parquet").digest()
-    assert here.digest() != dataclasses.replace(here, default=LayerPolicy(experts_kept=0)).digest()
+def test_the_digest_tells_settings_and_tables_apart():
+    config, other = VARConfig(), VARConfig(default=LayerPolicy(experts_kept=0))
+    assert config.digest() == VARConfig().digest()
+    assert len({config.digest(), other.digest(), config.digest("table"), config.digest("other table")}) == 4
 
 
-def test_the_digest_tells_files_apart_by_what_they_hold(tmp_path):
-    def hashed(name, content):
-        (tmp_path / name).write_bytes(content)
-        return VARConfig(routing_stats="a.parquet", residuals=str(tmp_path / name)).digest()
-
-    assert hashed("a.safetensors", b"answers") == hashed("b.safetensors", b"answers")
-    assert hashed("a.safetensors", b"answers") != hashed("a.safetensors", b"other answers")
-
-
-def test_other_files_are_taken_but_answers_that_a_config_names_stay_its_own(tmp_path):
-    stats, beside, own = tmp_path / "s.parquet", tmp_path / "s.residuals.safetensors", tmp_path / "own.safetensors"
-    statsfile.write(stats, some_stats(3), {})
-    some = Answers.empty(np.zeros((1, 1), np.int32), (0,), 2, 4)
-    answersfile.write(beside, some, {"statistics": statsfile.identity(stats)})
-    config = VARConfig(residuals=str(own), cache_size=7)
-    assert config.at(stats) == dataclasses.replace(config, routing_stats=str(stats), residuals=str(beside))
-    shutil.copy(beside, own)
-    assert config.at(stats).residuals == str(own)
-    assert config.at(stats, beside).residuals == str(beside)
-
-
-def test_answers_of_other_statistics_are_refused(tmp_path):
-    """Of other texts, seen in their counts, or of another model."""
-    stats, own = tmp_path / "s.parquet", tmp_path / "own.safetensors"
-    some = Answers.empty(np.zeros((1, 1), np.int32), (0,), 2, 4)
-    statsfile.write(stats, some_stats(3), {"fingerprint": "abc"})
-    answersfile.write(own, some, {"statistics": statsfile.identity(stats)})
-    config = VARConfig(residuals=str(own))
-    assert config.at(stats).residuals == str(own)
-    for count, fingerprint in ((4, "abc"), (3, "def")):
-        statsfile.write(stats, some_stats(count), {"fingerprint": fingerprint})
-        with pytest.raises(ValueError, match=r"own\.safetensors: these answers belong to other statistics, "):
-            config.at(stats)
-        with pytest.raises(ValueError, match="give the statistics that the answers were collected with"):
-            config.at(stats, own)
-    answersfile.write(own, some, {})
-    with pytest.raises(ValueError, match="these answers name no statistics"):
-        config.at(stats)
-
-
-def some_stats(count: int) -> RoutingStats:
-    """One key that was seen so often."""
-    stats = RoutingStats.empty(np.zeros((1, 1), np.int32), (1,), 1, 2)
-    half = dataclasses.replace(stats.entropy, **{name: np.full((1, 1), 0.5) for name in ("mean", "min", "max")})
-    counted = {"count": np.full((1, 1), count), "top1_counts": np.full((1, 1, 2), [count, 0])}
-    return dataclasses.replace(stats, **counted, entropy=half, confidence=half, sum_probs=np.full((1, 1, 2), count / 2))
+def test_the_fields_of_earlier_versions_are_read():
+    old = {
+        "default": {"kept": 0, "residual": True, "orders": [1, 2], "renormalise": False},
+        "layers": {"1": {"kept": 2, "residual": False}},
+        "residual_shrinkage": 3.0,
+        "routing_stats": "stats.parquet",
+        "residuals": "stats.residuals.safetensors",
+        "max_quality_degradation": 0.02,
+    }
+    assert VARConfig.from_json(json.dumps(old)) == VARConfig(
+        default=LayerPolicy(experts_kept=0, ngram_orders=(1, 2)),
+        layers={1: LayerPolicy(experts_kept=2, use_answers=False)},
+        answer_shrinkage=3.0,
+    )
+    assert named_files(old) == TableFiles("stats.parquet", "stats.residuals.safetensors")
 
 
 def test_a_config_that_was_saved_is_verified_and_one_by_hand_is_not(tmp_path):

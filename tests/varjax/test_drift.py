@@ -22,7 +22,7 @@ def texts(rng: np.random.Generator, number: int, **shifts: float) -> np.ndarray:
 
 
 def calibrated(rng: np.random.Generator, number: int = TEXTS) -> Calibration:
-    return drift.calibrate(texts(rng, number), STREAMS, fingerprint="f", config=CONFIG, share=0.05)
+    return drift.calibrate(texts(rng, number), STREAMS, fingerprint="f", config_sha256="c", share=0.05)
 
 
 def test_streams_follow_from_the_config():
@@ -90,7 +90,7 @@ def test_the_error_is_spent_once():
 def test_calibrated_bounds_are_those_of_a_fixed_sample():
     rng = np.random.default_rng(6)
     observed = texts(rng, TEXTS)
-    calibration = drift.calibrate(observed, STREAMS, fingerprint="f", config=CONFIG, share=0.05)
+    calibration = drift.calibrate(observed, STREAMS, fingerprint="f", config_sha256="c", share=0.05)
     error = ALPHA / 4 / 3  # of each of the three streams over all layers
     values = [column[~np.isnan(column)] for column in observed[:, :3].T]
     assert calibration.values[0].upper == bounds.upper_bound(values[0], 0, 1, 1 - error)
@@ -106,7 +106,7 @@ def test_a_stream_without_observations_never_drifts():
     rng = np.random.default_rng(7)
     observed = texts(rng, TEXTS)
     observed[:, STREAMS.index(Stream("error", 2, "cached"))] = np.nan
-    calibration = drift.calibrate(observed, STREAMS, fingerprint="f", config=CONFIG, share=0.05)
+    calibration = drift.calibrate(observed, STREAMS, fingerprint="f", config_sha256="c", share=0.05)
     monitor = drift.watch(drift.begin(calibration), texts(rng, TEXTS, error=0.2))
     assert {found.stream.tier for found in monitor.drifts} == {None, "fast"}
 

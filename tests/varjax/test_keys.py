@@ -248,10 +248,10 @@ def test_bad_documents_are_refused(document, message):
         count_contexts([np.array([1, 2]), document], (1,))
 
 
-@pytest.mark.parametrize("settings", [{"orders": ()}, {"orders": (0,)}, {"min_count": 0}, {"max_keys": -1}])
+@pytest.mark.parametrize("settings", [{"ngram_orders": ()}, {"ngram_orders": (0,)}, {"min_count": 0}, {"max_keys": -1}])
 def test_bad_counting_settings_are_refused(settings):
     with pytest.raises(ValueError, match="at least one order"):
-        count_contexts([], **({"orders": (1,)} | settings))
+        count_contexts([], **({"ngram_orders": (1,)} | settings))
 
 
 @settings(deadline=None)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from models import Sampling
 from models.generation_config import GenerationDefaults
-from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, statsfile
+from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, load_table, statsfile
 from varjax.errors import InputError
-from varjax.model import routed_forward
+from varjax.model import load_statistics, routed_forward
 from varjax.routing import CACHED
+from varjax.tablefiles import TableFiles, answers_next_to
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
 ANYTHING = 5.0  # nats, more than any entropy
@@ -32,7 +34,7 @@ def stats_path(tmp_path_factory, saved_model, documents):
     meta = {"fingerprint": saved_model.fingerprint, "model": "tiny"}
     statsfile.write(path, stats, meta)
     meta |= {"statistics": statsfile.identity(path)}
-    answersfile.write(path.with_name("routing_stats.residuals.safetensors"), answers, meta)
+    answersfile.write(path.with_name("routing_stats.answers.safetensors"), answers, meta)
     return path
 
 
@@ -41,6 +43,11 @@ def config(stats_path, **overrides) -> VARConfig:
     return VARConfig.from_routing_stats(
         stats_path, **({"frequency_threshold": 3, "entropy_threshold": ANYTHING} | overrides)
     )
+
+
+def under_var(model, stats_path, wanted=None, **options) -> VARModel:
+    wanted = wanted or config(stats_path)
+    return VARModel(model, wanted, load_table(model, wanted, stats_path), **options)
 
 
 @pytest.fixture
@@ -61,8 +68,8 @@ def test_switched_off_is_bit_identical_to_the_plain_model(saved_model, ids):
 
 def test_disabled_is_the_plain_model_and_hands_the_state_on(saved_model, stats_path, ids):
     """Off in the middle of a text: the plain model's logits and tokens; on again: the plans of the whole text."""
-    wanted = config(stats_path, default=LayerPolicy(orders=(1, 2)), cache_size=0)
-    on = VARModel(saved_model, wanted)
+    wanted = config(stats_path, default=LayerPolicy(ngram_orders=(1, 2)), cache_size=0)
+    on = under_var(saved_model, stats_path, wanted)
     off = on.disabled()
     assert off.init() is None and off.model is saved_model and on.table is not None
 
@@ -86,7 +93,7 @@ def test_disabled_is_the_plain_model_and_hands_the_state_on(saved_model, stats_p
 
 
 def test_a_forgotten_state_is_no_switch(saved_model, stats_path, ids):
-    var_model = VARModel(saved_model, config(stats_path))
+    var_model = under_var(saved_model, stats_path)
     calls = (
         lambda: var_model(ids, None),
         lambda: var_model.prefill(ids, None, capacity=20),
@@ -98,7 +105,7 @@ def test_a_forgotten_state_is_no_switch(saved_model, stats_path, ids):
 
 
 def test_a_prefill_of_texts_that_end_in_padding_is_refused(saved_model, stats_path, ids):
-    var_model, mask = VARModel(saved_model, config(stats_path)), np.ones(ids.shape)
+    var_model, mask = under_var(saved_model, stats_path), np.ones(ids.shape)
     mask[0, -1] = 0
     with pytest.raises(ValueError, match="ends in padding; pad on the left"):
         var_model.prefill(ids, var_model.init(len(ids)), 20, attention_mask=mask)
@@ -106,7 +113,7 @@ def test_a_prefill_of_texts_that_end_in_padding_is_refused(saved_model, stats_pa
 
 @pytest.mark.parametrize("new", [-100, 0, 2.5, True])
 def test_a_number_of_tokens_that_cannot_be_leaves_the_state_as_it_was(saved_model, stats_path, ids, new):
-    var_model = VARModel(saved_model, config(stats_path))
+    var_model = under_var(saved_model, stats_path)
     state = var_model.init(len(ids))
     with pytest.raises(InputError, match=rf"max_new_tokens={new}; expected an integer of at least 1"):
         var_model.generate(ids, state, new)
@@ -118,7 +125,7 @@ def test_a_number_of_tokens_that_cannot_be_leaves_the_state_as_it_was(saved_mode
 @pytest.mark.parametrize("batch", [0, -1, 1.5, None])
 def test_a_batch_of_no_texts_is_refused(saved_model, stats_path, batch):
     with pytest.raises(InputError, match=rf"batch_size={batch}; expected an integer of at least 1"):
-        VARModel(saved_model, config(stats_path)).init(batch)
+        under_var(saved_model, stats_path).init(batch)
 
 
 @pytest.mark.parametrize(
@@ -126,14 +133,14 @@ def test_a_batch_of_no_texts_is_refused(saved_model, stats_path, batch):
     [(15, ": expected at least the 16 positions"), (-1, "; expected an integer"), (20.5, "; expected an integer")],
 )
 def test_a_cache_that_the_texts_do_not_fit_is_refused(saved_model, stats_path, ids, capacity, expected):
-    var_model = VARModel(saved_model, config(stats_path))
+    var_model = under_var(saved_model, stats_path)
     with pytest.raises(InputError, match=f"capacity={capacity}{expected}"):
         var_model.prefill(ids, var_model.init(len(ids)), capacity)
 
 
 def test_nothing_planned_equals_the_plain_model(saved_model, stats_path, ids):
     nothing = config(stats_path, frequency_threshold=10**9, confidence_threshold=1.0)
-    var_model = VARModel(saved_model, nothing)
+    var_model = under_var(saved_model, stats_path, nothing)
     out, state = var_model(ids, var_model.init(len(ids)))
     # Another program, so equal to rounding; the routing is the same function of the same probabilities.
     np.testing.assert_allclose(out.logits, saved_model(ids).logits, rtol=1e-4, atol=1e-5)
@@ -146,12 +153,12 @@ def test_planned_tokens_run_fewer_experts_and_answers_help(saved_model, stats_pa
     for name, policy in {
         "look-up only": LayerPolicy(experts_kept=0),
         "one": LayerPolicy(experts_kept=1),
-        "one, nothing added": LayerPolicy(experts_kept=1, residual=False),
-        "one of every token": LayerPolicy(experts_kept=1, orders=(0,)),
+        "one, nothing added": LayerPolicy(experts_kept=1, use_answers=False),
+        "one of every token": LayerPolicy(experts_kept=1, ngram_orders=(0,)),
         "tolerant": LayerPolicy(experts_kept=None, tolerance=1e9),
         "strict": LayerPolicy(experts_kept=None, tolerance=1e-9),
     }.items():
-        var_model = VARModel(saved_model, config(stats_path, default=policy, cache_size=0))
+        var_model = under_var(saved_model, stats_path, config(stats_path, default=policy, cache_size=0))
         out, _ = var_model(ids, var_model.init(len(ids)))
         planned = np.asarray(out.plan.tier) == 0
         used = np.asarray(out.routing.experts) < saved_model.config.num_experts
@@ -169,8 +176,8 @@ def test_planned_tokens_run_fewer_experts_and_answers_help(saved_model, stats_pa
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_answers_in_fewer_bytes_change_little(saved_model, stats_path, ids, dtype):
     def logits(**overrides):
-        var_model = VARModel(
-            saved_model, config(stats_path, default=LayerPolicy(experts_kept=0), cache_size=0, **overrides)
+        var_model = under_var(
+            saved_model, stats_path, config(stats_path, default=LayerPolicy(experts_kept=0), cache_size=0, **overrides)
         )
         return np.asarray(var_model(ids, var_model.init(len(ids)))[0].logits)
 
@@ -180,14 +187,11 @@ def test_answers_in_fewer_bytes_change_little(saved_model, stats_path, ids, dtyp
 
 
 def test_second_step_compiles_nothing_and_policies_share_it(saved_model, stats_path, ids):
-    from varjax.model import read_files
-    from varjax.table import build
-
-    stats, answers = read_files(saved_model, config(stats_path))
+    stats, answers = load_statistics(saved_model, TableFiles.find(stats_path))
 
     def step(policy):
         wanted = config(stats_path, default=policy)
-        table = build(stats, wanted, 2, answers, keep_shapes=True)
+        table = build_table(wanted, stats, answers, top_k=2, keep_shapes=True)
         var_model = VARModel(saved_model, wanted, table=table)
         state = var_model.init(len(ids))
         for _ in range(2):
@@ -196,21 +200,21 @@ def test_second_step_compiles_nothing_and_policies_share_it(saved_model, stats_p
     step(LayerPolicy(experts_kept=1))
     compiled = routed_forward._cache_size()
     step(LayerPolicy(experts_kept=0))
-    step(LayerPolicy(experts_kept=1, residual=False, renormalize=True))
-    step(LayerPolicy(experts_kept=None, tolerance=0.1, orders=(0, 2)))
+    step(LayerPolicy(experts_kept=1, use_answers=False, renormalize=True))
+    step(LayerPolicy(experts_kept=None, tolerance=0.1, ngram_orders=(0, 2)))
     assert routed_forward._cache_size() == compiled
 
 
 def test_generation_threads_the_state(saved_model, stats_path, ids):
     model = dataclasses.replace(saved_model, generation_defaults=GenerationDefaults(None, (), None))  # no text ends
-    nothing = VARModel(model, config(stats_path, frequency_threshold=10**9, cache_size=0))
+    nothing = under_var(model, stats_path, config(stats_path, frequency_threshold=10**9, cache_size=0))
     plain, _ = model.generate(ids, 8)
     tokens, state = nothing.generate(ids, nothing.init(len(ids)), max_new_tokens=8)
     np.testing.assert_array_equal(tokens, plain)
     # 16 tokens of the prompt and 7 of the 8 new ones went through both layers.
     assert int(np.asarray(state.counters.tokens).sum()) == 2 * len(ids) * (16 + 7)
 
-    var_model = VARModel(model, config(stats_path))
+    var_model = under_var(model, stats_path)
     sampled = [
         var_model.generate(ids, var_model.init(len(ids)), 8, sampling=Sampling(temperature=1.0, seed=1))[0]
         for _ in range(2)
@@ -220,7 +224,7 @@ def test_generation_threads_the_state(saved_model, stats_path, ids):
 
 def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, stats_path, documents):
     """Without the cached tier, which the texts share. What ran and was counted is the same, too."""
-    wanted = config(stats_path, cache_size=0, default=LayerPolicy(orders=(1, 2)))
+    wanted = config(stats_path, cache_size=0, default=LayerPolicy(ngram_orders=(1, 2)))
     ids, mask = np.zeros((2, 3, 11), np.int32)
     texts = [document.ids[:length] for document, length in zip(documents, (11, 3, 7), strict=False)]
     for row, text in enumerate(texts):
@@ -228,7 +232,7 @@ def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, s
 
     def ending(end_ids):
         defaults = GenerationDefaults(None, end_ids, None)
-        var_model = VARModel(dataclasses.replace(saved_model, generation_defaults=defaults), wanted)
+        var_model = under_var(dataclasses.replace(saved_model, generation_defaults=defaults), stats_path, wanted)
         return var_model, *var_model.generate(ids, var_model.init(3), 12, attention_mask=mask)
 
     endless = ending(())[1]
@@ -246,7 +250,7 @@ def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, s
 
 def test_the_second_step_of_decoding_compiles_nothing(saved_model, stats_path, ids):
     for size in (0, 64):
-        var_model = VARModel(saved_model, config(stats_path, cache_size=size))
+        var_model = under_var(saved_model, stats_path, config(stats_path, cache_size=size))
         out, state = var_model.prefill(ids, var_model.init(len(ids)), capacity=20)
         compiled = None
         for position in range(4):
@@ -257,7 +261,7 @@ def test_the_second_step_of_decoding_compiles_nothing(saved_model, stats_path, i
 
 
 def test_a_report_is_the_summary_as_json(saved_model, stats_path, ids):
-    var_model = VARModel(saved_model, config(stats_path, layers={1: CACHE_ONLY}, confidence_threshold=0.3))
+    var_model = under_var(saved_model, stats_path, config(stats_path, layers={1: CACHE_ONLY}, confidence_threshold=0.3))
     state = var_model.init(len(ids))
     for _ in range(2):
         _, state = var_model(ids, state)
@@ -277,7 +281,7 @@ def test_a_report_is_the_summary_as_json(saved_model, stats_path, ids):
 def test_a_saved_state_belongs_to_its_model_and_goes_on(saved_model, stats_path, ids, tmp_path):
     wanted = config(stats_path, layers={1: CACHE_ONLY}, confidence_threshold=0.3)
     clock = [0.0]
-    var_model = VARModel(saved_model, wanted, clock=lambda: clock[0])
+    var_model = under_var(saved_model, stats_path, wanted, clock=lambda: clock[0])
     _, state = var_model(ids, var_model.init(len(ids)))
     var_model.save(tmp_path, state)
     out, state = var_model(ids, state)
@@ -304,7 +308,9 @@ def test_a_saved_state_belongs_to_its_model_and_goes_on(saved_model, stats_path,
 
 def test_decoding_sees_the_same_contexts_as_the_whole_text(saved_model, stats_path, ids):
     """Token by token through the cache, bigram keys included, equals one call."""
-    whole = VARModel(saved_model, config(stats_path, cache_size=0, default=LayerPolicy(orders=(1, 2))))
+    whole = under_var(
+        saved_model, stats_path, config(stats_path, cache_size=0, default=LayerPolicy(ngram_orders=(1, 2)))
+    )
     out, _ = whole(ids, whole.init(len(ids)))
     kv, state = saved_model.empty_cache(len(ids), 16), whole.init(len(ids))
     one = np.ones((len(ids), 1), bool)
@@ -318,38 +324,66 @@ def test_decoding_sees_the_same_contexts_as_the_whole_text(saved_model, stats_pa
 def test_files_of_another_model_are_refused(saved_model, stats_path):
     other = dataclasses.replace(saved_model, fingerprint="0" * 64)
     with pytest.raises(ValueError, match=r"routing_stats\.parquet: fingerprint .* is of another model"):
-        VARModel(other, config(stats_path))
+        under_var(other, stats_path)
 
 
 def test_a_table_of_another_model_is_refused(saved_model, stats_path):
     wanted = config(stats_path)
-    table = build_table(saved_model, wanted)
+    table = load_table(saved_model, wanted, stats_path)
     for changes in ({"num_layers": 3}, {"num_experts": 9}, {"top_k": 1}):
         other = dataclasses.replace(saved_model, config=dataclasses.replace(saved_model.config, **changes))
         with pytest.raises(ValueError, match=r"the table has \(layers, .*\) \(2, .*, the model \(.*; build"):
             VARModel(other, wanted, table=table)
 
 
-def test_a_config_without_statistics_says_so(saved_model):
-    with pytest.raises(ValueError, match="routing_stats is not set"):
+def test_a_missing_table_says_how_to_make_one(saved_model):
+    with pytest.raises(InputError, match=r"VAR is on, but there is no table; make one with varjax\.load_table\("):
         VARModel(saved_model, VARConfig())
 
 
-def test_answers_are_found_beside_the_statistics(stats_path):
-    assert config(stats_path).residuals == str(stats_path.with_name("routing_stats.residuals.safetensors"))
-
-
-def test_a_plan_is_refused_without_the_answers_of_its_table(saved_model, stats_path, ids):
-    """Whoever carries a plan out by hand has to give the answers that stand in for what it leaves out."""
-    var_model = VARModel(saved_model, config(stats_path, cache_size=0, default=LayerPolicy(experts_kept=0)))
+def test_a_plan_carries_the_answers_of_its_table(saved_model, stats_path, ids):
+    var_model = under_var(
+        saved_model, stats_path, config(stats_path, cache_size=0, default=LayerPolicy(experts_kept=0))
+    )
     table, token_ids = var_model.table, jnp.asarray(ids)
-    plan = varjax.plan(table, var_model.init(len(ids)), token_ids, np.int32(0), var_model.settings)
-    with pytest.raises(ValueError, match=r"no answers were given; pass answers=table\.answers"):
-        saved_model.network.forward(saved_model.params, token_ids, plan=plan)
-    out = saved_model.network.forward(saved_model.params, token_ids, plan=plan, answers=table.answers)
+    plan = varjax.plan(table, var_model.init(len(ids)), token_ids, 0.0, var_model.settings)
+    assert all(ours.answers is theirs.answers for ours, theirs in zip(plan.answers, table.answers, strict=True))
+    out = saved_model.network.forward(saved_model.params, token_ids, plan=plan)
     expected, _ = var_model(ids, var_model.init(len(ids)))
     np.testing.assert_array_equal(out.routing.experts, expected.routing.experts)
     assert (np.asarray(out.routing.experts) == saved_model.config.num_experts).any()
+    again = saved_model.network.forward(saved_model.params, token_ids, plan=expected.plan)
+    np.testing.assert_array_equal(again.logits, out.logits)
+
+
+def test_states_and_caches_stay_valid_unless_they_are_given_up(saved_model, stats_path, ids):
+    var_model, mask = under_var(saved_model, stats_path), np.ones((len(ids), 1), bool)
+    start = var_model.init(len(ids))
+
+    def read():
+        first, state = var_model.prefill(ids[:, :-1], start, capacity=16, now=0.0)
+        out, state = var_model.advance(state, ids[:, -1:], mask, first.kv, last_logits_only=True, now=0.0)
+        again, same = var_model.advance(state, ids[:, -1:], mask, out.kv, last_logits_only=True, now=0.0)
+        kept = var_model.advance(state, ids[:, -1:], mask, out.kv, last_logits_only=True, now=0.0)
+        np.testing.assert_array_equal(kept[0].logits, again.logits)
+        jax.tree.map(np.testing.assert_array_equal, kept[1], same)
+        whole, _ = var_model(ids, start, now=0.0)
+        return out.logits, whole.logits, var_model.generate(ids, start, 3, clock=lambda: 0.0).tokens
+
+    for first, second in zip(read(), read(), strict=True):
+        np.testing.assert_array_equal(first, second)
+    _, state = var_model(ids, start, donate=True)
+    with pytest.raises(RuntimeError, match="deleted"):
+        np.asarray(start.counters.tokens.low)
+    with pytest.raises(RuntimeError, match="deleted"):
+        var_model.advance(state, jnp.asarray(ids), np.ones(ids.shape, bool), donate=True)
+        np.asarray(state.recent)
+
+
+def test_a_digest_names_settings_and_files(saved_model, stats_path):
+    var_model = under_var(saved_model, stats_path)
+    assert var_model.digest == config(stats_path).digest(TableFiles.find(stats_path).digest())
+    assert var_model.digest != under_var(saved_model, stats_path, config(stats_path, cache_size=3)).digest
 
 
 def test_answers_of_other_statistics_build_no_table(saved_model, documents, stats_path, tmp_path):
@@ -357,6 +391,5 @@ def test_answers_of_other_statistics_build_no_table(saved_model, documents, stat
     other = tmp_path / "other.parquet"
     fewer = collect(saved_model, documents[:40], keys, **READING)
     statsfile.write(other, fewer, {"fingerprint": saved_model.fingerprint})
-    mixed = dataclasses.replace(config(stats_path), routing_stats=str(other))
-    with pytest.raises(ValueError, match=r"residuals\.safetensors: these answers belong to other statistics"):
-        VARModel(saved_model, mixed)
+    with pytest.raises(ValueError, match=r"answers\.safetensors: these answers belong to other statistics"):
+        load_table(saved_model, config(stats_path), other, answers_next_to(stats_path))

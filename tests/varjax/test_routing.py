@@ -26,7 +26,15 @@ from varjax.routing import (
 
 BATCH, LENGTH, EXPERTS, ROWS, ANSWERS, HIDDEN = 2, 12, 6, 5, 14, 3
 NEVER = float("inf")
-COLUMNS = ("gate_ratio", "gate_mass", "tolerance", "residual", "renormalize", "choice_from_table", "weights_from_table")
+COLUMNS = (
+    "gate_ratio",
+    "gate_mass",
+    "tolerance",
+    "use_answers",
+    "renormalize",
+    "choice_from_table",
+    "weights_from_table",
+)
 FLAGS = list(itertools.product((False, True), repeat=4))
 DROPPING = [(0.0, NEVER, 0.0), (0.6, NEVER, 0.0), (0.0, 0.7, 0.0), (0.0, NEVER, 0.25), (0.4, 0.8, 0.1)]
 RULES = [(*dropping, *flags) for dropping in DROPPING for flags in FLAGS]  # one layer for each
@@ -118,8 +126,10 @@ def resolve_all():
 
     def run(probs, plan, answers, k, normalize):
         if answers is None:
-            return jax.vmap(lambda p, layer: resolve(p, k, layer, None, normalize))(probs, plan)
-        return jax.vmap(lambda p, layer, known: resolve(p, k, layer, known, normalize))(probs, plan, answers)
+            return jax.vmap(lambda p, layer: resolve(p, k, layer, normalize))(probs, plan)
+        return jax.vmap(lambda p, layer, known: resolve(p, k, replace(layer, answers=known), normalize))(
+            probs, plan, answers
+        )
 
     return jax.jit(run, static_argnums=(3, 4))
 
@@ -215,37 +225,36 @@ def one_layer() -> LayerAnswers:
 
 
 def test_what_is_not_known_runs(one_layer):
-    """With residuals a token of an unanswered row keeps every expert; without, the rules alone decide."""
+    """With answers a token of an unanswered row keeps every expert; without, the rules alone decide."""
     probs = sharp_probs(3)
     harsh = {"gate_ratio": 1.0, "gate_mass": 0.01, "tolerance": 1e9}
-    for row, residual, runs in ((0, True, 4), (1, True, 0), (1, False, 0), (NO_ROW, True, 0)):
-        plan = replace(planned(4, row, residual=residual, **harsh), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
-        routing, dropped = resolve(probs, 4, plan, one_layer)
+    for row, use_answers, runs in ((0, True, 4), (1, True, 0), (1, False, 0), (NO_ROW, True, 0)):
+        plan = replace(
+            planned(4, row, use_answers=use_answers, **harsh), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8)
+        )
+        routing, dropped = resolve(probs, 4, replace(plan, answers=one_layer))
         assert (np.asarray(routing.experts) < EXPERTS).sum(-1).tolist() == [[runs] * LENGTH] * BATCH
         answered = (np.asarray(dropped.answer) != NO_ANSWER).sum()
-        assert answered == (4 * BATCH * LENGTH if (row, residual) == (1, True) else 0)
+        assert answered == (4 * BATCH * LENGTH if (row, use_answers) == (1, True) else 0)
 
 
-def test_without_the_answers_a_plan_that_relies_on_them_is_refused():
-    """Or, where nobody says that it does, every expert runs: none is left out with nothing in its place."""
+def test_without_answers_a_policy_that_uses_them_leaves_no_expert_out():
     probs = sharp_probs(3)
-    plan = replace(planned(4, row=1, residual=True), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
+    plan = replace(planned(4, row=1, use_answers=True), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
     routing, _ = resolve(probs, 4, plan)
     jax.tree.map(np.testing.assert_array_equal, routing, top_k(probs, 4))
-    with pytest.raises(ValueError, match=r"no answers were given; pass answers=table\.answers"):
-        jax.jit(lambda probs, plan: resolve(probs, 4, plan))(probs, replace(plan, needs_answers=True))
 
 
 def test_no_tolerance_drops_nothing_and_a_huge_one_is_look_up_only(one_layer):
     probs = sharp_probs(4)
     for row in range(ROWS):
-        strict, _ = resolve(probs, 4, planned(4, row, residual=True, tolerance=0.0), one_layer)
+        strict, _ = resolve(probs, 4, replace(planned(4, row, use_answers=True, tolerance=0.0), answers=one_layer))
         np.testing.assert_array_equal(strict.experts, top_k(probs, 4).experts)
         np.testing.assert_array_equal(strict.weights, top_k(probs, 4).weights)
 
-        huge = resolve(probs, 4, planned(4, row, residual=True, tolerance=1e9), one_layer)
-        nothing = replace(planned(4, row, residual=True), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
-        jax.tree.map(np.testing.assert_array_equal, huge, resolve(probs, 4, nothing, one_layer))
+        huge = resolve(probs, 4, replace(planned(4, row, use_answers=True, tolerance=1e9), answers=one_layer))
+        nothing = replace(planned(4, row, use_answers=True), experts_kept=jnp.zeros((BATCH, LENGTH), jnp.int8))
+        jax.tree.map(np.testing.assert_array_equal, huge, resolve(probs, 4, replace(nothing, answers=one_layer)))
 
 
 def test_a_tolerance_drops_first_what_costs_least(one_layer):
@@ -253,17 +262,17 @@ def test_a_tolerance_drops_first_what_costs_least(one_layer):
     full, deviation = top_k(probs, 4), np.asarray(one_layer.deviation)
     error = np.asarray(full.weights) * deviation[np.asarray(full.experts)]  # at row 1 an expert's answer has its number
     for tolerance in (0.05, 0.15, 0.3):
-        routing, _ = resolve(probs, 4, planned(4, 1, residual=True, tolerance=tolerance), one_layer)
+        routing, _ = resolve(probs, 4, replace(planned(4, 1, use_answers=True, tolerance=tolerance), answers=one_layer))
         np.testing.assert_array_equal(np.asarray(routing.experts) < EXPERTS, error >= np.float32(tolerance))
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 def test_the_answers_of_what_was_dropped_are_summed_by_their_weights(one_layer, dtype):
     probs = sharp_probs(6)
-    plan = planned(4, 2, residual=True, tolerance=0.2)
+    plan = planned(4, 2, use_answers=True, tolerance=0.2)
     scale = jnp.asarray(np.random.default_rng(0).random(ANSWERS), jnp.float32) if dtype == jnp.int8 else None
     known = replace(one_layer, answers=(10 * one_layer.answers).astype(dtype), scale=scale)
-    _, dropped = resolve(probs, 4, plan, known)
+    _, dropped = resolve(probs, 4, replace(plan, answers=known))
     total, host = known.total(dropped), np.asarray(known.answers.astype(jnp.float32))
     assert total.dtype == jnp.float32 and total.shape == (BATCH, LENGTH, HIDDEN)
     for at in np.ndindex(BATCH, LENGTH):

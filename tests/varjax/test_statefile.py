@@ -16,8 +16,8 @@ from varjax import statefile
 from varjax.cache import since
 from varjax.config import LayerPolicy, VARConfig
 from varjax.routing import top_k
-from varjax.step import Counters, Settings, VARState, commit, init, milliseconds, plan
-from varjax.table import build
+from varjax.step import Counters, Settings, VARState, commit, init, plan, timestamp
+from varjax.table import build_table
 
 LAYERS, EXPERTS, TOP_K = 3, 5, 2
 CONFIG = VARConfig(
@@ -27,16 +27,16 @@ CONFIG = VARConfig(
     cache_size=16,
     cache_ttl_seconds=0.3,
     context_window_size=2,
-    default=LayerPolicy(experts_kept=1, residual=False, orders=(1, 2)),
+    default=LayerPolicy(experts_kept=1, use_answers=False, ngram_orders=(1, 2)),
 )
 ABOUT = {"fingerprint": "abc", "cache_size": 16}
 WITHOUT = replace(
-    CONFIG, cache_size=0, default=LayerPolicy(experts_kept=1, residual=False)
+    CONFIG, cache_size=0, default=LayerPolicy(experts_kept=1, use_answers=False)
 )  # `recent` is empty, [B, 0]
 
 
 def table_of(random_stats, config):
-    return build(random_stats(np.random.default_rng(8), LAYERS, EXPERTS), config, TOP_K)
+    return build_table(config, random_stats(np.random.default_rng(8), LAYERS, EXPERTS), top_k=TOP_K)
 
 
 @jax.jit
@@ -52,7 +52,7 @@ def run(table, config, state, times, origin):
         rng = np.random.default_rng(round(time * 100))
         ids = jnp.asarray(rng.integers(0, 7, (2, 4)), jnp.int32)
         probs = jnp.asarray(rng.dirichlet(np.full(EXPERTS, 0.4), (LAYERS, 2, 4)), jnp.float32)
-        planned, state = step(table, state, ids, probs, milliseconds(origin + time), Settings.of(config, LAYERS))
+        planned, state = step(table, state, ids, probs, timestamp(origin + time), Settings.of(config, LAYERS))
         plans.append(planned)
     return plans, state
 
@@ -76,23 +76,23 @@ def test_what_goes_on_after_loading_equals_never_having_stopped(random_stats, tm
     _, state = run(table, config, init(table, config, 2), times[:6], origin)
     for first, next_origin in ((6, -1e5), (12, 7e4), (18, 4e6)):
         piece = times[first : first + 6]
-        statefile.save(tmp_path, state, milliseconds(origin + piece[0]), ABOUT)
+        statefile.save(tmp_path, state, origin + piece[0], ABOUT)
         origin = next_origin
-        state = statefile.load(tmp_path, init(table, config, 1), milliseconds(origin + piece[0]), ABOUT)
+        state = statefile.load(tmp_path, init(table, config, 1), origin + piece[0], ABOUT)
         ours, state = run(table, config, state, piece, origin)
         assert same(ours, plans[first : first + 6])
     assert same(state.counters, whole.counters) and same(state.recent, whole.recent)
     if config is CONFIG:
         now = times[-1]
         assert same(
-            replace(state.cache, stamp=since(state.cache.stamp, milliseconds(origin + now))),
-            replace(whole.cache, stamp=since(whole.cache.stamp, milliseconds(now))),
+            replace(state.cache, stamp=since(state.cache.stamp, timestamp(origin + now))),
+            replace(whole.cache, stamp=since(whole.cache.stamp, timestamp(now))),
         )
 
 
 def test_a_state_that_does_not_belong_here_is_refused_in_one_error(random_stats, tmp_path):
     table = table_of(random_stats, CONFIG)
-    state, now = init(table, CONFIG, 2), milliseconds(0)
+    state, now = init(table, CONFIG, 2), 0.0
     statefile.save(tmp_path, state, now, ABOUT)
 
     def refused(like, about, *named):
@@ -113,7 +113,7 @@ def test_a_state_that_does_not_belong_here_is_refused_in_one_error(random_stats,
 
 def test_another_format_and_what_is_no_state_are_refused(random_stats, tmp_path, monkeypatch):
     table = table_of(random_stats, CONFIG)
-    state, now = init(table, CONFIG, 2), milliseconds(0)
+    state, now = init(table, CONFIG, 2), 0.0
     with pytest.raises(FileNotFoundError, match=r"nowhere: no state was saved"):
         statefile.load(tmp_path / "nowhere", state, now, ABOUT)
     assert not (tmp_path / "nowhere").exists()

@@ -76,7 +76,7 @@ def assert_same(a: RoutingStats, b: RoutingStats, tolerance: float) -> None:
     """Counts exactly, the rest within a tolerance relative to values of about 1."""
     for name in ("keys", "count", "top1_counts", "nonfinite", "absent"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
-    assert (a.orders, a.tokens, a.documents) == (b.orders, b.tokens, b.documents)
+    assert (a.ngram_orders, a.tokens, a.documents) == (b.ngram_orders, b.tokens, b.documents)
     np.testing.assert_allclose(a.sum_probs, b.sum_probs, tolerance, tolerance)
     for ours, theirs in ((a.entropy, b.entropy), (a.confidence, b.confidence)):
         for name, value in vars(ours).items():
@@ -253,4 +253,4 @@ def test_spread_puts_layers_where_they_belong():
     np.testing.assert_array_equal(wide.count[[1, 3]], some.count)
     np.testing.assert_array_equal(wide.entropy.mean[[1, 3]], some.entropy.mean)
     assert not wide.count[[0, 2, 4]].any() and np.isnan(wide.confidence.max[[0, 2, 4]]).all()
-    assert (wide.tokens, wide.orders) == (some.tokens, some.orders)
+    assert (wide.tokens, wide.ngram_orders) == (some.tokens, some.ngram_orders)

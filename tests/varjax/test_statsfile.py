@@ -49,7 +49,7 @@ def some_stats(seed: int) -> RoutingStats:
 
     return RoutingStats(
         keys=KEYS,
-        orders=ORDERS,
+        ngram_orders=ORDERS,
         count=count,
         entropy=moments(),
         confidence=moments(),
@@ -77,7 +77,7 @@ def assert_same(a: RoutingStats, b: RoutingStats) -> None:
     for name in ("keys", "count", "top1_counts", "nonfinite", "absent"):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
         assert getattr(a, name).dtype == getattr(b, name).dtype
-    assert (a.orders, a.tokens, a.documents) == (b.orders, b.tokens, b.documents)
+    assert (a.ngram_orders, a.tokens, a.documents) == (b.ngram_orders, b.tokens, b.documents)
     np.testing.assert_allclose(a.sum_probs, b.sum_probs, 1e-14)
     for ours, theirs in ((a.entropy, b.entropy), (a.confidence, b.confidence)):
         np.testing.assert_allclose(tuple(vars(ours).values()), tuple(vars(theirs).values()), 1e-13)
@@ -135,7 +135,7 @@ def test_a_single_layer_file_with_only_the_required_columns(tmp_path):
     path = tmp_path / "foreign.parquet"
     SPEC_ONLY.to_parquet(path)
     stats, meta = statsfile.read(path)
-    assert (stats.keys.tolist(), stats.orders) == ([[5], [9], [3]], (1,))
+    assert (stats.keys.tolist(), stats.ngram_orders) == ([[5], [9], [3]], (1,))
     assert stats.count.tolist() == [[10, 4, 1]]
     assert stats.top1_counts.tolist() == [[[0, 0, 8], [2, 0, 0], [0, 1, 0]]]
     np.testing.assert_allclose(stats.mean_probs[0, 0], [0.1, 0.1, 0.8])

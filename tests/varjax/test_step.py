@@ -14,8 +14,8 @@ import varjax
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import NONE
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, resolve
-from varjax.step import Counters, Settings, begin, commit, init, milliseconds, plan, summary
-from varjax.table import build, fast_plan
+from varjax.step import Counters, Settings, begin, commit, init, plan, summary, timestamp
+from varjax.table import build_table, fast_plan
 from varjax.wide import WideCount
 
 LAYERS, EXPERTS, TOP_K = 3, 5, 2
@@ -27,7 +27,7 @@ CONFIG = VARConfig(
     cache_ttl_seconds=10.0,
     context_window_size=3,
     mass_threshold=0.7,
-    default=LayerPolicy(experts_kept=1, residual=False, orders=(1, 2)),
+    default=LayerPolicy(experts_kept=1, use_answers=False, ngram_orders=(1, 2)),
     cache_layers=(1, 2),
 )
 SETTINGS = Settings.of(CONFIG, LAYERS)
@@ -38,7 +38,7 @@ commit_jit = jax.jit(commit, donate_argnums=0)
 
 @pytest.fixture(scope="module")
 def table(random_stats):
-    return build(random_stats(np.random.default_rng(8), LAYERS, EXPERTS), CONFIG, TOP_K, keep_shapes=True)
+    return build_table(CONFIG, random_stats(np.random.default_rng(8), LAYERS, EXPERTS), top_k=TOP_K, keep_shapes=True)
 
 
 def router(token_ids: np.ndarray) -> np.ndarray:
@@ -51,9 +51,9 @@ def run_step(table, state, token_ids, now, mask=None, how=SETTINGS):
     """One step with a model that is nothing but routers -> plan, what ran, state."""
     token_ids = jnp.asarray(token_ids, jnp.int32)
     probs = jnp.asarray(router(np.asarray(token_ids)))
-    planned = plan_jit(table, state, token_ids, milliseconds(now), how, mask)
+    planned = plan_jit(table, state, token_ids, timestamp(now), how, mask)
     routing = jax.vmap(lambda p, layer: resolve(p, TOP_K, layer)[0])(probs, planned)
-    state = commit_jit(state, planned, token_ids, routing, probs, milliseconds(now), how, mask)
+    state = commit_jit(state, planned, token_ids, routing, probs, timestamp(now), how, mask)
     return jax.tree.map(np.asarray, planned), jax.tree.map(np.asarray, routing), state
 
 
@@ -82,7 +82,7 @@ def test_what_was_learned_with_confidence_is_remembered_with_enough_experts(tabl
 
 
 def test_milliseconds_wrap_around_and_only_differences_count(table):
-    assert [int(milliseconds(s)) for s in (0.0, 1.5, 2**31 / 1000, 2**32 / 1000 + 1)] == [0, 1500, -(2**31), 1000]
+    assert [int(timestamp(s)) for s in (0.0, 1.5, 2**31 / 1000, 2**32 / 1000 + 1)] == [0, 1500, -(2**31), 1000]
     ids = np.array([[8, 9, 10, 11, 12, 13, 14, 15]])
     for origin in (0.0, (2**31 - 3000) / 1000, 3600e3):  # the second wraps around between the steps
         _, _, state = run_step(table, init(table, CONFIG, 1), ids, origin)
@@ -198,9 +198,9 @@ def test_without_a_cache_there_are_two_tiers(table):
 @pytest.mark.parametrize("cache_size", [0, 64])
 def test_order_0_plans_every_real_token_and_nothing_else(random_stats, cache_size):
     """As the simple alternatives do. It predicts nothing, so nothing it does is a misprediction."""
-    policy = LayerPolicy(experts_kept=1, residual=False, orders=(0,))
+    policy = LayerPolicy(experts_kept=1, use_answers=False, ngram_orders=(0,))
     config = replace(CONFIG, default=policy, cache_size=cache_size)
-    table = build(random_stats(np.random.default_rng(8), LAYERS, EXPERTS), config, TOP_K)
+    table = build_table(config, random_stats(np.random.default_rng(8), LAYERS, EXPERTS), top_k=TOP_K)
     ids, mask = np.arange(16).reshape(2, 8), np.random.default_rng(0).random((2, 8)) < 0.7
     state, how = init(table, config, 2), Settings.of(config, LAYERS)
     for now in range(2):
@@ -214,17 +214,19 @@ def test_order_0_plans_every_real_token_and_nothing_else(random_stats, cache_siz
 def test_the_second_step_and_another_policy_compile_nothing(random_stats):
     stats = random_stats(np.random.default_rng(8), LAYERS, EXPERTS)
     others = [
-        replace(CONFIG, default=LayerPolicy(experts_kept=0, residual=False, gate_ratio=0.4)),
+        replace(CONFIG, default=LayerPolicy(experts_kept=0, use_answers=False, gate_ratio=0.4)),
         replace(CONFIG, frequency_threshold=2, confidence_threshold=0.9, mass_threshold=0.5, cache_ttl_seconds=1.0),
         replace(CONFIG, layers={0: None}, cache_layers=None),
-        replace(CONFIG, default=LayerPolicy(experts_kept=2, residual=False, gate_mass=0.7, orders=(0,))),
+        replace(CONFIG, default=LayerPolicy(experts_kept=2, use_answers=False, gate_mass=0.7, ngram_orders=(0,))),
     ]
-    state = init(build(stats, CONFIG, TOP_K, keep_shapes=True), CONFIG, 1)
+    state = init(build_table(CONFIG, stats, top_k=TOP_K, keep_shapes=True), CONFIG, 1)
     ids = np.array([[0, 1, 9, 3, 11, 8, 9, 2]])
     compiled = None
     for now, config in enumerate([CONFIG, CONFIG, *others]):
         how = Settings.of(config, LAYERS)
-        _, _, state = run_step(build(stats, config, TOP_K, keep_shapes=True), state, ids, float(now), None, how)
+        _, _, state = run_step(
+            build_table(config, stats, top_k=TOP_K, keep_shapes=True), state, ids, float(now), None, how
+        )
         sizes = (plan_jit._cache_size(), commit_jit._cache_size())
         assert compiled in (None, sizes)
         compiled = sizes

@@ -15,17 +15,17 @@ from varjax.keys import ANY, NONE, contexts
 from varjax.routing import FAST, LEARNED, NO_ANSWER, NO_ROW, Dropped
 from varjax.shrinkage import shrunk
 from varjax.stats import RoutingStats
-from varjax.table import build, fast_plan, with_policies
+from varjax.table import build_table, fast_plan, with_policies
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 4, 5, 3, 2
 POLICIES = {
-    0: LayerPolicy(experts_kept=1, orders=(1, 2)),
+    0: LayerPolicy(experts_kept=1, ngram_orders=(1, 2)),
     1: None,
-    2: LayerPolicy(experts_kept=None, residual=False, orders=(2,), choice_from="table", frequency_threshold=3),
-    3: LayerPolicy(experts_kept=None, tolerance=0.5, orders=(0, 1), entropy_threshold=0.9),
+    2: LayerPolicy(experts_kept=None, use_answers=False, ngram_orders=(2,), choice_from="table", frequency_threshold=3),
+    3: LayerPolicy(experts_kept=None, tolerance=0.5, ngram_orders=(0, 1), entropy_threshold=0.9),
 }
 CONFIG = VARConfig(
-    frequency_threshold=8, entropy_threshold=0.6, mass_threshold=0.8, residual_shrinkage=2.0, layers=POLICIES
+    frequency_threshold=8, entropy_threshold=0.6, mass_threshold=0.8, answer_shrinkage=2.0, layers=POLICIES
 )
 COLLECTED = (0, 3)
 
@@ -48,7 +48,7 @@ def slow_plan(context, layer, stats, answers):
     policy = CONFIG.policy(layer)
     if policy is None:
         return None
-    for order in sorted(policy.orders, reverse=True):
+    for order in sorted(policy.ngram_orders, reverse=True):
         key = [ANY] * (2 - order) + list(context[2 - order :])
         at = [r for r, k in enumerate(stats.keys.tolist()) if k == key]
         if order > 0 and (not at or stats.count[layer, at[0]] < policy.frequency_threshold):
@@ -56,7 +56,7 @@ def slow_plan(context, layer, stats, answers):
         if order > 0 and not stats.entropy.mean[layer, at[0]] <= policy.entropy_threshold:
             continue
         found = None
-        if policy.residual:
+        if policy.use_answers:
             found = [slow_answer(key, expert, layer, answers) for expert in range(EXPERTS)]
             if all(answer == NO_ANSWER for answer in found):
                 continue
@@ -80,18 +80,20 @@ def test_the_plan_equals_the_slow_one(random_stats, random_answers, seed):
     rng = np.random.default_rng(seed)
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
-    assert_plan_is_right(build(stats, CONFIG, TOP_K, answers, keep_shapes=True), stats, answers, rng)
+    assert_plan_is_right(build_table(CONFIG, stats, answers, top_k=TOP_K, keep_shapes=True), stats, answers, rng)
 
 
 def test_the_plan_is_the_same_when_useless_rows_are_dropped(random_stats, random_answers):
     rng = np.random.default_rng(0)
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
-    table = build(stats, CONFIG, TOP_K, answers)
+    table = build_table(CONFIG, stats, answers, top_k=TOP_K)
     assert len(table.index.keys) < len(stats.keys)
     rows = len(table.index.keys)
     assert [known.entry.shape[0] for known in table.answers] == [rows, 1, 1, rows]
-    for known, whole in zip(table.answers, build(stats, CONFIG, TOP_K, answers, keep_shapes=True).answers, strict=True):
+    for known, whole in zip(
+        table.answers, build_table(CONFIG, stats, answers, top_k=TOP_K, keep_shapes=True).answers, strict=True
+    ):
         assert len(np.unique(known.entry[known.entry != NO_ANSWER])) in (len(known.answers), 0)  # none is idle
         assert len(known.answers) <= len(whole.answers)
     assert_plan_is_right(table, stats, answers, rng)
@@ -104,7 +106,7 @@ def assert_plan_is_right(table, stats, answers, rng):
     entries, rows, deviations = (
         [np.asarray(getattr(known, name)) for known in table.answers] for name in ("entry", "answers", "deviation")
     )
-    estimates = {layer: shrunk(answers, layer, CONFIG.residual_shrinkage) for layer in COLLECTED}
+    estimates = {layer: shrunk(answers, layer, CONFIG.answer_shrinkage) for layer in COLLECTED}
     for l, b, t in np.ndindex(plan.tier.shape):
         expected = slow_plan(np.asarray(context)[b, t].tolist(), l, stats, answers)
         if expected is None:
@@ -127,8 +129,10 @@ def assert_plan_is_right(table, stats, answers, rng):
 
 def test_rows_that_no_layer_may_use_are_dropped(random_stats):
     stats = random_stats(np.random.default_rng(4), LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False, orders=(1, 2)), frequency_threshold=15)
-    table = build(stats, config, TOP_K)
+    config = VARConfig(
+        default=LayerPolicy(experts_kept=1, use_answers=False, ngram_orders=(1, 2)), frequency_threshold=15
+    )
+    table = build_table(config, stats, top_k=TOP_K)
     usable = ((stats.count >= 15) & (stats.entropy.mean <= config.entropy_threshold)).any(axis=0)
     assert 0 < usable.sum() < len(usable)
     np.testing.assert_array_equal(table.index.keys, stats.keys[usable])
@@ -138,10 +142,10 @@ def test_rows_that_no_layer_may_use_are_dropped(random_stats):
 
 def test_a_table_without_any_eligible_row_leaves_everything_open(random_stats):
     stats = random_stats(np.random.default_rng(0), LAYERS, EXPERTS)
-    config = VARConfig(frequency_threshold=10**6, default=LayerPolicy(residual=False))
+    config = VARConfig(frequency_threshold=10**6, default=LayerPolicy(use_answers=False))
     context = contexts(jnp.asarray([[0, 1, 2, 3]], jnp.int32), jnp.full((1, 1), NONE, jnp.int32), 2)
     for nothing in (config, replace(config, default=None)):
-        assert (np.asarray(fast_plan_jit(build(stats, nothing, TOP_K), context).tier) == LEARNED).all()
+        assert (np.asarray(fast_plan_jit(build_table(nothing, stats, top_k=TOP_K), context).tier) == LEARNED).all()
 
 
 def test_any_policy_has_the_same_shapes_and_compiles_nothing_new(random_stats, random_answers):
@@ -150,15 +154,15 @@ def test_any_policy_has_the_same_shapes_and_compiles_nothing_new(random_stats, r
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
     context = jnp.zeros((1, 3, 2), jnp.int32)
     plans = jax.jit(fast_plan)
-    no_residual = LayerPolicy(experts_kept=2, residual=False, orders=(2,))
+    no_residual = LayerPolicy(experts_kept=2, use_answers=False, ngram_orders=(2,))
     configs = [
         CONFIG,
         replace(CONFIG, layers={**POLICIES, 0: LayerPolicy(experts_kept=0)}),
         VARConfig(default=None),
         VARConfig(default=no_residual, frequency_threshold=3),
-        VARConfig(default=LayerPolicy(experts_kept=2, residual=False, gate_mass=0.5, orders=(0,))),
+        VARConfig(default=LayerPolicy(experts_kept=2, use_answers=False, gate_mass=0.5, ngram_orders=(0,))),
     ]
-    tables = [build(stats, config, TOP_K, answers, keep_shapes=True) for config in configs]
+    tables = [build_table(config, stats, answers, top_k=TOP_K, keep_shapes=True) for config in configs]
     plans(tables[0], context)
     compiled = plans._cache_size()
     for table in tables:
@@ -177,17 +181,19 @@ def test_only_a_table_of_all_rows_takes_other_policies(random_stats, random_answ
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
     other = replace(CONFIG, frequency_threshold=3)
-    changed = with_policies(build(stats, CONFIG, TOP_K, answers, keep_shapes=True), stats, other, answers)
-    np.testing.assert_array_equal(changed.eligible, build(stats, other, TOP_K, answers, keep_shapes=True).eligible)
+    changed = with_policies(build_table(CONFIG, stats, answers, top_k=TOP_K, keep_shapes=True), other, stats, answers)
+    np.testing.assert_array_equal(
+        changed.eligible, build_table(other, stats, answers, top_k=TOP_K, keep_shapes=True).eligible
+    )
     with pytest.raises(ValueError, match="build the table from these statistics with keep_shapes=True"):
-        with_policies(build(stats, CONFIG, TOP_K, answers), stats, other, answers)
+        with_policies(build_table(CONFIG, stats, answers, top_k=TOP_K), other, stats, answers)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"answer_dtype": "int8"}, "answer_dtype float32, the config has int8"),
-        ({"residual_shrinkage": 7.5}, "residual_shrinkage 2.0, the config has 7.5"),
+        ({"answer_shrinkage": 7.5}, "answer_shrinkage 2.0, the config has 7.5"),
         ({"answers_per_layer": 3}, "answers_per_layer unbounded, the config has 3"),
     ],
 )
@@ -195,21 +201,21 @@ def test_a_table_does_not_take_settings_that_it_was_not_built_with(random_stats,
     rng = np.random.default_rng(1)
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
-    table = build(stats, CONFIG, TOP_K, answers, keep_shapes=True)
+    table = build_table(CONFIG, stats, answers, top_k=TOP_K, keep_shapes=True)
     other = replace(CONFIG, **changes)
     with pytest.raises(ValueError, match=f"the table was built with {message}: other policies cannot change that"):
-        with_policies(table, stats, other, answers)
-    same = with_policies(build(stats, other, TOP_K, answers, keep_shapes=True), stats, other, answers)
+        with_policies(table, other, stats, answers)
+    same = with_policies(build_table(other, stats, answers, top_k=TOP_K, keep_shapes=True), other, stats, answers)
     shares = jax.tree.structure(same) == jax.tree.structure(table)
     assert shares or changes == {"answer_dtype": "int8"}  # tables that differ in the others share their programs
     with pytest.raises(ValueError, match="the table holds some, and none are given"):
-        with_policies(table, stats, CONFIG)
+        with_policies(table, CONFIG, stats)
 
 
 def test_without_normalization_the_weights_are_mean_probabilities(random_stats):
     stats = random_stats(np.random.default_rng(2), LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False))
-    table = build(stats, config, EXPERTS, normalize=False, keep_shapes=True)
+    config = VARConfig(default=LayerPolicy(experts_kept=1, use_answers=False))
+    table = build_table(config, stats, top_k=EXPERTS, normalize=False, keep_shapes=True)
     seen = np.pad(stats.count > 0, ((0, 0), (0, 1)))  # order 0 comes last, and predicts nothing
     best = -np.sort(-stats.mean_probs[seen[:, :-1]], axis=-1)
     np.testing.assert_allclose(np.asarray(table.routing.weights)[seen], best, rtol=1e-6)
@@ -220,10 +226,10 @@ def test_without_normalization_the_weights_are_mean_probabilities(random_stats):
     ("changes", "message"),
     [
         (
-            {"layers": {2: LayerPolicy(experts_kept=4, residual=False)}},
+            {"layers": {2: LayerPolicy(experts_kept=4, use_answers=False)}},
             r"layer 2: experts_kept=4, but the model runs only 3",
         ),
-        ({"layers": {1: LayerPolicy(experts_kept=1, residual=False, orders=(3,))}}, r"layer 1: orders \[3\]"),
+        ({"layers": {1: LayerPolicy(experts_kept=1, use_answers=False, ngram_orders=(3,))}}, r"layer 1: orders \[3\]"),
         (
             {"layers": {1: LayerPolicy(experts_kept=1)}},
             r"layer 1: it has no answers \(there are those of layers \[0, 3\]\)",
@@ -235,26 +241,26 @@ def test_without_normalization_the_weights_are_mean_probabilities(random_stats):
 def test_a_policy_that_cannot_be_carried_out_is_explained(random_stats, random_answers, changes, message):
     rng = np.random.default_rng(3)
     stats = random_stats(rng, LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False), **changes)
+    config = VARConfig(default=LayerPolicy(experts_kept=1, use_answers=False), **changes)
     with pytest.raises(ValueError, match=message):
-        build(stats, config, TOP_K, random_answers(rng, stats, COLLECTED, HIDDEN))
+        build_table(config, stats, random_answers(rng, stats, COLLECTED, HIDDEN), top_k=TOP_K)
 
 
 def test_answers_of_another_shape_are_refused(random_stats):
     stats = random_stats(np.random.default_rng(3), LAYERS, EXPERTS)
-    config = VARConfig(default=LayerPolicy(experts_kept=1, residual=False))
+    config = VARConfig(default=LayerPolicy(experts_kept=1, use_answers=False))
     for keys, experts in ((stats.keys[:, 1:][:0], EXPERTS), (stats.keys, EXPERTS - 1)):
         with pytest.raises(ValueError, match=r"answers have \(ids per key, experts\) .*, the statistics \(2, 5\)"):
-            build(stats, config, TOP_K, Answers.empty(keys, COLLECTED, experts, HIDDEN))
+            build_table(config, stats, Answers.empty(keys, COLLECTED, experts, HIDDEN), top_k=TOP_K)
 
 
 def test_answers_that_were_never_collected_are_missed(random_stats):
     stats = random_stats(np.random.default_rng(3), LAYERS, EXPERTS)
-    with pytest.raises(ValueError, match=r"layer 0: .*there are none\); collect them or set residual=False"):
-        build(stats, VARConfig(), TOP_K)
+    with pytest.raises(ValueError, match=r"layer 0: .*there are none\); collect them or set use_answers=False"):
+        build_table(VARConfig(), stats, top_k=TOP_K)
     empty = RoutingStats.empty(np.zeros((0, 2), np.int32), (1, 2), LAYERS, EXPERTS)
     with pytest.raises(ValueError, match="no key at all"):
-        build(empty, VARConfig(), TOP_K)
+        build_table(VARConfig(), empty, top_k=TOP_K)
 
 
 def test_a_layer_whose_answers_are_at_no_admitted_key_stays_open(random_stats, random_answers):
@@ -263,11 +269,11 @@ def test_a_layer_whose_answers_are_at_no_admitted_key_stays_open(random_stats, r
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
     answers = replace(answers, entry=np.where([[[True]], [[False]]], answers.entry, NO_ANSWER))
-    layers = {0: LayerPolicy(orders=(1, 2)), 3: LayerPolicy(orders=(1, 2))}
+    layers = {0: LayerPolicy(ngram_orders=(1, 2)), 3: LayerPolicy(ngram_orders=(1, 2))}
     config = VARConfig(default=None, layers=layers, frequency_threshold=1, entropy_threshold=9.0)
     context = contexts(jnp.asarray([[0, 1, 2, 3]], jnp.int32), jnp.full((1, 1), NONE, jnp.int32), 2)
     for keep_shapes in (False, True):
-        table = build(stats, config, TOP_K, answers, keep_shapes=keep_shapes)
+        table = build_table(config, stats, answers, top_k=TOP_K, keep_shapes=keep_shapes)
         tier = np.asarray(fast_plan_jit(table, context).tier)
         assert (tier[0] == FAST).any() and (tier[3] == LEARNED).all()
         assert (table.answers[3].entry == NO_ANSWER).all() and len(table.answers[3].answers) >= 1
@@ -277,10 +283,10 @@ def test_order_0_plans_known_and_unknown_tokens_alike_but_no_padding(random_stat
     rng = np.random.default_rng(6)
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
-    config = VARConfig(default=None, layers={3: LayerPolicy(experts_kept=0, orders=(0,))})
+    config = VARConfig(default=None, layers={3: LayerPolicy(experts_kept=0, ngram_orders=(0,))})
     ids, mask = rng.integers(0, 40, size=(2, 9)), rng.random((2, 9)) < 0.7
     seen = contexts(jnp.asarray(ids, jnp.int32), jnp.full((2, 0), NONE, jnp.int32), 1, jnp.asarray(mask))
-    plan = jax.tree.map(np.asarray, fast_plan_jit(build(stats, config, TOP_K, answers), seen))
+    plan = jax.tree.map(np.asarray, fast_plan_jit(build_table(config, stats, answers, top_k=TOP_K), seen))
     np.testing.assert_array_equal(plan.tier[3], np.where(mask, FAST, LEARNED))
     np.testing.assert_array_equal(plan.row[3], np.where(mask, 0, NO_ROW))
     assert (plan.tier[:3] == LEARNED).all()
@@ -293,7 +299,8 @@ def test_smaller_answers_are_within_their_rounding(random_stats, random_answers,
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
     full, small = (
-        build(stats, replace(CONFIG, answer_dtype=kind), TOP_K, answers).answers for kind in ("float32", dtype)
+        build_table(replace(CONFIG, answer_dtype=kind), stats, answers, top_k=TOP_K).answers
+        for kind in ("float32", dtype)
     )
     for exact, rounded in zip(full, small, strict=True):
         assert rounded.answers.dtype == dtype and (rounded.scale is None) == (dtype != "int8")

@@ -117,7 +117,7 @@ def test_the_study_writes_what_it_prints(
     meta = {"fingerprint": saved_model.fingerprint, "model": "tiny"}
     statsfile.write(tmp_path / "routing_stats.parquet", collected.stats, meta)
     meta |= {"statistics": statsfile.identity(tmp_path / "routing_stats.parquet")}
-    answersfile.write(tmp_path / "routing_stats.residuals.safetensors", collected.answers, meta)
+    answersfile.write(tmp_path / "routing_stats.answers.safetensors", collected.answers, meta)
     command = f"audit_study --model {model_directory} --dataset {even_corpus} --foreign {corpus_file} --repeats 2"
     command += f" --max_length 32 --routing_stats {tmp_path}/routing_stats.parquet"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--output", str(tmp_path / "audit.json")])

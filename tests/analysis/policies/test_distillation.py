@@ -14,10 +14,10 @@ from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
 from varjax.routing import NO_ANSWER
 from varjax.shrinkage import lineage, shrunk
-from varjax.table import build
+from varjax.table import build_table
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
-POLICY = LayerPolicy(experts_kept=0, orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
+POLICY = LayerPolicy(experts_kept=0, ngram_orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
 CONFIG = VARConfig(default=POLICY, cache_size=0)
 SETTINGS = DistilConfig(steps=52, batch_size=8, max_length=16, learning_rate=0.03, min_count=8)
 
@@ -39,7 +39,7 @@ def test_training_brings_the_model_nearer_to_the_full_one(saved_model, even_docu
     plain, _ = score(plain_runner(saved_model), None, even_documents[:80], **READING)
     losses = {}
     for name, some in {"means": answers, "distilled": distilled.answers}.items():
-        table = build(stats, CONFIG, 2, some)
+        table = build_table(CONFIG, stats, some, top_k=2)
         var_model = VARModel(saved_model, CONFIG, table=table)
         scores, _ = score(var_runner(var_model), var_model.init(), even_documents[:80], **READING)
         losses[name] = scores.nll_per_token - plain.nll_per_token
@@ -49,8 +49,8 @@ def test_training_brings_the_model_nearer_to_the_full_one(saved_model, even_docu
 
 def test_training_leaves_the_deviations_and_what_no_trained_answer_stands_above(collected, distilled):
     for layer in range(2):
-        before = shrunk(collected[1], layer, CONFIG.residual_shrinkage)
-        after = shrunk(distilled.answers, layer, CONFIG.residual_shrinkage)
+        before = shrunk(collected[1], layer, CONFIG.answer_shrinkage)
+        after = shrunk(distilled.answers, layer, CONFIG.answer_shrinkage)
         np.testing.assert_array_equal(after.answers, distilled.answers.mean[layer])
         known = collected[1].count[layer] > 0  # the others only fill up
         np.testing.assert_allclose(after.deviation[known], before.deviation[known], rtol=1e-6)
@@ -91,7 +91,7 @@ def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, even
     settings = dataclasses.replace(SETTINGS, steps=1, min_count=1)
     found = distill(saved_model, stats, answers, even_documents[:1], CONFIG, settings, progress=False).answers
     moved = [
-        np.any(found.mean[layer] != shrunk(answers, layer, CONFIG.residual_shrinkage).answers, axis=-1)
+        np.any(found.mean[layer] != shrunk(answers, layer, CONFIG.answer_shrinkage).answers, axis=-1)
         for layer in range(2)
     ]
     assert all(0 < one.sum() < len(one) for one in moved)

@@ -44,10 +44,10 @@ def test_the_config_that_was_chosen_does_what_was_measured(saved_model, even_doc
     from analysis.evaluate.quality import plain_runner, score, var_runner
     from varjax.model import VARModel
     from varjax.step import summary
-    from varjax.table import build
+    from varjax.table import build_table
 
     result = found(0.01)
-    table = build(collected[0], result.config, saved_model.config.top_k, collected[1])
+    table = build_table(result.config, collected[0], collected[1], top_k=saved_model.config.top_k)
     var_model = VARModel(saved_model, result.config, table=table)
     scoring = {"documents": even_documents[100:], **READING}
     plain, _ = score(plain_runner(saved_model), None, **scoring)

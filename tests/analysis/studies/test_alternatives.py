@@ -21,7 +21,7 @@ from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, routed_forward
 from varjax.routing import NO_ANSWER
 from varjax.step import summary
-from varjax.table import build, with_policies
+from varjax.table import build_table, with_policies
 
 READING = {"batch_size": 20, "max_length": 16}
 LAYERS = 2
@@ -34,7 +34,7 @@ def subject(saved_model, collected) -> Subject:
         layer: LayerPolicy(
             experts_kept=None,
             tolerance=candidate_tolerances(collected.answers, layer, 1.0)[1],
-            orders=(1, 2),
+            ngram_orders=(1, 2),
             frequency_threshold=5,
             entropy_threshold=2.0,
         )
@@ -46,7 +46,7 @@ def subject(saved_model, collected) -> Subject:
 
 @pytest.fixture(scope="module")
 def table(subject):
-    return build(subject.stats, subject.config, 2, subject.answers, keep_shapes=True)
+    return build_table(subject.config, subject.stats, subject.answers, top_k=2, keep_shapes=True)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,9 @@ def test_one_mean_per_expert_answers_every_token_with_what_the_expert_says_on_av
 
 
 def test_var_at_scale_one_is_the_given_policy(subject, run):
-    var_model = VARModel(subject.model, subject.config, table=build(subject.stats, subject.config, 2, subject.answers))
+    var_model = VARModel(
+        subject.model, subject.config, table=build_table(subject.config, subject.stats, subject.answers, top_k=2)
+    )
     given, _ = score(var_runner(var_model), var_model.init(), subject.documents, progress=False, **READING)
     nll, counted = run(VAR, SCALES.index(1.0))
     np.testing.assert_allclose(nll, given.nll, rtol=1e-6)
@@ -162,7 +164,7 @@ def test_without_answers_the_same_tokens_are_planned_and_nothing_stands_in(subje
     point = family("VAR without answers").points[3]
     changed = table_of(subject, table, family("VAR without answers"), point)
     np.testing.assert_array_equal(changed.eligible, table.eligible)
-    assert not np.asarray(changed.rules.residual).any() and np.asarray(changed.rules.renormalize).all()
+    assert not np.asarray(changed.rules.use_answers).any() and np.asarray(changed.rules.renormalize).all()
     assert run("VAR without answers", 3)[1]["tiers"] == run(VAR, 3)[1]["tiers"]
 
 
@@ -171,10 +173,10 @@ def test_without_answers_a_key_that_nothing_answers_stays_with_the_router(subjec
     unknown = subject.answers.entry.copy()
     unknown[:, 1::2] = NO_ANSWER
     fewer = dataclasses.replace(subject, answers=dataclasses.replace(subject.answers, entry=unknown))
-    table = build(fewer.stats, fewer.config, 2, fewer.answers, keep_shapes=True)
+    table = build_table(fewer.config, fewer.stats, fewer.answers, top_k=2, keep_shapes=True)
     null = next(one for one in families(fewer) if one.name == "VAR without answers")
     np.testing.assert_array_equal(table_of(fewer, table, null, null.points[0]).eligible, table.eligible)
-    admitted = with_policies(table, fewer.stats, null.points[0].config, fewer.answers).eligible
+    admitted = with_policies(table, null.points[0].config, fewer.stats, fewer.answers).eligible
     assert np.asarray(table.eligible).sum() < np.asarray(admitted).sum()
 
 
@@ -327,8 +329,6 @@ def test_another_request_is_not_read_back(kept, monkeypatch):
 
     monkeypatch.setattr(scored_points, "score", refuse)
     losses(subject)
-    moved = dataclasses.replace(subject.config, routing_stats="elsewhere.parquet")
-    assert evaluate(dataclasses.replace(subject, config=moved))  # where the files lie decides nothing
     halved = dataclasses.replace(subject.answers, mean=subject.answers.mean / 2)
     for change in ({"max_length": 12}, {"documents": subject.documents[1:]}, {"answers": halved}):
         with pytest.raises(AssertionError, match="scored"):

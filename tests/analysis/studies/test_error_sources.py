@@ -23,10 +23,10 @@ from analysis.studies.error_sources import (
 )
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, routed_forward
-from varjax.table import build
+from varjax.table import build_table
 
 READING = {"batch_size": 16, "max_length": 16}
-POLICY = LayerPolicy(experts_kept=1, orders=(1, 2), frequency_threshold=3, entropy_threshold=9.0)
+POLICY = LayerPolicy(experts_kept=1, ngram_orders=(1, 2), frequency_threshold=3, entropy_threshold=9.0)
 NOTHING = Estimate(0.0, 0.0, 0.0)
 
 
@@ -51,7 +51,7 @@ def run_of(saved_model, split, files):
 
     def run(default, layers=()):
         config = VARConfig(cache_size=0, default=default, layers=layers)
-        table = build(files[0], config, 2, files[1], keep_shapes=True)
+        table = build_table(config, files[0], files[1], top_k=2, keep_shapes=True)
         return token_losses(VARModel(saved_model, config, table=table), split[1], **READING)
 
     return run
@@ -103,7 +103,7 @@ def test_each_kind_of_error_is_that_of_its_config(subject, run_of):
     sources = {"choice_from": ("table", "gate", "table"), "weights_from": ("gate", "table", "table")}
     for index, change in enumerate(kinds(subject)[:3]):
         own = {name: column[index] for name, column in sources.items()}
-        run = run_of(dataclasses.replace(POLICY, experts_kept=2, residual=False, **own))
+        run = run_of(dataclasses.replace(POLICY, experts_kept=2, use_answers=False, **own))
         assert change.experts == 2.0
         assert change.nats.value == pytest.approx(differences(subject.plain, run).mean())
         assert change.nats.value != 0
@@ -142,11 +142,11 @@ def test_a_single_planned_layer_is_all_there_is(subject_of):
 
 def test_dropping_without_answers_is_a_policy_without_residual(subject_of, run_of):
     """Where all tokens are planned and every expert has an answer, both drop alike: the second slot."""
-    everywhere = dataclasses.replace(POLICY, orders=(0,))
+    everywhere = dataclasses.replace(POLICY, ngram_orders=(0,))
     subject = subject_of(default=everywhere)
     _, nothing, rescaled, *first = dropping(subject)
     for change, same, renormalize in zip((nothing, rescaled), first, (False, True), strict=True):
-        run = run_of(dataclasses.replace(everywhere, residual=False, renormalize=renormalize))
+        run = run_of(dataclasses.replace(everywhere, use_answers=False, renormalize=renormalize))
         assert change.experts == 1.0
         assert change.nats.value == pytest.approx(differences(subject.plain, run).mean())
         assert same.experts == 1.0 and same.nats.value == pytest.approx(change.nats.value)
@@ -167,7 +167,7 @@ def test_groups_add_up_to_the_whole(found):
 def test_tokens_are_grouped_by_what_answered(subject, subject_of):
     names = [group.name for group in groups(subject).key]
     assert names == ["the router", "order 1", "order 2"]
-    rarely = dataclasses.replace(POLICY, orders=(1,), frequency_threshold=200)
+    rarely = dataclasses.replace(POLICY, ngram_orders=(1,), frequency_threshold=200)
     cached = subject_of(
         Caching(shared=True), cache_size=500, confidence_threshold=0.0, context_window_size=2, default=rarely
     )

@@ -9,7 +9,7 @@ from analysis.evaluate.quality import plain_runner, score
 from analysis.studies.generation_drift import NOTHING, agreement, drift, ended, log_probability, next_tokens
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
-from varjax.table import build
+from varjax.table import build_table
 
 SIZES = {"prompts": 12, "prompt_tokens": 6, "new_tokens": 10, "batch_size": 8, "samples": 50}
 
@@ -20,9 +20,9 @@ def var_model(saved_model, documents):
     some = [dataclasses.replace(document, ids=document.ids[:16]) for document in documents[:60]]
     reading = {"batch_size": 16, "max_length": 16, "progress": False}
     stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), 2)), **reading)
-    policy = LayerPolicy(experts_kept=0, residual=False, frequency_threshold=2, entropy_threshold=9.0)
+    policy = LayerPolicy(experts_kept=0, use_answers=False, frequency_threshold=2, entropy_threshold=9.0)
     config = VARConfig(cache_size=0, default=policy)
-    return VARModel(saved_model, config, table=build(stats, config, 2))
+    return VARModel(saved_model, config, table=build_table(config, stats, top_k=2))
 
 
 def test_agreement_by_position_of_a_hand_made_example():

@@ -13,7 +13,7 @@ from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
 from varjax.selection import worth
-from varjax.table import build
+from varjax.table import build_table
 
 READING = {"batch_size": 20, "max_length": 16}
 
@@ -21,14 +21,14 @@ READING = {"batch_size": 20, "max_length": 16}
 @pytest.fixture(scope="module")
 def subject(saved_model, collected) -> Subject:
     """Everything that is known may be dropped, whatever the error: bounds alone decide what runs."""
-    policy = LayerPolicy(experts_kept=0, orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
+    policy = LayerPolicy(experts_kept=0, ngram_orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
     config = VARConfig(default=policy, cache_size=0)
     return Subject(saved_model, *collected[:2], config, collected.held_out, samples=100, progress=False, **READING)
 
 
 def bounded(subject, bound: int | None, **options):
     config = dataclasses.replace(subject.config, answers_per_layer=bound)
-    return build(subject.stats, config, 2, subject.answers, **options)
+    return build_table(config, subject.stats, subject.answers, top_k=2, **options)
 
 
 @pytest.mark.parametrize("bound", [1, 7, 40])
@@ -39,7 +39,7 @@ def test_what_is_not_kept_falls_back_to_the_shorter_key_or_runs(subject, bound):
     place = {tuple(key): row for row, key in enumerate(answers.keys.tolist())}
     whole = np.asarray(bounded(subject, None, keep_shapes=True).eligible)
     for layer in range(2):
-        value = worth(answers, layer, subject.config.residual_shrinkage)
+        value = worth(answers, layer, subject.config.answer_shrinkage)
 
         def own(key, expert, layer=layer):
             return answers.entry[layer, place[tuple(key)], expert]
@@ -84,7 +84,9 @@ def test_the_size_is_that_of_the_table_built_without_what_is_never_looked_up(sub
     policy = dataclasses.replace(subject.config.default, frequency_threshold=threshold)
     config = dataclasses.replace(subject.config, default=policy, answer_dtype=dtype, answers_per_layer=30)
     for given in (config, dataclasses.replace(config, layers={0: None})):
-        fixed, small = (build(subject.stats, given, 2, subject.answers, keep_shapes=same) for same in (True, False))
+        fixed, small = (
+            build_table(given, subject.stats, subject.answers, top_k=2, keep_shapes=same) for same in (True, False)
+        )
         size = shipped(fixed)
         assert size.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(small))
         in_answers = [(layer.answers, layer.deviation, layer.scale) for layer in small.answers]

@@ -126,7 +126,7 @@ def test_reports_and_figures_say_so(traces):
 
 def test_a_replay_leaves_them_out(traces):
     by_table, by_cache = (
-        LayerPolicy(experts_kept=1, residual=False, frequency_threshold=least) for least in (5, 10_000)
+        LayerPolicy(experts_kept=1, use_answers=False, frequency_threshold=least) for least in (5, 10_000)
     )
     config = VARConfig(entropy_threshold=9.0, confidence_threshold=0.6, context_window_size=2, cache_layers=(0, 4))
     policies = dict(zip(PLACES, (by_table, by_cache), strict=True))

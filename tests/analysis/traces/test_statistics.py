@@ -84,7 +84,7 @@ def test_statistics_equal_a_dictionary():
     stats = trace_statistics(one, (1, 2), min_count=4)
     oracle = {key: at for order in (1, 2) for key, at in occurrences(one, order).items() if len(at) >= 4}
     keys = [tuple(int(i) for i in key if i >= 0) for key in stats.keys]
-    assert set(keys) == set(oracle) and stats.orders == (1, 2)
+    assert set(keys) == set(oracle) and stats.ngram_orders == (1, 2)
     for row, key in enumerate(keys):
         at = oracle[key]
         for layer in range(2):
