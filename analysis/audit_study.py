@@ -3,8 +3,8 @@
     python -m analysis.audit_study --routing_stats results/phase1/routing_stats.parquet --output results/audit.json
 
 Calibrates on documents of the split `calibrate`, then lets held-out documents of `test` arrive many times in random
-order: once as they are, then with planted faults. Each document is run once per fault; the repeats only reorder what was
-observed, so they share their documents. The cached tier is off, because what it has learned depends on the order.
+order: once as they are, then with planted faults. Each document is run once per fault; the repeats only reorder what
+was observed, so they share their documents. The cached tier is off, because what it has learned depends on the order.
 Writes a JSON file, and next to it the report that is printed, as text and as a page with its figure.
 
 Letters: N documents, M streams (`varjax.streams`).
@@ -350,10 +350,10 @@ def _section(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mappin
     figure = ReportFigure(
         "audit_noticed",
         "What the audit noticed, and how soon",
-        "One row per situation. Bar: the share of the orders of the documents in which drift was declared. Numbers: how "
-        "many documents that took, the median and the most. Dotted line: the promised rate of false alarms.",
-        "Drift is not harm: foreign text is noticed even where VAR loses less on it, and a small fault may cost much or "
-        "nothing. Orders share their documents, so they are not independent.",
+        "One row per situation. Bar: the share of the orders of the documents in which drift was declared. Numbers: "
+        "how many documents that took, the median and the most. Dotted line: the promised rate of false alarms.",
+        "Drift is not harm: foreign text is noticed even where VAR loses less on it, and a small fault may cost much "
+        "or nothing. Orders share their documents, so they are not independent.",
         partial(_draw, outcomes),
     )
     return Section(

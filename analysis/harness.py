@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from analysis.command import name_argument, path_argument, program
-from analysis.evaluate import caching as cached_tier
 from analysis.evaluate.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.evaluate.losses import Caching, add_caching_arguments
 from analysis.inputs import table_files
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--num_fewshot", type=int, help="examples before each question; none: as the task has it")
     parser.add_argument("--batch_size", type=int, default=8, help="requests at a time")
     parser.add_argument("--max_length", type=int, help="tokens read at most; none: the model's max_position_embeddings")
-    cached_tier.add_arguments(parser)
+    add_caching_arguments(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output",
@@ -129,7 +129,7 @@ def _command(args: argparse.Namespace, path: Path) -> None:
         var_model,
         batch_size=args.batch_size,
         max_length=args.max_length,
-        caching=cached_tier.asked(args),
+        caching=Caching.of(args),
         seed=args.seed,
     )
     asked = {"include_path": args.include_path, "limit": args.limit, "num_fewshot": args.num_fewshot}

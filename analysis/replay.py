@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from analysis.command import HelpFormatter, path_argument, program
-from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.evaluate.losses import SECONDS_PER_TOKEN
 from analysis.report.files import write_output
 from analysis.report.output import OUTPUT_HELP, Output
 from analysis.report.provenance import hash_json, provenance

@@ -120,8 +120,8 @@ def family_wise(
 ) -> FamilyWise:
     """Count what the procedures certify, where losses are skewed and correlated between configurations.
 
-    The fixed sequence is in the order of the means of as many other documents. Two wrong procedures for comparison: every
-    mean below the limit, and every betting bound below it, uncorrected.
+    The fixed sequence is in the order of the means of as many other documents. Two wrong procedures for comparison:
+    every mean below the limit, and every betting bound below it, uncorrected.
 
     Args:
         size: documents of a sample.

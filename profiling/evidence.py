@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.evaluate.losses import SECONDS_PER_TOKEN
 from profiling.bottlenecks import Evidence
 from profiling.calls import jitted, prepare, sides
 from profiling.ceilings import Ceilings

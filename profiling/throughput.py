@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.evaluate.losses import SECONDS_PER_TOKEN
 from analysis.resampling import Estimate
 from analysis.text.encoding import Encoded
 from profiling.timing import compare, paired_ratio

@@ -2,7 +2,8 @@
 
 Letters: N documents, M streams (`varjax.streams`).
 
-A document is one observation, however many windows it is read in: their tallies are added up before its means are taken.
+A document is one observation, however many windows it is read in: their tallies are added up before its means are
+taken.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ share that was clipped is reported. The bound is on the mean over documents, in 
 long it is; exp(mean) - 1 is the increase of perplexity, as a geometric mean over documents. The unclipped increase over
 all tokens together is reported as an estimate.
 
-The bound is that of `varjax.bounds.upper_bound`. It holds for every N, provided that the documents are independent draws
-from the population that the certificate is about, and that the loss of one does not depend on those before it, as it
-does with a cached tier that all documents share (`analysis.evaluate.losses`). Three statements, each of which fails in
-at most alpha of all calibrations:
+The bound is that of `varjax.bounds.upper_bound`. It holds for every N, provided that the documents are independent
+draws from the population that the certificate is about, and that the loss of one does not depend on those before it, as
+it does with a cached tier that all documents share (`analysis.evaluate.losses`). Three statements, each of which fails
+in at most alpha of all calibrations:
 
 - the overall bound of a configuration that was named beforehand;
 - all its group bounds together (each at alpha / G);
@@ -358,11 +358,11 @@ def report(certificate: Certificate, facts: Sequence[tuple[str, str]] = ()) -> R
     figure = ReportFigure(
         "certificate_bounds",
         "Measured means and certified bounds",
-        "Dots: the mean increase over documents. Bars reach up to the bound that holds with the stated confidence; a bar "
-        "that ends left of the dashed line is within the limit. Groups are those of the first configuration, the highest "
-        "bounds first.",
-        f"A wide bar means few documents, not a high loss. Groups of fewer than {MIN_DOCUMENTS} documents have no bound "
-        "and are not drawn.",
+        "Dots: the mean increase over documents. Bars reach up to the bound that holds with the stated confidence; a "
+        "bar that ends left of the dashed line is within the limit. Groups are those of the first configuration, the "
+        "highest bounds first.",
+        f"A wide bar means few documents, not a high loss. Groups of fewer than {MIN_DOCUMENTS} documents have no "
+        "bound and are not drawn.",
         partial(_draw, certificate),
     )
     section = Section(
@@ -405,8 +405,8 @@ def sentences(certificate: Certificate) -> list[str]:
         }[certificate.testing]
     words = [
         verdict,
-        f'"At most" bounds a configuration that was named beforehand; such a bound is too low in at most {error} of all '
-        "calibrations. At the same error the bounds of one configuration's groups hold together.",
+        f'"At most" bounds a configuration that was named beforehand; such a bound is too low in at most {error} of '
+        "all calibrations. At the same error the bounds of one configuration's groups hold together.",
         'Covered: the geometric mean over documents, each counted once; "all tokens" weighs them by length and is an '
         f"estimate without guarantee. A document's change counts as {certificate.clip:g} nats per token "
         f"({_percent(certificate.clip)}) at most. {_sample(certificate)}",
@@ -439,7 +439,8 @@ def _sample(certificate: Certificate) -> str:
     about = (
         "a sample of the corpus, drawn by a hash of their text. The bound is about that corpus and text of its kind."
         if drawn.sampled
-        else "not a random sample: the bound is about text like these, and about the corpus only if its order is random."
+        else "not a random sample: the bound is about text like these, and about the corpus only if its order is "
+        "random."
     )
     short = f" Texts of fewer than two tokens were left out ({drawn.short:,})." if drawn.short else ""
     joint = ":" if drawn.sampled else ","

@@ -151,7 +151,11 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
         ),
         (
             "Intervals are 95 %, by bootstrap over documents"
-            + (f"; {documents} documents are too few for an interval to be trusted." if documents < MIN_DOCUMENTS else ".")
+            + (
+                f"; {documents} documents are too few for an interval to be trusted."
+                if documents < MIN_DOCUMENTS
+                else "."
+            )
             + " Criteria are judged by the estimate, as published: where an interval contains the bound, the verdict "
             "may be chance.",
             "Tokens/s and speed-ups are both from the compared run, which timed the plain model and VAR in turns; a "

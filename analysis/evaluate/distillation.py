@@ -5,10 +5,10 @@ positions, V vocabulary.
 
 Means are the best answers one by one, but not together, where layers above read what layers below answered. Here every
 answer gets a correction, found by gradient descent (Adam, Kingma and Ba 2015) on the Kullback-Leibler divergence from
-the full model's next-token distribution to that of the model under its plan, on the documents that the tables were built
-from. Rare answers cannot be trained: an answer is corrected by the sum of the corrections along its line of descent (the
-same expert at the token alone, at the bigram, ...), and only those with enough occurrences have a correction of their
-own. The plan, the gate and the experts do not change.
+the full model's next-token distribution to that of the model under its plan, on the documents that the tables were
+built from. Rare answers cannot be trained: an answer is corrected by the sum of the corrections along its line of
+descent (the same expert at the token alone, at the bigram, ...), and only those with enough occurrences have a
+correction of their own. The plan, the gate and the experts do not change.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Letters: B sequences, T positions, V vocabulary, L layers, R table rows, N documents, M scored tokens.
 
-The unit of evidence is the document: its summed loss, and the tokens, words and bytes that the loss is spread over. Each
-scored token is scored once, given at most `max_length` tokens before it.
+The unit of evidence is the document: its summed loss, and the tokens, words and bytes that the loss is spread over.
+Each scored token is scored once, given at most `max_length` tokens before it.
 
 The settings of `score` that give the published definitions of perplexity:
 
@@ -18,10 +18,10 @@ The settings of `score` that give the published definitions of perplexity:
   after the first by one token less than the mean is over; ours gives every token the same weight.
 
 A document's loss must not depend on the other documents, so by default each document starts with an empty cache, which
-learns from one window of the document to the next. (Within a window it decides nothing: a plan is made before the window
-is read.) A service has one cache for all of its texts; measured like that, losses depend on the order of the documents
-and on the batch size, and the result says so. The cache ages by tokens, not by the machine's clock, so that every run
-forgets the same.
+learns from one window of the document to the next. (Within a window it decides nothing: a plan is made before the
+window is read.) A service has one cache for all of its texts; measured like that, losses depend on the order of the
+documents and on the batch size, and the result says so. The cache ages by tokens, not by the machine's clock, so that
+every run forgets the same.
 """
 
 from __future__ import annotations

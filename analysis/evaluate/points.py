@@ -36,7 +36,7 @@ from varjax.stats import RoutingStats
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable
 
-_FORMAT = 2  # of the files of losses; raised whenever the meaning of what is scored changes
+_FORMAT = 3  # of the files of losses; raised whenever the meaning of what is scored changes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,12 +130,9 @@ def score_point(
         The losses of every document, and the experts that ran.
     """
     path = subject.folder and subject.folder / f"{hash_json([subject.digest, config, change])[:32]}.parquet"
-    names = [one.id for one in subject.documents], [one.group for one in subject.documents]
     if path is not None and path.is_file():
-        kept = checksums.read_parquet(path, "delete it, and it is scored again", required=True)
-        about = json.loads(kept.schema.metadata[b"varjax"])
-        return Point(*names, kept["nll"].to_numpy(), kept["tokens"].to_numpy(), **about, read_back=True)
-    about = {"experts_per_token": float(subject.model.config.top_k), "open_share": 1.0}
+        return _read(path)
+    experts, left_open = float(subject.model.config.top_k), 1.0
     if config is None:
         scores, _ = score(plain_runner(subject.model), None, subject.documents, progress=False, **subject.windows)
     else:
@@ -143,11 +140,24 @@ def score_point(
         run, start = var_runner(var_model, subject.caching), subject.caching.init(var_model, subject.batch_size)
         scores, state = score(run, start, subject.documents, progress=False, **subject.windows)
         shares = summary(state.counters, subject.model.config.top_k)
-        about = {"experts_per_token": shares["experts_per_token"], "open_share": shares["tiers"][TIERS[-1]]}
+        experts, left_open = shares["experts_per_token"], shares["tiers"][TIERS[-1]]
+    found = Point(list(scores.ids), list(scores.groups), scores.nll, scores.tokens, experts, left_open)
     if path is not None:
-        columns = pa.table({"id": names[0], "nll": scores.nll, "tokens": scores.tokens})
-        checksums.write_parquet(path, columns.replace_schema_metadata({"varjax": json.dumps(about)}))
-    return Point(*names, scores.nll, scores.tokens, **about)
+        _write(path, found)
+    return found
+
+
+def _write(path: Path, found: Point) -> None:
+    about = {"experts_per_token": found.experts_per_token, "open_share": found.open_share}
+    table = pa.table({"id": found.ids, "group": found.groups, "nll": found.nll, "tokens": found.tokens})
+    checksums.write_parquet(path, table.replace_schema_metadata({"varjax": json.dumps(about)}))
+
+
+def _read(path: Path) -> Point:
+    table = checksums.read_parquet(path, "delete it, and it is scored again", required=True)
+    about = json.loads(table.schema.metadata[b"varjax"])
+    names = table["id"].to_pylist(), table["group"].to_pylist()
+    return Point(*names, table["nll"].to_numpy(), table["tokens"].to_numpy(), **about, read_back=True)
 
 
 def degradations(plain: Losses, points: Sequence[Losses], counts: np.ndarray) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 Letters: L layers, E experts, K experts per token.
 
-One number says what a layer does: its tolerance. An expert runs where its gate weight times the deviation of its answer,
-which is the error that its absence would cause, reaches the tolerance. So the least error is spent for every expert
-saved, token by token, and 0 to K experts run. The layers differ in what an error costs. Effects of layers are nearly
-additive, so each layer is measured alone at several tolerances, its measurements are reduced to their lower convex hull
-(saved experts against added loss), and the steps of all hulls are taken in order of loss per saved expert: the ladder.
+One number says what a layer does: its tolerance. An expert runs where its gate weight times the deviation of its
+answer, which is the error that its absence would cause, reaches the tolerance. So the least error is spent for every
+expert saved, token by token, and 0 to K experts run. The layers differ in what an error costs. Effects of layers are
+nearly additive, so each layer is measured alone at several tolerances, its measurements are reduced to their lower
+convex hull (saved experts against added loss), and the steps of all hulls are taken in order of loss per saved expert:
+the ladder.
 
 How far to climb is not predicted but measured: bisection finds the longest run of steps whose loss on the tuning
 documents stays within the budget, and then the largest factor on all of their tolerances.

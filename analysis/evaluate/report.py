@@ -23,7 +23,6 @@ _GROUPS = 40  # rows of the table of groups, the largest first
 
 
 def report(
-    name: str,
     result: Mapping[str, Any],
     scores: Scores,
     facts: Sequence[tuple[str, str]] = (),
@@ -35,8 +34,7 @@ def report(
     """Report what the result file of an evaluation says.
 
     Args:
-        name: of the result file; the figures' names start with it.
-        result: the fields of that file.
+        result: the fields of the result file.
         scores: the losses by document.
         facts: what else is known about model, data and policy.
         found: the search that found the policy; None: there was none.
@@ -48,11 +46,11 @@ def report(
     """
     sections = [_quality(result, scores)]
     if "tiers" in result:
-        sections.append(_routing(name, result))
+        sections.append(_routing(result))
     if "throughput" in result:
         sections.append(_throughput(result["throughput"]))
     if found is not None:
-        sections.append(_search(name, found, limit, f"Tuning documents ({tuned:,} at most)"))
+        sections.append(_search(found, limit, f"Tuning documents ({tuned:,} at most)"))
     title = "Evaluation of the plain model" if result["mode"] == "baseline" else "Evaluation of adaptive routing"
     facts = (*facts, ("documents", f"{result['documents']:,}, {result['tokens']:,} tokens"))
     return Report(title, facts, flattered(result), tuple(sections))
@@ -114,7 +112,7 @@ def _quality(result: Mapping[str, Any], scores: Scores) -> Section:
     )
 
 
-def _routing(name: str, result: Mapping[str, Any]) -> Section:
+def _routing(result: Mapping[str, Any]) -> Section:
     columns = (
         *(Column("layer"), *(Column(tier, ".1%") for tier in TIERS)),
         *(Column("mispredictions", ".1%"), Column("experts", ".3f")),
@@ -130,16 +128,16 @@ def _routing(name: str, result: Mapping[str, Any]) -> Section:
         "reported",
         f"{result['experts_per_token']:.2f} experts per token and layer; {shares}",
         (
-            "Mispredictions: planned tokens whose predicted first expert is not the gate's; they do harm only where the "
-            "table chooses the experts.",
+            "Mispredictions: planned tokens whose predicted first expert is not the gate's; they do harm only where "
+            "the table chooses the experts.",
         ),
         (Table("By layer", columns, tuple(rows)),),
         (
             ReportFigure(
-                f"{name}_layers",
+                "layers",
                 "Tiers and experts by layer",
-                "Left: which tier decided, as shares of the tokens. Right: experts that ran per token; dashed: the mean "
-                "over layers.",
+                "Left: which tier decided, as shares of the tokens. Right: experts that ran per token; dashed: the "
+                "mean over layers.",
                 "A planned token saves nothing by itself: where all of its experts run, it costs as much as before.",
                 partial(_draw_layers, result),
             ),
@@ -178,12 +176,14 @@ def _throughput(found: Mapping[str, Any]) -> Section:
             " A speed-up is the median over rounds of the ratio within a round, which times VAR and the plain model; "
             "intervals are 95 %."
         )
-        said = ", ".join(f"{phase} {ratio['value']:.2f}x" for phase, ratio in ratios.items()) + " the plain model's speed"
+        said = (
+            ", ".join(f"{phase} {ratio['value']:.2f}x" for phase, ratio in ratios.items()) + " the plain model's speed"
+        )
     tables = (Table("", tuple(columns), tuple(rows)),)
     return Section("throughput", "Throughput", "reported", said, (words,), tables)
 
 
-def _search(name: str, found: Search, limit: float, caption: str) -> Section:
+def _search(found: Search, limit: float, caption: str) -> Section:
     chosen = found.chosen
     return Section(
         "policy_search",
@@ -192,7 +192,7 @@ def _search(name: str, found: Search, limit: float, caption: str) -> Section:
         f"{chosen.experts_per_token:.2f} experts per token at {chosen.degradation:+.2%} on the tuning documents",
         figures=(
             ReportFigure(
-                f"{name}_frontier",
+                "frontier",
                 "What fewer experts cost on the tuning documents",
                 "Dots: one layer at one tolerance, all others in full. Line: layers together, in the order of the "
                 "search. Dashed: the allowed loss.",

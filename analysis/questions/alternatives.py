@@ -1,12 +1,13 @@
-"""Does VAR beat the simple alternatives at equal loss? Families of configurations over one table, on the same documents.
+"""Does VAR beat the simple alternatives at equal loss? Families of configurations over one table, on the same
+documents.
 
 Letters: L layers, K experts per token, P points of a curve, N documents, S bootstrap draws.
 
 A family is a rule with a dial; its points make a curve of loss against experts per token. All families run in the same
-engine over the table of the given policy, built once with fixed shapes, so a difference between two curves is one between
-the rules. Alternatives that look at no token are policies of order 0, whose key every token has. The cached tier is off
-in all of them, VAR's own included, except in "cache only". What counts is the number of experts at equal loss: the loss
-of the given policy.
+engine over the table of the given policy, built once with fixed shapes, so a difference between two curves is one
+between the rules. Alternatives that look at no token are policies of order 0, whose key every token has. The cached
+tier is off in all of them, VAR's own included, except in "cache only". What counts is the number of experts at equal
+loss: the loss of the given policy.
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ class Alternatives:
 def evaluate(subject: Subject) -> Alternatives:
     """Score every point of every family.
 
-    Intervals are 95 % percentile bootstraps over documents, the same draws for all points. Experts per token are counted
-    over all documents in every draw: they vary far less from text to text than losses do.
+    Intervals are 95 % percentile bootstraps over documents, the same draws for all points. Experts per token are
+    counted over all documents in every draw: they vary far less from text to text than losses do.
 
     Args:
         subject: the policy and the documents.
@@ -351,8 +352,8 @@ def section(found: Alternatives) -> Section:
         f"between points; intervals are 95 %, from {found.samples:,} bootstrap draws of the {found.documents:,} "
         "documents.",
         "The place on its curve where an alternative is compared was picked on these documents, which flatters the "
-        "alternatives; VAR's policy must have been chosen on others. VAR's tolerances were searched layer by layer, the "
-        "rules of others have one dial for all layers.",
+        "alternatives; VAR's policy must have been chosen on others. VAR's tolerances were searched layer by layer, "
+        "the rules of others have one dial for all layers.",
         "Token ids only, one tolerance for all layers, shuffled answers and VAR without answers are VAR without one "
         "thing: where they need no more experts, that thing earns nothing.",
     ]
@@ -360,9 +361,9 @@ def section(found: Alternatives) -> Section:
         QUESTION.name,
         "VAR and its alternatives",
         "One panel per alternative with VAR's curve in each: black dots; the ringed one is the given policy. White "
-        "squares: the alternative, with 95 % intervals. Left is better, and so is low: the curve that crosses the dotted "
-        "line, VAR's loss, further to the left runs fewer experts. The scale is linear between the thin horizontal lines "
-        "and logarithmic beyond them; changes of more than 100 % are not shown.",
+        "squares: the alternative, with 95 % intervals. Left is better, and so is low: the curve that crosses the "
+        "dotted line, VAR's loss, further to the left runs fewer experts. The scale is linear between the thin "
+        "horizontal lines and logarithmic beyond them; changes of more than 100 % are not shown.",
         "Lines between points are straight, losses are not: where the points are far apart, an alternative looks worse "
         "between them than it is. All experts count the same here; what they cost in time depends on the batch.",
         partial(_draw, found),

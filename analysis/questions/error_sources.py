@@ -2,9 +2,10 @@
 
 Letters: L layers, R table rows, K experts per token, M scored tokens, N documents, G groups, V vocabulary.
 
-Every run reads the same tokens, and all runs share one table of fixed shapes: the same tokens are planned, and only what
-is done with them differs. Changes are paired with the plain model, and their intervals draw whole documents. The cached
-tier is off except where tokens are grouped under the policy as given: what it answers depends on what it read before.
+Every run reads the same tokens, and all runs share one table of fixed shapes: the same tokens are planned, and only
+what is done with them differs. Changes are paired with the plain model, and their intervals draw whole documents. The
+cached tier is off except where tokens are grouped under the policy as given: what it answers depends on what it read
+before.
 """
 
 from __future__ import annotations
@@ -89,27 +90,13 @@ class Runs:
 
     @classmethod
     def of(cls, subject: Subject) -> Runs:
-        """Build the table and read the documents, plainly and under the policy.
-
-        Args:
-            subject: the policy and the documents.
-
-        Returns:
-            The runs.
-        """
+        """The table, and the documents read plainly and under the policy."""
         table = subject.build()
         off = dataclasses.replace(subject.config, enable_var=False)
         return cls(subject, table, _losses(subject, off), _losses(subject, _fast_alone(subject.config), table))
 
     def under(self, table: RouteTable) -> TokenLosses:
-        """Read the documents under another table, by the fast tier alone.
-
-        Args:
-            table: of the same shapes.
-
-        Returns:
-            The loss of each token.
-        """
+        """The documents under another table of the same shapes, by the fast tier alone."""
         return _losses(self.subject, _fast_alone(self.subject.config), table)
 
 
@@ -123,7 +110,7 @@ def examine(subject: Subject) -> ErrorSources:
         The changes and groups.
     """
     runs = Runs.of(subject)
-    parts = (kinds, dropping, layers_alone, groups)
+    parts = (_kinds, _dropping, _layers_alone, _groups)
     bar = progress_bar(parts, unit="part", desc="error sources", show=subject.progress)
     found: dict[str, Any] = {}
     for part in bar:
@@ -131,15 +118,10 @@ def examine(subject: Subject) -> ErrorSources:
     return ErrorSources(len(subject.documents), len(runs.plain.nll), math.exp(runs.plain.nll.mean()), **found)
 
 
-def kinds(runs: Runs) -> dict[str, Any]:
-    """Measure choice and weight error: at the tokens that the policy plans all K experts run, chosen or weighed by the
-    table. Last the policy itself, where the gate chooses and weighs, and answers replace experts.
+def _kinds(runs: Runs) -> dict[str, Any]:
+    """Choice and weight error: at the tokens that the policy plans all K experts run, chosen or weighed by the table.
 
-    Args:
-        runs: the plain model and the policy.
-
-    Returns:
-        The field `kinds` of `ErrorSources`.
+    Last the policy itself, where the gate chooses and weighs, and answers replace experts.
     """
     all_run = jnp.full_like(runs.table.experts_kept, runs.table.top_k)
     neutral = LayerRules.neutral(runs.table.num_layers)
@@ -159,18 +141,12 @@ def kinds(runs: Runs) -> dict[str, Any]:
     return {"kinds": (*changes, _change(runs, "the policy", runs.policy))}
 
 
-def dropping(runs: Runs) -> dict[str, Any]:
-    """Measure what replaces dropped experts: their answers, nothing, or the others with more weight.
+def _dropping(runs: Runs) -> dict[str, Any]:
+    """What replaces dropped experts: their answers, nothing, or the others with more weight.
 
     First as the policy drops, by the same rules each time; which experts it drops may differ a little, because the
-    layers above see something else. Such rules often drop all experts of a token, and nothing is left to rescale. So the
-    first expert alone follows, at the tokens that the policy plans.
-
-    Args:
-        runs: the plain model and the policy.
-
-    Returns:
-        The field `dropping` of `ErrorSources`.
+    layers above see something else. Such rules often drop all experts of a token, and nothing is left to rescale. So
+    the first expert alone follows, at the tokens that the policy plans.
     """
     table, rules = runs.table, runs.table.rules
     silent = None
@@ -191,15 +167,8 @@ def dropping(runs: Runs) -> dict[str, Any]:
     return {"dropping": tuple(changes)}
 
 
-def layers_alone(runs: Runs) -> dict[str, Any]:
-    """Measure the policy in one layer at a time, and how nearly the layers' changes add up to the joint one.
-
-    Args:
-        runs: the plain model and the policy.
-
-    Returns:
-        The fields `layers`, `joint`, `total` and `excess` of `ErrorSources`.
-    """
+def _layers_alone(runs: Runs) -> dict[str, Any]:
+    """The policy in one layer at a time, and how nearly the layers' changes add up to the joint one."""
     eligible = np.asarray(runs.table.eligible)
     joint = runs.policy.added_to(runs.plain)
     changes, total = [], np.zeros_like(joint)
@@ -216,18 +185,8 @@ def layers_alone(runs: Runs) -> dict[str, Any]:
     }
 
 
-def groups(runs: Runs) -> dict[str, Any]:
-    """Measure where the loss falls: by the key that answered, by how many experts ran, by the frequency of the token id.
-
-    A token's loss also suffers from what was dropped at the tokens before it, so a part belongs to the position that
-    made the prediction, and that position did not cause all of it.
-
-    Args:
-        runs: the plain model and the policy.
-
-    Returns:
-        The fields `whole` and `groups` of `ErrorSources`.
-    """
+def _groups(runs: Runs) -> dict[str, Any]:
+    """Where the loss falls: by the key that answered, by how many experts ran, by the frequency of the token id."""
     subject, table, run = runs.subject, runs.table, runs.policy
     if subject.config.cache_size > 0:
         run = _losses(subject, subject.config, table)
@@ -237,7 +196,7 @@ def groups(runs: Runs) -> dict[str, Any]:
     most = table.num_layers * table.top_k
     edges = np.unique(np.linspace(0, most + 1, min(most + 1, _BINS) + 1).astype(int))
     bins = [f"{a}" if b == a + 1 else f"{a} to {b - 1}" for a, b in pairwise(edges)]
-    deciles, seen = frequency_deciles(run.token_id, id_frequency(subject.stats, subject.model.config.vocab_size))
+    deciles, seen = _frequency_deciles(run.token_id, _id_frequency(subject.stats, subject.model.config.vocab_size))
     places = {
         "what answered": (np.searchsorted(keys, run.order), [names[int(key)] for key in keys]),
         "experts that ran": (np.searchsorted(edges, run.experts, side="right") - 1, bins),
@@ -247,32 +206,16 @@ def groups(runs: Runs) -> dict[str, Any]:
     return {"whole": _change(runs, "the policy as given", run), "groups": grouped}
 
 
-def id_frequency(stats: RoutingStats, vocab_size: int) -> np.ndarray:
-    """Count each token id in the text of the statistics, from the keys of the shortest order.
-
-    Args:
-        stats: of any orders.
-        vocab_size: V.
-
-    Returns:
-        int64 [V]; 0 for an id that is in no key.
-    """
+def _id_frequency(stats: RoutingStats, vocab_size: int) -> np.ndarray:
+    """int64 [V]: occurrences of each token id, from the keys of the shortest order; 0 where it is in none."""
     shortest = stats.row_orders == min(stats.ngram_orders)
     counted = np.zeros(vocab_size, np.int64)
     np.add.at(counted, stats.keys[shortest, -1], stats.count.max(axis=0)[shortest])
     return counted
 
 
-def frequency_deciles(token_id: np.ndarray, frequency: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Divide the ids that were read into tenths by their frequency.
-
-    Args:
-        token_id: int32 [M].
-        frequency: int64 [V].
-
-    Returns:
-        int64 [M], the tenth of each token, 0 the rarest; and how often the ids of each tenth were seen, in words.
-    """
+def _frequency_deciles(token_id: np.ndarray, frequency: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """int64 [M], 0 the rarest: tenths of the ids that were read, by their frequency int64 [V]; and their names."""
     ids, place = np.unique(token_id, return_inverse=True)
     rank = np.empty(len(ids), np.int64)
     rank[np.argsort(frequency[ids], kind="stable")] = np.arange(len(ids))
@@ -316,15 +259,7 @@ def _means(runs: Runs, values: np.ndarray, counts: np.ndarray) -> list[Estimate]
     return [Estimate(*map(float, row)) for row in zip(value, low, high, strict=True)]
 
 
-def sections(found: ErrorSources) -> tuple[Section, ...]:
-    """Report what was measured.
-
-    Args:
-        found: the changes and groups.
-
-    Returns:
-        Sections on the kinds of error, on the layers and on the tokens.
-    """
+def _sections(found: ErrorSources) -> tuple[Section, ...]:
     chosen, weighed, both, policy = (f"{one.perplexity.value:+.2%}" for one in found.kinds)
     by_key = found.groups["what answered"]
     worst = max(by_key, key=lambda group: group.part.value)
@@ -345,8 +280,8 @@ def sections(found: ErrorSources) -> tuple[Section, ...]:
             f"{policy} under the policy at {found.kinds[-1].experts:.2f} experts",
             (
                 f"{found.documents:,} documents, {found.tokens:,} tokens, perplexity {found.perplexity:.3f} with the "
-                "plain model. The same tokens are planned in every row, by the fast tier alone; choice and weights from "
-                "the table run all experts, and its weights go by rank.",
+                "plain model. The same tokens are planned in every row, by the fast tier alone; choice and weights "
+                "from the table run all experts, and its weights go by rank.",
                 "Without answers nothing replaces what is dropped; rescaled: the kept weights are brought to their "
                 "former sum. The policy often drops all experts of a token, where nothing is left to rescale, so the "
                 "first expert alone is the fairer test of rescaling.",
@@ -359,9 +294,10 @@ def sections(found: ErrorSources) -> tuple[Section, ...]:
                 ReportFigure(
                     "error_kinds",
                     "Kinds of error",
-                    "Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one way. "
-                    "Above: choice and weights from the table, all experts run; and the policy, which runs fewer. Below: "
-                    "what is dropped with and without answers, kept weights rescaled or not. Each panel has its own scale.",
+                    "Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one "
+                    "way. Above: choice and weights from the table, all experts run; and the policy, which runs fewer. "
+                    "Below: what is dropped with and without answers, kept weights rescaled or not. Each panel "
+                    "has its own scale.",
                     "Choice and weight errors save nothing: they show where an error comes from, are not policies, and "
                     "need not add up. Rows run different numbers of experts: see the tables.",
                     partial(_draw_kinds, found),
@@ -386,10 +322,10 @@ def sections(found: ErrorSources) -> tuple[Section, ...]:
                 ReportFigure(
                     "error_layers",
                     "Layers one at a time",
-                    "Dots with 95 % intervals: loss added when one layer alone is planned. The last two rows: their sum, "
-                    "and all of them together.",
-                    "A layer's change is its price on top of the plain model, not on top of the policy. Layers that drop "
-                    "more experts may cost more for that reason only.",
+                    "Dots with 95 % intervals: loss added when one layer alone is planned. The last two rows: their "
+                    "sum, and all of them together.",
+                    "A layer's change is its price on top of the plain model, not on top of the policy. Layers that "
+                    "drop more experts may cost more for that reason only.",
                     partial(_draw_layers, found),
                 ),
             ),
@@ -398,8 +334,8 @@ def sections(found: ErrorSources) -> tuple[Section, ...]:
             "error_groups",
             "Where the loss falls",
             "reported",
-            f"{found.whole.nats.value:+.5f} nats per token in all; the largest part, {worst.part.value:+.5f}, where the "
-            f"longest key that answered was: {worst.name} ({worst.tokens / found.tokens:.0%} of the tokens)",
+            f"{found.whole.nats.value:+.5f} nats per token in all; the largest part, {worst.part.value:+.5f}, where "
+            f"the longest key that answered was: {worst.name} ({worst.tokens / found.tokens:.0%} of the tokens)",
             (
                 "A group is that of the position that made the prediction. Its loss also suffers from what was dropped "
                 "at the tokens before it, so the parts show where the loss falls, not what caused it.",
@@ -489,7 +425,7 @@ def _size(found: ErrorSources) -> str:
 
 def _examine(subject: Subject) -> Answer:
     found = examine(subject)
-    return Answer(sections(found), found)
+    return Answer(_sections(found), found)
 
 
 QUESTION = Question("error_sources", "What VAR's error is made of", _examine)

@@ -2,16 +2,16 @@
 
 Letters: P prompts, S tokens of a prompt, T new tokens, B prompts at a time, V vocabulary.
 
-Both sides decode greedily. After one different token the two texts have different pasts, so agreement in free generation
-falls with every position even where the error of a single step does not grow. Single-step agreement is measured as well:
-the model under VAR reads the plain model's own text and says what it would have written next. Without a cached tier a
-text is the same up to a position exactly if every single step up to there agreed.
+Both sides decode greedily. After one different token the two texts have different pasts, so agreement in free
+generation falls with every position even where the error of a single step does not grow. Single-step agreement is
+measured as well: the model under VAR reads the plain model's own text and says what it would have written next. Without
+a cached tier a text is the same up to a position exactly if every single step up to there agreed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -126,13 +126,16 @@ def drift(
     sums = [np.stack([total, count], axis=1) for total, count in zip(scores, counts, strict=True)]
     low, high = bootstrap(_mean_difference, *sums[:2], samples=samples, seed=seed)
     value = _mean_difference(*(one.sum(axis=0) for one in sums[:2]))
+    of_plain, of_var, of_document = (_mean(*both, samples, seed) for both in zip(scores, counts, strict=True))
     return Drift(
-        len(ids),
-        prompt_tokens,
-        new_tokens,
-        agreement(plain, var, taught, samples, seed),
-        *(_mean(total, count, samples, seed) for total, count in zip(scores, counts, strict=True)),
-        Estimate(float(value), float(low), float(high)),
+        prompts=len(ids),
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        agreement=agreement(plain, var, taught, samples, seed),
+        plain=of_plain,
+        var=of_var,
+        document=of_document,
+        difference=Estimate(float(value), float(low), float(high)),
     )
 
 
@@ -153,8 +156,11 @@ def agreement(plain: np.ndarray, var: np.ndarray, taught: np.ndarray, samples: i
     free, single = (plain == var) & there, (plain == taught) & there
     together = np.logical_and.accumulate(free | ~there, axis=1) & there
     return Agreement(
-        *(_curve(one, there, samples, seed) for one in (free, together, single)),
-        *(_mean(one.sum(axis=1), there.sum(axis=1), samples, seed) for one in (free, single)),
+        free=_curve(free, there, samples, seed),
+        together=_curve(together, there, samples, seed),
+        single_step=_curve(single, there, samples, seed),
+        free_mean=_mean(free.sum(axis=1), there.sum(axis=1), samples, seed),
+        single_step_mean=_mean(single.sum(axis=1), there.sum(axis=1), samples, seed),
     )
 
 
@@ -265,9 +271,9 @@ def section(found: Drift) -> Section:
         QUESTION.name,
         "Agreement with the plain model's text",
         "At each new position, with 95 % intervals over prompts: the share of prompts whose token is the plain model's "
-        "(free), that have not diverged yet (together), and where the model under VAR would write the same token if fed "
-        "the plain model's text (single step). Only the last shows how good a step is; its distance from the others is "
-        "the effect of one different token on all later ones.",
+        "(free), that have not diverged yet (together), and where the model under VAR would write the same token if "
+        "fed the plain model's text (single step). Only the last shows how good a step is; its distance from the "
+        "others is the effect of one different token on all later ones.",
         "Greedy texts diverge at near-ties, where either token is as good: a low curve is not a loss of quality by "
         "itself. A small model's greedy text repeats itself, which restores agreement. Intervals are for each position "
         "alone; where all prompts agree an interval is a point, which is too narrow. Later positions have only the "
@@ -303,9 +309,9 @@ def _draw(found: Drift) -> Figure:
     return figure
 
 
-def _examine(subject: Subject, **sizes: int) -> Answer:
+def _examine(sizes: Mapping[str, int], subject: Subject) -> Answer:
     var_model = VARModel(subject.model, subject.config, table=subject.build(keep_shapes=False))
-    found = drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching, **sizes)
+    found = drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching, **sizes)  # type: ignore[arg-type]
     return Answer((section(found),), found)
 
 
@@ -318,7 +324,7 @@ def question(**sizes: int) -> Question[Subject]:
     Returns:
         The question.
     """
-    return Question("generation_drift", "Drift in free generation", partial(_examine, **sizes))
+    return Question("generation_drift", "Drift in free generation", partial(_examine, sizes))
 
 
 QUESTION = question()

@@ -2,9 +2,9 @@
 
 Letters: L layers, N answers of a layer.
 
-A bound on the answers of a layer keeps the most valuable ones (`varjax.selection`); the policy stays the same. Sizes are
-those of the tables as they would be shipped, including keys; losses are measured in tables of one shape, in which an
-answer that is not kept cannot be found.
+A bound on the answers of a layer keeps the most valuable ones (`varjax.selection`); the policy stays the same. Sizes
+are those of the tables as they would be shipped, including keys; losses are measured in tables of one shape, in which
+an answer that is not kept cannot be found.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def _section(found: TableSizes) -> Section:
         "The policy is the same for every size, so these tables are at different losses and experts: compare them with "
         "VAR's own curve, the whole table under other tolerances. Choose a size on other documents: which table saves "
         "half was read off these.",
-        "Answers: their bytes with scales and deviations. Table: with keys, predicted routing and the index of answers. "
-        "1 MB is 10^6 bytes.",
+        "Answers: their bytes with scales and deviations. Table: with keys, predicted routing and the index of "
+        "answers. 1 MB is 10^6 bytes.",
     )
     columns = (
         *(Column("bound per layer", ","), Column("type"), Column("answers", ","), Column("answers [MB]", ".2f")),

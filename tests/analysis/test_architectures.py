@@ -8,7 +8,7 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.policies.search import search
+from analysis.evaluate.policy_search import search
 from analysis.traces.recording import record
 from analysis.traces.trace import read
 from models import Model

@@ -14,9 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.evaluate.caching import Caching
 from analysis.evaluate.harness_lm import HarnessLM, _Wanted
-from analysis.evaluate.quality import plain_runner, score
+from analysis.evaluate.losses import Caching, plain_runner, score
 from analysis.harness import evaluate, main
 from analysis.text.corpus import Document
 from analysis.text.encoding import encode

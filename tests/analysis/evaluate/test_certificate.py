@@ -5,22 +5,22 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.certificate_simulation import GOOD, POPULATIONS, allowed, coverage, family_wise
 from analysis.evaluate.certificate import (
     LIMIT,
+    TESTS,
     CertificateError,
-    Losses,
     certify,
     certify_results,
-    fixed_sequence,
-    holm,
+    report,
+    sentences,
 )
-from analysis.evaluate.certificate_report import figure, report, sentences
 from analysis.evaluate.comparison import Result, ResultError, degradation
-from analysis.evaluate.quality import Scores
+from analysis.evaluate.losses import Losses, Scores
 from analysis.report.provenance import write_json
 from analysis.report.report import text
+from analysis.resampling import allowed
 from analysis.text.drawn import Drawn
+from benchmarks.certificate_simulation import GOOD, POPULATIONS, coverage, family_wise
 from varjax.bounds import upper_bound
 from varjax.checksums import read_json
 
@@ -106,10 +106,12 @@ def test_the_verdict_on_one_configuration_agrees_with_its_bound():
 
 
 def test_procedures_reject_what_the_definitions_say():
-    p = {"a": 0.04, "b": 0.001, "c": 0.2, "d": 0.01}
-    assert fixed_sequence(p, 0.05) == {"a", "b"}
-    assert holm(p, 0.05) == {"b", "d"}  # 0.001 * 4, 0.01 * 3, then 0.04 * 2
-    assert holm({"a": 0.03, "b": 0.03}, 0.05) == set()
+    def rejected(testing, *p):
+        return (TESTS[testing](np.array(p)) <= 0.05).tolist()
+
+    assert rejected("fixed_sequence", 0.04, 0.001, 0.2, 0.01) == [True, True, False, False]
+    assert rejected("holm", 0.04, 0.001, 0.2, 0.01) == [False, True, False, True]  # 0.001 * 4, 0.01 * 3, then 0.04 * 2
+    assert rejected("holm", 0.03, 0.03) == [False, False]
 
 
 def test_more_documents_are_asked_for_only_where_they_may_help():
@@ -153,11 +155,12 @@ def test_the_text_says_what_is_certified_and_what_is_not_covered():
     ):
         assert promise in words
     assert f"good: about {result.configurations[0].overall.needed_for_half:,} documents" in words
-    lines = text(report(result)).splitlines()
+    said = report(result)
+    lines, drawn = text(said).splitlines(), said.sections[0].figures[0].draw()
     row = next(line for line in lines if line.startswith("  good"))
     assert f"{result.configurations[0].overall.perplexity_bound:+.2%}" in row and row.endswith("yes")
     assert any("1 not certified, under 20 documents" in line for line in lines)
-    assert [tick.get_text() for tick in figure(result).axes[0].get_yticklabels()][:2] == ["good", "bad"]
+    assert [tick.get_text() for tick in drawn.axes[0].get_yticklabels()][:2] == ["good", "bad"]
     assert paragraph(certificate({"bad": losses(increases(0.012))})).startswith("Certified: none.")
 
 
@@ -185,8 +188,8 @@ def test_evaluations_in_files_and_in_memory_give_the_same(tmp_path):
     assert result == certificate({"var": losses(increase)})
     assert math.expm1(only(result).overall.pooled) == pytest.approx(degradation(base, other, samples=10).value)
     ones = np.ones(DOCUMENTS, int)
-    scores = Scores(TOKENS * 3.0, TOKENS, ones, ones, tuple(IDS), tuple(GROUPS), 256, 256)
-    assert certificate({"var": losses(increase)}, Losses.of(scores)) == result
+    scores = Scores(IDS, GROUPS, TOKENS * 3.0, TOKENS, ones, ones, 256, 256)
+    assert certificate({"var": losses(increase)}, scores) == result
 
 
 @pytest.mark.parametrize(

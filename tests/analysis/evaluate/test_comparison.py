@@ -4,8 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.evaluate.comparison import ResultError, degradation, read_result
-from analysis.evaluate.comparison_report import figure, report
+from analysis.evaluate.comparison import ResultError, degradation, read_result, report
 from analysis.resampling import ratio_estimate
 from varjax import checksums
 
@@ -98,12 +97,13 @@ def test_a_speed_up_over_the_plain_model_is_not_one_over_another_base(pair, tmp_
     base = read_result(write_result(tmp_path, "fewer experts", other.documents["nll"].to_numpy(), throughput=SPEED))
     said, saved = report(base, other)
     assert row_of(said, "prefill") is None and saved["criteria"] == [] and len(said.sections) == 1
-    assert any("the base is not the plain model" in note for note in said.notes)
+    assert any("The base is not the plain model" in note for note in said.notes)
 
 
 def test_the_change_of_every_document_is_drawn(pair):
     base, other = map(read_result, pair)
-    changes, mean = figure(base, other).axes[0].lines[:2]
+    (shown,) = report(base, other)[0].sections[0].figures
+    changes, mean = shown.draw().axes[0].lines[:2]
     values = changes.get_ydata()
     assert len(values) == 50 and (np.diff(values) >= 0).all()
     assert math.expm1(mean.get_ydata()[0]) == pytest.approx(degradation(base, other).value)

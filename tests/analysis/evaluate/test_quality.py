@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.evaluate.quality import plain_runner, score
+from analysis.evaluate.losses import plain_runner, score
 from analysis.text.corpus import Document, load_documents
 from analysis.text.encoding import encode
 from models import load_model

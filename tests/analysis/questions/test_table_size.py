@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.policies.scored_points import Subject, losses
-from analysis.studies.study import size_of_the_table
-from analysis.studies.table_size import SHARES, shipped
+from analysis.evaluate.points import Subject, score_point
+from analysis.questions.table_size import QUESTION, SHARES, shipped
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
@@ -72,7 +71,7 @@ def test_kept_answers_are_what_they_were(subject):
 
 def test_shipped_and_fixed_shapes_give_the_same_losses(subject):
     config = dataclasses.replace(subject.config, answers_per_layer=20)
-    shipped, fixed = (losses(subject, config, bounded(subject, 20, keep_shapes=same)) for same in (False, True))
+    shipped, fixed = (score_point(subject, config, bounded(subject, 20, keep_shapes=same)) for same in (False, True))
     np.testing.assert_allclose(shipped.nll, fixed.nll, rtol=1e-6)
     assert shipped.experts_per_token == fixed.experts_per_token
 
@@ -101,7 +100,7 @@ def test_a_bound_must_be_a_number_of_answers():
 
 @pytest.fixture(scope="module")
 def answered(subject):
-    return size_of_the_table(subject)
+    return QUESTION.answer(subject)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,6 @@ def test_the_section_names_the_size_and_the_figure_shows_every_type(answered, fo
     full = next(size for size in found.sizes if size.answers_per_layer is None)
     assert said.verdict == "reported" and f"{full.answers:,} answers" in said.outcome
     assert len(said.tables[0].rows) == len(found.sizes)
-    (drawn,) = answered.figures.values()
-    assert list(answered.figures) == [note.name for note in said.figures]
+    drawn = said.figures[0].draw()
     legend = drawn.axes[0].get_legend()
     assert [one.get_text() for one in legend.get_texts()] == ["float32", "bfloat16", "int8"]

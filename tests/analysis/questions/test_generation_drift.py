@@ -4,9 +4,18 @@ import numpy as np
 import pytest
 
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.evaluate.caching import Caching
-from analysis.evaluate.quality import plain_runner, score
-from analysis.studies.generation_drift import NOTHING, agreement, drift, ended, log_probability, next_tokens
+from analysis.evaluate.losses import Caching, plain_runner, score
+from analysis.questions.generation_drift import (
+    NOTHING,
+    Drift,
+    agreement,
+    drift,
+    ended,
+    log_probability,
+    next_tokens,
+    section,
+)
+from analysis.resampling import Estimate
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
 from varjax.table import build_table
@@ -51,8 +60,8 @@ def test_a_model_agrees_with_itself(saved_model, documents):
     for curve in (found.agreement.free, found.agreement.together, found.agreement.single_step):
         for values in (curve.value, curve.low, curve.high):
             np.testing.assert_array_equal(values, 1.0)
-    assert dataclasses.astuple(found.likelihood.difference) == (0.0, 0.0, 0.0)
-    assert found.likelihood.plain == found.likelihood.var
+    assert dataclasses.astuple(found.difference) == (0.0, 0.0, 0.0)
+    assert found.plain == found.var
 
 
 def test_texts_part_where_a_single_step_does(var_model, documents):
@@ -104,7 +113,19 @@ def test_a_text_goes_on_the_same_in_any_company(var_model, documents):
     found, two, three = (drift(remembering, part, **sizes) for part in (some, some[:2], some[2:]))
     joined = (2 * two.agreement.free.value + 3 * three.agreement.free.value) / 5
     np.testing.assert_allclose(found.agreement.free.value, joined)
-    joined = (2 * two.likelihood.var.value + 3 * three.likelihood.var.value) / 5
-    assert found.likelihood.var.value == pytest.approx(joined, abs=1e-5)
+    joined = (2 * two.var.value + 3 * three.var.value) / 5
+    assert found.var.value == pytest.approx(joined, abs=1e-5)
     shared = drift(remembering, some, caching=Caching(shared=True), **sizes)
-    assert shared.likelihood.var.value != pytest.approx(found.likelihood.var.value, abs=1e-4)
+    assert shared.var.value != pytest.approx(found.var.value, abs=1e-4)
+
+
+def test_the_section_says_what_was_measured():
+    rng = np.random.default_rng(0)
+    plain = rng.integers(0, 9, (20, 5))
+    plain[3, 2:] = NOTHING
+    parted = np.where(rng.random(plain.shape) < 0.3, 9, plain)
+    likely = [Estimate(value, value - 0.1, value + 0.1) for value in (-1.0, -1.1, -3.0, -0.1)]
+    said = section(Drift(20, 8, 5, agreement(plain, parted, plain, samples=20), *likely))
+    assert "single steps agree at 100.0%" in said.outcome and "-0.100 [-0.200, +0.000] nats per token" in said.outcome
+    (figure,) = said.figures
+    assert figure.name == "generation_drift" and figure.draw().axes

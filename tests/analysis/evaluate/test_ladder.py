@@ -5,7 +5,7 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.policies.ladder import QUANTILES, Choice, Ladder, Measured, candidate_tolerances, hull_steps
+from analysis.evaluate.policy_search import QUANTILES, Choice, Ladder, Measured, candidate_tolerances, hull_steps
 from varjax.shrinkage import shrunk
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from analysis import audit_study
-from analysis.audits.auditing import calibrate, calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.audits.faults import perturbed, random_texts, renumbered, shuffled_answers
+from analysis.audit_study import perturbed, random_texts, renumbered, shuffled_answers
+from analysis.evaluate.auditing import calibrate, calibrate_from, passages, streams_of, tally_documents, until_drift
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import encode
 from varjax import VARConfig, VARModel, answersfile, statsfile
@@ -127,7 +127,7 @@ def test_the_study_writes_what_it_prints(
     rows = {row["name"]: row for row in result["outcomes"]}
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
-    assert {"same domain", "same domain, calibrated anew", "answers shuffled", "random token ids", "sentences"} <= set(
+    assert {"same domain", "same domain, recalibrated", "answers shuffled", "random token ids", "sentences"} <= set(
         rows
     )
     assert rows["same domain"]["noticed"] == 0 and result["sections"]["audit"]["verdict"] == "PASS"
