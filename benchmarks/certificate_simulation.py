@@ -139,7 +139,7 @@ def family_wise(
         tuning, x = _correlated(means, size, rng), _correlated(means, size, rng)
         order = np.argsort(tuning.mean(axis=1), kind="stable")
         p = np.array([p_value(x[k], LIMIT, -CLIP, CLIP, LEVEL) for k in order])
-        found = {name: set(order[corrected(p) <= 1 - LEVEL]) for name, corrected in TESTS.items()}
+        found: dict[str, set[int]] = {name: set(order[corrected(p) <= 1 - LEVEL]) for name, corrected in TESTS.items()}
         found["each bound alone"] = set(order[p <= 1 - LEVEL])
         found["mean below the limit"] = set(np.flatnonzero(x.mean(axis=1) <= LIMIT))
         for name, names in found.items():

@@ -41,7 +41,8 @@ from analysis.evaluate.policy_search import Search, search
 from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
 from analysis.questions import generation_drift
 from analysis.questions.question import Answer, Question
-from analysis.questions.study import QUESTIONS, study
+from analysis.questions.registry import STUDY_QUESTIONS
+from analysis.questions.study import study
 from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, REPORT, Output
 from analysis.report.provenance import provenance, write_json
@@ -52,8 +53,8 @@ from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
 from experiments.hosts import add_hosts, join
 from models import Model
-from profiling import throughput_section
-from profiling.throughput import by_batch, measure
+from profiling.timing import by_batch, measure
+from profiling.timing import section as throughput_section
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
@@ -112,7 +113,7 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
     )
-    names = [question.name for question in QUESTIONS] + ["throughput"]
+    names = [question.name for question in STUDY_QUESTIONS] + ["throughput"]
     options.add_argument(
         "--questions", nargs="+", choices=names, default=names, metavar="Q", help=f"of a study: {', '.join(names)}"
     )
@@ -193,7 +194,9 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
-    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=var_model.digest)
+    result["provenance"] = provenance(
+        seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest
+    )
     facts = [("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}")]
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
@@ -268,15 +271,15 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         ("cached tier, where one is", subject.caching.words),
         *card.facts(origin["card"]),
     ]
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest(files.digest()))
+    made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=config.digest(files.digest()))
     sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
     timed = Question(
         "throughput", "How much faster, and where must the gain vanish?", partial(_throughput, args.repeats)
     )
-    known = {question.name: question for question in (*QUESTIONS, generation_drift.question(**sizes), timed)}
+    known = {question.name: question for question in (*STUDY_QUESTIONS, generation_drift.question(**sizes), timed)}
     asked = [known[name] for name in args.questions if not (args.no_throughput and name == timed.name)]
     facts += [("note", warning) for warning in evaluation.flattered({"mode": args.mode, "provenance": made})]
-    said = study(subject, output, facts=facts, provenance=made, questions=asked)
+    said = study(subject, asked, output, facts=facts, provenance=made)
     config.save(output.other("var_config.json"), files)
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
@@ -287,8 +290,7 @@ def _throughput(repeats: int, subject: Subject) -> Answer:
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
     found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    figure = dataclasses.replace(throughput_section.NOTE, draw=partial(throughput_section.figure, found))
-    return Answer((dataclasses.replace(throughput_section.section(found), figures=(figure,)),), found)
+    return Answer((throughput_section(found),), found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:

@@ -21,7 +21,7 @@ from models.tokenizer import load_tokenizer
 from models.weights import INDEX_FILE, CheckpointError, check_counts, ledger, locate_tensors, tensor_files
 from varjax import checksums
 from varjax.errors import InputError
-from varjax.progress import Bar, progress_bar
+from varjax.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,7 +111,7 @@ def damage(directory: Path, files: Sequence[RemoteFile], progress: bool) -> dict
     return faults
 
 
-def _same_contents(path: Path, file: RemoteFile, bar: Bar) -> bool:
+def _same_contents(path: Path, file: RemoteFile, bar: Any) -> bool:
     known = file.sha256 or file.git_sha1
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as opened:

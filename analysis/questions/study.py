@@ -1,7 +1,5 @@
 """A study of one policy on held-out documents: a list of questions, each of which adds its sections to the report.
 
-    report = study(subject, output)
-
 Writes study.txt, study.json, study.html and the figures. To add a question, see `analysis.questions.question`.
 """
 
@@ -12,18 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from analysis.evaluate.points import Subject
-from analysis.questions import alternatives, error_sources, generation_drift, table_size
 from analysis.questions.question import Question
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.report import Report
-
-QUESTIONS: tuple[Question[Subject], ...] = (
-    alternatives.QUESTION,
-    table_size.QUESTION,
-    error_sources.QUESTION,
-    generation_drift.QUESTION,
-)
 
 _NOTES = (
     "Perplexity is per token, of text that is given (teacher-forced); intervals are 95 %, each for itself, over whole "
@@ -35,20 +25,20 @@ _NOTES = (
 
 def study(
     subject: Subject,
+    questions: Sequence[Question[Subject]],
     output: Output,
     *,
     facts: Sequence[tuple[str, str]] = (),
     provenance: Mapping[str, Any] | None = None,
-    questions: Sequence[Question[Subject]] = QUESTIONS,
 ) -> Report:
     """Answer every question and write the files after each one, so that an interrupted study leaves its answers.
 
     Args:
         subject: the policy and the documents.
+        questions: in the order of the report, such as `analysis.questions.registry.STUDY_QUESTIONS`.
         output: the directory to write.
         facts: about model, data and policy, for people.
         provenance: of the results, for the JSON file.
-        questions: in the order of the report.
 
     Returns:
         The report. A question that could not be answered has a section that says why.

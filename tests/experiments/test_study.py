@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from analysis.questions import study
+from analysis.questions import registry
 from analysis.questions.question import Answer, Question
 from analysis.report.report import Section
 from varjax import VARConfig
@@ -21,7 +21,7 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
         return Answer((Section("asked", "What is asked", "reported", "it depends"),))
 
     questions = (Question("asked", "What is asked", ask), Question("left_out", "What is not asked", ask))
-    monkeypatch.setattr(study, "QUESTIONS", questions)
+    monkeypatch.setattr(registry, "STUDY_QUESTIONS", questions)
     policy = LayerPolicy(
         experts_kept=None, tolerance=0.2, ngram_orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0
     )
@@ -41,7 +41,7 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
     assert subject.folder == tmp_path / "study" / "losses"
     assert "What is asked" in printed and "it depends" in printed
     saved = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert saved["provenance"]["config"]["routing_stats"] == str(statistics) and saved["provenance"]["data"]
+    assert saved["provenance"]["table"]["routing_stats"] == str(statistics) and saved["provenance"]["data"]
     assert (tmp_path / "study" / "study.html").is_file()
 
 

@@ -199,7 +199,7 @@ def test_evaluations_in_files_and_in_memory_give_the_same(tmp_path):
         ({"prefix_id": 1}, "another prefix_id"),
         ({"mode": "baseline"}, "of mode 'baseline', expected 'var'"),
         ({"provenance": ORIGIN | {"model": {"fingerprint": "m", "dtype": "bfloat16"}}}, "another model dtype"),
-        ({"provenance": ORIGIN | {"data": {"split": None}}}, "all splits.*'calibrate', or 'test'"),
+        ({"provenance": ORIGIN | {"data": {"split": None}}}, "all splits.*'calibrate' or 'test'"),
         ({"provenance": {}}, "names no model"),
         ({"provenance": {"model": {"fingerprint": "x"}, "config_sha256": "c"}}, "another model fingerprint"),
         (

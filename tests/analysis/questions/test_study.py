@@ -41,9 +41,7 @@ def output(tmp_path) -> Output:
 
 
 def test_every_part_is_in_every_file(output):
-    report = study(
-        "blue", output, facts=(("who", "me"),), provenance={"seed": 3}, questions=(about("sky"), about("sea"))
-    )
+    report = study("blue", (about("sky"), about("sea")), output, facts=(("who", "me"),), provenance={"seed": 3})
     assert [one.name for one in report.sections] == ["sky", "sea"]
     folder = output.folder
     saved = json.loads((folder / "study.json").read_text())
@@ -58,7 +56,7 @@ def test_every_part_is_in_every_file(output):
 
 
 def test_a_question_that_cannot_be_answered_says_why_and_the_others_are_answered(output):
-    report = study("blue", output, questions=(failing(NotTestableError("no plumb line")), about("sky")))
+    report = study("blue", (failing(NotTestableError("no plumb line")), about("sky")), output)
     unanswered, answered = report.sections
     assert (unanswered.name, unanswered.title, unanswered.verdict) == ("depth", "How deep is it?", "not testable")
     assert unanswered.outcome == "no plumb line" and answered.name == "sky"
@@ -70,11 +68,11 @@ def test_a_question_that_cannot_be_answered_says_why_and_the_others_are_answered
 @pytest.mark.parametrize("raised", [ValueError, RuntimeError, InputError])
 def test_an_error_in_a_question_is_raised(output, raised):
     with pytest.raises(raised, match="broadcast"):
-        study("blue", output, questions=(about("sky"), failing(raised("operands could not be broadcast together"))))
+        study("blue", (about("sky"), failing(raised("operands could not be broadcast together"))), output)
 
 
 def test_an_interrupted_study_leaves_its_answers(output):
     with pytest.raises(KeyboardInterrupt):
-        study("blue", output, questions=(about("sky"), failing(KeyboardInterrupt())))
+        study("blue", (about("sky"), failing(KeyboardInterrupt())), output)
     assert json.loads((output.folder / "study.json").read_text())["results"] == {"sky": {"answer": "blue"}}
     assert "1. About sky" in (output.folder / "study.txt").read_text() and (output.folder / "study.html").exists()
