@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.command import HelpFormatter, name_argument, path_argument, program
-from analysis.evaluate.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
+from analysis.evaluate.auditing import calibrate_from, streams_of, tally_documents
 from analysis.evaluate.losses import score, var_runner
 from analysis.inputs import STATISTICS, find_statistics, listed, table_files
 from analysis.questions.alternatives import shuffled_answers
@@ -41,8 +41,8 @@ from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
-from varjax import LayerPolicy, VARConfig, VARModel, load_table
-from varjax.drift import ALPHA, Calibration
+from varjax import LayerPolicy, VARConfig, VARModel, drift, load_table
+from varjax.drift import ALPHA, Calibration, Monitor
 from varjax.errors import InputError
 from varjax.progress import progress_bar
 from varjax.routing import Routing
@@ -185,16 +185,16 @@ def _situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> 
     rng = np.random.default_rng(args.seed)
     faulty = {
         _SHUFFLED: VARModel(model, config, table=shuffled_answers(table, rng)),
-        "experts renumbered": VARModel(model, config, table=renumbered(table, rng)),
+        "experts renumbered": VARModel(model, config, table=_renumbered(table, rng)),
     }
     for scale in NOISE:
-        other = perturbed(model, scale, jax.random.key(args.seed))
+        other = _perturbed(model, scale, jax.random.key(args.seed))
         faulty[f"weights + {scale:.0%} noise"] = VARModel(other, config, table=table)
     found = {_SAME: Situation(var_model, held_out)}
     found |= {name: Situation(wrong, some) for name, wrong in faulty.items()}
-    found["random token ids"] = Situation(var_model, random_texts(some, model.config.vocab_size, args.seed))
+    found["random token ids"] = Situation(var_model, _random_texts(some, model.config.vocab_size, args.seed))
     for path in args.foreign:
-        texts = list(passages(_documents(model, path, None, args.fault_samples), args.max_length))
+        texts = list(_passages(_documents(model, path, None, args.fault_samples), args.max_length))
         if not texts:
             raise InputError(
                 f"--foreign {path}: no document has {args.max_length} tokens; give longer ones or less --max_length"
@@ -203,33 +203,16 @@ def _situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> 
     return found
 
 
-def renumbered(table: RouteTable, rng: np.random.Generator) -> RouteTable:
-    """Plant a fault: the table of the same model with its experts in another order.
-
-    Args:
-        table: of the model.
-        rng: draws the order, in which every id moves.
-
-    Returns:
-        The wrong table.
-    """
+def _renumbered(table: RouteTable, rng: np.random.Generator) -> RouteTable:
+    """The table of the same model with its experts in another order, in which every id moves."""
     ids = rng.permutation(table.num_experts)
     moved = np.empty(table.num_experts + 1, np.int32)
     moved[ids], moved[-1] = np.roll(ids, 1), table.num_experts  # the last stands for no expert
     return dataclasses.replace(table, routing=Routing(jnp.asarray(moved)[table.routing.experts], table.routing.weights))
 
 
-def perturbed(model: Any, scale: float, key: jax.Array) -> Any:
-    """Plant a fault: the model with noise on every tensor, and an unchanged fingerprint.
-
-    Args:
-        model: the model.
-        scale: of the noise, as a share of each tensor's standard deviation.
-        key: draws it.
-
-    Returns:
-        The wrong model.
-    """
+def _perturbed(model: Any, scale: float, key: jax.Array) -> Any:
+    """The model with noise on every tensor, `scale` times the tensor's standard deviation; its fingerprint stays."""
     leaves, structure = jax.tree.flatten(model.params)
     keys = jax.random.split(key, len(leaves))
     noisy = [
@@ -239,19 +222,20 @@ def perturbed(model: Any, scale: float, key: jax.Array) -> Any:
     return dataclasses.replace(model, params=jax.tree.unflatten(structure, noisy))
 
 
-def random_texts(documents: Sequence[Encoded], vocab_size: int, seed: int) -> list[Encoded]:
-    """Make texts of random ids.
-
-    Args:
-        documents: whose lengths the texts have.
-        vocab_size: ids are drawn evenly from this many.
-        seed: of the draws.
-
-    Returns:
-        As many texts.
-    """
+def _random_texts(documents: Sequence[Encoded], vocab_size: int, seed: int) -> list[Encoded]:
+    """As many texts of the same lengths, every id drawn evenly from the vocabulary."""
     rng = np.random.default_rng(seed)
     return [dataclasses.replace(d, ids=rng.integers(0, vocab_size, len(d.ids)).astype(np.int32)) for d in documents]
+
+
+def _passages(documents: Sequence[Encoded], length: int) -> Iterator[Encoded]:
+    """The documents cut into texts of `length` ids, for corpora whose documents are few and long; a rest is left out.
+
+    Passages of one document depend on each other.
+    """
+    for document in documents:
+        for start in range(0, len(document.ids) - length + 1, length):
+            yield dataclasses.replace(document, ids=document.ids[start : start + length])
 
 
 def _look_at(situation: Situation, share: float, seed: int, **reading: Any) -> Seen:
@@ -313,7 +297,7 @@ def _repeat(
     """
     until, first = [], Counter[str]()
     for _ in progress_bar(range(repeats), desc=name, unit="run"):
-        monitor = until_drift(*draw())
+        monitor = _until_drift(*draw())
         if monitor.drifts and monitor.texts > before:
             until.append(monitor.texts - before)
             first.update({found.stream.signal for found in monitor.drifts})
@@ -331,6 +315,16 @@ def _repeat(
         longest=max(until, default=None),
         first=dict(first),
     )
+
+
+def _until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:
+    """The monitor at its first drift, or after all documents: float64 [N, M] in the order in which they arrive."""
+    monitor = drift.begin(calibration)
+    for start in range(0, len(observed), drift.LOOK):
+        monitor = drift.watch(monitor, observed[start : start + drift.LOOK])
+        if monitor.drifts:
+            break
+    return monitor
 
 
 def _section(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[str, float]) -> Section:

@@ -306,7 +306,7 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Ta
         print(f"only {len(tuning)} tune documents: on others the policy may lose far more than its budget")
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     budget = 0.9 * args.limit if args.budget is None else args.budget
-    found = search(model, stats, answers, tuning, config, budget=budget, **reading)
+    found = search(Subject(model, stats, answers, config, tuning, **reading), budget=budget)
     return found.config, files, found
 
 

@@ -8,8 +8,8 @@ taken.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 from zlib import crc32
 
 import jax
@@ -20,7 +20,7 @@ from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from varjax import drift
 from varjax.audit import audited
-from varjax.drift import Calibration, Monitor
+from varjax.drift import Calibration
 from varjax.errors import InputError
 from varjax.model import VARModel
 from varjax.progress import progress_bar
@@ -29,26 +29,14 @@ from varjax.streams import Stream, Tally, observe, watched
 from varjax.transfer import random_key, to_device
 
 
-def calibrate(
-    var_model: VARModel,
-    documents: Sequence[Encoded],
-    *,
-    share: float = 0.05,
-    seed: int = 0,
-    batch_size: int = 8,
-    max_length: int = 256,
-    progress: bool = True,
-) -> Calibration:
+def calibrate(var_model: VARModel, documents: Sequence[Encoded], *, share: float = 0.05, **reading: Any) -> Calibration:
     """Measure what the audit observes where nothing is wrong, with bounds on its means.
 
     Args:
         var_model: the model to watch.
         documents: from the population that VAR will meet, none of them used to build its table.
         share: of the planned tokens to compute in full, here and later.
-        seed: of the draw of these tokens.
-        batch_size: as in `analysis.text.batches.batches`.
-        max_length: as in `analysis.text.batches.batches`.
-        progress: show a bar on standard error.
+        reading: the other arguments of `tally_documents`.
 
     Returns:
         What `varjax.audit.Auditor` compares with.
@@ -56,9 +44,7 @@ def calibrate(
     Raises:
         InputError: fewer than two documents, a share outside (0, 1], or VAR is switched off.
     """
-    sums, _ = tally_documents(
-        var_model, documents, share, seed=seed, batch_size=batch_size, max_length=max_length, progress=progress
-    )
+    sums, _ = tally_documents(var_model, documents, share, **reading)
     return calibrate_from(observe(sums, streams_of(var_model)), var_model, share)
 
 
@@ -142,38 +128,3 @@ def _keys(batch: Batch, documents: Sequence[Encoded], seed: int) -> jax.Array:
         crc32(ids[mask].tobytes(), crc32(name)) for ids, mask, name in zip(batch.ids, batch.mask, names, strict=True)
     ]
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(random_key(seed), to_device(np.array(hashes, np.uint32)))
-
-
-def until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:
-    """Watch documents until the first drift.
-
-    Args:
-        calibration: what to compare with.
-        observed: float64 [N, M], in the order in which the documents arrive.
-
-    Returns:
-        The monitor at the first drift, or after all documents where there is none.
-    """
-    monitor = drift.begin(calibration)
-    for start in range(0, len(observed), drift.LOOK):
-        monitor = drift.watch(monitor, observed[start : start + drift.LOOK])
-        if monitor.drifts:
-            break
-    return monitor
-
-
-def passages(documents: Sequence[Encoded], length: int) -> Iterator[Encoded]:
-    """Cut documents into passages of equal length, for corpora whose documents are few and long.
-
-    Passages of one document depend on each other.
-
-    Args:
-        documents: in token ids.
-        length: ids of a passage.
-
-    Yields:
-        The passages; what is left at the end of a document is dropped.
-    """
-    for document in documents:
-        for start in range(0, len(document.ids) - length + 1, length):
-            yield dataclasses.replace(document, ids=document.ids[start : start + length])

@@ -34,19 +34,17 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.comparison import Result, check_pair
-from analysis.evaluate.losses import Losses
+from analysis.evaluate.losses import Losses, LossesError, paired
 from analysis.report.figures import subplots
 from analysis.report.provenance import hash_json
 from analysis.report.report import Column, Report, ReportFigure, Section, Table
 from analysis.resampling import holm
 from analysis.text.drawn import Drawn
 from varjax.bounds import documents_needed, p_value, upper_bound
-from varjax.errors import InputError
 
 LIMIT = math.log1p(MAX_DEGRADATION)  # nats per token
 CLIP = 0.2  # nats per token, of a document's increase: its perplexity rises by 22 %
@@ -58,10 +56,6 @@ TESTS: Mapping[Testing, Callable[[np.ndarray], np.ndarray]] = {  # p values, cor
     "fixed_sequence": np.maximum.accumulate,
     "holm": holm,
 }
-
-
-class CertificateError(InputError):
-    """Losses that no certificate can be made of; names what is wrong and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,16 +147,17 @@ def certify(
         The certificate.
 
     Raises:
-        CertificateError: documents that do not pair or occur twice, losses that are not finite, fewer than
-            MIN_DOCUMENTS documents, no candidate, a candidate without hash, or settings out of their range.
+        LossesError: as `analysis.evaluate.losses.paired`, fewer than MIN_DOCUMENTS documents, no candidate, a
+            candidate without hash, or settings out of their range.
     """
     _check(candidates, config_sha256, clip, level, limit, testing)
-    base = _table("the baseline", baseline)
+    pairs = {name: paired(baseline, losses, ("the baseline", name)).sort_index() for name, losses in candidates.items()}
+    base = next(iter(pairs.values()))
     scored = (base["tokens"] > 0).to_numpy()
-    increases = {name: _increase(name, base, losses)[scored] for name, losses in candidates.items()}
+    increases = {name: pair["added"].to_numpy()[scored] for name, pair in pairs.items()}
     documents = base[scored]
     if len(documents) < MIN_DOCUMENTS:
-        raise CertificateError(
+        raise LossesError(
             f"{len(documents)} documents have a scored token; a certificate needs {MIN_DOCUMENTS}, a useful one "
             "some hundreds: evaluate more documents of the calibration split"
         )
@@ -218,9 +213,9 @@ def certify_results(baseline: Result, candidates: Mapping[str, Result], **settin
         The certificate.
 
     Raises:
-        CertificateError: as `certify`, and where a file lacks its hashes, is of another mode than its place in the
-            arguments asks for, or holds documents that made or chose configurations (all but `HELD_OUT`).
-        ResultError: as `analysis.evaluate.comparison.check_pair`.
+        LossesError: as `certify` and `analysis.evaluate.comparison.check_pair`, and where a file lacks its hashes, is
+            of another mode than its place in the arguments asks for, or holds documents that made or chose
+            configurations (all but `HELD_OUT`).
     """
     origins = {name: result.fields.get("provenance", {}) for name, result in candidates.items()}
     for result in (baseline, *candidates.values()):
@@ -243,10 +238,10 @@ def certify_results(baseline: Result, candidates: Mapping[str, Result], **settin
 def _check_result(baseline: Result, result: Result) -> None:
     origin = result.fields.get("provenance", {})
     if origin.get("model", {}).get("fingerprint") is None or "config_sha256" not in origin:
-        raise CertificateError(f"{result.path} names no model and configuration; evaluate again with this version")
+        raise LossesError(f"{result.path} names no model and configuration; evaluate again with this version")
     mode, expected = result.fields.get("mode"), "baseline" if result is baseline else "var"
     if mode != expected:
-        raise CertificateError(
+        raise LossesError(
             f"{result.path} is of mode {mode!r}, expected {expected!r}; give the baseline first, then the results "
             "under VAR"
         )
@@ -254,7 +249,7 @@ def _check_result(baseline: Result, result: Result) -> None:
     split = origin.get("data", {}).get("split")
     if split not in HELD_OUT:
         of = "all splits, some of which" if split is None else f"the split {split!r}, which"
-        raise CertificateError(
+        raise LossesError(
             f"{result.path} is of {of} made or chose configurations; evaluate on {' or '.join(map(repr, HELD_OUT))}"
         )
 
@@ -283,37 +278,6 @@ def _bound(increase: np.ndarray, tokens: np.ndarray, clip: float, level: float, 
     )
 
 
-def _table(name: str, losses: Losses) -> pd.DataFrame:
-    """group, nll and tokens by id, in the order of the ids."""
-    table = pd.DataFrame({"group": losses.groups, "nll": losses.nll, "tokens": losses.tokens}, index=list(losses.ids))
-    if table.index.has_duplicates:
-        twice = table.index[table.index.duplicated()][0]
-        raise CertificateError(f"{name} has document {twice} twice; a document counts once: remove its copies")
-    finite = np.isfinite(table["nll"])
-    if not finite.all():
-        wrong = table.index[~finite][0]
-        raise CertificateError(
-            f"{name} has loss {table['nll'][wrong]} on document {wrong}; find out why, evaluate again"
-        )
-    return table.sort_index()
-
-
-def _increase(name: str, base: pd.DataFrame, losses: Losses) -> np.ndarray:
-    """float64 [N]: what each document loses more than the baseline, nats, in the order of the ids."""
-    other = _table(name, losses)
-    shared = base.index.intersection(other.index)
-    if len(shared) != len(base) or len(shared) != len(other):
-        raise CertificateError(
-            f"{name} shares {len(shared)} of its {len(other)} documents with the {len(base)} of the baseline; "
-            "evaluate both on the same dataset, split and number of samples"
-        )
-    for column, fix in (("tokens", "use one tokenizer and equal windows"), ("group", "use one dataset")):
-        if (base[column] != other[column]).any():
-            wrong = base.index[base[column] != other[column]][0]
-            raise CertificateError(f"{name} has other {column} than the baseline on document {wrong}; {fix}")
-    return (other["nll"] - base["nll"]).to_numpy()
-
-
 def _check(
     candidates: Collection[str],
     config_sha256: Collection[str],
@@ -323,15 +287,15 @@ def _check(
     testing: str,
 ) -> None:
     if not candidates:
-        raise CertificateError("there is no configuration to certify; give one or more besides the baseline")
+        raise LossesError("there is no configuration to certify; give one or more besides the baseline")
     if missing := [name for name in candidates if name not in config_sha256]:
-        raise CertificateError(f"configuration {missing[0]!r} has no hash; give config_sha256 for every candidate")
+        raise LossesError(f"configuration {missing[0]!r} has no hash; give config_sha256 for every candidate")
     if not (math.isfinite(clip) and 0 < limit < clip):
-        raise CertificateError(f"limit is {limit} and clip {clip} nats per token; give 0 < limit < clip")
+        raise LossesError(f"limit is {limit} and clip {clip} nats per token; give 0 < limit < clip")
     if not 0 < level < 1:
-        raise CertificateError(f"level is {level}; give a probability between 0 and 1, such as 0.95")
+        raise LossesError(f"level is {level}; give a probability between 0 and 1, such as 0.95")
     if testing not in TESTS:
-        raise CertificateError(f"testing is {testing!r}; give one of {', '.join(TESTS)}")
+        raise LossesError(f"testing is {testing!r}; give one of {', '.join(TESTS)}")
 
 
 def report(certificate: Certificate, facts: Sequence[tuple[str, str]] = ()) -> Report:

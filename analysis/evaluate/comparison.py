@@ -17,17 +17,16 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.criteria import EVALUATION_SPEEDUP, MAX_DEGRADATION, MAX_LEARNED, Criterion
-from analysis.evaluate.losses import Losses
+from analysis.evaluate.losses import Losses, LossesError, paired
 from analysis.report.figures import subplots
 from analysis.report.report import Column, Report, ReportFigure, Section, Table, shown
 from analysis.resampling import MIN_DOCUMENTS, Estimate, ratio_estimate
 from analysis.text import card
 from varjax import checksums
-from varjax.errors import InputError
 
 
-class ResultError(InputError):
-    """A result file that cannot be compared; names file, field and fix."""
+class ResultError(LossesError):
+    """A result file that cannot be used; names file, field and fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +35,7 @@ class Result:
 
     path: Path
     fields: dict[str, Any]
-    documents: pd.DataFrame  # id, group, nll, tokens, words, bytes
-
-    @property
-    def losses(self) -> Losses:
-        """The losses of its documents."""
-        table = self.documents
-        return Losses(list(table["id"]), list(table["group"]), table["nll"].to_numpy(), table["tokens"].to_numpy())
+    losses: Losses  # by document
 
 
 def read_result(path: Path) -> Result:
@@ -69,7 +62,9 @@ def read_result(path: Path) -> Result:
         raise ResultError(f"{table} is missing; it holds the documents of {path}: keep the two files together")
     if checksums.digest_of_file(table) != fields["documents_sha256"]:
         raise ResultError(f"{table} is damaged, or belongs to another evaluation than {path}; evaluate again")
-    return Result(path, fields, pd.read_parquet(table))
+    kept = pd.read_parquet(table)
+    columns = kept["nll"].to_numpy(), kept["tokens"].to_numpy()
+    return Result(path, fields, Losses(list(kept["id"]), list(kept["group"]), *columns))
 
 
 def check_pair(base: Result, other: Result) -> None:
@@ -109,18 +104,10 @@ def degradation(base: Result, other: Result, samples: int = 2000, seed: int = 0)
         The change with its 95 % interval.
 
     Raises:
-        ResultError: they scored different documents or tokens, or as `check_pair`.
+        LossesError: as `check_pair` and `analysis.evaluate.losses.paired`.
     """
-    check_pair(base, other)
     pair = _paired(base, other)
-    if len(pair) != len(base.documents) or len(pair) != len(other.documents) or len(pair) == 0:
-        raise ResultError(
-            f"{base.path} and {other.path} share {len(pair)} of {len(base.documents)} and {len(other.documents)} "
-            "documents; evaluate both on the same dataset, split and number of samples"
-        )
-    if (pair["tokens"] != pair["tokens_other"]).any():
-        raise ResultError(f"{base.path} and {other.path} score different tokens; use the same tokenizer and lengths")
-    return ratio_estimate(pair["change"].to_numpy(), pair["tokens"].to_numpy(), samples, seed, np.expm1)
+    return ratio_estimate(pair["added"].to_numpy(), pair["tokens"].to_numpy(), samples, seed, np.expm1)
 
 
 def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
@@ -134,13 +121,13 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
         The report, and what else the JSON file holds.
 
     Raises:
-        ResultError: as `degradation`.
+        LossesError: as `degradation`.
     """
     change = degradation(base, other)
     against_plain = base.fields["mode"] == "baseline"
     judged = _criteria(change, other) if against_plain else []
     timed = other.fields.get("throughput", {}) if against_plain else {}
-    documents, tokens = len(base.documents), int(base.documents["tokens"].sum())
+    documents, tokens = len(base.losses.ids), int(base.losses.tokens.sum())
     said = Report(
         "Comparison of two evaluations",
         (
@@ -171,9 +158,8 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
 
 
 def _paired(base: Result, other: Result) -> pd.DataFrame:
-    """The documents that both read; `change` is the loss that the other adds, nats."""
-    pair = base.documents.merge(other.documents, on="id", suffixes=("", "_other"))
-    return pair.assign(change=pair["nll_other"] - pair["nll"])
+    check_pair(base, other)
+    return paired(base.losses, other.losses, (str(base.path), str(other.path)))
 
 
 def _criteria(change: Estimate, result: Result) -> list[Criterion]:
@@ -239,10 +225,10 @@ def _judged(row: Criterion) -> Section:
 def _draw(base: Result, other: Result) -> Figure:
     pair = _paired(base, other)
     pair = pair[pair["tokens"] > 0]
-    change = np.sort((pair["change"] / pair["tokens"]).to_numpy())
+    change = np.sort((pair["added"] / pair["tokens"]).to_numpy())
     drawn, axis = subplots(figsize=(5.2, 3.6))
     axis.plot(np.arange(1, len(change) + 1) / len(change), change, ".", color="0.4", markersize=3)
-    axis.axhline(pair["change"].sum() / pair["tokens"].sum(), color="0", linewidth=0.9)
+    axis.axhline(pair["added"].sum() / pair["tokens"].sum(), color="0", linewidth=0.9)
     axis.axhline(0, color="0.8", linewidth=0.8)
     axis.set(xlabel="share of the documents", ylabel="change of loss [nats per token]")
     return drawn

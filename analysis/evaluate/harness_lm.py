@@ -125,19 +125,7 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.name_or_path
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """Encode a text; a begin id that the text spells out is not added again.
-
-        Args:
-            string: the text.
-            add_special_tokens: None: by `add_bos_token`.
-            unused: other arguments of the harness.
-
-        Returns:
-            Its ids.
-
-        Raises:
-            InputError: the text holds a token that the model does not have.
-        """
+        """Encode a text; a begin id that the text spells out is not added again."""
         if add_special_tokens is None:
             spelled = string.startswith(self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = False if spelled else self.add_bos_token
@@ -152,15 +140,7 @@ class HarnessLM(TemplateLM):
         return ids
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Compute the log probability of each text.
-
-        Args:
-            requests: they hold (text,).
-            disable_tqdm: show no bar.
-
-        Returns:
-            Nats.
-        """
+        """The log probability of each text, nats; requests hold (text,)."""
         texts = [request.args[0] for request in requests]
         cuts = [
             list(
@@ -199,20 +179,10 @@ class HarnessLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to the first stop string.
+        """Continue each context up to the first stop string; requests hold (context, settings).
 
         A batch runs for as many tokens as its task allows, or until all of its texts have ended; stop strings are cut
         afterwards.
-
-        Args:
-            requests: they hold (context, settings).
-            disable_tqdm: show no bar.
-
-        Returns:
-            The continuations.
-
-        Raises:
-            InputError: a setting of the task is not known, or leaves no room for the context.
         """
         alike: dict[str, list[int]] = {}
         for index, request in enumerate(requests):

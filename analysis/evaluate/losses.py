@@ -197,6 +197,10 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class LossesError(InputError):
+    """Losses that cannot be compared or certified; names what is wrong and the fix."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Losses:
     """The loss of each document. Perplexities are over all documents together, not means of means."""
@@ -215,6 +219,46 @@ class Losses:
     def perplexity(self) -> float:
         """The perplexity per token."""
         return math.exp(self.nll_per_token)
+
+
+def paired(base: Losses, other: Losses, names: tuple[str, str]) -> pd.DataFrame:
+    """Pair two runs document by document.
+
+    Args:
+        base: one run.
+        other: another run on the same documents, in any order.
+        names: of the two, for messages.
+
+    Returns:
+        One row per document with its `group`, its scored `tokens` and the loss that `other` `added`, nats; by id.
+
+    Raises:
+        LossesError: a document occurs twice, a loss is not finite, or the two did not score the same tokens of the same
+            documents.
+    """
+    tables = []
+    for name, one in zip(names, (base, other), strict=True):
+        table = pd.DataFrame({"group": one.groups, "nll": one.nll, "tokens": one.tokens}, index=list(one.ids))
+        if table.index.has_duplicates:
+            twice = table.index[table.index.duplicated()][0]
+            raise LossesError(f"{name} has document {twice} twice; a document counts once: remove its copies")
+        if len(wrong := table.index[~np.isfinite(table["nll"])]):
+            raise LossesError(
+                f"{name} has loss {table['nll'][wrong[0]]} on document {wrong[0]}; find out why, evaluate again"
+            )
+        tables.append(table)
+    ours, theirs = tables
+    shared = len(ours.index.intersection(theirs.index))
+    if not shared == len(ours) == len(theirs):
+        raise LossesError(
+            f"{names[1]} shares {shared} of its {len(theirs)} documents with the {len(ours)} of {names[0]}; evaluate "
+            "both on the same dataset, split and number of samples"
+        )
+    theirs = theirs.loc[ours.index]
+    for column, fix in (("tokens", "use one tokenizer and equal windows"), ("group", "use one dataset")):
+        if len(wrong := ours.index[ours[column] != theirs[column]]):
+            raise LossesError(f"{names[1]} has other {column} than {names[0]} on document {wrong[0]}; {fix}")
+    return ours[["group", "tokens"]].assign(added=theirs["nll"] - ours["nll"])
 
 
 @dataclasses.dataclass(frozen=True)

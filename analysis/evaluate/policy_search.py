@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -26,14 +25,12 @@ import numpy as np
 
 from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.losses import plain_runner, score, var_runner
-from analysis.text.encoding import Encoded
-from models import Model
+from analysis.evaluate.points import Subject
 from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
-from varjax.model import VARModel, build_for
+from varjax.model import VARModel
 from varjax.progress import progress_bar
 from varjax.shrinkage import shrunk
-from varjax.stats import RoutingStats
 from varjax.step import summary
 
 QUANTILES = (0.2, 0.4, 0.6, 0.8, 0.95, 1.0)  # of an answer's error: the tolerances to try
@@ -110,41 +107,23 @@ class Search:
     path: tuple[Measured, ...]  # several layers together, by falling number of experts
 
 
-def search(
-    model: Model,
-    stats: RoutingStats,
-    answers: Answers,
-    documents: Sequence[Encoded],
-    base: VARConfig,
-    *,
-    budget: float | None = None,
-    frequency_threshold: int = FREQUENT,
-    batch_size: int = 8,
-    max_length: int = 256,
-    progress: bool = True,
-) -> Search:
-    """Find the policy with the fewest experts whose perplexity on `documents` rises by at most `budget`.
+def search(subject: Subject, *, budget: float | None = None, frequency_threshold: int = FREQUENT) -> Search:
+    """Find the policy with the fewest experts whose perplexity rises by at most `budget`.
 
     Args:
-        model: the model.
-        stats: from documents other than these.
-        answers: from documents other than these.
-        documents: the tuning documents; report the result on others.
-        base: the config whose layer policies are to be replaced; its cached tier is left out of the search.
-        budget: relative change of perplexity; None: 90 % of the published limit, because the tuning documents
-            flatter what was chosen on them.
+        subject: the tuning documents, from which the table was not built and on which the result must not be reported;
+            the layer policies of its config are replaced, and its cached tier is left out.
+        budget: relative change of perplexity; None: 90 % of the published limit, because the tuning documents flatter
+            what was chosen on them.
         frequency_threshold: occurrences that a key needs.
-        batch_size: as in `analysis.evaluate.losses.score`.
-        max_length: as in `analysis.evaluate.losses.score`.
-        progress: show a bar on standard error.
 
     Returns:
         The measurements and the chosen config.
     """
     budget = 0.9 * MAX_DEGRADATION if budget is None else budget
-    scoring = partial(score, documents=documents, batch_size=batch_size, max_length=max_length, progress=False)
-    plain, _ = scoring(plain_runner(model), None)
-    bar = progress_bar(unit=" policies", show=progress, desc="search")
+    model, answers, base = subject.model, subject.answers, subject.config
+    plain, _ = score(plain_runner(model), None, subject.documents, progress=False, **subject.windows)
+    bar = progress_bar(unit=" policies", show=subject.progress, desc="search")
     orders = tuple(order for order in answers.ngram_orders if order > 0)
 
     def config_of(choices: Sequence[Choice]) -> VARConfig:
@@ -152,7 +131,7 @@ def search(
         return dataclasses.replace(base, default=None, layers=layers, cache_size=0)
 
     everywhere = config_of([Choice(layer, 1.0) for layer in answers.layers])
-    table = build_for(model, everywhere, stats, answers, keep_shapes=True)
+    table = subject.build(everywhere)
 
     def measure(choices: Sequence[Choice]) -> Measured:
         tolerances = np.zeros(model.config.num_layers, np.float32)
@@ -160,7 +139,8 @@ def search(
             tolerances[choice.layer] = choice.tolerance
         rules = dataclasses.replace(table.rules, tolerance=jnp.asarray(tolerances))
         var_model = VARModel(model, everywhere, table=dataclasses.replace(table, rules=rules))
-        scores, state = scoring(var_runner(var_model), var_model.init())
+        start = var_model.init()
+        scores, state = score(var_runner(var_model), start, subject.documents, progress=False, **subject.windows)
         bar.update()
         experts = summary(state.counters, model.config.top_k)["experts_per_token"]
         return Measured(tuple(choices), math.expm1(scores.nll_per_token - plain.nll_per_token), experts)
@@ -229,22 +209,13 @@ def climb(measure: Callable[[Sequence[Choice]], Measured], answers: Answers, shr
     single = [
         measure([Choice(layer, tolerance)])
         for layer in answers.layers
-        for tolerance in candidate_tolerances(answers, layer, shrinkage)
+        for tolerance in _candidate_tolerances(answers, layer, shrinkage)
     ]
-    return Ladder(tuple(single), tuple(hull_steps(single, top_k)))
+    return Ladder(tuple(single), tuple(_hull_steps(single, top_k)))
 
 
-def candidate_tolerances(answers: Answers, layer: int, shrinkage: float) -> tuple[float, ...]:
-    """Choose the tolerances to try in a layer: quantiles of an answer's deviation times its expert's usual weight.
-
-    Args:
-        answers: the answers of the table.
-        layer: its number.
-        shrinkage: as in `varjax.shrinkage.shrunk`.
-
-    Returns:
-        Ascending; the last one drops every expert that has an answer.
-    """
+def _candidate_tolerances(answers: Answers, layer: int, shrinkage: float) -> tuple[float, ...]:
+    """Ascending: quantiles of an answer's deviation times its expert's usual weight; the last drops all that it can."""
     a = answers.layers.index(layer)
     count, mass = answers.count[a], answers.mass[a]
     deviation = shrunk(answers, layer, shrinkage).deviation
@@ -255,16 +226,8 @@ def candidate_tolerances(answers: Answers, layer: int, shrinkage: float) -> tupl
     return tuple(sorted({tolerance for tolerance in found if tolerance > 0} | {2.0 * float(deviation.max()) or 1.0}))
 
 
-def hull_steps(single: Sequence[Measured], top_k: int) -> list[Step]:
-    """Order the steps along every layer's lower convex hull by added loss per saved expert.
-
-    Args:
-        single: policies of one choice each.
-        top_k: K of the model.
-
-    Returns:
-        The steps, the cheapest first.
-    """
+def _hull_steps(single: Sequence[Measured], top_k: int) -> list[Step]:
+    """The steps along every layer's lower convex hull, in order of added loss per saved expert."""
     priced = []
     for layer in sorted({point.choices[0].layer for point in single}):
         here = [point for point in single if point.choices[0].layer == layer]

@@ -97,22 +97,12 @@ class Alternatives:
     samples: int  # bootstrap draws
 
 
-def evaluate(subject: Subject) -> Alternatives:
-    """Score every point of every family.
+def _evaluate(subject: Subject) -> Alternatives:
+    """Every point of every family, with 95 % percentile bootstraps over documents, the same draws for all points.
 
-    Intervals are 95 % percentile bootstraps over documents, the same draws for all points. Experts per token are
-    counted over all documents in every draw: they vary far less from text to text than losses do.
-
-    Args:
-        subject: the policy and the documents.
-
-    Returns:
-        The curves.
-
-    Raises:
-        NotTestableError: as `families`.
+    Experts per token are counted over all documents in every draw: they vary far less from text to text than losses do.
     """
-    wanted = families(subject)
+    wanted = _families(subject)
     table = subject.build()
     plain = score_point(subject)
     counts = document_counts(len(plain.nll), subject.samples, subject.seed)
@@ -122,7 +112,7 @@ def evaluate(subject: Subject) -> Alternatives:
     with progress_bar(total=number, unit="point", desc="alternatives", show=subject.progress) as bar:
         for family in wanted:
             for _, config in family.points:
-                changed = table_of(subject, table, family, config)
+                changed = _table_of(subject, table, family, config)
                 change = [family.change, subject.seed] if family.change == "shuffled" else family.change
                 scored[family.name].append(score_point(subject, config, changed, change))
                 known += scored[family.name][-1].read_back
@@ -140,17 +130,10 @@ def evaluate(subject: Subject) -> Alternatives:
     )
 
 
-def families(subject: Subject) -> tuple[Family, ...]:
-    """Make the families: VAR by the scale of its tolerances, what others proposed, VAR without one thing at a time.
+def _families(subject: Subject) -> tuple[Family, ...]:
+    """VAR by the scale of its tolerances, then the proposals of others, then VAR without one thing at a time.
 
-    Args:
-        subject: the policy; its documents are not read.
-
-    Returns:
-        VAR first.
-
-    Raises:
-        NotTestableError: a layer of the policy does something that its tolerance does not govern.
+    Raises NotTestableError if a layer of the policy does something that its tolerance does not govern.
     """
     config = dataclasses.replace(subject.config, cache_size=0, cache_layers=None)
     top_k = subject.model.config.top_k
@@ -215,18 +198,8 @@ def families(subject: Subject) -> tuple[Family, ...]:
     return tuple(one for one in found if one.points)  # no m is between 0 and K where K = 1
 
 
-def table_of(subject: Subject, table: RouteTable, family: Family, config: VARConfig) -> RouteTable:
-    """Put a table under the policies of one point of a family.
-
-    Args:
-        subject: the sources of the table.
-        table: built from them with `keep_shapes`.
-        family: says what else changes.
-        config: of the point.
-
-    Returns:
-        A table of the same shapes.
-    """
+def _table_of(subject: Subject, table: RouteTable, family: Family, config: VARConfig) -> RouteTable:
+    """The table, which was built with `keep_shapes`, under the policies of one point of a family."""
     changed = with_policies(table, config, subject.stats, subject.answers)
     if family.change == "shuffled":
         return shuffled_answers(changed, np.random.default_rng(subject.seed))
@@ -254,16 +227,15 @@ def shuffled_answers(table: RouteTable, rng: np.random.Generator) -> RouteTable:
     return dataclasses.replace(table, answers=tuple(layers) or None)
 
 
-def fewest_experts(experts: np.ndarray, loss: np.ndarray, most: np.ndarray) -> np.ndarray:
-    """Find the fewest experts along a curve whose loss is at most `most`; between neighboring points it is a line.
+def _fewest_experts(experts: np.ndarray, loss: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """[...]: the fewest experts along a curve whose loss is at most `most`, infinite where none is.
+
+    Between neighboring points the curve is a line.
 
     Args:
         experts: [P], in the order of the curve.
         loss: [P, ...].
         most: [...].
-
-    Returns:
-        [...]; infinite where no point of the curve is low enough.
     """
     shape = (-1,) + (1,) * np.ndim(most)
     experts = np.broadcast_to(np.reshape(experts, shape), loss.shape)
@@ -302,7 +274,7 @@ def _curve(family: Family, plain: Point, points: Sequence[Point], given: Losses,
     whole = np.ones((1, counts.shape[1]))
 
     def at_equal_loss(counts: np.ndarray) -> np.ndarray:
-        return fewest_experts(experts, degradations(plain, chain, counts), degradations(plain, [given], counts)[0])
+        return _fewest_experts(experts, degradations(plain, chain, counts), degradations(plain, [given], counts)[0])
 
     (value,) = at_equal_loss(whole)
     low, high = np.quantile(at_equal_loss(counts), [0.025, 0.975], method="inverted_cdf")  # some may be infinite
@@ -318,15 +290,8 @@ def _curve(family: Family, plain: Point, points: Sequence[Point], given: Losses,
     )
 
 
-def section(found: Alternatives) -> Section:
-    """Judge the comparison: PASS if no alternative runs fewer experts than VAR at VAR's loss, by the estimates.
-
-    Args:
-        found: the curves.
-
-    Returns:
-        The section, where VAR loses first, ties next.
-    """
+def _section(found: Alternatives) -> Section:
+    """PASS if no alternative runs fewer experts than VAR at VAR's loss, by the estimates; ties are named."""
     ours = found.var.experts_per_token
     others = sorted(found.curves[1:], key=lambda curve: curve.experts)
     lost = [curve for curve in others if curve.experts < ours]
@@ -455,8 +420,8 @@ def _draw_curve(axis: Any, curve: Curve, top_k: int, **style: Any) -> None:
 
 
 def _examine(subject: Subject) -> Answer:
-    found = evaluate(subject)
-    return Answer((section(found),), found)
+    found = _evaluate(subject)
+    return Answer((_section(found),), found)
 
 
 QUESTION = Question("alternatives", "VAR against the simple alternatives at equal loss", _examine)

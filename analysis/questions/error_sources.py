@@ -271,11 +271,16 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
     def change_table(title: str, some: Iterable[Change]) -> Table:
         return _table(title, [changes, *perplexity], [(one.name, one.experts, one.perplexity) for one in some])
 
+    def part(
+        name: str, title: str, outcome: str, words: Iterable[str], tables: Iterable[Table], **figure: Any
+    ) -> Section:
+        shown = ReportFigure(name, title, **figure)
+        return Section(name, title, "reported", outcome, tuple(words), tuple(tables), (shown,))
+
     return (
-        Section(
+        part(
             "error_kinds",
             "What the error is made of",
-            "reported",
             f"change of perplexity: {chosen} if the table chooses, {weighed} if it weighs, {both} if it does both, "
             f"{policy} under the policy at {found.kinds[-1].experts:.2f} experts",
             (
@@ -290,24 +295,16 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
                 change_table("choice, weights and answers, against the plain model", found.kinds),
                 change_table("with and without answers for what is dropped", found.dropping),
             ),
-            (
-                ReportFigure(
-                    "error_kinds",
-                    "Kinds of error",
-                    "Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one "
-                    "way. Above: choice and weights from the table, all experts run; and the policy, which runs fewer. "
-                    "Below: what is dropped with and without answers, kept weights rescaled or not. Each panel "
-                    "has its own scale.",
-                    "Choice and weight errors save nothing: they show where an error comes from, are not policies, and "
-                    "need not add up. Rows run different numbers of experts: see the tables.",
-                    partial(_draw_kinds, found),
-                ),
-            ),
+            read="Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one way. "
+            "Above: choice and weights from the table, all experts run; and the policy, which runs fewer. Below: what "
+            "is dropped with and without answers, kept weights rescaled or not. Each panel has its own scale.",
+            misleads="Choice and weight errors save nothing: they show where an error comes from, are not policies, "
+            "and need not add up. Rows run different numbers of experts: see the tables.",
+            draw=partial(_draw_kinds, found),
         ),
-        Section(
+        part(
             "error_layers",
             "How the layers' errors add up",
-            "reported",
             f"layers one at a time add up to {found.total.value:+.5f} nats per token, together they cost "
             f"{found.joint.nats.value:+.5f}; excess {found.excess:+.5f}",
             (
@@ -318,22 +315,15 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
                 change_table("one layer at a time", (*found.layers, found.joint)),
                 _table("do they add up? [nats per token]", nats, both_parts.items()),
             ),
-            (
-                ReportFigure(
-                    "error_layers",
-                    "Layers one at a time",
-                    "Dots with 95 % intervals: loss added when one layer alone is planned. The last two rows: their "
-                    "sum, and all of them together.",
-                    "A layer's change is its price on top of the plain model, not on top of the policy. Layers that "
-                    "drop more experts may cost more for that reason only.",
-                    partial(_draw_layers, found),
-                ),
-            ),
+            read="Dots with 95 % intervals: loss added when one layer alone is planned. The last two rows: their sum, "
+            "and all of them together.",
+            misleads="A layer's change is its price on top of the plain model, not on top of the policy. Layers that "
+            "drop more experts may cost more for that reason only.",
+            draw=partial(_draw_layers, found),
         ),
-        Section(
+        part(
             "error_groups",
             "Where the loss falls",
-            "reported",
             f"{found.whole.nats.value:+.5f} nats per token in all; the largest part, {worst.part.value:+.5f}, where "
             f"the longest key that answered was: {worst.name} ({worst.tokens / found.tokens:.0%} of the tokens)",
             (
@@ -343,7 +333,7 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
                 "whole. Keys: of the longest order that answered in any layer. Experts: summed over layers. Frequency: "
                 "tenths of the ids that were read, by their occurrences in the text of the statistics.",
             ),
-            tuple(
+            (
                 _table(
                     f"by {title} [nats per token]",
                     [("tokens", ","), ("share", ".1%"), *loss],
@@ -351,17 +341,11 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
                 )
                 for title, some in found.groups.items()
             ),
-            (
-                ReportFigure(
-                    "error_groups",
-                    "Where the loss falls",
-                    "Dots with 95 % intervals: loss added per token of a group, at the position that made the "
-                    "prediction. Dashed: the mean of all tokens.",
-                    "Open tokens lose only because of the tokens before them. Groups differ in how hard their tokens "
-                    "are. Small groups have wide intervals, and none where they come from fewer than 10 documents.",
-                    partial(_draw_groups, found),
-                ),
-            ),
+            read="Dots with 95 % intervals: loss added per token of a group, at the position that made the prediction. "
+            "Dashed: the mean of all tokens.",
+            misleads="Open tokens lose only because of the tokens before them. Groups differ in how hard their tokens "
+            "are. Small groups have wide intervals, and none where they come from fewer than 10 documents.",
+            draw=partial(_draw_groups, found),
         ),
     )
 

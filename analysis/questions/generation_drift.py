@@ -116,11 +116,11 @@ def drift(
         prompt, document = np.split(ids[rows], [prompt_tokens], axis=1)
         real = np.broadcast_to((np.arange(batch_size) < own)[:, None], prompt.shape)  # what fills up is padding
         ends = model.generation.end_ids
-        plain = ended(model.generate(prompt, new_tokens, attention_mask=real)[0][:, prompt_tokens:], ends, new_tokens)
+        plain = _ended(model.generate(prompt, new_tokens, attention_mask=real)[0][:, prompt_tokens:], ends, new_tokens)
         written, carry = var_model.generate(prompt, carry, new_tokens, attention_mask=real)
-        texts = (plain, ended(written[:, prompt_tokens:], ends, new_tokens), document)
-        scores = [log_probability(model, prompt, text) for text in texts]
-        parts.append([one[:own] for one in (next_tokens(var_model, prompt, plain), *texts, *scores)])
+        texts = (plain, _ended(written[:, prompt_tokens:], ends, new_tokens), document)
+        scores = [_log_probability(model, prompt, text) for text in texts]
+        parts.append([one[:own] for one in (_next_tokens(var_model, prompt, plain), *texts, *scores)])
     taught, plain, var, document, *scores = (np.concatenate(column) for column in zip(*parts, strict=True))
     counts = [(text != NOTHING).sum(axis=1) for text in (plain, var, document)]
     sums = [np.stack([total, count], axis=1) for total, count in zip(scores, counts, strict=True)]
@@ -131,7 +131,7 @@ def drift(
         prompts=len(ids),
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
-        agreement=agreement(plain, var, taught, samples, seed),
+        agreement=_agreement(plain, var, taught, samples, seed),
         plain=of_plain,
         var=of_var,
         document=of_document,
@@ -139,18 +139,10 @@ def drift(
     )
 
 
-def agreement(plain: np.ndarray, var: np.ndarray, taught: np.ndarray, samples: int = 1000, seed: int = 0) -> Agreement:
-    """Compare texts at the positions that the plain model's text reaches.
+def _agreement(plain: np.ndarray, var: np.ndarray, taught: np.ndarray, samples: int = 1000, seed: int = 0) -> Agreement:
+    """Agreement of texts int32 [P, T], NOTHING after their ends, at the positions that the plain one reaches.
 
-    Args:
-        plain: int32 [P, T], the plain model's texts, NOTHING after their ends.
-        var: int32 [P, T], the texts under VAR, NOTHING after their ends.
-        taught: int32 [P, T], what the model under VAR would write after the plain model's text.
-        samples: bootstrap draws of prompts.
-        seed: of the draws.
-
-    Returns:
-        Shares of the prompts that agree.
+    `taught` is what the model under VAR would write after the plain model's text.
     """
     there = plain != NOTHING
     free, single = (plain == var) & there, (plain == taught) & there
@@ -164,50 +156,23 @@ def agreement(plain: np.ndarray, var: np.ndarray, taught: np.ndarray, samples: i
     )
 
 
-def ended(text: np.ndarray, ends: Sequence[int], length: int) -> np.ndarray:
-    """Cut texts after their first end id.
-
-    Args:
-        text: int32 [B, <= length].
-        ends: the end ids.
-        length: T.
-
-    Returns:
-        int32 [B, T], NOTHING after the end id.
-    """
+def _ended(text: np.ndarray, ends: Sequence[int], length: int) -> np.ndarray:
+    """int32 [B, length]: text [B, <= length] up to and including each row's first end id, then NOTHING."""
     full = np.full((len(text), length), NOTHING, np.int32)
     stop = np.isin(text, ends)
     full[:, : text.shape[1]] = np.where(np.cumsum(stop, axis=1) - stop > 0, NOTHING, text)
     return full
 
 
-def next_tokens(var_model: VARModel, prompt: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """Find the most probable token under VAR at each position of a text, all positions in one call from a fresh state.
-
-    Args:
-        var_model: the model under the policy.
-        prompt: int32 [B, S].
-        text: int32 [B, T].
-
-    Returns:
-        int32 [B, T].
-    """
+def _next_tokens(var_model: VARModel, prompt: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """int32 [B, T]: the most probable token under VAR at each position of text [B, T], all in one call."""
     ids, mask = _joined(prompt, text)
     out, _ = var_model.advance(var_model.init(len(ids)), jnp.asarray(ids), jnp.asarray(mask))
     return np.asarray(jnp.argmax(out.logits[:, prompt.shape[1] - 1 : -1], axis=-1), np.int32)
 
 
-def log_probability(model: Model, prompt: np.ndarray, text: np.ndarray) -> np.ndarray:
-    """Compute the plain model's log probability of texts after their prompts.
-
-    Args:
-        model: the plain model.
-        prompt: int32 [B, S].
-        text: int32 [B, T]; NOTHING is left out.
-
-    Returns:
-        float64 [B], nats.
-    """
+def _log_probability(model: Model, prompt: np.ndarray, text: np.ndarray) -> np.ndarray:
+    """float64 [B]: the plain model's log probability of text [B, T] after its prompt, nats, without NOTHING."""
     ids, mask = _joined(prompt, text)
     logits = model(ids, mask).logits[:, prompt.shape[1] - 1 : -1]
     there = text != NOTHING
@@ -239,15 +204,8 @@ def _curve(numerator: np.ndarray, denominator: np.ndarray, samples: int, seed: i
     return Curve(value, low, high)
 
 
-def section(found: Drift) -> Section:
-    """Report agreement and log probabilities.
-
-    Args:
-        found: what was measured.
-
-    Returns:
-        The section with its figure.
-    """
+def _section(found: Drift) -> Section:
+    """Agreement and log probabilities, with the figure."""
     agreed = found.agreement
     shown = np.unique(np.linspace(1, found.new_tokens, min(found.new_tokens, 8)).astype(int))
     curves = {"single step": agreed.single_step, "free": agreed.free, "together": agreed.together}
@@ -312,7 +270,7 @@ def _draw(found: Drift) -> Figure:
 def _examine(sizes: Mapping[str, int], subject: Subject) -> Answer:
     var_model = VARModel(subject.model, subject.config, table=subject.build(keep_shapes=False))
     found = drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching, **sizes)  # type: ignore[arg-type]
-    return Answer((section(found),), found)
+    return Answer((_section(found),), found)
 
 
 def question(**sizes: int) -> Question[Subject]:

@@ -64,26 +64,19 @@ class Shipped(NamedTuple):
     bytes: int
 
 
-def table_sizes(subject: Subject) -> TableSizes:
-    """Score the given policy under tables of several sizes.
-
-    Args:
-        subject: the policy and the documents.
-
-    Returns:
-        Sizes and losses.
-    """
+def _table_sizes(subject: Subject) -> TableSizes:
+    """The given policy under tables of several sizes."""
     plain = score_point(subject)
     counts = document_counts(len(plain.nll), subject.samples, subject.seed)
     whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
-    most = max(shipped(subject.build(whole)).answers)
+    most = max(_shipped(subject.build(whole)).answers)
     bounds = sorted({max(round(share * most), 1) for share in SHARES})
     configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
     configs += [dataclasses.replace(whole, answer_dtype=one) for one in _MARKERS]
     found = []
     for config in progress_bar(configs, unit="table", desc="table sizes", show=subject.progress):
         table = subject.build(config)
-        size = shipped(table)
+        size = _shipped(table)
         number = sum(size.answers)
         point = measured(number, plain, score_point(subject, config, table), counts)
         found.append(Size(config.answers_per_layer, config.answer_dtype, number, size.answer_bytes, size.bytes, point))
@@ -91,15 +84,8 @@ def table_sizes(subject: Subject) -> TableSizes:
     return TableSizes(tuple(found), subject.model.config.top_k, len(plain.nll), tokens, subject.samples)
 
 
-def shipped(table: RouteTable) -> Shipped:
-    """Compute the size of a table built with `keep_shapes` if it were built without; no second build is needed.
-
-    Args:
-        table: built with `keep_shapes`.
-
-    Returns:
-        Answers and bytes.
-    """
+def _shipped(table: RouteTable) -> Shipped:
+    """The size of a table built with `keep_shapes` if it were built without; no second build is needed."""
     rows = np.flatnonzero(np.asarray(table.eligible).any(axis=0))
     rows = rows if len(rows) else np.array([0])
     keys = KeyIndex.build(np.asarray(table.index.keys)[rows])
@@ -188,7 +174,7 @@ def _draw(found: TableSizes) -> Figure:
 
 
 def _examine(subject: Subject) -> Answer:
-    found = table_sizes(subject)
+    found = _table_sizes(subject)
     return Answer((_section(found),), found)
 
 

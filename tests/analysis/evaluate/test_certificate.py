@@ -2,20 +2,18 @@ import dataclasses
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from analysis.evaluate.certificate import (
     LIMIT,
     TESTS,
-    CertificateError,
     certify,
     certify_results,
     report,
     sentences,
 )
-from analysis.evaluate.comparison import Result, ResultError, degradation
-from analysis.evaluate.losses import Losses, Scores
+from analysis.evaluate.comparison import Result, degradation
+from analysis.evaluate.losses import Losses, LossesError, Scores
 from analysis.report.provenance import write_json
 from analysis.report.report import text
 from analysis.resampling import allowed
@@ -172,9 +170,8 @@ ORIGIN = {"model": {"fingerprint": "m"}, "config_sha256": "c-var", "data": {"spl
 
 
 def result_of(path, source, **fields):
-    table = pd.DataFrame({"id": source.ids, "group": source.groups, "nll": source.nll, "tokens": source.tokens})
     usual = {"mode": "var", "max_length": 256, "stride": 256, "provenance": ORIGIN}
-    return Result(path, usual | fields, table)
+    return Result(path, usual | fields, source)
 
 
 def baseline_of(path, source=None, **fields):
@@ -210,13 +207,13 @@ def test_evaluations_in_files_and_in_memory_give_the_same(tmp_path):
 )
 def test_evaluations_that_cannot_be_certified_are_named(tmp_path, fields, message):
     base, other = baseline_of(tmp_path / "a"), result_of(tmp_path / "b", losses(0.001), **fields)
-    with pytest.raises((CertificateError, ResultError), match=message):
+    with pytest.raises(LossesError, match=message):
         certify_results(base, {"var": other}, clip=CLIP)
 
 
 def test_swapped_arguments_are_refused(tmp_path):
     base, other = baseline_of(tmp_path / "a"), result_of(tmp_path / "b", losses(0.001))
-    with pytest.raises(CertificateError, match="of mode 'var', expected 'baseline'; give the baseline first"):
+    with pytest.raises(LossesError, match="of mode 'var', expected 'baseline'; give the baseline first"):
         certify_results(other, {"base": base}, clip=CLIP)
 
 
@@ -274,13 +271,13 @@ def changed(**fields):
     ],
 )
 def test_losses_that_cannot_be_certified_are_named(candidates, settings, message):
-    with pytest.raises(CertificateError, match=message):
+    with pytest.raises(LossesError, match=message):
         certificate(candidates, **settings)
 
 
 def test_a_handful_of_documents_is_refused():
     few = Losses(IDS[:19], GROUPS[:19], TOKENS[:19] * 3.0, TOKENS[:19])
-    with pytest.raises(CertificateError, match="19 documents"):
+    with pytest.raises(LossesError, match="19 documents"):
         certificate({"var": few}, few)
 
 

@@ -3,6 +3,7 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
+from analysis.evaluate.points import Subject
 from analysis.evaluate.policy_search import Measured, search
 from varjax.config import VARConfig
 
@@ -20,7 +21,7 @@ def collected(saved_model, even_documents):
 @pytest.fixture(scope="module")
 def found(saved_model, even_documents, collected):
     def run(budget):
-        return search(saved_model, *collected, even_documents[100:], VARConfig(), budget=budget, **READING)
+        return search(Subject(saved_model, *collected, VARConfig(), even_documents[100:], **READING), budget=budget)
 
     return run
 
