@@ -16,9 +16,8 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from analysis.collect.merging import merge_files
 from analysis.collect.passes import EVERY_DOCUMENT, Share
-from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, place
+from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, merge_files, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
 from analysis.questions import routers

@@ -12,15 +12,14 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from analysis.collect.checkpoints import Checkpoints, note, resumed
+from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.evaluate import points as scored_points
 from analysis.evaluate.comparison import read_result
 from analysis.evaluate.losses import Scores
 from analysis.report.provenance import write_json
 from analysis.text import embedded
 from analysis.text.corpus import load_documents
-from analysis.text.preparation import prepare
-from analysis.text.prepared import MANIFEST, Request, open_prepared
+from analysis.text.prepared import MANIFEST, Request, open_prepared, prepare
 from analysis.traces import trace as traces
 from models.config import MoEConfig
 from models.parameters import init_params

@@ -31,7 +31,7 @@ from analysis.criteria import TUNING_SPEEDUP, Criterion
 from analysis.evaluate.certificate import CLIP, LIMIT, Certificate, certify
 from analysis.evaluate.points import Point, Subject, score_point
 from analysis.resampling import Estimate, ratio_estimate
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from profiling.timing import geometric_mean, measure
 from tuning.objective import upper_limit
 from varjax.config import VARConfig

@@ -43,7 +43,7 @@ from analysis.report.figures import subplots
 from analysis.report.provenance import hash_json
 from analysis.report.report import Column, Report, ReportFigure, Section, Table
 from analysis.resampling import holm
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from varjax.bounds import documents_needed, p_value, upper_bound
 
 LIMIT = math.log1p(MAX_DEGRADATION)  # nats per token

@@ -17,7 +17,7 @@ from analysis.evaluate.losses import Losses, LossesError, Scores
 from analysis.report.provenance import write_json
 from analysis.report.report import text
 from analysis.resampling import allowed
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from benchmarks.certificate_simulation import GOOD, POPULATIONS, coverage, family_wise
 from varjax.bounds import upper_bound
 from varjax.checksums import read_json

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from analysis.checkpoints import Checkpoints
 from analysis.collect.answers import collect_answers
-from analysis.collect.checkpoints import Checkpoints
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.distillation import DistillConfig, _lines, distill
 from analysis.evaluate.losses import plain_runner, score, var_runner
