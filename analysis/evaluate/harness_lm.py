@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -190,21 +190,23 @@ class HarnessLM(TemplateLM):
         found = [""] * len(requests)
         bar = progress_bar(total=len(requests), unit="request", show=self.progress and not disable_tqdm)
         for members in alike.values():
-            wanted = _Wanted.of(requests[members[0]].args[1], self)
-            room = self.max_length - wanted.new_tokens
+            until, new_tokens, sampling = _wanted(requests[members[0]].args[1], self)
+            room = self.max_length - new_tokens
             prompts = {
                 index: (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[-room:] for index in members
             }
             seeds = _seeds(prompts, self.seed)
-            for group in _by_length(prompts, self.batch_size):
+            order = sorted(prompts, key=lambda index: len(prompts[index]))  # texts of about equal length together
+            for start in range(0, len(order), self.batch_size):
+                group = order[start : start + self.batch_size]
                 drawn = [seeds[index] for index in group] + [0] * (self.batch_size - len(group))
-                sampling = dataclasses.replace(wanted.sampling, seed=tuple(drawn))
-                length = min(self._length(len(prompts[group[-1]])), room)
+                length = min(self._length(len(prompts[group[-1]])), room)  # the last prompt is the longest
                 ids, mask = _left_padded([prompts[index] for index in group], self.batch_size, length)
-                tokens = self._generate(ids, mask, wanted.new_tokens, sampling)[: len(group), length:]
+                seeded = dataclasses.replace(sampling, seed=tuple(drawn))
+                tokens = self._generate(ids, mask, new_tokens, seeded)[: len(group), length:]
                 for index, row in zip(group, tokens.tolist(), strict=True):
                     text = self.tokenizer.decode(self._until_end(row), skip_special_tokens=True)
-                    found[index] = postprocess_generated_text(text, wanted.until, None)
+                    found[index] = postprocess_generated_text(text, until, None)
                     self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
                 bar.update(len(group))
         bar.close()
@@ -250,40 +252,27 @@ class HarnessLM(TemplateLM):
         return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """A task's settings of generation."""
+def _wanted(given: Mapping[str, Any], lm: HarnessLM) -> tuple[list[str], int, Sampling]:
+    """A task's stop strings, number of new tokens and sampling.
 
-    until: list[str]
-    new_tokens: int
-    sampling: Sampling
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any], lm: HarnessLM) -> _Wanted:
-        """Raises InputError for a setting that is not known, or that leaves no room for the context."""
-        settings = dict(normalize_gen_kwargs(dict(given), min(_MAX_NEW_TOKENS, lm.max_length // 2)))
-        until = handle_stop_sequences(settings.pop("until"), lm.tokenizer.decode(lm.eot_token_id))
-        new_tokens, sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
-        temperature = float(settings.pop("temperature", 0.0))  # taken out even where it is not used
-        sampling = Sampling(temperature if sample else 0.0, settings.pop("top_k", None), settings.pop("top_p", None))
-        if settings:
-            raise InputError(
-                f"the task asks for {settings} in generation; expected until, max_gen_toks, do_sample, temperature, "
-                "top_k and top_p"
-            )
-        if not 1 <= new_tokens < lm.max_length:
-            raise InputError(
-                f"the task asks for {new_tokens} new tokens; expected 1 to less than max_length {lm.max_length}: "
-                "lower its max_gen_toks or raise max_length"
-            )
-        return cls(until, new_tokens, sampling)
-
-
-def _by_length(prompts: Mapping[int, list[int]], batch_size: int) -> Iterator[list[int]]:
-    """The prompts' keys in batches of about equal length, the longest of a batch last."""
-    order = sorted(prompts, key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    Raises InputError for a setting that is not known, or that leaves no room for the context.
+    """
+    settings = dict(normalize_gen_kwargs(dict(given), min(_MAX_NEW_TOKENS, lm.max_length // 2)))
+    until = handle_stop_sequences(settings.pop("until"), lm.tokenizer.decode(lm.eot_token_id))
+    new_tokens, sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
+    temperature = float(settings.pop("temperature", 0.0))  # taken out even where it is not used
+    sampling = Sampling(temperature if sample else 0.0, settings.pop("top_k", None), settings.pop("top_p", None))
+    if settings:
+        raise InputError(
+            f"the task asks for {settings} in generation; expected until, max_gen_toks, do_sample, temperature, "
+            "top_k and top_p"
+        )
+    if not 1 <= new_tokens < lm.max_length:
+        raise InputError(
+            f"the task asks for {new_tokens} new tokens; expected 1 to less than max_length {lm.max_length}: "
+            "lower its max_gen_toks or raise max_length"
+        )
+    return until, new_tokens, sampling
 
 
 def _seeds(prompts: Mapping[int, list[int]], seed: int) -> dict[int, int]:

@@ -91,14 +91,7 @@ class Caching:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Caching:
-        """Read the arguments that `add_caching_arguments` added.
-
-        Args:
-            args: the parsed arguments.
-
-        Returns:
-            The caching that they describe.
-        """
+        """Read the arguments `args` that `add_caching_arguments` added to a parser."""
         return cls(args.shared_cache, args.seconds_per_token)
 
     def init(self, var_model: VARModel, batch_size: int = 1) -> VARState | None:
@@ -106,15 +99,14 @@ class Caching:
         return var_model.init(batch_size, shared_cache=self.shared)
 
     def enter(self, state: VARState, batch: Batch) -> tuple[VARState, float]:
-        """Prepare the state for a batch of windows, each without a past.
+        """Prepare for a batch of windows, each without a past.
 
         Args:
             state: after the batch before.
             batch: of `analysis.text.batches.in_order` where the documents have caches of their own.
 
         Returns:
-            The state to read the batch with, and the time in seconds: by what the documents have read where they have
-            caches of their own, else as `now` says.
+            The state to read the batch with, and the time in seconds.
         """
         if not state.own_caches:
             return begin(state, len(batch.ids)), self.now(state)
@@ -127,12 +119,12 @@ class Caching:
         return tokens * self.seconds_per_token
 
     def span(self, documents: Sequence[Encoded], max_length: int, stride: int | None = None) -> float:
-        """The greatest age at which a cached decision may be looked up while `documents` are scored.
+        """Compute the greatest age at which a cached decision may be looked up while documents are scored.
 
         Args:
             documents: in token ids.
-            max_length: tokens of a window, as in `score`.
-            stride: tokens between windows, as in `score`.
+            max_length: as in `score`.
+            stride: as in `score`.
 
         Returns:
             Seconds; 0 if no decision is ever looked up.
@@ -145,14 +137,7 @@ class Caching:
         return tokens * self.seconds_per_token
 
     def clock(self, start: float = 0.0) -> Callable[[], float]:
-        """Make a clock for decoding, which advances by one token at every call.
-
-        Args:
-            start: its first reading, seconds.
-
-        Returns:
-            A function that gives seconds.
-        """
+        """A clock for decoding: its first reading is `start` seconds, and every call advances it by one token."""
         ticks = itertools.count()
         return lambda: start + next(ticks) * self.seconds_per_token
 
@@ -163,14 +148,7 @@ class Caching:
         return f"{whose}; {self.seconds_per_token:g} s per token"
 
     def facts(self, config: Any) -> tuple[tuple[str, str], ...]:
-        """What a report states about the cached tier.
-
-        Args:
-            config: a `VARConfig`.
-
-        Returns:
-            One fact; none where the config has no cached tier.
-        """
+        """What a report states about the cached tier; nothing where the VARConfig `config` has none."""
         return (("cached tier", self.words),) if config.enable_var and config.cache_size > 0 else ()
 
 
@@ -178,11 +156,7 @@ INDEPENDENT = Caching()
 
 
 def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--shared_cache` and `--seconds_per_token`, which `Caching.of` reads.
-
-    Args:
-        parser: of a command that runs VAR.
-    """
+    """Add `--shared_cache` and `--seconds_per_token`, which `Caching.of` reads, to a parser."""
     parser.add_argument(
         "--shared_cache",
         action="store_true",
@@ -283,11 +257,7 @@ class Scores(Losses):
         return {name: getattr(self, name) for name in ("max_length", "stride", "prefix_id", "full_last")}
 
     def summary(self) -> dict[str, Any]:
-        """Compute the numbers of a result file.
-
-        Returns:
-            Perplexities, counts, the settings and the units.
-        """
+        """The numbers of a result file: perplexities, counts, settings and units."""
         nats = self.nll.sum()
         return {
             "perplexity": self.perplexity,
@@ -330,8 +300,6 @@ def score(
     progress: bool = True,
 ) -> tuple[Scores, Any]:
     """Compute the loss of every document.
-
-    The module's docstring says which settings give which published definition.
 
     Args:
         run: reads a batch, such as `plain_runner(model)` or `var_runner(var_model)`.
