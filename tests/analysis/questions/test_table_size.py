@@ -11,7 +11,7 @@ from analysis.questions.table_size import QUESTION, SHARES, _shipped
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.selection import worth
+from varjax.shrinkage import worth
 from varjax.table import build_table
 
 READING = {"batch_size": 20, "max_length": 16}
