@@ -54,7 +54,6 @@ from experiments.arguments import asked_config, load, load_encoded, parser, read
 from experiments.hosts import add_hosts, join
 from models import Model
 from profiling.timing import by_batch, measure
-from profiling.timing import section as throughput_section
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
@@ -289,8 +288,8 @@ def _throughput(repeats: int, subject: Subject) -> Answer:
     var_model = VARModel(subject.model, subject.config, subject.build(keep_shapes=False))
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
-    found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    return Answer((throughput_section(found),), found)
+    section, found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
+    return Answer((section,), found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
