@@ -9,13 +9,13 @@
                                            train the answers for a policy on the build split
   --mode study --routing_stats S --var_config C --output DIR
                                            VAR against simple alternatives at equal loss, the size of its table, what
-                                           its error is made of, free generation, throughput by batch size
+                                           its error is made of, free generation, throughput by batch size; or some
+                                           of these (--questions)
 
 An evaluation writes NAME.json for --output NAME.json, or MODE.json into a directory, and a Parquet file of
 per-document losses next to it. A comparison and a certificate are reports: NAME.json, NAME.txt and NAME.html, where
 NAME is `comparison` or `certificate` in a directory. A study writes study.json, .txt, .html and figures into a
-directory, and the losses of every point as it is scored. Studies and distillations go on where they were when the
-same command is given again after a kill.
+directory, and the losses of every point as it is scored. Rerun the same command to resume a study or a distillation.
 """
 
 from __future__ import annotations
@@ -30,86 +30,93 @@ from typing import Any
 from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.command import path_argument, program
 from analysis.criteria import MAX_DEGRADATION
-from analysis.evaluate import caching as cached_tier
-from analysis.evaluate import certificate_report, comparison_report
-from analysis.evaluate import report as evaluation_report
+from analysis.evaluate import certificate, comparison
+from analysis.evaluate import report as evaluation
 from analysis.evaluate.certificate import CLIP, TESTS, certify_results
 from analysis.evaluate.comparison import read_result
-from analysis.evaluate.quality import score, var_runner
-from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
-from analysis.policies.distillation import DistilConfig, distill
-from analysis.policies.scored_points import Subject
-from analysis.policies.search import Search, search
-from analysis.report.files import write_output, write_report
+from analysis.evaluate.distillation import DistillConfig, distill
+from analysis.evaluate.losses import Caching, add_caching_arguments, score, var_runner
+from analysis.evaluate.points import Subject
+from analysis.evaluate.policy_search import Search, search
+from analysis.inputs import CONFIGS, find_config, find_statistics, listed
+from analysis.questions import generation_drift
+from analysis.questions.question import Answer, Question
+from analysis.questions.registry import STUDY_QUESTIONS
+from analysis.questions.study import study
+from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, REPORT, Output
 from analysis.report.provenance import provenance, write_json
 from analysis.report.report import summary as overview
 from analysis.report.report import text
 from analysis.resampling import MIN_DOCUMENTS
-from analysis.studies.study import PARTS, Finding, Part, study
 from analysis.text import card
-from experiments.arguments import add_hosts, asked_config, join, load, open_corpus, parser, read_answers
+from experiments.arguments import (
+    add_hosts,
+    add_options,
+    add_table,
+    asked_config,
+    join,
+    load,
+    open_corpus,
+    parser,
+    read_answers,
+)
 from models import Model
 from profiling.timing import by_batch, measure
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
 from varjax.files import remove
-from varjax.model import build_for, load_table
+from varjax.model import load_table
 from varjax.step import summary
 from varjax.tablefiles import TableFiles
 
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Run the program."""
+    distilling, names = DistillConfig(), [*(question.name for question in STUDY_QUESTIONS), "throughput"]
     options = parser(__doc__, "results/phase2")
-    options.add_argument("--mode", choices=["baseline", "var", "distill", "study"], help="what to do")
+    options.add_argument("--mode", choices=["baseline", "var", "distill", "study"], help="what to do, see above")
+    add_table(options, "the --preset")
     options.add_argument(
-        "--routing_stats",
-        type=path_argument,
-        help="routing_stats.parquet of phase 1; without it and --var_config, the first of "
-        f"{listed(STATISTICS)} that exists",
+        "--preset", choices=sorted(PRESETS), default="balanced", help="thresholds that are used without a --var_config"
     )
-    options.add_argument(
-        "--answers",
-        type=path_argument,
-        help="answers to use, such as distilled ones (default: those next to the statistics)",
-    )
-    options.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
-    options.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; overrides --preset")
     options.add_argument(
         "--search_policy",
         action="store_true",
-        help="find the layers' tolerances under a loss budget on the tune split first, in the place of the preset's or "
-        "the config's policies, without a cached tier; written as *.var_config.json",
+        help="search the layers' tolerances under a loss budget on the tune split first; they replace the policies of "
+        "the preset or config, without a cached tier, and are written as *.var_config.json",
     )
-    options.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
-    options.add_argument(
-        "--budget",
-        type=float,
-        help="relative increase of perplexity that --search_policy may spend (default: 0.9 of --limit)",
-    )
-    options.add_argument(
-        "--limit", type=float, default=MAX_DEGRADATION, help="acceptable relative increase of perplexity"
-    )
-    options.add_argument("--split", default="test", help="documents to score; 'all' for every one")
-    options.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
-    options.add_argument("--no_throughput", action="store_true", help="leave the timing out")
-    options.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
+    options.add_argument("--no_throughput", action="store_true", help="skip the timing")
     options.add_argument("--compare", type=path_argument, nargs=2, metavar=("A", "B"), help="two results to compare")
     options.add_argument(
-        "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and some of VAR"
+        "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and the results to certify"
     )
-    options.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
-    options.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
-    options.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
-    steps = DistilConfig()
-    options.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
-    options.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
     options.add_argument(
-        "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
+        "--testing", choices=sorted(TESTS), default="fixed_sequence", help="how several results are tested together"
     )
-    cached_tier.add_arguments(options)
+    options.add_argument(
+        "--questions", nargs="+", choices=names, default=names, metavar="Q", help="questions of a study"
+    )
+    add_options(
+        options,
+        ("tune_samples", int, 120, "documents for --search_policy"),
+        ("budget", float, None, "increase of perplexity that --search_policy may spend (default: 0.9 of --limit)"),
+        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase of perplexity"),
+        ("split", str, "test", "documents to score; 'all' for every document"),
+        ("stride", int, None, "tokens between the beginnings of windows (default: max_length)"),
+        ("repeats", int, 15, "timed rounds"),
+        ("clip", float, CLIP, "loss increase at which a certificate clips a document's, nats per token"),
+        ("level", float, 0.95, "confidence of the certificate"),
+        ("steps", int, distilling.steps, "steps of distillation"),
+        ("learning_rate", float, distilling.learning_rate, "peak learning rate of distillation"),
+        ("distil_min_count", int, distilling.min_count, "fewest occurrences of a key whose answers are distilled"),
+        ("prompts", int, 64, "texts that a study continues"),
+        ("prompt_tokens", int, 32, "tokens at the beginning of each of these texts"),
+        ("new_tokens", int, 64, "tokens of each continuation"),
+    )
+    add_caching_arguments(options)
     add_hosts(options)
     args = options.parse_args(arguments)
     if args.num_processes > 1 and not args.coordinator:
@@ -124,50 +131,46 @@ def main(arguments: Sequence[str] | None) -> None:
     if not (args.compare or args.certify or args.mode):
         options.error("say what to do: --mode baseline|var|distill|study, --compare A B or --certify A B ...")
     if args.compare:
-        name, work = "comparison", compare
+        name, work = "comparison", _compare
     elif args.certify:
-        name, work = "certificate", certify
+        name, work = "certificate", _certify
     else:
-        name, work = args.mode, FOLDERS.get(args.mode, evaluate)
+        name, work = args.mode, FOLDERS.get(args.mode, _evaluate)
     output = Output.of(args.output, name, DIRECTORY if name in FOLDERS else REPORT)
     with output.locked():
         work(args, output)
 
 
-def compare(args: argparse.Namespace, output: Output) -> None:
+def _compare(args: argparse.Namespace, output: Output) -> None:
     base, other = args.compare
     sides = read_result(base), read_result(other)
-    said, fields = comparison_report.report(*sides)
-    figures = {comparison_report.NAME: comparison_report.figure(*sides)}
-    write_output(said, output, figures=figures, beside=fields | {"provenance": provenance()})
+    said, fields = comparison.report(*sides)
+    write_report(said, output, beside=fields | {"provenance": provenance()})
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def certify(args: argparse.Namespace, output: Output) -> None:
+def _certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
     plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
-    certificate = certify_results(plain, candidates, **settings)
-    said = certificate_report.report(certificate, card.facts(plain.fields["provenance"].get("card")))
-    beside = {"certificate": certificate, "provenance": provenance(seed=args.seed)}
-    figures = {certificate_report.NAME: certificate_report.figure(certificate)}
-    write_output(said, output, figures=figures, beside=beside)
+    found = certify_results(plain, candidates, **settings)
+    said = certificate.report(found, card.facts(plain.fields["provenance"].get("card")))
+    write_report(said, output, beside={"certificate": found, "provenance": provenance(seed=args.seed)})
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def evaluate(args: argparse.Namespace, output: Output) -> None:
+def _evaluate(args: argparse.Namespace, output: Output) -> None:
     if args.mode == "var" and args.var_config is None:
         args.routing_stats = find_statistics(args.routing_stats)
     model, documents, origin = load(args, args.split, args.num_samples)
-    config, files, found = choose_config(args, model)
-    caching = cached_tier.asked(args)
+    config, files, found = _config(args, model)
+    caching = Caching.of(args)
     table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
     var_model = VARModel(model, config, table)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
     start = caching.init(var_model, args.batch_size)
     scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
 
-    name = output.stem
     kept = output.main(".documents.parquet")
     scores.save(kept)
     result: dict[str, Any] = {
@@ -194,10 +197,10 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
         facts.append(("policy", "found under a loss budget" if found else given))
-    facts += [*cached_tier.described(caching, config), *card.facts(origin["card"])]
-    drawn = evaluation_report.draw(name, result, found, args.limit, args.tune_samples)
-    said = evaluation_report.report(name, result, scores, facts)
-    write_report(said, output.folder, name, index=not output.named, figures=drawn, beside=result)
+    facts += [*caching.facts(config), *card.facts(origin["card"])]
+    searched = {"found": found, "limit": args.limit, "tuned": args.tune_samples}
+    said = evaluation.report(result, scores, facts, **searched)
+    write_report(said, output, beside=result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
@@ -206,14 +209,14 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     print(f"written to {output.main('.json')}")
 
 
-def distil_answers(args: argparse.Namespace, output: Output) -> None:
-    find_policy(args)
+def _distill(args: argparse.Namespace, output: Output) -> None:
+    _find_policy(args)
     model, documents, origin = load(args, "build", args.num_samples)
-    config, files, _ = choose_config(args, model)
+    config, files, _ = _config(args, model)
     assert files is not None  # the plain model is another mode
     stats, answers = read_answers(model, files)
     reading = (args.batch_size, args.max_length)
-    settings = DistilConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
+    settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
     work = output.other("distil_checkpoints")
     run = {
         "model": origin["model"],
@@ -234,14 +237,15 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
     remove(work)
     if len(done.divergence) >= 2 * AVERAGED:
         first, last = done.divergence[:AVERAGED].mean(), done.divergence[-AVERAGED:].mean()
-        print(f"divergence from the full model: {first:.5f} nats per token at first, {last:.5f} at last (build split)")
+        change = f"{first:.5f} nats per token at the beginning, {last:.5f} at the end"
+        print(f"divergence from the full model: {change} (build split)")
     print(f"written to {args.output}")
 
 
-def study_policy(args: argparse.Namespace, output: Output) -> None:
-    find_policy(args)
+def _study(args: argparse.Namespace, output: Output) -> None:
+    _find_policy(args)
     model, documents, origin = load(args, args.split, args.num_samples)
-    config, files, _ = choose_config(args, model)
+    config, files, _ = _config(args, model)
     assert files is not None  # the plain model is another mode
     stats, answers = read_answers(model, files)
     subject = Subject(
@@ -255,7 +259,7 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         stride=args.stride,
         folder=output.other("losses"),
         seed=args.seed,
-        caching=cached_tier.asked(args),
+        caching=Caching.of(args),
     )
     facts = [
         ("model", f"{model.name} ({args.dtype})"),
@@ -265,26 +269,29 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         *card.facts(origin["card"]),
     ]
     made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=config.digest(files.digest()))
-    timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
-    facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
-    said = study(subject, output.folder, facts=facts, provenance=made, parts=PARTS + timed)
+    sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
+    timed = Question(
+        "throughput", "How much faster, and where must the gain vanish?", partial(_throughput, args.repeats)
+    )
+    known = {question.name: question for question in (*STUDY_QUESTIONS, generation_drift.question(**sizes), timed)}
+    asked = [known[name] for name in args.questions if not (args.no_throughput and name == timed.name)]
+    facts += [("note", warning) for warning in evaluation.flattered({"mode": args.mode, "provenance": made})]
+    said = study(subject, asked, output, facts=facts, provenance=made)
     config.save(output.other("var_config.json"), files)
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
 
 
-def throughput_of(subject: Subject, repeats: int) -> Finding:
-    """How much faster, and where must the gain vanish?"""
-    table = build_for(subject.model, subject.config, subject.stats, subject.answers)
-    var_model = VARModel(subject.model, subject.config, table=table)
+def _throughput(repeats: int, subject: Subject) -> Answer:
+    var_model = VARModel(subject.model, subject.config, subject.build(keep_shapes=False))
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
     section, found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    return Finding("throughput", (section,), {}, found)
+    return Answer((section,), found)
 
 
-def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
-    """The config that the arguments ask for, its table's files, and the search that found it, if one did."""
+def _config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
+    """Make, load or search the config; returns its table's files and the search, too."""
     if args.mode == "baseline":
         return VARConfig(enable_var=False), None, None
     config, files = asked_config(args, **PRESETS[args.preset])
@@ -293,19 +300,15 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Ta
     stats, answers = read_answers(model, files)
     tuning = list(open_corpus(model, args, "tune", args.tune_samples))
     if len(tuning) < MIN_DOCUMENTS:
-        print(f"only {len(tuning)} tune documents: on others the policy may lose far more than its budget")
+        print(f"only {len(tuning)} tune documents: on other documents the policy may lose far more than its budget")
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     budget = 0.9 * args.limit if args.budget is None else args.budget
-    found = search(model, stats, answers, tuning, config, budget=budget, **reading)
+    found = search(Subject(model, stats, answers, config, tuning, **reading), budget=budget)
     return found.config, files, found
 
 
-def find_policy(args: argparse.Namespace) -> None:
-    """Name the statistics and the policy, where the arguments name neither these nor a search.
-
-    Raises:
-        InputError: they are not in the documented places either.
-    """
+def _find_policy(args: argparse.Namespace) -> None:
+    """Complete the arguments with a policy and statistics from the documented places, unless they name some."""
     if not args.search_policy:
         args.var_config = find_config(args.var_config)
         if args.var_config is None:
@@ -317,8 +320,8 @@ def find_policy(args: argparse.Namespace) -> None:
         args.routing_stats = find_statistics(args.routing_stats)
 
 
-FOLDERS = {"distill": distil_answers, "study": study_policy}
-AVERAGED = 10  # steps, at first and at last, over which a divergence is averaged
+FOLDERS = {"distill": _distill, "study": _study}
+AVERAGED = 10  # first and last steps over which a divergence is averaged
 
 if __name__ == "__main__":
     main()

@@ -27,9 +27,9 @@ from typing import Any
 
 from analysis.command import path_argument, program, run
 from analysis.criteria import MAX_DEGRADATION
-from analysis.evaluate import caching as cached_tier
+from analysis.evaluate.losses import Caching, add_caching_arguments
+from analysis.evaluate.points import Subject
 from analysis.inputs import find_statistics
-from analysis.policies.scored_points import Subject
 from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, Output
 from analysis.report.provenance import provenance
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None) -> None:
         ("validate_repeats", int, REPEATS, "number of parts of the test split, each timed separately"),
         ("validate_samples", int, None, "most documents of each split to validate on (default: all)"),
     )
-    cached_tier.add_arguments(options)
+    add_caching_arguments(options)
     args = options.parse_args(arguments)
     if args.workers < 1:
         options.error(f"--workers {args.workers}: expected at least 1")
@@ -283,7 +283,7 @@ def _subject(
         folder=args.output / "losses",
         seed=args.seed,
         progress=progress,
-        caching=cached_tier.asked(args),
+        caching=Caching.of(args),
         table_sha256=files.digest(),
     )
     return subject, files, origin

@@ -27,10 +27,9 @@ from scipy import stats as distributions
 
 from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.certificate import CLIP
-from analysis.evaluate.quality import score, var_runner
-from analysis.policies.ladder import Choice, Ladder, Measured, climb
-from analysis.policies.scored_points import Losses, Subject, losses
-from analysis.policies.search import policies
+from analysis.evaluate.losses import Losses, score, var_runner
+from analysis.evaluate.points import Subject, score_point
+from analysis.evaluate.policy_search import Choice, Ladder, Measured, climb, policies
 from analysis.resampling import Estimate
 from analysis.text.encoding import Encoded
 from models import MoEConfig
@@ -42,7 +41,7 @@ from tuning.space import Space, config_at, suggest
 from varjax import bounds
 from varjax.config import VARConfig
 from varjax.errors import InputError
-from varjax.model import VARModel, build_for
+from varjax.model import VARModel
 from varjax.progress import progress_bar
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable, asked_orders, with_policies
@@ -57,7 +56,7 @@ class Objective:
 
     Raises:
         InputError: a setting is out of range, the config bounds its answers, or as
-            `analysis.policies.scored_points.Subject`.
+            `analysis.evaluate.points.Subject`.
     """
 
     subject: Subject  # its documents are those of the tune split
@@ -144,7 +143,7 @@ class Objective:
             layers = policies(choices, subject.model.config.num_experts, self.orders)
             config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
             table = with_policies(self._table, config, subject.stats, subject.answers)
-            found = losses(subject, config, table)
+            found = score_point(subject, config, table)
             bar.update()
             change = (found.nll - self._plain.nll).sum() / self._plain.tokens.sum()
             return Measured(tuple(choices), math.expm1(change), found.experts_per_token)
@@ -155,7 +154,7 @@ class Objective:
     @cached_property
     def _table(self) -> RouteTable:
         nothing = dataclasses.replace(self.subject.config, default=None, layers={})
-        return build_for(self.subject.model, nothing, self.subject.stats, self.subject.answers, keep_shapes=True)
+        return self.subject.build(nothing)
 
     def _make_room(self, config: VARConfig) -> None:
         """Drop compiled programs before there are too many.
@@ -176,7 +175,7 @@ class Objective:
 
     @cached_property
     def _plain(self) -> Losses:
-        return losses(self.subject)
+        return score_point(self.subject)
 
     @cached_property
     def _order(self) -> np.ndarray:
@@ -194,10 +193,8 @@ class Objective:
                 var_runner(var_model, subject.caching),
                 state,
                 [subject.documents[index] for index in part],
-                batch_size=subject.batch_size,
-                max_length=subject.max_length,
-                stride=subject.stride,
                 progress=False,
+                **subject.windows,
             )
             nll = np.concatenate([nll, scores.nll])
             rates = (scores.nll - self._plain.nll[part]) / scores.tokens

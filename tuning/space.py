@@ -2,8 +2,8 @@
 
 A space is a tuple of `Parameter`s. Most of them are fields of `VARConfig` under their own names. Three are not:
 
-- `loss_budget`: all layers' tolerances at once, by the ladder of policies (`analysis.policies.ladder`). The budget is
-  the sum of the losses of single layers; the real loss of a point is measured.
+- `loss_budget`: all layers' tolerances at once, by the ladder of policies (`analysis.evaluate.policy_search`). The
+  budget is the sum of the losses of single layers; the real loss of a point is measured.
 - `longest_context`: layers use the context orders from 1 to this one.
 - `cached_tier`: whether there is a cached tier. Without one its settings (`CACHED`) have no effect; they are drawn
   nevertheless, because samplers model a space of fixed shape better.
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import optuna
 
-from analysis.policies.ladder import Ladder
+from analysis.evaluate.policy_search import Ladder
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 
@@ -102,7 +102,7 @@ def search_space(
         ranges: ranges to replace, as "name=low:high".
         names: the parameters to search; None: all.
         span: the greatest age of a cached decision on the documents of the search, seconds
-            (`analysis.evaluate.caching.Caching.span`).
+            (`analysis.evaluate.losses.Caching.span`).
 
     Returns:
         The space, and by name why a parameter is not searched: it cannot change anything on these documents.

@@ -25,9 +25,9 @@ import numpy as np
 from scipy import stats as distributions
 
 from analysis.criteria import MAX_DEGRADATION, TUNING_SPEEDUP, Criterion
-from analysis.evaluate import certificate, certificate_report
-from analysis.evaluate.certificate import Certificate, certify
-from analysis.policies.scored_points import Losses, Subject, losses
+from analysis.evaluate import certificate
+from analysis.evaluate.certificate import CLIP, Certificate, certify
+from analysis.evaluate.points import Point, Subject, score_point
 from analysis.report.report import UNKNOWN, Column, Section, Table
 from analysis.resampling import Estimate, ratio_estimate
 from analysis.text.encoding import Drawn
@@ -35,7 +35,7 @@ from profiling.timing import geometric_mean
 from tuning.objective import timed, upper_limit
 from varjax.config import VARConfig
 from varjax.errors import InputError
-from varjax.model import VARModel, build_for
+from varjax.model import VARModel
 from varjax.progress import progress_bar
 
 REPEATS = 5  # the quantile is 2.9 standard errors over 3 repeats and 2.1 over 5
@@ -182,12 +182,12 @@ def validate(
     built, total = itertools.count(), len(candidates) + 1 + len(presets)
     bar = progress_bar(total=total, unit="configuration", desc="validation", show=test.progress)
 
-    def measured(subject: Subject, plain: Losses, name: str, config: VARConfig, parts: int) -> tuple[Measured, Losses]:
+    def measured(subject: Subject, plain: Point, name: str, config: VARConfig, parts: int) -> tuple[Measured, Point]:
         # Each configuration has a table of its own size, and programs must not pile up.
         if (number := next(built)) and number % PROGRAMS == 0:
             jax.clear_caches()
-        table = build_for(subject.model, config, subject.stats, subject.answers)
-        scored, var_model = losses(subject, config, table), VARModel(subject.model, config, table=table)
+        table = subject.build(config, keep_shapes=False)
+        scored, var_model = score_point(subject, config, table), VARModel(subject.model, config, table=table)
         change, everything = scored.nll - plain.nll, np.arange(len(subject.documents))
         order = everything if parts == 1 else np.random.default_rng(subject.seed).permutation(everything)
         found = []
@@ -202,13 +202,13 @@ def validate(
         return Measured(name, scored.experts_per_token, overall, upper, tuple(found)), scored
 
     with bar:
-        plain = losses(calibrate)
+        plain = score_point(calibrate)
         tried = {name: measured(calibrate, plain, name, config, 1) for name, config in candidates.items()}
         found = tuple(one for one, _ in tried.values())
         certified = certify(
-            _of(calibrate, plain),
-            {name: _of(calibrate, scored) for name, (_, scored) in tried.items()},
-            clip=certificate.CLIP,
+            plain,
+            {name: scored for name, (_, scored) in tried.items()},
+            clip=CLIP,
             model_sha256=calibrate.model.fingerprint,
             config_sha256={name: config.digest(calibrate.table_sha256) for name, config in candidates.items()},
             level=level,
@@ -220,7 +220,7 @@ def validate(
         chosen = choose(certified, found)
         if chosen is None:
             return Validation(certified, found, None, (), limit, level)
-        plain, judged = losses(test), {chosen: candidates[chosen], **presets}
+        plain, judged = score_point(test), {chosen: candidates[chosen], **presets}
         first, *others = (measured(test, plain, name, config, repeats)[0] for name, config in judged.items())
         return Validation(certified, found, first, tuple(others), limit, level)
 
@@ -265,7 +265,7 @@ def section(found: Validation) -> Section:
     """
     title, chosen, name = "Does it hold on documents that the search never saw?", found.chosen, "validation"
     words = (
-        *certificate_report.sentences(found.certificate),
+        *certificate.sentences(found.certificate),
         "The fastest certified candidate is chosen by timings on the calibrate documents. The verdict uses only the "
         "test documents, on which nothing was chosen; the other candidates are not judged.",
         f"A criterion is met only if a one-sided limit at {found.level:.4g} confidence meets it, over the repeats for "
@@ -335,12 +335,6 @@ def _judged(judged: Sequence[Measured], limit: float) -> tuple[Table, Table]:
             tuple(repeats),
         ),
     )
-
-
-def _of(subject: Subject, found: Losses) -> certificate.Losses:
-    """The losses as a certificate takes them."""
-    documents = subject.documents
-    return certificate.Losses([one.id for one in documents], [one.group for one in documents], found.nll, found.tokens)
 
 
 def _percent(value: float | None) -> str:

@@ -5,7 +5,7 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.policies.scored_points import Subject
+from analysis.evaluate.points import Subject
 from analysis.resampling import Estimate
 from tuning.points import PREDICTED, Outcome, Point
 from tuning.space import Parameter

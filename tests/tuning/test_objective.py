@@ -4,8 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.evaluate.caching import Caching
-from analysis.evaluate.quality import plain_runner, score, var_runner
+from analysis.evaluate.losses import Caching, plain_runner, score, var_runner
 from analysis.resampling import Estimate
 from tuning.objective import Objective, _predicted_speedup, upper_limit
 from tuning.points import PREDICTED

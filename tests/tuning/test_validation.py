@@ -4,7 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from analysis.evaluate.certificate import Losses, certify
+from analysis.evaluate.certificate import certify
+from analysis.evaluate.losses import Losses
 from analysis.resampling import Estimate
 from tuning import objective
 from tuning.validation import (
