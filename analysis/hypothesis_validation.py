@@ -106,19 +106,13 @@ def main(arguments: Sequence[str] | None) -> None:
     )
     parser.add_argument("--compare", type=path_argument, help="statistics, a folder or a trace of a second run")
     parser.add_argument("--orders", type=int, nargs="+", default=defaults.orders, help="context lengths (trace)")
-    parser.add_argument(
-        "--min_count", type=int, default=defaults.min_count, help="occurrences that a key needs (trace)"
-    )
-    parser.add_argument(
-        "--permutations", type=int, default=defaults.permutations, help="permutations of each null; 0: none (trace)"
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=defaults.samples,
-        help=f"bootstrap draws of documents (trace); at most {SAMPLES} for the tests on statistics",
-    )
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all random draws")
+    for name, about in {
+        "min_count": "occurrences that a key needs (trace)",
+        "permutations": "permutations of each null; 0: none (trace)",
+        "samples": f"bootstrap draws of documents (trace); at most {SAMPLES} for the tests on statistics",
+        "seed": "seed of all random draws",
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help=about)
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "hypotheses")
     with output.locked():
