@@ -1,6 +1,6 @@
 """Phase 1: collect routing statistics of every layer and context key, the answers for phase 2, and a trace.
 
-Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
+Writes into --output: routing_stats.parquet, routing_stats.answers.safetensors, routing_trace.parquet, a summary and
 figures; for an --output such as NAME.parquet, that file and NAME.*. A killed run continues from its last checkpoint
 when the same command is given again. Runs on all devices of the machine, each with the whole model unless --mesh
 divides it. Several machines divide the documents: start it on each, with --num_processes P, --process_id 0 to P - 1

@@ -31,7 +31,7 @@ from varjax.errors import InputError
 from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
 from varjax.progress import progress_bar
-from varjax.selection import likeliest
+from varjax.shrinkage import likeliest
 from varjax.stats import RoutingStats, bytes_a_key
 from varjax.tablefiles import answers_next_to
 
