@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from analysis.command import HelpFormatter, path_argument, program
 from analysis.inputs import STATISTICS, find_statistics, listed
 from analysis.questions.by_layer import size
-from analysis.questions.data import RoutingData, Settings, Source, trace_source
+from analysis.questions.data import RoutingData, Source, TraceSettings, trace_source
 from analysis.questions.drawn import SAMPLES
 from analysis.questions.question import Question
 from analysis.questions.registry import ROUTING_QUESTIONS
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None) -> None:
     Args:
         arguments: None for those of the command line.
     """
-    defaults = Settings()
+    defaults = TraceSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input",
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None) -> None:
 
 
 def _run(args: argparse.Namespace, output: Output) -> None:
-    settings = Settings(tuple(args.orders), args.min_count, args.permutations, args.samples, args.seed)
+    settings = TraceSettings(tuple(args.orders), args.min_count, args.permutations, args.samples, args.seed)
     path = _statistics_of(find_statistics(args.input))
     source = open_source(path)
     used = {"input": path}

@@ -103,7 +103,7 @@ def _largest_shares(
 
 
 def _drawn_groups(drawn: LayerDraws) -> np.ndarray:
-    """float64 [B, G]: mean consistency of the groups in each draw."""
+    """Mean consistency of the groups in each draw, float64 [B, G]."""
     block, largest = drawn.block, drawn.largest
     of_id = np.divide(largest, block.count, out=np.zeros_like(largest), where=block.count > 0)
     reached = np.zeros((len(largest), largest.shape[1] + 1))  # sums of the rarest ids

@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Settings:
+class TraceSettings:
     """How the estimates from a trace are made.
 
     Raises:
@@ -37,7 +37,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if 0 != self.permutations < MIN_PERMUTATIONS:
+        if self.permutations != 0 and self.permutations < MIN_PERMUTATIONS:
             raise InputError(
                 f"permutations is {self.permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
                 "fewer cannot make a 95 % band"
@@ -88,7 +88,7 @@ class RoutingData:
     trace: Trace | None = None  # for questions that need single tokens
     other: RoutingStats | None = None  # a second run, to compare with
     other_name: str = "another run"
-    settings: Settings = field(default_factory=Settings)
+    settings: TraceSettings = field(default_factory=TraceSettings)
     progress: bool = False  # show bars on standard error
 
     @property

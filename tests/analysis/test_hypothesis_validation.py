@@ -13,7 +13,7 @@ import pytest
 
 from analysis import hypothesis_validation
 from analysis.hypothesis_validation import main, open_source, validate
-from analysis.questions.data import RoutingData, Settings, Source, trace_source
+from analysis.questions.data import RoutingData, Source, TraceSettings, trace_source
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report import files
 from analysis.report.report import Report, text
@@ -23,7 +23,7 @@ from analysis.traces.trace import Trace
 from varjax import statsfile
 
 OPTIONS = ("--permutations", "19", "--samples", "20", "--min_count", "3", "--orders", "1", "2")
-SETTINGS = Settings(orders=(1, 2), min_count=3, permutations=19, samples=20)
+SETTINGS = TraceSettings(orders=(1, 2), min_count=3, permutations=19, samples=20)
 
 
 def small_trace(tokens=1200, layers=2, probs=True, seed=0) -> Trace:
@@ -50,7 +50,7 @@ def small_trace(tokens=1200, layers=2, probs=True, seed=0) -> Trace:
     )
 
 
-def report_on(source: Source, *names: str, trace: Trace | None = None, settings: Settings = SETTINGS) -> Report:
+def report_on(source: Source, *names: str, trace: Trace | None = None, settings: TraceSettings = SETTINGS) -> Report:
     """The report on a source and on its trace or another one, with all questions or the named ones."""
     questions = [one for one in ROUTING_QUESTIONS if one.name in names or not names]
     return validate(RoutingData(source, trace or source.trace, settings=settings), questions)[0]
@@ -304,7 +304,7 @@ def test_what_a_trace_cannot_answer_is_said():
 
 def test_without_permutations_nothing_is_above_a_band():
     source = trace_source(small_trace())
-    settings = Settings(orders=(1,), min_count=3, permutations=0, samples=20)
+    settings = TraceSettings(orders=(1,), min_count=3, permutations=0, samples=20)
     said = report_on(source, "predictability", "choice_entropy", "repetition", settings=settings)
     assert verdicts(said)["predictability"] == "reported" and "no permutations" in text(said)
     assert all(figure.draw() for section in said.sections for figure in section.figures)

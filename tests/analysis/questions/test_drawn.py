@@ -1,4 +1,4 @@
-"""Draws of documents are what counting anew would give, and their intervals hold the truth where others miss it."""
+"""Draws of documents give what a recount would give, and their intervals cover the truth where others miss it."""
 
 from dataclasses import replace
 
