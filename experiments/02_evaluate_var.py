@@ -57,9 +57,9 @@ from experiments.arguments import (
     asked_config,
     join,
     load,
+    make_subject,
     open_corpus,
     parser,
-    read_answers,
 )
 from models import Model
 from profiling.timing import by_batch, measure
@@ -214,7 +214,7 @@ def _distill(args: argparse.Namespace, output: Output) -> None:
     model, documents, origin = load(args, "build", args.num_samples)
     config, files, _ = _config(args, model)
     assert files is not None  # the plain model is another mode
-    stats, answers = read_answers(model, files)
+    subject = make_subject(args, model, config, files, documents)
     reading = (args.batch_size, args.max_length)
     settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
     work = output.other("distil_checkpoints")
@@ -227,7 +227,7 @@ def _distill(args: argparse.Namespace, output: Output) -> None:
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
     saved = Checkpoints(work / "steps")
-    done = distill(model, stats, answers, documents, config, settings, checkpoints=saved)
+    done = distill(model, subject.stats, subject.answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
     path = output.other("distilled.answers.safetensors")
     about = {"model": model.name, "fingerprint": model.fingerprint, "provenance": made}
@@ -247,20 +247,8 @@ def _study(args: argparse.Namespace, output: Output) -> None:
     model, documents, origin = load(args, args.split, args.num_samples)
     config, files, _ = _config(args, model)
     assert files is not None  # the plain model is another mode
-    stats, answers = read_answers(model, files)
-    subject = Subject(
-        model,
-        stats,
-        answers,
-        config,
-        documents,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        stride=args.stride,
-        folder=output.other("losses"),
-        seed=args.seed,
-        caching=Caching.of(args),
-    )
+    kept = {"stride": args.stride, "folder": output.other("losses")}
+    subject = make_subject(args, model, config, files, documents, **kept)
     facts = [
         ("model", f"{model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split {args.split}"),
@@ -297,13 +285,11 @@ def _config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFil
     config, files = asked_config(args, **PRESETS[args.preset])
     if not args.search_policy:
         return config, files, None
-    stats, answers = read_answers(model, files)
     tuning = list(open_corpus(model, args, "tune", args.tune_samples))
     if len(tuning) < MIN_DOCUMENTS:
         print(f"only {len(tuning)} tune documents: on other documents the policy may lose far more than its budget")
-    reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     budget = 0.9 * args.limit if args.budget is None else args.budget
-    found = search(Subject(model, stats, answers, config, tuning, **reading), budget=budget)
+    found = search(make_subject(args, model, config, files, tuning), budget=budget)
     return found.config, files, found
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from analysis.command import path_argument, program, run
 from analysis.criteria import MAX_DEGRADATION
-from analysis.evaluate.losses import Caching, add_caching_arguments
+from analysis.evaluate.losses import add_caching_arguments
 from analysis.evaluate.points import Subject
 from analysis.inputs import find_statistics
 from analysis.report.files import write_report
@@ -36,7 +36,7 @@ from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
 from analysis.text import card
 from analysis.text.encoding import Drawn
-from experiments.arguments import add_options, add_table, asked_config, load, open_corpus, parser, read_answers
+from experiments.arguments import add_options, add_table, asked_config, load, make_subject, open_corpus, parser
 from profiling.calls import PHASES
 from tuning.objective import Objective
 from tuning.points import Point, best, read_chosen, write_chosen
@@ -271,22 +271,8 @@ def _subject(
     """What is searched or validated, on at most `limit` documents of a split; its files; what a result states."""
     model, documents, origin = load(args, split, limit)
     config, files = asked_config(args)
-    stats, answers = read_answers(model, files)
-    subject = Subject(
-        model,
-        stats,
-        answers,
-        config,
-        documents,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        folder=args.output / "losses",
-        seed=args.seed,
-        progress=progress,
-        caching=Caching.of(args),
-        table_sha256=files.digest(),
-    )
-    return subject, files, origin
+    kept = {"folder": args.output / "losses", "progress": progress}
+    return make_subject(args, model, config, files, documents, **kept), files, origin
 
 
 def _write(said: Report, output: Output, beside: dict[str, Any]) -> None:

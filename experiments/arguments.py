@@ -12,14 +12,15 @@ import jax
 from jax.sharding import Mesh
 
 from analysis.command import HelpFormatter, name_argument, path_argument
+from analysis.evaluate.losses import Caching
+from analysis.evaluate.points import Subject
 from analysis.inputs import STATISTICS, listed, table_files
 from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
 from models.placement import DATA, MeshError, make_mesh
-from varjax import RoutingStats, VARConfig
-from varjax.answers import Answers
+from varjax import VARConfig
 from varjax.errors import InputError
 from varjax.model import load_statistics
 from varjax.tablefiles import TableFiles
@@ -47,7 +48,12 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
     add_options(
         made,
         ("model", name_argument, "reference", "model directory, hub id, or 'reference' (comes with varjax)"),
-        ("implementation", str, None, "engine that runs the experts, of models.experts (default: the device's best)"),
+        (
+            "implementation",
+            str,
+            None,
+            "engine of the experts, see models.experts (default: chosen for the device)",
+        ),
         ("dataset", name_argument, "embedded", f"documents to read: {DATASET_HELP}"),
         ("text_column", str, "text", "field of the text in JSONL, Parquet and hub datasets"),
         ("num_samples", int, None, "most documents to read (default: all)"),
@@ -178,25 +184,6 @@ def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int |
     return EncodedCorpus(args.dataset, wanted, limit, model.tokenizer, model.config, args.text_column)
 
 
-def read_answers(model: Model, files: TableFiles) -> tuple[RoutingStats, Answers]:
-    """Read the statistics and answers of a table that needs both.
-
-    Args:
-        model: they were collected from it.
-        files: their paths.
-
-    Returns:
-        Both.
-
-    Raises:
-        InputError: there are no answers, or a file belongs to another model.
-    """
-    stats, answers = load_statistics(model, files)
-    if answers is None:
-        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --residuals")
-    return stats, answers
-
-
 def asked_config(args: argparse.Namespace, **fields: Any) -> tuple[VARConfig, TableFiles]:
     """Make or load the config.
 
@@ -211,6 +198,33 @@ def asked_config(args: argparse.Namespace, **fields: Any) -> tuple[VARConfig, Ta
     if args.var_config:
         return VARConfig.load(args.var_config), files
     return VARConfig.from_routing_stats(files.routing_stats, files.answers, **fields), files
+
+
+def make_subject(
+    args: argparse.Namespace, model: Model, config: VARConfig, files: TableFiles, documents: list[Encoded], **more: Any
+) -> Subject:
+    """Put together what is scored.
+
+    Args:
+        args: the options of `parser` and of `add_caching_arguments`.
+        model: the model.
+        config: the policy.
+        files: statistics and answers, both of which are needed.
+        documents: what is read.
+        **more: other fields of the subject.
+
+    Returns:
+        The subject.
+
+    Raises:
+        InputError: there are no answers, or a file belongs to another model.
+    """
+    stats, answers = load_statistics(model, files)
+    if answers is None:
+        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --residuals")
+    more |= {name: getattr(args, name) for name in ("batch_size", "max_length", "seed")}
+    more |= {"caching": Caching.of(args), "table_sha256": files.digest()}
+    return Subject(model, stats, answers, config, documents, **more)
 
 
 def add_hosts(made: argparse.ArgumentParser) -> None:

@@ -75,31 +75,19 @@ def report(
             _best(points, space, limit),
             _history(points, limit),
             _front(points, limit),
-            _parameters(points, space, limit, effects(points, space, seed=seed)),
+            _parameters(points, space, limit, [_effects(points, space, target, seed=seed) for target in TARGETS]),
         ),
     )
 
 
-def effects(
-    points: Sequence[Point], space: Space, *, shuffles: int = 40, samples: int = 1000, seed: int = 0
-) -> list[Effects]:
-    """Measure importance and rank correlation of every parameter of which more than one value was tried.
+def _effects(
+    points: Sequence[Point], space: Space, target: str, *, shuffles: int = 40, samples: int = 1000, seed: int = 0
+) -> Effects:
+    """Importance and rank correlation of every parameter of which more than one value was tried.
 
-    Args:
-        points: finished trials.
-        space: the parameters.
-        shuffles: draws of what chance gives.
-        samples: bootstrap draws over points for the 95 % percentile intervals of correlations.
-        seed: of all draws.
-
-    Returns:
-        One for each target. There are no shares where points are too few or more than three quarters of the results
-        are the same, and no correlations where points are too few or all results are the same.
+    There are no shares where points are too few or more than three quarters of the results are the same, and no
+    correlations where points are too few or all results are the same. `samples` are bootstrap draws over points.
     """
-    return [_effects(points, space, target, shuffles, samples, seed) for target in TARGETS]
-
-
-def _effects(points: Sequence[Point], space: Space, target: str, shuffles: int, samples: int, seed: int) -> Effects:
     points = [point for point in points if target == "speed-up" or not point.outcome.hopeless]
     results = np.array([getattr(point.outcome, TARGETS[target]) for point in points], np.float64)
     space, shares, by_chance, correlations = _varied(points, space), {}, math.nan, {}

@@ -73,15 +73,8 @@ class Measured:
         """The geometric mean over the repeats."""
         return geometric_mean(self.speedups)
 
-    def consistent(self, limit: float) -> bool:
-        """Check that repeats agree in speed and that none shows a loss above the limit by its interval.
-
-        Args:
-            limit: on the relative increase of perplexity.
-
-        Returns:
-            Whether both hold.
-        """
+    def _agrees(self, limit: float) -> bool:
+        """Whether repeats agree in speed and none shows a loss above the limit by its interval."""
         near = np.abs(self.speedups / self.speedup - 1) <= SPREAD
         return bool(near.all()) and all(one.degradation.low <= limit for one in self.repeats)
 
@@ -109,9 +102,9 @@ class Validation:
         if chosen is None:
             return ()
         (bound,) = (one.overall for one in self.certificate.configurations if one.name == chosen.name)
-        least = lower_limit(chosen.speedups, self.level)
+        least = _lower_limit(chosen.speedups, self.level)
         rivals = [one for one in self.presets if one.degradation.value < self.limit]  # an estimate makes a rival
-        margins = {one.name: lower_limit(chosen.speedups / one.speedups, self.level) for one in rivals}
+        margins = {one.name: _lower_limit(chosen.speedups / one.speedups, self.level) for one in rivals}
         closest = min(margins, key=lambda name: margins[name], default=None)
         at, most = f"at {self.level:.4g} confidence", f"{self.limit:.2%}"
         return (
@@ -134,7 +127,7 @@ class Validation:
                 f"consistent over {len(chosen.repeats)} repeats",
                 f"within {SPREAD:.0%} of their mean, none above {most} by its interval",
                 f"{chosen.speedups.min():.2f}x to {chosen.speedups.max():.2f}x",
-                chosen.consistent(self.limit),
+                chosen._agrees(self.limit),
             ),
             Criterion(
                 f"faster than every preset within {self.limit:+.2%}",
@@ -217,7 +210,7 @@ def validate(
             drawn=drawn,
             cached=[name for name, one in candidates.items() if one.cache_size > 0 and calibrate.caching.shared],
         )
-        chosen = choose(certified, found)
+        chosen = _choose(certified, found)
         if chosen is None:
             return Validation(certified, found, None, (), limit, level)
         plain, judged = score_point(test), {chosen: candidates[chosen], **presets}
@@ -225,30 +218,14 @@ def validate(
         return Validation(certified, found, first, tuple(others), limit, level)
 
 
-def choose(certified: Certificate, candidates: Sequence[Measured]) -> str | None:
-    """Choose the fastest certified candidate.
-
-    Args:
-        certified: the certificate of the candidates.
-        candidates: as measured on the calibrate documents.
-
-    Returns:
-        Its name, or None if no candidate is certified.
-    """
+def _choose(certified: Certificate, candidates: Sequence[Measured]) -> str | None:
+    """The name of the fastest certified candidate on the calibrate documents; None if none is certified."""
     there = [one for one in candidates if one.name in certified.certified]
     return max(there, key=lambda one: one.speedup).name if there else None
 
 
-def lower_limit(ratios: np.ndarray, level: float) -> float:
-    """The one-sided lower confidence limit of the geometric mean of independent ratios.
-
-    Args:
-        ratios: float64 [N], at least 2, all above 0.
-        level: confidence of the limit.
-
-    Returns:
-        The limit.
-    """
+def _lower_limit(ratios: np.ndarray, level: float) -> float:
+    """The one-sided lower confidence limit of the geometric mean of independent ratios, float64 [N], at least 2."""
     logs = np.log(ratios)
     error = float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
     return math.exp(float(logs.mean()) - float(distributions.t.ppf(level, len(logs) - 1)) * error)
@@ -321,7 +298,7 @@ def _judged(judged: Sequence[Measured], limit: float) -> tuple[Table, Table]:
     totals, repeats = [], []
     for one in judged:
         quality = dataclasses.astuple(one.degradation)
-        totals.append((one.name, one.speedup, one.experts_per_token, *quality, one.consistent(limit)))
+        totals.append((one.name, one.speedup, one.experts_per_token, *quality, one._agrees(limit)))
         for number, repeat in enumerate(one.repeats, 1):
             speedups = [value for phase in phases for value in dataclasses.astuple(repeat.speedups[phase])]
             repeats.append((one.name, number, repeat.documents, *dataclasses.astuple(repeat.degradation), *speedups))

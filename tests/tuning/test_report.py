@@ -14,10 +14,15 @@ from analysis.report.output import DIRECTORY, Output
 from analysis.report.report import fields, text
 from tuning import report as module
 from tuning.points import best
-from tuning.report import FEWEST, SHOWN, effects, report
+from tuning.report import FEWEST, SHOWN, TARGETS, report
 
 LIMIT = 0.01
 SEARCHES = ("none", "one", "many", "none feasible", "all given up", "all the same")
+
+
+def effects(points, space, **draws):
+    """One for each target."""
+    return [module._effects(points, space, target, **draws) for target in TARGETS]
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from tuning.validation import (
     Measured,
     Repeat,
     Validation,
-    choose,
-    lower_limit,
+    _choose,
+    _lower_limit,
     section,
     validate,
 )
@@ -65,8 +65,8 @@ def verdicts(found):
 
 def test_the_fastest_certified_candidate_is_chosen_by_the_timings_on_the_calibrate_documents():
     found = certificate({"slow": 0.002, "fast": 0.004, "dear": 0.02})
-    assert choose(found, [candidate("slow", 1.2), candidate("fast", 1.4), candidate("dear", 2.0)]) == "fast"
-    assert choose(certificate({"dear": 0.02}), [candidate("dear", 2.0)]) is None
+    assert _choose(found, [candidate("slow", 1.2), candidate("fast", 1.4), candidate("dear", 2.0)]) == "fast"
+    assert _choose(certificate({"dear": 0.02}), [candidate("dear", 2.0)]) is None
 
 
 def test_the_verdict_is_that_of_the_chosen_configuration_on_the_test_documents():
@@ -111,7 +111,7 @@ def test_without_a_certified_configuration_the_section_says_so_first():
 def test_the_lower_limit_of_a_speed_up_is_above_the_truth_as_often_as_its_level_says(number):
     rng = np.random.default_rng(number)
     draws = rng.lognormal(np.log(1.3), OBSERVED, (2000, number))
-    above = np.mean([lower_limit(one, 0.95) > 1.3 for one in draws])
+    above = np.mean([_lower_limit(one, 0.95) > 1.3 for one in draws])
     assert above == pytest.approx(0.05, abs=0.015)  # three standard errors
 
 
@@ -129,7 +129,7 @@ def test_simulated_validations_pass_as_often_as_they_should(five_certified, true
         candidates = [
             candidate(one.name, speed) for one, speed in zip(five_certified.configurations, speeds[:5], strict=True)
         ]
-        one = judged(choose(five_certified, candidates), speeds[5:])
+        one = judged(_choose(five_certified, candidates), speeds[5:])
         preset = judged("preset", rng.lognormal(np.log(0.95), OBSERVED, REPEATS), [0.0] * REPEATS)
         passed += Validation(five_certified, tuple(candidates), one, (preset,), LIMIT, 0.95).passed
     assert least <= passed / 1000 <= most
