@@ -29,11 +29,14 @@ _DRAWN = 1 << 25  # floats that one block of draws may take
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval; `f"{estimate:+.2%}"` shows both."""
 
     value: float
     low: float
     high: float
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
