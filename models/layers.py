@@ -21,16 +21,42 @@ from models.kv_cache import KVCache
 
 
 def named(*axes: str | None) -> dict[str, Any]:
-    """What a parameter says of its axes: their names in `models.placement.AXES`, None for one that is never divided."""
-    return {"out_sharding": axes, "eager_sharding": False}  # said, not done: a declaration knows no mesh
+    """Make the metadata that names the axes of a parameter.
+
+    Args:
+        axes: names in `models.placement.AXES`; None for an axis that is never divided.
+
+    Returns:
+        Metadata of an `nnx.Param`; sharding is applied later, because a declaration has no mesh.
+    """
+    return {"out_sharding": axes, "eager_sharding": False}
 
 
 def make_linear(inner: int, outer: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
-    """A projection whose kernel [inner, outer] has axes of these names; a bias is divided as the outer one."""
+    """Make a linear projection with named axes.
+
+    Args:
+        inner: size of the inputs.
+        outer: size of the outputs.
+        axes: names of the axes of the kernel [inner, outer]; a bias has the second one.
+        options: of `nnx.Linear`.
+
+    Returns:
+        The layer.
+    """
     return nnx.Linear(inner, outer, kernel_metadata=named(*axes), bias_metadata=named(axes[1]), **options)
 
 
 class RMSNorm(nnx.Module):
+    """Root mean square normalization over the last axis, computed in float32.
+
+    Args:
+        size: of the last axis.
+        eps: added to the mean square.
+        dtype: of the weight.
+        axis: name of the weight's axis.
+    """
+
     def __init__(self, size: int, eps: float, dtype: jnp.dtype, axis: str | None = None):
         self.weight = nnx.Param(jnp.ones(size, dtype), **named(axis))
         self.eps = eps
@@ -44,7 +70,13 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention with grouped key/value heads, rotary positions and an optional sliding window.
 
-    Queries and keys are normalized first, then clipped, then rotated, as far as the config asks for it.
+    Queries and keys are normalized, then clipped, then rotated, as far as the config asks for it.
+
+    Args:
+        config: the architecture.
+        linear: makes a projection (`make_linear`).
+        rngs: random numbers for the initialization.
+        dtype: of the norms.
     """
 
     def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -84,7 +116,14 @@ class Attention(nnx.Module):
             return self.o_proj(out.reshape(batch, length, -1)), kv
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries [B, T, H, head_dim], keys and values [B, T, G, head_dim], not yet rotated."""
+        """Compute queries, keys and values before rotation.
+
+        Args:
+            x: [B, T, D].
+
+        Returns:
+            Queries [B, T, H, head_dim], keys and values [B, T, G, head_dim].
+        """
         heads = (*x.shape[:2], -1, self.config.head_dim)
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.config.query_key_norm == "projection":
@@ -98,7 +137,13 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """The SwiGLU block of a layer without experts."""
+    """The SwiGLU block of a layer without experts.
+
+    Args:
+        config: the architecture.
+        linear: makes a projection (`make_linear`).
+        rngs: random numbers for the initialization.
+    """
 
     def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs):
         self.gate_proj = linear(config.hidden_size, config.dense_size, (None, "dense_size"), rngs=rngs)
@@ -110,7 +155,16 @@ class MLP(nnx.Module):
 
 
 def rotary_angles(positions: jax.Array, config: MoEConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [B, T, 1, head_dim] of the rotary angles, computed in float32."""
+    """Compute the rotary angles in float32.
+
+    Args:
+        positions: int32[B, T].
+        config: the architecture.
+        dtype: of the result.
+
+    Returns:
+        Cosine and sine, [B, T, 1, head_dim] each.
+    """
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     angles = positions[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None]
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
@@ -118,24 +172,50 @@ def rotary_angles(positions: jax.Array, config: MoEConfig, dtype: Any) -> tuple[
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of `x` [B, T, heads, head_dim]: halves are paired, as in Hugging Face's checkpoints."""
+    """Apply the rotary embedding; the first half of a head is paired with the second, as in Hugging Face's checkpoints.
+
+    Args:
+        x: [B, T, heads, head_dim].
+        cos: [B, T, 1, head_dim].
+        sin: [B, T, 1, head_dim].
+
+    Returns:
+        [B, T, heads, head_dim].
+    """
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention [B, T, H, head_dim] of queries [B, T, H, head_dim] to keys and values [B, S, G, head_dim].
+    """Compute scaled dot-product attention.
 
-    `mask` is bool[B, T, S], true where a query sees a key.
+    Args:
+        queries: [B, T, H, head_dim].
+        keys: [B, S, G, head_dim].
+        values: [B, S, G, head_dim].
+        mask: bool[B, T, S], true where a query sees a key.
+
+    Returns:
+        [B, T, H, head_dim].
     """
     with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with float32 on the way
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
 
 
 def attend_causally(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` over a whole text, S = T, where no query sees a key that comes after it.
+    """Compute attention over a whole text, S = T, where no query sees a later key.
 
-    In at most 8 blocks of queries, each with the keys up to its own end: nearly half of the scores are never computed.
+    Queries are processed in at most 8 blocks of at least 64, each with the keys up to its own end, so nearly half of
+    the scores are never computed.
+
+    Args:
+        queries: [B, T, H, head_dim].
+        keys: [B, T, G, head_dim].
+        values: [B, T, G, head_dim].
+        mask: bool[B, T, T], true where a query sees a key.
+
+    Returns:
+        [B, T, H, head_dim].
     """
     length = queries.shape[1]
     size = max(-(-length // 8), 64)

@@ -24,8 +24,7 @@ from analysis.text.encoding import Encoded
 from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
 from models.decoder import forward
-from models.divided_experts import divided
-from models.experts import get_engine, pallas_engine
+from models.experts import divided, get_engine, pallas_engine
 from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params

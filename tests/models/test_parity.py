@@ -9,8 +9,8 @@ import pytest
 
 from models import Sampling, load_model
 from models.config import read_config
+from models.download import verify
 from models.model import REFERENCE
-from models.verification import verify
 from models.weights import INDEX_FILE, ledger, save_params
 
 torch = pytest.importorskip("torch")
