@@ -10,7 +10,7 @@ PYTEST_FLAGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and n
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 TEST := $(VENV)/.installed-test
-CODE := varjax models analysis profiling tuning experiments tests
+CODE := varjax models analysis profiling tuning experiments benchmarks tests
 
 # Where the interpreter does not run (another machine's .venv, a Python gone), what was installed is void.
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
@@ -62,7 +62,7 @@ clean:
 
 # A stamp older than pyproject.toml: the requirements may have changed; install again.
 $(BASE): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable '.[tuning]'
 	@touch $@
 
 $(TEST): pyproject.toml | $(BIN)/python

@@ -122,6 +122,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
             card=checked,
             data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
             config=var_model.config,
+            table=files,
             config_sha256=var_model.digest,
         ),
     }

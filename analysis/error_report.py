@@ -98,7 +98,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     )
     about = provenance(
         seed=args.seed, model={"name": model.name, "fingerprint": model.fingerprint}, data=corpus.about,
-        card=checked, config=config, config_sha256=config.digest(files.digest()),
+        card=checked, config=config, table=files, config_sha256=config.digest(files.digest()),
     )  # fmt: skip
     figures = dict(draw(sources, drifted))
     write_output(said, output, figures=figures, beside={"provenance": about})

@@ -120,7 +120,7 @@ def _command(args: argparse.Namespace, path: Path) -> None:
     from lm_eval.utils import make_table
 
     model = load_model(args.model, args.dtype)
-    config, table = VARConfig(enable_var=False), None
+    config, files, table = VARConfig(enable_var=False), None, None
     if args.var_config:
         config, files = VARConfig.load(args.var_config), table_files(args.routing_stats, args.answers, args.var_config)
         table = load_table(model, config, files.routing_stats, files.answers) if config.enable_var else None
@@ -138,7 +138,13 @@ def _command(args: argparse.Namespace, path: Path) -> None:
     if found.get("groups"):
         print(make_table(found, "groups"))
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
-    origin = {"model": about, "config": config, "config_sha256": var_model.digest, "lm_eval": __version__}
+    origin = {
+        "model": about,
+        "config": config,
+        "table": files,
+        "config_sha256": var_model.digest,
+        "lm_eval": __version__,
+    }
     result = {name: found[name] for name in _TAKEN if name in found}
     if lm.state is not None:
         shares = summary(lm.state.counters, model.config.top_k)

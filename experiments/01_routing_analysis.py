@@ -16,16 +16,18 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from analysis.collect import report as collection_report
 from analysis.collect.merging import merge_files
 from analysis.collect.passes import EVERY_DOCUMENT, Share
 from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
+from analysis.questions import routers
+from analysis.questions.data import RoutingData, Source
+from analysis.questions.layers import size
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
-from analysis.report.report import text
+from analysis.report.report import Report, text
 from analysis.text import card
 from analysis.traces.recording import record
 from experiments.arguments import open_corpus, open_model, parser
@@ -144,10 +146,11 @@ def print_keys(keys: ContextCounts) -> None:
 
 def present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """The summary, printed and written, and the figures."""
-    said = collection_report.report(stats, facts)
-    beside = {"layers": collection_report.summarize(stats), "provenance": provenance(seed=args.seed)}
-    name, drawn = f"{output.prefix}routing_summary", collection_report.draw(stats)
-    write_report(said, output.folder, name, prefix=output.prefix, index=not output.named, figures=drawn, beside=beside)
+    answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
+    facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
+    said = Report("Routing statistics", facts, (), answer.sections)
+    beside = {**answer.result, "provenance": provenance(seed=args.seed)}
+    write_report(said, output, f"{output.prefix}routing_summary", beside=beside)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))
     print(shlex.join(["python", "-m", "analysis.hypothesis_validation", *map(str, asked)]))

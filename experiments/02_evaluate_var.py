@@ -51,8 +51,8 @@ from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
 from experiments.hosts import add_hosts, join
 from models import Model
-from profiling import throughput_section
-from profiling.throughput import by_batch, measure
+from profiling.timing import by_batch, measure
+from profiling.timing import section as throughput_section
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
@@ -189,7 +189,9 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
         result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
-    result["provenance"] = provenance(seed=args.seed, **origin, config=config, config_sha256=var_model.digest)
+    result["provenance"] = provenance(
+        seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest
+    )
     facts = [("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}")]
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
@@ -264,7 +266,7 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         ("cached tier, where one is", subject.caching.words),
         *card.facts(origin["card"]),
     ]
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=config.digest(files.digest()))
+    made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=config.digest(files.digest()))
     timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
     facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
     said = study(subject, output.folder, facts=facts, provenance=made, parts=PARTS + timed)
@@ -280,8 +282,7 @@ def throughput_of(subject: Subject, repeats: int) -> Finding:
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
     found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    drawn = {throughput_section.NAME: throughput_section.figure(found)}
-    return Finding("throughput", (throughput_section.section(found),), drawn, found)
+    return Finding("throughput", (throughput_section(found),), {}, found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:

@@ -1,15 +1,15 @@
-"""Phase 5: where the time of a call goes, a model that predicts it, and what stands in the way.
+"""Phase 5: where the time of a call goes, a model that predicts it, and what keeps it from being faster.
 
   --var_config C --output DIR           C is a policy of phase 2 or 3; without one, the plain model is analyzed
-  --quick                               fewer rounds and kinds of calls, no ablation
+  --quick                               fewer rounds and kinds of calls
 
 Writes systems.json, .txt, .html and figures into DIR (for an --output such as NAME.json: NAME.json and NAME.*), and
-profiler traces into DIR/traces with --trace (else into a folder that is thrown away). `tensorboard --logdir DIR/traces`
-opens them (pip install 'varjax[tensorboard]').
+profiler traces into DIR/traces with --trace (otherwise they are deleted). `tensorboard --logdir DIR/traces` opens them
+(pip install 'varjax[tensorboard]').
 
-Four questions: what does a call cost, by component, counted and as XLA says; where does its time go, by profiler trace
-and by leaving components out; does a performance model, fitted to some calls, predict others; and what keeps VAR from
-being faster. Criteria: median prediction error under 10 %, no bottleneck of high severity, time that grows with the
+It answers four questions: what a call costs by component, counted and as XLA reports it; where its time goes, by
+profiler trace; whether a performance model fitted to some calls predicts others; and what keeps VAR from being faster.
+The criteria are a median prediction error under 10 %, no bottleneck of high severity, and time that grows with the
 tokens as expected.
 """
 
@@ -20,30 +20,17 @@ import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from analysis.command import path_argument, program
 from analysis.inputs import CONFIGS, find_config, listed
-from analysis.report.files import write_output
+from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
-from analysis.report.report import Report, Section, summary
+from analysis.report.report import Report, summary
 from analysis.text import card
 from experiments.arguments import asked_config, load, parser
-from profiling import (
-    bottlenecks_section,
-    components_section,
-    costs_section,
-    evidence,
-    memory,
-    performance_model,
-    performance_section,
-    scaling,
-)
-from profiling.bottlenecks import bottlenecks
-from profiling.components import measure_sides
-from profiling.points import tasks
-from profiling.throughput import drawn_texts
+from profiling import bottlenecks, components, performance_model, points, xla
+from profiling.timing import drawn_texts
 from varjax import VARConfig, VARModel, load_table
 from varjax.errors import InputError
 from varjax.tablefiles import TableFiles
@@ -71,7 +58,7 @@ def main(arguments: Sequence[str] | None) -> None:
     )
     options.add_argument("--answers", type=path_argument, help="answers in the place of those that the config names")
     options.add_argument("--split", default="test", help="documents whose texts are run")
-    options.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls, no ablation")
+    options.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls")
     options.add_argument("--trace", action="store_true", help="keep the profiler's traces")
     args = options.parse_args(arguments)
     if args.plain and (args.var_config or args.routing_stats or args.answers):
@@ -90,46 +77,32 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
         "prefill": drawn_texts(documents, args.batch_size, args.max_length, args.seed),
         "decode": drawn_texts(documents, 1, DECODED, args.seed),
     }
+    rounds = 5 if args.quick else 15
 
-    with tempfile.TemporaryDirectory() as thrown_away:
-        folder = output.other("traces") if args.trace else Path(thrown_away)
-        options = {"turns": 4 if args.quick else 15, "ablate": not args.quick, "seed": args.seed}
-        step(1, "components: traces" + (" and ablation" if not args.quick else ""))
-        breakdowns = measure_sides(var_model, texts, folder=folder, **options)
+    step(1, "components: profiler traces")
+    with tempfile.TemporaryDirectory() as deleted:
+        folder = output.other("traces") if args.trace else Path(deleted)
+        breakdowns = components.measure_sides(var_model, texts, folder=folder, turns=4 if args.quick else 15)
     step(2, "costs")
-    counted = costs_section.count(var_model, texts)
+    counted = xla.count(var_model, texts)
     batch, length = texts["prefill"].shape
     sizes = [] if args.quick else [(1, length), (batch, length // 2), (batch, length), (2 * batch, length)]
-    peaks = memory.prefill_peaks(var_model, sizes)
+    peaks = xla.prefill_peaks(var_model, sizes)
     step(3, "performance model: calibration and unseen calls")
-    study = performance_model.study(model, tasks(args.quick), repeats=5 if args.quick else 15, seed=args.seed)
-    scales = scaling.scalings(study)
+    study = performance_model.study(model, points.tasks(args.quick), repeats=rounds, seed=args.seed)
+    scales = performance_model.scalings(study)
     step(4, "bottlenecks")
-    seen = evidence.gather(
+    evidence = bottlenecks.gather(
         *(var_model, texts, breakdowns),
         ceilings=study.ceilings,
         scalings=scales,
         rounds=5 if args.quick else 11,
         seed=args.seed,
     )
-    found = [one for phase in seen for one in bottlenecks(phase)]
+    found = [one for phase in evidence for one in bottlenecks.bottlenecks(phase)]
 
-    experts = seen[0].experts[1]
+    experts = evidence[0].experts[1]
     policy = args.var_config or ("preset balanced" if config.enable_var else "none, the plain model")
-    sections: Sequence[Section] = (
-        bottlenecks_section.section(found),
-        components_section.section(breakdowns),
-        costs_section.section(counted),
-        performance_section.section(study, experts=experts),
-        scaling.section(scales),
-        memory.section(peaks),
-    )
-    figures = {
-        components_section.NAME: components_section.figure(breakdowns),
-        performance_section.NAME: performance_section.figure(study),
-        performance_section.ROOFLINE: performance_section.roofline(study),
-        scaling.NAME: scaling.figure(scales),
-    }
     facts = (
         ("model", f"{model.name} ({args.dtype})"),
         ("policy", f"{policy}: {experts:.2f} of {model.config.top_k} experts per token"),
@@ -137,12 +110,20 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
         ("device", study.ceilings.device),
         *card.facts(origin["card"]),
     )
-    said = Report("Systems analysis", facts, NOTES, tuple(sections))
-    made = provenance(seed=args.seed, **origin, config=config, config_sha256=var_model.digest)
-    measured: dict[str, Any] = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales}
-    measured |= {"memory": peaks, "evidence": seen, "bottlenecks": [dataclasses.asdict(one) for one in found]}
-    write_output(said, output, figures=figures, beside={"results": measured, "provenance": made})
-    print("\n".join(summary(said)))
+    sections = (
+        bottlenecks.section(found),
+        components.section(breakdowns),
+        xla.costs_section(counted),
+        performance_model.section(study, experts=experts),
+        performance_model.scaling_section(scales),
+        xla.memory_section(peaks),
+    )
+    report = Report("Systems analysis", facts, NOTES, sections)
+    made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest)
+    measured = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales, "memory": peaks}
+    measured |= {"evidence": evidence, "bottlenecks": [dataclasses.asdict(one) for one in found]}
+    write_report(report, output, beside={"results": measured, "provenance": made})
+    print("\n".join(summary(report)))
     print(f"written to {args.output}")
 
 

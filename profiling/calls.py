@@ -1,33 +1,39 @@
-"""One call of a model, with VAR or without, as a pure step; and the inputs of several calls in a row.
+"""One call of a model, plain or under VAR, as a pure step; the inputs of several calls in a row; and what they run.
 
-Letters: B sequences, T positions.
+Letters: L layers, B sequences, T positions, E experts.
 
-Trace, ablation and the untraced clock all run this step, so that they speak of the same program. It is what
-`VARModel.__call__` (prefill: whole texts, all logits) and `VARModel.advance` (decode: one token each, last logits) run,
-less their few lines of Python.
+The profiler trace, the untraced clock and XLA's cost analysis all use this step, so they describe the same program. It
+is what `VARModel.__call__` (prefill: whole texts, all logits) and `VARModel.advance` (decode: one token each, last
+logits) run, without their few lines of Python.
 
-A prefill reads the same texts in every call. Decoding goes on through the second halves of the texts, one token of each
-sequence per call, their first halves in the key/value cache. Every round of calls begins from a copy of the same state:
-a cache that knew this very text would flatter.
+A prefill reads the same texts in every call. Decoding continues through the second halves of the texts, one token of
+each sequence per call, with the first halves in the key/value cache. Every round of calls starts from a copy of the
+same state, because a cache that already knew the text would make VAR look too good.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.stages import Traced
 
+from profiling.costs import Mix, Workload, table_bytes
 from varjax.errors import InputError
 from varjax.model import VARModel, routed_forward
 from varjax.step import VARState, timestamp
 
+T = TypeVar("T")
+
 PHASES = ("prefill", "decode")
+_THREADS = 4  # at most: what one job runs takes device memory next to what the others run
 
 
 class Fixed(NamedTuple):
@@ -40,7 +46,7 @@ class Fixed(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """What a step spends and gives back."""
+    """What a step consumes and returns."""
 
     kv: Any
     state: VARState | None
@@ -53,44 +59,59 @@ Step = Callable[[Fixed, Carry, jax.Array], tuple[Carry, jax.Array]]
 class Calls:
     """A step and the calls to make of it."""
 
-    phase: str
-    batch: int  # B
-    length: int  # T of one call
-    cached: int  # positions in the key/value cache before the first call
     step: Step  # pure, not jitted
     fixed: Fixed
-    carry: Carry  # before the first call; not to be spent
+    carry: Carry  # before the first call; it must not be donated
     inputs: list[jax.Array]  # int32 [B, T], one per call
 
     def traced(self) -> Traced:
-        """The step as it is run, traced for these calls: what `programs.describe` and `xla_costs.analyze` take."""
-        return jitted(self.step).trace(self.fixed, self.carry, self.inputs[0])
+        """The jitted step, traced for these calls.
 
-    def fresh(self) -> Carry:
-        """A copy of the first carry, to be spent."""
-        return jax.block_until_ready(jax.tree.map(jnp.copy, self.carry))
+        Returns:
+            What `traces.describe` and `xla.analyze` take.
+        """
+        return _jitted(self.step).trace(self.fixed, self.carry, self.inputs[0])
 
-    def each(self, step: Any, rounds: int = 1) -> Iterator[Callable[[], Any]]:
-        """The calls of a jitted `step` one by one, to be made in this order; copies are made between the rounds."""
+    def each(self, rounds: int = 1) -> Iterator[Callable[[], Any]]:
+        """The calls one by one, to be made in this order; each round starts from a fresh copy of the carry.
+
+        Args:
+            rounds: how often the calls are repeated.
+
+        Yields:
+            Functions that make one call and return its logits.
+        """
+        step = _jitted(self.step)
         for _ in range(rounds):
-            held = [self.fresh()]
+            held = [jax.block_until_ready(jax.tree.map(jnp.copy, self.carry))]
             for ids in self.inputs:
                 yield partial(_call, step, self.fixed, held, ids)
 
 
 def sides(var_model: VARModel) -> dict[str, VARModel]:
-    """What is compared, by name: the plain model and, unless VAR is switched off, the model under VAR."""
+    """The models to compare.
+
+    Args:
+        var_model: a model with VAR on or off.
+
+    Returns:
+        "plain" -> the plain model and, unless VAR is switched off, "VAR" -> the model under VAR.
+    """
     plain = {"plain": var_model.disabled()}
     return plain if var_model.table is None else plain | {"VAR": var_model}
 
 
 def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 16) -> Calls:
-    """The calls that read texts.
+    """The calls that read some texts.
 
     Args:
-        ids: int32 [B, T], the texts, all positions real.
+        var_model: the model, VAR on or off.
+        ids: int32 [B, T], the texts; all positions are real.
         phase: "prefill" or "decode".
         max_calls: tokens of each text that decoding reads at most.
+
+    Returns:
+        One call of a prefill, or one per token decoded.
 
     Raises:
         InputError: an unknown phase, or texts too short to decode.
@@ -101,26 +122,80 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
     fixed = Fixed(var_model.model.params, var_model.table, var_model.settings, timestamp(var_model.clock()))
     step = _stepping(var_model.model.network, phase == "decode")
     if phase == "prefill":
-        carry = Carry(None, var_model.init(batch))
-        return Calls(phase, batch, length, 0, step, fixed, carry, [jnp.asarray(ids)])
+        return Calls(step, fixed, Carry(None, var_model.init(batch)), [jnp.asarray(ids)])
     if length < 2:
-        raise InputError(f"texts of {length} positions: decoding needs 2 at least, half of them are read beforehand")
+        raise InputError(f"texts of {length} positions: decoding needs at least 2, half of them are read beforehand")
     half = length // 2
     inputs = [jnp.asarray(ids[:, at : at + 1]) for at in range(half, min(length, half + max_calls))]
     out, state = var_model.prefill(ids[:, :half], var_model.init(batch), capacity=length)
-    return Calls(phase, batch, 1, half, step, fixed, Carry(out.kv, state), inputs)
+    return Calls(step, fixed, Carry(out.kv, state), inputs)
+
+
+@cache
+def _jitted(step: Step) -> Any:
+    """The step as it is run: its carry is donated."""
+    return jax.jit(step, donate_argnums=1, keep_unused=True)  # `traces.describe` needs all arguments
+
+
+def at_once(jobs: Iterable[Callable[[], T]]) -> list[T]:
+    """Run jobs that mostly compile, several at the same time: XLA compiles on one core and releases Python's lock.
+
+    Args:
+        jobs: functions; an error in one of them is raised here.
+
+    Returns:
+        Their results, in order.
+    """
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda job: job(), jobs))
+
+
+def used_experts(var_model: VARModel, ids: np.ndarray) -> np.ndarray:
+    """Which experts run at each token of whole texts.
+
+    Args:
+        var_model: the model, VAR on or off.
+        ids: int32 [B, T].
+
+    Returns:
+        bool [L, B, T, E].
+    """
+    out, _ = var_model(ids, var_model.init(len(ids)))
+    assert out.routing is not None
+    return np.any(np.asarray(out.routing.experts)[..., None] == np.arange(var_model.model.config.num_experts), axis=-2)
+
+
+def workload_and_mix(var_model: VARModel, ids: np.ndarray, phase: str) -> tuple[Workload, Mix]:
+    """What one call of a phase computes on some texts, in the terms of `profiling.costs`.
+
+    Args:
+        var_model: the model, VAR on or off.
+        ids: int32 [B, T].
+        phase: "prefill" or "decode"; a decoding step is one in the middle of the texts.
+
+    Returns:
+        The shapes of the call, and its mix of experts and answers.
+    """
+    table, config, (batch, length) = var_model.table, var_model.model.config, ids.shape
+    decodes = phase == "decode"
+    # Text by text: one program for any batch size.
+    used = np.concatenate([used_experts(var_model, text[None]) for text in ids], axis=1)  # [L, B, T, E]
+    experts = float(used.sum(-1).mean())
+    mix = Mix(min(experts, config.top_k), float(used.any(axis=1 if decodes else (1, 2)).sum(-1).mean()))
+    if table is not None:
+        answered = config.top_k - experts if table.answers is not None else 0.0
+        read = table_bytes(config, batch * (1 if decodes else length), orders=len(table.ngram_orders))
+        mix = dataclasses.replace(mix, answers=max(answered, 0.0), planned=True, table_bytes=read)
+    itemsize = jax.tree.leaves(var_model.model.params)[0].dtype.itemsize
+    if decodes:
+        return Workload(batch, 1, length // 2, length, last_logits_only=True, itemsize=itemsize), mix
+    return Workload(batch, length, itemsize=itemsize), mix
 
 
 @cache
 def _stepping(network: Any, decoding: bool) -> Step:
-    """The same function for the same network: whoever asks again compiles nothing anew."""
+    """The same function for the same network, so that it is compiled once."""
     return partial(_step, network=network, decoding=decoding)
-
-
-@cache
-def jitted(step: Step) -> Any:
-    """The step as it is run: what it carries is spent."""
-    return jax.jit(step, donate_argnums=1, keep_unused=True)  # `programs.describe` wants all arguments
 
 
 def _step(fixed: Fixed, carry: Carry, ids: jax.Array, *, network: Any, decoding: bool) -> tuple[Carry, jax.Array]:

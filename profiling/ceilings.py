@@ -1,11 +1,10 @@
-"""What this machine can do at most, measured on the spot: matrix products, memory, and the price of a call.
+"""What this machine can reach, measured: matrix products, memory bandwidth, and the price of a call.
 
     python -m profiling.ceilings [--full]
 
-The programs are as simple as can be: one product, one copy, one sum. What they reach is a ceiling for programs that do
-the same among other things. Bandwidth is measured twice: over an array that is larger than the usual last-level cache,
-and over one that fits, for the weights of a small model stay there. All is timed in the same rounds
-(`profiling.timing`); a figure is a median with a 95 % interval over rounds.
+The programs are as simple as possible (one product, one copy, one sum), so what they reach is a ceiling for programs
+that do the same among other things. Bandwidth is measured over an array larger than the usual last-level cache and over
+one that fits into it, because the weights of a small model stay there. Everything is timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.command import path_argument, program
+from analysis.command import HelpFormatter, path_argument, program
 from analysis.report.output import Output
 from analysis.report.provenance import write_json
 from analysis.resampling import median_estimate
@@ -28,13 +27,13 @@ from profiling.timing import compare
 from varjax.errors import InputError
 
 DTYPES = ("float32", "bfloat16")
-MEBIBYTE = 2**20
-CALLS = 50  # in a timed run of what takes microseconds
-KERNELS = 65  # in the long program; the short one has one
+_MEBIBYTE = 2**20
+_CALLS = 50  # in a timed run of what takes microseconds
+_KERNELS = 65  # in the long program; the short one has one
 
 
 @dataclasses.dataclass(frozen=True)
-class Figure:
+class Rate:
     """One measured figure: median and 95 % bootstrap interval over rounds."""
 
     kind: str  # "product", "copy", "read" or "overhead"
@@ -47,17 +46,27 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """The figures of one machine; `str` shows them, `dataclasses.asdict` makes JSON of them."""
+    """The figures of one machine."""
 
     device: str
-    figures: tuple[Figure, ...]
+    figures: tuple[Rate, ...]
 
-    def best(self, kind: str, dtype: str = "float32", name: str | None = None) -> float:
-        """The highest figure of a kind. Raises InputError if none was measured."""
+    def best(self, kind: str, dtype: str = "float32", name: str = "") -> float:
+        """The highest figure of a kind.
+
+        Args:
+            kind: of `Rate`.
+            dtype: of `Rate`.
+            name: what the figure's name starts with.
+
+        Returns:
+            FLOP/s, bytes/s or seconds.
+
+        Raises:
+            InputError: none was measured.
+        """
         found = [
-            one.value
-            for one in self.figures
-            if one.kind == kind and one.dtype == dtype and (name is None or one.name.startswith(name))
+            one.value for one in self.figures if one.kind == kind and one.dtype == dtype and one.name.startswith(name)
         ]
         if not found:
             raise InputError(f"no figure of kind {kind!r}, dtype {dtype!r}, name {name!r} was measured; see measure()")
@@ -70,12 +79,12 @@ class Ceilings:
 
     @property
     def memory(self) -> float:
-        """Bytes/s, the better of copy and read, from beyond the caches."""
+        """Bytes/s from beyond the caches, the better of copy and read."""
         return max(self.best("copy", name="memory"), self.best("read", name="memory"))
 
     @property
     def cache(self) -> float:
-        """Bytes/s, the better of copy and read, within the last-level cache."""
+        """Bytes/s within the last-level cache, the better of copy and read."""
         return max(self.best("copy", name="cache"), self.best("read", name="cache"))
 
     @property
@@ -100,8 +109,13 @@ class Ceilings:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="larger arrays, more rounds: half a minute")
+    """Measure and print the ceilings, and save them if asked to.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--full", action="store_true", help="larger arrays and more rounds, for half a minute")
     parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")
     args = parser.parse_args(arguments)
     if args.output is None:
@@ -115,20 +129,23 @@ def main(arguments: Sequence[str] | None) -> None:
 
 
 def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size: int | None = None) -> Ceilings:
-    """All figures of the default device.
+    """Measure all figures of the default device.
 
     Args:
-        quick: smaller arrays; a few seconds.
+        quick: use smaller arrays; takes a few seconds.
         repeats: rounds; None: 7, or 15 if not quick.
-        size: rows and columns of the square product on a fast device, which is busy with larger arrays only; memory is
+        seed: of the numbers and of the order within rounds.
+        size: rows and columns of the square product on a fast device, which only larger arrays keep busy; memory is
             then measured over 2 GiB. None: those of `quick`.
+
+    Returns:
+        The figures.
     """
-    large = 2048 * MEBIBYTE
+    large = 2048 * _MEBIBYTE
     if size is None:
-        size, large = (1024, 128 * MEBIBYTE) if quick else (2048, 512 * MEBIBYTE)
-    rounds = (7 if quick else 15) if repeats is None else repeats
+        size, large = (1024, 128 * _MEBIBYTE) if quick else (2048, 512 * _MEBIBYTE)
     rng = np.random.default_rng(seed)
-    runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}
+    runs: dict[tuple[str, str, str], tuple[Callable[[], Any], float]] = {}  # with the work of each
     for dtype in DTYPES:
         for name, rows, inner, columns in (
             ("square", size, size, size),
@@ -136,31 +153,31 @@ def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size:
             ("decode, 8 rows", 8, 2 * size, 2 * size),
             ("matrix-vector", 1, 4096, 4096),
         ):
-            shape = f"{name}: {rows} x {inner} x {columns}"
             left, right = (_random(rng, *of, dtype=dtype) for of in ((rows, inner), (inner, columns)))
-            runs["product", shape, dtype] = (_bound(_product, left, right), 2.0 * rows * inner * columns)
-    for place, count, number in (("memory", large, 1), ("cache", 4 * MEBIBYTE, CALLS)):
+            key = ("product", f"{name}: {rows} x {inner} x {columns}", dtype)
+            runs[key] = (partial(_product, left, right), 2.0 * rows * inner * columns)
+    for place, count, number in (("memory", large, 1), ("cache", 4 * _MEBIBYTE, _CALLS)):
         array = jnp.ones(count // 4, jnp.float32)
-        name = f"{place}: {count // MEBIBYTE} MiB"
-        runs["copy", name, "float32"] = (_repeated(_bound(_copy, array), number), 2.0 * count * number)
-        runs["read", name, "float32"] = (_repeated(_bound(_read, array), number), 1.0 * count * number)
+        name = f"{place}: {count // _MEBIBYTE} MiB"
+        runs["copy", name, "float32"] = (partial(_repeated, partial(_copy, array), number), 2.0 * count * number)
+        runs["read", name, "float32"] = (partial(_repeated, partial(_read, array), number), 1.0 * count * number)
     small = jnp.ones((8, 8), jnp.float32)
-    runs["overhead", "call", "float32"] = (_repeated(_bound(_chain, small, 1), CALLS), 0)
-    runs["overhead", "kernel", "float32"] = (_repeated(_bound(_chain, small, KERNELS), CALLS), 0)
+    for name, kernels in (("call", 1), ("kernel", _KERNELS)):
+        runs["overhead", name, "float32"] = (partial(_repeated, partial(_chain, small, kernels=kernels), _CALLS), 0)
 
+    rounds = (7 if quick else 15) if repeats is None else repeats
     seconds = compare({"/".join(key): run for key, (run, _) in runs.items()}, rounds, seed=seed)
     figures = []
     for key, (_, work) in runs.items():
         own = seconds["/".join(key)]
         if key[1] == "call":
-            values = own / CALLS
+            values = own / _CALLS
         elif key[1] == "kernel":
-            # What noise makes negative is nothing: an overhead is at least a nanosecond.
-            values = np.maximum(own - seconds["overhead/call/float32"], 0) / CALLS / (KERNELS - 1) + 1e-9
+            # Noise may make the difference negative; an overhead is at least a nanosecond.
+            values = np.maximum(own - seconds["overhead/call/float32"], 0) / _CALLS / (_KERNELS - 1) + 1e-9
         else:
             values = work / own
-        one = median_estimate(values)
-        figures.append(Figure(*key, one.value, one.low, one.high))
+        figures.append(Rate(*key, *dataclasses.astuple(median_estimate(values))))
     return Ceilings(jax.devices()[0].device_kind, tuple(figures))
 
 
@@ -171,7 +188,7 @@ def _product(left: jax.Array, right: jax.Array) -> jax.Array:
 
 @jax.jit
 def _copy(x: jax.Array) -> jax.Array:
-    return -x  # a copy alone might be taken away
+    return -x  # a mere copy might be optimized away
 
 
 @jax.jit
@@ -181,26 +198,17 @@ def _read(x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames="kernels")
 def _chain(x: jax.Array, kernels: int) -> jax.Array:
-    """Products too small to count, each of which waits for the one before."""
+    """Products of negligible size, each of which waits for the one before."""
     y = x
     for _ in range(kernels):
         y = jnp.dot(y, x)
     return y
 
 
-def _bound(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    return lambda: function(*arguments)
-
-
-def _repeated(run: Callable[[], Any], number: int) -> Callable[[], Any]:
-    """`run` so often, each waited for."""
-
-    def several() -> Any:
-        for _ in range(number):
-            out = jax.block_until_ready(run())
-        return out
-
-    return several
+def _repeated(run: Callable[[], Any], number: int) -> Any:
+    for _ in range(number):
+        out = jax.block_until_ready(run())
+    return out
 
 
 def _random(rng: np.random.Generator, *shape: int, dtype: str) -> jax.Array:

@@ -1,83 +1,60 @@
-"""How long a call takes, from its costs and a few numbers of the machine: fitted to some points, tested on others.
+"""A performance model of this machine: calibrated on some calls, tested on others, and what it predicts.
 
     python -m profiling.performance_model [--repeats 15] [--output results/performance.json]
 
-    model = fit(points, config, ceilings)
-    seconds = predict(model, config, Workload(batch=8, length=1, cached=512), mix)
+The form of the model is in `profiling.predict`, the calls are in `profiling.points`.
 
-Letters: N tokens of a call, K slots per token, E experts, L layers, R rows of a block of the expert engine.
-
-A call is the sum of its components (`profiling.costs`, as written). Each takes max(FLOPs / rate, bytes / bandwidth),
-and on top come a price per call, per layer, per block of the experts and per call with a plan:
-
-- A product of R rows runs at `product * R / (R + half_rows)`: its weights are packed for every product, however few
-  rows share them. A product of one row packs nothing and is bound by reading its weights, at `weights`.
-- The experts run in blocks, and a block's rows are computed whether they are used or not. How many blocks there are
-  follows from the rows per expert that the mix gives (`expert_blocks`).
-- Everything else moves its bytes at `stream`: attention's scores, which stand in memory between their two products, and
-  the slots' outputs, as often as the engine reads and writes them.
-
-Eight numbers, each with a meaning, each at least zero, none better than the machine's measured ceiling allows. They are
-fitted to the logarithm of time, so that a short call counts as much as a long one.
+Time is not a power of the tokens of a call: overheads weigh on small calls, and attention grows with the square of the
+length. So the measured exponent is compared with that of the predicted times of the same unseen calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
-from scipy.optimize import least_squares
-from scipy.stats import nbinom, poisson
+from matplotlib.figure import Figure
+from scipy.stats import linregress
 
-from analysis.command import name_argument, path_argument, program
+from analysis.command import HelpFormatter, name_argument, path_argument, program
+from analysis.criteria import MAX_PREDICTION_ERROR
+from analysis.report.figures import MARKERS, panels
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json
+from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import median_estimate
 from models import Model, load_model
 from models.config import MoEConfig
-from models.experts_blocks import block_sizes, cut
+from profiling import ceilings as ceilings_module
 from profiling.ceilings import Ceilings
-from profiling.ceilings import measure as measure_ceilings
-from profiling.costs import Cost, component_costs
+from profiling.costs import Mix, Workload, component_costs
 from profiling.points import Point, Task, measure, tasks
-from profiling.workload import FLOAT32, Mix, Workload
+from profiling.predict import PerformanceModel, break_even, fit, predict, seconds_by_part, speedup
+from profiling.published import HARDWARE
 from varjax.errors import InputError
 
-TARGET = 0.10  # median relative error on unseen points
-NOISE = 1.25  # how far an effective rate may lie above a ceiling's interval
-MOVES = 3  # of every slot's output: read, and added to its token's row (read, written)
-PULL = 0.05  # of a parameter toward its start, per e-fold; a point's residual is its error in e-folds
-
-
-@dataclasses.dataclass(frozen=True)
-class PerformanceModel:
-    """The numbers of one machine."""
-
-    product: float  # FLOP/s of a matrix product with many rows
-    half_rows: float  # rows at which a product reaches half of that
-    weights: float  # bytes/s at which products take their arrays
-    stream: float  # bytes/s of everything that is no product
-    call: float  # s per call
-    layer: float  # s per layer: its small kernels
-    block: float  # s per block of an expert: loop, switch, rows gathered and put back
-    plan: float  # s per call that plans and commits
-
-
-PARAMETERS = tuple(field.name for field in dataclasses.fields(PerformanceModel))
+_PUBLISHED = "h200"  # drawn next to what was measured
+_NO_GAIN = 1.05  # a speed-up below this counts as none
+FEWEST = 3  # sizes of calls that an exponent is fitted to
+_OFF = 0.15  # by how much an exponent may exceed the expected one
+_SCALING = "How does time grow with the tokens?"
 
 
 @dataclasses.dataclass(frozen=True)
 class PointError:
-    """A prediction beside its measurement."""
+    """A prediction and its measurement."""
 
     point: Point
     predicted: float  # s
 
     @property
     def relative(self) -> float:
+        """Relative error of the prediction."""
         return self.predicted / self.point.seconds - 1
 
 
@@ -93,12 +70,13 @@ class Errors:
 
     @property
     def passed(self) -> bool:
-        return self.median < TARGET
+        """Whether the median meets the published criterion."""
+        return self.median < MAX_PREDICTION_ERROR
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A model of one machine, what it was held against, and how far it was off."""
+    """A model of one machine, and how far it was off."""
 
     config: MoEConfig
     ceilings: Ceilings
@@ -107,31 +85,246 @@ class Study:
     unseen: Errors
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How the time of one phase, plain or under one policy, grows with the tokens of a call."""
+
+    phase: str
+    policy: str
+    tokens: tuple[int, ...]  # of a call
+    measured: tuple[float, ...]  # s
+    predicted: tuple[float, ...]  # s
+    exponent: float
+    error: float  # standard error of the exponent
+    expected: float
+
+    @property
+    def consistent(self) -> bool:
+        """Whether time grows no faster than expected, within a tolerance."""
+        return self.exponent - self.expected < _OFF
+
+
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model", default="reference", type=name_argument, help="directory, hub id or 'reference' (the default)"
-    )
-    parser.add_argument("--repeats", type=int, default=15, help="rounds (15)")
-    parser.add_argument("--seed", type=int, default=0, help="of the texts and of the order within rounds (0)")
+    """Calibrate and test the performance model alone, print the result, and save it if asked to.
+
+    Args:
+        arguments: of the command line; None: those of this process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id or 'reference'")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the texts and of the order within rounds")
     parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")
     args = parser.parse_args(arguments)
-
     if args.output is None:
-        measure_and_print(args)
+        _measure_and_print(args)
         return
     output = Output.of(args.output, "performance", (".json",))
     with output.locked():
-        write_json(output.main(".json"), measure_and_print(args))
+        write_json(output.main(".json"), _measure_and_print(args))
 
 
-def measure_and_print(args: argparse.Namespace) -> dict[str, Any]:
-    """The study, printed; returns what is saved of it."""
+def study(
+    model: Model, wanted: Sequence[Task] | None = None, *, ceilings: Ceilings | None = None, **options: Any
+) -> Study:
+    """Measure ceilings and points, fit on the points that calibrate, and test on the others.
+
+    Args:
+        model: the plain model.
+        wanted: the tasks; None: `points.tasks()`.
+        ceilings: of this machine; None: they are measured.
+        options: of `points.measure`, such as `repeats` and `seed`.
+
+    Returns:
+        The fitted model with its errors.
+    """
+    wanted = tasks() if wanted is None else wanted
+    ceilings = ceilings_module.measure() if ceilings is None else ceilings
+    points = list(zip(measure(model, wanted, **options), wanted, strict=True))
+    known, unseen = ([point for point, task in points if task.calibrates is side] for side in (True, False))
+    fitted = fit(known, model.config, ceilings)
+    return Study(model.config, ceilings, fitted, *(_errors(fitted, model.config, each) for each in (known, unseen)))
+
+
+def _errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point]) -> Errors:
+    """Compare predictions with measurements."""
+    if not points:
+        raise InputError("there are no points, so no errors either")
+    each = tuple(PointError(point, predict(model, config, point.workload, point.mix)) for point in points)
+    absolute = np.array([abs(one.relative) for one in each])
+    median = median_estimate(absolute)
+    return Errors(each, median.value, median.low, median.high, each[int(absolute.argmax())])
+
+
+def scalings(found: Study) -> list[Scaling]:
+    """Fit exponents to the unseen calls of every phase and policy with enough sizes.
+
+    Args:
+        found: from `study`.
+
+    Returns:
+        By phase, with the plain model first.
+    """
+    groups: dict[tuple[str, str], list[PointError]] = {}
+    for one in found.unseen.each:
+        phase, policy = one.point.name.split()[0], one.point.name.partition(", ")[2]
+        groups.setdefault((phase, policy), []).append(one)
+    fitted = []
+    for (phase, policy), here in groups.items():
+        here.sort(key=lambda one: one.point.workload.tokens)
+        tokens = tuple(one.point.workload.tokens for one in here)
+        if len(set(tokens)) >= FEWEST:
+            measured, predicted = zip(*((one.point.seconds, one.predicted) for one in here), strict=True)
+            line = linregress(np.log(tokens), np.log(measured))
+            expected = float(linregress(np.log(tokens), np.log(predicted)).slope)
+            exponent = float(line.slope), float(line.stderr), expected
+            fitted.append(Scaling(phase, policy, tokens, measured, predicted, *exponent))
+    return sorted(fitted, key=lambda one: (one.phase, one.policy != "plain"))
+
+
+def section(found: Study, experts: float = 1.0, batches: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> Section:
+    """Report the ceilings and the performance model; the criterion is the median error on unseen points.
+
+    Args:
+        found: from `study`.
+        experts: per token and layer under VAR, for the predicted speed-up.
+        batches: of the break-even table.
+
+    Returns:
+        The section with its tables and figures.
+    """
+    unseen = found.unseen
+    gains = list(_gains(found, experts, batches))
+    none = [f"{phase} at batch {batch}" for phase, batch, _, gain in gains if gain < _NO_GAIN]
+    where = "in " + ", ".join(none) if none else "nowhere here"
+    numbers = tuple(dataclasses.asdict(found.model).items())
+    figures = (
+        *(Column("kind"), Column("shape or size"), Column("dtype")),
+        *(Column("median", ".4g"), Column("low", ".4g"), Column("high", ".4g")),
+    )
+    gained = (Column("phase"), Column("batch"), Column("break-even", ".2f"), Column(f"speed-up at {experts:g}", ".2f"))
+    points = (
+        *(Column("call"), Column("experts", ".2f"), Column("distinct", ".2f"), Column("measured [ms]", ".3f")),
+        *(Column("low", ".3f"), Column("high", ".3f"), Column("predicted [ms]", ".3f"), Column("error", "+.1%")),
+    )
+
+    def rows(of: Errors) -> tuple[tuple[Any, ...], ...]:
+        return tuple(
+            (
+                *(one.point.name, one.point.mix.experts, one.point.mix.distinct),
+                *(1e3 * value for value in (one.point.seconds, one.point.low, one.point.high, one.predicted)),
+                one.relative,
+            )
+            for one in of.each
+        )
+
+    return Section(
+        "performance_model",
+        "Ceilings and performance model",
+        "PASS" if unseen.passed else "FAIL",
+        f"median error on unseen points < {MAX_PREDICTION_ERROR:.0%}: {unseen.median:.1%} [{unseen.low:.1%}, "
+        f"{unseen.high:.1%}] over {len(unseen.each)} points",
+        (
+            f"{len(numbers)} numbers are fitted to {len(found.calibrated.each)} points (median error there: "
+            f"{found.calibrated.median:.1%}). Worst unseen point: {unseen.worst.point.name}, "
+            f"{unseen.worst.relative:+.1%}.",
+            f"At {experts:g} experts, a gain of less than {_NO_GAIN - 1:.0%} is predicted {where}. Fewer experts than "
+            "the break-even are a gain, for tokens that draw their experts evenly and independently.",
+        ),
+        (
+            Table("Ceilings, measured", figures, tuple(dataclasses.astuple(one) for one in found.ceilings.figures)),
+            Table("The model's numbers", (Column("name"), Column("value", ".4g")), numbers),
+            Table("Break-even in experts per token and layer", gained, tuple(gains)),
+            Table("Unseen points", points, rows(unseen)),
+            Table("Points that calibrated", points, rows(found.calibrated)),
+        ),
+        (
+            ReportFigure(
+                "performance_model",
+                "Predicted against measured time",
+                "Each marker is one kind of call: hollow ones calibrated the model, filled ones are unseen. The line "
+                f"is equality, the dotted lines are {MAX_PREDICTION_ERROR:.0%} off.",
+                "Both axes are logarithmic: an error of a fifth looks small. The points are from one machine and one "
+                "checkpoint.",
+                partial(_figure, found),
+            ),
+            ReportFigure(
+                "roofline",
+                "Components at their arithmetic intensity",
+                "Each marker is a component of a plain call: its operations over the bytes that it must move, and its "
+                "predicted rate. Black lines are this machine's measured ceilings: the product, and the bandwidths of "
+                "memory (solid) and cache (dashed). Gray: published bfloat16 ceilings of an accelerator.",
+                "Rates are predicted, not timed one by one. Bytes are counted once, whichever cache they come from. A "
+                "component far below its roof may just have small shapes.",
+                partial(_roofline, found),
+            ),
+        ),
+        headline=f"{unseen.median:.1%} median error of predicted times",
+    )
+
+
+def scaling_section(found: Sequence[Scaling]) -> Section:
+    """Report how time grows; the criterion is that it grows no faster than the performance model expects.
+
+    Args:
+        found: from `scalings`.
+
+    Returns:
+        The section with its table and figure.
+    """
+    if not found:
+        return Section("scaling", _SCALING, "not measured", f"no kind of call was timed at {FEWEST} sizes")
+    off = max(found, key=lambda one: one.exponent - one.expected)
+    rows = tuple(
+        (
+            *(f"{one.phase}, {one.policy}", len(one.tokens), min(one.tokens), max(one.tokens)),
+            *(one.exponent, one.error, one.expected),
+            *(1e6 * one.measured[end] / one.tokens[end] for end in (0, -1)),
+        )
+        for one in found
+    )
+    columns = (
+        *(Column("calls"), Column("kinds"), Column("fewest tokens", ",d"), Column("most", ",d")),
+        *(Column("exponent", ".2f"), Column("standard error", ".2f"), Column("expected", ".2f")),
+        *(Column("µs a token, smallest", ",.1f"), Column("largest", ",.1f")),
+    )
+    return Section(
+        "scaling",
+        _SCALING,
+        "PASS" if all(one.consistent for one in found) else "FAIL",
+        f"exponent of time over tokens at most {_OFF} above the expected one: the largest difference is {off.phase}, "
+        f"{off.policy}, {off.exponent:.2f} against {off.expected:.2f}",
+        ("The expected exponent is that of the predicted times of the same calls, which did not calibrate it.",),
+        (Table("Exponents", columns, rows),),
+        (
+            ReportFigure(
+                "scaling",
+                "Time of a call by its tokens",
+                "Each marker is one kind of call, measured; lines are the predictions for the same calls. The cost per "
+                "token falls where a line is flatter than the dotted one, which is proportional.",
+                "Calls of one length in several batches and calls of several lengths are drawn together; attention "
+                "makes long ones more expensive.",
+                partial(_scaling_figure, found),
+            ),
+        ),
+    )
+
+
+def _measure_and_print(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args.model)
     found = study(model, repeats=args.repeats, seed=args.seed)
-    print("\n".join([str(found.ceilings), "", "The performance model", *described(found.model), ""]))
-    for name, one in (("calibrated", found.calibrated), ("unseen", found.unseen)):
+    units = {
+        "product": (1e-9, "GFLOP/s"),
+        "half_rows": (1, "rows"),
+        "weights": (1e-9, "GB/s"),
+        "stream": (1e-9, "GB/s"),
+    }
+    print(f"{found.ceilings}\n\nThe performance model")
+    for name, value in dataclasses.asdict(found.model).items():
+        scale, unit = units.get(name, (1e6, "µs"))
+        print(f"  {name:12}{value * scale:>10,.1f} {unit}")
+    for name, one in (("\ncalibrated", found.calibrated), ("unseen", found.unseen)):
         print(
             f"{name}: {len(one.each)} points, median error {one.median:.1%} [{one.low:.1%}, {one.high:.1%}], "
             f"worst {one.worst.relative:+.1%} at {one.worst.point.name}"
@@ -142,162 +335,104 @@ def measure_and_print(args: argparse.Namespace) -> dict[str, Any]:
                 f"  {each.point.name:48}{each.point.seconds * 1e3:>9.3f} ms ±{half:>4.0%}"
                 f"{each.predicted * 1e3:>10.3f} ms{each.relative:>+8.1%}"
             )
-    print(f"{'PASS' if found.unseen.passed else 'FAIL'}: median error on unseen points under {TARGET:.0%}")
+    verdict = "PASS" if found.unseen.passed else "FAIL"
+    print(f"{verdict}: median error on unseen points under {MAX_PREDICTION_ERROR:.0%}")
     return {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found}
 
 
-def study(
-    model: Model, wanted: Sequence[Task] | None = None, *, ceilings: Ceilings | None = None, **options: Any
-) -> Study:
-    """Measures ceilings and points, fits on those that calibrate, and is held against the others.
+def _gains(found: Study, experts: float, batches: Sequence[int]) -> Iterator[tuple[str, int, float | None, float]]:
+    """Phase, batch, break-even and predicted speed-up."""
+    for phase, batch in product(("decode", "prefill"), batches):
+        call = _decode(found, batch) if phase == "decode" else Workload(batch, 128, itemsize=_itemsize(found))
+        at = break_even(found.model, found.config, call)
+        yield phase, batch, at, speedup(found.model, found.config, call, experts)
 
-    Args:
-        wanted: None: `points.tasks()`.
-        ceilings: of this machine; None: they are measured.
-        options: of `points.measure`, such as `repeats` and `seed`.
-    """
-    wanted = tasks() if wanted is None else wanted
-    ceilings = measure_ceilings() if ceilings is None else ceilings
-    points = measure(model, wanted, **options)
-    known = [point for point, task in zip(points, wanted, strict=True) if task.calibrates]
-    unseen = [point for point, task in zip(points, wanted, strict=True) if not task.calibrates]
-    fitted = fit(known, model.config, ceilings)
-    return Study(
-        model.config, ceilings, fitted, errors(fitted, model.config, known), errors(fitted, model.config, unseen)
+
+def _decode(found: Study, batch: int) -> Workload:
+    return Workload(batch, 1, cached=128, last_logits_only=True, itemsize=_itemsize(found))
+
+
+def _itemsize(found: Study) -> int:
+    return found.unseen.worst.point.workload.itemsize
+
+
+def _figure(found: Study) -> Figure:
+    """Predicted against measured time."""
+    drawn, (axis,) = panels(1, width=5.2, height=4.2)
+    kinds = (("calibrated", found.calibrated, "1"), ("unseen", found.unseen, "0.2"))
+    for (name, of, face), (phase, marker) in product(kinds, (("prefill", "o"), ("decode", "s"))):
+        here = [one for one in of.each if (one.point.workload.length == 1) == (phase == "decode")]
+        seconds, low, high = (
+            np.array([(one.point.seconds, one.point.low, one.point.high) for one in here]).reshape(-1, 3).T
+        )
+        axis.errorbar(
+            seconds,
+            [one.predicted for one in here],
+            xerr=[seconds - low, high - seconds],
+            linestyle="",
+            marker=marker,
+            color="0.2",
+            markerfacecolor=face,
+            markersize=5,
+            elinewidth=0.6,
+            label=f"{phase}, {name}",
+        )
+    every = [one.point.seconds for of in (found.calibrated, found.unseen) for one in of.each]
+    ends = np.array([min(every) / 1.5, max(every) * 1.5])
+    for factor, line in ((1.0, "-"), (1 - MAX_PREDICTION_ERROR, ":"), (1 + MAX_PREDICTION_ERROR, ":")):
+        axis.plot(ends, factor * ends, line, color="0.5", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="measured [s]", ylabel="predicted [s]")
+    axis.legend(fontsize="small")
+    drawn.tight_layout()
+    return drawn
+
+
+def _roofline(found: Study) -> Figure:
+    """Components of a decoding step and of a prefill under the ceilings."""
+    drawn, axes = panels(2, width=4.6, sharey=True)
+    published = HARDWARE[_PUBLISHED]
+    roofs = (
+        (found.ceilings.product, found.ceilings.memory, {"color": "0"}),
+        (found.ceilings.product, found.ceilings.cache, {"color": "0", "linestyle": "--"}),
+        (published.flops, published.bandwidth, {"color": "0.7"}),
     )
+    intensity = np.logspace(-2, 4, 200)
+    calls = {"decode, batch 1": _decode(found, 1), "prefill, 8 x 256": Workload(8, 256, itemsize=_itemsize(found))}
+    for axis, (title, workload) in zip(axes, calls.items(), strict=True):
+        mix = Mix.plain(found.config, workload.tokens)
+        costs = component_costs(found.config, workload, mix)
+        seconds = seconds_by_part(found.model, found.config, workload, mix)
+        for flops, bandwidth, look in roofs:
+            axis.plot(intensity, np.minimum(flops, intensity * bandwidth), linewidth=1, **look)
+        shown = [name for name, cost in costs.items() if cost.flops and cost.bytes and seconds[name]]
+        for index, name in enumerate(shown):
+            at = costs[name].flops / costs[name].bytes, costs[name].flops / seconds[name]
+            look = {"linestyle": "", "color": str(0.15 + 0.5 * index / len(shown)), "label": name}
+            axis.plot(*at, marker=MARKERS[index % len(MARKERS)], **look)
+        axis.set(title=title, xscale="log", yscale="log")
+    axes[0].set(ylabel="FLOP/s")
+    axes[-1].legend(fontsize="x-small", loc="lower right")
+    drawn.supxlabel("FLOPs per byte")
+    drawn.tight_layout()
+    return drawn
 
 
-def fit(points: Sequence[Point], config: MoEConfig, ceilings: Ceilings) -> PerformanceModel:
-    """The model that comes nearest to the logarithm of the points' times, by least squares.
-
-    A number that the points say nothing of stays where it starts, at what the ceilings suggest.
-
-    Raises:
-        InputError: fewer points than numbers.
-    """
-    if len(points) < len(PARAMETERS):
-        raise InputError(f"{len(points)} points cannot settle {len(PARAMETERS)} numbers; give more of different kinds")
-    start, most = _start(ceilings), _most(ceilings)
-    first = np.log([getattr(start, name) for name in PARAMETERS])
-    measured = np.log([point.seconds for point in points])
-
-    def residuals(x: np.ndarray) -> np.ndarray:
-        model = PerformanceModel(*np.exp(x))
-        times = [predict(model, config, point.workload, point.mix) for point in points]
-        return np.concatenate([np.log(times) - measured, PULL * (x - first)])
-
-    upper = np.log([getattr(most, name) for name in PARAMETERS])
-    found = least_squares(residuals, first, bounds=(np.minimum(first, upper) - 9, upper))
-    return PerformanceModel(*np.exp(found.x).tolist())
-
-
-def predict(model: PerformanceModel, config: MoEConfig, workload: Workload, mix: Mix) -> float:
-    """Seconds of one call."""
-    return sum(seconds_by_part(model, config, workload, mix).values())
-
-
-def seconds_by_part(model: PerformanceModel, config: MoEConfig, workload: Workload, mix: Mix) -> dict[str, float]:
-    """Seconds of each component of `profiling.costs`, and "overhead": what calls and layers cost whatever they do."""
-    costs = component_costs(config, workload, mix, as_written=True)
-    rows = {"projections": workload.tokens, "gate": workload.tokens}
-    rows["head"] = workload.batch if workload.last_logits_only else workload.tokens
-    parts = {}
-    for name, cost in costs.items():
-        if name in rows:
-            parts[name] = _product(model, cost, rows[name])
-        elif name == "scores":
-            parts[name] = max(cost.flops / model.product, cost.bytes / model.stream)
-        elif name == "experts":
-            parts[name] = _experts(model, config, workload, mix)
-        elif name == "dispatch":
-            slots = config.num_layers * workload.tokens * config.top_k
-            parts[name] = (cost.bytes + MOVES * slots * config.hidden_size * FLOAT32) / model.stream
-        else:
-            parts[name] = cost.bytes / model.stream
-    if mix.planned:
-        parts["plan"] += model.plan / 2
-        parts["commit"] += model.plan / 2
-    parts["overhead"] = model.call + config.num_layers * model.layer
-    return parts
-
-
-def errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point]) -> Errors:
-    """How far the model is off at each point. Raises InputError if there is none."""
-    if not points:
-        raise InputError("there are no points, so no errors either")
-    each = tuple(PointError(point, predict(model, config, point.workload, point.mix)) for point in points)
-    absolute = np.array([abs(one.relative) for one in each])
-    median = median_estimate(absolute)
-    return Errors(each, median.value, median.low, median.high, each[int(absolute.argmax())])
-
-
-def expert_blocks(config: MoEConfig, workload: Workload, mix: Mix) -> list[tuple[int, float]]:
-    """Of one layer: (rows of a block, how many such blocks), on average, in the engine "blocks".
-
-    An expert that is hit has one row at least; how many more it has is a Poisson number, or where the mix says that the
-    load is spread beyond chance, a negative binomial one.
-    """
-    if not mix.experts:
-        return []
-    if workload.tokens == 1:
-        return [(1, mix.experts)]
-    sizes = block_sizes(workload.tokens * config.top_k, config.num_experts)
-    mean = max(workload.tokens * mix.experts / mix.distinct - 1, 1e-9)
-    extra = np.arange(int(mean * (1 + 6 * mix.spread) + 8 * np.sqrt(mean) + 12))
-    if mix.spread:
-        shape = 1 / mix.spread**2
-        chance = nbinom.pmf(extra, shape, shape / (shape + mean))
-    else:
-        chance = poisson.pmf(extra, mean)
-    numbers = cut(1 + extra, sizes)
-    return [(size, mix.distinct * float(number @ chance)) for size, number in zip(sizes, numbers, strict=True)]
-
-
-def described(model: PerformanceModel) -> list[str]:
-    """The numbers for people."""
-    units = {"product": (1e-9, "GFLOP/s"), "half_rows": (1, "rows")}
-    units |= {"weights": (1e-9, "GB/s"), "stream": (1e-9, "GB/s")}
-    lines = []
-    for name, value in dataclasses.asdict(model).items():
-        scale, unit = units.get(name, (1e6, "µs"))
-        lines.append(f"  {name:12}{value * scale:>10,.1f} {unit}")
-    return lines
-
-
-def _product(model: PerformanceModel, cost: Cost, rows: float) -> float:
-    share = 1.0 if rows == 1 else rows / (rows + model.half_rows)
-    return max(cost.flops / (model.product * share), cost.bytes / model.weights)
-
-
-def _experts(model: PerformanceModel, config: MoEConfig, workload: Workload, mix: Mix) -> float:
-    weights = 3 * config.hidden_size * config.intermediate_size
-    total = 0.0
-    for rows, number in expert_blocks(config, workload, mix):
-        moved = workload.itemsize * (weights + rows * config.hidden_size) + FLOAT32 * rows * config.hidden_size
-        total += number * (model.block + _product(model, Cost(2.0 * rows * weights, moved), rows))
-    return config.num_layers * total
-
-
-def _start(ceilings: Ceilings) -> PerformanceModel:
-    """What a program of many parts may hope for; a layer has some twenty small kernels, plan and commit some fifty."""
-    half_rows = ceilings.product / ceilings.best("product", name="decode") * 8
-    return PerformanceModel(
-        product=ceilings.product / 1.5,
-        half_rows=max(half_rows, 1.0),
-        weights=ceilings.cache / 1.5,
-        stream=ceilings.cache / 3,
-        call=ceilings.call,
-        layer=20 * ceilings.kernel,
-        block=5 * ceilings.kernel,
-        plan=50 * ceilings.kernel,
-    )
-
-
-def _most(ceilings: Ceilings) -> PerformanceModel:
-    """What no number may exceed: ceilings with their noise; a tenth of a second for any overhead."""
-    product = NOISE * max(one.high for one in ceilings.figures if one.kind == "product")
-    bandwidth = NOISE * max(one.high for one in ceilings.figures if one.kind in ("copy", "read"))
-    return PerformanceModel(product, 4096.0, bandwidth, bandwidth, 0.1, 0.1, 0.1, 0.1)
+def _scaling_figure(found: Sequence[Scaling]) -> Figure:
+    phases = list(dict.fromkeys(one.phase for one in found))
+    drawn, axes = panels(len(phases))
+    for axis, phase in zip(axes, phases, strict=True):
+        for index, one in enumerate(one for one in found if one.phase == phase):
+            gray = str(0.6 * index / max(len(found) - 1, 1))
+            axis.plot(one.tokens, np.multiply(1e3, one.measured), MARKERS[index], color=gray, label=one.policy)
+            axis.plot(one.tokens, np.multiply(1e3, one.predicted), color=gray, linewidth=0.8)
+            if index == 0:
+                proportional = one.measured[0] / one.tokens[0] * np.array(one.tokens)
+                axis.plot(one.tokens, 1e3 * proportional, ":", color="0.5")
+        axis.set(xscale="log", yscale="log", xlabel="tokens of a call", title=phase)
+        axis.legend(fontsize="small")
+    axes[0].set_ylabel("time of a call [ms]")
+    drawn.tight_layout()
+    return drawn
 
 
 if __name__ == "__main__":

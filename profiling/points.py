@@ -4,13 +4,13 @@ Letters: B sequences, T positions of a call, S positions in the key/value cache 
 
     points = measure(model, tasks(), keys=2000)
 
-All tasks are timed in the same rounds, in an order drawn anew for each, so what the machine does meanwhile falls on
-those that calibrate and on those that test alike. A run is several calls in a row, on real text for routing that is
-real; how many experts ran, and how many distinct ones a call read, comes from the routing of these very tokens.
+All tasks are timed in the same rounds in random order, so disturbances affect calibration and test alike.
+A run is several calls in a row on real text, so that its routing is real; how many experts ran, and how many distinct
+ones a call read, comes from the routing of these tokens.
 
-The mixes need no statistics of a corpus. A policy of order 0 plans every token and keeps what it says; one of orders 1
-and 2 plans the tokens that the table holds, and leaves the rest open. What the table predicts, and the answers that
-stand in for experts, are drawn at random: they are looked up and added like any others.
+The mixes need no statistics of a corpus. A policy of order 0 plans every token; one of orders 1 and 2 plans the tokens
+that the table knows and leaves the rest to the router. What the table predicts, and the answers that replace experts,
+are random: looking them up and adding them takes as long as for any others.
 """
 
 from __future__ import annotations
@@ -29,19 +29,22 @@ from analysis.resampling import median_estimate
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
 from models import Model
-from profiling.compiling import at_once
-from profiling.step_bench import NEVER, ORDERS, as_step, decoding, random_stats
-from profiling.throughput import used_experts
+from models.generation import Step
+from models.kv_cache import KVCache
+from models.model import plain_step
+from profiling.calls import at_once, used_experts
+from profiling.costs import Mix, Workload, table_bytes
 from profiling.timing import compare
-from profiling.workload import Mix, Workload, table_bytes
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.answers import Answers
 from varjax.errors import InputError
+from varjax.keys import count_contexts
 from varjax.model import build_for
+from varjax.stats import RoutingStats
 from varjax.table import RouteTable, with_policies
 
-Shapes = dict[str, list[tuple[int, ...]]]  # policy -> (B, T) of prefills, (B, 1, S) of steps of decoding
-EVERY = (0, *ORDERS)  # every token is planned, those that the table knows from their own rows
+ORDERS = (1, 2)  # of the contexts that the table knows
+NEVER = 10**9  # a frequency threshold that no key reaches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,32 +52,30 @@ class Task:
     """One kind of call to time."""
 
     batch: int  # B
-    length: int  # T of a prefill; 1 is a step of decoding
-    cached: int = 0  # S, of a step of decoding
-    policy: str = "plain"  # one of `policies`
-    calibrates: bool = False  # else it tests
+    length: int  # T of a prefill; 1 is a decoding step
+    cached: int = 0  # S, of a decoding step
+    policy: str = "plain"  # a key of `policies`
+    calibrates: bool = False  # otherwise it tests
 
     def __post_init__(self) -> None:
         if (self.length == 1) != (self.cached > 0):
-            raise InputError(
-                f"{self}: a prefill has cached=0 and length > 1, a step of decoding length=1 and cached > 0"
-            )
+            raise InputError(f"{self}: a prefill has cached=0 and length > 1, a decoding step length=1 and cached > 0")
 
     @property
     def decodes(self) -> bool:
+        """Whether this is a decoding step."""
         return self.length == 1
 
     @property
     def name(self) -> str:
-        shape = (
-            f"decode {self.batch} x 1 after {self.cached}" if self.decodes else f"prefill {self.batch} x {self.length}"
-        )
-        return f"{shape}, {self.policy}"
+        """Shape and policy in words."""
+        shape = f"{self.batch} x {self.length}"
+        return (f"decode {shape} after {self.cached}" if self.decodes else f"prefill {shape}") + f", {self.policy}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """What one call was and how long it took."""
+    """The shapes and mix of one call, and how long it took."""
 
     name: str
     workload: Workload
@@ -85,10 +86,16 @@ class Point:
 
 
 def policies(num_layers: int) -> Mapping[str, VARConfig]:
-    """Ways to run a model with different numbers of experts. Those that begin with "answers" add answers back."""
-    halves = num_layers // 2
+    """Ways to run a model with different numbers of experts.
 
-    def config(kept: Sequence[int], *, answers: bool, orders: tuple[int, ...] = EVERY, often: int = 1) -> VARConfig:
+    Args:
+        num_layers: L.
+
+    Returns:
+        Name -> config; names that start with "answers" add answers for the experts left out.
+    """
+
+    def config(kept: Sequence[int], *, answers: bool, orders: tuple[int, ...], often: int = 1) -> VARConfig:
         layers = {
             layer: LayerPolicy(experts_kept=number, use_answers=answers, ngram_orders=orders)
             for layer, number in enumerate(kept)
@@ -97,33 +104,39 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
             frequency_threshold=often, entropy_threshold=100.0, confidence_threshold=1.0, cache_size=0, layers=layers
         )
 
-    none, one = [0] * num_layers, [1] * num_layers
-    rising = [0] * halves + [1] * (num_layers - halves)
+    none, one, every = [0] * num_layers, [1] * num_layers, (0, *ORDERS)
+    rising = [0] * (num_layers // 2) + [1] * (num_layers - num_layers // 2)
     return {
         "plain": VARConfig(enable_var=False),
         "open": config(one, answers=False, orders=ORDERS, often=NEVER),
-        "none": config(none, answers=False),
-        "one": config(one, answers=False),
+        "none": config(none, answers=False, orders=every),
+        "one": config(one, answers=False, orders=every),
         "one if known": config(one, answers=False, orders=ORDERS),
-        "answers, none": config(none, answers=True),
-        "answers, one": config(one, answers=True),
-        "answers, rising": config(rising, answers=True),
+        "answers, none": config(none, answers=True, orders=every),
+        "answers, one": config(one, answers=True, orders=every),
+        "answers, rising": config(rising, answers=True, orders=every),
     }
 
 
 def tasks(quick: bool = False) -> list[Task]:
-    """What the reference model is calibrated on (13) and tested on (41; 9 if `quick`): no shape is on both sides.
+    """The calls that the reference model is calibrated on (13) and tested on (41; 9 if `quick`), in different shapes.
 
-    The form of `performance_model` was chosen on other shapes than those that test it, so these test form and numbers.
+    The form of the performance model was chosen on other shapes than the test, so the test covers form and numbers.
+
+    Args:
+        quick: test on fewer calls.
+
+    Returns:
+        The tasks, those that calibrate first.
     """
-    calibrating: Shapes = {
+    calibrating: dict[str, list[tuple[int, ...]]] = {  # (B, T) of prefills, (B, 1, S) of decoding steps
         "plain": [(1, 48), (1, 256), (8, 128), (1, 1, 64), (4, 1, 128), (16, 1, 128), (32, 1, 64)],
         "one": [(4, 256), (1, 1, 224), (16, 1, 128)],
         "none": [(8, 128)],
         "answers, none": [(8, 1, 64)],
         "answers, rising": [(2, 128)],
     }
-    testing: Shapes = {
+    testing: dict[str, list[tuple[int, ...]]] = {
         "plain": [
             *((1, 80), (1, 192), (2, 96), (2, 160), (4, 64), (4, 192), (8, 192), (16, 96)),
             *((1, 1, 96), (2, 1, 160), (3, 1, 64), (6, 1, 128), (12, 1, 192), (20, 1, 64), (28, 1, 128)),
@@ -136,7 +149,7 @@ def tasks(quick: bool = False) -> list[Task]:
         "answers, rising": [(1, 192), (4, 192), (3, 1, 64), (12, 1, 192)],
     }
     if quick:
-        sizes = [testing["plain"][at] for at in (0, 3, 6, 8, 10, 12)]  # three of each phase, so that scaling is seen
+        sizes = [testing["plain"][at] for at in (0, 3, 6, 8, 10, 12)]  # three of each phase, to show how time grows
         testing = {"plain": sizes, "one": testing["one"][::3]}
     return [
         Task(shape[0], shape[1], shape[2] if len(shape) > 2 else 0, policy, calibrates=shapes is calibrating)
@@ -156,67 +169,166 @@ def measure(
     run_tokens: int = 256,
     seed: int = 0,
 ) -> list[Point]:
-    """Times every task, interleaved; the points are in the order of `wanted`.
+    """Time every task, interleaved.
 
     Args:
-        texts: token ids of documents, for the tokens that the model reads; None: the embedded corpus.
+        model: the plain model.
+        wanted: the tasks, all different.
+        texts: token ids of documents for the model to read; None: the embedded corpus.
         keys: contexts of orders 1 and 2 that the table holds.
         repeats: rounds, each of which times every task once.
-        run_tokens: a timed run makes as many calls as it takes to read so many tokens, 2 to 16.
+        run_tokens: a timed run makes 2 to 16 calls, enough to read this many tokens.
+        seed: of the choice of tokens and of the order within rounds.
+
+    Returns:
+        One point per task, in order.
 
     Raises:
-        InputError: a task is there twice, or the texts are too short for the longest.
+        InputError: a task is given twice, or the texts are too short for the longest.
     """
     if len({task.name for task in wanted}) < len(wanted):
-        raise InputError("a task is there twice; a point that calibrates must not also test")
+        raise InputError("a task is given twice; a point that calibrates must not also test")
     texts = embedded_texts(model) if texts is None else texts
     stream = np.concatenate(texts)
     configs = policies(model.config.num_layers)
     var_models = _var_models(model, {task.policy: configs[task.policy] for task in wanted}, texts, keys)
     rng = np.random.default_rng(seed)
-    longest = max((task.cached + _calls(task, run_tokens) for task in wanted if task.decodes), default=0)
+    numbers = [min(max(math.ceil(run_tokens / (task.batch * task.length)), 2), 16) for task in wanted]
+    longest = max((task.cached + calls for task, calls in zip(wanted, numbers, strict=True) if task.decodes), default=0)
     jobs = []
-    for task in wanted:
-        calls = _calls(task, run_tokens)
+    for task, calls in zip(wanted, numbers, strict=True):
         shape = (task.batch, longest) if task.decodes else (calls, task.batch, task.length)
         jobs.append(partial(_prepared, model, var_models[task.policy], task, _draw(stream, shape, rng), calls))
     prepared = at_once(jobs)
     runs = {task.name: run for task, (run, _, _) in zip(wanted, prepared, strict=True)}
     seconds = compare(runs, repeats, warmup=1, seed=seed)
     found = []
-    for task, (_, workload, mix) in zip(wanted, prepared, strict=True):
-        one = median_estimate(seconds[task.name] / _calls(task, run_tokens))
+    for task, calls, (_, workload, mix) in zip(wanted, numbers, prepared, strict=True):
+        one = median_estimate(seconds[task.name] / calls)
         found.append(Point(task.name, workload, mix, one.value, one.low, one.high))
     return found
+
+
+def embedded_texts(model: Model, documents: int = 1500) -> list[np.ndarray]:
+    """The first documents of the build split of the embedded corpus.
+
+    Args:
+        model: whose tokenizer encodes them.
+        documents: how many at most.
+
+    Returns:
+        Token ids, int32 [n] each.
+    """
+    found = load_documents("embedded", split="build", limit=documents)
+    return [document.ids for document in iter_encode(found, model.tokenizer, model.config)]
+
+
+def random_stats(model: Model, documents: Sequence[np.ndarray], num_keys: int) -> RoutingStats:
+    """Statistics of the most frequent contexts of some documents: their true counts with random gate probabilities.
+
+    Args:
+        model: whose layers and experts they describe.
+        documents: token ids.
+        num_keys: contexts at most.
+
+    Returns:
+        The statistics.
+    """
+    counted = count_contexts(list(documents), ORDERS, max_keys=num_keys)
+    stats = RoutingStats.empty(counted.keys, ORDERS, model.config.num_layers, model.config.num_experts)
+    count = np.broadcast_to(counted.counts, stats.count.shape).copy()
+    probs = np.random.default_rng(0).dirichlet(np.ones(model.config.num_experts), count.shape)
+    entropy = dataclasses.replace(stats.entropy, mean=np.ones(count.shape))
+    return dataclasses.replace(stats, count=count, entropy=entropy, sum_probs=probs * count[..., None])
+
+
+def as_step(var_model: VARModel) -> Step:
+    """A decoding step of a VAR model in the form that `decoding` takes.
+
+    Args:
+        var_model: the model, VAR on or off.
+
+    Returns:
+        The step.
+    """
+
+    def run(kv: Any, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
+        out, carry = var_model.advance(carry, ids, mask, kv, last_logits_only=True, donate=True)
+        return out.logits, out.kv, carry
+
+    return run
+
+
+def decoding(model: Model, ids: np.ndarray, step: Step, carry: Any, cached: int, steps: int) -> Callable[[], Any]:
+    """A run that feeds texts token by token, with the first ones already in the key/value cache.
+
+    The carry continues from run to run. Of the key/value cache only the count of positions is reset: what is stored
+    after it is never read.
+
+    Args:
+        model: the plain model.
+        ids: int32 [B, n].
+        step: the decoding step.
+        carry: what it is given first.
+        cached: tokens of each text that are in the cache.
+        steps: tokens that a run feeds.
+
+    Returns:
+        The run, which returns the last logits.
+    """
+    tokens = [jnp.asarray(ids[:, at : at + 1]) for at in range(cached, cached + steps)]
+    held = [_cache_of(model, ids, cached, cached + steps), carry]
+    begin = {name: np.asarray(getattr(held[0], name)) for name in ("mask", "positions", "length")}
+    one = jnp.ones((len(ids), 1), bool)
+
+    def run() -> Any:
+        kv, carry = dataclasses.replace(held[0], **begin), held[1]
+        for following in tokens:
+            logits, kv, carry = step(kv, carry, following, one)
+        held[:] = kv, carry
+        return logits
+
+    return run
+
+
+def _cache_of(model: Model, ids: np.ndarray, cached: int, capacity: int) -> KVCache:
+    """A key/value cache with the first `cached` positions of texts int32 [B, n] of `capacity`.
+
+    The texts are read whole and one by one: one program for any number of texts and of cached positions.
+    """
+    real = jnp.ones((1, ids.shape[1]), bool)
+
+    def read(row: np.ndarray) -> KVCache | None:
+        _, kv = plain_step(model.params, model.empty_cache(1, len(row)), jnp.asarray(row[None]), real, model.network)
+        return kv
+
+    rows = [read(row) for row in ids]
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:, :capacity] if leaves[0].ndim else leaves[0], *rows)
+    there = np.broadcast_to(np.arange(capacity) < cached, (len(ids), capacity))
+    return jax.tree.map(jnp.asarray, dataclasses.replace(whole, mask=there, length=np.int32(cached)))
 
 
 def _prepared(
     model: Model, var_model: VARModel, task: Task, ids: np.ndarray, calls: int
 ) -> tuple[Callable[[], Any], Workload, Mix]:
-    """The run of a task, compiled, and what it is asked to do; ids [B, T] of decoding, [calls, B, T] of prefills."""
+    """The run of a task, compiled, and what it computes; ids [B, n] of decoding, [calls, B, T] of prefills."""
+    itemsize = model.dtype.itemsize
     if task.decodes:
         run = decoding(model, ids, as_step(var_model), var_model.init(task.batch), task.cached, calls)
+        middle = task.cached + (calls - 1) // 2
+        workload = Workload(task.batch, 1, middle, task.cached + calls, last_logits_only=True, itemsize=itemsize)
     else:
         run = _prefilling(var_model, ids)
+        workload = Workload(task.batch, task.length, itemsize=itemsize)
     jax.block_until_ready(run())
-    return run, _workload(model, task, calls), _mix(var_model, task, ids, calls)
-
-
-def _calls(task: Task, run_tokens: int) -> int:
-    return min(max(math.ceil(run_tokens / (task.batch * task.length)), 2), 16)
-
-
-def embedded_texts(model: Model, documents: int = 1500) -> list[np.ndarray]:
-    """Token ids of the embedded corpus' first documents of the build split."""
-    found = load_documents("embedded", split="build", limit=documents)
-    return [document.ids for document in iter_encode(found, model.tokenizer, model.config)]
+    return run, workload, _mix(var_model, task, ids, calls)
 
 
 def _var_models(
     model: Model, configs: Mapping[str, VARConfig], texts: Sequence[np.ndarray], keys: int
 ) -> dict[str, VARModel]:
-    """One table with answers and one without, which the policies share: other policies compile nothing anew."""
-    stats = random_stats(model, list(texts), keys)
+    """All policies share one table with answers and one without, so that other policies compile nothing new."""
+    stats = random_stats(model, texts, keys)
     tables: dict[bool, tuple[RouteTable, Answers | None]] = {}
     found = {}
     for name, config in configs.items():
@@ -233,23 +345,23 @@ def _var_models(
 
 
 def _random_answers(model: Model, keys: np.ndarray) -> Answers:
-    """One for every expert of every layer at every key int32 [R, C]: small, so that the text goes on as before."""
+    """One for every expert of every layer at every key int32 [R, C]: small, so that the text continues as before."""
     empty = Answers.empty(keys, range(model.config.num_layers), model.config.num_experts, model.config.hidden_size)
     mean = np.random.default_rng(0).standard_normal(empty.mean.shape, np.float32) * np.float32(1e-3)
     return dataclasses.replace(empty, mean=mean, mass=np.ones(empty.mass.shape), count=np.ones_like(empty.count))
 
 
 def _draw(stream: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """int32 [*shape]: stretches of a stream of ids, from anywhere."""
+    """int32 [*shape]: stretches of a stream of ids from random places."""
     length = shape[-1]
     if len(stream) <= length:
-        raise InputError(f"the texts hold {len(stream)} tokens, a task wants {length} in a row; give more text")
+        raise InputError(f"the texts hold {len(stream)} tokens, but a task reads {length} in a row; give more text")
     starts = rng.integers(0, len(stream) - length, shape[:-1])
     return stream[starts[..., None] + np.arange(length)].astype(np.int32)
 
 
 def _prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
-    """Reads texts int32 [calls, B, T] one after the other."""
+    """A run that reads texts int32 [calls, B, T] one after the other."""
     batches = [jnp.asarray(ids) for ids in texts]
     mask = jnp.ones(texts.shape[1:], bool)
     held = [var_model.init(texts.shape[1])]
@@ -262,23 +374,9 @@ def _prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
     return run
 
 
-def _workload(model: Model, task: Task, calls: int) -> Workload:
-    itemsize = model.dtype.itemsize
-    if not task.decodes:
-        return Workload(task.batch, task.length, itemsize=itemsize)
-    return Workload(
-        task.batch,
-        1,
-        cached=task.cached + (calls - 1) // 2,
-        capacity=task.cached + calls,
-        last_logits_only=True,
-        itemsize=itemsize,
-    )
-
-
 def _mix(var_model: VARModel, task: Task, ids: np.ndarray, calls: int) -> Mix:
     """What ran, read from the routing of the tokens that are timed."""
-    config = var_model.model.config
+    config, table = var_model.model.config, var_model.table
     if task.decodes:
         # Text by text and all of one length, which compiles once; what comes later changes nothing before it.
         used = np.concatenate([used_experts(var_model, text[None]) for text in ids], axis=1)
@@ -286,16 +384,13 @@ def _mix(var_model: VARModel, task: Task, ids: np.ndarray, calls: int) -> Mix:
     else:
         used = np.stack([used_experts(var_model, text) for text in ids], axis=1)
         rows = used.sum(axis=(2, 3))
-    distinct = float((rows > 0).sum(-1).mean())
     experts = float(rows.sum(-1).mean()) / (task.batch * task.length)
-    if var_model.table is None:
-        return Mix(experts, distinct, spread=_spread(rows))
-    answered = var_model.table.answers is not None
-    return Mix(
-        experts,
-        distinct,
-        spread=_spread(rows),
-        answers=config.top_k - experts if answered else 0.0,
+    mix = Mix(experts, distinct=float((rows > 0).sum(-1).mean()), spread=_spread(rows))
+    if table is None:
+        return mix
+    return dataclasses.replace(
+        mix,
+        answers=config.top_k - experts if table.answers is not None else 0.0,
         planned=True,
         table_bytes=table_bytes(config, task.batch * task.length, orders=len(ORDERS)),
     )
@@ -305,7 +400,7 @@ def _spread(rows: np.ndarray) -> float:
     """`Mix.spread` of the rows int [..., E] that calls gave the experts of their layers."""
     hit = rows > 0
     mean = rows.sum(axis=-1, keepdims=True) / np.maximum(hit.sum(axis=-1, keepdims=True), 1)
-    chance = np.broadcast_to(mean - 1, rows.shape)[hit]  # variance, of a Poisson number behind the first row
+    chance = np.broadcast_to(mean - 1, rows.shape)[hit]  # variance of a Poisson number of rows after the first
     scale = float((chance**2).sum())
     beyond = float(((rows - mean)[hit] ** 2 - chance).sum())
     return math.sqrt(max(beyond, 0.0) / scale) if scale else 0.0

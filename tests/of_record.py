@@ -27,7 +27,6 @@ python experiments/05_systems_analysis.py --var_config results/phase3/best_confi
 python experiments/05_systems_analysis.py --quick --output results/phase5/
 """  # noqa: E501 (to be given as they are written)
 LESS = {"batch_size": 4, "max_length": 64, "validate_samples": 24, "num_samples": 24}  # than what is left to defaults
-FAST = {"ablate": False}
 NEEDS_TORCH = "--method bayesian"
 
 
@@ -48,7 +47,6 @@ def torch_hidden() -> Iterator[None]:
 
 def main() -> None:
     with torch_hidden():
-        from profiling import components
         from tests import stage
         from tests.running import run_python
         from varjax import config
@@ -60,9 +58,6 @@ def main() -> None:
             stage.shrink(patch)
         # Every preset has a table of its own shape, for which programs are compiled.
         patch.setattr(config, "PRESETS", {"balanced": config.PRESETS["balanced"]})
-        # To leave a component out, a program is compiled for each: profiling's own tests do that.
-        measure_sides = components.measure_sides
-        patch.setattr(components, "measure_sides", lambda *given, **named: measure_sides(*given, **named | FAST))
         for command in COMMANDS.strip().splitlines():
             print(f"\n$ {command}", flush=True)
             words = shlex.split(command)[1:]

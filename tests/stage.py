@@ -7,8 +7,7 @@
 - The hub's two calls that a download makes copy that model; `jax.distributed` joins nobody.
 - What a command leaves to its defaults is less (`FEWER`). Nothing is timed in more than two rounds, a search makes
   three trials and a training two steps, however many are asked for. A performance model has fewer and smaller calls.
-- A study has fewer rules to compare, fewer sizes of a table, and times one sequence at a time. Of the components of a
-  call two are left out to see what they cost.
+- A study has fewer rules to compare, fewer sizes of a table, and times one sequence at a time.
 - The harness does not look through the thousands of tasks that it comes with.
 """
 
@@ -40,7 +39,7 @@ from models.config import MoEConfig
 from models.parameters import init_params
 from models.tokenizer import save_tokenizer, train_bpe
 from models.weights import save_params
-from profiling import ablation, components, points, throughput, timing
+from profiling import components, points, timing
 from profiling.points import Task
 from tests.documented import DOCUMENTS, ROOT
 from tuning import study
@@ -154,10 +153,9 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
         (families, "MASSES", families.MASSES[:2]),
         (families, "CACHES", families.CACHES[:1]),
         (table_size, "SHARES", table_size.SHARES[-1:]),
-        (ablation, "COMPONENTS", ("experts", "head")),
     ):
         patch.setattr(module, name, fewer)
-    patch.setattr(throughput, "by_batch", partial(throughput.by_batch, batch_sizes=(1,)))
+    patch.setattr(timing, "by_batch", partial(timing.by_batch, batch_sizes=(1,)))
     measure_sides = components.measure_sides
     patch.setattr(components, "measure_sides", lambda *given, **named: measure_sides(*given, **named | {"turns": 2}))
     patch.setattr(components, "TURN", 0.001)

@@ -59,7 +59,7 @@ def program(words: tuple[str, ...]) -> str:
 PYTHON = [one for one in COMMANDS if python_words(one)]
 SLOW = (
     *("olmoe", "--mode study", "results/phase3", "results/phase5", "--hidden 2048", "analysis.harness"),
-    *("step_bench", "performance_model", "device_bench", "device_memory"),
+    *("benchmarks.step", "performance_model", "benchmarks.device"),
 )
 """Words by which a command is known that takes half a minute even here."""
 
@@ -154,7 +154,7 @@ class Reader:
         if "--mesh" in words:
             self.on_four_devices(words)
             return
-        small = {"mixtral-8x7b": MIXTRAL} if program(words) == "profiling.device_bench" else {}
+        small = {"mixtral-8x7b": MIXTRAL} if program(words) == "benchmarks.device" else {}
         out = io.StringIO()
         with contextlib.redirect_stdout(out), patched.dict(published.PUBLISHED, small):
             run_python(words)
@@ -247,7 +247,7 @@ def analyzed(reader: Reader) -> None:
     asked = reader.arguments
     found = read_json(asked.output / "systems.json")["results"]
     assert {one["phase"] for one in found["evidence"]} == {"prefill", "decode"}
-    assert bool(found["memory"]) == (not asked.quick) == any(one["by_ablation"] for one in found["components"])
+    assert bool(found["memory"]) == (not asked.quick)
     assert (asked.output / "traces").exists() == asked.trace
 
 
@@ -318,6 +318,11 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "analysis.replay": replayed,
     "analysis.report.index_page": indexed,
     "analysis.traces.importing": imported,
+    "benchmarks.collection": told(r"^in all +\d+\.\d+x$"),
+    "benchmarks.device": measured,
+    "benchmarks.device_memory": table_of_devices,
+    "benchmarks.experts": told(r"^N=(?:2048|1), D=(?:16|2048)", 2),
+    "benchmarks.step": told(r"^plain +\d+\.\d +1\.000"),
     "experiments/00_train_reference.py": trained,
     "experiments/01_routing_analysis.py": collected,
     "experiments/02_evaluate_var.py": evaluated,
@@ -327,12 +332,7 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "experiments/prepare_datasets.py": prepared,
     "profiling.calculator": told(r"187 +334 +1\.78x"),  # as docs/phase5.md has it
     "profiling.ceilings": told(r"square: 1024"),
-    "profiling.collection_bench": told(r"^in all +\d+\.\d+x$"),
-    "profiling.device_bench": measured,
-    "profiling.device_memory": table_of_devices,
-    "profiling.experts_bench": told(r"^N=(?:2048|1), D=(?:16|2048)", 2),
     "profiling.performance_model": told(r"^(?:PASS|FAIL): median error on unseen points under 10%$"),
-    "profiling.step_bench": told(r"^plain +\d+\.\d +1\.000"),
     "tuning.landscape": told(r"^(?:random|tpe|bayesian) +\d of 1 ", 3),
 }
 

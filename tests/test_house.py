@@ -117,8 +117,12 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_commands_and_modules_that_documents_name_exist(document):
     text = document.read_text(encoding="utf-8")
-    scripts = re.findall(r"(?:experiments|tests|models|varjax|analysis|profiling|tuning)/[\w/]+\.(?:py|json)\b", text)
-    modules = re.findall(r"python -m ((?:varjax|models|analysis|profiling|tuning|experiments)[\w.]*\w)", text)
+    scripts = re.findall(
+        r"(?:benchmarks|experiments|tests|models|varjax|analysis|profiling|tuning)/[\w/]+\.(?:py|json)\b", text
+    )
+    modules = re.findall(
+        r"python -m ((?:benchmarks|varjax|models|analysis|profiling|tuning|experiments)[\w.]*\w)", text
+    )
     missing = [name for name in scripts if not (ROOT / name).exists()]
     missing += [name for name in modules if not (ROOT / (name.replace(".", "/") + ".py")).exists()]
     assert not missing

@@ -24,11 +24,11 @@ PROGRAMS = {
     "analysis.hypothesis_validation": ((), "hypotheses"),
     "analysis.replay": (("--trace", "none.parquet"), "replay"),
     "profiling.ceilings": ((), "ceilings"),
-    "profiling.device_bench": ((), "device"),
+    "benchmarks.device": ((), "device"),
     "profiling.performance_model": ((), "performance"),
 }
 NOT_WRITTEN = {  # an ending that the program does not write
-    name: ".txt" if name.startswith(("experiments/01", "analysis.harness", "profiling")) else ".parquet"
+    name: ".txt" if name.startswith(("experiments/01", "analysis.harness", "profiling", "benchmarks")) else ".parquet"
     for name in PROGRAMS
 }
 

@@ -33,8 +33,7 @@ from analysis.resampling import Estimate
 from models import MoEConfig
 from profiling.calls import PHASES
 from profiling.costs import flops_per_token
-from profiling.throughput import measure
-from profiling.timing import geometric_mean
+from profiling.timing import geometric_mean, measure
 from tuning.points import PREDICTED, Outcome
 from varjax import bounds
 from varjax.config import VARConfig

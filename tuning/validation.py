@@ -33,8 +33,7 @@ from analysis.evaluate.certificate import LIMIT, Certificate, certify
 from analysis.policies.scored_points import Losses, Subject, losses
 from analysis.resampling import Estimate, ratio_estimate
 from analysis.text.drawn import Drawn
-from profiling.throughput import measure
-from profiling.timing import geometric_mean
+from profiling.timing import geometric_mean, measure
 from tuning.objective import upper_limit
 from varjax.config import VARConfig
 from varjax.errors import InputError

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from varjax import checksums, statsfile
 from varjax.answers import Answers
-from varjax.errors import InputError
+from varjax.errors import InputError, Library
 from varjax.files import replacing
 from varjax.routing import NO_ANSWER
+
+safetensors = Library("safetensors")
 
 FORMAT = 3  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics
 _OWN = ("format", "answer_layers", "distilled")
@@ -62,7 +63,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
         raise FileNotFoundError(f"{path}: no such file; collect the answers first, or correct the path")
     sealed = checksums.verify(path, _FIX)
     header = _header(path)
-    with safe_open(path, framework="numpy") as file:
+    with safetensors.safe_open(path, framework="numpy") as file:
         tensors = {name: file.get_tensor(name) for name in _DTYPES if name in file.keys()}  # noqa: SIM118
     try:
         layers, distilled = tuple(int(layer) for layer in header["answer_layers"]), bool(header["distilled"])
@@ -96,9 +97,9 @@ def check_statistics(path: str | Path, statistics: str | Path) -> None:
 def _header(path: str | Path) -> dict[str, Any]:
     """The header of an answers file of this format."""
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safetensors.safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("varjax", "null"))
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); collect the answers again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else None

@@ -19,15 +19,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
-from varjax.errors import InputError
+import numpy as np
+
+from varjax.errors import InputError, Library
 from varjax.files import replacing
 
-if TYPE_CHECKING:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+pa, pq, st = Library("pyarrow"), Library("pyarrow.parquet"), Library("safetensors.numpy")
 
 CHECKSUM = "checksum"  # the field of a JSON file
 DAMAGED = "was damaged or edited after it was written: its contents do not match their checksum"
@@ -84,32 +83,28 @@ def write_safetensors(
     Args:
         path: a temporary file (`varjax.files.replacing`).
     """
-    from safetensors.numpy import save_file
-
-    save_file(dict(tensors), path, metadata={**metadata, **SEALED})
+    st.save_file(dict(tensors), path, metadata={**metadata, **SEALED})
     seal(path)
 
 
-def parquet_schema(schema: pa.Schema) -> pa.Schema:
+def parquet_schema(schema: Any) -> Any:
     """The schema with `SEALED` among its metadata."""
     return schema.with_metadata({**(schema.metadata or {}), _NAME.encode(): SEALED[_NAME].encode()})
 
 
 @contextmanager
-def parquet_writer(path: str | os.PathLike[str], schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+def parquet_writer(path: str | os.PathLike[str], schema: Any) -> Iterator[Any]:
     """A writer of a Parquet file with checksums of its pages, which is sealed at the end.
 
     Args:
         path: a temporary file (`varjax.files.replacing`).
     """
-    import pyarrow.parquet as pq
-
     with pq.ParquetWriter(path, parquet_schema(schema), compression="zstd", write_page_checksum=True) as writer:
         yield writer
     seal(path)
 
 
-def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
+def write_parquet(path: str | os.PathLike[str], table: Any) -> None:
     """The table as a Parquet file, whole or not at all, with checksums of its pages and sealed."""
     with replacing(Path(path)) as temporary, parquet_writer(temporary, table.schema) as writer:
         writer.write_table(table)
@@ -117,7 +112,7 @@ def write_parquet(path: str | os.PathLike[str], table: pa.Table) -> None:
 
 def read_parquet(
     path: str | os.PathLike[str], fix: str, *, required: bool = False, columns: list[str] | None = None
-) -> pa.Table:
+) -> Any:
     """A Parquet file, after its checksums were verified, if it has any.
 
     Args:
@@ -128,9 +123,6 @@ def read_parquet(
         InputError: the file was damaged, or is not Parquet.
         OSError: it cannot be opened.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     verify(path, fix, required=required)
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:

@@ -4,6 +4,7 @@ A program shows the message of one of these to its user and ends. Any other Valu
 a fault in the program and keeps its traceback.
 """
 
+import importlib
 import operator
 from typing import Any
 
@@ -31,3 +32,30 @@ def require_integer(name: str, value: Any, least: int) -> None:
         counted = False
     if not counted:
         raise InputError(f"{name}={value!r}; expected an integer of at least {least}")
+
+
+class Library:
+    """A library that the core does not require, imported when something of it is first used.
+
+    Args:
+        name: the module.
+        extra: the extra of varjax that installs it.
+
+    Raises:
+        InputError: on use, if it is not installed.
+    """
+
+    def __init__(self, name: str, extra: str = "analysis"):
+        self._name, self._extra = name, extra
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith("__"):  # asked by tools that inspect modules
+            raise AttributeError(attribute)
+        try:
+            module = importlib.import_module(self._name)
+        except ModuleNotFoundError as error:
+            package = self._name.partition(".")[0]
+            if error.name != package:
+                raise
+            raise InputError(f"{package} is not installed; install it: pip install 'varjax[{self._extra}]'") from error
+        return getattr(module, attribute)

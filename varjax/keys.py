@@ -154,6 +154,23 @@ def find_orders(index: KeyIndex, contexts: Array, ngram_orders: Sequence[int]) -
     return index.find(jnp.where(seen[:, None, None, :] | ~real[None], recent[None], ANY))
 
 
+def find_rows(index: KeyIndex, token_ids: Array, ngram_orders: Sequence[int], mask: Array | None = None) -> Array:
+    """`find_orders` of whole texts, which have no past.
+
+    Args:
+        index: keys of any orders, width C.
+        token_ids: int32 [B, T].
+        ngram_orders: how many of the last ids to look at, each from 0 to C.
+        mask: bool [B, T], True at real tokens; None where there is no padding.
+
+    Returns:
+        int32 [O, B, T], ABSENT where the last ids are no key.
+    """
+    length = max(1, *ngram_orders)
+    recent = jnp.full((token_ids.shape[0], length - 1), NONE, jnp.int32)
+    return find_orders(index, contexts(token_ids, recent, length, mask), ngram_orders)
+
+
 class OrderCount(NamedTuple):
     """What `count_contexts` saw of one order."""
 

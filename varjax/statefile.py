@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from safetensors import SafetensorError, safe_open
 
 from varjax import checksums
 from varjax.cache import since
-from varjax.errors import InputError
+from varjax.errors import InputError, Library
 from varjax.files import replacing
 from varjax.step import VARState, timestamp
+
+safetensors = Library("safetensors")
 
 FORMAT = 2  # 1 was a folder of orbax's, with counters of 32 bits and without a checksum
 FILE = "state.safetensors"
@@ -76,10 +77,10 @@ def load(path: str | Path, like: VARState, now: float, about: Mapping[str, Any])
         raise FileNotFoundError(f"{path}: no state was saved in this folder; save one there first or correct the path")
     checksums.verify(file, _FIX, required=True)
     try:
-        with safe_open(file, framework="numpy") as opened:
+        with safetensors.safe_open(file, framework="numpy") as opened:
             noted = json.loads((opened.metadata() or {})["varjax"])
             values = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, KeyError, json.JSONDecodeError) as error:
         raise InputError(f"{file}: not a saved VAR state ({error!r}); give the folder that one was saved in") from error
     expected = _described(_arrays(like))
     _check(path, noted, about, expected)

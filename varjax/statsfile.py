@@ -38,14 +38,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from varjax import checksums
-from varjax.errors import InputError
+from varjax.errors import InputError, Library
 from varjax.keys import ANY, distinct
 from varjax.stats import Moments, RoutingStats
+
+pa, pc, pq = Library("pyarrow"), Library("pyarrow.compute"), Library("pyarrow.parquet")
 
 VERSION = 1
 REQUIRED = (
@@ -341,7 +340,7 @@ class _File:
         self.refuse(name, np.any((values < 0) | np.isinf(values), axis=1), lists, "must hold numbers >= 0")
         return values
 
-    def _lists(self, name: str) -> tuple[pa.ChunkedArray, np.ndarray, np.ndarray]:
+    def _lists(self, name: str) -> tuple[Any, np.ndarray, np.ndarray]:
         """A column of lists of numbers: as it is, the length of each list [N], and all numbers in a row."""
         column = self.table.column(name)
         if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
@@ -349,7 +348,7 @@ class _File:
         length = pc.list_value_length(column).fill_null(0).to_numpy()
         return column, length, self._numbers(name, pc.list_flatten(column))
 
-    def _numbers(self, name: str, values: pa.ChunkedArray) -> np.ndarray:
+    def _numbers(self, name: str, values: Any) -> np.ndarray:
         """The values as NumPy has them; null becomes NaN."""
         if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
             raise InputError(f"{self.path}: column {name} holds {values.type}, expected numbers; convert it")
@@ -361,12 +360,12 @@ def _whole(values: np.ndarray, lowest: int, highest: int) -> np.ndarray:
     return (values >= lowest) & (values <= highest) & (values == np.floor(values))
 
 
-def _lists(values: np.ndarray, length: np.ndarray) -> pa.ListArray:
+def _lists(values: np.ndarray, length: np.ndarray) -> Any:
     """Lists of the given lengths, cut from the values in order."""
     return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum(length)]).astype(np.int32), values)
 
 
-def _texts(ids: np.ndarray, token_strings: Mapping[int, str] | Sequence[str] | None) -> pa.StringArray:
+def _texts(ids: np.ndarray, token_strings: Mapping[int, str] | Sequence[str] | None) -> Any:
     """The text of each id int [N], null where it is not known."""
     known = token_strings if isinstance(token_strings, Mapping) else dict(enumerate(token_strings or ()))
     different, which = np.unique(ids, return_inverse=True)

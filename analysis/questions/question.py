@@ -1,9 +1,9 @@
 """The form of a question: a name, a title, and a function that answers it with a section of a report.
 
-    def examine(data: RoutingData) -> Section:
+    def _examine(data: RoutingData) -> Section:
         return QUESTION.section("reported", "what was found", words=(...), tables=(...), figures=(...))
 
-    QUESTION = Question("repetition", "Consecutive tokens repeat their first choice", examine)
+    QUESTION = Question("repetition", "Consecutive tokens repeat their first choice", _examine)
 
 To add a question, write such a module in this folder and add its `QUESTION` to a list in `analysis.questions.registry`.
 """
@@ -29,7 +29,7 @@ class Answer:
     """The sections that answer a question, and what else belongs in the JSON file of the report."""
 
     sections: tuple[Section, ...]
-    result: Any = None  # for `analysis.report.provenance.write_json`; None: the tables say everything
+    result: Any = None  # for the JSON file, in the form that the program that asks expects; None: the tables suffice
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Question(Generic[Data]):
         words: Sequence[str] = (),
         tables: Sequence[Table] = (),
         figures: Sequence[ReportFigure] = (),
+        headline: str = "",
     ) -> Section:
         """Make the section of this question.
 
@@ -72,8 +73,9 @@ class Question(Generic[Data]):
             words: paragraphs that a reader needs to understand the tables.
             tables: the results.
             figures: each with its `draw` function.
+            headline: the most important number with its unit.
 
         Returns:
             The section, with the name and title of the question.
         """
-        return Section(self.name, self.title, verdict, outcome, tuple(words), tuple(tables), tuple(figures))
+        return Section(self.name, self.title, verdict, outcome, tuple(words), tuple(tables), tuple(figures), headline)

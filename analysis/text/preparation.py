@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from analysis.text.prepared import (
     tokenizer_hash,
 )
 from varjax.checksums import digest_of_file
-from varjax.progress import Bar, progress_bar
+from varjax.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ def prepare(
     return manifest
 
 
-def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[str], bar: Bar) -> Iterator[Encoded]:
+def _kept(documents: Iterable[Encoded], max_tokens: int | None, counts: Counter[str], bar: Any) -> Iterator[Encoded]:
     """The documents with two tokens or more, to the one that reaches `max_tokens`; the others are counted."""
     for document in documents:
         if len(document.ids) < 2:

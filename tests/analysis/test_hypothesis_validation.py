@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis import hypothesis_validation
-from analysis.hypotheses.entropy_kind import entropy_kind
-from analysis.hypotheses.sources import Source, open_source, trace_source
-from analysis.hypotheses.trace_findings import Settings
-from analysis.hypothesis_validation import examine, main, report, validate
+from analysis.hypothesis_validation import main, validate
+from analysis.questions.data import RoutingData, Settings, Source, entropy_kind, open_source, trace_source
+from analysis.questions.registry import ROUTING_QUESTIONS
+from analysis.report import files
 from analysis.report.report import Report, text
 from analysis.traces import trace
 from analysis.traces.statistics import trace_statistics
@@ -48,6 +48,18 @@ def small_trace(tokens=1200, layers=2, probs=True, seed=0) -> Trace:
         token_strings={0: " the\n", 1: "<b>"},
         origin={"model": "tiny"},
     )
+
+
+def report_on(source: Source, *names: str, trace: Trace | None = None, settings: Settings = SETTINGS) -> Report:
+    """The report on a source and on its trace or another one, with all questions or the named ones."""
+    questions = [one for one in ROUTING_QUESTIONS if one.name in names or not names]
+    return validate(RoutingData(source, trace or source.trace, settings=settings), questions)[0]
+
+
+def rows(said: Report, name: str, table: int = 0) -> list[dict]:
+    """The rows of a section's table, by the names of its columns."""
+    one = next(section for section in said.sections if section.name == name).tables[table]
+    return [dict(zip([column.name for column in one.columns], row, strict=True)) for row in one.rows]
 
 
 def verdicts(said: Report) -> dict[str, str]:
@@ -97,7 +109,7 @@ def others_file(tmp_path) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes most of the time."""
-    monkeypatch.setattr(hypothesis_validation, "draw", lambda found: iter(()))
+    monkeypatch.setattr(files, "save", lambda *_: None)
 
 
 def test_the_command_writes_everything_and_prints_the_overview(trace_file, tmp_path, capsys):
@@ -173,49 +185,49 @@ def test_the_header_names_the_trace_and_sections_say_what_ids_cover():
     one = small_trace()
     fewer = replace(one.of(np.arange(30) < 20), origin={"model": "tiny", "phase": "decode"})
     stats = trace_statistics(one, min_count=40)
-    said = report(examine(Source(stats, {}), trace=fewer, settings=SETTINGS))
+    said = report_on(Source(stats, {}), trace=fewer)
     assert dict(said.facts)["trace"] == "model tiny, phase decode, 800 tokens, 20 documents"
     share = stats.count[0].sum() / 1200
     assert share < 0.9 and f"they cover {share:.1%} of all occurrences" in " ".join(text(said).split())
 
 
 def test_statistics_and_a_trace_differ_in_their_intervals_alone(own_file):
-    from_file, from_trace = (
-        examine(source, settings=SETTINGS) for source in (open_source(own_file), trace_source(small_trace()))
-    )
-    for name, part in (("consistency", "value"), ("consistency", "null"), ("zipf", "exponent"), ("correlation", "p")):
-        mine, theirs = (getattr(getattr(found.tests, name), part) for found in (from_file, from_trace))
-        assert np.array_equal(mine, theirs)
-    lows = [found.tests.consistency.low for found in (from_file, from_trace)]
-    assert np.all(lows[0][:, :3] != lows[1][:, :3]) and np.isnan([low[:, 3:] for low in lows]).all()  # 4 ids a decile
-    mine, theirs = report(from_file), report(from_trace)
-    for name in ("zipf", "frequency_entropy", "entropy", "consistency", "coverage"):
+    names = ("zipf", "frequency_entropy", "entropy", "consistency", "coverage")
+    mine, theirs = (report_on(source, *names) for source in (open_source(own_file), trace_source(small_trace())))
+    for name in names:
         one, other = (next(s for s in said.sections if s.name == name) for said in (mine, theirs))
         assert one.verdict == other.verdict
         assert "documents are not known" in " ".join(one.words) and "bootstrap" not in " ".join(one.words)
         assert "20 bootstrap draws of the 30 documents" in " ".join(other.words)
+        for ours, drawn in zip(rows(mine, name), rows(theirs, name), strict=True):
+            ends = {key for key in ours if key.endswith(("low", "high")) and not key.startswith("null")}
+            np.testing.assert_equal(
+                [ours[key] for key in ours.keys() - ends], [drawn[key] for key in ours.keys() - ends]
+            )
+            assert any(ours[key] != drawn[key] for key in ends)
+    assert np.isnan([row["low"] for row in rows(theirs, "consistency") if "decile" in row["group"]]).all()  # 4 ids each
     assert "too narrow rather" in " ".join(mine.notes) and "draw whole documents, also" in " ".join(theirs.notes)
 
 
 def test_one_document_has_no_intervals():
     one = small_trace()
-    source = trace_source(replace(one.of(np.arange(30) == 3), document_ids=one.document_ids))
-    found = examine(source, settings=SETTINGS)
-    assert np.isnan(found.tests.consistency.low).all() and np.isfinite(found.tests.consistency.value[:, 0]).all()
-    assert "there is only one" in text(report(found))
-    assert dict(hypothesis_validation.draw(found))
+    said = report_on(trace_source(replace(one.of(np.arange(30) == 3), document_ids=one.document_ids)))
+    assert np.isnan([row["low"] for row in rows(said, "consistency")]).all()
+    assert np.isfinite([row["consistency"] for row in rows(said, "consistency")]).all()
+    assert "there is only one" in text(said)
+    assert all(figure.draw() for section in said.sections for figure in section.figures)
 
 
 def test_a_file_of_others_with_nan(others_file):
     source = open_source(others_file)
     assert source.meta["rows_with_nan"] == 2
-    found = examine(source)
-    said = " ".join(text(report(found)).split())
+    report = report_on(source)
+    said = " ".join(text(report).split())
     assert "rows with NaN" in said and "'t0' (id 100), 't5' (id 105)" in said
     assert "0 of 1 layers" in said or "1 of 1 layers" in said
     assert "estimated" in said and "not in the file" in said
-    assert verdicts(report(found))["frequency_entropy"] == "PASS"  # planted
-    assert found.tests.correlation.rho.keys[0] == found.tests.consistency.keys[0, 0] == 58
+    assert verdicts(report)["frequency_entropy"] == "PASS"  # planted
+    assert rows(report, "frequency_entropy")[0]["ids"] == rows(report, "consistency")[0]["ids"] == 58
 
 
 def test_two_runs(own_file, tmp_path, no_figures):
@@ -235,7 +247,7 @@ def test_two_runs(own_file, tmp_path, no_figures):
 
 def test_a_trace_without_probabilities_is_not_testable_where_it_needs_them():
     source = trace_source(small_trace(probs=False))
-    said = report(examine(source, settings=SETTINGS))
+    said = report_on(source)
     found = verdicts(said)
     assert [found[name] for name in ("frequency_entropy", "entropy", "coverage")] == ["not testable"] * 3
     assert found["consistency"] == found["repetition"] == "reported" and found["predictability"] == "FAIL"
@@ -247,7 +259,7 @@ def test_entropy_of_a_trace_needs_a_caution_unless_it_is_the_gates_own():
     all_experts = replace(one, probs=one.probs / 2, probs_over="all")
     own = replace(all_experts, entropy=np.full((1200, 2), 1.3, np.float32) + one.probs[..., 0] / 100)
     cautions = [
-        [word for section in validate(trace_source(trace), settings=SETTINGS).sections for word in section.words]
+        [word for section in report_on(trace_source(trace), "entropy").sections for word in section.words]
         for trace in (one, all_experts, own)
     ]
     assert ["chosen experts only" in " ".join(words) for words in cautions] == [True, False, False]
@@ -265,17 +277,17 @@ def test_only_what_the_known_entropy_can_decide_is_judged():
     names = ("frequency_entropy", "entropy", "coverage")
     seen = []
     for case in (chosen, spread, own, replace(own, probs=None, probs_over=None)):
-        sections = {one.name: one for one in validate(trace_source(case), settings=SETTINGS).sections}
+        sections = {one.name: one for one in report_on(trace_source(case), *names).sections}
         seen.append([[row[-1] for row in sections[name].tables[0].rows] for name in names])
         assert all(not np.isnan(row[1]) for row in sections["entropy"].tables[0].rows)  # numbers are kept
     no, good, bad = "not testable", "PASS", "FAIL"
     assert seen[0] == [[no, no], [no, bad], [no, bad]]
     assert seen[1] == [[no, no], [no, bad], [no, bad]]
     assert seen[2][1:] == [[good, bad], [good, bad]] == seen[3][1:]
-    sections = {one.name: one for one in validate(trace_source(spread), settings=SETTINGS).sections}
+    sections = {one.name: one for one in report_on(trace_source(spread), *names).sections}
     assert [sections[name].verdict for name in names] == [no, bad, bad]
     assert sections["coverage"].outcome.endswith("(1 not testable); gate entropy is known as a lower bound only")
-    sections = {one.name: one for one in validate(trace_source(chosen), settings=SETTINGS).sections}
+    sections = {one.name: one for one in report_on(trace_source(chosen), *names).sections}
     assert "of which the 2 chosen experts' is a lower bound" in sections["entropy"].outcome
 
 
@@ -283,25 +295,23 @@ def test_what_a_trace_cannot_answer_is_said():
     one = small_trace()
     alone = replace(one.of(np.arange(30) == 0), document_ids=one.document_ids)
     source = trace_source(alone)
-    said = report(examine(source, settings=SETTINGS))
-    section = next(section for section in said.sections if section.name == "predictability")
+    (section,) = report_on(source, "predictability").sections
     assert section.verdict == "not testable" and "one side of the split" in section.outcome
 
 
 def test_without_permutations_nothing_is_above_a_band():
     source = trace_source(small_trace())
     settings = Settings(orders=(1,), min_count=3, permutations=0, samples=20)
-    found = examine(source, settings=settings)
-    said = report(found)
+    said = report_on(source, "predictability", "choice_entropy", "repetition", settings=settings)
     assert verdicts(said)["predictability"] == "reported" and "no permutations" in text(said)
-    assert dict(hypothesis_validation.draw(found))
+    assert all(figure.draw() for section in said.sections for figure in section.figures)
 
 
 def test_no_rows_at_all(tmp_path):
     source = trace_source(small_trace().of(np.zeros(30, bool)))
-    found = examine(source, settings=SETTINGS)
-    assert set(verdicts(report(found)).values()) == {"not testable", "not measured"}
-    assert list(hypothesis_validation.draw(found)) == []
+    said = report_on(source)
+    assert set(verdicts(said).values()) == {"not testable", "not measured"}
+    assert not any(section.figures for section in said.sections)
 
 
 def test_criteria_pass_only_if_every_testable_layer_does():
@@ -312,10 +322,10 @@ def test_criteria_pass_only_if_every_testable_layer_does():
     mean = stats.entropy.mean.copy()
     mean[0], mean[1] = 0.1, 0.1
     sure = replace(stats, count=count, entropy=replace(stats.entropy, mean=mean))
-    section = next(s for s in validate(Source(sure, {})).sections if s.name == "entropy")
+    (section,) = report_on(Source(sure, {}), "entropy").sections
     assert section.verdict == "PASS" and section.outcome.endswith("2 of 3 layers (1 not testable)")
     mean[1] = 1.0
-    section = next(s for s in validate(Source(sure, {})).sections if s.name == "entropy")
+    (section,) = report_on(Source(sure, {}), "entropy").sections
     assert section.verdict == "FAIL" and section.outcome.endswith("1 of 3 layers (1 not testable)")
 
 
@@ -357,7 +367,7 @@ def test_it_runs_by_its_path(monkeypatch, capsys):
 def test_what_sigmoid_scores_are_is_said_where_entropy_is_judged():
     for scores, said in (("softmax", False), ("logits", False), ("sigmoid", True)):
         source = trace_source(replace(small_trace(), scores=scores))
-        caution = " ".join(entropy_kind(source.stats, source.meta).caution)
-        assert ("sigmoid scores, which are probabilities only by the definition" in caution) == said
+        caution = " ".join(entropy_kind(source).caution)
+        assert ("sigmoid scores; they are divided by their sum" in caution) == said
     source = trace_source(replace(small_trace(probs=False), scores="sigmoid"))
-    assert not entropy_kind(source.stats, source.meta).caution
+    assert not entropy_kind(source).caution

@@ -7,6 +7,7 @@ from analysis.resampling import (
     bootstrap,
     check_permutations,
     document_sums,
+    holm,
     measure,
     permutation,
     ratio,
@@ -151,3 +152,9 @@ def test_without_permutations_there_is_no_null():
     check_permutations(0)
     with pytest.raises(ValueError, match="permutations is 5; give 0 for no null, or at least 19"):
         check_permutations(5)
+
+
+def test_holm_steps_down_and_skips_what_was_not_tested():
+    assert holm(np.array([0.01, 0.04, np.nan, 0.03])) == pytest.approx([0.03, 0.06, np.nan, 0.06], nan_ok=True)
+    assert holm(np.array([0.6, 0.7])).tolist() == [1, 1]
+    assert len(holm(np.array([]))) == 0

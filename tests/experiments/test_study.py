@@ -45,7 +45,7 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
     assert subject.folder == tmp_path / "study" / "losses"
     assert "What is asked" in printed and "it depends" in printed
     saved = json.loads((tmp_path / "study" / "study.json").read_text())
-    assert saved["provenance"]["config"]["routing_stats"] == str(statistics) and saved["provenance"]["data"]
+    assert saved["provenance"]["table"]["routing_stats"] == str(statistics) and saved["provenance"]["data"]
     assert (tmp_path / "study" / "study.html").is_file()
 
 

@@ -44,7 +44,7 @@ def test_a_policy_is_analyzed_and_its_traces_are_kept(script, common, policy, fe
     assert len(found["results"]["performance"]["unseen"]["each"]) == len(UNSEEN)
     assert {one["phase"] for one in found["results"]["evidence"]} == {"prefill", "decode"}
     written = {path.name for path in output.iterdir()}
-    assert {"systems.html", "systems.txt", "roofline.png", "components.png", "scaling.pdf", "traces"} <= written
+    assert {"systems.html", "systems.txt", "roofline.png", "components.pdf", "traces"} <= written
     assert len(list(output.glob("traces/plugins/profile/*/*.xplane.pb"))) == 4  # both sides of both phases
 
 
@@ -64,5 +64,5 @@ def test_without_a_policy_the_plain_model_is_analyzed(script, common, few_calls,
 
 def test_what_cannot_be_analyzed_is_said(script, common, tmp_path):
     VARConfig().save(tmp_path / "config.json")
-    with pytest.raises(SystemExit, match="routing_stats is not set"):
+    with pytest.raises(SystemExit, match="it names no routing statistics; give --routing_stats"):
         script("05_systems_analysis.py", *common, "--split", "all", "--var_config", tmp_path / "config.json")

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
+from benchmarks.device_memory import abstract_params, bytes_per_device, compile_decode
 from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
 from models.decoder import forward
@@ -28,7 +29,6 @@ from models.experts import divided, get_engine, pallas_engine
 from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
-from profiling.device_memory import abstract_params, bytes_per_device, compile_decode
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.model import build_for, routed_forward
 from varjax.routing import Routing

@@ -9,10 +9,9 @@ import pytest
 
 from models.config import config_to_hf
 from profiling import calculator
-from profiling.calculator import estimate, needed_memory, where_it_vanishes
-from profiling.hardware import get_hardware
-from profiling.published import MIXTRAL_8X7B
-from profiling.workload import Workload
+from profiling.calculator import _estimate, _needed_memory, _where_it_vanishes
+from profiling.costs import Workload
+from profiling.published import MIXTRAL_8X7B, get_hardware
 
 
 def run(monkeypatch, capsys, *arguments: str) -> str:
@@ -34,7 +33,7 @@ def test_mixtral_on_an_h200_as_measured(monkeypatch, capsys):
     assert re.search(r"^ +8 +404 +544 +1\.35x +7\.20 / 5\.25 +94 GB$", said, re.MULTILINE)
     assert re.search(r"^ +512 .*does not fit$", said, re.MULTILINE)
     assert "Decoding gains less than 5% at batch 32 to 512" in said
-    assert "This is a ceiling, not a forecast." in said
+    assert "This is a ceiling, not a forecast:" in said
 
 
 def test_a_model_is_a_directory_a_file_or_a_name(monkeypatch, capsys, tmp_path):
@@ -56,14 +55,14 @@ def test_an_accelerator_that_is_not_in_the_table_can_be_described(monkeypatch, c
     assert by_name.replace(known.source, "the command line").replace(known.name, "as given") == by_figures
 
 
-def test_wrong_questions_are_told_the_mend(monkeypatch, capsys, tmp_path):
+def test_wrong_questions_are_told_the_fix(monkeypatch, capsys, tmp_path):
     mixtral, h200 = ("--model", "mixtral-8x7b"), ("--hardware", "h200")
     assert "this model runs 2 per token; give 0 to 2" in refused(monkeypatch, capsys, *mixtral, *h200, "--experts", "3")
     assert "choose one of a100" in refused(monkeypatch, capsys, *mixtral, "--hardware", "h300", "--experts", "1")
     partly = refused(monkeypatch, capsys, *mixtral, "--tflops", "9", "--dtype", "float32", "--experts", "1")
     assert "or also --bandwidth and --memory" in partly
     both = refused(monkeypatch, capsys, *mixtral, *h200, "--dtype", "float32", "--experts", "1")
-    assert "leave these out, or it" in both
+    assert "leave these out, or --hardware" in both
     nowhere = refused(monkeypatch, capsys, "--model", str(tmp_path), *h200, "--experts", "1")
     assert "config.json; give a directory" in nowhere
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
@@ -90,20 +89,20 @@ def test_where_the_gain_vanishes_follows_from_the_batch_sizes():
     def said(*cases: tuple[int, float]) -> str:
         """Of batch sizes and experts per token."""
         shapes = [(Workload(batch, 1, 1023, itemsize=2), experts) for batch, experts in cases]
-        return where_it_vanishes([estimate(MIXTRAL_8X7B, hardware, *shape) for shape in shapes], 8)
+        return _where_it_vanishes([_estimate(MIXTRAL_8X7B, hardware, *shape) for shape in shapes], 8)
 
     assert said((1, 1.0), (2, 1.0)) == "Decoding gains at least 5% at every batch size up to 2."
-    assert said((1, 2.0), (64, 2.0)).endswith("at batch 1 to 64: at this mix there is nothing to gain.")
+    assert said((1, 2.0), (64, 2.0)).endswith("at batch 1 to 64: with this mix there is nothing to gain.")
     assert said((1, 1.95), (8, 1.0)) == "Decoding gains less than 5% at batch 1."
     many = said((1, 1.0), (64, 1.0))
-    assert many.startswith("Decoding gains less than 5% at batch 64: so many tokens hit nearly every expert")
-    assert "arithmetic decides" not in many
+    assert many.startswith("Decoding gains less than 5% at batch 64: that many tokens use nearly every expert")
+    assert "arithmetic" not in many
     assert said((1, 1.0), (64, 1.0), (4096, 1.0)) == many + (
-        "\nAbove that arithmetic decides, which does fall with the experts that run."
+        "\nAt larger batches arithmetic is the limit, which does fall with the experts that run."
     )
 
 
 def test_memory_is_that_of_parameters_and_keys_and_values():
-    alone = needed_memory(MIXTRAL_8X7B, Workload(1, 1, itemsize=2))
+    alone = _needed_memory(MIXTRAL_8X7B, Workload(1, 1, itemsize=2))
     assert alone == 2 * 46_702_792_704 + 131_072  # 32 layers, 8 heads of 128 numbers, keys and values
-    assert needed_memory(MIXTRAL_8X7B, Workload(3, 2, 8, itemsize=2)) == 2 * 46_702_792_704 + 30 * 131_072
+    assert _needed_memory(MIXTRAL_8X7B, Workload(3, 2, 8, itemsize=2)) == 2 * 46_702_792_704 + 30 * 131_072

@@ -15,11 +15,23 @@ from models.experts import Engine, get_engine
 from models.kv_cache import KVCache, visible
 from models.layers import Attention, attend, attend_causally, make_linear
 from models.parameters import init_params
-from profiling.costs import COMPONENTS, Cost, component_costs, flops_per_token, parameters
+from profiling.costs import (
+    COMPONENTS,
+    Cost,
+    Mix,
+    Workload,
+    _distinct_experts,
+    component_costs,
+    flops_per_token,
+    parameters,
+    table_bytes,
+)
 from profiling.published import MIXTRAL_8X7B, PUBLISHED
-from profiling.workload import Mix, Workload
-from profiling.xla_costs import analyze, equations
+from profiling.xla import _equations, analyze
+from varjax import LayerPolicy, VARConfig
 from varjax.routing import Plan, Routing
+from varjax.stats import RoutingStats
+from varjax.table import build_table
 
 PRODUCTS = ("projections", "scores", "gate", "experts", "head")  # components of which only matrix products are counted
 CONFIG = MoEConfig(
@@ -40,7 +52,7 @@ SHAPE = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 def products(traced) -> int:
     """Operations of the matrix products in a traced function, a multiply-add as two."""
     total = 0
-    for equation in equations(traced.jaxpr):
+    for equation in _equations(traced.jaxpr):
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             lengths = [equation.invars[0].aval.shape[axis] for axis in contracted]
@@ -232,3 +244,54 @@ def test_the_most_that_single_expert_tokens_save_of_mixtrals_operations(share, c
     plain = sum(flops_per_token(MIXTRAL_8X7B, 1024, 2).values())
     var = sum(flops_per_token(MIXTRAL_8X7B, 1024, 2 - share).values())
     assert plain / var == pytest.approx(ceiling, abs=0.005)
+
+
+@pytest.mark.parametrize(("k", "tokens"), [(1, 5), (2, 1), (2, 8), (3, 20)])
+def test_distinct_experts_are_those_of_tokens_that_draw_different_ones(k, tokens):
+    drawn = np.argsort(np.random.default_rng(0).random((20_000, tokens, 8)), axis=-1)[..., :k]
+    hit = (drawn[..., None] == np.arange(8)).any(axis=(1, 2))  # [samples, E]
+    assert _distinct_experts(8, k, tokens) == pytest.approx(hit.sum(axis=-1).mean(), abs=0.03)
+
+
+def test_a_fraction_of_an_expert_is_a_mean_over_tokens():
+    rng = np.random.default_rng(0)
+    order = np.argsort(rng.random((20_000, 6, 8)), axis=-1)
+    runs = rng.integers(0, 3, (20_000, 6, 1, 1))  # 0, 1 or 2 experts, 1 on average
+    hit = ((order[..., :2, None] == np.arange(8)) & (np.arange(2)[:, None] < runs)).any(axis=2)
+    assert _distinct_experts(8, 1.0, 6) == pytest.approx(hit.any(axis=1).sum(axis=-1).mean(), abs=0.03)
+    with pytest.raises(ValueError, match="k=4 of 3 experts"):
+        _distinct_experts(3, 4, 1)
+
+
+def test_a_look_up_reads_a_bucket_its_keys_and_a_row_of_every_array():
+    rng = np.random.default_rng(0)
+    keys = np.arange(200, dtype=np.int32)[:, None]
+    stats = RoutingStats.empty(keys, (1,), 3, 4)
+    count = np.full_like(stats.count, 7)
+    stats = dataclasses.replace(stats, count=count, sum_probs=7 * rng.dirichlet(np.ones(4), count.shape))
+    config = VARConfig(
+        frequency_threshold=1, entropy_threshold=9.0, default=LayerPolicy(experts_kept=1, use_answers=False)
+    )
+    table = build_table(config, stats, top_k=2)
+
+    bucket, width = table.index.buckets.shape[1], table.index.keys.shape[1]
+    look_up = (table.index.buckets.nbytes / len(table.index.buckets)) + bucket * 4 * width
+    rows = len(table.index.keys)
+    per_row = [leaf.nbytes / rows for leaf in (table.experts_kept, table.routing.experts, table.routing.weights)]
+    expected = 5 * (look_up + table.eligible.nbytes / rows + sum(per_row))
+    model = dataclasses.replace(MIXTRAL_8X7B, num_layers=3)
+    assert table_bytes(model, 5, orders=1, width=width, bucket=bucket) == expected
+
+
+def test_a_cache_too_small_for_its_positions_is_refused():
+    with pytest.raises(ValueError, match="give 12 or more"):
+        Workload(batch=1, length=2, cached=10, capacity=11)
+    with pytest.raises(ValueError, match="at least 1"):
+        Workload(batch=0, length=2)
+
+
+def test_what_var_leaves_out_is_answered():
+    mix = Mix.even(MIXTRAL_8X7B, tokens=1, experts=0.75)
+    assert (mix.experts, mix.answers, mix.distinct) == (0.75, 1.25, 0.75)
+    assert mix.planned and mix.table_bytes > 0
+    assert not Mix.plain(MIXTRAL_8X7B, 1).planned

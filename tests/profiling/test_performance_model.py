@@ -7,22 +7,30 @@ import pytest
 
 from models.config import read_config
 from models.model import REFERENCE
-from profiling import performance_section
-from profiling.break_even import break_even, even_mix, speedup
-from profiling.ceilings import Ceilings, Figure
+from profiling.ceilings import Ceilings, Rate
+from profiling.costs import Mix, Workload
 from profiling.performance_model import (
-    PARAMETERS,
-    PerformanceModel,
+    FEWEST,
+    Errors,
+    PointError,
     Study,
-    errors,
-    expert_blocks,
-    fit,
-    predict,
-    seconds_by_part,
+    _errors,
+    scaling_section,
+    scalings,
+    section,
     study,
 )
 from profiling.points import Point, Task, tasks
-from profiling.workload import Mix, Workload
+from profiling.predict import (
+    PARAMETERS,
+    PerformanceModel,
+    _expert_blocks,
+    break_even,
+    fit,
+    predict,
+    seconds_by_part,
+    speedup,
+)
 
 CONFIG = read_config(REFERENCE / "config.json")
 TRUE = PerformanceModel(
@@ -31,7 +39,7 @@ TRUE = PerformanceModel(
 
 
 def _figure(kind, name, value):
-    return Figure(kind, name, "float32", value, 0.9 * value, 1.1 * value)
+    return Rate(kind, name, "float32", value, 0.9 * value, 1.1 * value)
 
 
 CEILINGS = Ceilings(
@@ -53,7 +61,7 @@ def made(wanted, noise=0.0, seed=0, slower=lambda task: 1.0) -> list[Point]:
         workload = Workload(task.batch, task.length, cached=task.cached, last_logits_only=task.decodes)
         kept = {"plain": 2.0, "open": 2.0, "none": 0.0, "one": 1.0, "one if known": 1.1}
         experts = kept.get(task.policy.removeprefix("answers, "), 0.5)
-        mix = even_mix(CONFIG, workload, experts, orders=2, answered=task.policy.startswith("answers"))
+        mix = Mix.even(CONFIG, workload.tokens, experts, orders=2, answered=task.policy.startswith("answers"))
         mix = Mix.plain(CONFIG, workload.tokens) if task.policy == "plain" else mix
         seconds = predict(TRUE, CONFIG, workload, mix) * slower(task) * float(np.exp(noise * rng.standard_normal()))
         found.append(Point(task.name, workload, mix, seconds, seconds, seconds))
@@ -90,24 +98,24 @@ def test_parameters_are_recovered_from_times_with_noise():
 
 def test_unseen_points_are_predicted():
     known, unseen = split(noise=0.03, seed=1)
-    found = errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen)
+    found = _errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen)
     assert found.passed and found.median < 0.05 and found.low <= found.median <= found.high
 
 
 def test_a_machine_that_the_model_does_not_describe_shows():
     """Decoding three times as slow wherever tokens are many, which no point of the calibration says."""
     known, unseen = split(slower=lambda task: 3.0 if task.decodes and not task.calibrates else 1.0)
-    found = errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen)
+    found = _errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen)
     assert found.worst.relative < -0.6 and "decode" in found.worst.point.name
     # And a machine that makes one component dear at long prefills only cannot be fitted either.
     known, unseen = split(slower=lambda task: 3.0 if task.batch * task.length >= 1000 else 1.0)
-    assert not errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen).passed
+    assert not _errors(fit(known, CONFIG, CEILINGS), CONFIG, unseen).passed
 
 
 def test_the_worst_point_is_named():
     known, _ = split()
     spoilt = [*known[:3], dataclasses.replace(known[3], seconds=known[3].seconds / 2), *known[4:]]
-    found = errors(TRUE, CONFIG, spoilt)
+    found = _errors(TRUE, CONFIG, spoilt)
     assert found.worst.point.name == known[3].name and found.worst.relative == pytest.approx(1.0)
     assert found.median == pytest.approx(0, abs=1e-12)
 
@@ -124,12 +132,12 @@ def test_too_few_points_are_refused():
     with pytest.raises(ValueError, match="cannot settle"):
         fit(split()[0][: len(PARAMETERS) - 1], CONFIG, CEILINGS)
     with pytest.raises(ValueError, match="no points"):
-        errors(TRUE, CONFIG, [])
+        _errors(TRUE, CONFIG, [])
 
 
 def test_parts_sum_to_the_prediction():
     workload = Workload(4, 128)
-    mix = even_mix(CONFIG, workload, 1.0, orders=2, answered=True)
+    mix = Mix.even(CONFIG, workload.tokens, 1.0, orders=2, answered=True)
     parts = seconds_by_part(TRUE, CONFIG, workload, mix)
     assert sum(parts.values()) == predict(TRUE, CONFIG, workload, mix)
     assert all(seconds > 0 for seconds in parts.values())
@@ -146,7 +154,7 @@ def test_blocks_are_those_of_drawn_rows():
     rest = rows % 32
     whole = rows // 32 + (rest > 8)
     tails = np.where(rest > 8, 0, -(-rest // 8))
-    (large, number), (small, smaller) = expert_blocks(CONFIG, Workload(1, 160), Mix(2.0, 8.0))
+    (large, number), (small, smaller) = _expert_blocks(CONFIG, Workload(1, 160), Mix(2.0, 8.0))
     assert (large, small) == (32, 8)
     assert number == pytest.approx(whole.sum(1).mean(), rel=0.1)
     assert smaller == pytest.approx(tails.sum(1).mean(), rel=0.1)
@@ -165,15 +173,14 @@ def test_break_even_lies_where_the_times_are_equal():
 def test_the_report_says_how_far_off_and_where_the_gain_vanishes():
     known, unseen = split(noise=0.02)
     fitted = fit(known, CONFIG, CEILINGS)
-    found = Study(CONFIG, CEILINGS, fitted, errors(fitted, CONFIG, known), errors(fitted, CONFIG, unseen))
-    section = performance_section.section(found)
-    assert section.verdict == "PASS" and f"over {len(unseen)} points" in section.outcome
-    assert found.unseen.worst.point.name in section.words[1]
-    assert [len(table.rows) for table in section.tables] == [8, len(PARAMETERS), 12, len(unseen), len(known)]
+    found = Study(CONFIG, CEILINGS, fitted, _errors(fitted, CONFIG, known), _errors(fitted, CONFIG, unseen))
+    said = section(found)
+    assert said.verdict == "PASS" and f"over {len(unseen)} points" in said.outcome
+    assert found.unseen.worst.point.name in said.words[0]
+    assert [len(table.rows) for table in said.tables] == [8, len(PARAMETERS), 12, len(unseen), len(known)]
     slow = dataclasses.replace(found, model=dataclasses.replace(fitted, plan=1.0))
-    assert "decode at batch 1" in performance_section.section(slow).words[2]
-    for draw in (performance_section.figure, performance_section.roofline):
-        draw(found)
+    assert "decode at batch 1" in section(slow).words[1]
+    assert all(figure.draw() is not None for figure in said.figures)
 
 
 def test_a_tiny_model_is_measured_fitted_and_predicted(saved_model, documents):
@@ -199,3 +206,59 @@ def test_a_tiny_model_is_measured_fitted_and_predicted(saved_model, documents):
         assert point.mix.distinct >= point.mix.experts
     assert by_name["prefill 2 x 24, plain"].mix.distinct > by_name["decode 1 x 1 after 8, plain"].mix.distinct == 2
     assert by_name["decode 1 x 1 after 8, answers, rising"].mix.answers == 1.5
+
+
+class Made:
+    """As much of a study as scaling looks at; the calls that calibrated its model are predicted perfectly."""
+
+    def __init__(self, each):
+        known = [PointError(one.point, one.point.seconds) for one in each]
+        known += calls("prefill", "open", 1.0, 1.0)
+        self.calibrated = Errors(tuple(known), 0.0, 0.0, 0.0, each[0])
+        self.unseen = Errors(tuple(each), 0.0, 0.0, 0.0, each[0])
+
+
+def calls(phase, policy, exponent, expected, tokens=(64, 128, 256, 512)):
+    return [
+        PointError(
+            Point(f"{phase} 1 x {n}, {policy}", Workload(1, n), Mix(2.0, 8.0), 1e-5 * n**exponent, 0.0, 0.0),
+            1e-5 * n**expected,
+        )
+        for n in tokens
+    ]
+
+
+def test_exponents_are_those_of_the_times():
+    made = Made(calls("prefill", "one", 1.1, 1.05) + calls("prefill", "plain", 1.2, 1.0))
+    first, second = scalings(made)  # and none of the calls that calibrated
+    assert (first.policy, second.policy) == ("plain", "one")
+    assert (first.exponent, first.expected) == (pytest.approx(1.2), pytest.approx(1.0))
+    assert second.tokens == (64, 128, 256, 512) and second.consistent and not first.consistent
+    assert (
+        scaling_section([first, second]).verdict == "FAIL"
+        and "1.20 against 1.00" in scaling_section([first, second]).outcome
+    )
+    assert scaling_section([second]).verdict == "PASS"
+
+
+def test_a_call_that_grows_more_slowly_than_expected_is_no_fault():
+    (one,) = scalings(Made(calls("decode", "plain", 0.4, 0.9)))
+    assert one.consistent
+
+
+def test_a_quick_study_times_unseen_calls_of_three_sizes_in_both_phases():
+    plain = [task for task in tasks(quick=True) if not task.calibrates and task.policy == "plain"]
+    for decodes in (True, False):
+        assert len({task.batch * task.length for task in plain if task.decodes is decodes}) == FEWEST
+
+
+def test_too_few_sizes_are_not_fitted_and_that_is_said():
+    assert scalings(Made(calls("prefill", "plain", 1.0, 1.0, tokens=(64, 128)))) == []
+    assert scaling_section([]).verdict == "not measured"
+
+
+def test_the_figure_shows_what_was_measured():
+    made = scalings(Made(calls("prefill", "plain", 1.1, 1.0) + calls("decode", "plain", 0.5, 0.5)))
+    drawn = scaling_section(made).figures[0].draw()
+    np.testing.assert_allclose(drawn.axes[0].lines[0].get_ydata(), np.multiply(1e3, made[0].measured))
+    assert dataclasses.astuple(made[0])[0] == "decode"

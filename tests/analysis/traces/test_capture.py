@@ -5,9 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.hypotheses.sources import trace_source
-from analysis.hypotheses.trace_findings import Settings, examine_trace
-from analysis.hypothesis_validation import draw, examine, report
+from analysis.hypothesis_validation import validate
+from analysis.questions.choice_entropy import choice_entropy
+from analysis.questions.co_activation import co_activation
+from analysis.questions.data import RoutingData, Settings, trace_source
+from analysis.questions.expert_load import expert_load
+from analysis.questions.predictability import predictability
+from analysis.questions.repetition import repetition
 from analysis.replay import replay
 from analysis.report.report import text
 from analysis.traces import replay_report
@@ -85,21 +89,25 @@ def test_a_file_of_another_writer_is_looked_at_when_it_is_read(tmp_path, traces)
 
 def test_no_figure_knows_of_them(traces):
     """Every figure of the trace with three more layers is that of the trace without them, at its place."""
-    short, long = (examine_trace(trace, SETTINGS) for trace in traces)
+    data = [RoutingData(trace_source(trace), trace, settings=SETTINGS) for trace in traces]
+
+    def estimates(estimate):
+        """Of the longer and of the shorter trace."""
+        return (one.on_trace(lambda trace: estimate(trace, SETTINGS)) for one in reversed(data))
+
+    ours, theirs = (found.measures for found in estimates(predictability))
     for name in ("agreement", "recall", "mass"):
-        ours, theirs = long.predictability.measures[name], short.predictability.measures[name]
         for part in ("value", "low", "high", "null", "null_low", "null_high", "p"):
-            np.testing.assert_array_equal(getattr(ours, part)[:, PLACES], getattr(theirs, part))
-        assert np.isnan(np.delete(ours.value, PLACES, axis=1)).all()
-        assert np.nanmean(ours.value) == np.mean(theirs.value)
-    np.testing.assert_array_equal(
-        long.repetition.measures["first_choice"].p[:, PLACES], short.repetition.measures["first_choice"].p
-    )
-    np.testing.assert_array_equal(
-        long.choice_entropy.unconditional.value[:, PLACES], short.choice_entropy.unconditional.value
-    )
-    np.testing.assert_array_equal(long.load.share.value[:, PLACES], short.load.share.value)
-    np.testing.assert_array_equal(long.co_activation.share[PLACES], short.co_activation.share)
+            np.testing.assert_array_equal(getattr(ours[name], part)[:, PLACES], getattr(theirs[name], part))
+        assert np.isnan(np.delete(ours[name].value, PLACES, axis=1)).all()
+    ours, theirs = (found.measures["first_choice"].p for found in estimates(repetition))
+    np.testing.assert_array_equal(ours[:, PLACES], theirs)
+    ours, theirs = (found.unconditional.value for found in estimates(choice_entropy))
+    np.testing.assert_array_equal(ours[:, PLACES], theirs)
+    ours, theirs = (found.share.value for found in estimates(expert_load))
+    np.testing.assert_array_equal(ours[:, PLACES], theirs)
+    ours, theirs = (found.share for found in estimates(co_activation))
+    np.testing.assert_array_equal(ours[PLACES], theirs)
 
     ours, theirs = (trace_source(trace).stats for trace in reversed(traces))
     assert not np.delete(ours.count, PLACES, axis=0).any()
@@ -108,20 +116,20 @@ def test_no_figure_knows_of_them(traces):
 
 
 def test_reports_and_figures_say_so(traces):
-    short, long = (examine(trace_source(trace), settings=SETTINGS) for trace in traces)
-    said = report(long)
+    reports = [validate(RoutingData(trace_source(trace), trace, settings=SETTINGS))[0] for trace in traces]
+    said = reports[1]
     about = dict(said.facts)["about the trace"]
     assert "layers 0, 2, 3 of 5" in about and "does not declare what its scores are" in about
     written = text(said)
     assert "Not testable, layers 0, 2, 3: not captured" in written
-    outcomes = [{one.name: one.outcome for one in report(found).sections} for found in (short, long)]
+    outcomes = [{one.name: one.outcome for one in found.sections} for found in reports]
     expected = outcomes[0]["predictability"].replace("2 layers", "5 layers (3 not testable)")
     assert outcomes[1]["predictability"] == expected
     assert outcomes[1]["load"] == outcomes[0]["load"]
     assert outcomes[1]["co_activation"] == outcomes[0]["co_activation"]
     (load,) = next(one for one in said.sections if one.name == "load").tables
     assert [row[0] for row in load.rows] == PLACES
-    assert len(dict(draw(long))) == 10
+    assert sum(figure.draw() is not None for section in said.sections for figure in section.figures) == 10
 
 
 def test_a_replay_leaves_them_out(traces):

@@ -1,1 +1,0 @@
-"""The published hypotheses, tested: criteria, their sections of the report and their figures."""

@@ -1,0 +1,305 @@
+"""What the questions about routing are asked about: routing statistics, a routing trace, a second run, and settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from analysis.questions.drawn import SAMPLES, DocumentDraws
+from analysis.questions.question import NotMeasuredError
+from analysis.resampling import Measure, check_permutations
+from analysis.traces import trace as traces
+from analysis.traces.capture import on_all_layers
+from analysis.traces.importing import import_npz
+from analysis.traces.statistics import trace_statistics
+from analysis.traces.trace import Trace
+from varjax import statsfile
+from varjax.errors import InputError
+from varjax.stats import RoutingStats
+
+STATS_FILE = "routing_stats.parquet"  # looked for in a folder
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the estimates from a trace are made.
+
+    Raises:
+        InputError: a number that nothing can be estimated with.
+    """
+
+    orders: tuple[int, ...] = (1, 2, 3)  # context lengths in tokens, the current one included
+    min_count: int = 10  # occurrences that a key needs
+    permutations: int = 39  # of the nulls; 0 for none, at least 19 otherwise; p is at least 1 / (permutations + 1)
+    samples: int = 1000  # bootstrap draws of documents
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_permutations(self.permutations)
+        for name in ("min_count", "samples"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
+        if not self.orders or min(self.orders) < 1:
+            raise InputError(f"orders are {list(self.orders)}; give one or more context lengths of at least 1")
+        object.__setattr__(self, "orders", tuple(sorted(set(self.orders))))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The contents of a file: statistics, or a trace and the statistics computed from it."""
+
+    stats: RoutingStats
+    meta: Mapping[str, Any]  # as `varjax.statsfile.read` returns it
+    strings: Mapping[int, str] = field(default_factory=dict)  # the text of token ids, as far as known
+    trace: Trace | None = None  # that the statistics were computed from
+
+
+@dataclass(frozen=True)
+class EntropyKind:
+    """What the gate entropy in some statistics is the entropy of: all experts, or what a trace has of them."""
+
+    experts: int  # probabilities it is over
+    words: str  # the largest possible value
+    caution: tuple[str, ...] = ()  # where it is not the entropy that the published criteria mean
+    no_verdict: str = ""  # why it is a lower bound only, so that no criterion can PASS, or ""
+
+    @property
+    def most(self) -> float:
+        """The largest possible entropy in nats; NaN where there is no choice."""
+        return math.log(self.experts) if self.experts > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class RoutingData:
+    """Everything that the questions about routing may use."""
+
+    source: Source
+    trace: Trace | None = None  # for questions that need single tokens
+    other: RoutingStats | None = None  # a second run, to compare with
+    other_name: str = "another run"
+    settings: Settings = field(default_factory=Settings)
+    progress: bool = False  # show bars on standard error
+
+    @property
+    def stats(self) -> RoutingStats:
+        """The routing statistics."""
+        return self.source.stats
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the file names only the most common first choice of each key."""
+        return "top1_counts" in self.source.meta.get("filled", {})
+
+    @cached_property
+    def entropy(self) -> EntropyKind:
+        """What the gate entropy of the statistics is the entropy of."""
+        return entropy_kind(self.source)
+
+    @cached_property
+    def draws(self) -> DocumentDraws | None:
+        """Bootstrap draws of the documents that the statistics were computed from; None where these are not known."""
+        if self.source.trace is None:
+            return None
+        samples = min(self.settings.samples, SAMPLES)
+        return DocumentDraws.of(self.source.trace, samples, self.settings.seed, self.progress)
+
+    def name_of(self, row: int) -> str:
+        """Name the token id of a key of order 1.
+
+        Args:
+            row: of the key in the statistics.
+
+        Returns:
+            The text of the token, if it is known, and its id.
+        """
+        token = int(self.stats.keys[row, -1])
+        text = self.source.strings.get(token)
+        return f"id {token}" if text is None else f"{text!r} (id {token})"
+
+    def on_trace(self, estimate: Callable[[Trace], Found]) -> Found:
+        """Estimate something on the captured layers of the trace.
+
+        Args:
+            estimate: takes the trace with its captured layers only.
+
+        Returns:
+            The estimate on all layers; layers that were not captured have NaN, or -1 among integers.
+
+        Raises:
+            NotMeasuredError: there is no trace.
+        """
+        if self.trace is None:
+            raise NotMeasuredError(
+                "needs a trace: experiments/01_routing_analysis.py records one next to the statistics "
+                "(--trace_tokens), analysis.traces.importing imports one; then give --trace FILE"
+            )
+        captured = self.trace.captured
+        found = estimate(self.trace.captured_part())
+        return found if captured.all() else _on_all_layers(found, captured)
+
+
+def statistics_of(path: Path) -> Path:
+    """Find the routing statistics that a path stands for.
+
+    Args:
+        path: a file or a folder.
+
+    Returns:
+        The statistics in a folder; any other path unchanged.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+    """
+    if not path.is_dir():
+        return path
+    if not (path / STATS_FILE).is_file():
+        raise FileNotFoundError(f"{path}: this folder has no {STATS_FILE}; give the file itself, or the right folder")
+    return path / STATS_FILE
+
+
+def open_source(path: Path) -> Source:
+    """Read statistics, or a trace and compute its statistics.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: the file is neither; names file, column and fix.
+    """
+    trace = read_trace(path)
+    if trace is not None:
+        return trace_source(trace)
+    stats, meta = statsfile.read(path)
+    return Source(stats, meta, statsfile.token_strings(path))
+
+
+def read_trace(path: Path) -> Trace | None:
+    """Read a trace, in the format of this project or as a NumPy archive.
+
+    Args:
+        path: of any file.
+
+    Returns:
+        The trace, or None if the file does not say that it holds one.
+    """
+    if path.suffix == ".npz":
+        return import_npz(path)
+    try:
+        is_trace = path.is_file() and traces.is_trace(pq.read_schema(path))
+    except (pa.ArrowException, OSError):
+        return None
+    return traces.read(path) if is_trace else None
+
+
+def trace_source(trace: Trace) -> Source:
+    """Compute the statistics of a trace on all token ids.
+
+    Args:
+        trace: with ranked experts.
+
+    Returns:
+        The statistics. Their metadata say as `entropy_from` what entropy was computed from (`all` or `chosen` as in
+        `Trace.probs_over`, None where it is the gate's own), and as `scores` what the probabilities come from.
+    """
+    entropy_from = trace.probs_over if trace.entropy is None else None
+    meta = {**trace.origin, "entropy_from": entropy_from, "top_k": trace.top_k, "filled": {}, "rows_with_nan": 0}
+    if trace.probs is not None:
+        meta["scores"] = trace.scores
+    return Source(trace_statistics(trace), meta, trace.token_strings, trace)
+
+
+def mismatch(source: Source, trace: Trace) -> str:
+    """Check whether a trace can belong to the model that statistics were collected from.
+
+    Layers, experts and, where both are known, the model's fingerprint (`revision` of a trace) must agree.
+
+    Args:
+        source: the statistics.
+        trace: the trace.
+
+    Returns:
+        Every difference, or "" if there is none.
+    """
+    stats, faults = source.stats, []
+    if trace.num_layers != len(stats.count):
+        faults.append(f"layers: {trace.num_layers}, the statistics have {len(stats.count)}")
+    guessed = "num_experts" in source.meta.get("filled", {})  # the largest id in the file: there may be more
+    if trace.num_experts < stats.num_experts or (trace.num_experts != stats.num_experts and not guessed):
+        faults.append(f"experts: {trace.num_experts}, the statistics have {stats.num_experts}")
+    ours, theirs = source.meta.get("fingerprint"), trace.origin.get("revision")
+    if ours and theirs and ours != theirs:
+        faults.append(f"revision: {theirs}, the statistics are of the model with fingerprint {ours}")
+    return "; ".join(faults)
+
+
+def entropy_kind(source: Source) -> EntropyKind:
+    """Find out what the gate entropy of statistics is the entropy of.
+
+    Args:
+        source: the statistics with their metadata.
+
+    Returns:
+        Its range, and what must be said about criteria on it.
+    """
+    meta, number = source.meta, source.stats.num_experts
+    caution: tuple[str, ...] = ()
+    if meta.get("scores") == "sigmoid":
+        caution = (
+            "Caution: the router has sigmoid scores; they are divided by their sum here. The published criteria are "
+            "about the entropy of a softmax.",
+        )
+    bound = "a FAIL for high entropy is valid, a PASS for low entropy is not, and rho is not bounded at all."
+    if meta.get("entropy_from") == "chosen":
+        k = int(meta["top_k"])
+        # The K largest probabilities over their sum majorize all E of them, so their entropy never exceeds the gate's.
+        chosen = (
+            f"Caution: the trace has probabilities over the {k} chosen experts only. Their entropy is at most ln {k} = "
+            f"{math.log(k):.3f} nats and never above that of the router over all {number}, which the criterion was "
+            f"published for: {bound}"
+        )
+        why = f"the criterion is on gate entropy, of which the {k} chosen experts' is a lower bound"
+        words = f"ln {k} = {math.log(k):.3f} nats (over the chosen experts)"
+        return EntropyKind(k, words, (chosen, *caution), why)
+    words = f"ln {number} = {math.log(number):.3f} nats"
+    if "num_experts" in meta.get("filled", {}):
+        words += " (experts up to the largest id in the file)"
+    if meta.get("entropy_from") == "all":
+        known = f"Caution: the trace has only the chosen experts' probabilities, so entropy is a lower bound: {bound}"
+        return EntropyKind(number, words, (known, *caution), "gate entropy is known as a lower bound only")
+    return EntropyKind(number, words, caution)
+
+
+def _on_all_layers(found: Any, captured: np.ndarray) -> Any:
+    """Findings on the captured layers, bool [L], as findings on all L: the others have NaN, and -1 among integers.
+
+    Arrays of findings have the layers first, those of a `Measure` second. Coverages are the same in every layer.
+    """
+    if isinstance(found, Measure):
+        arrays = {name: one for name, one in vars(found).items() if isinstance(one, np.ndarray)}
+        if found.name.endswith("coverage"):
+            changed: dict[str, Any] = {
+                name: np.repeat(one[:, :1], len(captured), axis=1) for name, one in arrays.items()
+            }
+        else:
+            changed = {name: on_all_layers(one, captured, np.nan, axis=1) for name, one in arrays.items()}
+        return replace(found, **changed)
+    if isinstance(found, np.ndarray):
+        return on_all_layers(found, captured, -1 if np.issubdtype(found.dtype, np.integer) else np.nan)
+    if isinstance(found, Mapping):
+        return {name: _on_all_layers(one, captured) for name, one in found.items()}
+    if is_dataclass(found) and not isinstance(found, type):
+        return replace(found, **{one.name: _on_all_layers(getattr(found, one.name), captured) for one in fields(found)})
+    return found

@@ -1,0 +1,82 @@
+"""A question becomes a section in every file of a report; what it cannot answer is said; faults reach the user."""
+
+import json
+
+import numpy as np
+import pytest
+
+from analysis import command
+from analysis.hypothesis_validation import overview, validate
+from analysis.questions.data import RoutingData, Settings, trace_source
+from analysis.questions.question import Answer, NotMeasuredError, Question
+from analysis.questions.registry import ROUTING_QUESTIONS
+from analysis.report.figures import subplots
+from analysis.report.files import write_report
+from analysis.report.output import Output
+from analysis.report.report import Column, ReportFigure, Section, Table
+from tests.synthetic_traces import make_trace
+from varjax.errors import InputError, NotTestableError
+
+
+def rarest(data: RoutingData) -> Answer:
+    """A small question: how often does the rarest token id occur?"""
+    count = int(data.stats.count[0].min())
+    figure = ReportFigure("rarest", "The rarest id", "Look at the dot.", "There is only one.", lambda: subplots()[0])
+    table = Table("", (Column("occurrences"),), ((count,),))
+    section = RAREST.section("reported", f"{count} times", ["In layer 0."], [table], [figure], f"{count}")
+    return Answer((section,), {"rarest_count": count})
+
+
+RAREST = Question("rarest", "How rare is the rarest id?", rarest)
+
+
+@pytest.fixture(scope="module")
+def data() -> RoutingData:
+    trace = make_trace(np.random.default_rng(0).permuted(np.tile(np.arange(4), (200, 2, 1)), axis=-1)[..., :2], 4)
+    return RoutingData(trace_source(trace), trace, settings=Settings((1,), permutations=0, samples=10))
+
+
+def test_a_new_question_takes_one_file_and_one_place_in_a_list(data, tmp_path):
+    report, fields = validate(data, (ROUTING_QUESTIONS[0], RAREST))
+    assert [one.name for one in report.sections] == ["zipf", "rarest"] and "200 times" in overview(report)
+    write_report(report, Output.of(tmp_path, "hypotheses"), beside=fields)
+    saved = json.loads((tmp_path / "hypotheses.json").read_text())
+    assert saved["rarest_count"] == 200 and saved["sections"]["rarest"]["tables"][0]["rows"] == [{"occurrences": 200}]
+    assert "How rare is the rarest id?" in (tmp_path / "hypotheses.txt").read_text()
+    assert "data:image/png" in (tmp_path / "hypotheses.html").read_text() and (tmp_path / "rarest.pdf").is_file()
+
+
+def test_names_are_unique():
+    assert len({question.name for question in ROUTING_QUESTIONS}) == len(ROUTING_QUESTIONS)
+
+
+def failing(raised) -> Question[RoutingData]:
+    def examine(_: RoutingData) -> Section:
+        raise raised("out of luck")
+
+    return Question("luck", "Is there any luck?", examine)
+
+
+@pytest.mark.parametrize(
+    ("raised", "verdict"), [(NotTestableError, "not testable"), (NotMeasuredError, "not measured")]
+)
+def test_what_cannot_be_answered_becomes_its_reason(data, raised, verdict):
+    (section,) = failing(raised).answer(data).sections
+    assert (section.name, section.verdict, section.outcome) == ("luck", verdict, "out of luck")
+
+
+@pytest.mark.parametrize("raised", [ValueError, RuntimeError, InputError])
+def test_a_fault_is_not_an_answer(data, raised):
+    with pytest.raises(raised, match="out of luck"):
+        validate(data, (failing(raised),))
+
+
+def test_a_fault_is_not_shortened_to_a_message(data):
+    with pytest.raises(ValueError, match="out of luck"):  # and not SystemExit
+        command.run(lambda: validate(data, (failing(ValueError),)))
+
+
+def test_settings_that_nothing_can_be_estimated_with_are_refused():
+    with pytest.raises(InputError, match="give 0 for no null, or at least"):
+        Settings(permutations=3)
+    assert Settings(orders=(2, 1, 2)).orders == (1, 2)
