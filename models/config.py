@@ -144,8 +144,8 @@ def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> Mo
     """
     name = fields.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        known = ", ".join(map(repr, FAMILIES))
-        raise ConfigError(f"{source}: model_type is {shown(name)}; only checkpoints of {known} are supported")
+        families = ", ".join(map(repr, FAMILIES))
+        raise ConfigError(f"{source}: model_type is {shown(name)}; only checkpoints of {families} are supported")
     family = FAMILIES[name]
     names = {**COMMON_FIELDS, **family.fields}
     for other, theirs in family.spellings.items():

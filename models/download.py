@@ -116,7 +116,7 @@ def look_up(repo: str, revision: str | None = None) -> Remote:
     with _explained(repo, revision):
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, files_metadata=True)
     files = tuple(
-        RemoteFile(one.rfilename, one.size or 0, one.lfs and one.lfs.sha256, None if one.lfs else one.blob_id)
+        RemoteFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None, None if one.lfs else one.blob_id)
         for one in info.siblings or ()
         if _wanted(one.rfilename)
     )

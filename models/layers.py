@@ -62,6 +62,14 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalize.
+
+        Args:
+            x: [..., size].
+
+        Returns:
+            [..., size] in the dtype of `x`.
+        """
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
         return jnp.expand_dims(self.weight[...], tuple(range(y.ndim - 1))) * y.astype(x.dtype)
@@ -101,6 +109,18 @@ class Attention(nnx.Module):
         kv: KVCache | None,
         layer: int,
     ) -> tuple[jax.Array, KVCache | None]:
+        """Attend.
+
+        Args:
+            x: [B, T, D].
+            rotation: cosine and sine of `rotary_angles`.
+            mask: bool[B, T, S], true where a query sees a key.
+            kv: the cache with room for these positions (`models.kv_cache.extend`); None: `x` is a whole text.
+            layer: position among all layers.
+
+        Returns:
+            [B, T, D], and the cache with this layer's keys and values.
+        """
         batch, length, _ = x.shape
         with jax.named_scope("projections"):
             queries, keys, values = self.project(x)
@@ -151,6 +171,14 @@ class MLP(nnx.Module):
         self.down_proj = linear(config.dense_size, config.hidden_size, ("dense_size", None), rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Run the block.
+
+        Args:
+            x: [..., D].
+
+        Returns:
+            [..., D].
+        """
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

@@ -349,7 +349,8 @@ def _forms(config: MoEConfig) -> dict[str, tuple[tuple[int, ...], dict[str, tupl
         for template, other in family.renamed.items():
             forms[other.format(layer)] = forms[template.format(layer)]
         for template, kinds in STACKED_EXPERTS.items():
-            parts, rows, columns = {}, 0, 0
+            parts: dict[str, tuple[int | None, int]] = {}
+            rows = columns = 0
             for kind in kinds:
                 name = family.tensors[f"experts/{{}}/{{}}/{kind}"][0]
                 parts |= {name.format(layer, expert): (expert, rows) for expert in range(config.num_experts)}
