@@ -14,15 +14,13 @@ from typing import Any
 from models.families import COMMON_FIELDS, FAMILIES, Family
 from models.fields import (
     FLAG,
+    LAYERS,
     NOT_NEGATIVE,
     POSITIVE,
     SIZE,
     TOKEN,
     TOKENS,
     Kind,
-    ids_of,
-    integer_up_to,
-    is_integer,
     read_object,
     shown,
     without_negative_ids,
@@ -84,7 +82,8 @@ class MoEConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text; empty if the checkpoint names none."""
-        return ids_of(self.eos_token_id)
+        ids = self.eos_token_id
+        return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
@@ -98,7 +97,9 @@ _MOST_LAYERS, _MOST_EXPERTS = 10_000, 200_000  # experts of all layers; each is 
 # Our field -> the type of its value in config.json, in every family.
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim"), SIZE),
-    "depth": integer_up_to(_MOST_LAYERS),
+    "depth": Kind(
+        f"a positive integer up to {_MOST_LAYERS:,}", lambda value: SIZE.fits(value) and value <= _MOST_LAYERS
+    ),
     **dict.fromkeys(("num_experts", "top_k", "max_position_embeddings"), SIZE),
     **dict.fromkeys(("sliding_window", "dense_size"), SIZE.or_null()),
     **dict.fromkeys(("rope_theta", "rms_norm_eps"), POSITIVE),
@@ -284,8 +285,7 @@ def _dense_layers(depth: Any, fields: Mapping[str, Any], family: Family) -> tupl
         return (), []
     listed_name, every_name = family.dense_layers
     given = {listed_name: fields.get(listed_name) or [], every_name: fields.get(every_name, 1)}
-    layers = Kind("a list of layers", lambda value: isinstance(value, list) and all(map(is_integer, value)))
-    if faults := wrong_types(given, {listed_name: layers, every_name: SIZE}):
+    if faults := wrong_types(given, {listed_name: LAYERS, every_name: SIZE}):
         return (), faults
     places = set(given[listed_name])
     dense = tuple(place for place in range(depth) if place in places or (place + 1) % given[every_name])

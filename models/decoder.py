@@ -21,9 +21,9 @@ import jax.numpy as jnp
 
 from models.config import MoEConfig
 from models.experts import Engine, divided, expert_outputs
-from models.kv_cache import KVCache, extend, visible
-from models.layers import rotary_angles
-from models.parameters import EXPERT_AXES, Params, with_methods
+from models.kv_cache import KVCache
+from models.layers import rotary_angles, with_methods
+from models.parameters import EXPERT_AXES, Params
 from models.placement import ONE_DEVICE, Placement
 from varjax.routing import Dropped, LayerAnswers, Plan, Routing, resolve, top_k
 
@@ -87,11 +87,11 @@ def forward(
     with jax.named_scope("scores"):
         if kv is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-            seen = visible(positions, positions, mask, config.sliding_window, offset=0)
+            seen = _visible(positions, positions, mask, config.sliding_window, offset=0)
         else:
-            kv, positions = extend(kv, mask)
+            kv, positions = _extend(kv, mask)
             offset = kv.length - token_ids.shape[1]
-            seen = visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
+            seen = _visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
 
     model = with_methods(config, params["decoder"])
     with jax.named_scope("norms"):
@@ -166,6 +166,43 @@ def forward(
         expert_outputs=placement.constrain(jnp.stack(wanted), None, "batch", None, None, None) if wanted else None,
         audit=placement.whole(jnp.stack(audited)) if audited else None,
     )
+
+
+def _extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:
+    """Take T more slots into use; returns the cache and the new tokens' positions int32[B, T].
+
+    A position counts the real tokens before it, so padding on either side does not shift it. The keys and values of the
+    new slots are still to be stored.
+    """
+    before = kv.mask.sum(axis=1, dtype=jnp.int32)
+    positions = jnp.maximum(before[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    start = (jnp.int32(0), kv.length)
+    kv = dataclasses.replace(
+        kv,
+        mask=jax.lax.dynamic_update_slice(kv.mask, mask, start),
+        positions=jax.lax.dynamic_update_slice(kv.positions, positions, start),
+        length=kv.length + mask.shape[1],
+    )
+    return kv, positions
+
+
+def _visible(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    key_mask: jax.Array,
+    window: int | None,
+    offset: jax.Array | int,
+) -> jax.Array:
+    """bool[B, T, S]: which keys a query sees. Positions are int32[B, T] and int32[B, S], `key_mask` is bool[B, S].
+
+    `window` is the number of keys that a query sees, including its own, and `offset` the slot of the first query.
+    """
+    queries, keys = query_positions.shape[1], key_positions.shape[1]
+    causal = jnp.arange(keys, dtype=jnp.int32)[None, :] <= jnp.arange(queries, dtype=jnp.int32)[:, None] + offset
+    seen = causal[None] & key_mask[:, None, :]
+    if window is not None:
+        seen &= key_positions[:, None, :] > query_positions[:, :, None] - window
+    return seen
 
 
 def _resolved(

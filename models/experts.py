@@ -48,7 +48,7 @@ def get_engine(implementation: str | None = None) -> Engine:
     """Find an engine by its name.
 
     Args:
-        implementation: the name, which is never replaced by another one; None: `default_engine` of the first device.
+        implementation: the name, which is never replaced by another one; None: the best one for the first device.
 
     Returns:
         The engine.
@@ -57,23 +57,14 @@ def get_engine(implementation: str | None = None) -> Engine:
         InputError: there is no engine of that name.
     """
     if implementation is None:
-        return default_engine(jax.devices()[0])
+        return _default_engine(jax.devices()[0])
     if implementation not in ENGINES:
         raise InputError(f"implementation={implementation!r} is not an expert engine; choose one of {sorted(ENGINES)}")
     return ENGINES[implementation]
 
 
-def default_engine(device: Any) -> Engine:
-    """Choose the engine for a device: "pallas" on a GPU that can run it, and "blocks" elsewhere.
-
-    Where a better engine cannot run, a warning says why.
-
-    Args:
-        device: a `jax.Device`.
-
-    Returns:
-        The engine.
-    """
+def _default_engine(device: Any) -> Engine:
+    """The engine "pallas" on a GPU that can run it, else "blocks"; a warning says why a GPU does without "pallas"."""
     if device.platform != "gpu":
         return ENGINES["blocks"]
     if (obstacle := ENGINES["pallas"].obstacle(device)) is None:
@@ -82,15 +73,8 @@ def default_engine(device: Any) -> Engine:
     return ENGINES["blocks"]
 
 
-def pallas_engine(interpret: bool = False) -> Engine:
-    """Make the engine "pallas".
-
-    Args:
-        interpret: run its kernels as JAX operations, on any device and slowly, for tests.
-
-    Returns:
-        The engine.
-    """
+def _pallas_engine(interpret: bool = False) -> Engine:
+    """The engine "pallas"; `interpret` runs its kernels as JAX operations, on any device and slowly, for tests."""
     apply = partial(experts_pallas.apply_pallas, interpret=interpret)
     return Engine("pallas", experts_pallas.stack_experts, apply, experts_pallas.obstacle)
 
@@ -142,13 +126,16 @@ def divided(
 def _apply_divided(
     x: jax.Array, routing: Routing, experts: ExpertParams, *, engine: Engine, placement: Placement, specs: Any
 ) -> jax.Array:
+    mesh: Any = placement.mesh
+
     def one_device(x: jax.Array, routing: Routing, experts: ExpertParams) -> jax.Array:
         part = engine.apply(x, routing, experts)
-        return jax.lax.psum(part, MODEL) if placement.size(MODEL) > 1 else part
+        return jax.lax.psum(part, MODEL) if mesh.shape[MODEL] > 1 else part
 
-    rows = placement.spec(x.shape, "batch", None)
+    over_rows: Any = placement.sharding(x.shape, "batch", None)
+    rows = over_rows.spec
     # check_vma: the engine's loops begin with zeros, which the checker considers equal on all devices.
-    run = jax.shard_map(one_device, mesh=placement.mesh, in_specs=(rows, rows, specs), out_specs=rows, check_vma=False)
+    run = jax.shard_map(one_device, mesh=mesh, in_specs=(rows, rows, specs), out_specs=rows, check_vma=False)
     return run(x, routing, experts)
 
 
@@ -173,5 +160,5 @@ def _apply_reference(x: jax.Array, routing: Routing, params: tuple[dict[str, jax
 ENGINES = {
     "reference": Engine("reference", _in_order, _apply_reference),
     "blocks": Engine("blocks", _in_order, apply_blocks),
-    "pallas": pallas_engine(),
+    "pallas": _pallas_engine(),
 }

@@ -32,22 +32,14 @@ class Family:
 
 
 # our field -> Hugging Face's, in every family; `num_hidden_layers` counts layers with and without experts
+_SAME = ("vocab_size", "hidden_size", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
+_SAME += ("initializer_range", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
 COMMON_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
+    **{name: name for name in _SAME},
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "top_k": "num_experts_per_tok",
-    "rms_norm_eps": "rms_norm_eps",
-    "max_position_embeddings": "max_position_embeddings",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "initializer_range": "initializer_range",
-    "router_aux_loss_coef": "router_aux_loss_coef",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
 }
 
 # canonical path, with {} for a layer or an expert -> (published name, stored transposed)

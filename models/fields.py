@@ -35,15 +35,8 @@ class Kind:
         return Kind(f"{self.expected} or null", lambda value: value is None or self.fits(value))
 
 
-def is_integer(value: Any) -> TypeGuard[int]:
-    """Tell whether a value is an integer (not a boolean) that int32 can hold.
-
-    Args:
-        value: anything that JSON gives.
-
-    Returns:
-        Whether it is.
-    """
+def _is_integer(value: Any) -> TypeGuard[int]:
+    """Whether a value is an integer (not a boolean) that int32 can hold."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
 
 
@@ -52,41 +45,18 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -_LARGEST < value < _LARGEST
 
 
-def integer_up_to(most: int) -> Kind:
-    """Make the kind of positive integers with a bound.
-
-    Args:
-        most: the largest value.
-
-    Returns:
-        The kind.
-    """
-    return Kind(f"a positive integer up to {most:,}", lambda value: is_integer(value) and 0 < value <= most)
-
-
-SIZE = integer_up_to(_MOST)
+INTEGER = Kind("an integer", _is_integer)
+SIZE = Kind(f"a positive integer up to {_MOST:,}", lambda value: _is_integer(value) and value > 0)
 NUMBER = Kind("a number", _is_number)
 POSITIVE = Kind("a positive number", lambda value: _is_number(value) and value > 0)
 NOT_NEGATIVE = Kind("a number of 0 or more", lambda value: _is_number(value) and value >= 0)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-TOKEN = Kind("a token id", lambda value: is_integer(value) and value >= 0)
-TOKENS = Kind("a token id or a list of them", lambda value: all(map(TOKEN.fits, _as_list(value))))
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def ids_of(value: Any) -> tuple[int, ...]:
-    """List the ids in a field that holds one id, several or null.
-
-    Args:
-        value: of kind TOKENS, or null.
-
-    Returns:
-        The ids.
-    """
-    return () if value is None else tuple(_as_list(value))
+TOKEN = Kind("a token id", lambda value: _is_integer(value) and value >= 0)
+TOKENS = Kind(
+    "a token id or a list of them",
+    lambda value: all(map(TOKEN.fits, value)) if isinstance(value, list | tuple) else TOKEN.fits(value),
+)
+LAYERS = Kind("a list of layers", lambda value: isinstance(value, list) and all(map(_is_integer, value)))
 
 
 def without_negative_ids(value: Any) -> Any:
@@ -99,8 +69,8 @@ def without_negative_ids(value: Any) -> Any:
         The value without its negative ids; None if nothing is left.
     """
     if isinstance(value, list):
-        return [one for one in value if not (is_integer(one) and one < 0)] or None
-    return None if is_integer(value) and value < 0 else value
+        return [one for one in value if not (_is_integer(one) and one < 0)] or None
+    return None if _is_integer(value) and value < 0 else value
 
 
 def wrong_types(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:

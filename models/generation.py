@@ -25,18 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.config import TOKEN_IDS, ConfigError, MoEConfig
-from models.fields import (
-    FLAG,
-    NUMBER,
-    TOKEN,
-    TOKENS,
-    Kind,
-    ids_of,
-    is_integer,
-    read_object,
-    without_negative_ids,
-    wrong_types,
-)
+from models.fields import FLAG, INTEGER, NUMBER, TOKEN, TOKENS, Kind, read_object, without_negative_ids, wrong_types
 from models.kv_cache import KVCache
 from varjax.errors import InputError, require_integer
 from varjax.transfer import passing_scalars, random_key, to_device
@@ -49,7 +38,7 @@ _KINDS: dict[str, Kind] = {
     "pad_token_id": TOKEN.or_null(),
     "do_sample": FLAG.or_null(),
     "temperature": NUMBER.or_null(),
-    "top_k": Kind("an integer", is_integer).or_null(),
+    "top_k": INTEGER.or_null(),
     "top_p": NUMBER.or_null(),
 }
 _DEFAULT_TOP_K = 50  # of transformers, where a file that asks for sampling does not name it; 0 or less is all tokens
@@ -150,9 +139,8 @@ def read_generation(directory: Path, config: MoEConfig) -> GenerationDefaults:
     sampling, impossible = _sampling(fields)
     unknown = [name for name, neutral in _NOT_APPLIED.items() if fields.get(name, neutral) not in (neutral, None)]
     if own:
-        found = GenerationDefaults(fields["bos_token_id"], ids_of(fields["eos_token_id"]), fields["pad_token_id"])
-    else:
-        found = GenerationDefaults.of(config)
+        config = dataclasses.replace(config, **{name: fields[name] for name in TOKEN_IDS})
+    found = GenerationDefaults.of(config)
     return dataclasses.replace(found, sampling=sampling, not_applied=(*impossible, *sorted(unknown)))
 
 

@@ -9,73 +9,22 @@ the division over devices (`models.placement`) all derive from these declaration
 from __future__ import annotations
 
 import itertools
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from models.config import MoEConfig
 from models.experts import Engine
-from models.layers import MLP, Attention, RMSNorm, make_linear, named
+from models.layers import Decoder
 from models.placement import Placement
 
 Params = dict[str, Any]
 
 EXPERT_AXES = {"gate": (None, "expert_size"), "up": (None, "expert_size"), "down": ("expert_size", None)}
-
-# Products whose result is compared or goes through a softmax stay in float32 when weights and inputs are bfloat16:
-# rounded to 8 bits, close experts or tokens tie or change places.
-_TO_FLOAT32: dict[str, Any] = {"preferred_element_type": jnp.float32}
-
-
-class _DecoderLayer(nnx.Module):
-    """Attention and what comes before the experts; `mlp` replaces the gate in a layer without experts."""
-
-    def __init__(self, config: MoEConfig, place: int, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.input_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.attention = Attention(config, linear, rngs, dtype)
-        self.expert_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        if place in config.dense_layers:
-            self.mlp = MLP(config, linear, rngs)
-        else:
-            self.gate = linear(config.hidden_size, config.num_experts, (None, None), **_TO_FLOAT32, rngs=rngs)
-
-
-class Decoder(nnx.Module):
-    """Everything but the experts: embedding, layers with attention and gate, final norm and head.
-
-    Args:
-        config: the architecture.
-        dtype: of the parameters.
-        rngs: random numbers for the initialization.
-    """
-
-    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
-        linear = partial(make_linear, use_bias=False, param_dtype=dtype, kernel_init=init)
-        embed = partial(nnx.Embed, param_dtype=dtype, embedding_init=init)
-        axes = named("vocabulary", None)
-        self.embed = embed(config.vocab_size, config.hidden_size, embedding_metadata=axes, rngs=rngs)
-        self.layers = nnx.List([_DecoderLayer(config, place, linear, dtype, rngs) for place in range(config.depth)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        if not config.tie_word_embeddings:
-            self.head = linear(config.hidden_size, config.vocab_size, (None, "vocabulary"), **_TO_FLOAT32, rngs=rngs)
-
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Compute the logits of hidden states.
-
-        Args:
-            x: [..., D], after the final norm.
-
-        Returns:
-            float32[..., V] over the vocabulary.
-        """
-        if hasattr(self, "head"):
-            return self.head(x)
-        return jnp.einsum("...d,vd->...v", x, self.embed.embedding[...], **_TO_FLOAT32)
 
 
 def init_params(config: MoEConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
@@ -125,7 +74,11 @@ def param_shardings(config: MoEConfig, placement: Placement) -> Params:
     Returns:
         A NamedSharding for each parameter of the canonical layout, or None for each on one device.
     """
-    return jax.tree.map(placement.named, _axis_names(config))
+
+    def sharding(names: PartitionSpec) -> NamedSharding | None:
+        return None if placement.mesh is None else NamedSharding(placement.mesh, placement.over(*names))
+
+    return jax.tree.map(sharding, _axis_names(config))
 
 
 @lru_cache(maxsize=16)
@@ -166,22 +119,3 @@ def prepare(params: Params, engine: Engine, donate: bool = False) -> Params:
         if donate:
             jax.block_until_ready(experts[-1])
     return {"decoder": params["decoder"], "experts": experts}
-
-
-def with_methods(config: MoEConfig, decoder: Params) -> Decoder:
-    """Give the parameters of a decoder the methods of its layers.
-
-    Args:
-        config: the architecture.
-        decoder: the entry "decoder" of the parameters.
-
-    Returns:
-        The `Decoder` with these parameters.
-    """
-    return nnx.merge(_structure(config, decoder["embed"]["embedding"].dtype), decoder)
-
-
-@lru_cache(maxsize=16)
-def _structure(config: MoEConfig, dtype: jnp.dtype) -> Any:
-    # With the dtype of the parameters, because an embedding keeps its dtype as part of the structure.
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0))))[0]

@@ -122,15 +122,7 @@ class Placement:
             raise MeshError(f"{MODEL}={size} does not divide {faults} of this model; give it a divisor of {most}")
         return cls(mesh, tuple(rules.items()))
 
-    def size(self, axis: str) -> int:
-        """Count the devices along an axis of the mesh.
-
-        Args:
-            axis: `data` or `model`.
-
-        Returns:
-            The number; 1 on one device.
-        """
+    def _size(self, axis: str) -> int:
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
     def over(self, *names: str | None) -> PartitionSpec:
@@ -144,32 +136,8 @@ class Placement:
         """
         return PartitionSpec(*(None if name is None else dict(self.rules)[name] for name in names))
 
-    def named(self, names: PartitionSpec) -> NamedSharding | None:
-        """Find the sharding of a parameter.
-
-        Args:
-            names: of its axes.
-
-        Returns:
-            The sharding; None on one device.
-        """
-        return None if self.mesh is None else NamedSharding(self.mesh, self.over(*names))
-
-    def spec(self, shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
-        """Find the mesh axes that divide an array. An axis whose size is not a multiple is not divided.
-
-        Args:
-            shape: of the array.
-            names: of its axes; None: not divided.
-
-        Returns:
-            The mesh axis of each.
-        """
-        over = zip(shape, self.over(*names), strict=True)
-        return PartitionSpec(*(axis if axis and size % self.size(axis) == 0 else None for size, axis in over))
-
     def sharding(self, shape: tuple[int, ...], *names: str | None) -> NamedSharding | None:
-        """Find the sharding of an array.
+        """Find the sharding of an array. An axis whose size is not a multiple of the devices is not divided.
 
         Args:
             shape: of the array.
@@ -178,7 +146,11 @@ class Placement:
         Returns:
             The sharding; None on one device.
         """
-        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(shape, *names))
+        if self.mesh is None:
+            return None
+        over = zip(shape, self.over(*names), strict=True)
+        spec = PartitionSpec(*(axis if axis and size % self._size(axis) == 0 else None for size, axis in over))
+        return NamedSharding(self.mesh, spec)
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
         """Divide an array inside a jitted function.
@@ -218,7 +190,7 @@ class Placement:
             The result, arrays [B, ...].
         """
         sizes = {len(leaf) for leaf in jax.tree.leaves(rows) if leaf.ndim}
-        if self.size(DATA) == 1 or any(size % self.size(DATA) for size in sizes):
+        if self._size(DATA) == 1 or any(size % self._size(DATA) for size in sizes):
             return f(**rows, **whole)
         specs = jax.tree.map(lambda leaf: PartitionSpec(DATA) if leaf.ndim else PartitionSpec(), rows)
         run = jax.shard_map(

@@ -25,7 +25,7 @@ from benchmarks.device_memory import abstract_params, bytes_per_device, compile_
 from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
 from models.decoder import forward
-from models.experts import divided, get_engine, pallas_engine
+from models.experts import _pallas_engine, divided, get_engine
 from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
@@ -276,7 +276,7 @@ def test_gradients_are_those_of_one_device(texts):
 
 def test_stacked_weights_are_divided_too():
     """The engine for GPUs, interpreted."""
-    rng, engine = np.random.default_rng(3), pallas_engine(interpret=True)
+    rng, engine = np.random.default_rng(3), _pallas_engine(interpret=True)
     placement, params = random_model("data=2,model=4").placement, init_params(CONFIG, jax.random.key(0))
     layer = jax.device_put(params, param_shardings(CONFIG, placement))["experts"][0]
     several = divided(engine, placement, CONFIG.num_experts, EXPERT_AXES)

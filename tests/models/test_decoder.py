@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.parameters import init_params, with_methods
+from models.layers import with_methods
+from models.parameters import init_params
 from varjax.routing import CACHED, FAST, LEARNED, NO_ANSWER, NO_ROW, LayerAnswers, LayerRules, Plan, Routing
 
 CLOSE = {"rtol": 0, "atol": 2e-5}

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.experts import ENGINES, expert_outputs, get_engine, pallas_engine
+from models.experts import ENGINES, _pallas_engine, expert_outputs, get_engine
 from models.experts_blocks import block_sizes, cut
 from varjax.routing import Routing
 
 HIDDEN, SIZE, EXPERTS, SLOTS = 8, 12, 4, 2
 ROWS = 13  # not a multiple of any block
-ANYWHERE = ENGINES | {"pallas": pallas_engine(interpret=True)}  # what runs on any device
+ANYWHERE = ENGINES | {"pallas": _pallas_engine(interpret=True)}  # what runs on any device
 FAST = sorted(ENGINES.keys() - {"reference"})
 
 

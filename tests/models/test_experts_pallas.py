@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from models import experts_pallas
-from models.experts import default_engine, get_engine
+from models.experts import _default_engine, get_engine
 from models.experts_pallas import _block_table, _choose_tiles, _most_blocks, stack_experts
 from models.parameters import init_params, prepare
 from profiling.published import PUBLISHED
@@ -96,21 +96,21 @@ def gpu(capability: str | None, platform: str = "gpu"):
 
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0", "10.0"])
 def test_on_cuda_the_default_is_pallas(capability):
-    assert default_engine(gpu(capability)) is get_engine("pallas")
+    assert _default_engine(gpu(capability)) is get_engine("pallas")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_elsewhere_the_default_is_blocks_and_nothing_is_said(platform):
-    assert default_engine(gpu(None, platform)) is get_engine("blocks") is get_engine()
+    assert _default_engine(gpu(None, platform)) is get_engine("blocks") is get_engine()
 
 
 @pytest.mark.parametrize(("capability", "reason"), [("7.5", "it needs 8.0 or more"), ("gfx942", "not an NVIDIA GPU")])
 def test_a_fallback_says_why(capability, reason):
     with pytest.warns(UserWarning, match=f"on the engine 'blocks', not 'pallas': A device .*{reason}"):
-        assert default_engine(gpu(capability)) is get_engine("blocks")
+        assert _default_engine(gpu(capability)) is get_engine("blocks")
 
 
 def test_a_jax_without_the_backend_is_a_reason_too(monkeypatch):
     monkeypatch.setattr(experts_pallas, "backend", None)
     with pytest.warns(UserWarning, match="no Triton backend"):
-        assert default_engine(gpu("9.0")).name == "blocks"
+        assert _default_engine(gpu("9.0")).name == "blocks"
