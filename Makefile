@@ -10,13 +10,13 @@ PYTEST_FLAGS ?= -q -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and n
 BIN := $(VENV)/bin
 BASE := $(VENV)/.installed-base
 TEST := $(VENV)/.installed-test
-CODE := varjax models analysis profiling tuning experiments benchmarks tests
+CODE := varjax models analysis profiling tuning experiments benchmarks examples tests
 
 # Where the interpreter does not run (another machine's .venv, a Python gone), what was installed is void.
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format types docs notebooks clean
+.PHONY: help demo test slow lint format types docs notebooks reference clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -26,6 +26,7 @@ help:
 	@echo "make format  let ruff format and fix the code"
 	@echo "make docs    the documentation as HTML, into build/site"
 	@echo "make notebooks  run those of the documentation anew"
+	@echo "make reference  the statistics, answers and policy that come with the reference model (20 minutes)"
 	@echo "make clean   remove .venv and every cache"
 
 demo: $(BASE)
@@ -55,6 +56,15 @@ docs: $(BASE)
 notebooks: $(BASE)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace docs/notebooks/*.ipynb
+
+# Few keys and answers, so that the files stay small: documents of the build split, a policy chosen on the tune split.
+reference: $(BASE)
+	$(BIN)/python experiments/01_routing_analysis.py --num_samples 1500 --orders 1 2 --min_count 20 --max_keys 1500 \
+	  --residual_min_count 20 --residual_gib 0.004 --trace_tokens 0 --output build/reference
+	$(BIN)/python experiments/02_evaluate_var.py --mode var --routing_stats build/reference/routing_stats.parquet \
+	  --search_policy --tune_samples 80 --num_samples 150 --no_throughput --output build/reference/policy.json
+	cp build/reference/routing_stats.parquet build/reference/routing_stats.answers.safetensors \
+	  build/reference/policy.var_config.json models/reference
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

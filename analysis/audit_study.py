@@ -7,7 +7,7 @@ order: once as they are, then with planted faults. Each document is run once per
 was observed, so they share their documents. The cached tier is off, because what it has learned depends on the order.
 Writes a JSON file, and beside it the report that is printed, as text and as a page with its figure.
 
-Letters: N documents, M streams (`varjax.streams`).
+Letters: N documents, M streams (`varjax.drift`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,10 @@ from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
 from varjax import LayerPolicy, VARConfig, VARModel, load_table
-from varjax.drift import ALPHA, Calibration
+from varjax.drift import ALPHA, Calibration, Tally, observe
 from varjax.errors import InputError
 from varjax.progress import progress_bar
 from varjax.step import summary
-from varjax.streams import Tally, observe
 from varjax.tablefiles import TableFiles
 
 

@@ -1,4 +1,4 @@
-"""What every command of this project has in common: how its help looks, what its paths are, and how it fails."""
+"""What all commands of this project share: the look of their help, arguments that are paths, and how they fail."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ import jax
 
 from varjax.errors import InputError
 
-_ADVICE = {
-    errno.ENOSPC: "free some space, then run the same command again",
-    errno.EDQUOT: "free some space, then run the same command again",
+_ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then run the same command again")
+_ADVICE |= {
     errno.EACCES: "choose a place that you may use, or change its permissions",
     errno.EROFS: "choose a place that can be written",
 }
@@ -31,22 +30,42 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def path_argument(text: str) -> Path:
-    """The `type` of an argument that is a path. `~` is the home directory, also where the shell leaves it alone."""
+    """Parse an argument that is a path: its `type` in argparse.
+
+    Args:
+        text: as given; `~` is the home directory, even where the shell does not expand it.
+
+    Returns:
+        The path.
+    """
     return Path(name_argument(text))
 
 
 def name_argument(text: str) -> str:
-    """The `type` of an argument that is a path or some other name, such as a model's on the hub."""
+    """Parse an argument that is a path or another name, such as a model's on the hub: its `type` in argparse.
+
+    Args:
+        text: as given.
+
+    Returns:
+        The text, with `~` expanded.
+
+    Raises:
+        ArgumentTypeError: it is empty.
+    """
     if not text:
         raise argparse.ArgumentTypeError("it is empty; give a name or a path")
     return os.path.expanduser(text)
 
 
 def program(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]:
-    """Decorate the `main` of a program: it runs under `run`, with the arguments of the command line unless given some.
+    """Decorate the `main` of a program, which then runs under `run`.
 
     Args:
-        main: takes the arguments, or None for those of the command line.
+        main: takes the arguments; None: those of the command line.
+
+    Returns:
+        A function whose arguments are optional.
     """
 
     @functools.wraps(main)
@@ -57,16 +76,19 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]
 
 
 def run(work: Callable[[], None]) -> None:
-    """Do the work of a program; bad input ends it with one message in the place of a traceback.
+    """Do the work of a program; bad input ends it with one message instead of a traceback.
 
     Bad input is what varjax (`InputError`) or the operating system (`OSError`) refuses, and a `JAX_PLATFORMS` that
-    names a device which is not there. Every other error is a fault in the program, which nobody finds without the
-    traceback. Of several processes that were joined, each ends at once when another one has.
+    names a missing device. Every other error is a fault in the program and keeps its traceback. Each of several joined
+    processes ends at once when another one has ended.
+
+    Args:
+        work: the work.
 
     Raises:
         SystemExit: with the message.
     """
-    streams = sys.stdout, sys.stderr  # a process that joins others gives its own up
+    streams = sys.stdout, sys.stderr  # a process that joins others gives up its own
     try:
         work()
     except InputError as error:
@@ -89,7 +111,7 @@ def run(work: Callable[[], None]) -> None:
 
 
 def _of_the_system(error: OSError) -> str:
-    """The message of the operating system, with the file first and what to do last."""
+    """The message of the operating system, with the file first and the fix last."""
     if error.strerror is None or error.filename is None:
         return str(error)
     advice = _ADVICE.get(error.errno or 0)
@@ -97,29 +119,26 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _absent_platform() -> str | None:
-    """Why there is no device to run on, if JAX_PLATFORMS rules out all that there are."""
+    """Why there is no device to run on, if JAX_PLATFORMS rules out all that exist."""
     asked = os.environ.get("JAX_PLATFORMS")
     if not asked:
         return None
     try:
         jax.devices()
-    except (AssertionError, RuntimeError) as error:  # the former without a word, where a driver is not installed
+    except (AssertionError, RuntimeError) as error:  # the former without a message, where a driver is not installed
         reason = f" ({error})" if str(error) else ""
         return (
             f"JAX_PLATFORMS={asked}: JAX finds no such device on this machine{reason}. Unset JAX_PLATFORMS to use "
-            "what is here, or install JAX for that device, such as with pip install -e '.[cuda12]'"
+            "what is available, or install JAX for that device, such as with pip install -e '.[cuda12]'"
         )
     return None
 
 
 def _leave(error: Exception) -> NoReturn:
-    """End this process of several after an error that another one's end may have caused.
-
-    At once: an ordinary exit would wait for the others.
-    """
+    """End this process after an error that another process's end may have caused; a normal exit would wait for it."""
     print(
         f"error: {str(error).splitlines()[0]}\nIf another process of this run has ended, its own output says why. "
-        "Start all of them again with the same arguments: they go on where they were",
+        "Start all of them again with the same arguments to resume",
         file=sys.stderr,
         flush=True,
     )

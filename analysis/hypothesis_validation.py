@@ -17,31 +17,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from analysis.command import HelpFormatter, path_argument, program
 from analysis.inputs import STATISTICS, find_statistics, listed
-from analysis.questions.data import (
-    STATS_FILE,
-    RoutingData,
-    Settings,
-    mismatch,
-    open_source,
-    read_trace,
-    statistics_of,
-)
+from analysis.questions.by_layer import size
+from analysis.questions.data import RoutingData, Settings, Source, trace_source
 from analysis.questions.drawn import SAMPLES
-from analysis.questions.layers import size
 from analysis.questions.question import Question
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report.files import write_report
 from analysis.report.output import OUTPUT_HELP, Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
+from analysis.resampling import MIN_DIFFERENT, MIN_DOCUMENTS
 from analysis.traces import trace as traces
+from analysis.traces.importing import import_npz
+from analysis.traces.trace import Trace
+from varjax import statsfile
 from varjax.checksums import digest_of_file
 from varjax.errors import InputError
 
+STATS_FILE = "routing_stats.parquet"  # looked for in a folder
 TRACE_FILE = "routing_trace.parquet"  # looked for next to the statistics
+
+
+def open_source(path: Path) -> Source:
+    """Read statistics, or a trace and compute its statistics.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Its contents.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: the file is neither; names file, column and fix.
+    """
+    trace = _read_trace(path)
+    if trace is not None:
+        return trace_source(trace)
+    stats, meta = statsfile.read(path)
+    return Source(stats, meta, statsfile.token_strings(path))
 
 
 def validate(
@@ -64,20 +83,6 @@ def validate(
     remarks = () if data.trace is None else data.trace.remarks()
     sections = tuple(section for answer in answers for section in answer.sections)
     return Report("Routing hypotheses", tuple(_facts(data)), (*remarks, *_notes(data)), sections), fields
-
-
-def overview(report: Report) -> str:
-    """Summarize a report for the terminal.
-
-    Args:
-        report: of `validate`.
-
-    Returns:
-        The facts about the data, and one line per hypothesis.
-    """
-    width = max(len(name) for name, _ in report.facts)
-    facts = (f"{name:<{width}}  {value}" for name, value in report.facts)
-    return "\n".join([report.title, "", *facts, "", *summary(report)])
 
 
 @program
@@ -122,15 +127,15 @@ def main(arguments: Sequence[str] | None) -> None:
 
 def _run(args: argparse.Namespace, output: Output) -> None:
     settings = Settings(tuple(args.orders), args.min_count, args.permutations, args.samples, args.seed)
-    path = statistics_of(find_statistics(args.input))
+    path = _statistics_of(find_statistics(args.input))
     source = open_source(path)
     used = {"input": path}
     trace, asked = source.trace, args.trace
     if asked is None and trace is None:
         asked = _trace_next_to(path)
     if asked is not None:
-        trace = read_trace(asked) or traces.read(asked)  # the latter says what is wrong
-        why = mismatch(source, trace)
+        trace = _read_trace(asked) or traces.read(asked)  # the latter says what is wrong
+        why = _mismatch(source, trace)
         if why and args.trace is not None:
             raise InputError(f"{args.trace}: not a trace of what {path} was collected from ({why}); give one that is")
         if why:
@@ -140,15 +145,22 @@ def _run(args: argparse.Namespace, output: Output) -> None:
             used["trace"] = asked
     other = None
     if args.compare is not None:
-        used["compare"] = statistics_of(args.compare)
+        used["compare"] = _statistics_of(args.compare)
         other = open_source(used["compare"]).stats
     report, fields = validate(RoutingData(source, trace, other, str(args.compare), settings, progress=True))
     files = {name: {"path": path, "sha256": digest_of_file(path)} for name, path in used.items()}
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
     write_report(report, output, beside={"provenance": about} | fields)
-    print(overview(report))
+    print(_overview(report))
     print(f"\nEverything behind these lines: {output.main('.txt')} (also .html with the figures, and .json)")
+
+
+def _overview(report: Report) -> str:
+    """The facts about the data, and one line per hypothesis."""
+    width = max(len(name) for name, _ in report.facts)
+    facts = (f"{name:<{width}}  {value}" for name, value in report.facts)
+    return "\n".join([report.title, "", *facts, "", *summary(report)])
 
 
 def _trace_next_to(stats: Path) -> Path | None:
@@ -157,23 +169,65 @@ def _trace_next_to(stats: Path) -> Path | None:
     return next((place for place in places if place.is_file()), None)
 
 
+def _statistics_of(path: Path) -> Path:
+    """The routing statistics in a folder; any other path unchanged."""
+    if not path.is_dir():
+        return path
+    if not (path / STATS_FILE).is_file():
+        raise FileNotFoundError(f"{path}: this folder has no {STATS_FILE}; give the file itself, or the right folder")
+    return path / STATS_FILE
+
+
+def _read_trace(path: Path) -> Trace | None:
+    """The trace in a file, or None if the file does not say that it holds one."""
+    if path.suffix == ".npz":
+        return import_npz(path)
+    try:
+        is_trace = path.is_file() and traces.is_trace(pq.read_schema(path))
+    except (pa.ArrowException, OSError):
+        return None
+    return traces.read(path) if is_trace else None
+
+
+def _mismatch(source: Source, trace: Trace) -> str:
+    """Why a trace cannot belong to the model that statistics were collected from, or "".
+
+    Layers, experts and, where both are known, the model's fingerprint (`revision` of a trace) must agree.
+    """
+    stats, faults = source.stats, []
+    if trace.num_layers != len(stats.count):
+        faults.append(f"layers: {trace.num_layers}, the statistics have {len(stats.count)}")
+    guessed = "num_experts" in source.meta.get("filled", {})  # the largest id in the file: there may be more
+    if trace.num_experts < stats.num_experts or (trace.num_experts != stats.num_experts and not guessed):
+        faults.append(f"experts: {trace.num_experts}, the statistics have {stats.num_experts}")
+    ours, theirs = source.meta.get("fingerprint"), trace.origin.get("revision")
+    if ours and theirs and ours != theirs:
+        faults.append(f"revision: {theirs}, the statistics are of the model with fingerprint {ours}")
+    return "; ".join(faults)
+
+
 def _notes(data: RoutingData) -> tuple[str, ...]:
-    intervals = (
-        "The statistics come from a file, which does not know documents: intervals of the tests on them treat token "
-        "ids as independent, and are too narrow rather than too wide. Tests on a trace draw whole documents."
-    )
-    if data.draws is not None:
+    if data.draws is None:
         intervals = (
-            "Intervals draw whole documents, also those of the tests on statistics, which were computed from a trace. "
-            "Only the paired tests and the p values of rho treat token ids as independent."
+            "Intervals of the tests on statistics treat token ids as independent (documents are not known in the "
+            "file), and are too narrow rather than too wide. Those of the tests on a trace draw whole documents."
+        )
+    elif data.draws.documents < 2:
+        intervals = "No intervals: they draw documents, and there is only one."
+    else:
+        intervals = (
+            f"Intervals of the tests on statistics are from {data.draws.samples} bootstrap draws of the "
+            f"{data.draws.documents:,} documents: the percentiles, shifted so that the draws' mean is the figure. Only "
+            "the paired tests and the p values of rho treat token ids as independent."
         )
     return (
         "PASS and FAIL follow the published criteria (that of predictability is this project's own); a criterion over "
         "layers passes only if every layer that can be tested passes. FAIL is a finding about the model and the text.",
-        "p values of one test are corrected by Holm over layers (of the paired tests, over layers and figures); "
-        "bands of permutation nulls are family-wise, 95 % for all layers and orders of a measure together. Intervals "
-        "are 95 % each. Nothing is corrected across tests.",
-        intervals,
+        "p values of one test are corrected by Holm over layers (of the paired tests, over layers and figures). "
+        f"Bands of the nulls of a trace ({data.settings.permutations} permutations) are family-wise, 95 % for all "
+        f"layers and orders of a measure, except for figures with fewer than {MIN_DIFFERENT} different permuted "
+        "values. Nothing is corrected across tests.",
+        f"{intervals} A figure of a trace over fewer than {MIN_DOCUMENTS} documents has no interval.",
         "All results are for this model on this text, and may not hold for others.",
     )
 
@@ -187,6 +241,9 @@ def _facts(data: RoutingData) -> Iterator[tuple[str, str]]:
     yield "layers, experts", f"{len(stats.count)}, {stats.num_experts}"
     keys = (f"{int((stats.row_orders == order).sum()):,} of order {order}" for order in stats.ngram_orders)
     yield "keys", ", ".join(keys)
+    if stats.tokens and 1 in stats.ngram_orders:  # ids that are too rare for a key are absent
+        absent = int(stats.absent[list(stats.ngram_orders).index(1)])
+        yield "token ids", f"those that are keys; they cover {1 - absent / stats.tokens:.1%} of all occurrences"
     if stats.nonfinite.any():
         bad = (f"{count:,} in layer {layer}" for layer, count in enumerate(stats.nonfinite) if count)
         yield "not finite", f"tokens left out because the router gave NaN or infinity: {', '.join(bad)}"

@@ -1,8 +1,4 @@
-"""The statistics and the config that a command finds by itself where they are not named.
-
-The commands of this project leave them in a few places below `results/`, which `STATISTICS` and `CONFIGS` list. A
-command takes the first one that is there, and says so.
-"""
+"""The statistics and the config that a command uses where none are named: the first in the places listed here."""
 
 from __future__ import annotations
 
@@ -21,15 +17,28 @@ CONFIGS = (
 
 
 def listed(places: Sequence[Path]) -> str:
-    """The places for a help text."""
+    """List places in a help text.
+
+    Args:
+        places: `STATISTICS` or `CONFIGS`.
+
+    Returns:
+        Their names.
+    """
     return ", ".join(map(str, places))
 
 
 def find_statistics(named: Path | None = None) -> Path:
-    """The statistics that are named, or those in the first of `STATISTICS` that is there.
+    """Find the statistics.
+
+    Args:
+        named: those that the user named; None: the first of `STATISTICS` that exists, which is printed.
+
+    Returns:
+        Their path.
 
     Raises:
-        InputError: none are named, and none are there.
+        InputError: none are named, and none exist.
     """
     if named is not None:
         return named
@@ -43,12 +52,19 @@ def find_statistics(named: Path | None = None) -> Path:
 
 
 def find_config(named: Path | None = None) -> Path | None:
-    """The config that is named, or the first of `CONFIGS` that is there; None: there is none."""
+    """Find the config.
+
+    Args:
+        named: the one that the user named; None: the first of `CONFIGS` that exists, which is printed.
+
+    Returns:
+        Its path; None: there is none.
+    """
     return _first("config", CONFIGS) if named is None else named
 
 
 def table_files(routing_stats: Path | None, answers: Path | None = None, var_config: Path | None = None) -> TableFiles:
-    """The files that a table is built from: those that are named, else those that the config was saved with.
+    """Find the files that a table is built from: those that are named, else those that the config was saved with.
 
     Args:
         routing_stats: the statistics.

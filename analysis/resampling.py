@@ -20,8 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from varjax.errors import InputError
-
 LEVEL = 0.95  # of every interval and band
 MIN_PERMUTATIONS = 19  # the fewest whose extremes can bound 95 %
 MIN_DOCUMENTS = 10  # a figure over fewer has no interval
@@ -48,7 +46,7 @@ class Measure:
     low: np.ndarray  # float64 [O, L], 95 % percentile bootstrap over documents; NaN if they are fewer than 10
     high: np.ndarray  # float64 [O, L]
     null: np.ndarray | None = None  # float64 [O, L], mean under the permutation null; None where no null applies
-    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95 % band; see `against_null`
+    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95 % band; see `_against_null`
     null_high: np.ndarray | None = None
     p: np.ndarray | None = None  # float64 [O, L], family-wise permutation p value (max-T over the family)
 
@@ -76,7 +74,7 @@ def measure(
     """
     if permuted is None or len(permuted) == 0:
         return Measure(name, unit, value, *interval)
-    return Measure(name, unit, value, *interval, *against_null(value, permuted, limits))
+    return Measure(name, unit, value, *interval, *_against_null(value, permuted, limits))
 
 
 def document_sums(values: np.ndarray, document: np.ndarray) -> np.ndarray:
@@ -241,42 +239,18 @@ def permutation(document: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.argsort(np.cumsum(starts) + rng.random(len(document)))
 
 
-def check_permutations(permutations: int) -> None:
-    """Check that a 95 % band can be made from a number of permutations.
-
-    Args:
-        permutations: P; 0 stands for no null.
-
-    Raises:
-        InputError: there are too few.
-    """
-    if permutations != 0 and permutations < MIN_PERMUTATIONS:
-        raise InputError(
-            f"permutations is {permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
-            "fewer cannot make a 95 % band"
-        )
-
-
-def against_null(
+def _against_null(
     value: np.ndarray, permuted: np.ndarray, limits: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Compare figures with their permutations by the single-step max-T method, two-sided (Westfall and Young 1993).
+    """Null mean, low and high end of the band, and p of each figure: single-step max-T (Westfall and Young 1993).
 
-    Every figure is studentized by the mean and the standard deviation of its permutations, and each permutation by
-    those of the *other* ones. So permutations are judged as the data are, by a spread that they did not contribute to,
-    and the level holds with few permutations as well. p is at least 1 / (P + 1): 0.025 with 39 permutations.
+    The test is two-sided. Every figure is studentized by the mean and the standard deviation of its permutations, and
+    each permutation by those of the *other* ones. So permutations are judged as the data are, by a spread that they did
+    not contribute to, and the level holds with few permutations as well. p is at least 1 / (P + 1).
 
     A figure with fewer than `MIN_DIFFERENT` different values among its permutations has no reliable spread and would
     widen the band of all others. It is judged alone: its band is the observed range, its p the rank of its distance
-    from the mean, and neither is family-wise.
-
-    Args:
-        value: [...]; figures that are NaN are left out of the family.
-        permuted: [P, ...], P >= 19.
-        limits: the smallest and the largest possible value.
-
-    Returns:
-        The mean under the null, the band's low and high end, and p; all as `value`.
+    from the mean, and neither is family-wise. Figures that are NaN are left out.
     """
     count = len(permuted)
     null = permuted.mean(axis=0)

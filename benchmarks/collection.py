@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.collect.passes import FLUSH_TOKENS, on_all_devices, on_mesh, per_device
-from analysis.collect.statistics import KeySettings, choose_keys, collect_step, find_rows
+from analysis.collect.passes import FLUSH_TOKENS, Devices, Sums, find_rows
+from analysis.collect.statistics import KeySettings, choose_keys
 from analysis.command import name_argument, program
 from analysis.text.batches import batches
 from analysis.text.corpus import load_documents
@@ -56,23 +56,21 @@ def main(arguments: Sequence[str] | None) -> None:
     ids, mask = jnp.asarray(full.ids), jnp.asarray(full.mask)
 
     orders = tuple(count.order for count in keys.orders)
-    model, mesh = on_mesh(model)
     layers = tuple(range(model.config.num_layers))
     empty = RoutingStats.empty(keys.keys, orders, len(layers), model.config.num_experts)
-    special = jnp.asarray(model.special_token_ids, jnp.int32)
-    shared = on_all_devices((KeyIndex.build(keys.keys), special), mesh)
-    windows = [per_device(stats.init(empty), mesh)]
+    sums = Sums("statistics", stats.init, stats.update, stats.absorb, orders, layers)
+    devices = Devices(model, keys.keys, sums)
+    devices.begin(empty)
 
     def collecting() -> jax.Array:
-        windows[0] = collect_step(windows[0], *shared, model.params, ids, mask, model.network, orders, layers, mesh)
-        return windows[0].tokens
+        return devices.add(ids, mask).tokens
 
     @jax.jit
     def forward_only(params: Params) -> jax.Array:
         return model.network.forward(params, ids, attention_mask=mask).router_probs
 
     probs = forward_only(model.params)
-    rows = jax.jit(find_rows, static_argnames="orders")(shared[0], ids, mask, orders)
+    rows = jax.jit(find_rows, static_argnames="orders")(KeyIndex.build(keys.keys), ids, mask, orders)
     window = [stats.init(empty)]
 
     def updating() -> jax.Array:

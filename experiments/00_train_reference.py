@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from analysis.collect.checkpoints import note, resumed
+from analysis.checkpoints import note, resumed
 from analysis.command import path_argument, program
 from analysis.evaluate.quality import plain_runner, score
 from analysis.report.output import DIRECTORY, Output

@@ -1,6 +1,6 @@
 """Phase 1: collect routing statistics of every layer and context key, the answers for phase 2, and a trace.
 
-Writes into --output: routing_stats.parquet, routing_stats.residuals.safetensors, routing_trace.parquet, a summary and
+Writes into --output: routing_stats.parquet, routing_stats.answers.safetensors, routing_trace.parquet, a summary and
 figures; for an --output such as NAME.parquet, that file and NAME.*. A killed run continues from its last checkpoint
 when the same command is given again. Runs on all devices of the machine, each with the whole model unless --mesh
 divides it. Several machines divide the documents: start it on each, with --num_processes P, --process_id 0 to P - 1
@@ -16,14 +16,13 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from analysis.collect.merging import merge_files
 from analysis.collect.passes import EVERY_DOCUMENT, Share
-from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, place
+from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, merge_files, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
 from analysis.questions import routers
+from analysis.questions.by_layer import size
 from analysis.questions.data import RoutingData, Source
-from analysis.questions.layers import size
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance

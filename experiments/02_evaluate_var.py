@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from analysis.collect.checkpoints import Checkpoints, note, resumed
+from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.command import path_argument, program
 from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate import caching as cached_tier

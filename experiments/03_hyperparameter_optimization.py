@@ -37,7 +37,7 @@ from analysis.report.output import DIRECTORY, Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
 from analysis.text import card
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from experiments.arguments import asked_config, load, load_encoded, new_config, parser, read_answers
 from profiling.calls import PHASES
 from tuning import chosen

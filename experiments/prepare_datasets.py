@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 from analysis.command import name_argument, path_argument, program
 from analysis.report.output import DIRECTORY, Output, lock
-from analysis.text.corpus import SPLITS, CorpusError, check_dataset, iter_documents
-from analysis.text.corpus_files import stem_of
-from analysis.text.preparation import prepare
-from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, read_manifest
+from analysis.text.corpus import SPLITS, check_request, iter_documents
+from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, prepare, read_manifest
+from analysis.text.sources import CorpusError, stem_of
 from models.model import REFERENCE
 from models.tokenizer import load_tokenizer
 
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str] | None) -> None:
         raise CorpusError(f"{directory} holds no tokenizer; put the model's tokenizer.json or tokenizer.model there")
 
     for name in args.dataset:
-        check_dataset(name)
+        check_request(name)
     split = None if args.split == "all" else args.split
     folders = {name: args.output / folder_name(name, split) for name in dict.fromkeys(args.dataset)}
     if len(set(folders.values())) < len(folders):

@@ -12,15 +12,14 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from analysis.collect.checkpoints import Checkpoints, note, resumed
+from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.evaluate.comparison import read_result
 from analysis.evaluate.quality import Scores
 from analysis.policies import scored_points
 from analysis.report.provenance import write_json
 from analysis.text import embedded
 from analysis.text.corpus import load_documents
-from analysis.text.preparation import prepare
-from analysis.text.prepared import MANIFEST, Request, open_prepared
+from analysis.text.prepared import MANIFEST, Request, open_prepared, prepare
 from analysis.traces import trace as traces
 from models.config import MoEConfig
 from models.download import RECORD, _read_record
@@ -33,11 +32,10 @@ from tuning.points import Outcome, Point
 from varjax import VARConfig, answersfile, checksums, statefile, statsfile
 from varjax import cache as context_cache
 from varjax.answers import Answers
-from varjax.drift import Calibrated, Calibration
+from varjax.drift import Calibrated, Calibration, Stream
 from varjax.errors import InputError
 from varjax.stats import RoutingStats
 from varjax.step import Counters, VARState
-from varjax.streams import Stream
 
 TIMES = 300
 MODEL = MoEConfig(
@@ -93,7 +91,7 @@ def trace(folder: Path) -> Path:
 
 def some_state(value: int) -> VARState:
     cache = context_cache.init(8, 2, 2, 2)
-    counters = jax.tree.map(lambda leaf: leaf + jnp.uint32(value), Counters.zero(2))
+    counters = jax.tree.map(lambda leaf: leaf + jnp.uint32(value), Counters._zero(2))
     return VARState(dataclasses.replace(cache, ids=cache.ids + value), jnp.full((2, 1), value, jnp.int32), counters)
 
 

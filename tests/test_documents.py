@@ -59,7 +59,7 @@ def program(words: tuple[str, ...]) -> str:
 PYTHON = [one for one in COMMANDS if python_words(one)]
 SLOW = (
     *("olmoe", "--mode study", "results/phase3", "results/phase5", "--hidden 2048", "analysis.harness"),
-    *("benchmarks.step", "performance_model", "benchmarks.device"),
+    *("benchmarks.step", "performance_model", "benchmarks.device", "results/roadmap"),
 )
 """Words by which a command is known that takes half a minute even here."""
 

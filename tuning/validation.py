@@ -32,7 +32,7 @@ from analysis.evaluate import certificate
 from analysis.evaluate.certificate import LIMIT, Certificate, certify
 from analysis.policies.scored_points import Losses, Subject, losses
 from analysis.resampling import Estimate, ratio_estimate
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from profiling.timing import geometric_mean, measure
 from tuning.objective import upper_limit
 from varjax.config import VARConfig

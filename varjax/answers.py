@@ -4,21 +4,21 @@ Letters: A layers that are collected, R rows (keys), C key width, E experts, N a
 sequences, T positions, L layers, K experts per token, D hidden size.
 
 An answer belongs to a key *and* an expert. The gate is nearly free and always runs, so a plan that drops some of the
-gate's experts knows which, and how much each would have weighed: the sum of their answers, weighted, stands in for them
-(`routing.LayerAnswers.total`). One set of answers serves every policy, and is much nearer to the truth than one mean
-per key of whatever a policy leaves out.
+gate's experts knows which ones and their weights: the weighted sum of their answers stands in for them
+(`routing.LayerAnswers.total`). One set of answers serves every policy, and is more accurate than one mean per key of
+whatever a policy leaves out.
 
-A gate weight w and an output f make the slot output w f. The answer is the r that brings sum |w f - w r|^2 to its
-minimum, sum w^2 f / sum w^2: what matters is the error where the expert weighs much. One key is that of order 0, which
-every token has: the mean output of each expert whatever the token, as MoNE (arXiv 2507.00390) puts in a pruned expert's
-place. It is where shrinkage starts (`varjax.shrinkage`).
+With gate weight w and output f, the slot output is w f. The answer is the r that minimizes sum |w f - w r|^2, which is
+sum w^2 f / sum w^2: the error matters where the expert weighs much. One key is that of order 0, which every token has:
+the mean output of each expert over all tokens, as MoNE (arXiv 2507.00390) uses for pruned experts. Shrinkage starts
+from it (`varjax.shrinkage`).
 
-    sums = init(answers)                                         # on the device, float32
-    sums = update(sums, rows, expert_outputs, routing, mask)       # one batch; jitted, the old sums are donated
-    sums, answers = flush(sums, answers)                         # into the host's float64, about every 2**16 tokens
-    estimate = shrunk(answers, layer, shrinkage)                 # the rows to look up, and how far the truth is off
+    sums = init(answers)                                       # on the device, float32
+    sums = update(sums, rows, expert_outputs, routing, mask)   # one batch; jitted, the old sums are donated
+    answers = absorb(sums, answers)                            # into the host's float64, about every 2**16 tokens
+    estimate = shrunk(answers, layer, shrinkage)               # the rows to look up, and their expected error
 
-The device moves means instead of adding up outputs, and squares distances from them: neither the length of a window
+The device updates means instead of sums of outputs, and squared distances from them, so neither the length of a window
 nor outputs that hardly differ cost digits. The host joins windows by the formula of Chan, Golub and LeVeque.
 """
 
@@ -63,10 +63,17 @@ class Answers:
         hidden_size: int,
         pairs: np.ndarray | None = None,
     ) -> Answers:
-        """No occurrence yet; room for some experts at every key int32 [R, C], and for all at that of order 0 in front.
+        """Answers without any occurrence. All experts have room at the key of order 0, which comes first.
 
         Args:
-            pairs: bool [A, R, E], which experts have room at which keys (`varjax.selection.likeliest`); None: all.
+            keys: int32 [R, C], without that of order 0.
+            layers: numbers of the layers to collect, ascending.
+            num_experts: E.
+            hidden_size: D.
+            pairs: bool [A, R, E], which experts have room at which keys (`varjax.shrinkage.likeliest`); None: all.
+
+        Returns:
+            Answers with R + 1 keys.
         """
         shape = (len(layers), 1 + len(keys), num_experts)
         there = np.ones(shape, bool)
@@ -77,7 +84,7 @@ class Answers:
 
     @property
     def ngram_orders(self) -> tuple[int, ...]:
-        """The context orders among the keys, 0 included."""
+        """The orders of the keys, 0 included, ascending."""
         return tuple(np.unique((self.keys != ANY).sum(axis=1)).tolist())
 
 
@@ -96,12 +103,28 @@ class AnswerSums:
 
 
 def bytes_a_pair(num_layers: int, num_experts: int, hidden_size: int) -> int:
-    """On the device, in all layers together: its sums, and a row of `entry`, for there are no more keys than pairs."""
+    """Device memory of a pair of key and expert, in all layers together.
+
+    Args:
+        num_layers: A.
+        num_experts: E.
+        hidden_size: D.
+
+    Returns:
+        Bytes of its sums and of a row of `entry`, for there are no more keys than pairs.
+    """
     return 4 * num_layers * (hidden_size + 3 + num_experts)
 
 
 def init(answers: Answers) -> AnswerSums:
-    """An empty window for the pairs of `answers`."""
+    """An empty window for the pairs of `answers`.
+
+    Args:
+        answers: what the window will be absorbed into.
+
+    Returns:
+        Sums on the device, all zero.
+    """
     shape = answers.count.shape
     return AnswerSums(
         entry=jnp.asarray(answers.entry),
@@ -116,14 +139,20 @@ def init(answers: Answers) -> AnswerSums:
 
 @partial(jax.jit, donate_argnums=0)
 def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routing, mask: Array) -> AnswerSums:
-    """Adds one batch, run with all experts.
+    """Add one batch, run with all experts.
 
     Args:
         sums: donated, not to be used again.
-        rows: int32 [O, B, T], from `keys.find_orders`; negative where there is no key. An occurrence counts at each.
+        rows: int32 [O, B, T], from `keys.find_orders`; negative for none. An occurrence counts at each key.
         expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
+
+    Returns:
+        The sums with the batch.
+
+    Raises:
+        InputError: `expert_outputs` are of another number of layers.
     """
     if len(expert_outputs) != len(sums.layers):
         raise InputError(f"need the slot outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
@@ -155,14 +184,16 @@ def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routin
     return replace(sums, mean=mean, mass=mass, m2=m2, count=count, nonfinite=nonfinite)
 
 
-def flush(sums: AnswerSums, answers: Answers) -> tuple[AnswerSums, Answers]:
-    """Move the window into the host's means, and begin the next one."""
-    answers = absorb(sums, answers)
-    return init(answers), answers
-
-
 def absorb(sums: AnswerSums, answers: Answers) -> Answers:
-    """The host's means with a window in them. Windows of several devices are absorbed one after the other."""
+    """Add a window to the host's means. Windows of several devices are absorbed one after the other.
+
+    Args:
+        sums: the window; begin the next one with `init`.
+        answers: the means so far, for the same pairs.
+
+    Returns:
+        The means of both.
+    """
     mass = np.asarray(sums.mass, np.float64)
     m2 = np.maximum(np.asarray(sums.m2, np.float64), 0)  # rounding may leave a little less than nothing
     window = np.asarray(sums.mean)
@@ -181,7 +212,14 @@ def absorb(sums: AnswerSums, answers: Answers) -> Answers:
 
 
 def merge(a: Answers, b: Answers) -> Answers:
-    """The means of both together, over the union of their keys and pairs: those of `a`, then the new ones of `b`.
+    """The means of two collections, over the union of their keys and pairs: those of `a`, then the new ones of `b`.
+
+    Args:
+        a: answers.
+        b: answers of other text.
+
+    Returns:
+        The means of both together.
 
     Raises:
         InputError: different layers, experts or hidden sizes, or answers that were distilled.
@@ -213,7 +251,14 @@ def merge(a: Answers, b: Answers) -> Answers:
 
 
 def pruned(answers: Answers) -> Answers:
-    """Without the pairs that never occurred. As many answers in every layer: those that fill up belong to no pair."""
+    """The answers without the pairs that never occurred.
+
+    Args:
+        answers: as collected.
+
+    Returns:
+        Answers with the same N in every layer; those that only fill up a layer belong to no pair.
+    """
     there = [entry[entry != NO_ANSWER] for entry in answers.entry]
     kept = [np.sort(pairs[answers.count[a, pairs] > 0]) for a, pairs in enumerate(there)]
     size = max(map(len, kept))

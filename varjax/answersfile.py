@@ -37,11 +37,16 @@ _DTYPES = {
 
 
 def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
-    """Writes the answers, the means as float32, whole or not at all.
+    """Write answers, the means as float32, whole or not at all.
 
     Args:
-        meta: anything that JSON can hold, under names other than `format`, `answer_layers` and `distilled`. Without
+        path: replaced if it exists.
+        answers: to write.
+        meta: what JSON can hold, under names other than `format`, `answer_layers` and `distilled`. Without
             `statistics`, the identity of those that the answers belong to, no table can be built from the file.
+
+    Raises:
+        InputError: `meta` holds one of these names.
     """
     taken = sorted(set(meta) & set(_OWN))
     if taken:
@@ -53,7 +58,13 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
 
 
 def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
-    """What `write` wrote: the answers (means float32) and the caller's metadata.
+    """Read what `write` wrote.
+
+    Args:
+        path: a safetensors file.
+
+    Returns:
+        The answers (means float32) and the caller's metadata.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -77,7 +88,11 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
 
 
 def check_statistics(path: str | Path, statistics: str | Path) -> None:
-    """Raise unless the answers in a file belong to the routing statistics in another; reads the headers alone.
+    """Check that the answers in a file belong to the routing statistics in another; reads the headers alone.
+
+    Args:
+        path: of the answers.
+        statistics: of the statistics.
 
     Raises:
         FileNotFoundError: one of the files does not exist.

@@ -25,12 +25,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from varjax import drift, step
-from varjax.drift import Calibration, DriftWarning, Monitor
+from varjax.drift import ERROR_CAP, TIERS, Calibration, DriftWarning, Monitor, Tally, observe
 from varjax.errors import InputError
 from varjax.model import Network, VARModel, VAROutput, copied
 from varjax.routing import LEARNED, Plan
 from varjax.step import Settings, VARState
-from varjax.streams import ERROR_CAP, TIERS, Tally, observe
 from varjax.table import RouteTable
 from varjax.transfer import passing_scalars, random_key
 
@@ -68,26 +67,51 @@ class Auditor:
             theirs = getattr(calibration, name)
             if theirs != value:
                 raise InputError(
-                    f"the calibration has {name} {theirs[:12]}…, this model {value[:12]}…; calibrate anew with "
+                    f"the calibration has {name} {theirs[:12]}…, this model {value[:12]}…; calibrate again with "
                     "analysis.audits.auditing.calibrate"
                 )
         self.var_model, self.calibration, self.on_drift = var_model, calibration, on_drift
 
     def init(self, seed: int = 0) -> AuditState:
-        """The state before the first call, and the way to begin anew after a drift: no evidence, no drift."""
+        """The state before the first call, and the way to begin again after a drift: no evidence, no drift.
+
+        Args:
+            seed: of the draw of tokens.
+
+        Returns:
+            The state.
+        """
         return AuditState(random_key(seed), drift.begin(self.calibration))
 
     def disabled(self, audit_state: AuditState) -> bool:
-        """Whether the next call will run the plain model."""
+        """Whether the next call will run the plain model.
+
+        Args:
+            audit_state: from the call before.
+
+        Returns:
+            True after a drift with `on_drift="disable"`.
+        """
         return self.on_drift == "disable" and bool(audit_state.monitor.drifts)
 
     def __call__(
         self, input_ids: Any, state: VARState | None, audit_state: AuditState, attention_mask: Any | None = None
     ) -> tuple[VAROutput, VARState | None, AuditState]:
-        """Whole texts, as `VARModel.__call__` takes them; each row is one text, the unit of evidence.
+        """Run whole texts, as `VARModel.__call__` does; each row is one text, the unit of evidence.
 
-        Returns the output, the VARState and the AuditState for the next call. Issues a DriftWarning in the call that
-        first finds drift. A call of the plain model changes neither state.
+        Issues a DriftWarning in the call that first finds drift. A call of the plain model changes neither state.
+
+        Args:
+            input_ids: integers [B, T].
+            state: from `VARModel.init` or the call before; it stays valid.
+            audit_state: from `init` or the call before.
+            attention_mask: 1 for real tokens, 0 for padding, [B, T].
+
+        Returns:
+            The output, and the VARState and the AuditState for the next call.
+
+        Raises:
+            InputError: no state, though VAR is on, or inputs that `models.Model.check_inputs` refuses.
         """
         ids, mask = self.var_model.model.check_inputs(input_ids, attention_mask)
         if self.disabled(audit_state):
@@ -105,7 +129,14 @@ class Auditor:
         return out, state, AuditState(key, monitor)
 
     def report(self, audit_state: AuditState) -> dict[str, Any]:
-        """What was calibrated and what was observed, ready for JSON."""
+        """What was calibrated and what was observed, ready for JSON.
+
+        Args:
+            audit_state: from the last call.
+
+        Returns:
+            Fields.
+        """
         found = drift.report(audit_state.monitor)
         return {"on_drift": self.on_drift, "disabled": self.disabled(audit_state), **found}
 
@@ -113,15 +144,19 @@ class Auditor:
 def audited(
     var_model: VARModel, state: VARState, ids: Array, mask: Array, key: Array, share: float, now: float | None = None
 ) -> tuple[VAROutput, VARState, Tally, Array]:
-    """New texts under VAR and under audit: output, state, tally of each text and the next key.
+    """New texts under VAR and under audit; one step of a library loop.
 
     Args:
-        state: from `varjax.step.begin`; spent by this call.
+        var_model: with VAR switched on.
+        state: from `varjax.step.begin`; given up, not to be used again.
         ids: int32 [B, T].
         mask: bool [B, T].
         key: PRNG key of this call's draw; or [B], one for each text, which are given back as they are.
         share: of the planned tokens that are also computed in full.
         now: as in `VARModel.advance`.
+
+    Returns:
+        Output, state, tally of each text and the next key.
     """
     assert var_model.table is not None, "there is nothing to audit with VAR switched off"
     moment = step.timestamp(var_model.clock() if now is None else now)
@@ -159,7 +194,7 @@ def _audited(
 
 
 def choose(key: Array, planned: Array, share: float) -> Array:
-    """int32 [B * Q], Q = ceil(share * T): tokens b * T + t drawn evenly from each text's planned ones; -1 for none.
+    """Draw the tokens to audit, evenly from each text's planned ones.
 
     A text with P of them gives share * P on average: the whole part of it, and one more with the rest's probability.
     The draws of texts do not depend on each other.
@@ -168,6 +203,9 @@ def choose(key: Array, planned: Array, share: float) -> Array:
         key: PRNG key; or [B], one for each text, whose draw is then the same in any batch.
         planned: bool [B, T], planned in one layer at least.
         share: above 0, at most 1.
+
+    Returns:
+        int32 [B * Q], Q = ceil(share * T): tokens b * T + t; -1 for none.
 
     Raises:
         InputError: another share.
@@ -202,6 +240,9 @@ def tally(plan: Plan, router_probs: Array, mask: Array, tokens: Array, error: Ar
         mask: bool [B, T], real tokens.
         tokens: int32 [B * Q], as `choose` gives them.
         error: float32 [L, B * Q], relative; not finite counts as ERROR_CAP.
+
+    Returns:
+        The sums of B texts.
     """
     layers, batch = plan.tier.shape[:2]
     of_tier = plan.tier[..., None] == jnp.arange(len(TIERS), dtype=jnp.int8)[None, None, None]  # [L, B, T, tiers]

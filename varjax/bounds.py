@@ -2,7 +2,7 @@
 
 Letters: N observations, S sides, F bets, M candidate means.
 
-Of the observations nothing is assumed but that they lie in [low, high] and are drawn independently from one population.
+The only assumptions are that the observations are in [low, high] and are drawn independently from one population.
 Scaled to x in [0, 1], a mean m or higher is tested by a bet against it (Waudby-Smith & Ramdas 2023, arXiv 2010.09686):
 capital starts at 1 and is multiplied by 1 + bet * (m - x) for each x. Where the mean is m or higher, the game is
 unfavorable whatever the bets, as long as each is fixed before its x is seen, so the capital reaches 1 / alpha with a
@@ -38,20 +38,26 @@ _CHUNK = 4096  # observations that a sequence takes at a time, for the sake of m
 def upper_bound(
     values: ArrayLike, low: float, high: float, level: float = 0.95, method: Method = "betting", *, seed: int = 0
 ) -> float:
-    """A number that the mean of the population does not exceed, with probability `level` or more; `high` at worst.
+    """A number that the mean of the population does not exceed, with probability `level` or more.
 
-    "betting" is the narrower one. Its bets depend on the order of the observations: it takes them in a random order
-    drawn by `seed`, so an order by kind does no harm. The seed is chosen before looking; the least bound over several
-    seeds is no bound. "bernstein" is the empirical Bernstein bound (Maurer & Pontil 2009, theorem 4), in which the
-    order plays no part.
+    "betting" gives the narrower bound. Its bets depend on the order of the observations: it takes them in a random
+    order drawn by `seed`, so sorted values do no harm. Choose the seed before looking; the least bound over several
+    seeds is not a bound. "bernstein" is the empirical Bernstein bound (Maurer & Pontil 2009, theorem 4), which does not
+    depend on the order.
 
     Args:
         values: [N], at least two, of a sample whose size did not depend on them.
-        low: limit that no observation can pass, known in advance, not read off the sample.
-        high: likewise, from above.
+        low: limit that no observation can pass, known in advance, not taken from the sample.
+        high: the same from above.
+        level: confidence.
+        method: "betting" or "bernstein".
+        seed: of the order.
+
+    Returns:
+        The bound, at most `high`.
 
     Raises:
-        InputError: values outside [low, high] or not finite, fewer than two, or a level outside (0, 1).
+        InputError: values outside [low, high] or not finite, fewer than two, another method, or a level outside (0, 1).
     """
     x = _scaled(values, low, high, level)
     if method == "bernstein":
@@ -73,12 +79,24 @@ def upper_bound(
 
 
 def p_value(values: ArrayLike, limit: float, low: float, high: float, level: float = 0.95, *, seed: int = 0) -> float:
-    """For "the mean of the population is `limit` or more": how unlikely the sample is at most, if that holds.
+    """The p-value of "the mean of the population is `limit` or more".
 
     1 / the largest capital of the bets of `upper_bound`, so it is 1 - `level` or less where that bound is `limit` or
     less and below `high`. It is valid at every level; `level` says at which one the bets do best.
 
-    Args and Raises: those of `upper_bound`.
+    Args:
+        values: as in `upper_bound`.
+        limit: of the hypothesis.
+        low: as in `upper_bound`.
+        high: as in `upper_bound`.
+        level: confidence at which the bets do best.
+        seed: as in `upper_bound`.
+
+    Returns:
+        A probability.
+
+    Raises:
+        InputError: as `upper_bound`.
     """
     x = np.random.default_rng(seed).permutation(_scaled(values, low, high, level))
     m = (limit - low) / (high - low)
@@ -90,12 +108,23 @@ def p_value(values: ArrayLike, limit: float, low: float, high: float, level: flo
 
 
 def documents_needed(values: ArrayLike, low: float, high: float, level: float, target: float) -> int | None:
-    """About how many observations bring the upper bound down to `target`; None where their mean is not below it.
+    """About how many observations bring the upper bound down to `target`.
 
-    An estimate, no guarantee: log(1 / alpha) over the mean growth of log capital at `target` under the best constant
-    bet, the population taken to be as the sample is. About half of the fresh samples of this size would do.
+    An estimate, not a guarantee: log(1 / alpha) over the mean growth of log capital at `target` under the best constant
+    bet, if the population is like the sample. About half of the fresh samples of this size would do.
 
-    Args and Raises: those of `upper_bound`.
+    Args:
+        values: as in `upper_bound`.
+        low: as in `upper_bound`.
+        high: as in `upper_bound`.
+        level: confidence.
+        target: of the bound.
+
+    Returns:
+        A number of observations; None where their mean is not below the target.
+
+    Raises:
+        InputError: as `upper_bound`.
     """
     x = _scaled(values, low, high, level)
     goal = (target - low) / (high - low)
@@ -138,7 +167,13 @@ def begin(low: float, high: float, level: float = 0.95, side: Side = "both") -> 
     """A sequence that has seen nothing: its interval is [low, high].
 
     Args:
+        low: limit that no observation can pass.
+        high: the same from above.
+        level: confidence, over all intervals of the sequence together.
         side: "both", or the one bound that is wanted, which is tighter then; the other stays at its limit.
+
+    Returns:
+        The sequence.
 
     Raises:
         InputError: low is not below high, a level outside (0, 1), or another side.
@@ -151,10 +186,17 @@ def begin(low: float, high: float, level: float = 0.95, side: Side = "both") -> 
 
 
 def update(sequence: ConfidenceSequence, values: ArrayLike) -> ConfidenceSequence:
-    """The sequence after `values` as well, [N] or one; its bounds have not widened.
+    """The sequence after some more values; its bounds have not widened.
 
     Time grows with N * F * M. Values one by one give the same capital as all at once, and bounds at least as tight,
     because the tightest so far are kept.
+
+    Args:
+        sequence: the sequence before them.
+        values: [N] or one number.
+
+    Returns:
+        The new sequence.
 
     Raises:
         InputError: values outside [low, high] or not finite.
@@ -185,9 +227,15 @@ def update(sequence: ConfidenceSequence, values: ArrayLike) -> ConfidenceSequenc
 
 
 def interval(sequence: ConfidenceSequence) -> tuple[float, float]:
-    """(lower, upper): with probability `level` the mean lies in all the intervals of this sequence, from first to last.
+    """The bounds: with probability `level` the mean is inside all the intervals of this sequence, from first to last.
 
-    It holds where the mean stays the same, whatever was seen before. Should lower pass upper, it has not stayed.
+    It holds where the mean stays the same, whatever was seen before. If lower passes upper, the mean has changed.
+
+    Args:
+        sequence: from `update`.
+
+    Returns:
+        The lower and the upper bound.
     """
     return sequence.lower, sequence.upper
 

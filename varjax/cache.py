@@ -1,16 +1,16 @@
-"""The cached tier's memory: which experts confident tokens took, by the exact last ids, for a limited time.
+"""The memory of the cached tier: which experts confident tokens took, by the exact last ids, for a limited time.
 
 Letters: B sequences, T positions, N = B T, L layers, K experts per token, C ids per context, S sets, W ways.
 
-The cache is set-associative: a context may lie in any of the W ways of one set, which its hash names; the ids
+The cache is set-associative: a context may be held in any of the W ways of one set, which its hash names; the ids
 are stored and compared, so a collision can evict but never misroute. A way holds the decisions of all layers,
 each with its own time stamp. A context that reaches back before the start of its sequence is neither found
 nor stored.
 
 Time is a clock of int32 milliseconds with any origin, which wraps around every 49.7 days: an age is the difference
-to `now` modulo 2^32. Ages end at `HORIZON`: what is older is just old. Every `insert` moves the stamps behind the
-horizon up to it, one elementwise pass over the stamps, so an old decision never comes round to look young again, as
-long as no two inserts in a row are more than 37 days (2^32 - 2^30 ms) apart.
+to `now` modulo 2^32. Ages end at `HORIZON`: anything older counts as that old. Every `insert` moves the stamps behind
+the horizon up to it, one elementwise pass over the stamps, so an old decision never wraps around to look young again,
+as long as no two inserts in a row are more than 37 days (2^32 - 2^30 ms) apart.
 
 All sequences share one cache, or each has its own: then every leaf has an axis B in front (`each`), and what one
 sequence is given depends on no other.
@@ -18,10 +18,10 @@ sequence is given depends on no other.
 `lookup` and `insert` are pure functions. `insert` takes a whole batch at once, as if its positions came in
 row-major order:
 
-- Of equal contexts the last position with anything to store counts; the earlier ones are forgotten.
+- Of equal contexts the last position with anything to store counts; the earlier ones are ignored.
 - A context that is present is updated in place, in the layers that it has something for.
-- Then the others come in, in order, each into the oldest way of its set (that whose youngest decision is oldest,
-  the first such way; a way without decisions is older than any). Of more newcomers than ways, the last W stay.
+- Then the others come in, in order, each into the oldest way of its set (the one whose youngest decision is oldest,
+  the first of equal ones; a way without decisions is older than any). Of more newcomers than ways, the last W stay.
 """
 
 from __future__ import annotations
@@ -53,7 +53,18 @@ class ContextCache:
 
 
 def init(cache_size: int, context_length: int, num_layers: int, top_k: int, ways: int = 4) -> ContextCache:
-    """An empty cache for `cache_size` contexts, rounded up to whole sets (one at least)."""
+    """An empty cache.
+
+    Args:
+        cache_size: contexts, rounded up to whole sets (at least one).
+        context_length: C.
+        num_layers: L.
+        top_k: K.
+        ways: W.
+
+    Returns:
+        A cache on the device.
+    """
     shape = (max(1, -(-cache_size // ways)), ways)
     return ContextCache(
         ids=to_device(np.full((*shape, context_length), NONE, np.int32)),
@@ -68,7 +79,11 @@ def each(cache: ContextCache, batch_size: int, kept: Array | None = None) -> Con
 
     Args:
         cache: one cache, or one for each sequence.
+        batch_size: B.
         kept: bool [B], sequences that keep their own; None: none does. With it `cache` has one for each of B sequences.
+
+    Returns:
+        A cache whose leaves have an axis B in front.
     """
     if kept is not None:
         return _renewed(cache, kept)
@@ -86,7 +101,14 @@ def _renewed(cache: ContextCache, kept: Array) -> ContextCache:
 
 
 def is_each(cache: ContextCache) -> bool:
-    """Whether every sequence has a cache of its own."""
+    """Whether every sequence has a cache of its own.
+
+    Args:
+        cache: one cache, or one for each sequence.
+
+    Returns:
+        False for one that all share.
+    """
     return cache.ids.ndim == 4
 
 
@@ -113,18 +135,22 @@ def lookup(cache: ContextCache, contexts: Array, now: Array, ttl: Array) -> tupl
 
 
 def age(cache: ContextCache, contexts: Array, now: Array) -> Array:
-    """int32 [L, B, T]: ms since each layer's decision was made, HORIZON at most; -1 where there is none.
+    """How old the decision for each context is.
 
     Args:
+        cache: one for all sequences.
         contexts: int32 [B, T, C], from `keys.contexts`.
         now: int32 [], ms, on the clock that `insert` was given.
+
+    Returns:
+        int32 [L, B, T], ms since each layer's decision was made, at most HORIZON; -1 where there is none.
     """
     there, _, _, stamp = _held(cache, contexts)
     return jnp.moveaxis(jnp.where(there, since(stamp, now), -1), -1, 0)
 
 
 def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Array, now: Array) -> ContextCache:
-    """Stores the allowed decisions, stamped `now`.
+    """Store the allowed decisions, stamped `now`.
 
     Args:
         cache: one for all sequences, or one for each.
@@ -132,6 +158,9 @@ def insert(cache: ContextCache, contexts: Array, routing: Routing, allowed: Arra
         routing: [L, B, T, K], all slots in use.
         allowed: bool [L, B, T], decisions to store.
         now: int32 [], ms, not before any earlier insert's and less than 37 days after the last.
+
+    Returns:
+        The cache afterwards.
     """
     if is_each(cache):
 
@@ -184,10 +213,7 @@ def _writers(cache: ContextCache, keys: Array, storable: Array) -> tuple[Array, 
 
 
 def _places(cache: ContextCache, bucket: Array, way: Array, now: Array) -> tuple[Array, Array, Array]:
-    """Where the writers write.
-
-    Args:
-        bucket, way: int32 [N], from `_writers`.
+    """Where the writers `bucket` and `way`, int32 [N] from `_writers`, write.
 
     Returns:
         way int32 [N]; fresh bool [N], a newcomer; writes bool [N], False for those that lose their place.
@@ -239,13 +265,10 @@ def _insert_one(
 def _merged(
     held: ContextCache, fresh: Array, ids: Array, experts: Array, weights: Array, decided: Array, now: Array
 ) -> ContextCache:
-    """Rows [N] of the cache to be written: what was decided, over what is held there unless it is another's.
+    """Rows [N] to be written: what was decided, over what is held there unless it belongs to another context.
 
-    Args:
-        held: rows of the cache, [N, ...].
-        fresh: bool [N], the context is a newcomer in its row.
-        ids, experts, weights: int32 [N, C], int16 and float32 [N, L, K].
-        decided: bool [N, L], the layers that have something to store.
+    `held` are rows of the cache; `fresh` bool [N], the context is a newcomer in its row; `ids` int32 [N, C], `experts`
+    int16 and `weights` float32 [N, L, K]; `decided` bool [N, L], the layers that have something to store.
     """
     blank = jnp.where(fresh[:, None, None], NOTHING, held.experts)  # an update leaves the other layers alone
     return ContextCache(
@@ -262,7 +285,7 @@ def _bucket(cache: ContextCache, contexts: Array) -> Array:
 
 
 def _find(cache: ContextCache, bucket: Array, contexts: Array) -> tuple[Array, Array]:
-    """int32 [...], bool [...]: the way in which each context lies, and whether it lies anywhere."""
+    """int32 [...], bool [...]: the way that holds each context, and whether there is one."""
     ways = cache.ids.shape[1]
     same = jnp.all(cache.ids[bucket] == contexts[..., None, :], axis=-1)  # [..., W]
     way = jnp.min(jnp.where(same, _iota(ways), ways), axis=-1)
@@ -279,7 +302,15 @@ def _held(cache: ContextCache, contexts: Array) -> tuple[Array, Array, Array, Ar
 
 
 def since(stamp: Array, now: Array | np.int32) -> Array:
-    """int32 [...]: ms from `stamp` to `now`, from 0 to HORIZON."""
+    """The time that has passed since a stamp.
+
+    Args:
+        stamp: int32 [...], ms.
+        now: int32 [], ms.
+
+    Returns:
+        int32 [...], ms, from 0 to HORIZON.
+    """
     return jnp.minimum((now - stamp).astype(jnp.uint32), jnp.uint32(HORIZON)).astype(jnp.int32)
 
 

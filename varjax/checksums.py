@@ -2,9 +2,9 @@
 
 A Parquet or safetensors file has a *seal* among its metadata: the SHA-256 of the whole file with the seal's digits
 replaced by zeros. So it covers every byte: data, metadata, and what a reader would never look at. A JSON file has a
-field `checksum`, the SHA-256 of the other fields in a canonical form: another indentation is no damage.
+field `checksum`, the SHA-256 of the other fields in a canonical form, whatever the indentation.
 
-    seal(path)                     # a file that was written with SEALED among its metadata
+    _seal(path)                     # a file that was written with SEALED among its metadata
     verify(path, fix)             # False: it has no seal; InputError: it is not what was written
     write_json(path, fields)
     fields = read_json(path, fix)
@@ -37,7 +37,7 @@ SEALED = {_NAME: _MARK.decode() + "0" * _DIGITS}  # among the metadata of a file
 _BLOCK = 1 << 20  # bytes read at a time
 
 
-def seal(path: str | os.PathLike[str]) -> None:
+def _seal(path: str | os.PathLike[str]) -> None:
     """Fill in the seal of a file that was written with `SEALED` among its metadata."""
     with open(path, "r+b") as file:
         place = _seal_place(file)
@@ -50,14 +50,16 @@ def seal(path: str | os.PathLike[str]) -> None:
 def verify(
     path: str | os.PathLike[str], fix: str, *, required: bool = False, error: type[InputError] = InputError
 ) -> bool:
-    """Whether the file has a seal; if so, its contents are those that were sealed.
-
-    It reads the file once, about 1.5 GB a second on one core.
+    """Compare the contents of a file with its seal. It reads the file once, about 1.5 GB a second on one core.
 
     Args:
+        path: a Parquet or safetensors file.
         fix: what to do about a damaged file, the end of the error's sentence.
         required: a file without a seal is damaged, too.
         error: what is raised.
+
+    Returns:
+        Whether the file has a seal.
 
     Raises:
         InputError: as `error`; the file was damaged.
@@ -78,16 +80,18 @@ def verify(
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """A safetensors file of C-contiguous tensors, which is sealed.
+    """Write a safetensors file with a seal.
 
     Args:
         path: a temporary file (`varjax.files.replacing`).
+        tensors: C-contiguous.
+        metadata: of the file.
     """
     st.save_file(dict(tensors), path, metadata={**metadata, **SEALED})
-    seal(path)
+    _seal(path)
 
 
-def parquet_schema(schema: Any) -> Any:
+def _parquet_schema(schema: Any) -> Any:
     """The schema with `SEALED` among its metadata."""
     return schema.with_metadata({**(schema.metadata or {}), _NAME.encode(): SEALED[_NAME].encode()})
 
@@ -98,14 +102,23 @@ def parquet_writer(path: str | os.PathLike[str], schema: Any) -> Iterator[Any]:
 
     Args:
         path: a temporary file (`varjax.files.replacing`).
+        schema: of pyarrow.
+
+    Yields:
+        A `pyarrow.parquet.ParquetWriter`.
     """
-    with pq.ParquetWriter(path, parquet_schema(schema), compression="zstd", write_page_checksum=True) as writer:
+    with pq.ParquetWriter(path, _parquet_schema(schema), compression="zstd", write_page_checksum=True) as writer:
         yield writer
-    seal(path)
+    _seal(path)
 
 
 def write_parquet(path: str | os.PathLike[str], table: Any) -> None:
-    """The table as a Parquet file, whole or not at all, with checksums of its pages and sealed."""
+    """Write a table as a sealed Parquet file, whole or not at all.
+
+    Args:
+        path: replaced if it exists.
+        table: of pyarrow.
+    """
     with replacing(Path(path)) as temporary, parquet_writer(temporary, table.schema) as writer:
         writer.write_table(table)
 
@@ -113,11 +126,16 @@ def write_parquet(path: str | os.PathLike[str], table: Any) -> None:
 def read_parquet(
     path: str | os.PathLike[str], fix: str, *, required: bool = False, columns: list[str] | None = None
 ) -> Any:
-    """A Parquet file, after its checksums were verified, if it has any.
+    """Read a Parquet file, after its checksums were verified, if it has any.
 
     Args:
-        fix, required: as in `verify`.
+        path: the file.
+        fix: as in `verify`.
+        required: as in `verify`.
         columns: those to read; None: all.
+
+    Returns:
+        A `pyarrow.Table`.
 
     Raises:
         InputError: the file was damaged, or is not Parquet.
@@ -132,9 +150,10 @@ def read_parquet(
 
 
 def write_json(path: str | os.PathLike[str], fields: Mapping[str, Any]) -> None:
-    """The fields as readable JSON with their checksum, whole or not at all.
+    """Write fields as readable JSON with their checksum, whole or not at all.
 
     Args:
+        path: replaced if it exists.
         fields: what JSON can hold, under names other than `checksum`.
     """
     plain = json.loads(json.dumps(dict(fields), allow_nan=False))
@@ -150,9 +169,13 @@ def read_json(
     """The fields of a JSON file without their checksum, which was verified.
 
     Args:
+        path: the file.
         fix: what to do about a damaged file, the end of the error's sentence.
         required: a file without a checksum is damaged, too; False: it may have been written by hand.
         error: what is raised.
+
+    Returns:
+        The fields.
 
     Raises:
         InputError: as `error`; not a JSON object, or the file was damaged.
@@ -173,7 +196,17 @@ def read_json(
 
 
 def without_checksum(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The other fields of an object from a JSON file. Raises InputError unless its checksum, if any, is theirs."""
+    """The other fields of an object from a JSON file.
+
+    Args:
+        fields: with a checksum or without.
+
+    Returns:
+        The fields without it.
+
+    Raises:
+        InputError: the checksum does not match.
+    """
     rest = {name: value for name, value in fields.items() if name != CHECKSUM}
     if CHECKSUM in fields and fields[CHECKSUM] != digest_of(rest):
         raise InputError(DAMAGED)
@@ -181,7 +214,14 @@ def without_checksum(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def digest_of_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, read once while its size and time of change stay: answers may be large."""
+    """The SHA-256 of a file, which is read once while its size and time of change stay: answers may be large.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Hexadecimal digits.
+    """
     found = os.stat(path)
     return _digest_of_file(os.path.abspath(path), found.st_size, found.st_mtime_ns)
 
@@ -193,7 +233,14 @@ def _digest_of_file(path: str, size: int, modified: int) -> str:
 
 
 def digest_of(fields: Any) -> str:
-    """SHA-256 of what JSON can hold, in any order of keys."""
+    """The SHA-256 of fields, whatever the order of their keys.
+
+    Args:
+        fields: what JSON can hold.
+
+    Returns:
+        Hexadecimal digits.
+    """
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

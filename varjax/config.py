@@ -5,7 +5,7 @@ are made (one error names every fault), and survive a round trip through JSON. N
 from `varjax.load_table` or `varjax.build_table`.
 
     config = VARConfig.from_routing_stats("results/routing_stats.parquet", cache_size=500)
-    config = VARConfig.balanced(layers={0: LayerPolicy(experts_kept=0), 5: None})    # layer 5 stays with the router
+    config = VARConfig.preset("balanced", layers={5: None})    # layer 5 stays with the router
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LayerPolicy:
     use_answers: bool = True  # the answers of the experts that are left out stand in for them
     ngram_orders: tuple[int, ...] = (1,)  # lengths of the contexts to look up, the longest known wins; 0 = every token
     choice_from: Source = "gate"  # who names the experts
-    weights_from: Source = "gate"  # who weighs them, whoever named them: the table's weights go by rank
+    weights_from: Source = "gate"  # who weighs them; the table's weights go by rank
     gate_ratio: float | None = None  # drop an expert whose weight is below this fraction of the first one's
     gate_mass: float | None = None  # drop the experts after those whose gate probabilities reach this sum
     tolerance: float | None = None  # drop an expert whose weight times its answer's deviation is below this
@@ -177,42 +177,6 @@ class VARConfig:
         if name not in PRESETS:
             raise InputError(f"no preset is called {name!r}; known presets: {', '.join(PRESETS)}")
         return cls(**(PRESETS[name] | _known(cls, overrides)))
-
-    @classmethod
-    def conservative(cls, **overrides: Any) -> VARConfig:
-        """The preset that plans few tokens: 100 occurrences, 0.3 nats, confidence 0.9.
-
-        Args:
-            **overrides: fields of VARConfig.
-
-        Returns:
-            The config.
-        """
-        return cls.preset("conservative", **overrides)
-
-    @classmethod
-    def balanced(cls, **overrides: Any) -> VARConfig:
-        """The preset of the defaults: 50 occurrences, 0.5 nats, confidence 0.8.
-
-        Args:
-            **overrides: fields of VARConfig.
-
-        Returns:
-            The config.
-        """
-        return cls.preset("balanced", **overrides)
-
-    @classmethod
-    def aggressive(cls, **overrides: Any) -> VARConfig:
-        """The preset that plans many tokens: 25 occurrences, 0.7 nats, confidence 0.7.
-
-        Args:
-            **overrides: fields of VARConfig.
-
-        Returns:
-            The config.
-        """
-        return cls.preset("aggressive", **overrides)
 
     @classmethod
     def from_routing_stats(

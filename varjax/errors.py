@@ -16,12 +16,17 @@ class InputError(ValueError):
 class NotTestableError(InputError):
     """The data are sound but cannot answer this question: too few documents, say, or experts that are not ranked.
 
-    A report prints the message in the place of a result. No other error may become a result.
+    A report prints the message instead of a result. No other error may become a result.
     """
 
 
 def require_integer(name: str, value: Any, least: int) -> None:
     """Check an argument that counts something.
+
+    Args:
+        name: of the argument.
+        value: that was given.
+        least: the smallest that is allowed.
 
     Raises:
         InputError: `value` is not an integer (true and false are not), or is less than `least`.

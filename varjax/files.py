@@ -23,10 +23,19 @@ _CODE = re.compile(r"os[ _]error(?:_code)?\W+(\d+)")  # as safetensors and tenso
 
 @contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
-    """Raise what the file system says while `path` is written inside the `with` as an OSError that names `path`.
+    """Raise errors of the file system, while `path` is written inside the `with`, as an OSError that names `path`.
 
     A full disk comes without a name from the system, and as errors of their own from libraries that write by
     themselves. Other errors come with the name of the temporary file.
+
+    Args:
+        path: the file that is written.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: the file cannot be written.
     """
     try:
         yield
@@ -43,13 +52,17 @@ def named_errors(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path`, to write inside the `with`; it takes `path`'s place if that ends well.
+    """A temporary path next to `path`, to write inside the `with`; it takes `path`'s place if that ends well.
 
     After an error or an interruption `path` is what it was before, and the temporary file is gone. Missing
-    folders above `path` are made. What killed processes of this machine left of the same file is removed.
+    folders above `path` are made. Leftovers of killed processes of this machine are removed.
 
     Args:
-        of_this_machine: no result of the program but a cache, say: a process that writes it does so for itself.
+        path: replaced if it exists.
+        of_this_machine: the file is not a result but, for example, a cache, which every process writes for itself.
+
+    Yields:
+        The temporary path.
 
     Raises:
         OSError: the file cannot be written; see `named_errors`.
@@ -69,7 +82,7 @@ def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Pa
             yield temporary
             temporary.chmod(mode)
         if process is not None:
-            _meet(target)  # from here on nobody asks whether the file was there before
+            _meet(target)  # from here on no process asks whether the file was there before
         if not process:
             os.replace(temporary, target)
     finally:
@@ -79,7 +92,11 @@ def replacing(path: str | Path, *, of_this_machine: bool = False) -> Iterator[Pa
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of the program's with all that is in it."""
+    """Remove a folder of the program's with everything in it.
+
+    Args:
+        folder: to remove.
+    """
     process = _joined()
     if process is not None:
         _meet(folder)

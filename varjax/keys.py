@@ -1,4 +1,4 @@
-"""Context keys: which tokens share a row of a table, and how a row is found without ever being wrong.
+"""Context keys: which tokens share a row of a table, and an exact look-up of that row.
 
 Letters: B sequences, T positions, C key width (the longest order), R keys (rows), O orders, S buckets (a power
 of two), W slots per bucket.
@@ -8,8 +8,8 @@ A key of order n is the last n token ids, the current one last. Keys of all orde
 context, `NONE` fills the places before the start of a sequence; no key holds it, so a context that
 reaches back too far matches nothing.
 
-Keys are exact: the hash only finds the bucket, then the ids themselves are compared. Token ids alone
-decide what the keys are (`count_contexts`), so they are chosen on the host before any model runs.
+Keys are exact: the hash only finds the bucket, then the ids themselves are compared. The keys depend on token ids
+alone (`count_contexts`), so they are chosen on the host before any model runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from varjax.transfer import to_device
 
 ANY = -1  # a place that the key's order does not look at
 NONE = -2  # no token: before the start of a sequence, or padding
-ABSENT = -1  # the row of a context that is no key
+ABSENT = -1  # the row of a context that is not a key
 
 _CHUNK = 1 << 19  # tokens that are counted at once
 
@@ -38,7 +38,7 @@ AnyArray = TypeVar("AnyArray", np.ndarray, Array)
 def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = None) -> Array:
     """The last `length` ids at every position, its own included.
 
-    Padding is skipped, wherever it stands: a context consists of real tokens only, and reaches back through
+    Padding is skipped on either side: a context consists of real tokens only, and reaches back through
     `recent` into earlier calls. A padded position has no context.
 
     Args:
@@ -49,6 +49,9 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
 
     Returns:
         int32 [B, T, length], right-aligned; NONE before the start, and in all places of a padded position.
+
+    Raises:
+        InputError: `recent` holds too few ids.
     """
     batch, steps = token_ids.shape
     before = recent.shape[1]
@@ -60,7 +63,7 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
         ids = jnp.concatenate([recent, token_ids], axis=1).astype(jnp.int32)
         last = jnp.broadcast_to(before + jnp.arange(steps, dtype=jnp.int32), (batch, steps))
     else:
-        # Real tokens move together behind `recent`; `last` is where each of them comes to stand.
+        # Real tokens move together behind `recent`; `last` is the place of each of them.
         last = before + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
         width = before + steps
         sequence = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -72,7 +75,14 @@ def contexts(token_ids: Array, recent: Array, length: int, mask: Array | None = 
 
 
 def hash_words(ids: AnyArray) -> AnyArray:
-    """uint32 [...]: MurmurHash3 (32 bit, seed 0) of the ids int32 [..., C], the same in NumPy and in JAX."""
+    """MurmurHash3 (32 bit, seed 0), the same in NumPy and in JAX.
+
+    Args:
+        ids: int32 [..., C].
+
+    Returns:
+        uint32 [...].
+    """
     words = ids.astype(np.uint32)
     length = words.shape[-1]
     state = words[..., :1] * np.uint32(0)  # the axis stays: NumPy warns of wrap-around in scalars only
@@ -95,9 +105,13 @@ class KeyIndex:
 
     @classmethod
     def build(cls, keys: np.ndarray) -> KeyIndex:
-        """Index keys int [R, C], right-aligned, with ANY before the ids of a shorter order. R may be 0.
+        """Index some keys.
 
-        The key of order 0 is ANY throughout.
+        Args:
+            keys: int [R, C], right-aligned, with ANY before the ids of a shorter order (order 0: ANY alone).
+
+        Returns:
+            The index, on the device.
 
         Raises:
             InputError: not a matrix; an id negative or wider than int32; ANY behind an id; a key twice.
@@ -114,7 +128,17 @@ class KeyIndex:
         return cls(*to_device((buckets, keys)))
 
     def find(self, queries: Array) -> Array:
-        """int32 [...]: the row of each query int32 [..., C], ABSENT where it is no key. A pure gather."""
+        """Look up keys; a pure gather, fit for jit.
+
+        Args:
+            queries: int32 [..., C].
+
+        Returns:
+            int32 [...], the row of each query, ABSENT where it is not a key.
+
+        Raises:
+            InputError: the queries have another width.
+        """
         num_keys, width = self.keys.shape
         if queries.shape[-1] != width:
             raise InputError(f"this index holds keys of {width} ids, got queries of {queries.shape[-1]}")
@@ -125,7 +149,14 @@ class KeyIndex:
         return jnp.max(jnp.where(same & (rows != ABSENT), rows, ABSENT), axis=-1)
 
     def rows(self, queries: np.ndarray) -> np.ndarray:
-        """`find` for arrays of the host."""
+        """`find` for arrays of the host.
+
+        Args:
+            queries: int [..., C].
+
+        Returns:
+            int32 [...].
+        """
         return np.asarray(_find(self, to_device(np.asarray(queries, np.int32))))
 
 
@@ -133,18 +164,24 @@ _find = jax.jit(KeyIndex.find)
 
 
 def find_orders(index: KeyIndex, contexts: Array, ngram_orders: Sequence[int]) -> Array:
-    """int32 [O, B, T]: per order, the row of the last ids at each position, ABSENT where they are no key.
+    """Look up the last ids at every position, once per order.
 
     Args:
-        index: keys of any ngram_orders, width C.
+        index: keys of any orders, width C.
         contexts: int32 [B, T, >= max(ngram_orders)], from `contexts`.
         ngram_orders: how many of the last ids to look at, each from 0 to C. The key of order 0 is at every real token.
+
+    Returns:
+        int32 [O, B, T], the row, ABSENT where the last ids are no key.
+
+    Raises:
+        InputError: an order is out of range.
     """
     width = index.keys.shape[1]
     longest = min(width, contexts.shape[-1])
     if not ngram_orders or min(ngram_orders) < 0 or max(ngram_orders) > longest:
         raise InputError(
-            f"ngram_orders {tuple(ngram_orders)} must lie in 0..{longest}; "
+            f"ngram_orders {tuple(ngram_orders)} must be in 0..{longest}; "
             f"keys hold {width} ids, contexts {contexts.shape[-1]}"
         )
     padding = [(0, 0)] * (contexts.ndim - 1) + [(width - longest, 0)]
@@ -175,10 +212,10 @@ class OrderCount(NamedTuple):
     """What `count_contexts` saw of one order."""
 
     order: int
-    distinct: int  # different contexts; at most so many where `undercount` is not 0
+    distinct: int  # different contexts; an upper bound where `undercount` is not 0
     admitted: int  # of these, keys
     occurrences: int  # positions with such a context
-    occurrences_admitted: int  # of these, at a key; at least so many where `undercount` is not 0
+    occurrences_admitted: int  # of these, at a key; a lower bound where `undercount` is not 0
     undercount: int  # by how much a count may be too low, because rare contexts were forgotten; 0: exact
 
 
@@ -201,12 +238,12 @@ def count_contexts(
     """Choose the keys: count every context of every order and admit the frequent ones.
 
     No context crosses from one document into the next. Of equally frequent contexts the shorter is
-    admitted first, then that with the smaller ids, from the current one backwards. So with orders 1 to n,
+    admitted first, then the one with the smaller ids, from the current one backwards. So with orders 1 to n,
     whenever a key is admitted, the key one id shorter is too, as long as all counts are exact.
 
     The documents may be a stream of any length. Where an order shows more different contexts than `capacity`,
-    the rarest are forgotten, as in lossy counting (Manku and Motwani 2002): what is left was counted since it
-    last came in, so its count is too low by `undercount` at most, and never too high. Host memory: about 12 + 4 C
+    the rarest are forgotten, as in lossy counting (Manku and Motwani 2002): a context that is left was counted since it
+    last came in, so its count is at most `undercount` too low, and never too high. Host memory: about 12 + 4 C
     bytes per order and context held, and 60 MB for the documents that are being counted.
 
     Args:
@@ -214,8 +251,11 @@ def count_contexts(
         ngram_orders: context lengths to count, in ids; the keys' width C is the largest.
         min_count: occurrences that a key needs.
         max_keys: keys to admit at most, over all orders together; None for no bound.
-        special_ids: tokens that route nothing worth knowing (start, padding): no key ends in one.
+        special_ids: tokens such as start and padding; no key ends in one.
         capacity: different contexts of one order that are held.
+
+    Returns:
+        The keys, their counts, and a report on each order.
 
     Raises:
         InputError: a document is not a 1-D array of ids in int32, or another argument is out of range.
@@ -295,10 +335,8 @@ def _occurring(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Per order, the different contexts int32 [n, order] of one chunk, by current id first, and their counts int64 [n].
 
-    Args:
-        ids: int64 [N].
-        position: int64 [N], of each in its document.
-        ordinary: bool [N], False where no key may end.
+    `ids` and `position` are int64 [N], the latter counts within the document; `ordinary` bool [N] is False where no key
+    may end.
     """
     vocabulary = int(ids.max(initial=0)) + 1
     code = np.zeros(len(ids), np.int64)  # equal where the last `order` ids are equal; one more id each round
@@ -317,7 +355,14 @@ def _widened(keys: np.ndarray, width: int) -> np.ndarray:
 
 
 def distinct(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Different rows int [R, C] of keys [N, C], in order of first appearance, and int64 [N]: which of them each is."""
+    """The different rows of keys, in order of first appearance.
+
+    Args:
+        keys: int [N, C].
+
+    Returns:
+        int [R, C], the different rows; and int64 [N], which of them each key is.
+    """
     if len(keys) == 0:
         return keys, np.zeros(0, np.int64)
     by_ids = np.lexsort(keys.T)  # stable: of equal keys the first comes first

@@ -11,9 +11,9 @@ Letters: L layers with experts, B sequences, T positions, K experts per token.
 The model is known by a protocol only (`RoutedModel`); nothing of it is changed, and nothing here holds state: what the
 cache learned and the counters counted is in the `VARState` that the caller passes in and gets back.
 
-Sequences of a batch share the cache, and nothing else. They need not be grouped by tier: the engine sorts the active
-assignments of the whole batch by expert, so a dropped one saves the same in any company, while a group of its own
-would read the weights of the attention and the head once more.
+Sequences of a batch share the cache and nothing else. They need not be grouped by tier: the engine sorts the active
+assignments of the whole batch by expert, so a dropped one saves the same whatever the rest of the batch does, while
+separate groups would read the weights of the attention and the head once more.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Network(Protocol):
 
     def forward(self, params: Any, token_ids: jax.Array, **options: Any) -> Any:
         """An output with `logits`, `router_probs`, `routing` and `kv`; see `models.decoder.forward`."""
+        ...
 
 
 class RoutedModel(Protocol):
@@ -66,25 +67,33 @@ class RoutedModel(Protocol):
 
     @property
     def config(self) -> Any:
-        """With `num_layers` (L, those with experts: others take no part), `num_experts`, `top_k` and `normalize_top_k`
-        (the K gate weights are divided by their sum)."""
+        """With `num_layers` (L, those with experts), `num_experts`, `top_k` and `normalize_top_k`."""
 
     @property
-    def params(self) -> Any: ...
+    def params(self) -> Any:
+        """The parameters, a pytree."""
 
     @property
-    def fingerprint(self) -> str: ...  # tells checkpoints apart
+    def fingerprint(self) -> str:
+        """A name that tells checkpoints apart."""
 
     @property
-    def network(self) -> Network: ...
+    def network(self) -> Network:
+        """The pure part."""
 
-    def empty_cache(self, batch_size: int, capacity: int) -> Any: ...
+    def empty_cache(self, batch_size: int, capacity: int) -> Any:
+        """A key/value cache for `capacity` positions."""
+        ...
 
-    def place(self, tree: T) -> T: ...  # arrays moved to the devices that the model runs on, if these are several
+    def place(self, tree: T) -> T:
+        """Arrays moved to the devices that the model runs on, if there are several."""
+        ...
 
     def check_inputs(
         self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
-    ) -> tuple[jax.Array, jax.Array]: ...
+    ) -> tuple[jax.Array, jax.Array]:
+        """Ids int32 and mask bool, [B, T] each; see `models.Model.check_inputs`."""
+        ...
 
     def generate(
         self,
@@ -95,7 +104,9 @@ class RoutedModel(Protocol):
         sampling: Any | None = None,
         step: Any | None = None,
         carry: Any = None,
-    ) -> Generation: ...
+    ) -> Generation:
+        """Continue each text; see `models.Model.generate`."""
+        ...
 
 
 @jax.tree_util.register_dataclass
@@ -341,7 +352,7 @@ class VARModel:
         """
         if state is None:
             return "VAR is switched off: the learned router decides everything."
-        return format_summary(step.summary(state.counters, self.model.config.top_k))
+        return _format_summary(step.summary(state.counters, self.model.config.top_k))
 
     def report(self, state: VARState | None) -> dict[str, Any]:
         """What `summary` prints, as JSON can hold it, with what fills the cache.
@@ -576,7 +587,7 @@ def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:
         )
 
 
-def format_summary(shares: dict[str, Any]) -> str:
+def _format_summary(shares: dict[str, Any]) -> str:
     """`step.summary` as a table for people."""
     lines = [f"{'layer':>7}{'fast':>8}{'cached':>8}{'learned':>9}{'mispredictions':>15}{'experts/token':>15}"]
     for name, row in [*enumerate(shares["layers"]), ("all", shares)]:

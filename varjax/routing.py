@@ -3,7 +3,7 @@
 Letters: L layers, B sequences, T positions, E experts, K experts per token (slots, best first), R table rows, N answers
 of a layer, D hidden size.
 
-`resolve` is the single place that says what a plan means inside a layer. Everything else (the model, the
+`resolve` is the only place that says what a plan means inside a layer. Everything else (the model, the
 replay of a trace, the counters) calls it or reads what it returned.
 """
 
@@ -31,7 +31,15 @@ class Routing:
 
     @classmethod
     def unused(cls, shape: tuple[int, ...], num_experts: int) -> Routing:
-        """[*shape] (the last axis is K): every slot unused."""
+        """Routing without any expert.
+
+        Args:
+            shape: of the result; the last axis is K.
+            num_experts: E, the id of an unused slot.
+
+        Returns:
+            Routing [*shape].
+        """
         return cls(jnp.full(shape, num_experts, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
@@ -46,11 +54,18 @@ class LayerRules:
     use_answers: Array  # bool [L], answers stand in for dropped slots; a slot without an answer is not dropped
     renormalize: Array  # bool [L], kept weights are rescaled to the sum before anything was dropped
     choice_from_table: Array  # bool [L], the table (or the cache) names the experts, not the gate
-    weights_from_table: Array  # bool [L], it supplies the weights, slot by slot, whoever names the experts
+    weights_from_table: Array  # bool [L], it supplies the weights, slot by slot
 
     @classmethod
     def neutral(cls, num_layers: int) -> LayerRules:
-        """[L]: the gate chooses and weighs, nothing is dropped or rescaled but what `experts_kept` says."""
+        """Rules under which the gate chooses and weighs, and only `experts_kept` drops experts.
+
+        Args:
+            num_layers: L.
+
+        Returns:
+            Rules [L].
+        """
         off, zero = jnp.zeros(num_layers, bool), jnp.zeros(num_layers, jnp.float32)
         return cls(zero, jnp.full_like(zero, jnp.inf), zero, off, off, off, off)
 
@@ -58,7 +73,7 @@ class LayerRules:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LayerAnswers:
-    """What the experts of one layer say at the rows of the table, as far as it is known."""
+    """The answers of the experts of one layer at the rows of the table, as far as they are known."""
 
     entry: Array  # int32 [R, E], which answer stands in for an expert at a row, NO_ANSWER where none does
     deviation: Array  # float32 [N], root mean square distance of an expert's output from its answer
@@ -66,14 +81,29 @@ class LayerAnswers:
     scale: Array | None  # float32 [N], what int8 answers are multiplied by
 
     def find(self, row: Array, experts: Array) -> Array:
-        """int32 [..., K]: the answers of experts int32 [..., K] at table rows int32 [...]; E is no expert."""
+        """Look up the answers of experts.
+
+        Args:
+            row: int32 [...], rows of the table, NO_ROW for none.
+            experts: int32 [..., K]; E for an unused slot.
+
+        Returns:
+            int32 [..., K], NO_ANSWER where there is none.
+        """
         num_experts = self.entry.shape[1]
         known = (row != NO_ROW)[..., None] & (experts < num_experts)
         found = self.entry.at[row[..., None], experts].get(mode="clip")
         return jnp.where(known, found, NO_ANSWER)
 
     def total(self, dropped: Dropped) -> Array:
-        """float32 [..., D]: the weighted sum of the answers that stand in for what was dropped."""
+        """The output that stands in for the dropped experts.
+
+        Args:
+            dropped: from `resolve`, [..., K].
+
+        Returns:
+            float32 [..., D], the sum of the answers by their gate weights.
+        """
         rows = self.answers[dropped.answer].astype(jnp.float32)  # NO_ANSWER reads the last row, with weight 0
         weight = jnp.where(dropped.answer == NO_ANSWER, 0.0, dropped.weights)
         if self.scale is not None:
@@ -93,7 +123,7 @@ class Dropped:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is settled before layer 0 runs, for each layer and token. The gate decides the rest."""
+    """Everything that is decided before layer 0 runs, for each layer and token. The gate decides the rest."""
 
     tier: Array  # int8 [L, B, T], FAST, CACHED or LEARNED
     experts_kept: Array  # int8 [L, B, T], slots that may run in a planned token, 0 to K
@@ -104,7 +134,18 @@ class Plan:
 
     @classmethod
     def open(cls, num_layers: int, batch: int, length: int, top_k: int, num_experts: int) -> Plan:
-        """[L, B, T]: nothing planned; a forward pass under it equals the plain model bit for bit."""
+        """A plan that decides nothing; a forward pass under it equals the plain model bit for bit.
+
+        Args:
+            num_layers: L.
+            batch: B.
+            length: T.
+            top_k: K.
+            num_experts: E.
+
+        Returns:
+            A plan [L, B, T].
+        """
         shape = (num_layers, batch, length)
         return cls(
             tier=jnp.full(shape, LEARNED, jnp.int8),
@@ -134,6 +175,9 @@ def top_k(probs: Array, k: int, normalize: bool = True) -> Routing:
         probs: float32 [..., E], softmax of the gate over all experts.
         k: experts per token.
         normalize: divide the k weights by their sum (Mixtral does, OLMoE does not).
+
+    Returns:
+        Routing [..., K].
     """
     return _weighted(*_best(probs, k), normalize)
 
@@ -199,11 +243,14 @@ def resolve(probs: Array, k: int, plan: Plan | None, normalize: bool = True) -> 
 
 
 def slots_for_mass(weights: Array, threshold: Array) -> Array:
-    """int8 [...]: the fewest slots, one at least, that together reach a share of the weight.
+    """The fewest slots, at least one, that together reach a share of the weight.
 
     Args:
         weights: float32 [..., K], best slot first.
         threshold: float32 [], share of the sum of all K weights.
+
+    Returns:
+        int8 [...].
     """
     reached = jnp.cumsum(weights, axis=-1)
     short = reached < threshold * reached[..., -1:]
@@ -231,11 +278,7 @@ def _weighted(experts: Array, gate: Array, normalize: bool) -> Routing:
 
 
 def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
-    """bool [..., K]: the slots that a planned token does without, whatever is known of them.
-
-    Args:
-        weights, gate: float32 [..., K], the candidate's weights and gate probabilities.
-    """
+    """bool [..., K]: the slots that a planned token drops by their weight, gate probability or number."""
     slot = jax.lax.broadcasted_iota(jnp.int8, weights.shape, weights.ndim - 1)
     # The slots before each slot; a masked sum is one kernel, a running one is three.
     before = slot[..., None, :] < slot[..., :, None]

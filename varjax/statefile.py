@@ -1,11 +1,11 @@
-"""A `VARState` on disk, so that a service or a long evaluation goes on in another process as if it had never stopped.
+"""A `VARState` on disk, so that a service or a long evaluation can continue in another process.
 
     save(path, state, now, about)
     state = load(path, like, now, about)
 
 `path` is a folder with one file, `state.safetensors`, which is sealed (`varjax.checksums`). A save is whole or not at
 all: until the new state is complete, the folder holds the one before. Ages are kept, not the stamps of the cache,
-because the clock of another process begins elsewhere; so time stands still while nothing runs.
+because the clock of another process has another origin; no time passes while nothing runs.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ _FIX = "restore the file, or begin with a new state"
 
 
 def save(path: str | Path, state: VARState, now: float, about: Mapping[str, Any]) -> None:
-    """Write `state` into the folder `path`, in place of the one before; back when it is on disk.
+    """Write a state into a folder, in place of the one before; returns when it is on disk.
 
     Args:
+        path: the folder.
         state: it stays valid.
         now: seconds, on the clock that the state was committed by.
-        about: text, numbers and None by name: what `load` has to find again, such as the model's fingerprint.
+        about: text, numbers and None by name that `load` has to find again, such as the model's fingerprint.
 
     Raises:
         NotADirectoryError: `path` is a file.
@@ -62,9 +63,13 @@ def load(path: str | Path, like: VARState, now: float, about: Mapping[str, Any])
     """The state that `save` wrote, with as many sequences as it had.
 
     Args:
+        path: the folder.
         like: a state of the same model and cache (`varjax.step.init`), with any number of sequences.
         now: seconds, on the clock of the steps to come.
         about: as given to `save`.
+
+    Returns:
+        The state.
 
     Raises:
         FileNotFoundError: no state was saved there.

@@ -5,7 +5,7 @@ Units: entropy in nats, of the router's softmax for one token; confidence is its
 
     buffer = init(stats)                                # on the device, float32
     buffer = update(buffer, rows, probs, mask)          # one batch; jitted, the old buffer is donated
-    buffer, stats = flush(buffer, stats)                # into the host's float64, every 2**16 to 2**18 tokens
+    stats = absorb(buffer, stats)                       # into the host's float64, every 2**16 to 2**18 tokens
     stats = merge(stats, other_stats)                   # runs, hosts, devices
 
 The device adds up deviations from a value near each row's mean: the mean that the host knows or, in a new
@@ -57,13 +57,23 @@ class RoutingStats:
     top1_counts: np.ndarray  # int64 [L, R, E], how often each expert came first
     sum_probs: np.ndarray  # float64 [L, R, E], gate probabilities summed over occurrences
     nonfinite: np.ndarray  # int64 [L], tokens left out because the router gave NaN or infinity
-    absent: np.ndarray  # int64 [O], tokens whose context of that order is no key
+    absent: np.ndarray  # int64 [O], tokens whose context of that order is not a key
     tokens: int  # all tokens seen, padding not counted
     documents: int
 
     @classmethod
     def empty(cls, keys: np.ndarray, ngram_orders: Sequence[int], num_layers: int, num_experts: int) -> RoutingStats:
-        """No occurrence of any of the keys int32 [R, C]."""
+        """Statistics without any occurrence.
+
+        Args:
+            keys: int32 [R, C], as in `varjax.keys`.
+            ngram_orders: the orders of the keys, ascending.
+            num_layers: L.
+            num_experts: E.
+
+        Returns:
+            Statistics of these keys.
+        """
         shape = (num_layers, len(keys))
         unknown = np.full(shape, np.nan)
         nothing = Moments(mean=unknown, m2=np.zeros(shape), min=unknown, max=unknown)
@@ -83,31 +93,32 @@ class RoutingStats:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.sum_probs.shape[-1]
 
     @property
     def row_orders(self) -> np.ndarray:
-        """int64 [R]: the order of each key."""
+        """The order of each key, int64 [R]."""
         return np.sum(self.keys != ANY, axis=1)
 
     @property
     def std_entropy(self) -> np.ndarray:
-        """float64 [L, R]: population standard deviation (divided by n), nats; NaN without occurrences."""
+        """Population standard deviation (divided by n), nats, float64 [L, R]; NaN without occurrences."""
         return self._std(self.entropy)
 
     @property
     def std_confidence(self) -> np.ndarray:
-        """float64 [L, R]: population standard deviation (divided by n); NaN without occurrences."""
+        """Population standard deviation (divided by n), float64 [L, R]; NaN without occurrences."""
         return self._std(self.confidence)
 
     @property
     def mean_probs(self) -> np.ndarray:
-        """float64 [L, R, E]: mean gate probabilities; NaN without occurrences."""
+        """Mean gate probabilities, float64 [L, R, E]; NaN without occurrences."""
         return self.sum_probs / np.where(self.count > 0, self.count, np.nan)[..., None]
 
     @property
     def routing_consistency(self) -> np.ndarray:
-        """float64 [L, R]: share of occurrences with the commonest first choice; NaN without occurrences."""
+        """Share of occurrences with the commonest first choice, float64 [L, R]; else NaN."""
         return np.where(self.count > 0, self.top1_counts.max(axis=-1) / _divisor(self.count), np.nan)
 
     def _std(self, moments: Moments) -> np.ndarray:
@@ -129,12 +140,27 @@ class StatsBuffer:
 
 
 def bytes_a_key(num_layers: int, num_experts: int) -> int:
-    """On the device, in all layers together."""
+    """Device memory of a key in all layers together.
+
+    Args:
+        num_layers: L.
+        num_experts: E.
+
+    Returns:
+        Bytes.
+    """
     return 4 * num_layers * (11 + 3 * num_experts)
 
 
 def init(stats: RoutingStats) -> StatsBuffer:
-    """An empty window for the keys, layers and experts of `stats`, around the means known so far."""
+    """An empty window around the means known so far.
+
+    Args:
+        stats: what the window will be absorbed into; its keys, layers and experts are the window's.
+
+    Returns:
+        A buffer on the device.
+    """
     num_layers, num_rows = stats.count.shape
     center = np.stack([stats.entropy.mean.T, stats.confidence.mean.T], axis=-1).astype(np.float32)
     center_probs = stats.mean_probs.astype(np.float32).swapaxes(0, 1)
@@ -153,15 +179,20 @@ def init(stats: RoutingStats) -> StatsBuffer:
 def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> StatsBuffer:
     """Add one batch.
 
-    A token counts once for the row of each order, and in each layer for itself: a layer whose
-    probabilities are not all finite is left out and counted in `nonfinite`; the other layers of that
-    token are not touched.
+    A token counts once for the row of each order. A layer whose probabilities are not all finite is left out and
+    counted in `nonfinite`; the other layers of that token count as usual.
 
     Args:
         buffer: donated, not to be used again.
         rows: int32 [O, B, T], from `find_orders`; negative where there is no key.
         probs: [L, B, T, E], softmax of the gate over all experts.
         mask: bool [B, T], False at padding and at tokens to leave out.
+
+    Returns:
+        The buffer with the batch.
+
+    Raises:
+        InputError: the shapes do not fit the buffer.
     """
     num_rows, num_layers, num_experts = buffer.center_probs.shape
     num_orders = len(buffer.absent)
@@ -210,19 +241,19 @@ def update(buffer: StatsBuffer, rows: Array, probs: Array, mask: Array) -> Stats
         )
 
 
-def flush(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> tuple[StatsBuffer, RoutingStats]:
-    """Move the window into the host's statistics, and begin the next one; see `absorb`."""
-    stats = absorb(buffer, stats, documents)
-    return init(stats), stats
-
-
 def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> RoutingStats:
-    """The host's statistics with a window in them. Windows of several devices are absorbed one after the other.
+    """Add a window to the host's statistics. Windows of several devices are absorbed one after the other.
 
     Args:
-        buffer: a window of at most 2**24 tokens.
+        buffer: a window of at most 2**24 tokens; begin the next one with `init`.
         stats: the statistics so far, for the same keys.
         documents: how many documents ended in this window.
+
+    Returns:
+        The statistics of both.
+
+    Raises:
+        InputError: the window is longer.
     """
     tokens = int(buffer.tokens)
     if tokens > MAX_WINDOW:
@@ -266,9 +297,16 @@ def absorb(buffer: StatsBuffer, stats: RoutingStats, documents: int = 0) -> Rout
 
 
 def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
-    """The statistics of both together, over the union of their keys: those of `a`, then the new ones of `b`.
+    """The statistics of two collections, over the union of their keys: those of `a`, then the new ones of `b`.
 
     Exact up to float64 rounding. A key that only one part admitted carries that part's occurrences alone.
+
+    Args:
+        a: statistics.
+        b: statistics of other text.
+
+    Returns:
+        The statistics of both together.
 
     Raises:
         InputError: different orders, layers or experts.
@@ -301,7 +339,12 @@ def spread(stats: RoutingStats, layers: Sequence[int], num_layers: int) -> Routi
     """Statistics of some layers as those of the whole model; the other layers have no occurrences.
 
     Args:
+        stats: of some layers.
         layers: the model's layer of each layer of `stats`.
+        num_layers: of the model.
+
+    Returns:
+        Statistics of `num_layers` layers.
     """
     wide = RoutingStats.empty(stats.keys, stats.ngram_orders, num_layers, stats.num_experts)
 

@@ -26,7 +26,7 @@ answers name the statistics that they belong to by it. `sealed` says that the fi
 
 Files of others are read too. The columns in `REQUIRED` must be there; whatever else is missing is filled, and each
 filling is named in the metadata that `read` returns (`filled`: name -> with what). So a table can be built from one
-layer's file that names only the commonest expert of each token, and nobody need take a filling for a measurement.
+layer's file that names only the commonest expert of each token, and a filling cannot be taken for a measurement.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def write(
     meta: Mapping[str, Any],
     token_strings: Mapping[int, str] | Sequence[str] | None = None,
 ) -> None:
-    """Write the whole file or nothing. Keys that occurred in no layer are left out.
+    """Write a file of statistics, whole or not at all. Keys that occurred in no layer are left out.
 
     Args:
         path: replaced if it exists.
         stats: with at least the occurrences to write.
-        meta: what JSON can hold; what `stats` knows itself is added, and wins.
+        meta: what JSON can hold; the fields that `stats` knows itself are added, and win.
         token_strings: the text of each id.
     """
     layer, row = np.nonzero(stats.count)
@@ -119,10 +119,16 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
-    """The statistics in a file, and its metadata with `filled` and `rows_with_nan` added.
+    """The statistics in a file.
 
     Keys come in order of first appearance. A row with NaN or null among its required figures is kept as it is and
-    counted in `rows_with_nan`: such a key passes no threshold, and whoever validates the file can name it.
+    counted in `rows_with_nan`: such a key passes no threshold, and a validation of the file can name it.
+
+    Args:
+        path: a Parquet file.
+
+    Returns:
+        The statistics, and the file's metadata with `filled` and `rows_with_nan` added.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -171,7 +177,13 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
 
 
 def identity(path: str | os.PathLike[str]) -> str:
-    """What tells the statistics in a file apart from others; it is computed where the file does not say it.
+    """A name that tells the statistics in a file from others; it is computed where the file does not hold it.
+
+    Args:
+        path: a Parquet file.
+
+    Returns:
+        A SHA-256.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -191,7 +203,14 @@ def identity(path: str | os.PathLike[str]) -> str:
 
 
 def token_strings(path: str | os.PathLike[str]) -> dict[int, str]:
-    """The text of each id that a file which `read` accepts has one for."""
+    """The texts of token ids.
+
+    Args:
+        path: a file that `read` accepts.
+
+    Returns:
+        The text of each id that the file has one for.
+    """
     if "token_str" not in pq.read_schema(path).names:
         return {}
     table = checksums.read_parquet(path, _FIX, columns=["token_id", "token_str"])
@@ -223,7 +242,7 @@ class _File:
             self.filled: dict[str, str] = dict(self.meta.get("filled", {}))
         except (pa.ArrowException, OSError, TypeError, ValueError) as error:
             raise InputError(
-                f"{self.path}: not a readable Parquet file of routing statistics ({error}); write it anew"
+                f"{self.path}: not a readable Parquet file of routing statistics ({error}); write it again"
             ) from error
         if self.meta.pop("sealed", False) and not sealed:
             raise InputError(f"{self.path}: its checksum is missing or unreadable, so the file was damaged; {_FIX}")
@@ -263,7 +282,7 @@ class _File:
     def integers(self, name: str, lowest: int = 0, highest: int = LARGEST_ID) -> np.ndarray:
         """int64 [N], a column of whole numbers within bounds; they may be stored as floats, but none may be missing."""
         values = self._numbers(name, self.table.column(name))
-        self.refuse(name, ~_whole(values, lowest, highest), values, f"is no whole number from {lowest} to {highest}")
+        self.refuse(name, ~_whole(values, lowest, highest), values, f"is not a whole number from {lowest} to {highest}")
         return values.astype(np.int64)
 
     def figures(self, name: str, highest: float = np.inf) -> np.ndarray:

@@ -35,7 +35,6 @@ from varjax.keys import NONE, contexts
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, Plan, Routing, slots_for_mass
 from varjax.table import RouteTable, fast_plan
 from varjax.transfer import passing_scalars, to_device
-from varjax.wide import WideCount
 
 TIERS = ("fast", "cached", "learned")
 
@@ -52,12 +51,52 @@ class Settings:
 
     @classmethod
     def of(cls, config: VARConfig, num_layers: int) -> Settings:
+        """The settings of a config as arrays on the device.
+
+        Args:
+            config: a config.
+            num_layers: L.
+
+        Returns:
+            Settings.
+        """
         return cls(
             ttl=to_device(np.int32(min(round(config.cache_ttl_seconds * 1000), context_cache.HORIZON))),
             confidence_threshold=to_device(np.float32(config.confidence_threshold)),
             mass_threshold=to_device(np.float32(config.mass_threshold)),
             cache_layers=to_device(np.array([config.caches(layer) for layer in range(num_layers)])),
         )
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WideCount:
+    """Counts from 0 to 2^64 - 1, `high * 2^32 + low`. `np.asarray` of it gives int64, exact up to 2^63 - 1."""
+
+    low: Array  # uint32 [...]
+    high: Array  # uint32 [...]
+
+    @classmethod
+    def _zero(cls, shape: tuple[int, ...]) -> WideCount:
+        """Counts that are all 0, in two arrays, so that each can be donated."""
+        return cls(*to_device((np.zeros(shape, np.uint32), np.zeros(shape, np.uint32))))
+
+    def plus(self, more: Array) -> WideCount:
+        """The counts with `more` added. Pure, fit for jit.
+
+        Args:
+            more: int32 or uint32 [...], not negative.
+
+        Returns:
+            The sums.
+        """
+        low = self.low + more.astype(jnp.uint32)
+        return WideCount(low, self.high + (low < self.low).astype(jnp.uint32))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """int64 [...] on the host."""
+        low, high = (np.asarray(word).astype(np.int64) for word in jax.device_get((self.low, self.high)))
+        return np.asarray((high << 32) | low, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -70,14 +109,15 @@ class Counters:
     active: WideCount  # [L, 3], experts that ran
 
     @classmethod
-    def zero(cls, num_layers: int) -> Counters:
-        return cls(*(WideCount.zero((num_layers, len(TIERS))) for _ in range(3)))
+    def _zero(cls, num_layers: int) -> Counters:
+        """Counters of a new state."""
+        return cls(*(WideCount._zero((num_layers, len(TIERS))) for _ in range(3)))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class VARState:
-    """What one step hands to the next."""
+    """What one step passes to the next."""
 
     cache: ContextCache | None  # of all sequences, or one of each (`cache.each`); None: no cached tier
     recent: Array  # int32 [B, C - 1], the ids before the next position, the latest last; NONE where there are none
@@ -113,11 +153,17 @@ def _reading(now: Any) -> Any:
 
 
 def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bool = True) -> VARState:
-    """An empty cache, no recent ids, counters at zero.
+    """The state before the first step: an empty cache, no recent ids, counters at zero.
 
     Args:
-        shared_cache: one cache for all sequences, as a service has it, so that what a sequence is given depends on
-            those before it and next to it; False: one for each, which a new sequence finds empty.
+        table: that will make the plans.
+        config: sizes of the cache.
+        batch_size: B.
+        shared_cache: one cache for all sequences, as in a service, so that the plan of a sequence depends on the ones
+            before it and next to it; False: one for each, which a new sequence finds empty.
+
+    Returns:
+        The state.
     """
     cache, longest = None, max(table.ngram_orders[-1], 1)
     if config.cache_size > 0:
@@ -126,16 +172,21 @@ def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bo
         cache = cache if shared_cache else context_cache.each(cache, batch_size)
         longest = max(longest, window)
     recent = to_device(np.full((batch_size, longest - 1), NONE, np.int32))
-    return VARState(cache, recent, Counters.zero(table.num_layers))
+    return VARState(cache, recent, Counters._zero(table.num_layers))
 
 
 def begin(state: VARState, batch_size: int | None = None, kept: Array | None = None) -> VARState:
-    """New sequences, as many as before unless told: nothing came before them.
+    """The state before new sequences, which have no past.
 
     Counters and a shared cache carry over; caches of the sequences' own start empty, unless `kept` says otherwise.
 
     Args:
+        state: behind other sequences; it stays valid.
+        batch_size: B; None: as many as before.
         kept: bool [B], sequences that are another window of the text before them, and keep the cache of their own.
+
+    Returns:
+        The state.
     """
     batch = state.recent.shape[0] if batch_size is None else batch_size
     if state.cache is not None and state.own_caches:
@@ -144,11 +195,15 @@ def begin(state: VARState, batch_size: int | None = None, kept: Array | None = N
 
 
 def follow(state: VARState, token_ids: Array, mask: Array | None = None) -> VARState:
-    """The state behind tokens that ran without a plan: they are the recent ids now, uncounted and unremembered.
+    """The state behind tokens that ran without a plan: they are the recent ids now, neither counted nor cached.
 
     Args:
+        state: before them.
         token_ids: int32 [B, T].
         mask: bool [B, T], False at padding; None where there is none.
+
+    Returns:
+        The state.
     """
     seen = contexts(token_ids, state.recent, state.recent.shape[1] + 1, mask)
     real = jnp.ones(token_ids.shape, bool) if mask is None else mask
@@ -265,11 +320,17 @@ def _commit(
 
 
 def summary(counters: Counters, top_k: int) -> dict[str, Any]:
-    """The counters in shares: over all layers, and per layer under `layers`.
+    """The counters as shares.
 
-    Each dict holds `tokens` (layers x tokens), the share of each tier under `tiers` (they sum to 1), `hit_rate` (share
-    that was planned), `mispredictions` (share of the planned whose predicted first expert was not the learned one),
-    `experts_per_token`, and `experts_share` of the model's K. Without tokens every share is 0.
+    Args:
+        counters: of a state.
+        top_k: K.
+
+    Returns:
+        Over all layers, and per layer under `layers`: `tokens` (layers x tokens), the share of each tier under `tiers`
+        (they sum to 1), `hit_rate` (share that was planned), `mispredictions` (share of the planned whose predicted
+        first expert was not the learned one), `experts_per_token`, and `experts_share` of the model's K. Without
+        tokens every share is 0.
     """
     host = np.stack([np.asarray(one) for one in (counters.tokens, counters.agreements, counters.active)])  # [3, L, 3]
     layers = [_shares(layer, top_k) for layer in host.swapaxes(0, 1)]
@@ -277,12 +338,16 @@ def summary(counters: Counters, top_k: int) -> dict[str, Any]:
 
 
 def agreed(plan: Plan, router_probs: Array) -> Array:
-    """bool [L, B, T]: no expert was predicted as the first one but the learned router's.
+    """Where no expert was predicted as the first one but the learned router's.
 
     Where none was predicted nothing could be wrong: open tokens, and those planned by order 0.
 
     Args:
+        plan: [L, B, T].
         router_probs: float32 [L, B, T, E], softmax of every layer's gate.
+
+    Returns:
+        bool [L, B, T].
     """
     predicted = plan.routing.experts[..., 0]
     silent = predicted == router_probs.shape[-1]

@@ -28,8 +28,7 @@ from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 from varjax.keys import ABSENT, ANY, KeyIndex, distinct, find_orders
 from varjax.routing import FAST, LEARNED, NO_ANSWER, LayerAnswers, LayerRules, Plan, Routing, slots_for_mass
-from varjax.selection import most_valuable
-from varjax.shrinkage import inherit, shrunk
+from varjax.shrinkage import inherit, most_valuable, shrunk
 from varjax.stats import RoutingStats
 from varjax.transfer import to_device
 
@@ -57,19 +56,17 @@ class RouteTable:
 
     @property
     def num_layers(self) -> int:
+        """L."""
         return self.eligible.shape[0]
 
     @property
     def top_k(self) -> int:
+        """K."""
         return self.routing.experts.shape[-1]
 
 
-def lookup(table: RouteTable, contexts: Array) -> Array:
-    """int32 [L, B, T]: the row of the longest order that may answer in each layer, ABSENT where none may.
-
-    Args:
-        contexts: int32 [B, T, >= max(ngram_orders)], from `keys.contexts`.
-    """
+def _lookup(table: RouteTable, contexts: Array) -> Array:
+    """int32 [L, B, T]: the row of the longest order that may answer in each layer, ABSENT where none may."""
     row = jnp.full((table.num_layers, *contexts.shape[:-1]), ABSENT, jnp.int32)
     for found in find_orders(table.index, contexts, table.ngram_orders):
         row = jnp.where((found != ABSENT)[None] & table.eligible[:, found], found[None], row)
@@ -77,12 +74,16 @@ def lookup(table: RouteTable, contexts: Array) -> Array:
 
 
 def fast_plan(table: RouteTable, contexts: Array) -> Plan:
-    """[L, B, T]: the plan of the fast tier alone; what it does not know is open.
+    """The plan of the fast tier alone; what it does not know is left open.
 
     Args:
+        table: L layers.
         contexts: int32 [B, T, >= max(ngram_orders)], from `keys.contexts`.
+
+    Returns:
+        A plan [L, B, T].
     """
-    row = lookup(table, contexts)
+    row = _lookup(table, contexts)
     known = row != ABSENT
     layer = jnp.arange(table.num_layers, dtype=jnp.int32)[:, None, None]
     unused = Routing.unused((*row.shape, table.top_k), table.num_experts)
@@ -111,7 +112,7 @@ def build_table(
 
     A row is eligible in a layer if the layer's policy looks at its order, it was seen often enough there, the
     gate was certain enough on average, and, where the policy uses answers, some expert has an answer there. Where a key
-    has no answer for an expert, that of the longest shorter key stands in; but what an expert says on average over all
+    has no answer for an expert, the longest shorter key's answer stands in; but an expert's mean output over all
     tokens (order 0) answers for a policy of order 0 alone: tokens that are not known stay with the router.
 
     Args:
@@ -120,7 +121,7 @@ def build_table(
         answers: the experts' mean outputs at the same keys or some of them; None: nothing stands in for an expert.
         top_k: experts per token in the model.
         normalize: as in `varjax.routing.top_k`: table weights sum to one, or are the mean probabilities themselves.
-        keep_shapes: keep every row, that of order 0 and every answer, whatever the policy wants, so that tables of
+        keep_shapes: keep every row, order 0 and every answer, whatever the policy wants, so that tables of
             other policies have the same shapes.
 
     Returns:
@@ -164,23 +165,28 @@ def build_table(
 def with_policies(
     table: RouteTable, config: VARConfig, stats: RoutingStats, answers: Answers | None = None
 ) -> RouteTable:
-    """A table that was built with `keep_shapes`, under the policies of another config; what it knows stays.
+    """A table that was built with `keep_shapes`, under the policies of another config; its rows and answers stay.
 
-    Under a bound (`answers_per_layer`) that is the answers which were the most valuable to the policies that the table
-    was built for: they are not chosen anew.
+    Under a bound (`answers_per_layer`) those are the answers that were the most valuable to the policies that the table
+    was built for: they are not chosen again.
 
     Args:
+        table: built with `keep_shapes=True`.
+        config: with the other policies.
         stats: those that `table` was built from.
-        answers: likewise.
+        answers: those that `table` was built from.
+
+    Returns:
+        A table of the same shapes.
 
     Raises:
-        InputError: as `build_table`, the table holds other rows than all those of `stats`, or its answers were made
-            under another `answer_dtype`, `answer_shrinkage` or `answers_per_layer` than those of `config`.
+        InputError: as `build_table`; the table does not hold all rows of `stats`; or its answers were made under
+            another `answer_dtype`, `answer_shrinkage` or `answers_per_layer` than those of `config`.
     """
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
         raise InputError(
-            f"the table has {rows} rows, the statistics {len(stats.keys)} keys and that of order 0; "
+            f"the table has {rows} rows, the statistics {len(stats.keys)} keys and order 0; "
             "build the table from these statistics with keep_shapes=True"
         )
     _check_answers(table, config, answers)
@@ -229,7 +235,15 @@ def _made_with(config: VARConfig) -> np.ndarray:
 
 
 def asked_orders(config: VARConfig, num_layers: int) -> tuple[int, ...]:
-    """The context orders that any layer's policy looks at, ascending."""
+    """The context orders that any layer's policy looks at.
+
+    Args:
+        config: the policies.
+        num_layers: L.
+
+    Returns:
+        Orders, ascending.
+    """
     policies = [config.policy(layer) for layer in range(num_layers)]
     return tuple(sorted({order for policy in policies if policy is not None for order in policy.ngram_orders}))
 
@@ -285,7 +299,7 @@ def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_exp
 
 
 def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry: np.ndarray) -> np.ndarray:
-    """bool [R]: the keys of the statistics, then that of order 0. `entry` int32 [R, E] is the layer's."""
+    """bool [R]: the keys of the statistics, then order 0. `entry` int32 [R, E] is the layer's."""
     if policy is None:
         return np.zeros(len(entry), bool)
     admitted = (

@@ -54,7 +54,7 @@ class TableFiles:
         return cls(str(stats), None if answers is None else os.fspath(answers))
 
     def digest(self) -> str:
-        """A name for the contents of the files, wherever they lie; `VARConfig.digest` takes it.
+        """A name for the contents of the files, in any folder; `VARConfig.digest` takes it.
 
         Returns:
             The SHA-256 of the SHA-256 of each file, as hexadecimal digits.
@@ -87,8 +87,8 @@ def saved_files(var_config: str | os.PathLike[str]) -> TableFiles | None:
         var_config: a file that `VARConfig.save` wrote, or an earlier version, which kept the paths among the settings.
 
     Returns:
-        The paths, those that do not exist here taken from the folder of the config if they are there; None if the
-        config names no statistics.
+        The paths; a file that does not exist is looked for in the folder of the config, so that the folder may move.
+        None if the config names no statistics.
 
     Raises:
         InputError: the file is not JSON, or was damaged.
@@ -100,8 +100,8 @@ def saved_files(var_config: str | os.PathLike[str]) -> TableFiles | None:
         return None
 
     def located(path: str) -> str:
-        beside = Path(var_config).parent / path
-        return str(beside) if not Path(path).is_file() and beside.is_file() else path
+        places = (Path(path), Path(var_config).parent / path, Path(var_config).parent / Path(path).name)
+        return next((str(place) for place in places if place.is_file()), path)
 
     return TableFiles(located(named.routing_stats), named.answers and located(named.answers))
 

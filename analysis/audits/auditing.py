@@ -1,6 +1,6 @@
 """The audit over documents: what it is calibrated on, and what it would have seen.
 
-Letters: N documents, M streams (`varjax.streams`).
+Letters: N documents, M streams (`varjax.drift`).
 
 A document is one observation however many windows it is read in: their tallies are added up before its means are taken.
 """
@@ -19,12 +19,11 @@ from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from varjax import drift
 from varjax.audit import audited
-from varjax.drift import Calibration, Monitor
+from varjax.drift import Calibration, Monitor, Stream, Tally, observe, watched
 from varjax.errors import InputError
 from varjax.model import VARModel
 from varjax.progress import progress_bar
 from varjax.step import VARState
-from varjax.streams import Stream, Tally, observe, watched
 from varjax.transfer import random_key, to_device
 
 

@@ -1,15 +1,15 @@
 """A pass of the model over documents: sums on the devices, totals on the host, checkpoints on the way.
 
-Letters: G devices, L layers, B sequences, T positions.
+Letters: G devices, L layers, B sequences, T positions, O context orders, S special tokens.
 
-Every device runs its own rows of a batch and adds to its own window of sums; the host absorbs the windows one after
-the other. So devices never wait for each other inside a step, and the result is that of one device up to rounding. If
-the model is divided over a mesh, "device" stands for a place along `data`: the devices there run one model together,
-and each of them has the whole window.
-Processes on several hosts each take their share of the documents (`Share`) and write results of their own.
+Every device runs its own rows of a batch and adds to its own window of sums; the host absorbs the windows one after the
+other. Devices therefore never wait for each other inside a step, and the result is that of one device up to rounding.
+If the model is divided over a mesh, "device" means a place along `data`: the devices there run one model together, and
+each of them has the whole window. Processes on several hosts each take their share of the documents (`Share`) and write
+results of their own.
 
-The result depends on when windows are moved to the host, so that follows from the documents alone, and a checkpoint is
-written only there: a resumed pass repeats exactly what an uninterrupted one does. It reads the documents from the start
+The result depends on when windows are moved to the host, so that follows from the documents alone, and checkpoints are
+written only then: a resumed pass repeats exactly what an uninterrupted one does. It reads the documents from the start
 again, without running the model on those that are done.
 """
 
@@ -19,28 +19,42 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 
-from analysis.collect.checkpoints import Checkpoints
+from analysis.checkpoints import Checkpoints
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
 from models import Model
+from models.decoder import Network
+from models.parameters import Params
 from models.placement import DATA, Placement, make_mesh
 from varjax.errors import InputError
+from varjax.keys import NONE, KeyIndex, contexts, find_orders
 from varjax.progress import progress_bar
 
-SPLIT, WHOLE = PartitionSpec(DATA), PartitionSpec()  # the first axis over the devices; the same on all of them
-SPLIT_LAYERS = PartitionSpec(None, DATA)  # [L, B, ...]
 FLUSH_TOKENS = 1 << 18  # device sums are moved to the host's float64 this often
 SAVE_TOKENS = 1 << 21  # tokens between checkpoints
+_SPLIT, _WHOLE = PartitionSpec(DATA), PartitionSpec()  # the first axis over the devices; the same on all of them
+_SPLIT_LAYERS = PartitionSpec(None, DATA)  # [L, B, ...]
 
-T = TypeVar("T")
 Window = TypeVar("Window")  # a pytree of device arrays
 Total = TypeVar("Total")  # a pytree of host arrays
+
+
+class Reading(TypedDict, total=False):
+    """How a pass reads its documents."""
+
+    batch_size: int  # rows per device and batch at `max_length`; default 8
+    max_length: int  # tokens per window; default 256
+    checkpoints: Checkpoints | None  # where to resume from and to save to; default: start over and save nothing
+    save_tokens: int  # tokens between checkpoints; default `SAVE_TOKENS`
+    progress: bool  # show a bar on standard error; default True
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,14 @@ class Share:
             raise InputError(f"process {self.index} of {self.of}: expected a process from 0 to {self.of - 1}")
 
     def documents(self, every: Iterable[Encoded]) -> Iterable[Encoded]:
-        """Those of the share, as often as they are read. All are read; the model runs on these alone."""
+        """Select the share's documents. All are read; the model runs on these only.
+
+        Args:
+            every: all documents.
+
+        Returns:
+            Those of the share; may be iterated as often as `every`.
+        """
         return every if self.of == 1 else _Part(every, self)
 
 
@@ -71,106 +92,187 @@ class _Part:
         return islice(self.every, self.share.index, None, self.share.of)
 
 
+class Sums(NamedTuple, Generic[Window, Total]):
+    """What a pass sums up: three functions of `varjax.stats` or `varjax.answers`, and what they need from the model."""
+
+    name: str  # for the progress bar
+    begin: Callable[[Total], Window]  # an empty window of one device
+    update: Callable[..., Window]  # (window, rows of keys, figures of the model, mask) -> window
+    absorb: Callable[[Window, Total], Total]
+    orders: tuple[int, ...]  # [O], of the keys
+    layers: tuple[int, ...]
+    expert_outputs: bool = False  # False: `update` gets gate probabilities; True: expert outputs and routing
+
+
 def mesh_of(model: Model) -> Mesh:
-    """The mesh that the model is divided over; if it is not, all devices of this process along `data`."""
+    """Find the mesh that a model runs on.
+
+    Args:
+        model: the model.
+
+    Returns:
+        The mesh that it is divided over; if it is not divided, all devices of this process along `data`.
+    """
     return model.placement.mesh or make_mesh(f"{DATA}={jax.local_device_count()}", jax.local_devices())
 
 
-def on_mesh(model: Model) -> tuple[Model, Mesh]:
-    """The model on `mesh_of` it, all of it on each device unless it is divided already; and that mesh."""
-    mesh = mesh_of(model)
-    if mesh.size == 1 or model.placement.mesh is not None:
-        return model, mesh
-    placement = Placement.of(model.config, mesh)
-    return replace(model, params=placement.place(model.params), placement=placement), mesh
+class Devices(Generic[Window, Total]):
+    """The devices' part of a pass: the model, the index of the keys, and a window of sums on each of G devices."""
+
+    def __init__(self, model: Model, keys: np.ndarray, sums: Sums[Window, Total]):
+        """Move everything that batches share to the devices, whole on each unless the model is divided already.
+
+        Args:
+            model: the model.
+            keys: int32 [R, C].
+            sums: what is summed up.
+        """
+        self.mesh, self._sums = mesh_of(model), sums
+        if self.mesh.size > 1 and model.placement.mesh is None:
+            placement = Placement.of(model.config, self.mesh)
+            model = replace(model, params=placement.place(model.params), placement=placement)
+        shared = KeyIndex.build(keys), jnp.asarray(model.special_token_ids, jnp.int32)
+        self._model, self._shared = model, jax.device_put(shared, NamedSharding(self.mesh, _WHOLE))
+        self._split = partial(jax.device_put, device=NamedSharding(self.mesh, _SPLIT))
+        self._windows: Any = None
+
+    def begin(self, total: Total) -> None:
+        """Give every device an empty window.
+
+        Args:
+            total: what the windows will be absorbed into.
+        """
+        empty, devices = self._sums.begin(total), self.mesh.shape[DATA]
+        self._windows = self._split(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *leaf.shape)), empty))
+
+    def add(self, ids: ArrayLike, mask: ArrayLike) -> Window:
+        """Run one batch through the model and add it to the windows. Special tokens are routed but not counted.
+
+        Args:
+            ids: int32 [G * B, T].
+            mask: bool [G * B, T], real tokens.
+
+        Returns:
+            The windows [G, ...], which the next call invalidates.
+        """
+        batch = self._split(ids), self._split(mask)
+        model = self._model
+        self._windows = _step(
+            self._windows, self._shared, model.params, *batch, sums=self._sums, network=model.network, mesh=self.mesh
+        )
+        return self._windows
+
+    def absorb(self, total: Total) -> Total:
+        """Move the sums of all devices to the host, in the order of the mesh. `begin` must follow.
+
+        Args:
+            total: what was moved before.
+
+        Returns:
+            The total with the windows in it.
+        """
+        for device in range(self.mesh.shape[DATA]):
+            total = self._sums.absorb(jax.tree.map(partial(_window, device=device), self._windows), total)
+        self._windows = None  # frees memory for the next ones
+        return total
 
 
-def on_all_devices(tree: T, mesh: Mesh) -> T:
-    """Every array whole on each device."""
-    return jax.device_put(tree, NamedSharding(mesh, WHOLE))
-
-
-def per_device(tree: Window, mesh: Mesh) -> Window:
-    """[G, ...]: a copy of every array on each device, behind a leading axis."""
-    devices = mesh.shape[DATA]
-    return jax.device_put(
-        jax.tree.map(lambda leaf: np.broadcast_to(leaf, (devices, *leaf.shape)), tree), NamedSharding(mesh, SPLIT)
-    )
-
-
-def on_each_device(step: Callable[..., Window], mesh: Mesh, *specs: PartitionSpec) -> Callable[..., Window]:
-    """`step(window, *arguments) -> window` as a function of windows [G, ...] and of whole arguments.
+def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[int, ...]) -> jax.Array:
+    """Find the key rows of whole windows, which begin without a past.
 
     Args:
-        specs: what each device gets of an argument: SPLIT, SPLIT_LAYERS or WHOLE.
-    """
+        index: of the keys.
+        ids: int32 [B, T].
+        mask: bool [B, T].
+        orders: [O].
 
-    def local(windows: Window, *arguments: jax.Array) -> Window:
-        window = step(jax.tree.map(lambda leaf: leaf[0], windows), *arguments)
+    Returns:
+        int32 [O, B, T].
+    """
+    length = max(1, *orders)
+    recent = jnp.full((ids.shape[0], length - 1), NONE, jnp.int32)
+    return find_orders(index, contexts(ids, recent, length, mask), orders)
+
+
+@partial(jax.jit, static_argnames=("sums", "network", "mesh"), donate_argnums=0)
+def _step(
+    windows: Window,
+    shared: tuple[KeyIndex, jax.Array],
+    params: Params,
+    ids: jax.Array,
+    mask: jax.Array,
+    *,
+    sums: Sums[Window, Any],
+    network: Network,
+    mesh: Mesh,
+) -> Window:
+    """One batch [G * B, T] through the model and into the windows [G, ...]."""
+    options: dict[str, Any] = {"expert_outputs_of": sums.layers} if sums.expert_outputs else {}
+    out = network.forward(params, ids, attention_mask=mask, **options)
+    figures: tuple[Any, ...] = (out.expert_outputs, out.routing) if sums.expert_outputs else (out.router_probs,)
+
+    def add(
+        windows: Window, shared: tuple[KeyIndex, jax.Array], ids: jax.Array, mask: jax.Array, *figures: Any
+    ) -> Window:
+        (index, special), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
+        if not sums.expert_outputs:
+            figures = (figures[0][jnp.array(sums.layers)],)
+        rows = find_rows(index, ids, mask, sums.orders)
+        window = sums.update(window, rows, *figures, mask & ~jnp.isin(ids, special))
         return jax.tree.map(lambda leaf: leaf[None], window)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(SPLIT, *specs), out_specs=SPLIT, check_vma=False)
+    specs = (_SPLIT, _WHOLE, _SPLIT, _SPLIT, *[_SPLIT_LAYERS] * len(figures))
+    run = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)
+    return run(windows, shared, ids, mask, *figures)
 
 
 def run_pass(
-    total: Total,
+    model: Model,
     documents: Iterable[Encoded],
+    keys: np.ndarray,
+    total: Total,
+    sums: Sums[Any, Total],
     *,
-    begin: Callable[[Total], Window],
-    step: Callable[[Window, jax.Array, jax.Array], Window],
-    absorb: Callable[[Window, Total], Total],
-    name: str,
-    mesh: Mesh,
-    batch_size: int,
-    max_length: int,
+    batch_size: int = 8,
+    max_length: int = 256,
     checkpoints: Checkpoints | None = None,
     save_tokens: int = SAVE_TOKENS,
     progress: bool = True,
 ) -> tuple[Total, int]:
-    """Read all documents; the total, and how many documents are in it.
+    """Read all documents.
 
     Args:
-        total: nothing counted yet.
+        model: runs on `mesh_of` it.
         documents: in the same order whenever they are read.
-        begin: an empty window of one device.
-        step: adds a batch, ids int32 and mask bool [G * B, T], to the windows [G, ...], which are donated.
-        absorb: the total with one device's window in it.
-        name: what the bar says.
-        batch_size: rows per device and batch at `max_length`.
-        checkpoints: where to resume from and to save to; None for a pass that starts anew.
-        save_tokens: tokens between checkpoints.
-        progress: show a bar on standard error.
+        keys: int32 [R, C].
+        total: nothing counted yet.
+        sums: what is summed up.
+        batch_size, max_length, checkpoints, save_tokens, progress: see `Reading`.
+
+    Returns:
+        The total, and how many documents are in it.
     """
-    place = partial(jax.device_put, device=NamedSharding(mesh, SPLIT))
     done, total = (checkpoints and checkpoints.newest(total)) or (0, total)
-    windows = per_device(begin(total), mesh)
+    devices = Devices(model, keys, sums)
+    devices.begin(total)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
-    with progress_bar(documents, desc=name, unit=" documents", show=progress) as read:
-        for number, batch in enumerate(batches(read, batch_size * mesh.shape[DATA], max_length), start=1):
+    with progress_bar(documents, desc=sums.name, unit=" documents", show=progress) as read:
+        for number, batch in enumerate(batches(read, batch_size * devices.mesh.shape[DATA], max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:
                 continue
-            windows = step(windows, place(batch.ids), place(batch.mask))
+            devices.add(batch.ids, batch.mask)
             unmoved += int(batch.mask.sum())
             if unmoved < flush_tokens:
                 continue
-            total = _absorbed(windows, total, absorb)
-            del windows  # their memory is that of the next ones
-            windows = per_device(begin(total), mesh)
+            total = devices.absorb(total)
+            devices.begin(total)
             unmoved, unsaved = 0, unsaved + unmoved
             if checkpoints and unsaved >= save_tokens:
                 checkpoints.save(number, total)
                 unsaved = 0
-    return _absorbed(windows, total, absorb), read_documents
-
-
-def _absorbed(windows: Window, total: Total, absorb: Callable[[Window, Total], Total]) -> Total:
-    """The total with the windows [G, ...] of all devices in it, in the order of the mesh."""
-    devices = len(jax.tree.leaves(windows)[0])
-    for device in range(devices):
-        total = absorb(jax.tree.map(partial(_window, device=device), windows), total)
-    return total
+    return devices.absorb(total), read_documents
 
 
 def _window(leaf: jax.Array, device: int) -> np.ndarray:

@@ -39,7 +39,7 @@ import pandas as pd
 from analysis.evaluate.comparison import MAX_DEGRADATION, Result, check_pair
 from analysis.evaluate.quality import Scores
 from analysis.report.provenance import hash_json
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from varjax.bounds import documents_needed, p_value, upper_bound
 from varjax.errors import InputError
 

@@ -24,7 +24,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from analysis.collect.checkpoints import Checkpoints
+from analysis.checkpoints import Checkpoints
 from analysis.text.batches import Batch, batches
 from analysis.text.encoding import Encoded
 from models import Model

@@ -6,26 +6,19 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from analysis.questions.drawn import SAMPLES, DocumentDraws
 from analysis.questions.question import NotMeasuredError
-from analysis.resampling import Measure, check_permutations
-from analysis.traces import trace as traces
+from analysis.resampling import MIN_PERMUTATIONS, Measure
 from analysis.traces.capture import on_all_layers
-from analysis.traces.importing import import_npz
 from analysis.traces.statistics import trace_statistics
 from analysis.traces.trace import Trace
-from varjax import statsfile
 from varjax.errors import InputError
 from varjax.stats import RoutingStats
 
-STATS_FILE = "routing_stats.parquet"  # looked for in a folder
 Found = TypeVar("Found")
 
 
@@ -44,13 +37,22 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_permutations(self.permutations)
+        if 0 != self.permutations < MIN_PERMUTATIONS:
+            raise InputError(
+                f"permutations is {self.permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
+                "fewer cannot make a 95 % band"
+            )
         for name in ("min_count", "samples"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least 1")
         if not self.orders or min(self.orders) < 1:
             raise InputError(f"orders are {list(self.orders)}; give one or more context lengths of at least 1")
         object.__setattr__(self, "orders", tuple(sorted(set(self.orders))))
+
+    @property
+    def order_names(self) -> list[str]:
+        """A name for each context order."""
+        return [f"order {order}" for order in self.orders]
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class RoutingData:
     @cached_property
     def entropy(self) -> EntropyKind:
         """What the gate entropy of the statistics is the entropy of."""
-        return entropy_kind(self.source)
+        return _entropy_kind(self.source)
 
     @cached_property
     def draws(self) -> DocumentDraws | None:
@@ -110,7 +112,7 @@ class RoutingData:
         if self.source.trace is None:
             return None
         samples = min(self.settings.samples, SAMPLES)
-        return DocumentDraws.of(self.source.trace, samples, self.settings.seed, self.progress)
+        return DocumentDraws(self.source.trace, None, samples, self.settings.seed, self.progress)
 
     def name_of(self, row: int) -> str:
         """Name the token id of a key of order 1.
@@ -147,63 +149,6 @@ class RoutingData:
         return found if captured.all() else _on_all_layers(found, captured)
 
 
-def statistics_of(path: Path) -> Path:
-    """Find the routing statistics that a path stands for.
-
-    Args:
-        path: a file or a folder.
-
-    Returns:
-        The statistics in a folder; any other path unchanged.
-
-    Raises:
-        FileNotFoundError: the folder has none.
-    """
-    if not path.is_dir():
-        return path
-    if not (path / STATS_FILE).is_file():
-        raise FileNotFoundError(f"{path}: this folder has no {STATS_FILE}; give the file itself, or the right folder")
-    return path / STATS_FILE
-
-
-def open_source(path: Path) -> Source:
-    """Read statistics, or a trace and compute its statistics.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        Its contents.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: the file is neither; names file, column and fix.
-    """
-    trace = read_trace(path)
-    if trace is not None:
-        return trace_source(trace)
-    stats, meta = statsfile.read(path)
-    return Source(stats, meta, statsfile.token_strings(path))
-
-
-def read_trace(path: Path) -> Trace | None:
-    """Read a trace, in the format of this project or as a NumPy archive.
-
-    Args:
-        path: of any file.
-
-    Returns:
-        The trace, or None if the file does not say that it holds one.
-    """
-    if path.suffix == ".npz":
-        return import_npz(path)
-    try:
-        is_trace = path.is_file() and traces.is_trace(pq.read_schema(path))
-    except (pa.ArrowException, OSError):
-        return None
-    return traces.read(path) if is_trace else None
-
-
 def trace_source(trace: Trace) -> Source:
     """Compute the statistics of a trace on all token ids.
 
@@ -221,39 +166,7 @@ def trace_source(trace: Trace) -> Source:
     return Source(trace_statistics(trace), meta, trace.token_strings, trace)
 
 
-def mismatch(source: Source, trace: Trace) -> str:
-    """Check whether a trace can belong to the model that statistics were collected from.
-
-    Layers, experts and, where both are known, the model's fingerprint (`revision` of a trace) must agree.
-
-    Args:
-        source: the statistics.
-        trace: the trace.
-
-    Returns:
-        Every difference, or "" if there is none.
-    """
-    stats, faults = source.stats, []
-    if trace.num_layers != len(stats.count):
-        faults.append(f"layers: {trace.num_layers}, the statistics have {len(stats.count)}")
-    guessed = "num_experts" in source.meta.get("filled", {})  # the largest id in the file: there may be more
-    if trace.num_experts < stats.num_experts or (trace.num_experts != stats.num_experts and not guessed):
-        faults.append(f"experts: {trace.num_experts}, the statistics have {stats.num_experts}")
-    ours, theirs = source.meta.get("fingerprint"), trace.origin.get("revision")
-    if ours and theirs and ours != theirs:
-        faults.append(f"revision: {theirs}, the statistics are of the model with fingerprint {ours}")
-    return "; ".join(faults)
-
-
-def entropy_kind(source: Source) -> EntropyKind:
-    """Find out what the gate entropy of statistics is the entropy of.
-
-    Args:
-        source: the statistics with their metadata.
-
-    Returns:
-        Its range, and what must be said about criteria on it.
-    """
+def _entropy_kind(source: Source) -> EntropyKind:
     meta, number = source.meta, source.stats.num_experts
     caution: tuple[str, ...] = ()
     if meta.get("scores") == "sigmoid":

@@ -15,7 +15,7 @@ have on average. docs/phase1.md has the coverage that simulations found.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from scipy.sparse import csr_array
@@ -52,19 +52,10 @@ class Block:
     """A few draws, and what all layers share of them."""
 
     def __init__(self, occurrences: csr_array, weights: np.ndarray):
-        """Occurrences [R, D] and weights [B, D]."""
         self.weights = np.ascontiguousarray(weights.T)  # float64 [D, B]
         self.count = np.ascontiguousarray((occurrences @ self.weights).T)  # float64 [B, R], 0: absent from the draw
-
-    @cached_property
-    def ids(self) -> np.ndarray:
-        """int64 [B]: how many ids a draw contains."""
-        return np.sum(self.count > 0, axis=1)
-
-    @cached_property
-    def total(self) -> np.ndarray:
-        """float64 [B]: occurrences of all ids."""
-        return self.count.sum(axis=1)
+        self.ids = np.sum(self.count > 0, axis=1)  # int64 [B], not absent
+        self.total = self.count.sum(axis=1)  # float64 [B], occurrences
 
     @cached_property
     def order(self) -> np.ndarray:
@@ -73,15 +64,14 @@ class Block:
 
     @cached_property
     def rank(self) -> np.ndarray:
-        """float64 [B, R]: ranks of the counts as `ranks` gives them."""
-        return ranks(np.where(self.count > 0, self.count, np.inf))
+        """float64 [B, R]: rank of the count, ties by the mean of their places; 0: absent."""
+        return _ranks(np.where(self.count > 0, self.count, np.inf))
 
 
 class LayerDraws:
     """A block of draws in one layer."""
 
     def __init__(self, block: Block, entropy: csr_array, chosen: Callable[[], tuple[csr_array, np.ndarray]]):
-        """Sums of entropy [R, D]; and first choices [id and expert, D] with the first row of each id, int64 [R]."""
         self.block, self._entropy, self._chosen = block, entropy, chosen
 
     @cached_property
@@ -90,6 +80,11 @@ class LayerDraws:
         count = self.block.count
         mean = np.full(count.shape, np.inf)
         return np.divide((self._entropy @ self.block.weights).T, count, out=mean, where=count > 0)
+
+    @cached_property
+    def entropy_rank(self) -> np.ndarray:
+        """float64 [B, R]: rank of the mean entropy, as that of the count."""
+        return np.where(self.block.count > 0, _ranks(self.mean_entropy), 0)
 
     @cached_property
     def largest(self) -> np.ndarray:
@@ -101,53 +96,38 @@ class LayerDraws:
 
 
 class DocumentDraws:
-    """Bootstrap draws of the documents of a trace, from which figures on its statistics are recomputed."""
+    """Bootstrap draws of the documents of a trace, from which figures on its statistics are recomputed.
 
-    def __init__(self, trace: Trace, weights: np.ndarray, progress: bool = False):
-        """Prepare the draws.
+    Args:
+        trace: what the statistics were computed from, with D documents that have tokens.
+        weights: float64 [S, D], how often each document was drawn; None: as `samples` and `seed` say. From a single
+            document, which says nothing about others, the draws are empty and all figures NaN.
+        samples: S, the number of draws.
+        seed: of the draws.
+        progress: show bars on standard error.
+    """
 
-        Args:
-            trace: what the statistics were computed from, with D documents that have tokens.
-            weights: float64 [S, D], how often each document was drawn; all 1 gives the figures of the text itself.
-            progress: show bars on standard error.
-        """
-        self.samples, self.documents = weights.shape
+    def __init__(
+        self,
+        trace: Trace,
+        weights: np.ndarray | None = None,
+        samples: int = SAMPLES,
+        seed: int = 0,
+        progress: bool = False,
+    ):
         self._trace, self._progress = trace, progress
-        self._document = np.unique(trace.document, return_inverse=True)[1]
+        different, self._document = np.unique(trace.document, return_inverse=True)
+        self.documents = len(different)
+        if weights is None:
+            drawn = self.documents > 1
+            weights = document_counts(len(different), samples, seed) if drawn else np.zeros((samples, len(different)))
+        self.samples = len(weights)
         token_ids, self._row = np.unique(trace.token_id, return_inverse=True)  # ties of frequency go by id, as in keys
         self._ids = len(token_ids)
         self._seen = _Sums(self._row, self._document, (self._ids, self.documents))
         occurrences = self._seen.matrix(np.ones(len(self._row)))
         size = max(1, _DRAWN // max(1, min(len(self._row), self._ids * trace.num_experts)))
-        self._blocks = [Block(occurrences, weights[start : start + size]) for start in range(0, self.samples, size)]
-
-    @classmethod
-    def of(cls, trace: Trace, samples: int = SAMPLES, seed: int = 0, progress: bool = False) -> DocumentDraws:
-        """Draw the documents of a trace with replacement.
-
-        Args:
-            trace: what the statistics were computed from.
-            samples: S, the number of draws.
-            seed: of the draws.
-            progress: show bars on standard error.
-
-        Returns:
-            The draws; from one document, which says nothing about others, they are empty and all figures NaN.
-        """
-        number = len(np.unique(trace.document))
-        weights = document_counts(number, samples, seed) if number > 1 else np.zeros((samples, number))
-        return cls(trace, weights, progress)
-
-    def of_counts(self, statistic: Callable[[Block], np.ndarray]) -> np.ndarray:
-        """Compute a figure that depends on the counts of the ids alone.
-
-        Args:
-            statistic: of a block, float64 [B].
-
-        Returns:
-            float64 [S].
-        """
-        return np.concatenate([statistic(block) for block in self._blocks])
+        self.blocks = [Block(occurrences, weights[start : start + size]) for start in range(0, self.samples, size)]
 
     def by_layer(self, statistic: Callable[[LayerDraws], np.ndarray]) -> np.ndarray:
         """Compute a figure in every layer.
@@ -162,30 +142,21 @@ class DocumentDraws:
         return np.stack([self._layer(layer, statistic) for layer in layers], axis=1)
 
     def _layer(self, layer: int, statistic: Callable[[LayerDraws], np.ndarray]) -> np.ndarray:
-        entropy = self._seen.matrix(gate_entropy(self._trace, layer))
-        experts = self._trace.num_experts
-        chosen: list[tuple[csr_array, np.ndarray]] = []
+        entropy, experts = self._seen.matrix(gate_entropy(self._trace, layer)), self._trace.num_experts
 
+        @cache  # once for all blocks, and only where a statistic needs it
         def first_choices() -> tuple[csr_array, np.ndarray]:
-            if not chosen:  # once for all blocks, and only where a statistic needs it
-                first = np.maximum(self._trace.experts[:, layer, 0], 0)  # a layer that was not captured has no figure
-                choice, which = np.unique(self._row * experts + first, return_inverse=True)
-                sums = _Sums(which, self._document, (len(choice), self.documents)).matrix(np.ones(len(which)))
-                chosen.append((sums, np.searchsorted(choice, np.arange(self._ids) * experts)))
-            return chosen[0]
+            """First choices [id and expert, D], and the first row of each id, int64 [R]."""
+            first = np.maximum(self._trace.experts[:, layer, 0], 0)  # a layer that was not captured has no figure
+            choice, which = np.unique(self._row * experts + first, return_inverse=True)
+            sums = _Sums(which, self._document, (len(choice), self.documents)).matrix(np.ones(len(which)))
+            return sums, np.searchsorted(choice, np.arange(self._ids) * experts)
 
-        return np.concatenate([statistic(LayerDraws(block, entropy, first_choices)) for block in self._blocks])
+        return np.concatenate([statistic(LayerDraws(block, entropy, first_choices)) for block in self.blocks])
 
 
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Rank values within each row, ties by the mean of their places.
-
-    Args:
-        values: float64 [B, R].
-
-    Returns:
-        float64 [B, R] from 1 on; 0 where a value is not finite.
-    """
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """float64 [B, R]: ranks from 1 within each row, ties by the mean of their places; 0 where not finite."""
     finite = np.isfinite(values)
     return np.where(finite, rankdata(np.where(finite, values, np.inf), axis=1), 0)
 

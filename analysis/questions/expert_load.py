@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions.data import RoutingData, Settings
-from analysis.questions.measures import INTERVALS, mean
+from analysis.questions.nulls import mean
 from analysis.questions.question import Answer, Question
 from analysis.report.figures import heat_map, subplots
 from analysis.report.report import Column, ReportFigure, Table
@@ -106,7 +106,6 @@ def _examine(data: RoutingData) -> Answer:
     words = [
         f"Shares of the assignments of {found.tokens:,} tokens in {found.documents:,} documents. imbalance: the "
         "busiest expert's share over the mean share; evenness: entropy of the shares over the largest possible one.",
-        INTERVALS,
     ]
     figure = ReportFigure(
         "expert_load",

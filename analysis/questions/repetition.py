@@ -22,18 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
+from analysis.questions import nulls
 from analysis.questions.data import RoutingData, Settings
-from analysis.questions.measures import (
-    INTERVALS,
-    against_permutations,
-    check_ranked,
-    layer_panels,
-    layers_above_null,
-    mean,
-    measure_tables,
-    null_words,
-    plot_against_null,
-)
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums
@@ -66,7 +56,7 @@ def repetition(trace: Trace, settings: Settings, progress: bool = False) -> Repe
     Raises:
         NotTestableError: the experts are not ranked, or no token directly follows another.
     """
-    check_ranked(trace)
+    nulls.check_ranked(trace)
     pair = ~trace.begins()
     if not pair.any():
         raise NotTestableError("no two tokens of the trace directly follow each other; give a trace of running text")
@@ -79,7 +69,7 @@ def repetition(trace: Trace, settings: Settings, progress: bool = False) -> Repe
 
     totals = dict.fromkeys(uniform, pairs)
     return Repetition(
-        measures=against_permutations(sums, totals, trace.document, settings, "repetition", progress),
+        measures=nulls.against_permutations(sums, totals, trace.document, settings, "repetition", progress),
         uniform=uniform,
         pairs=int(pair.sum()),
         tokens=len(trace.token_id),
@@ -116,9 +106,8 @@ def _examine(data: RoutingData) -> Section:
     chance = ", ".join(f"{name} {share:.1%}" for name, share in found.uniform.items())
     words = [
         f"{found.pairs:,} pairs of tokens that directly follow each other. Uniform routing would give {chance}.",
-        f"{null_words(data.settings)} It keeps each document's favorite experts, so what is above the band is "
-        "persistent routing, or ids that come in bursts.",
-        INTERVALS,
+        f"{nulls.NULL} That keeps each document's favorite experts, so what is above the band is persistent "
+        "routing, or ids that come in bursts.",
     ]
     figure = ReportFigure(
         "repetition",
@@ -128,15 +117,16 @@ def _examine(data: RoutingData) -> Section:
         "Text that repeats itself repeats its routing: a token id that follows itself counts as well.",
         lambda: _draw(found),
     )
-    outcome = f"{mean(first.value):.1%} of pairs, mean over layers; {layers_above_null(first, 0)}; no published bound"
-    tables = [table for one in found.measures.values() for table in measure_tables(one, ["consecutive tokens"])]
+    above = nulls.layers_above(first, 0)
+    outcome = f"{nulls.mean(first.value):.1%} of pairs, mean over layers; {above}; no published bound"
+    tables = [table for one in found.measures.values() for table in nulls.tables(one, ["consecutive tokens"])]
     return QUESTION.section("reported", outcome, words, tables, [figure])
 
 
 def _draw(found: Repetition) -> Figure:
-    figure, axes = layer_panels(1, len(found.measures), sharey=False)
+    figure, axes = nulls.panels(1, len(found.measures), sharey=False)
     for axis, (name, one) in zip(axes.flat, found.measures.items(), strict=True):
-        plot_against_null(axis, one, 0)
+        nulls.plot(axis, one, 0)
         axis.axhline(found.uniform[name], color="0.5", linestyle=":", linewidth=1)
         axis.set_ylim(0, None)
         axis.set_title(name.replace("_", " "), fontsize="medium")

@@ -2,7 +2,7 @@
 
 Letters: L layers, N answers of a layer.
 
-A bound on the answers of a layer keeps the most valuable ones (`varjax.selection`); the policy stays the same. Sizes
+A bound on the answers of a layer keeps the most valuable ones (`varjax.shrinkage`); the policy stays the same. Sizes
 are those of the tables as they would be shipped, with keys and everything else; losses are measured in tables of one
 shape, in which an answer that is not kept cannot be found.
 """

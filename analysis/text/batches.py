@@ -2,13 +2,13 @@
 
 Letters: B rows of a batch, T positions.
 
-A document is cut into windows of at most `max_length` tokens, `stride` tokens apart; each of its tokens after the first
+A document is cut into windows of at most `max_length` tokens, `stride` tokens apart. Each of its tokens after the first
 is scored exactly once, in the first window that reaches it. Windows are padded to one of a few lengths, so that a run
-compiles a few programs and short documents do not pay for long ones. Documents may come from a stream: no more of them
-is held than the windows that wait for their batch to fill.
+compiles few programs and short documents do not pay for long ones. Documents may come from a stream: only the windows
+that wait for their batch to fill are held.
 
-Where a document's windows depend on each other (`in_order`), each row holds one document after the other, one window a
-batch.
+Where a document's windows depend on each other (`in_order`), each row reads one document after the other, one window
+per batch.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ class Batch:
     scored: np.ndarray  # bool [B, T], whether its loss counts here
     fresh: np.ndarray  # bool [B, T], real, and in no earlier window: what statistics count
     documents: np.ndarray  # int32 [B], index of the row's document, -1 for filling
-    goes_on: np.ndarray  # bool [B], whether the row held the window before this one in the batch before (`in_order`)
-    start: int = 0  # positions of the batches before (`in_order`)
+    goes_on: np.ndarray  # bool [B], whether the row continues the window of the previous batch (`in_order`)
+    start: int = 0  # positions of the previous batches (`in_order`)
 
 
 class Window(NamedTuple):
     """One stretch of a document."""
 
-    ids: np.ndarray  # int32 [size], or one more: the id that follows
+    ids: np.ndarray  # int32 [size], or one more, the id that follows
     size: int  # tokens that are read
-    seen: int  # of these, the first ones that an earlier window has read
+    seen: int  # the first of these tokens, which an earlier window has read
     document: int  # its index
 
 
@@ -54,7 +54,7 @@ def batches(
     full_last: bool = False,
     one_by_one: bool = False,
 ) -> Iterator[Batch]:
-    """Every window of every document, each in the first batch of its length that fills up; unfilled ones come last.
+    """Batch every window of every document.
 
     Args:
         documents: read once, as far as the batches need it.
@@ -62,7 +62,13 @@ def batches(
         max_length: tokens of the longest window.
         stride: tokens from one window's start to the next; None: `max_length`, no overlap.
         full_last: see `cut`.
-        one_by_one: a document's windows come one after the other in one row, as `in_order` has it.
+        one_by_one: a document's windows come one after the other in one row, as in `in_order`.
+
+    Yields:
+        Batches as they fill up; unfilled ones come last.
+
+    Raises:
+        InputError: a size out of range.
     """
     if batch_size < 1 or max_length < 2:
         raise InputError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
@@ -78,7 +84,15 @@ def batches(
 def windows(
     documents: Iterable[Encoded], max_length: int, stride: int | None = None, full_last: bool = False
 ) -> Iterator[Window]:
-    """The windows of every document, in order; see `cut`."""
+    """Cut every document into windows.
+
+    Args:
+        documents: the documents.
+        max_length, stride, full_last: see `cut`.
+
+    Yields:
+        The windows in order.
+    """
     for index, document in enumerate(documents):
         yield from cut(document.ids, index, max_length, stride, full_last)
 
@@ -86,13 +100,21 @@ def windows(
 def cut(
     ids: np.ndarray, document: int, max_length: int, stride: int | None = None, full_last: bool = False
 ) -> Iterator[Window]:
-    """The windows of one document, int32 [n].
+    """Cut one document into windows.
 
     Args:
+        ids: int32 [n].
         document: its index.
+        max_length: tokens of the longest window.
         stride: tokens from one window's start to the next; None: `max_length`, no overlap.
-        full_last: for scoring alone. The last window is moved back until it is `max_length` long, so that what it
-            scores gets the most context; a document's last id, which foretells nothing, is not read.
+        full_last: for scoring only. The last window is moved back until it is `max_length` long, so that the tokens
+            that it scores get the most context; a document's last id, which predicts nothing, is not read.
+
+    Yields:
+        The windows in order.
+
+    Raises:
+        InputError: `stride` is out of range.
     """
     stride = max_length if stride is None else stride
     if not 1 <= stride <= max_length:
@@ -108,11 +130,14 @@ def cut(
 
 
 def packed(cuts: Iterable[Window], rows: Mapping[int, int]) -> Iterator[Batch]:
-    """Windows side by side with those of about their length; unfilled batches come last.
+    """Batch windows with others of about their length.
 
     Args:
-        cuts: none longer than the longest length.
+        cuts: the windows, none longer than the longest length.
         rows: of a batch, by its length in tokens.
+
+    Yields:
+        Batches as they fill up; unfilled ones come last.
     """
     lengths = sorted(rows)
     waiting: dict[int, list[Window]] = {length: [] for length in lengths}
@@ -128,12 +153,15 @@ def packed(cuts: Iterable[Window], rows: Mapping[int, int]) -> Iterator[Batch]:
 
 
 def in_order(documents: Iterable[Iterable[Window]], rows: int, lengths: Sequence[int]) -> Iterator[Batch]:
-    """Each row holds one document after the other, from its first window to its last, one window a batch.
+    """Batch windows so that each row reads one document after the other, one window per batch.
 
     Args:
-        documents: the windows of each; none longer than the longest length.
+        documents: the windows of each document, none longer than the longest length.
         rows: of a batch.
-        lengths: of batches, in tokens, ascending; a batch has the first that its longest window fits into.
+        lengths: of batches, in tokens, ascending; a batch has the first length that its longest window fits into.
+
+    Yields:
+        Batches in order.
     """
     waiting, start = iter(documents), 0
     reading: list[Iterator[Window]] = [iter(()) for _ in range(rows)]

@@ -1,12 +1,12 @@
-"""Whether the embedded corpus is still the one that a model's card names.
+"""A check that the embedded corpus is still the one that a model's card describes.
 
-The embedded corpus follows the versions of the installed packages, and a document's split follows from its text. So an
-edited docstring is another document, in a split of its own: with other versions than at the training, held-out text may
-be an edit of training text. Whoever reads a result has to know.
+The embedded corpus follows the versions of the installed packages, and a document's split follows from its text. An
+edited docstring is therefore another document with a split of its own: with other versions than during training,
+held-out text may be an edit of training text. Whoever reads a result has to know.
 
-What can be known depends on the card (`card.json`, of `experiments/00_train_reference.py`). It always holds the number
-of documents of the train and the test split, and a hash over each; these tell whether a split is the same, and no more.
-Where it names its documents (`document_ids`), those that differ are counted.
+A card (`card.json`, written by `experiments/00_train_reference.py`) always holds the number of documents of the train
+and the test split and a hash of each, which tell only whether a split is the same. Where it names its documents
+(`document_ids`), those that differ are counted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from models import Model
 from models import model as checkpoints
 from varjax.errors import InputError
 
-SECTIONS = {"train": "training", "test": "test"}  # of a card, by the split that it describes
-DIGITS = 12  # of a document's id, that a card names it by: two of a million share them with a probability of 0.2 %
+_SECTIONS = {"train": "training", "test": "test"}  # of a card, by the split that it describes
+_DIGITS = 12  # of a document's id in a card: two of a million documents share them with a probability of 0.2 %
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,15 @@ class SplitCheck:
     added: int | None  # documents that are not on the card; None: the card does not name its documents
     gone: int | None  # documents on the card that no longer exist; None: unknown
 
+    def __str__(self) -> str:
+        counts = f"{self.split} {self.now:,} documents"
+        if self.same:
+            return counts
+        counts += f" (card: {self.on_card:,})"
+        if self.added is None:
+            return f"{counts}, at least {max(abs(self.now - self.on_card), 1):,} differ"
+        return f"{counts}, {self.added:,} of them new and {self.gone:,} of the card's gone"
+
 
 @dataclasses.dataclass(frozen=True)
 class CardCheck:
@@ -51,8 +60,8 @@ class CardCheck:
 
     @property
     def words(self) -> str:
-        """For a report, and for people."""
-        found = [_said(one) for one in self.splits]
+        """The result in one sentence, for a report and for people."""
+        found = [*map(str, self.splits)]
         if all(one.same for one in self.splits):
             return f"the embedded corpus is the one on the model's card: {'; '.join(found)}"
         if any(one.added is None for one in self.splits if not one.same):
@@ -62,86 +71,99 @@ class CardCheck:
         found.append("held-out text may be edited training text")
         return f"the embedded corpus is not the one on the model's card: {'; '.join(found)}"
 
-    def fields(self) -> dict[str, Any]:
-        """The check as a result file holds it, with its words."""
-        return dataclasses.asdict(self) | {"words": self.words}
-
 
 def check(model: Model, dataset: str) -> CardCheck | None:
-    """The installed corpus against the model's card; None for another dataset, or a model without a card of that kind.
+    """Compare the installed corpus with a model's card.
+
+    Args:
+        model: whose card is read.
+        dataset: what is read in this run.
+
+    Returns:
+        The comparison; None: the dataset is not the embedded corpus, or the model has no card of that kind.
 
     Raises:
         InputError: the card cannot be read.
     """
     directory = checkpoints.REFERENCE if model.name == "reference" else Path(model.name)
     path = directory / "card.json"
-    if not path.is_file() or not _is_embedded(dataset):
+    folder = Path(dataset).expanduser()
+    is_embedded = dataset == "embedded" or (is_prepared(folder) and read_manifest(folder).request.dataset == "embedded")
+    if not path.is_file() or not is_embedded:
         return None
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # malformed JSON, or not UTF-8
         raise InputError(f"{path}: not a model card in JSON ({error}); restore the file, or remove it") from error
-    if not _describes(card):
-        return None
+    sections = [card.get(name) for name in _SECTIONS.values()] if isinstance(card, dict) else [None]
+    if not all(isinstance(one, dict) and {"documents", "data_sha256"} <= one.keys() for one in sections):
+        return None  # somebody else's card
     return compare(card, (document.id for document in iter_documents("embedded")))
 
 
 def announced(model: Model, dataset: str) -> dict[str, Any] | None:
-    """The fields of `check`, after its words were printed."""
+    """Compare as `check` does, and print the result.
+
+    Args:
+        model, dataset: see `check`.
+
+    Returns:
+        The comparison as a result file holds it, with its words; None: see `check`.
+    """
     found = check(model, dataset)
     if found is None:
         return None
     print(found.words)
-    return found.fields()
+    return dataclasses.asdict(found) | {"words": found.words}
 
 
 def compare(card: Mapping[str, Any], document_ids: Iterable[str]) -> CardCheck:
-    """The same from the card's content and the ids of all documents of the corpus, in its order."""
-    now: dict[str, list[str]] = {split: [] for split in SECTIONS}
+    """Compare a card's content with a corpus.
+
+    Args:
+        card: content of `card.json`.
+        document_ids: ids of all documents of the corpus, in its order.
+
+    Returns:
+        The comparison.
+    """
+    now: dict[str, list[str]] = {split: [] for split in _SECTIONS}
     for one in document_ids:
         now.get(split_of(one), []).append(one)
+    splits = []
+    for split, ids in now.items():
+        section = card[_SECTIONS[split]]
+        same, listed, here = corpus_hash(ids) == section["data_sha256"], section.get("document_ids"), set(named(ids))
+        added = gone = 0 if same else None
+        if listed is not None:
+            added, gone = len(here - set(listed)), len(set(listed) - here)
+        splits.append(SplitCheck(split, section["documents"], len(ids), same, added, gone))
     noted = card.get("provenance", {}).get("versions", {})
-    present = {"python": python_version()} | {
-        name: version_of(name) for name in noted if name in embedded.DISTRIBUTIONS
-    }
+    present = {"python": python_version()}
+    present |= {name: version_of(name) for name in noted if name in embedded.DISTRIBUTIONS}
     versions = {name: (noted[name], here) for name, here in present.items() if noted.get(name, here) != here}
-    return CardCheck(tuple(_checked(split, card[SECTIONS[split]], ids) for split, ids in now.items()), versions)
+    return CardCheck(tuple(splits), versions)
 
 
 def facts(found: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:
-    """What a report states of `CardCheck.fields`; nothing where there was nothing to compare."""
+    """State a comparison in a report.
+
+    Args:
+        found: as `announced` returns it.
+
+    Returns:
+        Facts of a report; none where there was nothing to compare.
+    """
     return () if found is None else (("model card", found["words"]),)
 
 
 def named(document_ids: Iterable[str]) -> list[str]:
-    """`document_ids` of a card."""
-    return [one[:DIGITS] for one in document_ids]
+    """Shorten document ids for a card's `document_ids`.
 
+    Args:
+        document_ids: full ids.
 
-def _checked(split: str, section: Mapping[str, Any], ids: list[str]) -> SplitCheck:
-    same, listed, here = corpus_hash(ids) == section["data_sha256"], section.get("document_ids"), set(named(ids))
-    added = gone = 0 if same else None
-    if listed is not None:
-        added, gone = len(here - set(listed)), len(set(listed) - here)
-    return SplitCheck(split, section["documents"], len(ids), same, added, gone)
-
-
-def _said(one: SplitCheck) -> str:
-    if one.same:
-        return f"{one.split} {one.now:,} documents"
-    counts = f"{one.split} {one.now:,} documents (card: {one.on_card:,})"
-    if one.added is None:
-        return f"{counts}, at least {max(abs(one.now - one.on_card), 1):,} differ"
-    return f"{counts}, {one.added:,} of them new and {one.gone:,} of the card's gone"
-
-
-def _is_embedded(dataset: str) -> bool:
-    """Whether the documents are those of the embedded corpus, read from the packages or from a prepared folder."""
-    folder = Path(dataset).expanduser()
-    return dataset == "embedded" or (is_prepared(folder) and read_manifest(folder).request.dataset == "embedded")
-
-
-def _describes(card: Any) -> bool:
-    """Whether it is a card of `experiments/00_train_reference.py`."""
-    sections = [card.get(name) for name in SECTIONS.values()] if isinstance(card, dict) else [None]
-    return all(isinstance(one, dict) and {"documents", "data_sha256"} <= one.keys() for one in sections)
+    Returns:
+        Their first digits.
+    """
+    return [one[:_DIGITS] for one in document_ids]

@@ -1,12 +1,11 @@
-"""The embedded corpus: the documentation text of the packages that varjax itself needs.
+"""The embedded corpus: the docstrings of the packages that varjax needs. Each is a document, each package a domain.
 
-Docstrings are real prose, each one a document, each package a domain: nothing to download, nothing to
-license. The sources are parsed, never imported. Only the distributions named here count, so that the corpus
-does not change with what else is installed; with other versions of these some documents change, and
-`analysis.text.corpus.corpus_hash` shows it.
+Nothing has to be downloaded or licensed. The sources are parsed, never imported. Only the distributions named here
+count, so that the corpus does not depend on what else is installed; with other versions of them some documents change,
+which `analysis.text.corpus.corpus_hash` reveals.
 
-Copies would make a held-out text a text already learned (model files in particular repeat each other), so a
-docstring more than half of whose lines have occurred before is left out.
+Copies would leak training text into held-out text (model files in particular repeat each other), so a docstring is left
+out if more than half of its lines have occurred before.
 """
 
 import ast
@@ -22,7 +21,6 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from analysis.text.corpus import Document, Row
 from varjax.files import replacing
 from varjax.progress import progress_bar
 
@@ -34,25 +32,29 @@ DISTRIBUTIONS = (
     "safetensors", "scipy", "sentencepiece", "sqlalchemy", "tensorstore", "tokenizers", "tqdm",
     "transformers", "treescope", "typer",
 )  # fmt: skip
-"""Whose docstrings make the corpus, besides the standard library's; what is not installed is left out."""
+"""The distributions whose docstrings make the corpus, besides the standard library; missing ones are left out."""
 
-MIN_CHARS = 200
-"""Shorter docstrings say too little to be a document."""
+MIN_CHARS = 200  # shorter docstrings say too little to be a document
 
-_FORMAT = 2  # raise it when the rules below change, so that caches are built anew
+_FORMAT = 2  # raise it when the rules below change, so that caches are rebuilt
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_vendor", "__pycache__"}
-_MIN_LINE = 20  # characters; shorter lines ("Parameters", "-------") recur everywhere and tell no copy
+_MIN_LINE = 20  # characters; shorter lines ("Parameters", "-------") recur everywhere and do not indicate a copy
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+
+Row = tuple[str, str]  # text, group
 
 logger = logging.getLogger(__name__)
 
 
 def rows() -> Iterator[Row]:
-    """(text, group) of every document, in the order of their hashes: any first n are a random sample.
+    """Read the corpus in the order of the texts' hashes, so that any first n documents are a random sample.
 
     The first call parses some 4,000 files (about a minute) and keeps the result in the user's cache folder
-    (`$XDG_CACHE_HOME/varjax`, else `~/.cache/varjax`) under a name that holds the versions' hash.
+    (`$XDG_CACHE_HOME/varjax`, else `~/.cache/varjax`) under a name that contains a hash of the versions.
+
+    Returns:
+        Text and group of every document.
     """
     cache = _cache_file()
     if cache.is_file():
@@ -60,14 +62,29 @@ def rows() -> Iterator[Row]:
         if kept is not None:
             return iter(kept)
         logger.warning("%s was damaged after it was written; the embedded corpus is parsed again", cache)
-    documents = sorted((Document(text, group) for text, group in extract()), key=lambda one: one.id)
-    found = [(one.text, one.group) for one in documents]
+    found = sorted(extract(), key=lambda row: text_hash(row[0]))
     save(found, cache)
     return iter(found)
 
 
+def text_hash(text: str) -> str:
+    """Hash a text, which gives a document its id.
+
+    Args:
+        text: any text.
+
+    Returns:
+        SHA-256 of its UTF-8, 64 hexadecimal digits.
+    """
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def extract() -> Iterator[Row]:
-    """(text, group) of every document, parsed from the sources, in order of package, path and line."""
+    """Parse the sources.
+
+    Returns:
+        Text and group of every document, in order of package, path and line.
+    """
     seen_lines: set[str] = set()
     files = [*_standard_library(), *(file for name in DISTRIBUTIONS for file in _distribution(name))]
     for path, group in progress_bar(files, desc="embedded corpus", unit="file", leave=False):
@@ -112,7 +129,7 @@ def _docstrings(path: Path) -> Iterator[str]:
     except (OSError, SyntaxError, ValueError):
         return
     pending: list[ast.AST] = [tree]
-    while pending:  # depth first; expressions hold no docstrings, and skipping them saves most of the time
+    while pending:  # depth first; expressions contain no docstrings, and skipping them saves most of the time
         node = pending.pop()
         if isinstance(node, _DOCUMENTED):
             text = ast.get_docstring(node, clean=False)
@@ -135,7 +152,7 @@ def _cache_file() -> Path:
 
 
 def _kept(path: Path) -> list[Row] | None:
-    """What `save` kept, None where the file was damaged: its first line is the SHA-256 of the others."""
+    """Read what `save` wrote; None: the file was damaged. Its first line is the SHA-256 of the others."""
     digest, _, rows = path.read_bytes().partition(b"\n")
     if digest != hashlib.sha256(rows).hexdigest().encode():
         return None
@@ -143,7 +160,12 @@ def _kept(path: Path) -> list[Row] | None:
 
 
 def save(found: list[Row], path: Path) -> None:
-    """Keep the result for the next call; where that fails the corpus is only slower to get, so: a warning."""
+    """Cache the corpus. A failure costs only the time to parse it again, so it is a warning.
+
+    Args:
+        found: text and group of every document.
+        path: the cache file.
+    """
     try:
         rows = "".join(json.dumps({"group": group, "text": text}) + "\n" for text, group in found).encode()
         with replacing(path, of_this_machine=True) as temporary:

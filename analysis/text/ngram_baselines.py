@@ -1,4 +1,4 @@
-"""Unigram and bigram models: what a language model must beat to deserve its name.
+"""Unigram and bigram models, which a useful language model must beat.
 
 Letters: V vocabulary, n tokens of a document.
 """
@@ -15,9 +15,18 @@ DISCOUNT = 0.75  # absolute discounting (Ney, Essen and Kneser 1994)
 
 
 def ngram_losses(train: Sequence[Encoded], test: Sequence[Encoded], vocab_size: int) -> dict[str, float]:
-    """Nats per token of `test` under a unigram and a bigram model of `train`; every token but each document's first.
+    """Score texts under a unigram and a bigram model.
 
-    Unigram: one added to every count. Bigram: absolute discounting, interpolated with the unigram.
+    The unigram model adds one to every count. The bigram model uses absolute discounting and is interpolated with the
+    unigram model.
+
+    Args:
+        train: documents that the models are counted on.
+        test: documents that are scored.
+        vocab_size: V.
+
+    Returns:
+        Nats per token by model, over all tokens but each document's first.
     """
     counts = np.ones(vocab_size)
     for document in train:

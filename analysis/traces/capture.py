@@ -1,21 +1,19 @@
-"""Layers of a trace whose routing was not captured: how they are told from layers that were.
+"""Layers of a trace whose routing was not captured, and how they are recognized.
 
 Letters: N tokens, L layers, E experts, K experts per token.
 
-Programs that record routing fill the rows of a layer that they did not capture (a layer without experts, say) with
-zeros, with -1, or with whatever their buffer held. Taken for routing, such a layer is perfectly predictable. A layer
-was not captured where one of these holds:
+Programs that record routing fill the rows of a layer that they did not capture (such as a layer without experts) with
+zeros, with -1, or with whatever their buffer held. Taken for routing, such a layer would be perfectly predictable. A
+layer was not captured if one of these holds:
 
-- every entry is -1;
-- every entry is 0 and K > 1: no router chooses an expert twice;
-- every token has the same experts in the same order, K < E, and the trace has at least `MIN_TOKENS` tokens of at least
+- Every entry is -1.
+- Every entry is 0 and K > 1, since no router chooses an expert twice.
+- Every token has the same experts in the same order, K < E, and the trace has at least `MIN_TOKENS` tokens of at least
   `MIN_IDS` different ids. Fewer tokens cannot tell: a router that sends nine of ten tokens to the same experts does so
   for 20 tokens in a row with probability 0.12, for 100 tokens with 0.00003.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import numpy as np
 
@@ -26,7 +24,7 @@ MIN_IDS = 10
 
 
 def captured_layers(experts: np.ndarray, token_id: np.ndarray, num_experts: int) -> np.ndarray:
-    """Which layers of a trace were captured.
+    """Find the layers of a trace that were captured.
 
     Args:
         experts: integers [N, L, K].
@@ -37,7 +35,7 @@ def captured_layers(experts: np.ndarray, token_id: np.ndarray, num_experts: int)
         bool [L].
 
     Raises:
-        InputError: none was, or all that were have equal experts at every token, as where one layer was copied.
+        InputError: no layer was captured, or all that were have equal experts at every token, as if one was copied.
     """
     tokens, layers, top_k = experts.shape
     if tokens == 0:
@@ -58,18 +56,29 @@ def captured_layers(experts: np.ndarray, token_id: np.ndarray, num_experts: int)
 
 
 def zero_layers(experts: np.ndarray) -> np.ndarray:
-    """bool [L]: layers of zeros, with K > 1: no router chooses an expert twice."""
+    """Find layers of zeros.
+
+    Args:
+        experts: integers [N, L, K].
+
+    Returns:
+        bool [L]; False if K is 1, as 0 is then a possible choice.
+    """
     return np.all(experts == 0, axis=(0, 2)) & (experts.shape[-1] > 1)
 
 
 def on_all_layers(values: np.ndarray, captured: np.ndarray, missing: float, axis: int = 0) -> np.ndarray:
-    """Values of the captured layers, bool [L], at their places along an axis, and `missing` at the other layers."""
+    """Spread values of the captured layers over all layers.
+
+    Args:
+        values: with the captured layers along `axis`.
+        captured: bool [L].
+        missing: value at the other layers.
+        axis: of the layers.
+
+    Returns:
+        The values with L layers along `axis`.
+    """
     whole = np.full((*values.shape[:axis], len(captured), *values.shape[axis + 1 :]), missing, values.dtype)
     whole[(slice(None),) * axis + (captured,)] = values
     return whole
-
-
-def layer_names(layers: Iterable[int]) -> str:
-    """'layer 3', or 'layers 0, 4, 5'."""
-    names = [str(int(layer)) for layer in layers]
-    return f"layer{'s' * (len(names) != 1)} {', '.join(names)}"

@@ -4,7 +4,7 @@ Letters: N tokens, D documents, L layers, E experts, K experts per token.
 
     python -m analysis.traces.importing IN.npz OUT.parquet
 
-The foreign form is two files of one name, to be imitated by whoever has a router's log. `NAME.npz` holds arrays:
+The foreign form is two files of one name, which anybody can write from a router's log. `NAME.npz` holds arrays:
 
 | array | shape | what |
 |---|---|---|
@@ -20,15 +20,15 @@ The foreign form is two files of one name, to be imitated by whoever has a route
 | field | what |
 |---|---|
 | `num_layers`, `num_experts`, `top_k` | L, E, K |
-| `ranked` | optional, without `probs`: whether the experts stand best first; false if not said |
+| `ranked` | optional, without `probs`: whether the experts are sorted best first; default false |
 | `scores` | optional: what `probs` holds (below) |
-| `probs_over` | optional: `"all"`, over all E experts, or `"chosen"`, over the K; else found out |
+| `probs_over` | optional: `"all"`, over all E experts, or `"chosen"`, over the K; else inferred |
 | `document_group` | optional, D strings: the domain of each document; else all are of one group, NAME |
 | `document_id` | optional, D different strings; else the document's number |
 | `token_strings` | optional, a list of strings |
 | `model`, `revision`, `dtype`, `tokenizer`, `phase` | optional, where the trace comes from |
 
-What `scores` says becomes probabilities like this, and the trace and every report on it say so:
+`scores` decides how `probs` become probabilities; the trace and every report on it say so:
 
 | `scores` | `probs` holds | probabilities |
 |---|---|---|
@@ -38,15 +38,15 @@ What `scores` says becomes probabilities like this, and the trace and every repo
 | `logits` | any finite numbers | softmax over all E if these are given, else over the K chosen |
 | `none` | anything that ranks the experts, the largest first | none: only the order is used |
 
-Without `scores` they are taken for `softmax` if they can be: they add up to 1 over the K chosen at every token and in
-every layer; or to at most 1, and what is missing is no more than the other experts can have, each at most as much as
+Without `scores` they are taken for `softmax` if that is possible: they add up to 1 over the K chosen at every token and
+in every layer; or to at most 1, and what is missing is no more than the other experts can have, each at most as much as
 the last one chosen. Anything else is refused.
 
 Experts come out best first where there are scores. Tokens may come in any order of documents, and of positions where
-these are given. Documents are numbered anew. Object arrays would need pickle and are refused. Three conventions of
-serving programs are supported:
+these are given. Documents are renumbered. Object arrays would need pickle and are refused. Three conventions of serving
+programs are supported:
 
-- Rows of `experts` wider than K hold -1 in the rest; so do the same places of `probs`, with whatever value.
+- Rows of `experts` wider than K hold -1 in the rest; so do the same places of `probs`, with any value.
 - `experts` (and `probs`) may have one row less than `token` for each document: the last token of a text has not been
   routed yet. Tokens with -1 in every layer have not been routed either. Both are left out of the trace.
 - Layers that were not captured: `analysis.traces.capture`.
@@ -58,7 +58,7 @@ import argparse
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -73,54 +73,71 @@ from analysis.traces.capture import captured_layers, on_all_layers, zero_layers
 from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError
 from varjax.errors import InputError
 
-MAX_EXPERTS = 2**15 - 1  # ids are int16
+_MAX_EXPERTS = 2**15 - 1  # ids are int16
+_KINDS = {"token": "iu", "experts": "iu", "document": "iu", "position": "iu", "probs": "f"}  # of the arrays
 
 
 def load(path: str | Path) -> Trace:
-    """The trace in a `.npz` of the foreign form or in a trace file (any other name).
+    """Read a trace of any known form.
+
+    Args:
+        path: a file whose ending `READERS` knows, or a trace file under any other name.
+
+    Returns:
+        The trace.
 
     Raises:
-        FileNotFoundError, TraceError: as `import_npz` and `analysis.traces.trace.read`.
+        FileNotFoundError: there is no such file.
+        TraceError: it cannot be read.
     """
-    return import_npz(path) if Path(path).suffix == ".npz" else trace_file.read(path)
+    return READERS.get(Path(path).suffix, trace_file.read)(path)
 
 
 def import_npz(path: str | Path) -> Trace:
-    """The trace in `path` and the JSON beside it.
+    """Read a trace of the foreign form.
+
+    Args:
+        path: the `.npz` file, with the JSON file next to it.
+
+    Returns:
+        The trace.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        TraceError: they are not of the form above; names the file, the array or field, and what to do.
+        TraceError: they are not of the form above; the message names the file, the array or field, and the fix.
     """
     path = Path(path)
-    beside = path.with_suffix(".json")
-    for file in (path, beside):
+    about = path.with_suffix(".json")
+    for file in (path, about):
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: no such file; a foreign trace is NAME.npz with NAME.json beside it")
-    arrays, fields = _arrays(path), _fields(beside)
+            raise FileNotFoundError(f"{file}: no such file; a foreign trace is NAME.npz with NAME.json next to it")
+    arrays, fields = _arrays(path), _fields(about)
     try:
         return _trace(arrays, fields, path.stem)
     except InputError as error:
-        raise TraceError(f"{path}: {error}; fix the file or its {beside.name}") from error
+        raise TraceError(f"{path}: {error}; fix the file or its {about.name}") from error
+
+
+READERS: dict[str, Callable[[str | Path], Trace]] = {".npz": import_npz}
+"""How files of other programs are read, by their ending; a new form is one more function here."""
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an archive, each of the right kind."""
-    kinds = {"token": "iu", "experts": "iu", "document": "iu", "position": "iu", "probs": "f"}
     try:
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
             if isinstance(archive, np.ndarray):
                 raise InputError("it holds a single array")
             names = archive.files
-            arrays = {name: archive[name] for name in kinds if name in names}
+            arrays = {name: archive[name] for name in _KINDS if name in names}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise TraceError(f"{path}: not a readable .npz of plain arrays ({error}); write it with numpy.savez") from error
     missing = [name for name in ("token", "experts", "document") if name not in arrays]
     if missing:
         raise TraceError(f"{path}: no array {', '.join(missing)} (it has {', '.join(names)}); add what is missing")
     for name, array in arrays.items():
-        if array.dtype.kind not in kinds[name]:
+        if array.dtype.kind not in _KINDS[name]:
             expected = "floats" if name == "probs" else "integers"
             raise TraceError(f"{path}: array {name} is {array.dtype}, expected {expected}; convert it")
         if name in ("token", "document", "position") and array.shape != arrays["token"].shape[:1]:
@@ -128,11 +145,8 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
                 f"{path}: array {name} has shape {list(array.shape)}, expected one number for each of the "
                 f"{len(arrays['token'])} tokens; fix it"
             )
-        if array.dtype.kind not in "iu" or not array.size:
-            continue
-        least = -1 if name == "experts" else 0
-        most = 2**63 - 1 if name == "document" else 2**31 - 1
-        if array.min() < least or array.max() > most:
+        least, most = -1 if name == "experts" else 0, 2**63 - 1 if name == "document" else 2**31 - 1
+        if name != "probs" and array.size and (array.min() < least or array.max() > most):
             raise TraceError(
                 f"{path}: array {name} holds {array.min()} to {array.max()}, expected {least} to {most:,}; fix it"
             )
@@ -152,8 +166,8 @@ def _fields(path: Path) -> dict[str, Any]:
         value = fields.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
-        elif name == "num_experts" and value > MAX_EXPERTS:
-            faults.append(f"num_experts is {value:,}, expected at most {MAX_EXPERTS:,}")
+        elif name == "num_experts" and value > _MAX_EXPERTS:
+            faults.append(f"num_experts is {value:,}, expected at most {_MAX_EXPERTS:,}")
     for name in ("document_group", "document_id", "token_strings"):
         value = fields.get(name, [])
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
@@ -170,11 +184,13 @@ def _fields(path: Path) -> dict[str, Any]:
 
 
 def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> Trace:
+    num_experts = fields["num_experts"]
     token_strings = dict(enumerate(fields.get("token_strings", ())))
     if token_strings and int(arrays["token"].max(initial=0)) >= len(token_strings):
         raise TraceError(f"token holds {arrays['token'].max()} but token_strings has only {len(token_strings)} entries")
-    if arrays["experts"].size and arrays["experts"].max() >= fields["num_experts"]:
-        raise TraceError(f"experts holds {arrays['experts'].max()}, expected 0 to {fields['num_experts'] - 1}")
+    experts, scores = arrays["experts"], arrays.get("probs")
+    if experts.size and experts.max() >= num_experts:
+        raise TraceError(f"experts holds {experts.max()}, expected 0 to {num_experts - 1}")
     document, document_ids, groups = _documents(arrays["document"], fields, name)
 
     position = arrays.get("position")
@@ -185,15 +201,13 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
     else:
         position = position[order]
     routed, rows, notes = _routed(arrays, order, document, fields)
-    experts, scores = arrays["experts"], arrays.get("probs")
-    of_all = (*experts.shape[:2], fields["num_experts"])
+    of_all = (*experts.shape[:2], num_experts)
     if scores is not None and scores.shape not in (experts.shape, of_all):
         raise TraceError(
             f"probs has shape {list(scores.shape)}, expected that of experts, {list(experts.shape)}, or "
-            f"{list(of_all)}, one score for each of the {fields['num_experts']} experts"
+            f"{list(of_all)}, one score for each of the {num_experts} experts"
         )
-    experts = experts[rows]
-    experts, scores = _without_padding(experts, None if scores is None else scores[rows], fields)
+    experts, scores = _without_padding(experts[rows], None if scores is None else scores[rows], fields)
     zeros = zero_layers(experts)  # layers that were not captured
     open_ = np.all(experts[:, ~zeros] == -1, axis=(1, 2)) & ~zeros.all()
     if open_.any() and not open_.all():
@@ -202,7 +216,7 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
         scores = None if scores is None else scores[~open_]
     document, position, token = document[routed], position[routed], token[routed]
 
-    captured = captured_layers(experts, token, fields["num_experts"])
+    captured = captured_layers(experts, token, num_experts)
     if np.any(experts[:, captured] == -1):
         raise TraceError("experts holds -1 at some tokens of a layer and not at others; remove these tokens")
     found = _probabilities(experts[:, captured], None if scores is None else scores[:, captured], fields)
@@ -214,7 +228,7 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
         probs=None if found.probs is None else on_all_layers(found.probs, captured, 0, axis=1),
         document_ids=document_ids,
         groups=groups,
-        num_experts=fields["num_experts"],
+        num_experts=num_experts,
         ranked=scores is not None or fields.get("ranked", False),
         probs_over=found.over,
         scores=found.scores,
@@ -254,11 +268,13 @@ def _routed(
     """Which tokens have a row of `experts`, and which row that is.
 
     Args:
+        arrays: as stored.
         order: int64 [N], of the tokens as stored, by document and position.
         document: int64 [N], in that order.
+        fields: of the JSON file.
 
     Returns:
-        int64 [n], places in that order; int64 [n], rows; what is to be said.
+        int64 [n], places in that order; int64 [n], rows; notes.
     """
     shape, tokens = arrays["experts"].shape, len(order)
     layers, top_k = fields["num_layers"], fields["top_k"]
@@ -316,7 +332,7 @@ class _Found:
 
 
 def _probabilities(experts: np.ndarray, values: np.ndarray | None, fields: dict[str, Any]) -> _Found:
-    """The probabilities that scores [n, L, K or E] stand for, by what the file says that they are."""
+    """The probabilities that scores [n, L, K or E] represent, according to what the file declares."""
     declared, over = fields.get("scores"), fields.get("probs_over")
     if values is None:
         if declared not in (None, "none"):
@@ -333,7 +349,7 @@ def _probabilities(experts: np.ndarray, values: np.ndarray | None, fields: dict[
     if declared == "none":
         sorted_experts, _ = _best_first(experts, _of_chosen(values, experts) if of_all else values)
         return _Found(sorted_experts, notes=("The trace's scores are not probabilities: only their order was used.",))
-    probs, over, notes = _READERS[declared or "softmax"](values, fields, of_all)
+    probs, over, notes = _CONVERSIONS[declared or "softmax"](values, fields, of_all)
     entropy = None
     if of_all:
         entropy = np.maximum(entr(probs, dtype=np.float64).sum(axis=-1), 0).astype(np.float32)
@@ -342,10 +358,10 @@ def _probabilities(experts: np.ndarray, values: np.ndarray | None, fields: dict[
     return _Found(experts, probs, over, entropy, declared or "softmax", notes)
 
 
-_Read = tuple[np.ndarray, Any, tuple[str, ...]]  # probabilities as the values, what they are over, what is to be said
+_Converted = tuple[np.ndarray, Any, tuple[str, ...]]  # probabilities shaped as the values, what they are over, notes
 
 
-def _from_softmax(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Read:
+def _from_softmax(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Converted:
     sums = values.sum(axis=-1, dtype=np.float64)
     ones = bool(np.all(np.abs(sums - 1) <= TOLERANCE))
     over = "all" if of_all else fields.get("probs_over") or ("chosen" if ones else "all")
@@ -364,16 +380,16 @@ def _from_softmax(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _
     return values, over, (note,)
 
 
-def _from_sigmoid(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Read:
+def _from_sigmoid(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Converted:
+    sums = values.sum(axis=-1, keepdims=True, dtype=np.float64)
+    divided = not of_all and fields.get("probs_over") == "all"
     if values.min() < 0 or values.max() > 1:
         _refuse(values, fields, of_all, "sigmoid scores, which are between 0 and 1")
-    sums = values.sum(axis=-1, keepdims=True, dtype=np.float64)
     if sums.min() <= 0:
         _refuse(values, fields, of_all, "sigmoid scores, of which one is above 0")
-    if not of_all and fields.get("probs_over") == "all":  # divided already
-        if sums.max() > 1 + TOLERANCE:
-            _refuse(values, fields, of_all, "sigmoid scores that were divided by their sum over all experts")
-    else:
+    if divided and sums.max() > 1 + TOLERANCE:
+        _refuse(values, fields, of_all, "sigmoid scores that were divided by their sum over all experts")
+    if not divided:
         values = (values / sums).astype(np.float32)
     over = "all" if of_all else fields.get("probs_over") or "chosen"
     whose = "all" if over == "all" else f"the {fields['top_k']} chosen"
@@ -384,7 +400,7 @@ def _from_sigmoid(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _
     return values, over, (note,)
 
 
-def _from_logits(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Read:
+def _from_logits(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _Converted:
     if not of_all and fields.get("probs_over") == "all" and fields["top_k"] < fields["num_experts"]:
         raise TraceError("probs_over is 'all' but logits are given for the chosen experts only; give those of all")
     whose = "all" if of_all else f"the {fields['top_k']} chosen"
@@ -393,7 +409,7 @@ def _from_logits(values: np.ndarray, fields: dict[str, Any], of_all: bool) -> _R
     return probs, "all" if of_all else "chosen", (note,)
 
 
-_READERS = {"softmax": _from_softmax, "sigmoid": _from_sigmoid, "logits": _from_logits}
+_CONVERSIONS = {"softmax": _from_softmax, "sigmoid": _from_sigmoid, "logits": _from_logits}
 
 
 def _refuse(values: np.ndarray, fields: dict[str, Any], of_all: bool, what: str) -> NoReturn:
@@ -422,15 +438,20 @@ def _best_first(experts: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Turn a foreign trace into a trace file.
+
+    Args:
+        arguments: of the command line.
+    """
     parser = argparse.ArgumentParser(description="Turn a foreign routing trace into a trace file.")
-    parser.add_argument("input", type=path_argument, metavar="IN.npz", help="arrays, with IN.json beside them")
+    parser.add_argument("input", type=path_argument, metavar="IN.npz", help="arrays, with IN.json next to them")
     parser.add_argument(
         "output", type=path_argument, metavar="OUT.parquet", help="the trace file to write, or a directory for it"
     )
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "routing_trace", (".parquet",))
     with output.locked():
-        trace = import_npz(args.input)
+        trace = READERS.get(args.input.suffix, import_npz)(args.input)
         trace_file.write(output.main(".parquet"), trace)
     known = "no probabilities" if trace.probs is None else f"probabilities over {trace.probs_over} experts"
     print(

@@ -2,10 +2,10 @@
 
 Letters: B sequences, T positions, L layers, E experts, K experts per token.
 
-What is written is the learned router's own choice: its K experts, best first, with their probabilities in the softmax
-over all E experts, not divided by their sum, and the entropy of that softmax. Special tokens (begin, end, padding)
-route but are not written, as they are not counted in statistics; the positions of the others keep the gap. A document
-longer than `max_length` is read in windows without a past, while its positions in the trace go on.
+Recorded is the learned router's own choice: its K experts, best first, with their probabilities in the softmax over all
+E experts, not divided by their sum, and the entropy of that softmax. Special tokens (begin, end, padding) are routed
+but not written, as they are not counted in statistics; the positions of the others keep the gap. A document longer than
+`max_length` is read in windows without a past, while its positions in the trace go on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from jax.scipy.special import xlogy
 
 from analysis.text.batches import batches
-from analysis.text.encoding import Encoded
+from analysis.text.encoding import Encoded, grouped
 from analysis.text.prepared import tokenizer_hash
 from analysis.traces.trace import Trace, TraceError, writing
 from models import Model
@@ -32,7 +32,7 @@ from varjax.errors import InputError
 from varjax.progress import progress_bar
 from varjax.transfer import to_device
 
-TOGETHER = 1 << 16  # tokens whose decisions are held at once: some 400 bytes each in Mixtral-8x7B
+_TOGETHER = 1 << 16  # tokens whose decisions are held at once: about 400 bytes each in Mixtral-8x7B
 
 
 def record(
@@ -45,51 +45,50 @@ def record(
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> int:
-    """Write the trace of `model` over `documents` to `path`, whole or not at all.
+    """Write the trace of a model, whole or not at all.
 
     Args:
+        model: the model.
         documents: each text once; may be a stream.
+        path: the file to write.
         batch_size: rows per batch at `max_length`.
         max_length: tokens per window.
         max_tokens: tokens to read at most, special ones included; the last document is cut there. None: all.
         progress: show a bar on standard error.
 
     Returns:
-        How many tokens were left out because a router gave NaN or infinity in some layer. Say so where it is not 0.
+        The number of tokens left out because a router gave NaN or infinity in some layer, which should be reported.
 
     Raises:
         TraceError: a document comes twice, or nothing is left to write.
-        InputError: a size that cannot be.
+        InputError: a size out of range.
     """
     if max_tokens is not None and max_tokens < 1:
         raise InputError(f"max_tokens={max_tokens}: expected at least 1, or None for all tokens")
-    strings = {}
-    if model.tokenizer is not None:
-        texts = model.tokenizer.convert_ids_to_tokens(range(len(model.tokenizer)))
-        strings = {token: text for token, text in enumerate(texts) if text is not None}
     special = np.asarray(model.special_token_ids, np.int32)
-    empty = dataclasses.replace(_nothing(model), token_strings=strings)
+    empty = _empty_trace(model)
     left_out = written = 0
     with (
         progress_bar(unit="token", unit_scale=True, total=max_tokens, show=progress) as bar,
         writing(path, empty) as add,
     ):
-        for part in _parts(_limited(_distinct(documents), max_tokens)):
+        for part in grouped(_distinct(documents, max_tokens), lambda one: len(one.ids), _TOGETHER):
             experts, probs, entropy, finite = _read(model, part, batch_size, max_length)
-            ids = np.concatenate([document.ids for document in part])
+            sizes = [len(one.ids) for one in part]
+            ids = np.concatenate([one.ids for one in part])
             ordinary = ~np.isin(ids, special)
             keep = ordinary & finite
             add(
                 dataclasses.replace(
                     empty,
                     token_id=ids[keep],
-                    document=np.repeat(np.arange(len(part), dtype=np.int32), [len(one.ids) for one in part])[keep],
-                    position=np.concatenate([np.arange(len(one.ids), dtype=np.int32) for one in part])[keep],
+                    document=np.repeat(np.arange(len(part), dtype=np.int32), sizes)[keep],
+                    position=np.concatenate([np.arange(size, dtype=np.int32) for size in sizes])[keep],
                     experts=experts[keep],
                     probs=probs[keep],
                     entropy=entropy[keep],
-                    document_ids=tuple(document.id for document in part),
-                    groups=tuple(document.group for document in part),
+                    document_ids=tuple(one.id for one in part),
+                    groups=tuple(one.group for one in part),
                 )
             )
             left_out += int(np.sum(ordinary & ~finite))
@@ -103,17 +102,11 @@ def record(
     return left_out
 
 
-def _nothing(model: Model) -> Trace:
+def _empty_trace(model: Model) -> Trace:
     """The header of the model's traces, without a token."""
-    config = model.config
+    config, tokenizer = model.config, model.tokenizer
+    texts = tokenizer.convert_ids_to_tokens(range(len(tokenizer))) if tokenizer else []
     shape = (0, config.num_layers, config.top_k)
-    origin = {
-        "model": model.name,
-        "revision": model.fingerprint,
-        "dtype": model.dtype.name,
-        "tokenizer": None if model.tokenizer is None else tokenizer_hash(model.tokenizer),
-        "phase": "prefill",
-    }
     none = np.zeros(0, np.int32)
     return Trace(
         token_id=none,
@@ -125,22 +118,25 @@ def _nothing(model: Model) -> Trace:
         groups=(),
         num_experts=config.num_experts,
         entropy=np.zeros(shape[:2], np.float32),
-        origin=origin,
+        token_strings={token: text for token, text in enumerate(texts) if text is not None},
+        origin={
+            "model": model.name,
+            "revision": model.fingerprint,
+            "dtype": model.dtype.name,
+            "tokenizer": tokenizer_hash(tokenizer) if tokenizer else None,
+            "phase": "prefill",
+        },
     )
 
 
-def _distinct(documents: Iterable[Encoded]) -> Iterator[Encoded]:
+def _distinct(documents: Iterable[Encoded], max_tokens: int | None) -> Iterator[Encoded]:
+    """The documents up to `max_tokens`; one that comes twice is an error."""
     seen: set[str] = set()
+    left = max_tokens
     for document in documents:
         if document.id in seen:
             raise TraceError(f"document {document.id} comes twice; give each text once")
         seen.add(document.id)
-        yield document
-
-
-def _limited(documents: Iterable[Encoded], max_tokens: int | None) -> Iterator[Encoded]:
-    left = max_tokens
-    for document in documents:
         if left is not None:
             document = dataclasses.replace(document, ids=document.ids[:left])
             left -= len(document.ids)
@@ -149,26 +145,10 @@ def _limited(documents: Iterable[Encoded], max_tokens: int | None) -> Iterator[E
             return
 
 
-def _parts(documents: Iterable[Encoded]) -> Iterator[list[Encoded]]:
-    """Whole documents together, `TOGETHER` tokens or somewhat more."""
-    part: list[Encoded] = []
-    tokens = 0
-    for document in documents:
-        part.append(document)
-        tokens += len(document.ids)
-        if tokens >= TOGETHER:
-            yield part
-            part, tokens = [], 0
-    if part:
-        yield part
-
-
-def _read(
-    model: Model, part: list[Encoded], batch_size: int, max_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of documents in a row: experts int16, probabilities float32 [N, L, K], gate entropy float32 [N, L], and bool [N]:
-    all are finite."""
-    # Each window goes in as a document of its own: batches come by length, and this says where a row belongs.
+def _read(model: Model, part: list[Encoded], batch_size: int, max_length: int) -> tuple[np.ndarray, ...]:
+    """Decisions on documents in a row: experts int16 and probabilities float32 [N, L, K], gate entropy float32 [N, L],
+    and bool [N], whether all of them are finite."""
+    # Each window goes in as a document of its own: batches come by length, and the index says where a row belongs.
     pieces = [
         dataclasses.replace(document, ids=document.ids[start : start + max_length])
         for document in part
@@ -176,24 +156,27 @@ def _read(
     ]
     ends = np.cumsum([len(piece.ids) for piece in pieces])
     shape = (int(ends[-1]), model.config.num_layers, model.config.top_k)
-    experts, probs = np.zeros(shape, np.int16), np.zeros(shape, np.float32)
-    entropy, finite = np.zeros(shape[:2], np.float32), np.zeros(shape[0], bool)
-    columns: tuple[np.ndarray, ...] = (experts, probs, entropy, finite)
+    columns: tuple[np.ndarray, ...] = (
+        np.zeros(shape, np.int16),
+        np.zeros(shape, np.float32),
+        np.zeros(shape[:2], np.float32),
+        np.zeros(shape[0], bool),
+    )
     for batch in batches(pieces, batch_size, max_length):
         found = _decisions(model.params, *to_device((batch.ids, batch.mask)), model.network)
         rows, places = np.nonzero(batch.mask)
+        # A row's first token is its window's end minus the row's length.
         token = ends[batch.documents[rows]] - batch.mask.sum(axis=1)[rows] + places
         for values, one in zip(columns, found, strict=True):
             values[token] = to_host(one)[rows, places]
-    return experts, probs, entropy, finite
+    return columns
 
 
 @partial(jax.jit, static_argnames="network")
 def _decisions(
     params: Params, ids: jax.Array, mask: jax.Array, network: Network
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Experts int16 and probabilities float32 [B, T, L, K], best first; entropy float32 [B, T, L]; bool [B, T]: all
-    layers' are finite."""
+    """The columns of `_read` with [B, T] in the place of [N]."""
     out = network.forward(params, ids, attention_mask=mask)
     experts = jnp.minimum(out.routing.experts, out.router_probs.shape[-1] - 1)  # padding runs none
     probs = jnp.take_along_axis(out.router_probs, experts, axis=-1)

@@ -1,16 +1,16 @@
-"""The steps of a replay: `varjax.step.plan` and `commit` over a trace, and what an unlimited cache would do.
+"""The steps of a replay: `varjax.step.plan` and `commit` over a trace, and the decisions of an unlimited cache.
 
 Letters: N tokens, S steps, T tokens per step, L layers, E experts, K experts per token, A age buckets.
 
-A step holds at most T tokens of one document, without a gap between them. What a look-up sees was committed by an
-earlier step. The clock ticks once per token, so ages are whole tokens, whatever a token lasts.
+A step holds at most T tokens of one document, without a gap between them. A look-up sees what earlier steps committed.
+The clock ticks once per token, so ages are whole tokens, whatever the duration of a token.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -30,23 +30,8 @@ from varjax.step import TIERS, Settings, VARState
 from varjax.table import RouteTable
 
 _AT_ONCE = 128  # steps in one call
-_TILT = 2.0**-20  # by which equal probabilities are told apart, so that the trace's order stands
+_TILT = 2.0**-20  # separates equal probabilities, so that the trace's order is kept
 _LEAST = 1e-30  # a chosen expert's probability: above those of the others, which may be 0
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over the tokens replayed, by layer and tier; of `aged*`, by layer and age bucket of a cached decision."""
-
-    tokens: np.ndarray  # int64 [L, 3]
-    active: np.ndarray  # int64 [L, 3], experts that ran
-    agreements: np.ndarray  # int64 [L, 3], predicted first = the router's first; an open token agrees
-    recalled: np.ndarray  # int64 [L, 3], chosen experts that were predicted
-    mass: np.ndarray  # float64 [L, 3], their share of the chosen experts' probability
-    experts_kept: np.ndarray  # int64 [L, 3], predicted experts that the plan keeps
-    kept_chosen: np.ndarray  # int64 [L, 3], of these, those that the router chose
-    aged: np.ndarray  # int64 [L, A], cached decisions
-    aged_agreements: np.ndarray  # int64 [L, A]
 
 
 class _Steps(NamedTuple):
@@ -61,7 +46,7 @@ class _Steps(NamedTuple):
 
 
 class _StepSums(NamedTuple):
-    """What `Sums` adds up beside the counters, for one step."""
+    """What is summed up besides the counters, for one step; see `analysis.traces.replaying.Sums`."""
 
     recalled: Array  # int32 [L, 3]
     mass: Array  # float32 [L, 3]
@@ -73,14 +58,19 @@ class _StepSums(NamedTuple):
 
 def run_steps(
     trace: Trace, table: RouteTable, config: VARConfig, step: int, seconds_per_token: float, age_edges: np.ndarray
-) -> tuple[Sums, np.ndarray]:
-    """The sums over a trace with probabilities, and the tier int8 [N, L] of every token.
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Run the tiers over a trace.
 
     Args:
+        trace: with probabilities.
         table: built for `config`.
+        config: the config.
         step: tokens per step.
-        seconds_per_token: what a tick of the clock lasts.
+        seconds_per_token: duration of a tick of the clock.
         age_edges: int64 [A], tokens, where each age bucket begins; the first at 0.
+
+    Returns:
+        Sums by name, as in `analysis.traces.replaying.Sums`; int8 [N, L], the tier of every token.
     """
     settings = replace(Settings.of(config, trace.num_layers), ttl=_tokens(config.cache_ttl_seconds, seconds_per_token))
     state = var_step.init(table, config, batch_size=1)
@@ -94,19 +84,23 @@ def run_steps(
     counted = {name: np.asarray(value, np.int64) for name, value in vars(state.counters).items()}
     rest = dict(zip(_StepSums._fields, totals, strict=True))
     whole = {name: total if name == "mass" else total.astype(np.int64) for name, total in rest.items()}
-    return Sums(**counted, **whole), tier
+    return counted | whole, tier
 
 
 def unlimited_cache(trace: Trace, fast: np.ndarray, config: VARConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
-    """The cached tier without bounds on size and age: int64 [L] decisions, and how many name the router's first expert.
+    """Run the cached tier without bounds on size and age.
 
-    Exactly `varjax.cache`, were it to forget nothing: of equal contexts in one step the last that has anything to store
-    counts, and a decision stands for ever, since what is cached is not learned again.
+    This is exactly `varjax.cache` if it forgot nothing: of equal contexts in one step the last that has anything to
+    store counts, and a decision is never replaced, since what is cached is not learned again.
 
     Args:
         trace: with probabilities.
-        fast: bool [N, L], what the fast tier decides, and the cached tier does not.
+        fast: bool [N, L], what the fast tier decides and the cached tier does not.
+        config: the config.
         step: tokens per step.
+
+    Returns:
+        int64 [L], decisions; int64 [L], those that name the router's first expert.
     """
     assert trace.probs is not None
     layers = np.array([config.caches(layer) for layer in range(trace.num_layers)])
@@ -118,7 +112,7 @@ def unlimited_cache(trace: Trace, fast: np.ndarray, config: VARConfig, step: int
     starts = np.append(np.flatnonzero(_places(trace, step)[1] == 0), len(code))
     for begin, end in pairwise(starts) if layers.any() and len(source) else ():
         here, ours = slice(begin, end), code[begin:end]
-        held = source[ours]  # where there is no context, of no meaning
+        held = source[ours]  # meaningless where there is no context
         hit = open_[here] & (held >= 0)
         decisions += hit.sum(axis=0)
         agreements += (hit & (np.take_along_axis(first, held, axis=0) == first[here])).sum(axis=0)
@@ -197,14 +191,19 @@ def _advance(
 
 
 def gate(experts: Array, probs: Array, num_experts: int, over_all: bool) -> Array:
-    """float32 [L, T, E]: gate probabilities that choose what the trace's router chose, in the trace's order.
+    """Make gate probabilities that choose what the trace's router chose, in the trace's order.
 
-    The chosen experts have the trace's probabilities, equal ones told apart by a millionth; the others have none or,
+    The chosen experts have the trace's probabilities, equal ones separated by a millionth; the others have none or,
     where the probabilities are over all experts, equal parts of what is left.
 
     Args:
         experts: int16 [T, L, K].
         probs: float32 [T, L, K], falling.
+        num_experts: E.
+        over_all: the probabilities are over all experts.
+
+    Returns:
+        float32 [L, T, E].
     """
     k = experts.shape[-1]
     told_apart = jnp.maximum(probs, _LEAST) * (1 - _TILT * jnp.arange(k, dtype=jnp.float32))[None, None]

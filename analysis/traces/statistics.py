@@ -2,9 +2,9 @@
 
 Letters: N tokens, R keys, C key width, L layers, K experts per token, E experts. Entropy in nats.
 
-Gate entropy is the trace's own where it has it. Otherwise it is what the K chosen experts' probabilities say
-(`gate_entropy`): where they are over the chosen, that of the chosen alone, at most ln K; where they are over all
-experts, a lower bound. Confidence is exact where they are over all, and at least 1/K where over the chosen.
+Gate entropy is the trace's own where it has it. Otherwise it is what the K chosen experts' probabilities imply
+(`gate_entropy`): where they are over the chosen experts, the entropy of these alone, at most ln K; where they are over
+all experts, a lower bound. Confidence is exact where they are over all experts, and at least 1/K where over the chosen.
 
 A layer that was not captured has no occurrence of any key.
 """
@@ -25,18 +25,20 @@ from varjax.stats import Moments, RoutingStats
 def trace_statistics(
     trace: Trace, orders: Sequence[int] = (1,), min_count: int = 1, max_keys: int | None = None
 ) -> RoutingStats:
-    """The statistics of every layer and context key of a trace; the keys are those that `count_contexts` admits.
-
-    Confidence is the first of the trace's probabilities; without them it and the mean probabilities are NaN, and so is
-    entropy if the trace does not have it.
+    """Collect the statistics of every layer and context key of a trace.
 
     Args:
+        trace: the trace.
         orders: context orders, each >= 1.
         min_count: occurrences that a key needs.
-        max_keys: keys at most, over all orders together; None for no bound.
+        max_keys: keys at most, over all orders together; None: no bound.
+
+    Returns:
+        The statistics of the keys that `varjax.keys.count_contexts` admits. Confidence is the first of the trace's
+        probabilities; without them it and the mean probabilities are NaN, and so is an unknown entropy.
 
     Raises:
-        TraceError: the experts do not stand best first, so no first choice is known.
+        TraceError: the experts are not sorted best first, so no first choice is known.
         InputError: as `varjax.keys.count_contexts`.
     """
     if not trace.ranked:
@@ -45,21 +47,26 @@ def trace_statistics(
     admitted = count_contexts(pieces, orders, min_count, max_keys)
     orders = tuple(one.order for one in admitted.orders)
     found = RoutingStats.empty(admitted.keys, orders, trace.num_layers, trace.num_experts)
-    absent = [one.occurrences - one.occurrences_admitted + _too_short(trace, one.order) for one in admitted.orders]
+    # Tokens with too few ids before them have no context at all.
+    absent = [
+        one.occurrences - one.occurrences_admitted + np.sum(trace.contexts(one.order) < 0) for one in admitted.orders
+    ]
     top1, sums = found.top1_counts.copy(), found.sum_probs.copy()
-    figures = {name: [_Rows(len(found.keys)) for _ in range(trace.num_layers)] for name in ("entropy", "confidence")}
+    # Mean, squared deviations, least and most: [4, L, R].
+    entropy, confidence = np.full((2, 4, trace.num_layers, len(found.keys)), np.nan)
+    entropy[1] = confidence[1] = 0
     for order in orders:
-        row = key_rows(trace, admitted.keys, order)
+        row = _key_rows(trace, admitted.keys, order)
         here = np.flatnonzero(row >= 0)
         here = here[np.argsort(row[here], kind="stable")]  # the occurrences of a key together
         for layer in np.flatnonzero(trace.captured).tolist():
             top1[layer] += _per_expert(row[here], trace.experts[here, layer, :1], None, top1.shape[1:])
-            figures["entropy"][layer].add(row[here], gate_entropy(trace, layer)[here])
+            _add_moments(entropy[:, layer], row[here], gate_entropy(trace, layer)[here])
             if trace.probs is None:
                 continue
             probs = trace.probs[here, layer].astype(np.float64)
             sums[layer] += _per_expert(row[here], trace.experts[here, layer], probs, sums.shape[1:])
-            figures["confidence"][layer].add(row[here], probs[:, 0])
+            _add_moments(confidence[:, layer], row[here], probs[:, 0])
     if trace.probs is None:
         sums[:] = np.nan
     return replace(
@@ -70,17 +77,25 @@ def trace_statistics(
         absent=np.array(absent, np.int64),
         tokens=len(trace.token_id),
         documents=len(np.unique(trace.document)),
-        entropy=_moments(figures["entropy"]),
-        confidence=_moments(figures["confidence"]),
+        entropy=Moments(*entropy),
+        confidence=Moments(*confidence),
     )
 
 
 def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
-    """float64 [N]: entropy of one layer's gate in nats; NaN where the trace says nothing of it.
+    """Compute the entropy of one layer's gate.
 
-    From the probabilities p of the K chosen among all E, it is the least that it can be: each of the others is at most
-    p_K, so the missing mass r adds at least -r ln p_K. In a layer where r is at some token more than that allows, a
-    bias or a group limit had a part in the choice: a single expert may then have all of r, which adds at least -r ln r.
+    Unless the trace has it, it is the least entropy that the probabilities p of the K chosen among all E allow: each of
+    the others is at most p_K, so the missing mass r adds at least -r ln p_K. In a layer where r is larger than that
+    allows at some token, a bias or a group limit influenced the choice: a single expert may then have all of r, which
+    adds at least -r ln r.
+
+    Args:
+        trace: the trace.
+        layer: its index.
+
+    Returns:
+        float64 [N], nats; NaN where the trace does not tell.
     """
     if trace.entropy is not None:
         return trace.entropy[:, layer].astype(np.float64)
@@ -97,7 +112,7 @@ def gate_entropy(trace: Trace, layer: int) -> np.ndarray:
     return np.maximum(known, 0)
 
 
-def key_rows(trace: Trace, keys: np.ndarray, order: int) -> np.ndarray:
+def _key_rows(trace: Trace, keys: np.ndarray, order: int) -> np.ndarray:
     """int64 [N]: which of the keys int32 [R, C] the last `order` ids of each token are; -1 where none."""
     code = trace.contexts(order)
     first = np.unique(code, return_index=True)[1]  # of each context, where it occurs first
@@ -111,27 +126,15 @@ def key_rows(trace: Trace, keys: np.ndarray, order: int) -> np.ndarray:
     return row_of_code[code]
 
 
-class _Rows:
-    """Mean, squared deviations, least and most of one quantity in one layer; each key is added once."""
-
-    def __init__(self, rows: int):
-        self.mean, self.min, self.max = (np.full(rows, np.nan) for _ in range(3))
-        self.m2 = np.zeros(rows)
-
-    def add(self, row: np.ndarray, values: np.ndarray) -> None:
-        """Values float64 [n] at rising rows int64 [n]."""
-        if len(row) == 0:
-            return
-        at, start, count = np.unique(row, return_index=True, return_counts=True)
-        self.mean[at] = np.add.reduceat(values, start) / count
-        self.m2[at] = np.add.reduceat(np.square(values - self.mean[row]), start)
-        self.min[at] = np.minimum.reduceat(values, start)
-        self.max[at] = np.maximum.reduceat(values, start)
-
-
-def _moments(layers: Sequence[_Rows]) -> Moments:
-    mean, m2, least, most = (np.stack([getattr(one, part) for one in layers]) for part in ("mean", "m2", "min", "max"))
-    return Moments(mean, m2, least, most)
+def _add_moments(moments: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
+    """Set moments [4, R] at rows int64 [n], which rise, from values float64 [n]. Each row is set once."""
+    if len(row) == 0:
+        return
+    at, start, count = np.unique(row, return_index=True, return_counts=True)
+    moments[0, at] = np.add.reduceat(values, start) / count
+    moments[1, at] = np.add.reduceat(np.square(values - moments[0, row]), start)
+    moments[2, at] = np.minimum.reduceat(values, start)
+    moments[3, at] = np.maximum.reduceat(values, start)
 
 
 def _per_expert(row: np.ndarray, experts: np.ndarray, weights: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -139,8 +142,3 @@ def _per_expert(row: np.ndarray, experts: np.ndarray, weights: np.ndarray | None
     place = row[:, None] * shape[1] + experts
     flat = None if weights is None else weights.ravel()
     return np.bincount(place.ravel(), weights=flat, minlength=shape[0] * shape[1]).reshape(shape)
-
-
-def _too_short(trace: Trace, order: int) -> int:
-    """Tokens with fewer than `order` ids in their context."""
-    return int(np.sum(trace.contexts(order) < 0))

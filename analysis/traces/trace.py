@@ -2,13 +2,13 @@
 
 Letters: N tokens, D documents, L layers, E experts, K experts per token.
 
-The file is Parquet, version 1, one row per token; the tokens of a document stand together and in order.
+The file is Parquet, version 1, with one row per token; the tokens of a document are adjacent and in order.
 
 | column | type | what |
 |---|---|---|
 | `document` | string | id of the document (of traces recorded here: SHA-256 of its text) |
 | `group` | string | the domain it belongs to |
-| `position` | int32 | place in the document; after a gap a context begins anew |
+| `position` | int32 | place in the document; after a gap a new context begins |
 | `token_id` | int32 | |
 | `token_str` | string | its text, null where it is not known |
 | `experts` | list of L * K int16 | layer by layer the chosen experts, best first if `ranked`; -1: layer not captured |
@@ -20,10 +20,10 @@ The schema's metadata holds JSON under `varjax_trace`: `version`, `num_layers`, 
 probabilities were computed from: `softmax`, where they are the router's own; `sigmoid`, scores divided by their sum;
 `logits`; `none`: no probabilities; files without this field mean `softmax`), `entropy` (true if there is such a
 column), `notes` (a list of what was left out or computed when the trace was imported), and about the origin `model`,
-`revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows. `sealed` says that
-the file carries checksums (`varjax.checksums`), which reading verifies; the files of others need none.
+`revision`, `dtype`, `tokenizer`, `phase` (`prefill` or `decode`) and whatever else the writer knows. `sealed` means
+that the file carries checksums (`varjax.checksums`), which reading verifies; other programs' files need none.
 
-Probabilities over the chosen experts add up to 1, those over all experts to at most 1: a file where they do not is
+Probabilities over the chosen experts add up to 1, those over all experts to at most 1; a file that violates this is
 refused. A layer that was not captured (`analysis.traces.capture`) holds -1 at every token.
 """
 
@@ -43,44 +43,43 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.traces.capture import captured_layers, layer_names
+from analysis.traces.capture import captured_layers
 from varjax import checksums
 from varjax.errors import InputError
 from varjax.files import replacing
 
-VERSION = 1
 SCORES = ("softmax", "sigmoid", "logits", "none")
 TOLERANCE = 0.01  # by which a sum of probabilities may miss 1: float16 is good to 0.0005 each, bfloat16 to 0.004
 ORIGIN = ("model", "revision", "dtype", "tokenizer", "phase")
+_VERSION = 1
 _HEADER = b"varjax_trace"
 _LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over", "scores", "entropy", "notes")
-"""Fields of the header that are not about the origin."""
 _SEALED = "sealed"
 _FIX = "restore the file, or record or import the trace again"
 _ROW_GROUP = 1 << 16  # tokens
+_COLUMNS = ("token_id", "document", "position", "experts", "probs", "entropy")  # fields with a row per token
 
 
 class TraceError(InputError):
-    """A trace that cannot be read or does not fit together: names file, column and fix."""
+    """A trace that cannot be read or does not fit together; the message names file, column and fix."""
 
 
 @dataclass(frozen=True)
 class Trace:
     """N tokens and what the router chose for each. Host arrays.
 
-    Raises:
-        TraceError: the arrays do not fit together; every fault is named.
+    Raises TraceError, naming every fault, if the arrays do not fit together.
     """
 
     token_id: np.ndarray  # int32 [N]
-    document: np.ndarray  # int32 [N], index into `document_ids`; equal ones stand together
+    document: np.ndarray  # int32 [N], index into `document_ids`; equal ones are adjacent
     position: np.ndarray  # int32 [N], rising within a document
     experts: np.ndarray  # int16 [N, L, K]; -1 at every token of a layer that was not captured
-    probs: np.ndarray | None  # float32 [N, L, K], falling; of no meaning where not captured; None: not known
+    probs: np.ndarray | None  # float32 [N, L, K], falling; meaningless where not captured; None: not known
     document_ids: tuple[str, ...]  # [D]
     groups: tuple[str, ...]  # [D]
     num_experts: int
-    ranked: bool = True  # the experts stand best first; always so where there are probabilities
+    ranked: bool = True  # the experts are sorted best first; always so where there are probabilities
     probs_over: Literal["all", "chosen"] | None = "all"
     scores: Literal["softmax", "sigmoid", "logits"] = "softmax"  # what `probs` were computed from, if there are any
     entropy: np.ndarray | None = None  # float32 [N, L], nats, of the gate over all experts; None: not known
@@ -95,10 +94,12 @@ class Trace:
 
     @property
     def num_layers(self) -> int:
+        """L."""
         return self.experts.shape[1]
 
     @property
     def top_k(self) -> int:
+        """K."""
         return self.experts.shape[2]
 
     @property
@@ -107,38 +108,61 @@ class Trace:
         return self.experts[0, :, 0] >= 0 if len(self.experts) else np.ones(self.num_layers, bool)
 
     def remarks(self) -> tuple[str, ...]:
-        """What every report on this trace must say: its notes, and which layers were not captured."""
+        """List what every report on this trace must say.
+
+        Returns:
+            The notes, and which layers were not captured.
+        """
         missing = np.flatnonzero(~self.captured)
         if not len(missing):
             return self.notes
-        said = f"Not captured: {layer_names(missing)} of {self.num_layers}; left out of every mean, table and figure."
-        return (*self.notes, said)
+        layers = f"layer{'s' * (len(missing) != 1)} {', '.join(map(str, missing))} of {self.num_layers}"
+        return (*self.notes, f"Not captured: {layers}; left out of every mean, table and figure.")
 
     def captured_part(self) -> Trace:
-        """The same tokens with the captured layers only, which are numbered anew from 0."""
+        """Select the captured layers.
+
+        Returns:
+            The same tokens with these layers only, renumbered from 0.
+        """
         captured = self.captured
-        if captured.all():
-            return self
-        columns = ("experts", "probs", "entropy")
-        known = {name: getattr(self, name) for name in columns if getattr(self, name) is not None}
-        return replace(self, **{name: values[:, captured] for name, values in known.items()})
+        return self if captured.all() else self._with(_COLUMNS[3:], lambda values: values[:, captured])
 
     def of(self, documents: np.ndarray) -> Trace:
-        """The tokens of some documents, bool [D]; the list of documents stays as it is."""
+        """Select the tokens of some documents.
+
+        Args:
+            documents: bool [D].
+
+        Returns:
+            A trace with the same list of documents.
+        """
         rows = documents[self.document]
-        columns = ("token_id", "document", "position", "experts", "probs", "entropy")
-        known = {name: getattr(self, name) for name in columns if getattr(self, name) is not None}
-        return replace(self, **{name: values[rows] for name, values in known.items()})
+        return self._with(_COLUMNS, lambda values: values[rows])
+
+    def _with(self, columns: Iterable[str], change: Callable[[np.ndarray], np.ndarray]) -> Trace:
+        known = {name: getattr(self, name) for name in columns}
+        changed: dict[str, Any] = {name: change(values) for name, values in known.items() if values is not None}
+        return replace(self, **changed)
 
     def begins(self) -> np.ndarray:
-        """bool [N]: no token of this document stands directly before."""
-        begins = np.ones(len(self.token_id), bool)
+        """Find where contexts begin.
+
+        Returns:
+            bool [N], True where no token of the same document comes directly before.
+        """
         follows = (self.document[1:] == self.document[:-1]) & (self.position[1:] == self.position[:-1] + 1)
-        begins[1:] = ~follows
-        return begins
+        return np.append(True, ~follows)[: len(self.token_id)]
 
     def contexts(self, order: int) -> np.ndarray:
-        """int64 [N]: equal where the last `order` ids are equal, from 0 on; -1 where there are not so many."""
+        """Number the contexts of the tokens.
+
+        Args:
+            order: ids per context.
+
+        Returns:
+            int64 [N], equal where the last `order` ids are equal, from 0 on; -1 where there are fewer ids.
+        """
         begins = self.begins()
         since = np.arange(len(begins)) - np.maximum.accumulate(np.where(begins, np.arange(len(begins)), 0))
         code = np.zeros(len(begins), np.int64)
@@ -149,28 +173,44 @@ class Trace:
         return np.where(since >= order - 1, code, -1)
 
     def build_documents(self, share: float = 0.7) -> np.ndarray:
-        """bool [D]: the documents that tables are built on; the others score them. By a hash of the id alone."""
+        """Choose the documents that tables are built on, by a hash of the id alone; the others score them.
+
+        Args:
+            share: of the documents.
+
+        Returns:
+            bool [D].
+        """
         place = [int(hashlib.sha256(one.encode()).hexdigest()[:12], 16) / 16**12 for one in self.document_ids]
         return np.array(place) < share
 
 
 def write(path: str | Path, trace: Trace) -> None:
-    """Write the whole trace or nothing."""
+    """Write a trace, whole or not at all.
+
+    Args:
+        path: the file to write.
+        trace: the trace.
+    """
     with writing(path, trace) as add:
         add(trace)
 
 
 @contextmanager
 def writing(path: str | Path, like: Trace) -> Iterator[Callable[[Trace], None]]:
-    """`with writing(path, like) as add: add(trace); ...`: a file in parts, whole or not at all.
+    """Write a file in parts, whole or not at all: `with writing(path, like) as add: add(trace); ...`.
 
-    No document may be in two parts. Documents of which no token is added leave no mark in the file.
+    No document may be in two parts. Documents of which no token is added leave no trace in the file.
 
     Args:
+        path: the file to write.
         like: any trace with the same layers, experts, kind of probabilities and origin.
 
+    Yields:
+        A function that adds a part.
+
     Raises:
-        TraceError: on `add` of a part that is unlike it.
+        TraceError: a part that is unlike `like` was added.
     """
     layout = _layout(like)
     header = {**like.origin, **layout, "notes": list(like.notes), _SEALED: True}
@@ -186,11 +226,17 @@ def writing(path: str | Path, like: Trace) -> Iterator[Callable[[Trace], None]]:
 
 
 def read(path: str | Path) -> Trace:
-    """The trace in a file.
+    """Read a trace file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The trace.
 
     Raises:
         FileNotFoundError: there is no such file.
-        TraceError: not a trace, another version, or figures that cannot be; names the file and the column.
+        TraceError: not a trace, another version, or impossible figures; the message names the file and the column.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; record or import a trace first, or correct the path")
@@ -199,7 +245,7 @@ def read(path: str | Path) -> Trace:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
-        raise TraceError(f"{path}: not a readable Parquet file ({error}); write the trace anew") from error
+        raise TraceError(f"{path}: not a readable Parquet file ({error}); write the trace again") from error
     if not is_trace(table.schema):
         raise TraceError(f"{path}: no routing trace (its metadata has no {_HEADER.decode()}); give a trace file")
     try:
@@ -208,15 +254,23 @@ def read(path: str | Path) -> Trace:
             raise TraceError("its checksum is missing or unreadable, so the file was damaged")
         return _trace(table, header)
     except (InputError, pa.ArrowException) as error:
-        raise TraceError(f"{path}: {error}; record or import the trace anew") from error
+        raise TraceError(f"{path}: {error}; record or import the trace again") from error
 
 
 def is_trace(schema: pa.Schema) -> bool:
-    """Whether a Parquet file with this schema says that it is a trace."""
+    """Check whether a Parquet file declares itself as a trace.
+
+    Args:
+        schema: of the file.
+
+    Returns:
+        True if it does.
+    """
     return _HEADER in (schema.metadata or {})
 
 
 def _faults(trace: Trace) -> Iterable[str]:
+    """Everything that does not fit together. Shapes come first, since nothing else can be checked without them."""
     n, shape = len(trace.token_id), trace.experts.shape
     if len(shape) != 3 or shape[0] != n or 0 in shape[1:]:
         yield f"experts has shape {list(shape)}, expected [{n}, layers, experts per token]"
@@ -255,29 +309,28 @@ def _faults(trace: Trace) -> Iterable[str]:
         yield f"document holds an index outside its {len(trace.document_ids)} documents"
     same = trace.document[1:] == trace.document[:-1]
     if 1 + int(np.sum(~same)) != len(np.unique(trace.document)):
-        yield "document: the tokens of a document do not stand together"
+        yield "document: the tokens of a document are not adjacent"
     if np.any(same & (trace.position[1:] <= trace.position[:-1])):
         yield "position does not rise within a document"
-    most = math.log(trace.num_experts) + 1e-3
     if trace.entropy is not None:
         entropy = trace.entropy[:, captured]
-        if not np.all((entropy >= -1e-3) & (entropy <= most)):  # NaN fails too
+        if not np.all((entropy >= -1e-3) & (entropy <= math.log(trace.num_experts) + 1e-3)):  # NaN fails too
             yield f"entropy holds figures outside 0 to ln {trace.num_experts} nats"
     ordered = np.sort(experts, axis=-1)
     if np.any(ordered[..., 1:] == ordered[..., :-1]):
         yield "experts names an expert twice for one token"
     if trace.probs is not None and trace.probs.shape == shape:
-        probs = trace.probs if captured.all() else trace.probs[:, captured]
-        if not np.all((probs >= 0) & (probs <= 1 + 1e-3)):  # NaN fails too
-            yield "probs holds what is no probability"
-        elif np.any(probs[..., 1:] > probs[..., :-1]):
-            yield "probs does not fall: sort each token's experts by probability"
-        else:
-            yield from _sum_faults(probs, trace.probs_over)
+        yield from _probability_faults(trace.probs if captured.all() else trace.probs[:, captured], trace.probs_over)
 
 
-def _sum_faults(probs: np.ndarray, over: str | None) -> Iterable[str]:
-    """What is wrong with the sums of probabilities [N, L, K] over K."""
+def _probability_faults(probs: np.ndarray, over: str | None) -> Iterable[str]:
+    """What is wrong with probabilities [N, L, K]."""
+    if not np.all((probs >= 0) & (probs <= 1 + 1e-3)):  # NaN fails too
+        yield "probs holds what is no probability"
+        return
+    if np.any(probs[..., 1:] > probs[..., :-1]):
+        yield "probs does not fall: sort each token's experts by probability"
+        return
     sums = probs.sum(axis=-1, dtype=np.float64)
     least, most = float(sums.min()), float(sums.max())
     what = "they are not probabilities, so say what they are (`scores` in analysis.traces.importing)"
@@ -288,11 +341,11 @@ def _sum_faults(probs: np.ndarray, over: str | None) -> Iterable[str]:
 
 
 def _layout(trace: Trace) -> dict[str, Any]:
-    """What the header says beside the origin."""
+    """The fields of the header besides origin and notes."""
     shape = {"num_layers": trace.num_layers, "num_experts": trace.num_experts, "top_k": trace.top_k}
     known: dict[str, Any] = {"ranked": trace.ranked, "probs_over": trace.probs_over}
     known |= {"scores": "none" if trace.probs is None else trace.scores, "entropy": trace.entropy is not None}
-    return {"version": VERSION, **shape, **known}
+    return {"version": _VERSION, **shape, **known}
 
 
 def _header(schema: pa.Schema) -> dict[str, Any]:
@@ -301,36 +354,29 @@ def _header(schema: pa.Schema) -> dict[str, Any]:
         header = json.loads(schema.metadata[_HEADER])
     except ValueError as error:  # malformed JSON, or not UTF-8
         raise TraceError(f"metadata {_HEADER.decode()} is not JSON ({error})") from error
-    if not isinstance(header, dict) or header.get("version") != VERSION:
+    if not isinstance(header, dict) or header.get("version") != _VERSION:
         version = header.get("version") if isinstance(header, dict) else None
-        raise TraceError(f"trace version {version}, this varjax reads {VERSION}")
+        raise TraceError(f"trace version {version}, this varjax reads {_VERSION}")
+    header = {"entropy": False, "scores": "softmax", "notes": []} | header
     for name in ("num_layers", "num_experts", "top_k"):
         value = header.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise TraceError(f"metadata {name} is {value!r}, expected a whole number of at least 1")
-    if not isinstance(header.get("ranked"), bool):
-        raise TraceError(f"metadata ranked is {header.get('ranked')!r}, expected true or false")
-    if not isinstance(header.get("entropy", False), bool):
-        raise TraceError(f"metadata entropy is {header['entropy']!r}, expected true or false")
-    if header.get("probs_over", "") not in ("all", "chosen", None):
-        raise TraceError(f"metadata probs_over is {header.get('probs_over')!r}, expected 'all', 'chosen' or null")
-    if header.get("scores", "softmax") not in SCORES:
-        raise TraceError(f"metadata scores is {header['scores']!r}, expected one of {', '.join(SCORES)}")
-    if header.get("scores") == "none":
-        header["probs_over"] = None
-    notes = header.get("notes", [])
-    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
-        raise TraceError("metadata notes is not a list of strings")
-    columns = {
-        "document",
-        "group",
-        "position",
-        "token_id",
-        "token_str",
-        "experts",
-        *["probs"] * bool(header["probs_over"]),
-        *["entropy"] * header.get("entropy", False),
+    expected = {
+        "ranked": ("true or false", isinstance(header.get("ranked"), bool)),
+        "entropy": ("true or false", isinstance(header["entropy"], bool)),
+        "probs_over": ("'all', 'chosen' or null", header.get("probs_over", "") in ("all", "chosen", None)),
+        "scores": (f"one of {', '.join(SCORES)}", header["scores"] in SCORES),
     }
+    for name, (what, fits) in expected.items():
+        if not fits:
+            raise TraceError(f"metadata {name} is {header.get(name)!r}, expected {what}")
+    if not isinstance(header["notes"], list) or not all(isinstance(note, str) for note in header["notes"]):
+        raise TraceError("metadata notes is not a list of strings")
+    if header["scores"] == "none":
+        header |= {"probs_over": None, "scores": "softmax"}
+    columns = {"document", "group", "position", "token_id", "token_str", "experts"}
+    columns |= {name for name, there in (("probs", header["probs_over"]), ("entropy", header["entropy"])) if there}
     missing = sorted(columns - set(schema.names))
     if missing:
         raise TraceError(f"no column {', '.join(missing)}")
@@ -368,60 +414,48 @@ def _table(trace: Trace, schema: pa.Schema) -> pa.Table:
     for name, kind in (("experts", np.int16), ("probs", np.float32), ("entropy", np.float32)):
         values = getattr(trace, name)
         if values is not None:
-            columns[name] = pa.FixedSizeListArray.from_arrays(
-                values.astype(kind).ravel(), schema.field(name).type.list_size
-            )
+            size = schema.field(name).type.list_size
+            columns[name] = pa.FixedSizeListArray.from_arrays(values.astype(kind).ravel(), size)
     return pa.table(columns).cast(schema)
 
 
 def _trace(table: pa.Table, header: dict[str, Any]) -> Trace:
-    def numbers(name: str, kind: pa.DataType) -> np.ndarray:
-        return _whole_column(name, table[name]).cast(kind).to_numpy()
+    def whole(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        if column.null_count:
+            raise TraceError(f"column {name} misses {column.null_count} values")
+        return column
 
     def lists(name: str, kind: pa.DataType, *inner: int) -> np.ndarray:
-        flat = _whole_column(name, pc.list_flatten(_whole_column(name, table[name])))
+        flat = whole(name, pc.list_flatten(whole(name, table[name])))
         if len(flat) != len(table) * math.prod(inner):
             wanted = " * ".join(map(str, inner))
             raise TraceError(f"column {name} holds {len(flat)} figures, expected {wanted} per token")
         return flat.cast(kind).to_numpy().reshape(len(table), *inner)
 
-    layers, chosen = header["num_layers"], (header["num_layers"], header["top_k"])
-
-    def texts(name: str) -> pa.ChunkedArray:
-        return table[name].cast(pa.string())
-
-    document = pc.dictionary_encode(_whole_column("document", texts("document"))).unify_dictionaries()
+    texts = {name: table[name].cast(pa.string()) for name in ("document", "group", "token_str")}
+    token_id, position = (whole(one, table[one]).cast(pa.int32()).to_numpy() for one in ("token_id", "position"))
+    document = pc.dictionary_encode(whole("document", texts["document"])).unify_dictionaries()
     ids = document.chunk(0).dictionary.to_pylist() if len(table) else []  # in order of appearance
     index = np.concatenate([chunk.indices.to_numpy() for chunk in document.chunks] or [np.zeros(0)]).astype(np.int32)
     first = np.unique(index, return_index=True)[1]
-    token_id = numbers("token_id", pa.int32())
+    layers, chosen = header["num_layers"], (header["num_layers"], header["top_k"])
     experts = lists("experts", pa.int16(), *chosen)
     captured = captured_layers(experts, token_id, header["num_experts"])
     if not captured.all():
         experts = np.where(captured[:, None], experts, np.int16(-1))
     different, at = np.unique(token_id, return_index=True)
-    strings = zip(different.tolist(), texts("token_str").take(pa.array(at)).to_pylist(), strict=True)
+    strings = zip(different.tolist(), texts["token_str"].take(pa.array(at)).to_pylist(), strict=True)
     return Trace(
         token_id=token_id,
         document=index,
-        position=numbers("position", pa.int32()),
+        position=position,
         experts=experts,
         probs=lists("probs", pa.float32(), *chosen) if header["probs_over"] else None,
-        entropy=lists("entropy", pa.float32(), layers) if header.get("entropy", False) else None,
+        entropy=lists("entropy", pa.float32(), layers) if header["entropy"] else None,
         document_ids=tuple(ids),
-        groups=tuple(_whole_column("group", texts("group")).take(pa.array(first)).to_pylist()),
-        num_experts=header["num_experts"],
-        ranked=header["ranked"],
-        probs_over=header["probs_over"],
-        scores="softmax" if header.get("scores") in (None, "none") else header["scores"],
+        groups=tuple(whole("group", texts["group"]).take(pa.array(first)).to_pylist()),
         token_strings={i: text for i, text in strings if text is not None},
         origin={name: value for name, value in header.items() if name not in _LAYOUT},
-        notes=tuple(header.get("notes", ())),
+        notes=tuple(header["notes"]),
+        **{name: header[name] for name in ("num_experts", "ranked", "probs_over", "scores")},
     )
-
-
-def _whole_column(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The same column, once nothing is missing in it."""
-    if column.null_count:
-        raise TraceError(f"column {name} misses {column.null_count} values")
-    return column

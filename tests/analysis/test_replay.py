@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from analysis.replay import constant_table, fields_of, main, replay
+from analysis.replay import main, report_of
 from analysis.report.report import text
-from analysis.traces import replay_inputs, replay_steps
+from analysis.traces import replay_steps, replaying
 from analysis.traces import trace as trace_file
 from analysis.traces.importing import import_npz
-from analysis.traces.replay_inputs import applicable, table_statistics, with_stand_ins
-from analysis.traces.replay_report import draw, report
 from analysis.traces.replay_steps import gate, unlimited_cache
+from analysis.traces.replaying import replay
 from analysis.traces.trace import Trace, TraceError
 from varjax.config import LayerPolicy, VARConfig
 from varjax.routing import CACHED, FAST, LEARNED, resolve
@@ -169,14 +168,14 @@ def test_the_replay_equals_a_slow_one(step):
 def test_an_unlimited_cache_is_one_that_neither_evicts_nor_expires(step, changes):
     config = replace(CONFIG, cache_ttl_seconds=1e9, **changes)
     found = replay(random_trace(1), config, step=step, seconds_per_token=SECONDS)
-    np.testing.assert_array_equal(found.unlimited, found.sums.tokens[:, CACHED])
-    np.testing.assert_array_equal(found.unlimited_agreements, found.sums.agreements[:, CACHED])
-    assert found.unlimited[1] > 50 and (found.unlimited_agreements < found.unlimited)[1]
+    np.testing.assert_array_equal(found.sums.unlimited, found.sums.tokens[:, CACHED])
+    np.testing.assert_array_equal(found.sums.unlimited_agreements, found.sums.agreements[:, CACHED])
+    assert found.sums.unlimited[1] > 50 and (found.sums.unlimited_agreements < found.sums.unlimited)[1]
     assert (found.sums.tokens[:, FAST] > 0).any() == (not changes)
 
     short = replay(random_trace(1), replace(config, cache_ttl_seconds=20.0), step=step, seconds_per_token=SECONDS)
-    np.testing.assert_array_equal(short.unlimited, found.unlimited)
-    assert short.sums.tokens[1, CACHED] < short.unlimited[1]
+    np.testing.assert_array_equal(short.sums.unlimited, found.sums.unlimited)
+    assert short.sums.tokens[1, CACHED] < short.sums.unlimited[1]
 
 
 def test_without_a_cached_tier_there_is_no_unlimited_one():
@@ -186,7 +185,7 @@ def test_without_a_cached_tier_there_is_no_unlimited_one():
     assert hits.tolist() == agreements.tolist() == [0, 0]
     found = replay(trace, config, step=8)
     assert not found.sums.tokens[:, CACHED].any() and found.rates()["mispredictions_by_age"] == []
-    assert [section.name for section in report(found).sections] == ["tiers"] and len(draw(found)) == 1
+    assert [section.name for section in report_of(found).sections] == ["tiers"]
 
 
 def settled_trace(kind: str) -> Trace:
@@ -244,7 +243,7 @@ def test_sigmoid_scores_do_not_make_experts_drop_out(tmp_path):
     found = replay(import_npz(tmp_path / "log.npz"), config)
     rates = found.rates()
     assert rates["shares"]["fast"] > 0.9 and rates["experts_per_token"] == 4
-    assert "4.00 of 4 experts per token" in text(report(found)) and "a definition" in " ".join(found.notes)
+    assert "4.00 of 4 experts per token" in text(report_of(found)) and "a definition" in " ".join(found.notes)
 
 
 def test_without_answers_a_tolerance_lets_all_run_and_order_0_plans_every_token():
@@ -263,7 +262,7 @@ def test_without_answers_a_tolerance_lets_all_run_and_order_0_plans_every_token(
 
 
 NOTES = {
-    "answers are left out, and tolerances with them": ({}, {"default": LayerPolicy()}),
+    "answers and tolerances are left out": ({}, {"default": LayerPolicy()}),
     "over the 2 chosen experts: entropy is at most ln 2 = 0.69": ({}, {}),
     "confidence is exact, entropy is the least": ({"probs_over": "all"}, {}),
     "no probabilities: .* lifted, .* how often and how early they": ({"probs": None, "probs_over": None}, {}),
@@ -276,16 +275,16 @@ NOTES = {
 def test_what_gave_way_is_said(note):
     of_trace, of_config = NOTES[note]
     trace = random_trace(1, **of_trace)
-    config, notes = applicable(replace(CONFIG, **of_config), trace)
-    stats, more = table_statistics(with_stand_ins(trace), config)
+    config, notes = replaying._applicable(replace(CONFIG, **of_config), trace)
+    stats, more = replaying._table_statistics(replaying._with_stand_ins(trace), config)
     build_table(config, stats, top_k=TOP_K)  # which needs a key, even where no context is frequent enough
     assert any(re.search(note, one) for one in notes + more)
     assert not any(policy.use_answers for policy in (config.policy(0), config.policy(1)))
 
 
 def test_a_table_has_no_more_keys_than_fit(monkeypatch):
-    monkeypatch.setattr(replay_inputs, "MAX_KEYS", 7)
-    stats, notes = table_statistics(random_trace(1), CONFIG)
+    monkeypatch.setattr(replaying, "MAX_KEYS", 7)
+    stats, notes = replaying._table_statistics(random_trace(1), CONFIG)
     assert len(stats.keys) == 7 and notes == ["the table holds the 7 most frequent keys only"]
 
 
@@ -348,10 +347,10 @@ def test_the_command_writes_report_numbers_and_figures(tmp_path, monkeypatch, ca
     run_main(monkeypatch, *given, "--output", tmp_path / "out")
     printed = capsys.readouterr().out
     found = replay(random_trace(1), CONFIG, step=8)
-    assert text(report(found)) in printed and "dice: " in printed
+    assert text(report_of(found)) in printed and "dice: " in printed
     assert all(note in " ".join(printed.split()) for note in found.notes)
     saved = json.loads((tmp_path / "out" / "replay.json").read_text())
-    assert {name: saved[name] for name in fields_of(found)} == json.loads(json.dumps(fields_of(found)))
+    assert {name: saved[name] for name in found.fields()} == json.loads(json.dumps(found.fields()))
     assert saved["provenance"]["config"] == json.loads(CONFIG.to_json())
     assert len(saved["layers"]) == LAYERS and saved["notes"]
     names = {f"{name}.{kind}" for name in ("replay_tiers", "replay_mispredictions") for kind in ("png", "pdf")}
@@ -404,7 +403,7 @@ def test_the_constant_table_is_the_layers_busiest_experts():
     trace = random_trace(3)
     building = trace.build_documents()
     ours, theirs = trace.of(building), trace.of(~building)
-    agreements, recalled = constant_table(ours, theirs)
+    agreements, recalled = replaying._constant_table(ours, theirs)
     for layer in range(LAYERS):
         firsts = ours.experts[:, layer, 0].tolist()
         chosen = ours.experts[:, layer].ravel().tolist()

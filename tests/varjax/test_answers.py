@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from varjax import answersfile
-from varjax.answers import Answers, bytes_a_pair, flush, init, merge, pruned, update
+from varjax.answers import Answers, absorb, bytes_a_pair, init, merge, pruned, update
 from varjax.keys import ANY
 from varjax.routing import FAST, NO_ANSWER, LayerAnswers, LayerRules, Plan, Routing, resolve
 from varjax.shrinkage import shrunk
@@ -42,7 +42,7 @@ def collected(batches, keys=KEYS):
     sums = init(answers)
     for batch in batches:
         sums = update(sums, *batch)
-    return flush(sums, answers)[1]
+    return absorb(sums, answers)
 
 
 def slow_answers(batches):
@@ -94,7 +94,8 @@ def test_answers_equal_the_slow_loop_however_the_windows_fall(seed, windows):
         for _ in range(size):
             batches.append(random_batch(rng))
             sums = update(sums, *batches[-1])
-        sums, answers = flush(sums, answers)
+        answers = absorb(sums, answers)
+        sums = init(answers)
     expected, nonfinite = slow_answers(batches)
     assert_answers(answers, expected)
     assert_answers(pruned(answers), expected)
@@ -122,7 +123,7 @@ def test_only_the_pairs_asked_for_have_room():
     sums = init(some)
     for batch in batches:
         sums = update(sums, *batch)
-    every, found = collected(batches), flush(sums, some)[1]
+    every, found = collected(batches), absorb(sums, some)
     for a, row, expert in np.argwhere(some.entry != NO_ANSWER):
         ours, theirs = found.entry[a, row, expert], every.entry[a, row, expert]
         assert found.count[a, ours] == every.count[a, theirs]
@@ -155,7 +156,7 @@ def test_a_hot_pair_loses_no_digits_over_many_tokens(noise):
         sums = update(sums, jnp.zeros((1, 1, tokens), jnp.int32), outputs, routing, np.ones((1, tokens), bool))
         seen.append(np.concatenate([weight[..., None], outputs], axis=-1).reshape(-1, 1 + HIDDEN).astype(np.float64))
     w, wf = np.split(np.concatenate(seen), [1], axis=1)
-    _, answers = flush(sums, answers)
+    answers = absorb(sums, answers)
     mean = (w * wf).sum(0) / (w * w).sum()
     np.testing.assert_allclose(answers.mean[0, 0], mean, rtol=0, atol=1e-5 * np.linalg.norm(mean))
     deviation = np.sqrt(np.square(wf - w * mean).sum() / (w * w).sum())
@@ -204,7 +205,7 @@ def test_kept_experts_and_answers_are_the_full_output_where_each_pair_occurred_o
     outputs = rng.normal(size=(1, *shape, TOP_K, HIDDEN)).astype(np.float32)
     answers = Answers.empty(KEYS, (0,), EXPERTS, HIDDEN)
     sums = update(init(answers), rows, outputs, jax.tree.map(lambda leaf: leaf[None], learned), np.ones(shape, bool))
-    answers = pruned(flush(sums, answers)[1])
+    answers = pruned(absorb(sums, answers))
 
     rows_ = shrunk(answers, 0, 0.0).answers
     known = LayerAnswers(jnp.asarray(answers.entry[0]), jnp.zeros(len(rows_)), jnp.asarray(rows_), None)

@@ -12,9 +12,8 @@ import pytest
 
 from varjax import LEARNED, VARConfig, VARModel, drift, step
 from varjax.audit import Auditor, _audited, audited, choose, tally
-from varjax.drift import DriftWarning
+from varjax.drift import ERROR_CAP, DriftWarning, observe, watched
 from varjax.routing import LayerRules, Plan, Routing, resolve
-from varjax.streams import ERROR_CAP, observe, watched
 
 SHARE = 0.4
 
@@ -241,7 +240,7 @@ def test_disabled_is_the_switched_off_model_until_begun_anew(small_var_model, ca
 
 def test_what_does_not_fit_is_refused(small_var_model, calibration):
     other = dataclasses.replace(calibration, fingerprint="0" * 64)
-    with pytest.raises(ValueError, match=r"fingerprint 000000000000…, this model .*; calibrate anew"):
+    with pytest.raises(ValueError, match=r"fingerprint 000000000000…, this model .*; calibrate again"):
         Auditor(small_var_model, other)
     changed = dataclasses.replace(small_var_model.config, answer_shrinkage=2.0)
     with pytest.raises(ValueError, match="config_sha256"):

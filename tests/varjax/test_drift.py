@@ -5,8 +5,7 @@ import pytest
 
 from varjax import bounds, drift
 from varjax.config import VARConfig
-from varjax.drift import ALPHA, LOOK, Calibration
-from varjax.streams import Stream, watched
+from varjax.drift import ALPHA, LOOK, Calibration, Stream, watched
 
 CONFIG = VARConfig(layers={1: None}, cache_layers=(2,))
 STREAMS = watched(CONFIG, 3)
@@ -121,7 +120,7 @@ def test_calibrations_survive_a_round_trip(tmp_path):
 def test_a_file_that_is_none_is_named(tmp_path, text):
     path = tmp_path / "calibration.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"calibration\.json: .*; calibrate anew"):
+    with pytest.raises(ValueError, match=r"calibration\.json: .*; calibrate again"):
         Calibration.load(path)
 
 

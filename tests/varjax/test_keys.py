@@ -187,7 +187,7 @@ def test_an_empty_index_finds_nothing():
 @pytest.mark.parametrize("orders", [(), (-1,), (1, 3)])
 def test_orders_beyond_the_keys_are_refused(orders):
     index = KeyIndex.build(np.zeros((1, 2), np.int32))
-    with pytest.raises(ValueError, match=r"must lie in 0\.\.2"):
+    with pytest.raises(ValueError, match=r"must be in 0\.\.2"):
         find_orders(index, jnp.zeros((1, 1, 4), jnp.int32), orders)
 
 

@@ -9,7 +9,7 @@ import pytest
 from varjax.answers import Answers
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.selection import likeliest, most_valuable, worth
+from varjax.shrinkage import likeliest, most_valuable, worth
 from varjax.stats import RoutingStats
 
 EXPERTS, HIDDEN, IDS = 3, 4, 3

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from varjax.answers import Answers
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.shrinkage import inherit, lineage, parents, shrunk
+from varjax.shrinkage import _parents, inherit, lineage, shrunk
 
 EXPERTS, WIDTH = 3, 3
 
@@ -33,7 +33,7 @@ def test_lineage_and_inheritance_equal_a_slow_search(case):
     answer = {(key, e): entry[r, e] for r, key in enumerate(chosen) for e in range(EXPERTS) if entry[r, e] >= 0}
     chain = {key: [key[back:] for back in range(1, len(key) + 1)] for key in chosen}  # shorter keys, longest first
     expected = [next((chosen.index(k) for k in chain[key] if k in chosen), -1) for key in chosen]
-    np.testing.assert_array_equal(parents(keys), expected)
+    np.testing.assert_array_equal(_parents(keys), expected)
 
     inherited, (parent, depth) = inherit(keys, entry), lineage(keys, entry, len(answer) + 1)
     assert (parent[-1], depth[-1]) == (NO_ANSWER, 0)  # an answer that belongs to no pair

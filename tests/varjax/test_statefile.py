@@ -152,14 +152,14 @@ import numpy as np
 from varjax import checksums, statefile
 from tests.varjax.test_statefile import ABOUT, small_state
 
-checksums.seal = lambda path: os._exit(9)  # the arrays are on the disk, their checksum is not
+checksums._seal = lambda path: os._exit(9)  # the arrays are on the disk, their checksum is not
 statefile.save(sys.argv[1], small_state(7), np.int32(0), ABOUT)
 """
 
 
 def small_state(value: int) -> VARState:
     cache = context_cache.init(8, 2, LAYERS, TOP_K)
-    counters = jax.tree.map(lambda leaf: leaf + np.uint32(value), Counters.zero(LAYERS))
+    counters = jax.tree.map(lambda leaf: leaf + np.uint32(value), Counters._zero(LAYERS))
     return VARState(replace(cache, ids=cache.ids + value), jnp.full((2, 1), value, jnp.int32), counters)
 
 

@@ -174,7 +174,7 @@ def changed(column: str, value) -> pd.DataFrame:
     ("frame", "message"),
     [
         (SPEC_ONLY.drop(columns=["frequency", "top_expert"]), "no column frequency, top_expert"),
-        (changed("frequency", 0), "column frequency, row 1: 0 is no whole number from 1"),
+        (changed("frequency", 0), "column frequency, row 1: 0 is not a whole number from 1"),
         (changed("frequency", 1.5), r"column frequency, row 1: 1\.5"),
         (changed("frequency", float("nan")), "column frequency, row 1: nan"),
         (changed("frequency", "many"), "column frequency holds .*string, expected numbers"),
@@ -210,7 +210,7 @@ def test_a_bad_column_is_named(tmp_path, frame, message):
         ('{"version": 2}', "format version 2, this varjax reads 1"),
         ("{", "not a readable Parquet file"),
         ("[1]", "not a readable Parquet file"),
-        ('{"num_experts": 2}', "column top_expert, row 0: 2 is no whole number from 0 to 1"),
+        ('{"num_experts": 2}', "column top_expert, row 0: 2 is not a whole number from 0 to 1"),
         ('{"num_experts": "eight"}', "metadata num_experts is eight"),
         ('{"tokens": 1.5}', r"metadata tokens is 1\.5"),
         ('{"orders": [2]}', r"column order, row 0: 1 is none of the orders \[2\]"),

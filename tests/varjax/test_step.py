@@ -14,9 +14,8 @@ import varjax
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import NONE
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, resolve
-from varjax.step import Counters, Settings, begin, commit, init, plan, summary, timestamp
+from varjax.step import Counters, Settings, WideCount, begin, commit, init, plan, summary, timestamp
 from varjax.table import build_table, fast_plan
-from varjax.wide import WideCount
 
 LAYERS, EXPERTS, TOP_K = 3, 5, 2
 CONFIG = VARConfig(
@@ -178,7 +177,7 @@ def test_counters_equal_a_slow_count(table, seed):
 
 
 def test_a_summary_before_the_first_token():
-    shares = summary(Counters.zero(LAYERS), TOP_K)
+    shares = summary(Counters._zero(LAYERS), TOP_K)
     assert (shares["tokens"], shares["hit_rate"], shares["experts_per_token"]) == (0, 0.0, 0.0)
     assert shares["tiers"] == {"fast": 0.0, "cached": 0.0, "learned": 0.0}
     assert len(shares["layers"]) == LAYERS
@@ -254,7 +253,7 @@ def test_counters_pass_the_end_of_their_words_and_go_on(table, already):
 
 def test_wide_counts_equal_whole_numbers_of_any_size():
     rng = np.random.default_rng(0)
-    counts = WideCount.zero((5,))
+    counts = WideCount._zero((5,))
     whole = np.zeros(5, np.int64)
     add = jax.jit(WideCount.plus)
     for _ in range(40):

@@ -89,8 +89,9 @@ def test_a_saved_config_names_its_files(stats, tmp_path):
     assert VARConfig.load(path) == VARConfig(cache_size=7) and saved_files(path) == files
     VARConfig().save(path)
     assert saved_files(path) is None
-    VARConfig().save(path, TableFiles("s.parquet"))  # a folder that was moved as a whole
-    assert saved_files(path) == TableFiles(str(stats))
+    for moved in ("s.parquet", "/elsewhere/s.parquet"):
+        VARConfig().save(path, TableFiles(moved))
+        assert saved_files(path) == TableFiles(str(stats))
     checksums.write_json(path, {"routing_stats": str(stats), "residuals": "old"})  # as an earlier version did
     assert VARConfig.load(path) == VARConfig() and saved_files(path) == TableFiles(str(stats), "old")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cache_size": 8}))

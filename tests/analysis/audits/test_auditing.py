@@ -11,8 +11,7 @@ from analysis.audits.faults import perturbed, random_texts, renumbered, shuffled
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import encode
 from varjax import VARConfig, VARModel, answersfile, statsfile
-from varjax.drift import Calibration
-from varjax.streams import observe
+from varjax.drift import Calibration, observe
 
 READING = {"batch_size": 4, "max_length": 32, "progress": False}
 

@@ -59,11 +59,11 @@ def test_ten_times_the_tokens_need_no_more_memory(saved_model, monkeypatch):
 def test_the_published_sizes_stay_within_the_bounds(shared_data, name):
     config = read_config(shared_data / name)
     settings = Settings(keys=KeySettings(max_keys=None))
-    most = settings.keys_of(config, config.num_layers).max_keys
+    most = settings._keys_of(config, config.num_layers).max_keys
     assert most > 50_000  # what Phase 1 takes unless told otherwise
     assert most * bytes_a_key(config.num_layers, config.num_experts) <= settings.stats_bytes
 
-    pairs = settings.pairs_of(config, config.num_layers)
+    pairs = settings._pairs_of(config, config.num_layers)
     shape = config.num_layers, config.num_experts + pairs
     answers = Answers(
         keys=np.zeros((0, 3), np.int32),

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
+from analysis.checkpoints import CheckpointMismatchError, Checkpoints, note, resumed
 from analysis.collect.answers import collect_answers
-from analysis.collect.checkpoints import CheckpointMismatchError, Checkpoints, note, resumed
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.batches import batches
 from analysis.text.encoded_corpus import EncodedCorpus

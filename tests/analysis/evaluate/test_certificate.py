@@ -20,7 +20,7 @@ from analysis.evaluate.comparison import Result, ResultError, degradation
 from analysis.evaluate.quality import Scores
 from analysis.report.provenance import write_json
 from analysis.report.report import text
-from analysis.text.drawn import Drawn
+from analysis.text.encoding import Drawn
 from varjax.bounds import upper_bound
 from varjax.checksums import read_json
 

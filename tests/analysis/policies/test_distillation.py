@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from analysis.checkpoints import Checkpoints
 from analysis.collect.answers import collect_answers
-from analysis.collect.checkpoints import Checkpoints
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.quality import plain_runner, score, var_runner
 from analysis.policies.distillation import DistilConfig, _lines, distill

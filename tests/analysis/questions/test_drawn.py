@@ -64,7 +64,7 @@ def points(trace: Trace) -> dict[str, np.ndarray]:
 def figures(draws: DocumentDraws) -> dict[str, np.ndarray]:
     """The same figures in every draw."""
     return {
-        "zipf": draws.of_counts(zipf._drawn_exponents),
+        "zipf": np.concatenate([zipf._drawn_exponents(block) for block in draws.blocks]),
         "rho": draws.by_layer(frequency_entropy._drawn_rho),
         "ids": draws.by_layer(entropy_distribution._drawn_ids),
         "occurrences": draws.by_layer(entropy_distribution._drawn_occurrences),
@@ -112,13 +112,13 @@ def test_the_gates_own_entropy_is_used_where_the_trace_has_it():
 
 def test_draws_follow_the_seed_and_documents_whatever_their_numbers():
     trace = text(2)
-    one = DocumentDraws.of(trace, 5, seed=3).by_layer(consistency._drawn_groups)
+    one = DocumentDraws(trace, None, 5, seed=3).by_layer(consistency._drawn_groups)
     gaps = replace(
         trace, document=trace.document * 2, document_ids=tuple(map(str, range(80))), groups=("g",) * 80
     )  # every second document has no token
-    for other in (DocumentDraws.of(trace, 5, seed=3), DocumentDraws.of(gaps, 5, seed=3)):
+    for other in (DocumentDraws(trace, None, 5, seed=3), DocumentDraws(gaps, None, 5, seed=3)):
         assert other.documents == 40 and np.array_equal(other.by_layer(consistency._drawn_groups), one)
-    assert not np.array_equal(DocumentDraws.of(trace, 5, seed=4).by_layer(consistency._drawn_groups), one)
+    assert not np.array_equal(DocumentDraws(trace, None, 5, seed=4).by_layer(consistency._drawn_groups), one)
 
 
 def test_an_interval_is_moved_to_its_point_and_stays_within_its_limits():
@@ -140,7 +140,7 @@ def test_moved_intervals_hold_what_texts_of_this_size_have_where_percentiles_fai
     moved, plain = ({name: np.zeros(one.shape) for name, one in truth.items()} for _ in range(2))
     for seed in range(texts):
         trace = text(seed)
-        draws = figures(DocumentDraws.of(trace, 100, seed))
+        draws = figures(DocumentDraws(trace, None, 100, seed))
         for name, point in points(trace).items():
             percentiles = np.nanquantile(draws[name], [0.025, 0.975], axis=0)
             for held, (low, high) in ((moved, interval(point, draws[name])), (plain, percentiles)):

@@ -12,7 +12,7 @@ from analysis.studies.table_size import SHARES, shipped
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.selection import worth
+from varjax.shrinkage import worth
 from varjax.table import build_table
 
 READING = {"batch_size": 20, "max_length": 16}

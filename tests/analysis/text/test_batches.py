@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from analysis.text.batches import batches, cut
-from analysis.text.corpus import CorpusError, Document
+from analysis.text.corpus import Document
 from analysis.text.encoding import Encoded, count_words, encode
+from analysis.text.sources import CorpusError
 from models import MoEConfig
 
 

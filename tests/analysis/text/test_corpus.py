@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from analysis.text import corpus, embedded
-from analysis.text.corpus import SPLITS, CorpusError, Document, corpus_hash, iter_documents, load_documents
+from analysis.text.corpus import SPLITS, Document, corpus_hash, iter_documents, load_documents
+from analysis.text.sources import CorpusError
 
 TEXTS = ["The first document.\n\nTwo paragraphs.", "The second.", "Ein drittes, größeres Dokument."]
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from analysis.text.corpus import CorpusError, iter_documents, load_documents
-from analysis.text.drawn import Drawn
+from analysis.text.corpus import iter_documents, load_documents
 from analysis.text.encoded_corpus import EncodedCorpus
-from analysis.text.encoding import encode
-from analysis.text.preparation import prepare
-from analysis.text.prepared import MANIFEST, Request
+from analysis.text.encoding import Drawn, encode
+from analysis.text.prepared import MANIFEST, Request, prepare
+from analysis.text.sources import CorpusError
 from varjax import checksums
 from varjax.errors import InputError
 

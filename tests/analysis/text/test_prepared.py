@@ -7,11 +7,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from analysis.text import encoding, preparation
-from analysis.text.corpus import CorpusError, Document, corpus_hash, iter_documents
+from analysis.report.provenance import write_json
+from analysis.text import encoding, prepared
+from analysis.text.corpus import Document, corpus_hash, iter_documents
 from analysis.text.encoding import Encoded, iter_encode
-from analysis.text.preparation import prepare
-from analysis.text.prepared import MANIFEST, Request, is_prepared, open_prepared, read_manifest, tokenizer_hash
+from analysis.text.prepared import (
+    MANIFEST,
+    Request,
+    is_prepared,
+    open_prepared,
+    prepare,
+    read_manifest,
+    tokenizer_hash,
+)
+from analysis.text.sources import CorpusError
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from varjax import checksums
 
@@ -22,16 +31,15 @@ def tokenizer(model_directory):
 
 
 @pytest.fixture
-def many_shards(monkeypatch):
-    """Shards, record batches and the tokenizer's parts of a few documents each."""
-    monkeypatch.setattr(preparation, "SHARD_TOKENS", 1_000)
-    monkeypatch.setattr(preparation, "_BATCH_TOKENS", 300)
+def many_batches(monkeypatch):
+    """Record batches and the tokenizer's parts of a few documents each."""
+    monkeypatch.setattr(prepared, "_BATCH_TOKENS", 300)
     monkeypatch.setattr(encoding, "_TOGETHER", 7)
 
 
 @pytest.fixture
-def folder(corpus_file, tokenizer, tmp_path, many_shards):
-    """A good prepared corpus in several shards, for a test to spoil."""
+def folder(corpus_file, tokenizer, tmp_path, many_batches):
+    """A good prepared corpus in several record batches, for a test to spoil."""
     make(corpus_file, tokenizer, tmp_path / "prepared")
     return tmp_path / "prepared"
 
@@ -51,20 +59,25 @@ def same(left: Encoded, right: Encoded) -> bool:
 
 
 def test_a_prepared_corpus_is_what_tokenizing_gives(folder, documents, tokenizer):
-    prepared = open_prepared(folder, tokenizer, check_hashes=True)
-    assert len(prepared.manifest.shards) > 2
-    assert len(prepared) == len(documents)
-    assert all(same(one, other) for one, other in zip(prepared, documents, strict=True))
+    found = open_prepared(folder, tokenizer, check_hashes=True)
+    assert len(found.table.to_batches()) > 2
+    assert len(found) == len(documents)
+    for _ in range(2):
+        assert all(same(one, other) for one, other in zip(found, documents, strict=True))
 
 
-def test_documents_are_found_by_index(folder, documents):
-    prepared = open_prepared(folder)
-    for index in (0, 1, 77, len(documents) - 1, -1, -len(documents), np.int64(5)):
-        assert same(prepared[index], documents[index])
-    assert all(same(one, other) for one, other in zip(prepared[150:3:-40], documents[150:3:-40], strict=True))
-    for index in (len(documents), -len(documents) - 1):
-        with pytest.raises(IndexError, match=f"document {index} of {len(documents)}"):
-            prepared[index]
+def test_a_folder_of_several_shards_is_read(folder, documents):
+    table, manifest = open_prepared(folder).table, read_manifest(folder)
+    shards = []
+    for number, rows in enumerate((table[:70], table[70:])):
+        path = folder / f"shard-{number:05d}.arrow"
+        with pa.OSFile(str(path.with_suffix(".new")), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+            stream.write_table(rows)
+        path.with_suffix(".new").rename(path)
+        digest = checksums.digest_of_file(path)
+        shards.append(prepared.Shard(path.name, rows.num_rows, path.stat().st_size, digest))
+    write_json(folder / MANIFEST, dataclasses.replace(manifest, shards=tuple(shards)))
+    assert all(same(one, other) for one, other in zip(open_prepared(folder), documents, strict=True))
 
 
 def test_the_manifest_says_what_is_inside(folder, documents, corpus_file, tokenizer):
@@ -88,7 +101,7 @@ def test_datasets_opens_a_shard(folder, documents):
 
 def test_reading_copies_nothing(folder):
     before = pa.total_allocated_bytes()
-    ids = open_prepared(folder)[9].ids
+    ids = next(iter(open_prepared(folder))).ids
     assert pa.total_allocated_bytes() - before < 1_000
     assert not ids.flags.writeable
 
@@ -107,18 +120,17 @@ def test_documents_without_two_tokens_are_left_out_and_counted(corpus_file, toke
     assert (manifest.documents, manifest.left_out) == (2, 2)
 
 
-def test_documents_leave_memory_in_parts(corpus_file, tokenizer, tmp_path, many_shards):
-    """Shards are closed on the disk while the documents still come."""
-    shards_seen = []
+def test_documents_leave_memory_in_parts(corpus_file, tokenizer, tmp_path, many_batches):
+    """Record batches are on the disk while the documents still come."""
+    sizes_seen = []
 
     def documents():
         for index in range(2_000):
-            shards_seen.append(len(list(tmp_path.glob(".prepared.unfinished/*.arrow"))))
+            sizes_seen.append(sum(path.stat().st_size for path in tmp_path.glob(".prepared.unfinished/*.arrow")))
             yield Document(f"document {index} about routers", "g")
 
-    made = make(corpus_file, tokenizer, tmp_path / "prepared", documents())
-    assert len(made.shards) > 5
-    assert shards_seen[len(shards_seen) // 2] >= len(made.shards) // 2
+    (shard,) = make(corpus_file, tokenizer, tmp_path / "prepared", documents()).shards
+    assert sizes_seen[len(sizes_seen) // 2] >= shard.size * 0.4
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -161,7 +173,7 @@ def breaking_off(documents, error, after=60):
 )
 @pytest.mark.parametrize("there_before", [True, False])
 def test_an_interrupted_call_leaves_what_was_there(
-    corpus_file, tokenizer, tmp_path, many_shards, error, message, there_before
+    corpus_file, tokenizer, tmp_path, many_batches, error, message, there_before
 ):
     if there_before:
         make(corpus_file, tokenizer, tmp_path / "a", split="test")
@@ -180,10 +192,10 @@ def test_a_dataset_that_cannot_be_reached_leaves_no_trace(corpus_file, tokenizer
 
 
 def test_a_killed_call_leaves_nothing_that_passes_for_complete(
-    corpus_file, tokenizer, tmp_path, many_shards, monkeypatch
+    corpus_file, tokenizer, tmp_path, many_batches, monkeypatch
 ):
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
-        killed.setattr(preparation.shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing up
+        killed.setattr(prepared.shutil, "rmtree", lambda *_, **__: None)  # a killed process tidies nothing up
         make(corpus_file, tokenizer, tmp_path / "a", breaking_off(iter_documents(corpus_file), KeyboardInterrupt()))
     (leftover,) = tmp_path.iterdir()
     assert list(leftover.glob("*.arrow"))
@@ -223,7 +235,7 @@ def test_a_full_disk_is_explained(corpus_file, tokenizer, tmp_path, monkeypatch)
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(preparation, "digest_of_file", full)
+    monkeypatch.setattr(checksums, "digest_of_file", full)
     with pytest.raises(CorpusError, match=r"cannot be written.*No space left.*free some space"):
         make(corpus_file, tokenizer, tmp_path / "a")
     assert not list(tmp_path.iterdir())
@@ -236,7 +248,7 @@ def test_a_full_disk_is_explained(corpus_file, tokenizer, tmp_path, monkeypatch)
     ("texts", "request_", "message"),
     [
         (["", ""], {}, "none of the 2 documents holds two tokens"),
-        (["fine", "not \ud800 fine"], {}, "a document of g .* is no Unicode text"),
+        (["fine", "not \ud800 fine"], {}, "a document of g .* is not Unicode text"),
         (["fine"], {"max_tokens": 0}, "max_tokens must be at least 1"),
     ],
 )
@@ -255,12 +267,12 @@ def edit_manifest(**changes):
 
 
 def truncate(folder) -> None:
-    shard = folder / "shard-00001.arrow"
+    shard = folder / "shard-00000.arrow"
     shard.write_bytes(shard.read_bytes()[:-100])
 
 
 def overwrite_start(folder) -> None:
-    with (folder / "shard-00001.arrow").open("r+b") as file:
+    with (folder / "shard-00000.arrow").open("r+b") as file:
         file.write(b"x" * 64)
 
 
@@ -273,9 +285,9 @@ FAULTS = {
     "request-missing": (edit_manifest(request=None), [MANIFEST, "damaged", "request"]),
     "too-few": (edit_manifest(documents=7), ["holds 160 documents", "says 7"]),
     "no-shards": (edit_manifest(shards=[]), ["holds 0 documents"]),
-    "shard-missing": (lambda f: (f / "shard-00001.arrow").unlink(), ["shard-00001.arrow is missing", "restore it"]),
-    "shard-truncated": (truncate, ["shard-00001.arrow has", "its manifest says"]),
-    "shard-damaged": (overwrite_start, ["shard-00001.arrow", "its contents have changed"]),
+    "shard-missing": (lambda f: (f / "shard-00000.arrow").unlink(), ["shard-00000.arrow is missing", "restore it"]),
+    "shard-truncated": (truncate, ["shard-00000.arrow has", "its manifest says"]),
+    "shard-damaged": (overwrite_start, ["shard-00000.arrow", "its contents have changed"]),
 }
 
 
@@ -308,5 +320,4 @@ def test_iter_encode_and_prepare_agree_on_what_is_left_out(corpus_file, saved_mo
     texts = [Document(text, "g") for text in ("", "a", "a b", " ", "longer text")]
     encoded = list(iter_encode(texts, saved_model.tokenizer, saved_model.config))
     make(corpus_file, saved_model.tokenizer, tmp_path / "a", texts)
-    prepared = open_prepared(tmp_path / "a")
-    assert all(same(one, other) for one, other in zip(prepared, encoded, strict=True))
+    assert all(same(one, other) for one, other in zip(open_prepared(tmp_path / "a"), encoded, strict=True))

@@ -12,13 +12,12 @@ from analysis.questions.data import RoutingData, Settings, trace_source
 from analysis.questions.expert_load import expert_load
 from analysis.questions.predictability import predictability
 from analysis.questions.repetition import repetition
-from analysis.replay import replay
+from analysis.replay import report_of
 from analysis.report.report import text
-from analysis.traces import replay_report
 from analysis.traces import trace as trace_file
-from analysis.traces.capture import captured_layers, layer_names
+from analysis.traces.capture import captured_layers
 from analysis.traces.importing import import_npz
-from analysis.traces.replay_report import draw as draw_replay
+from analysis.traces.replaying import replay
 from analysis.traces.trace import TraceError
 from tests.analysis.traces.test_importing import stored
 from varjax.config import LayerPolicy, VARConfig
@@ -76,7 +75,6 @@ def test_they_are_marked_and_named(tmp_path, traces):
     assert short.captured.all() and short.captured_part() is short
     trace_file.write(tmp_path / "trace.parquet", long)
     assert trace_file.read(tmp_path / "trace.parquet").remarks() == long.remarks()
-    assert layer_names([3]) == "layer 3"
 
 
 def test_a_file_of_another_writer_is_looked_at_when_it_is_read(tmp_path, traces):
@@ -145,11 +143,12 @@ def test_a_replay_leaves_them_out(traces):
     assert [long.rates(place) for place in PLACES] == [short.rates(0), short.rates(1)]
     assert long.rates() == short.rates()
     assert long.rates(0)["experts_per_token"] is None
-    assert any("Not captured: layers 0, 2, 3 of 5" in note for note in replay_report.report(long).notes)
-    table = replay_report.report(long).sections[0].tables[0]
+    assert any("Not captured: layers 0, 2, 3 of 5" in note for note in report_of(long).notes)
+    table = report_of(long).sections[0].tables[0]
     names = ["0 (not captured)", "1", "2 (not captured)", "3 (not captured)", "4", "all"]
     assert [row[0] for row in table.rows] == names
-    assert len(draw_replay(long)) == 2
+    figures = [figure for section in report_of(long).sections for figure in section.figures]
+    assert len(figures) == 2 and all(figure.draw() for figure in figures)
     with pytest.raises(InputError, match="layer 7: the trace has only layers 0 to 4"):
         replay(traces[1], replace(config, layers={7: None}))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import entr
 
-from analysis.traces.statistics import gate_entropy, key_rows, trace_statistics
+from analysis.traces.statistics import _key_rows, gate_entropy, trace_statistics
 from analysis.traces.trace import Trace, TraceError
 
 
@@ -119,7 +119,7 @@ def test_without_probabilities_choices_are_still_counted():
 def test_key_rows_are_exact_beyond_the_keys():
     one = trace()
     stats = trace_statistics(one, (1, 2), min_count=1, max_keys=8)
-    rows = key_rows(one, stats.keys, 2)
+    rows = _key_rows(one, stats.keys, 2)
     for at in np.flatnonzero(rows >= 0):
         assert stats.keys[rows[at]].tolist() == one.token_id[at - 1 : at + 1].tolist()
     assert np.sum(rows >= 0) == 300 - stats.absent[1] and np.any(rows < 0)

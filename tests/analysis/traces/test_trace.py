@@ -170,7 +170,7 @@ FAULTS = {
     "negative id": lambda t: changed(t, "token_id", 3, -1),
     "experts holds 0 to 5, expected 0 to 4": lambda t: changed(t, "experts", (0, 0, 0), 5),
     "outside its 5 documents": lambda t: changed(t, "document", -1, 5),
-    "do not stand together": lambda t: changed(t, "document", 0, 3),
+    "are not adjacent": lambda t: changed(t, "document", 0, 3),
     "position does not rise": lambda t: changed(t, "position", 1, t.position[0]),
     "an expert twice": lambda t: changed(t, "experts", (4, 1), 2),
     "entropy has shape": lambda t: {"entropy": t.probs[..., 0, 0]},
@@ -320,7 +320,7 @@ def recorded(tmp_path_factory, saved_model, documents):
     """The trace of the tiny model over its documents, in windows of 16 tokens, a few hundred tokens at a time."""
     path = tmp_path_factory.mktemp("recorded") / "trace.parquet"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trace_recording, "TOGETHER", 300)
+        patch.setattr(trace_recording, "_TOGETHER", 300)
         assert record(saved_model, iter(documents), path, **READING) == 0
     return trace_file.read(path)
 

@@ -1,8 +1,8 @@
-"""Checkpoints of a long run, so that a killed one ends as if it had never stopped.
+"""Checkpoints of a long run, so that a killed run ends as if it had never stopped.
 
-A checkpoint is a pytree of host arrays and whole numbers with the number of batches that are in it, in a safetensors
-file that is sealed (`varjax.checksums`): one that was not finished or was damaged is never used. A folder of
-checkpoints belongs to one run, told by what decides its result.
+A checkpoint is a pytree of host arrays and integers with the number of batches in it, in a safetensors file that is
+sealed (`varjax.checksums`): an unfinished or damaged one is never used. A folder of checkpoints belongs to one run,
+which is identified by everything that decides its result.
 """
 
 from __future__ import annotations
@@ -24,21 +24,25 @@ T = TypeVar("T")
 
 
 class CheckpointMismatchError(InputError):
-    """The checkpoints in a folder belong to another run: says what differs and what to do."""
+    """The checkpoints in a folder belong to another run: the message says what differs and what to do."""
 
 
 def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What `note` noted beside this run; None if there is nothing.
+    """Read the note of a run that is to be resumed.
 
     Args:
-        run: what JSON can hold and what decides the result: model, data, settings.
+        path: the file that `note` wrote.
+        run: what decides the result: model, data, settings; JSON values.
+
+    Returns:
+        What was noted beside the run; None: there is no note.
 
     Raises:
-        CheckpointMismatchError: another run's note lies there.
+        CheckpointMismatchError: it is the note of another run.
     """
     if not path.exists():
         return None
-    noted = checksums.read_json(path, f"delete {path.parent} to begin anew")
+    noted = checksums.read_json(path, f"delete {path.parent} to start over")
     there, here = (dict(_leaves(one)) for one in (noted["run"], json.loads(json.dumps(run))))
     different = [
         f"{name} = {there.get(name)} (here {here.get(name)})"
@@ -48,35 +52,48 @@ def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
     if different:
         raise CheckpointMismatchError(
             f"{path.parent} holds the checkpoints of a run with {', '.join(different)}; give the same arguments to "
-            "resume it, another --output to keep it, or delete that folder to begin anew"
+            "resume it, another --output to keep it, or delete that folder to start over"
         )
     return noted["beside"]
 
 
 def note(path: Path, run: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
-    """Note which run the checkpoints beside `path` belong to, and what a resumed one has to know."""
+    """Note which run a folder of checkpoints belongs to.
+
+    Args:
+        path: a file in that folder.
+        run: see `resumed`.
+        beside: what a resumed run has to know.
+    """
     checksums.write_json(path, {"run": run, "beside": beside})
 
 
 class Checkpoints:
-    """The checkpoints of one pass."""
+    """The checkpoints of one pass; only the newest is kept."""
 
     def __init__(self, folder: Path):
-        """`folder` is made with the first checkpoint."""
+        """Choose the folder.
+
+        Args:
+            folder: made with the first checkpoint.
+        """
         self._path = folder / "checkpoint.safetensors"
 
     def newest(self, like: T) -> tuple[int, T] | None:
-        """The number of batches in the newest checkpoint, and its value; None if there is none.
+        """Read the newest checkpoint.
 
         Args:
             like: any value of the same structure; its arrays may have other shapes.
 
+        Returns:
+            The number of batches in it, and its value; None: there is none.
+
         Raises:
-            InputError: the checkpoint was damaged, or holds another structure.
+            InputError: the checkpoint was damaged, or has another structure.
         """
         if not self._path.is_file():
             return None
-        fix = f"delete {self._path.parent} to begin anew"
+        fix = f"delete {self._path.parent} to start over"
         checksums.verify(self._path, fix, required=True)
         leaves, structure = jax.tree.flatten(like)
         try:
@@ -89,10 +106,11 @@ class Checkpoints:
         return batches, jax.tree.unflatten(structure, restored)
 
     def save(self, batches: int, value: Any) -> None:
-        """Replace the checkpoint by one with so many batches in it; back when it is on disk.
+        """Replace the checkpoint. Returns when the new one is on disk.
 
         Args:
-            value: a pytree of arrays and whole numbers.
+            batches: number of batches in it.
+            value: a pytree of arrays and integers.
         """
         leaves = jax.device_get(jax.tree.leaves(value))
         arrays = {str(number): np.asarray(leaf, order="C") for number, leaf in enumerate(leaves)}
@@ -101,7 +119,7 @@ class Checkpoints:
 
 
 def _leaves(tree: Any, name: str = "") -> list[tuple[str, Any]]:
-    """Every value that is no object, under its path."""
+    """Every value that is not an object, under its path."""
     if not isinstance(tree, dict):
         return [(name, tree)]
     return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{name}.{key}".lstrip("."))]
