@@ -35,28 +35,16 @@ from varjax.progress import progress_bar
 
 RECORD = "varjax_download.json"
 
-# The hub's errors and what to do about them; GatedRepoError is a kind of RepositoryNotFoundError.
-_EXPLAINED = (
-    (
-        errors.GatedRepoError,
-        "{repo} is gated: accept its terms at https://huggingface.co/{repo}, log in (`hf auth login`) and run this "
-        "again",
-    ),
-    (
-        errors.RevisionNotFoundError,
-        "{repo} has no revision {revision!r}; name one of its branches, tags or commits",
-    ),
-    (
-        errors.RepositoryNotFoundError,
-        "{repo}: no such repository on the hub, or a private one; check owner/name, or log in (`hf auth login`)",
-    ),
-    (errors.HFValidationError, "{repo!r} is not a hub id ({error}); give owner/name"),
-    (
-        Exception,  # the hub's libraries raise many kinds
-        "{repo}: the hub cannot be reached or the connection broke off ({kind}: {error}); check the network and run "
-        "this again, the files fetched so far are kept",
-    ),
-)
+# The hub's errors and what to do about them, the first that fits; a GatedRepoError is a RepositoryNotFoundError too.
+_LOG_IN = "log in (`hf auth login`)"
+_EXPLAINED = {
+    errors.GatedRepoError: f"is gated: accept its terms at https://huggingface.co/{{repo}} and {_LOG_IN}",
+    errors.RevisionNotFoundError: "has no revision {revision!r}; name one of its branches, tags or commits",
+    errors.RepositoryNotFoundError: f"is not on the hub, or is private; check owner/name, or {_LOG_IN}",
+    errors.HFValidationError: "is not a hub id ({error}); give owner/name",
+    Exception: "cannot be fetched: the hub cannot be reached or the connection broke off ({kind}: {error}); check the "
+    "network and run this again, the files fetched so far are kept",  # the hub's libraries raise many kinds
+}
 
 
 class DownloadError(InputError):
@@ -270,9 +258,9 @@ def _explained(repo: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise DownloadError(f"{repo}: the disk is full; free some space and run this again") from error
-        message = next(message for kind, message in _EXPLAINED if isinstance(error, kind))
-        kind = type(error).__name__
-        raise DownloadError(message.format(repo=repo, revision=revision, kind=kind, error=error)) from error
+        told = next(message for kind, message in _EXPLAINED.items() if isinstance(error, kind))
+        told = told.format(repo=repo, revision=revision, kind=type(error).__name__, error=error)
+        raise DownloadError(f"{repo} {told}") from error
 
 
 def _wanted(name: str) -> bool:

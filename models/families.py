@@ -31,11 +31,11 @@ class Family:
     dense_layers: tuple[str, str] | None = None  # theirs: layers without experts; n if only each n-th layer has some
 
 
-# our field -> Hugging Face's, in every family; `num_hidden_layers` counts layers with and without experts
-_SAME = ("vocab_size", "hidden_size", "head_dim", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings")
-_SAME += ("initializer_range", "router_aux_loss_coef", "bos_token_id", "eos_token_id", "pad_token_id")
+# our field -> theirs, in every family; `num_hidden_layers` counts layers with and without experts
 COMMON_FIELDS = {
-    **{name: name for name in _SAME},
+    **{name: name for name in ("vocab_size", "hidden_size", "head_dim", "rms_norm_eps", "max_position_embeddings")},
+    **{name: name for name in ("tie_word_embeddings", "initializer_range", "router_aux_loss_coef")},
+    **{name: name for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",

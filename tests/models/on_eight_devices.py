@@ -47,7 +47,7 @@ CONFIG = MoEConfig(
     eos_token_id=None,
     initializer_range=0.3,
 )
-MESHES = ("data=1,model=8", "data=2,model=4", "data=4,model=2", "data=8,model=1")
+MESHES = ("data=1,model=8", "data=2,model=4", "data=8,model=1")
 BATCH, LENGTH, DECODED = 8, 12, 2
 READING: dict[str, Any] = {"batch_size": 2, "max_length": 16, "progress": False}
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -393,7 +393,7 @@ def test_stacked_experts_are_read_slice_by_slice_too(directory, alone, tmp_path)
 
 
 def test_mixtral_on_eight_devices_has_an_eighth_on_each(shared_data):
-    """By its shapes, and as XLA compiled a step of decoding; through 4 layers of the 32, which are all alike."""
+    """By its shapes, and as XLA compiled a step of decoding; through 2 layers of the 32, which are all alike."""
     config = read_config(shared_data / "mixtral" / "config.json")
     placement = Placement.of(config, make_mesh("model=8"))
     parameters = abstract_params(config, placement, jnp.bfloat16)
@@ -402,7 +402,7 @@ def test_mixtral_on_eight_devices_has_an_eighth_on_each(shared_data):
     expected = 46_702_792_704 * 2 / 8 + whole
     assert bytes_per_device(parameters) == pytest.approx(expected, rel=0.05)
 
-    config = dataclasses.replace(config, num_layers=4)
+    config = dataclasses.replace(config, num_layers=2)
     compiled = compile_decode(config, placement, jnp.bfloat16, batch=1, capacity=128)
     expected = bytes_per_device(abstract_params(config, placement, jnp.bfloat16))
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)

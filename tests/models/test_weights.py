@@ -472,26 +472,26 @@ _PEAK = textwrap.dedent("""
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(field)).split()[1])
 
-    def load(directory):
-        return load_params(Path(directory), read_config(Path(directory) / "config.json"), jnp.dtype(sys.argv[3]))[0]
+    def load(directory, dtype):
+        return load_params(Path(directory), read_config(Path(directory) / "config.json"), jnp.dtype(dtype))[0]
 
-    load(sys.argv[1])  # what the runtime takes for itself belongs to the baseline
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = kilobytes("VmRSS")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(load(sys.argv[2])))
-    print((kilobytes("VmHWM") - before) * 1024 / size)
+    for dtype in ("bfloat16", "float32"):
+        load(sys.argv[1], dtype)  # what the runtime takes for itself belongs to the baseline
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = kilobytes("VmRSS")
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(load(sys.argv[2], dtype)))
+        print((kilobytes("VmHWM") - before) * 1024 / size)
 """)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_takes_at_most_1_4_times_the_parameters_of_host_memory(checkpoint, tiny_config, tmp_path, dtype):
+def test_loading_takes_at_most_1_4_times_the_parameters_of_host_memory(checkpoint, tiny_config, tmp_path):
     sizes = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "num_experts": 16}
     config = dataclasses.replace(tiny_config, **sizes)
     tensors = {name: np.full(entry.shape, 0.5, jnp.bfloat16) for name, entry in ledger(config).items()}
     assert 200e6 < sum(tensor.nbytes for tensor in tensors.values()) < 300e6
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
-    command = [sys.executable, "-c", _PEAK, checkpoint, tmp_path, dtype]
+    command = [sys.executable, "-c", _PEAK, checkpoint, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) <= 1.4
+    assert max(map(float, done.stdout.split())) <= 1.4
