@@ -317,7 +317,7 @@ def test_what_cannot_be_divided_is_refused():
     config = dataclasses.replace(CONFIG, num_heads=6, num_kv_heads=3, intermediate_size=20)
     with pytest.raises(MeshError, match=r"model=4 does not divide num_heads=6 of this model; give it a divisor of 2"):
         Placement.of(config, make_mesh("data=2,model=4"))
-    with pytest.raises(MeshError, match=r"data=4,model=4' needs 16 devices, here are 8"):
+    with pytest.raises(MeshError, match=r"data=4,model=4' needs 16 devices, there are 8"):
         make_mesh("data=4,model=4")
 
 
