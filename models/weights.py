@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
@@ -192,40 +193,28 @@ def save_params(
     """
     entries = ledger(config)
     leaves = dict(zip(entries, jax.tree.leaves(params), strict=True))
-    sizes = {name: math.prod(entry.shape) * jnp.dtype(dtype).itemsize for name, entry in entries.items()}
-    shards = _shards(sizes, shard_bytes)
+    shards = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: math.prod(entry.shape) * jnp.dtype(dtype).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
     texts: dict[str, dict[str, Any]] = {"config.json": config_to_hf(config, dtype)}
     if generation not in (None, GenerationDefaults.of(config)):
         texts[GENERATION_FILE] = generation_to_hf(generation)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        texts[INDEX_FILE] = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    if shards.is_sharded:
+        texts[INDEX_FILE] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
     with ExitStack() as files:  # files are replaced in reverse order, so the config comes last
         for file, fields in texts.items():
             files.enter_context(replacing(directory / file)).write_text(json.dumps(fields, indent=2) + "\n")
-        for file, names in shards.items():
+        for file, names in shards.filename_to_tensors.items():
             tensors = {name: _to_disk(leaves[name], entries[name], dtype) for name in names}
             checksums.write_safetensors(files.enter_context(replacing(directory / file)), tensors, {"format": "pt"})
     # Files of an earlier checkpoint would otherwise be read together with these.
     single = [directory / name for name in (SINGLE_FILE, INDEX_FILE, GENERATION_FILE)]
     for path in [*single, *directory.glob("model-*-of-*.safetensors")]:
-        if path.name not in texts.keys() | shards.keys():
+        if path.name not in texts.keys() | shards.filename_to_tensors.keys():
             path.unlink(missing_ok=True)
-
-
-def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """File name -> its tensors, in order, each file of at most `limit` bytes or one tensor."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
 
 
 def read_headers(directory: Path) -> Headers:
