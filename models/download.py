@@ -1,9 +1,9 @@
 """Fetch checkpoints from the Hugging Face hub, whole or not at all, and check that a directory holds a whole one.
 
 Only `*.safetensors`, `*.json` and `tokenizer.model` at the top of a repository are fetched: nothing that could run
-code. `huggingface_hub.snapshot_download` transfers the files and resumes after an interruption. They arrive in a hidden
-folder next to the target (`.NAME.COMMIT.partial`), which gets the target's name when every file has the hub's hash and
-the tensors match config.json.
+code. `huggingface_hub.snapshot_download` transfers the files; after an interruption it keeps the finished files and
+starts the others again. They arrive in a hidden folder next to the target (`.NAME.COMMIT.partial`), which gets the
+target's name when every file has the hub's hash and the tensors match config.json.
 
 The comparison of hashes is our own, because `HfApi.verify_repo_checksums` needs the network even for a local directory
 and reports every file that is deliberately not fetched as missing. A directory that was fetched here keeps the hub's
@@ -131,7 +131,8 @@ def check_disk(remote: Remote, directory: Path) -> int:
         DownloadError: the files do not fit.
     """
     partial = _partial(remote, directory.resolve())
-    here = sum(path.stat().st_size for place in (partial, directory.resolve()) for path in _files(place))
+    places = [place / file.name for place in (partial, directory.resolve()) for file in remote.files]
+    here = sum(path.stat().st_size for path in places if path.is_file())
     existing = next(path for path in partial.parents if path.exists())
     free, needed = shutil.disk_usage(existing).free, max(remote.size - here, 0)
     if needed > free:
@@ -227,6 +228,8 @@ def _adopt(remote: Remote, target: Path, partial: Path, progress: bool) -> None:
 
 def _fill(remote: Remote, directory: Path, partial: Path, progress: bool) -> None:
     """Fetch all files into `partial` and compare them with the hub's hashes."""
+    for path in partial.glob(".cache/huggingface/download/*.*.*.incomplete"):  # parts left by a killed process
+        path.unlink()  # huggingface_hub 2 never continues them
     check_disk(remote, directory)
     partial.mkdir(parents=True, exist_ok=True)
     names = [file.name for file in remote.files]
@@ -271,10 +274,6 @@ def _wanted(name: str) -> bool:
 
 def _partial(remote: Remote, target: Path) -> Path:
     return target.with_name(f".{target.name}.{remote.commit[:12]}.partial")
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
 
 
 def _read_record(directory: Path) -> tuple[RemoteFile, ...]:

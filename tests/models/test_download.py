@@ -231,7 +231,13 @@ def test_an_interrupted_download_is_taken_up_again(hub, tmp_path, after):
         download(remote, target, progress=False)
     assert not target.exists()
     hub.after = None
+    part = (
+        tmp_path / f".here.{COMMIT[:12]}.partial" / ".cache" / "huggingface" / "download" / "a.etag.1234abcd.incomplete"
+    )
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"of a killed process")
     download(remote, target, progress=False)
+    assert not list(target.rglob("*.incomplete"))
     assert sorted(hub.fetched) == sorted(file.name for file in remote.files)  # nothing twice
     assert names(tmp_path) == ["here", "hub"]
 
@@ -340,7 +346,7 @@ def test_a_disk_too_small_is_noticed_first(hub, tmp_path, monkeypatch):
 
     partial = tmp_path / f".here.{COMMIT[:12]}.partial"
     partial.mkdir()
-    (partial / "begun").write_bytes(b"12")  # what is here already need not fit again
+    (partial / remote.files[0].name).write_bytes(b"12")  # what is here already need not fit again
     assert check_disk(remote, tmp_path / "here") == remote.size - 1
 
 
