@@ -22,9 +22,9 @@ import pyarrow.parquet as pq
 
 from analysis.command import HelpFormatter, path_argument, program
 from analysis.inputs import STATISTICS, find_statistics, listed
+from analysis.questions.by_layer import size
 from analysis.questions.data import RoutingData, Settings, Source, trace_source
 from analysis.questions.drawn import SAMPLES
-from analysis.questions.layer_tests import size
 from analysis.questions.question import Question
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report.files import write_report
@@ -83,20 +83,6 @@ def validate(
     remarks = () if data.trace is None else data.trace.remarks()
     sections = tuple(section for answer in answers for section in answer.sections)
     return Report("Routing hypotheses", tuple(_facts(data)), (*remarks, *_notes(data)), sections), fields
-
-
-def overview(report: Report) -> str:
-    """Summarize a report for the terminal.
-
-    Args:
-        report: of `validate`.
-
-    Returns:
-        The facts about the data, and one line per hypothesis.
-    """
-    width = max(len(name) for name, _ in report.facts)
-    facts = (f"{name:<{width}}  {value}" for name, value in report.facts)
-    return "\n".join([report.title, "", *facts, "", *summary(report)])
 
 
 @program
@@ -166,8 +152,15 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
     write_report(report, output, beside={"provenance": about} | fields)
-    print(overview(report))
+    print(_overview(report))
     print(f"\nEverything behind these lines: {output.main('.txt')} (also .html with the figures, and .json)")
+
+
+def _overview(report: Report) -> str:
+    """The facts about the data, and one line per hypothesis."""
+    width = max(len(name) for name, _ in report.facts)
+    facts = (f"{name:<{width}}  {value}" for name, value in report.facts)
+    return "\n".join([report.title, "", *facts, "", *summary(report)])
 
 
 def _trace_next_to(stats: Path) -> Path | None:
@@ -214,14 +207,18 @@ def _mismatch(source: Source, trace: Trace) -> str:
 
 
 def _notes(data: RoutingData) -> tuple[str, ...]:
-    intervals = (
-        "The statistics come from a file, which does not know documents: intervals of the tests on them treat token "
-        "ids as independent, and are too narrow rather than too wide. Tests on a trace draw whole documents."
-    )
-    if data.draws is not None:
+    if data.draws is None:
         intervals = (
-            "Intervals draw whole documents, also those of the tests on statistics, which were computed from a trace. "
-            "Only the paired tests and the p values of rho treat token ids as independent."
+            "Intervals of the tests on statistics treat token ids as independent (documents are not known in the "
+            "file), and are too narrow rather than too wide. Those of the tests on a trace draw whole documents."
+        )
+    elif data.draws.documents < 2:
+        intervals = "No intervals: they draw documents, and there is only one."
+    else:
+        intervals = (
+            f"Intervals of the tests on statistics are from {data.draws.samples} bootstrap draws of the "
+            f"{data.draws.documents:,} documents: the percentiles, shifted so that the draws' mean is the figure. Only "
+            "the paired tests and the p values of rho treat token ids as independent."
         )
     return (
         "PASS and FAIL follow the published criteria (that of predictability is this project's own); a criterion over "
@@ -230,7 +227,7 @@ def _notes(data: RoutingData) -> tuple[str, ...]:
         f"Bands of the nulls of a trace ({data.settings.permutations} permutations) are family-wise, 95 % for all "
         f"layers and orders of a measure, except for figures with fewer than {MIN_DIFFERENT} different permuted "
         "values. Nothing is corrected across tests.",
-        f"{intervals} There, a figure over fewer than {MIN_DOCUMENTS} documents has no interval.",
+        f"{intervals} A figure of a trace over fewer than {MIN_DOCUMENTS} documents has no interval.",
         "All results are for this model on this text, and may not hold for others.",
     )
 
@@ -244,6 +241,9 @@ def _facts(data: RoutingData) -> Iterator[tuple[str, str]]:
     yield "layers, experts", f"{len(stats.count)}, {stats.num_experts}"
     keys = (f"{int((stats.row_orders == order).sum()):,} of order {order}" for order in stats.ngram_orders)
     yield "keys", ", ".join(keys)
+    if stats.tokens and 1 in stats.ngram_orders:  # ids that are too rare for a key are absent
+        absent = int(stats.absent[list(stats.ngram_orders).index(1)])
+        yield "token ids", f"those that are keys; they cover {1 - absent / stats.tokens:.1%} of all occurrences"
     if stats.nonfinite.any():
         bad = (f"{count:,} in layer {layer}" for layer, count in enumerate(stats.nonfinite) if count)
         yield "not finite", f"tokens left out because the router gave NaN or infinity: {', '.join(bad)}"

@@ -21,8 +21,8 @@ from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, merge_
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
 from analysis.questions import routers
+from analysis.questions.by_layer import size
 from analysis.questions.data import RoutingData, Source
-from analysis.questions.layer_tests import size
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance

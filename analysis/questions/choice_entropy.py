@@ -15,15 +15,12 @@ occurrences of k.
 
 Grassberger's estimate (2003, arXiv physics/0307138) replaces ln c by G(c) = psi(c) + (-1)^c / 2 (psi((c + 1) / 2) -
 psi(c / 2)). Of the estimates that are sums over tokens, so that documents can be resampled, it loses least where n is
-below E: of ln 32 = 3.47 nats, seen through 10 draws, plug-in finds 2.1, Miller-Madow 2.5, Zhang 2.6, Grassberger 3.1.
-The null has the same keys with the same counts, so its bias is the same. With E far above `min_count` neither comes
-near ln E, which compresses `explained` toward 0.
+below E (docs/phase1.md). The null has the same keys with the same counts, so its bias is the same.
 
 `explained` is in sample: a phrase that a document repeats word for word, routed alike each time, counts as explained.
 `explained_held_out` is the figure to rely on; it is negative where the table misleads, and can be too high where
-held-out documents are near-duplicates of build documents. The two entropies are taken over different tokens, so neither
-bounds the other. Orders look at different tokens too, and longer ones at easier tokens: `agreement_of_shortest` of
-`analysis.questions.predictability` compares orders at the same tokens.
+held-out documents are near-duplicates of build documents. Longer orders look at fewer and easier tokens:
+`agreement_of_shortest` of `analysis.questions.predictability` compares orders at the same tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.special import digamma
 
-from analysis.questions import trace_tests
+from analysis.questions import nulls
 from analysis.questions.data import RoutingData, Settings
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
@@ -75,18 +72,18 @@ def choice_entropy(trace: Trace, settings: Settings, progress: bool = False) -> 
     Raises:
         NotTestableError: the experts are not ranked, or no key occurs often enough.
     """
-    trace_tests.check_ranked(trace)
+    nulls.check_ranked(trace)
     choices = _Choices(trace)
     everywhere = np.ones(len(trace.token_id), bool)
     contexts = [trace.contexts(order) for order in settings.orders]
-    keys = [trace_tests.known_keys(context, everywhere, settings.min_count) for context in contexts]
+    keys = [nulls.known_keys(context, everywhere, settings.min_count) for context in contexts]
     if all(np.all(key < 0) for key in keys):
         raise NotTestableError(
             f"no context of {', '.join(map(str, settings.orders))} ids occurs {settings.min_count} times; "
             "give a longer trace or a lower min_count"
         )
     build = trace.build_documents()[trace.document]
-    build_keys = [trace_tests.known_keys(context, build, settings.min_count) for context in contexts]
+    build_keys = [nulls.known_keys(context, build, settings.min_count) for context in contexts]
 
     def sums(shuffled: np.ndarray | slice) -> dict[str, np.ndarray]:
         inside = choices.entropies([key[shuffled] for key in keys])
@@ -99,7 +96,7 @@ def choice_entropy(trace: Trace, settings: Settings, progress: bool = False) -> 
         size = np.broadcast_to(document_sums(counted, trace.document)[:, None, None], covered.shape)
         measures[name] = measure(name, "share", *ratio_with_interval(covered, size, *drawn))
     totals = {"plug_in": every, "conditional_entropy": every, "cross_entropy": held_out}
-    measures |= trace_tests.against_permutations(
+    measures |= nulls.against_permutations(
         sums, totals, trace.document, settings, "choice entropy", progress, "nats", (0, math.inf)
     )
     if settings.permutations:
@@ -195,13 +192,11 @@ def _explained(name: str, entropy: Measure) -> Measure:
 
 
 def _examine(data: RoutingData) -> Section:
-    settings, orders = data.settings, trace_tests.order_names(data.settings)
+    settings, orders = data.settings, data.settings.order_names
     found = data.on_trace(lambda trace: choice_entropy(trace, settings, data.progress))
     measures = found.measures
     in_sample = (
-        [f"in sample {trace_tests.mean(row):.1%}" for row in measures["explained"].value]
-        if settings.permutations
-        else []
+        [f"in sample {nulls.mean(row):.1%}" for row in measures["explained"].value] if settings.permutations else []
     )
     covered = measures["held_out_coverage"].value[:, 0]
     if not settings.permutations:
@@ -213,7 +208,7 @@ def _examine(data: RoutingData) -> Section:
         )
     else:
         outcome = "explained by the ids on held-out documents, mean over layers: " + "; ".join(
-            f"{name} {trace_tests.mean(held_out):.1%} at {share:.0%} of tokens ({inside})"
+            f"{name} {nulls.mean(held_out):.1%} at {share:.0%} of tokens ({inside})"
             for name, held_out, share, inside in zip(
                 orders, measures["explained_held_out"].value, covered, in_sample, strict=True
             )
@@ -225,18 +220,17 @@ def _examine(data: RoutingData) -> Section:
         "In sample: plug_in, too low where keys are rare; conditional_entropy, with Grassberger's correction (2003); "
         "explained, 1 - conditional_entropy over its mean under the null, which counts word-for-word repetition "
         "within a document as explained.",
-        f"{trace_tests.NULL} Longer orders look at fewer and easier tokens: see predictability for orders at equal "
-        "tokens.",
+        f"{nulls.NULL} Longer orders look at fewer and easier tokens: see predictability for orders at equal tokens.",
     ]
     coverages = {
         "coverage": "coverage [share] of the entropy: keys of the whole trace",
         "held_out_coverage": "coverage [share] of the cross entropy: held-out tokens, keys of the build documents",
     }
-    tables = trace_tests.measure_tables(found.unconditional, ["first choice, whatever the ids"])
-    tables += [trace_tests.coverage_table(title, [measures[name]], orders) for name, title in coverages.items()]
+    tables = nulls.tables(found.unconditional, ["first choice, whatever the ids"])
+    tables += [nulls.coverage_table(title, measures[name], orders) for name, title in coverages.items()]
     for name in ("explained_held_out", "cross_entropy", "explained", "conditional_entropy", "plug_in"):
         if name in measures:
-            tables += trace_tests.measure_tables(measures[name], orders)
+            tables += nulls.tables(measures[name], orders)
     figure = ReportFigure(
         "choice_entropy",
         "Entropy of the first choice, given the last ids",
@@ -250,9 +244,9 @@ def _examine(data: RoutingData) -> Section:
 
 
 def _draw(found: ChoiceEntropy, settings: Settings) -> Figure:
-    figure, axes = trace_tests.layer_panels(1, len(settings.orders))
+    figure, axes = nulls.panels(1, len(settings.orders))
     for column, (axis, order) in enumerate(zip(axes.flat, settings.orders, strict=True)):
-        trace_tests.plot_against_null(axis, found.measures["conditional_entropy"], column)
+        nulls.plot(axis, found.measures["conditional_entropy"], column)
         axis.plot(found.unconditional.value[0], color="0.5", linestyle=":", linewidth=1)
         axis.set_title(f"order {order}: {found.measures['coverage'].value[column, 0]:.0%} of tokens", fontsize="medium")
     axes[0, 0].set(ylabel="entropy [nats]", ylim=(0, None))  # of all panels, once all are drawn

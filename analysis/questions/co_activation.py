@@ -11,22 +11,21 @@ the loads; for K > 2 such a matrix is only an approximation.
 The strongest of many pairs look strong by chance alone. So the pairs to list are chosen on the trace's build documents
 (`Trace.build_documents`), and their ratios and intervals are those of the other documents, with their own loads.
 
-Ratios above 1 do not prove that experts belong together: where documents differ in load, two experts that are busy in
-the same documents are chosen together more often than the mean loads explain.
+Where documents differ in load, ratios above 1 do not prove that experts belong together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy.sparse import csr_array
 
 from analysis.questions.data import RoutingData, Settings
+from analysis.questions.nulls import mean
 from analysis.questions.question import Question
-from analysis.questions.trace_tests import mean
 from analysis.report.figures import heat_map, over_the_depth, subplots
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Measure, bootstrap, document_sums, measure, ratio
@@ -123,7 +122,11 @@ def _expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
 
 def _shares(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """Measured and expected shares of a trace's tokens, float64 [L, E, E] each."""
-    share = np.stack([_pair_shares(layer, trace.num_experts) for layer in trace.experts.transpose(1, 0, 2)])
+    tokens, shape = len(trace.token_id), (len(trace.token_id), trace.num_experts)
+    starts = np.arange(0, tokens * trace.top_k + 1, trace.top_k)
+    ones = np.ones(tokens * trace.top_k)
+    chosen = (csr_array((ones, layer.ravel(), starts), shape=shape) for layer in trace.experts.transpose(1, 0, 2))
+    share = np.stack([(one.T @ one).toarray() / tokens for one in chosen])
     return share, np.stack([_expected_shares(np.diagonal(layer), trace.top_k) for layer in share])
 
 
@@ -133,23 +136,13 @@ def _of_pairs(matrix: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     return np.where(first < 0, np.nan, matrix[np.arange(len(matrix))[:, None], first, second])
 
 
-def _pair_shares(experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """[N, K] to float64 [E, E]."""
-    counts = np.zeros(num_experts**2)
-    for i, j in combinations(range(experts.shape[1]), 2):
-        counts += np.bincount(experts[:, i] * np.int64(num_experts) + experts[:, j], minlength=num_experts**2)
-    both = counts.reshape(num_experts, num_experts)
-    alone = np.bincount(experts.ravel(), minlength=num_experts)
-    return (both + both.T + np.diag(alone)) / len(experts)
-
-
 def _fit(load: np.ndarray, size: int) -> np.ndarray:
     """float64 [E]: weights whose sets of `size` have these loads, each over 0 and under 1."""
     odds = load / (1 - load)
     weights = odds
     for _ in range(_ITERATIONS):
         weights = weights / np.exp(np.mean(np.log(weights)))
-        term = weights * _without(weights, size)[:, -1]
+        term = weights * _polynomials(weights, size, np.eye(len(weights), dtype=bool))[:, -1]
         fitted = size * term / term.sum()
         if np.max(np.abs(fitted - load)) < _TOLERANCE:
             return weights
@@ -160,14 +153,12 @@ def _fit(load: np.ndarray, size: int) -> np.ndarray:
     )
 
 
-def _without(weights: np.ndarray, size: int) -> np.ndarray:
-    """float64 [E, size]: elementary symmetric polynomials of degree 0 to size - 1 of all weights but one."""
-    polynomial = np.zeros((len(weights), size))
-    polynomial[:, 0] = 1
-    for left_out, weight in enumerate(weights):
-        more = weight * polynomial[:, :-1]
-        more[left_out] = 0
-        polynomial[:, 1:] += more
+def _polynomials(weights: np.ndarray, size: int, left_out: np.ndarray) -> np.ndarray:
+    """float64 [..., size]: elementary symmetric polynomials of degree 0 to size - 1, without weights bool [..., E]."""
+    polynomial = np.zeros((*left_out.shape[:-1], size))
+    polynomial[..., 0] = 1
+    for expert, weight in enumerate(weights):
+        polynomial[..., 1:] += np.where(left_out[..., expert, None], 0, weight * polynomial[..., :-1])
     return polynomial
 
 
@@ -175,14 +166,8 @@ def _pairs(weights: np.ndarray, size: int) -> np.ndarray:
     """float64 [E, E]: probability that a set of `size` holds both; zero on the diagonal."""
     if size < 2:
         return np.zeros((len(weights), len(weights)))
-    polynomial = np.zeros((len(weights), len(weights), size - 1))  # of all weights but two
-    polynomial[..., 0] = 1
-    for left_out, weight in enumerate(weights):
-        more = weight * polynomial[..., :-1]
-        more[left_out] = 0
-        more[:, left_out] = 0
-        polynomial[..., 1:] += more
-    both = np.outer(weights, weights) * polynomial[..., -1]
+    one = np.eye(len(weights), dtype=bool)
+    both = np.outer(weights, weights) * _polynomials(weights, size - 1, one[:, None] | one)[..., -1]
     np.fill_diagonal(both, 0)
     return both * size * (size - 1) / both.sum()
 

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.questions import layer_tests
+from analysis.questions import by_layer
 from analysis.questions.data import RoutingData
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
@@ -42,11 +42,11 @@ GROUPS = (
 class Consistency:
     """Mean consistency of GROUPS; those of fewer than MIN_KEYS ids have neither interval nor band: NaN."""
 
-    values: layer_tests.LayerValues  # [L, G]
-    null: layer_tests.LayerValues  # [L, G]: the mean under the null, and where 95 % of such means are
+    values: by_layer.Values  # [L, G]
+    null: by_layer.Values  # [L, G]: the mean under the null, and where 95 % of such means are
     keys: np.ndarray  # int64 [L, G]
     frequencies: np.ndarray  # int64 [L, G, 2], of the rarest and of the most frequent id
-    used: layer_tests.UsedIds
+    used: by_layer.UsedIds
 
 
 def consistency(
@@ -64,12 +64,12 @@ def consistency(
     Returns:
         The figures of every layer.
     """
-    used = layer_tests.used_ids(stats, "consistency")
+    used = by_layer.used_ids(stats, "consistency")
     shape = (len(stats.count), len(GROUPS))
     figures = np.full((6, *shape), np.nan)
     keys, frequencies = np.zeros(shape, np.int64), np.zeros((*shape, 2), np.int64)
     rng = np.random.default_rng(seed)
-    for layer in np.flatnonzero(used.testable):
+    for layer in np.flatnonzero(used.testable).tolist():
         rows = used.rows[layer]
         rows = rows[np.argsort(stats.count[layer, rows], kind="stable")]
         count, share = stats.count[layer, rows], stats.routing_consistency[layer, rows]
@@ -84,16 +84,14 @@ def consistency(
             value, null = weight @ share[part], weight @ mean[which[part]]
             together = np.bincount(which[part], weight, len(different))  # weight of each frequency
             chance = np.square(weight) @ variance[which[part]] + np.square(together) @ (variance / draws)
-            enough = 1 if len(part) >= layer_tests.MIN_KEYS else np.nan
-            half = enough * layer_tests.Z95 * np.sqrt(np.square(weight) @ np.square(share[part] - value))
-            null_half = enough * layer_tests.Z95 * np.sqrt(chance)
+            enough = 1 if len(part) >= by_layer.MIN_KEYS else np.nan
+            half = enough * by_layer.Z95 * np.sqrt(np.square(weight) @ np.square(share[part] - value))
+            null_half = enough * by_layer.Z95 * np.sqrt(chance)
             figures[:, layer, group] = (value, value - half, value + half, null, null - null_half, null + null_half)
             keys[layer, group] = len(part)
             frequencies[layer, group] = count[part[0]], count[part[-1]]
     figures = np.clip(figures, 0, 1)
-    return Consistency(
-        layer_tests.LayerValues(*figures[:3]), layer_tests.LayerValues(*figures[3:]), keys, frequencies, used
-    )
+    return Consistency(by_layer.Values(*figures[:3]), by_layer.Values(*figures[3:]), keys, frequencies, used)
 
 
 def _largest_shares(
@@ -126,11 +124,11 @@ def _examine(data: RoutingData) -> Section:
     stats = data.stats
     found = consistency(stats, not data.estimated, seed=data.settings.seed)
     used, null, testable = found.used, found.null, np.flatnonzero(found.used.testable)
-    some = found.values._replace(value=np.where(found.keys < layer_tests.MIN_KEYS, np.nan, found.values.value))
-    values = layer_tests.over_documents(data, some, _drawn_groups)._replace(value=found.values.value)
+    some = found.values._replace(value=np.where(found.keys < by_layer.MIN_KEYS, np.nan, found.values.value))
+    values = by_layer.over_documents(data, some, _drawn_groups)._replace(value=found.values.value)
     above = int(np.sum(values.value[testable, 0] > null.high[testable, 0]))
     layers = len(used.untestable)
-    missing = layer_tests.not_testable(layers - len(testable))
+    missing = by_layer.not_testable(layers - len(testable))
     columns = [Column("layer"), Column("group")]
     columns += [Column(one, ".3f") for one in ("consistency", "low", "high", "null", "null low", "null high")]
     columns += [Column(one, ",") for one in ("ids", "least", "most")]
@@ -146,12 +144,9 @@ def _examine(data: RoutingData) -> Section:
         "routing. Least and most: occurrences of the rarest and the most frequent id of a group.",
         "Caution: the null knows no documents. Routing that follows the document alone is above it too, because an id "
         "occurs in few documents. Held-out predictability excludes that.",
-        *layer_tests.admitted_words(stats),
-        *layer_tests.interval_words(
-            data,
-            "Intervals of ±1.96 standard errors",
-            "They are for texts of as many documents; in longer texts consistency is lower, because less is by chance.",
-        ),
+        "Intervals of ±1.96 standard errors."
+        if data.draws is None
+        else "Intervals are for texts of as many documents; in longer texts consistency is lower: less is by chance.",
     ]
     if data.estimated:
         words.append(
@@ -188,7 +183,7 @@ def _examine(data: RoutingData) -> Section:
     )
 
 
-def _draw(values: layer_tests.LayerValues, null: layer_tests.LayerValues, stats: RoutingStats) -> Figure:
+def _draw(values: by_layer.Values, null: by_layer.Values, stats: RoutingStats) -> Figure:
     figure, axes = panels(len(values.value), sharex=True, sharey=True)
     decile = np.arange(1, DECILES + 1)
     for layer, axis in enumerate(axes):
@@ -201,7 +196,7 @@ def _draw(values: layer_tests.LayerValues, null: layer_tests.LayerValues, stats:
     figure.supxlabel("decile of token ids by frequency, 10: the most frequent")
     figure.supylabel("share of the most common first choice")
     figure.suptitle(
-        f"Routing consistency (in sample) — {layer_tests.size(stats)}\ndots: observed; dashed and grey: by chance alone"
+        f"Routing consistency (in sample) — {by_layer.size(stats)}\ndots: observed; dashed and grey: by chance alone"
     )
     figure.tight_layout()
     return figure
@@ -226,7 +221,7 @@ def _token_experts(stats: RoutingStats, strings: Mapping[int, str], ids: int = 3
         axis.xaxis.get_major_locator().set_params(integer=True)
     axes.flat[0].set_yticks(range(len(rows)), labels, fontsize=6, parse_math=False)
     figure.colorbar(image, ax=list(axes.flat), label="share of first choices [%]")
-    figure.suptitle(f"First choices of the {len(rows)} most frequent token ids — {layer_tests.size(stats)}")
+    figure.suptitle(f"First choices of the {len(rows)} most frequent token ids — {by_layer.size(stats)}")
     return figure
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.criteria import MIN_COVERED
-from analysis.questions import layer_tests
+from analysis.questions import by_layer
 from analysis.questions.data import RoutingData
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
@@ -27,10 +27,10 @@ _BALANCED = list(PRESETS).index("balanced")
 class Coverage:
     """Share of occurrences at token ids that pass a frequency and an entropy threshold, of all tokens of the layer."""
 
-    presets: layer_tests.LayerValues  # [L, P], by `varjax.config.PRESETS`; Wilson intervals
+    presets: by_layer.Values  # [L, P], by `varjax.config.PRESETS`; Wilson intervals
     grid: np.ndarray  # float64 [L, F, H]: frequency >= GRID_FREQUENCIES[f] and entropy <= GRID_ENTROPIES[h]
     unknown: np.ndarray  # float64 [L], share of occurrences at ids whose entropy is NaN, which pass no threshold
-    used: layer_tests.UsedIds
+    used: by_layer.UsedIds
 
 
 def coverage(stats: RoutingStats) -> Coverage:
@@ -42,7 +42,7 @@ def coverage(stats: RoutingStats) -> Coverage:
     Returns:
         The shares of every token that a layer routed, also of those at ids that are not keys.
     """
-    used = layer_tests.used_ids(stats, "entropy", 1)
+    used = by_layer.used_ids(stats, "entropy", 1)
     known = np.where(stats.row_orders == 1, stats.count, 0)
     whole = np.maximum(stats.tokens - stats.nonfinite, known.sum(axis=1)).astype(np.float64)
 
@@ -58,8 +58,7 @@ def coverage(stats: RoutingStats) -> Coverage:
     presets = np.stack([covered(*one) for one in thresholds], axis=-1)
     grid = [[covered(least, most) for most in GRID_ENTROPIES] for least in GRID_FREQUENCIES]
     unknown = np.sum(known * np.isnan(stats.entropy.mean), axis=1) / np.maximum(whole, 1)
-    values = layer_tests.LayerValues(presets, *layer_tests.wilson(presets, effective[:, None]))
-    return Coverage(values, np.moveaxis(np.array(grid), -1, 0), unknown, used)
+    return Coverage(by_layer.wilson(presets, effective[:, None]), np.moveaxis(np.array(grid), -1, 0), unknown, used)
 
 
 def _drawn_presets(drawn: LayerDraws) -> np.ndarray:
@@ -74,28 +73,27 @@ def _drawn_presets(drawn: LayerDraws) -> np.ndarray:
 
 def _examine(data: RoutingData) -> Section:
     found = coverage(data.stats)
-    used, presets = found.used, layer_tests.over_documents(data, found.presets, _drawn_presets)
+    used, presets = found.used, by_layer.over_documents(data, found.presets, _drawn_presets)
     frequency, entropy = (PRESETS["balanced"][name] for name in ("frequency_threshold", "entropy_threshold"))
     criterion = f"more than {MIN_COVERED:.0%} of occurrences at ids seen ≥ {frequency} times with ≤ {entropy:g} nats"
     passed = presets.value[:, _BALANCED] > MIN_COVERED
-    verdict, outcome, by_layer = layer_tests.verdict_by_layer(data, used, passed, criterion, fails_are_valid=True)
-    names = [(name, f"{name[:4]}. low", f"{name[:4]}. high") for name in PRESETS]
-    columns = [(one, layer_tests.SHARE) for one in (*(one for three in names for one in three), "unknown")]
-    figures = [*(one[:, at] for at in range(len(PRESETS)) for one in presets), found.unknown]
+    verdict, outcome, verdicts = by_layer.verdict(data, used, passed, criterion, fails_are_valid=True)
+    columns = {
+        name: (values[:, at], by_layer.SHARE)
+        for at, preset in enumerate(PRESETS)
+        for name, values in zip((preset, f"{preset[:4]}. low", f"{preset[:4]}. high"), presets, strict=True)
+    }
+    columns["unknown"] = (found.unknown, by_layer.SHARE)
     grid = Table(
         "Mean over layers by least frequency (rows) and most mean entropy (columns, "
-        f"nats){layer_tests.not_testable(int(np.sum(~used.testable)))}",
-        (Column("frequency ≥"), *(Column(f"≤ {most:g}", layer_tests.SHARE) for most in GRID_ENTROPIES)),
+        f"nats){by_layer.not_testable(int(np.sum(~used.testable)))}",
+        (Column("frequency ≥"), *(Column(f"≤ {most:g}", by_layer.SHARE) for most in GRID_ENTROPIES)),
         tuple((least, *row) for least, row in zip(GRID_FREQUENCIES, _grid_mean(found).tolist(), strict=True)),
     )
     words = [
         "Share of all tokens of a layer at token ids that pass the frequency and the entropy threshold of a preset of "
         "VARConfig. Covered does not mean correct: this counts ids with low entropy, not agreement of their choices.",
-        *layer_tests.interval_words(
-            data,
-            "Wilson intervals with the effective number of ids, too narrow where few ids have most occurrences",
-            layer_tests.NARROW_ENDS,
-        ),
+        by_layer.WILSON if data.draws is None else by_layer.NARROW_ENDS,
         *data.entropy.caution,
         *used.words(data, "mean entropy", "they pass no threshold, but count as tokens of the layer"),
     ]
@@ -108,8 +106,11 @@ def _examine(data: RoutingData) -> Section:
         "coverage rises without a change of routing.",
         lambda: _draw(data.stats, found, presets),
     )
-    tables = [layer_tests.layer_table("Per layer", columns, figures, used, by_layer), grid]
-    return QUESTION.section(verdict, outcome, words, tables, [shown] if used.testable.any() else [])
+    tables = [by_layer.table("Per layer", columns, used, verdicts), grid]
+    if not used.testable.any():
+        return QUESTION.section(verdict, outcome, words, tables)
+    headline = f"{np.nanmean(presets.value[:, _BALANCED]):.0%} covered"
+    return QUESTION.section(verdict, outcome, words, tables, [shown], headline)
 
 
 def _grid_mean(found: Coverage) -> np.ndarray:
@@ -118,12 +119,12 @@ def _grid_mean(found: Coverage) -> np.ndarray:
     return tested.mean(axis=0) if len(tested) else np.full(found.grid.shape[1:], np.nan)
 
 
-def _draw(stats: RoutingStats, found: Coverage, presets: layer_tests.LayerValues) -> Figure:
+def _draw(stats: RoutingStats, found: Coverage, presets: by_layer.Values) -> Figure:
     layers = np.arange(len(stats.count))
-    figure, (by_layer, grid) = subplots(1, 2, figsize=(10.5, 3.8))
+    figure, (bars, grid) = subplots(1, 2, figsize=(10.5, 3.8))
     for index, (name, preset) in enumerate(PRESETS.items()):
         value, low, high = (100 * one[:, index] for one in presets)
-        by_layer.errorbar(
+        bars.errorbar(
             layers + 0.15 * (index - 1),
             value,
             np.stack([value - low, high - value]),
@@ -134,18 +135,18 @@ def _draw(stats: RoutingStats, found: Coverage, presets: layer_tests.LayerValues
             elinewidth=1,
             label=f"{name}: ≥ {preset['frequency_threshold']}, ≤ {preset['entropy_threshold']} nats",
         )
-    by_layer.axhline(100 * MIN_COVERED, color="0.6", linewidth=0.8, linestyle="--")
-    by_layer.set(xlabel="layer", ylabel="occurrences covered [%]", ylim=(-2, 102))
-    by_layer.xaxis.get_major_locator().set_params(integer=True)
-    by_layer.legend(fontsize="small")
-    by_layer.set_title("dashed: the criterion, balanced preset", fontsize="medium")
+    bars.axhline(100 * MIN_COVERED, color="0.6", linewidth=0.8, linestyle="--")
+    bars.set(xlabel="layer", ylabel="occurrences covered [%]", ylim=(-2, 102))
+    bars.xaxis.get_major_locator().set_params(integer=True)
+    bars.legend(fontsize="small")
+    bars.set_title("dashed: the criterion, balanced preset", fontsize="medium")
     image = heat_map(grid, 100 * _grid_mean(found), ".0f", vmin=0, vmax=100)
     figure.colorbar(image, label="occurrences covered [%]")
     grid.set(xlabel="most mean gate entropy [nats]", ylabel="least occurrences of the token id")
     grid.set_xticks(range(len(GRID_ENTROPIES)), [f"{most:g}" for most in GRID_ENTROPIES])
     grid.set_yticks(range(len(GRID_FREQUENCIES)), [str(least) for least in GRID_FREQUENCIES])
     grid.set_title(f"mean over {found.used.testable.sum()} layers", fontsize="medium")
-    figure.suptitle(f"Fast-path coverage — {layer_tests.size(stats)}")
+    figure.suptitle(f"Fast-path coverage — {by_layer.size(stats)}")
     figure.tight_layout()
     return figure
 

@@ -49,6 +49,11 @@ class Settings:
             raise InputError(f"orders are {list(self.orders)}; give one or more context lengths of at least 1")
         object.__setattr__(self, "orders", tuple(sorted(set(self.orders))))
 
+    @property
+    def order_names(self) -> list[str]:
+        """A name for each context order."""
+        return [f"order {order}" for order in self.orders]
+
 
 @dataclass(frozen=True)
 class Source:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.criteria import LOW_ENTROPY, MIN_LOW_SHARE
-from analysis.questions import layer_tests
+from analysis.questions import by_layer
 from analysis.questions.data import RoutingData
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
@@ -28,11 +28,11 @@ class EntropyDistribution:
     """Mean gate entropy over token ids (kind 0) and over their occurrences (kind 1)."""
 
     below: tuple[
-        layer_tests.LayerValues, layer_tests.LayerValues
+        by_layer.Values, by_layer.Values
     ]  # by kind: [L, thresholds], shares below each of ENTROPIES; Wilson intervals
     percentiles: np.ndarray  # float64 [kinds, L, PERCENTILES], nats
     mean: np.ndarray  # float64 [L], over occurrences
-    used: layer_tests.UsedIds
+    used: by_layer.UsedIds
 
 
 def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
@@ -44,23 +44,20 @@ def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
     Returns:
         The distribution in every layer.
     """
-    used = layer_tests.used_ids(stats, "entropy")
+    used = by_layer.used_ids(stats, "entropy")
     layers = len(stats.count)
     percentiles = np.full((2, layers, len(PERCENTILES)), np.nan)
     shares = np.full((2, layers, len(ENTROPIES)), np.nan)
     effective = np.full((2, layers, 1), np.nan)
     mean = np.full(layers, np.nan)
-    for layer in np.flatnonzero(used.testable):
+    for layer in np.flatnonzero(used.testable).tolist():
         entropy, count = (one[layer, used.rows[layer]] for one in (stats.entropy.mean, stats.count))
         mean[layer] = np.average(entropy, weights=count)
         for kind, weight in enumerate((np.ones(len(entropy)), count.astype(np.float64))):
             percentiles[kind, layer] = _percentiles(entropy, weight)
             shares[kind, layer] = [weight[entropy < most].sum() / weight.sum() for most in ENTROPIES]
             effective[kind, layer] = weight.sum() ** 2 / np.square(weight).sum()
-    ids, occurrences = (
-        layer_tests.LayerValues(one, *layer_tests.wilson(one, number))
-        for one, number in zip(shares, effective, strict=True)
-    )
+    ids, occurrences = map(by_layer.wilson, shares, effective)
     return EntropyDistribution((ids, occurrences), percentiles, mean, used)
 
 
@@ -87,38 +84,30 @@ def _drawn_occurrences(drawn: LayerDraws) -> np.ndarray:
 def _examine(data: RoutingData) -> Section:
     found = entropy_distribution(data.stats)
     used, most = found.used, data.entropy.most
-    ids = layer_tests.over_documents(data, found.below[0], _drawn_ids)
-    occurrences = layer_tests.over_documents(data, found.below[1], _drawn_occurrences)
+    ids = by_layer.over_documents(data, found.below[0], _drawn_ids)
+    occurrences = by_layer.over_documents(data, found.below[1], _drawn_occurrences)
     low = ENTROPIES.index(LOW_ENTROPY)
     criterion = f"more than {MIN_LOW_SHARE:.0%} of token ids below {LOW_ENTROPY} nats"
     passed = ids.value[:, low] > MIN_LOW_SHARE
-    verdict, outcome, by_layer = layer_tests.verdict_by_layer(data, used, passed, criterion, fails_are_valid=True)
+    verdict, outcome, verdicts = by_layer.verdict(data, used, passed, criterion, fails_are_valid=True)
     names = ("ids < 0.5", "low", "high", "occurrences < 0.5", "occ. low", "occ. high")
-    columns = [*((name, layer_tests.SHARE) for name in names), ("mean", ".3f"), ("of the most", layer_tests.SHARE)]
-    figures = [*(one[:, low] for one in (*ids, *occurrences)), found.mean, found.mean / most]
-    tables = [layer_tests.layer_table("Per layer", columns, figures, used, by_layer)]
-    for unit, shares, percentiles in zip(
-        ("token ids", "occurrences"), (ids, occurrences), found.percentiles, strict=True
-    ):
-        columns = [(f"{at} %{of}", ".3f") for of in ("", " of most") for at in PERCENTILES]
-        columns += [
-            (f"< {most_nats}{part}", layer_tests.SHARE) for most_nats in ENTROPIES for part in ("", " low", " high")
-        ]
-        figures = [*percentiles.T, *(percentiles / most).T]
-        figures += [one[:, at] for at in range(len(ENTROPIES)) for one in shares]
-        tables.append(
-            layer_tests.layer_table(f"Percentiles [nats, and of the most] and shares, over {unit}", columns, figures)
-        )
+    of_both = (one[:, low] for one in (*ids, *occurrences))
+    columns = {name: (values, by_layer.SHARE) for name, values in zip(names, of_both, strict=True)}
+    columns |= {"mean": (found.mean, ".3f"), "of the most": (found.mean / most, by_layer.SHARE)}
+    tables = [by_layer.table("Per layer", columns, used, verdicts)]
+    kinds = zip(("token ids", "occurrences"), (ids, occurrences), found.percentiles, strict=True)
+    for unit, shares, percentiles in kinds:
+        columns = {f"{at} %": (values, ".3f") for at, values in zip(PERCENTILES, percentiles.T, strict=True)}
+        columns |= {f"{name} of most": (values / most, form) for name, (values, form) in columns.items()}
+        for at, nats in enumerate(ENTROPIES):
+            for part, values in zip(("", " low", " high"), shares, strict=True):
+                columns[f"< {nats}{part}"] = (values[:, at], by_layer.SHARE)
+        tables.append(by_layer.table(f"Percentiles [nats, and of the most] and shares, over {unit}", columns))
+    few = "For shares of ids, intervals are somewhat too narrow where documents are few."
     words = [
         "Mean gate entropy of each token id. The criterion is on token ids, as published; shares of occurrences are "
         f"shown for comparison. The largest possible entropy is {data.entropy.words}.",
-        *layer_tests.admitted_words(data.stats),
-        *layer_tests.interval_words(
-            data,
-            "Wilson intervals, for occurrences with the effective number of ids, which is too narrow where few ids "
-            "have most occurrences",
-            f"{layer_tests.NARROW_ENDS} For shares of ids they are somewhat too narrow where documents are few.",
-        ),
+        by_layer.WILSON if data.draws is None else f"{by_layer.NARROW_ENDS} {few}",
         *data.entropy.caution,
         *used.words(data, "mean entropy"),
     ]
@@ -148,7 +137,7 @@ def entropy_figure(stats: RoutingStats, experts: int | None = None) -> ReportFig
 
 def _draw(stats: RoutingStats, most: float) -> Figure:
     layers = len(stats.count)
-    used = layer_tests.used_ids(stats, "entropy", 1)
+    used = by_layer.used_ids(stats, "entropy", 1)
     entropies = [stats.entropy.mean[layer, rows] for layer, rows in enumerate(used.rows)]
     bins = np.linspace(0, max(most, *(one.max(initial=1e-3) for one in entropies)), _BINS + 1)
     shares = np.full((layers, _BINS), np.nan)
@@ -173,7 +162,7 @@ def _draw(stats: RoutingStats, most: float) -> Figure:
     for threshold in ENTROPIES:
         if threshold <= bins[-1]:
             axis.axvline(threshold, color="0.4", linewidth=0.8, linestyle="--")
-    axis.set_title(f"Gate entropy — {layer_tests.size(stats)}", fontsize="medium")
+    axis.set_title(f"Gate entropy — {by_layer.size(stats)}", fontsize="medium")
     return figure
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions.data import RoutingData, Settings
+from analysis.questions.nulls import mean
 from analysis.questions.question import Answer, Question
-from analysis.questions.trace_tests import mean
 from analysis.report.figures import heat_map, subplots
 from analysis.report.report import Column, ReportFigure, Table
 from analysis.resampling import Measure, bootstrap, measure, ratio, ratio_with_interval

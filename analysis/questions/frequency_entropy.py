@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 from analysis.criteria import LOW_ENTROPY, MAX_RHO
-from analysis.questions import layer_tests
+from analysis.questions import by_layer
 from analysis.questions.data import RoutingData
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
@@ -24,10 +24,10 @@ from varjax.stats import RoutingStats
 class Correlation:
     """Spearman's rho of frequency and mean gate entropy."""
 
-    rho: layer_tests.LayerValues  # interval of Bonett and Wright (2000)
+    rho: by_layer.Values  # interval of Bonett and Wright (2000)
     p: np.ndarray  # float64 [L], of rho = 0, Student's t
     p_holm: np.ndarray  # float64 [L], over layers
-    used: layer_tests.UsedIds
+    used: by_layer.UsedIds
 
 
 def frequency_entropy(stats: RoutingStats) -> Correlation:
@@ -39,10 +39,10 @@ def frequency_entropy(stats: RoutingStats) -> Correlation:
     Returns:
         Rho of every layer.
     """
-    used = layer_tests.used_ids(stats, "entropy")
+    used = by_layer.used_ids(stats, "entropy")
     rho, p = np.full((2, len(stats.count)), np.nan)
     untestable = list(used.untestable)
-    for layer in np.flatnonzero(used.testable):
+    for layer in np.flatnonzero(used.testable).tolist():
         frequency, entropy = (one[layer, used.rows[layer]] for one in (stats.count, stats.entropy.mean))
         for name, values in (("frequency", frequency), ("mean entropy", entropy)):
             if np.all(values == values[0]):
@@ -50,10 +50,10 @@ def frequency_entropy(stats: RoutingStats) -> Correlation:
         if not untestable[layer]:
             rho[layer], p[layer] = spearmanr(frequency, entropy)
     inside = np.clip(rho, -1 + 1e-12, 1 - 1e-12)
-    half = layer_tests.Z95 * np.sqrt((1 + inside**2 / 2) / np.maximum(used.number - 3, 1))
+    half = by_layer.Z95 * np.sqrt((1 + inside**2 / 2) / np.maximum(used.number - 3, 1))
     low, high = np.tanh(np.arctanh(inside) - half), np.tanh(np.arctanh(inside) + half)
-    used = layer_tests.UsedIds(used.rows, used.left_out, tuple(untestable))
-    return Correlation(layer_tests.LayerValues(rho, low, high), p, holm(p), used)
+    used = by_layer.UsedIds(used.rows, used.left_out, untestable)
+    return Correlation(by_layer.Values(rho, low, high), p, holm(p), used)
 
 
 def _drawn_rho(drawn: LayerDraws) -> np.ndarray:
@@ -67,18 +67,18 @@ def _drawn_rho(drawn: LayerDraws) -> np.ndarray:
 
 def _examine(data: RoutingData) -> Section:
     found = frequency_entropy(data.stats)
-    used, rho = found.used, layer_tests.over_documents(data, found.rho, _drawn_rho, least=-1)
-    verdict, outcome, by_layer = layer_tests.verdict_by_layer(data, used, rho.value < MAX_RHO, f"rho < {MAX_RHO:g}")
-    columns = [("rho", "+.3f"), ("low", "+.3f"), ("high", "+.3f"), ("p", ".1e"), ("p, Holm", ".1e")]
+    used, rho = found.used, by_layer.over_documents(data, found.rho, _drawn_rho, least=-1)
+    verdict, outcome, verdicts = by_layer.verdict(data, used, rho.value < MAX_RHO, f"rho < {MAX_RHO:g}")
     words = [
         "Spearman's rho of a token id's frequency and its mean gate entropy. The criterion is on rho alone, as "
         "published; with few ids a rho below the bound can be chance: see p (of rho = 0, ids as if independent).",
-        *layer_tests.admitted_words(data.stats),
-        *layer_tests.interval_words(data, "Intervals of Bonett and Wright (2000)"),
+        *(["Intervals of Bonett and Wright (2000)."] if data.draws is None else []),
         *data.entropy.caution,
         *used.words(data, "mean entropy"),
     ]
-    table = layer_tests.layer_table("Per layer", columns, [*rho, found.p, found.p_holm], used, by_layer)
+    columns = {name: (values, "+.3f") for name, values in zip(("rho", "low", "high"), rho, strict=True)}
+    columns |= {"p": (found.p, ".1e"), "p, Holm": (found.p_holm, ".1e")}
+    table = by_layer.table("Per layer", columns, used, verdicts)
     figures = [frequency_figure(data.stats, data.entropy.experts)] if used.testable.any() else []
     return QUESTION.section(verdict, outcome, words, [table], figures)
 
@@ -106,8 +106,8 @@ def frequency_figure(stats: RoutingStats, experts: int | None = None) -> ReportF
 
 def _draw(stats: RoutingStats, experts: int) -> Figure:
     figure, axes = panels(len(stats.count), sharex=True, sharey=True)
-    for layer, axis in enumerate(axes):
-        rows = layer_tests.used_ids(stats, "entropy").rows[layer]
+    used = by_layer.used_ids(stats, "entropy")
+    for layer, (axis, rows) in enumerate(zip(axes, used.rows, strict=True)):
         axis.scatter(
             stats.count[layer, rows], stats.entropy.mean[layer, rows], s=3, c="0.25", alpha=0.4, rasterized=True
         )
@@ -117,7 +117,7 @@ def _draw(stats: RoutingStats, experts: int) -> Figure:
     figure.supxlabel("occurrences of the token id")
     figure.supylabel("mean gate entropy [nats]")
     figure.suptitle(
-        f"Frequency and gate entropy — {layer_tests.size(stats)}\ndashed: {LOW_ENTROPY} nats; dotted: ln {experts}"
+        f"Frequency and gate entropy — {by_layer.size(stats)}\ndashed: {LOW_ENTROPY} nats; dotted: ln {experts}"
     )
     figure.tight_layout()
     return figure

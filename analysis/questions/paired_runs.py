@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import rankdata, ttest_1samp, wilcoxon
 
+from analysis.questions.by_layer import ALPHA, MIN_KEYS, UsedIds, figure_of, table
 from analysis.questions.data import RoutingData
-from analysis.questions.layer_tests import ALPHA, MIN_KEYS, UsedIds, figure_of, layer_table
 from analysis.questions.question import NotMeasuredError, Question
 from analysis.report.report import Section
 from analysis.resampling import holm
@@ -102,9 +102,7 @@ def _measure(
             *(difference.mean() / difference.std(ddof=1), np.sign(moved) @ ranks / ranks.sum()),
             *(t_test.pvalue, wilcoxon(moved, method="asymptotic").pvalue),
         )
-    return PairedMeasure(
-        name, dict(zip(COLUMNS, figures, strict=True)), UsedIds(tuple(used), tuple(left_out), tuple(reasons))
-    )
+    return PairedMeasure(name, dict(zip(COLUMNS, figures, strict=True)), UsedIds(used, left_out, reasons))
 
 
 def _examine(data: RoutingData) -> Section:
@@ -119,11 +117,15 @@ def _examine(data: RoutingData) -> Section:
         "by Holm over all layers and both figures.",
         *(f"{one.name}: {line}" for one in found for line in one.used.words(data, one.name)),
     ]
+    tables = [
+        table(MEASURES[one.name], {name: (one.figures[name], form) for name, form in COLUMNS.items()}, one.used)
+        for one in found
+    ]
     return QUESTION.section(
         "reported" if any(one.used.testable.any() for one in found) else "not testable",
         f"layers that differ (t-test, Holm, p < {ALPHA:g}): {', '.join(shares)}; no published bound",
         words,
-        [layer_table(MEASURES[one.name], list(COLUMNS.items()), list(one.figures.values()), one.used) for one in found],
+        tables,
     )
 
 

@@ -15,16 +15,15 @@ times or more in the build part.
 | `recall` | share of the chosen experts that are among the K predicted |
 | `mass` | share of the chosen experts' probability that the K predicted have; only where probabilities are known |
 
-Orders look at different tokens: a long context that is frequent is an easy one. `agreement` rises with the order even
-where the added ids say nothing; what they add is its distance from `agreement_of_shortest`, at the same tokens (of
-unranked experts `recall_of_shortest`). The longest known key of each token covers the same tokens as the shortest
-order.
+A long context that is frequent is an easy one, so `agreement` rises with the order even where the added ids say
+nothing. What they add is its distance from `agreement_of_shortest`, at the same tokens (of unranked experts
+`recall_of_shortest`). The longest known key of each token covers the same tokens as the shortest order.
 
-Probabilities count as shares of the chosen experts' sum, whether the trace's are over all experts or over the chosen.
-Nothing is scored on the build part: a bigram seen once is never wrong there. The null shuffles routing among each
-document's tokens and rebuilds and rescores the tables, so what is above the band is not due to the load of the experts
-or the topics of documents. The null also breaks the similarity of neighbors: where routing persists from token to token
-and ids come in bursts, a table can exceed the band a little though no id decides anything.
+Probabilities count as shares of the chosen experts' sum. Nothing is scored on the build part: a bigram seen once is
+never wrong there. The null shuffles routing among each document's tokens and rebuilds and rescores the tables, so what
+is above the band is not due to the load of the experts or the topics of documents. It also breaks the similarity of
+neighbors: where routing persists from token to token and ids come in bursts, a table can exceed the band a little
+though no id decides anything.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.questions import trace_tests
+from analysis.questions import nulls
 from analysis.questions.data import RoutingData, Settings
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
@@ -81,7 +80,7 @@ def predictability(trace: Trace, settings: Settings, progress: bool = False) -> 
             f"the trace's {len(np.unique(trace.document))} documents are all on one side of the split into build and "
             "held-out documents; give a trace of more documents"
         )
-    keys = [trace_tests.known_keys(trace.contexts(order), build, settings.min_count) for order in settings.orders]
+    keys = [nulls.known_keys(trace.contexts(order), build, settings.min_count) for order in settings.orders]
     if all(np.all(key < 0) for key in keys):
         raise NotTestableError(
             f"no context of {', '.join(map(str, settings.orders))} ids occurs {settings.min_count} times in the build "
@@ -96,7 +95,7 @@ def predictability(trace: Trace, settings: Settings, progress: bool = False) -> 
     tokens = np.broadcast_to(scored.tokens[:, None, None], known.shape)
     covered = ratio_with_interval(known, tokens, settings.samples, settings.seed)
     totals = dict.fromkeys(scored.names, known)
-    measures = trace_tests.against_permutations(sums, totals, trace.document, settings, "predictability", progress)
+    measures = nulls.against_permutations(sums, totals, trace.document, settings, "predictability", progress)
     return Predictability(
         measures={"coverage": measure("coverage", "share", *covered)} | measures,
         build_documents=len(np.unique(trace.document[build])),
@@ -190,15 +189,15 @@ def _examine(data: RoutingData) -> Section:
     settings = data.settings
     found = data.on_trace(lambda trace: predictability(trace, settings, data.progress))
     # With one order its row and that of the longest key are the same.
-    names = [*trace_tests.order_names(settings), *["longest known key"] * (len(settings.orders) > 1)]
+    names = [*settings.order_names, *["longest known key"] * (len(settings.orders) > 1)]
     rows = {name: _first(one, len(names)) for name, one in found.measures.items()}
     judged = "agreement" if "agreement" in rows else "recall"
     of_shortest, there = rows[f"{judged}{_OF_SHORTEST}"], f"{names[0]} there"
-    tables = [trace_tests.coverage_table("coverage [share], the same in every layer", [rows["coverage"]], names)]
+    tables = [nulls.coverage_table("coverage [share], the same in every layer", rows["coverage"], names)]
     for name, one in rows.items():
         if name not in ("coverage", of_shortest.name):
             extra = (there, of_shortest.value) if name == judged and len(names) > 1 else None
-            tables += trace_tests.measure_tables(one, names, judge=True, extra=extra)
+            tables += nulls.tables(one, names, judge=True, extra=extra)
     unranked = "" if judged == "agreement" else " agreement: not measured, because the experts are not ranked."
     words = [
         f"Tables of the last n ids (order n) are built on {found.build_documents:,} documents "
@@ -208,7 +207,7 @@ def _examine(data: RoutingData) -> Section:
         f"experts that were predicted; mass: share of their probability.{unranked}",
         f"Longer orders are scored at fewer and easier tokens. {there}: {judged} of the shortest order at the same "
         "tokens; the distance from it is what the further ids add.",
-        f"{trace_tests.NULL} PASS: above the band. The verdict is that of {judged} over all orders; this criterion is "
+        f"{nulls.NULL} PASS: above the band. The verdict is that of {judged} over all orders; this criterion is "
         "this project's, not a published one.",
     ]
     outcomes = "; ".join(_outcome(rows, judged, row, name, there) for row, name in enumerate(names))
@@ -224,10 +223,11 @@ def _examine(data: RoutingData) -> Section:
     )
     verdict = "reported"  # without permutations
     if settings.permutations:
-        of_orders = set(trace_tests.verdicts_above_null(found.measures[judged])[: len(settings.orders)].flat)
+        of_orders = set(nulls.verdicts(found.measures[judged])[: len(settings.orders)].flat)
         verdict = "FAIL" if "FAIL" in of_orders else "PASS" if "PASS" in of_orders else "not testable"
     outcome = f"held-out {judged}, mean over layers: {outcomes}"
-    return QUESTION.section(verdict, outcome, words, tables, [figure])
+    headline = f"{nulls.mean(rows[judged].value[0]):.2f} {judged}"
+    return QUESTION.section(verdict, outcome, words, tables, [figure], headline)
 
 
 def _first(one: Measure, rows: int) -> Measure:
@@ -239,18 +239,18 @@ def _first(one: Measure, rows: int) -> Measure:
 def _outcome(rows: Mapping[str, Measure], judged: str, row: int, name: str, there: str) -> str:
     """How large a row of the judged measure is, against what, at how many tokens, in how many layers above the band."""
     one = rows[judged]
-    null = "" if one.null is None else f" (null {trace_tests.mean(one.null[row]):.2f})"
-    of_shortest = f" ({there}: {trace_tests.mean(rows[f'{judged}{_OF_SHORTEST}'].value[row]):.2f})" if row else ""
-    covered, above = f"at {rows['coverage'].value[row, 0]:.0%} of tokens", trace_tests.layers_above_null(one, row)
-    return f"{name}: {trace_tests.mean(one.value[row]):.2f}{null} {covered}{of_shortest}, {above}"
+    null = "" if one.null is None else f" (null {nulls.mean(one.null[row]):.2f})"
+    of_shortest = f" ({there}: {nulls.mean(rows[f'{judged}{_OF_SHORTEST}'].value[row]):.2f})" if row else ""
+    covered, above = f"at {rows['coverage'].value[row, 0]:.0%} of tokens", nulls.layers_above(one, row)
+    return f"{name}: {nulls.mean(one.value[row]):.2f}{null} {covered}{of_shortest}, {above}"
 
 
 def _draw(found: Predictability, settings: Settings) -> Figure:
     names = [name for name in found.measures if name != "coverage" and not name.endswith(_OF_SHORTEST)]
-    figure, axes = trace_tests.layer_panels(len(names), len(settings.orders))
+    figure, axes = nulls.panels(len(names), len(settings.orders))
     for row, name in enumerate(names):
         for column, order in enumerate(settings.orders):
-            trace_tests.plot_against_null(axes[row, column], found.measures[name], column)
+            nulls.plot(axes[row, column], found.measures[name], column)
             axes[row, column].set_ylim(0, 1.02)
             shortest = found.measures.get(f"{name}{_OF_SHORTEST}")
             if shortest is not None and column > 0:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.questions import trace_tests
+from analysis.questions import nulls
 from analysis.questions.data import RoutingData, Settings
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
@@ -56,7 +56,7 @@ def repetition(trace: Trace, settings: Settings, progress: bool = False) -> Repe
     Raises:
         NotTestableError: the experts are not ranked, or no token directly follows another.
     """
-    trace_tests.check_ranked(trace)
+    nulls.check_ranked(trace)
     pair = ~trace.begins()
     if not pair.any():
         raise NotTestableError("no two tokens of the trace directly follow each other; give a trace of running text")
@@ -69,7 +69,7 @@ def repetition(trace: Trace, settings: Settings, progress: bool = False) -> Repe
 
     totals = dict.fromkeys(uniform, pairs)
     return Repetition(
-        measures=trace_tests.against_permutations(sums, totals, trace.document, settings, "repetition", progress),
+        measures=nulls.against_permutations(sums, totals, trace.document, settings, "repetition", progress),
         uniform=uniform,
         pairs=int(pair.sum()),
         tokens=len(trace.token_id),
@@ -106,7 +106,7 @@ def _examine(data: RoutingData) -> Section:
     chance = ", ".join(f"{name} {share:.1%}" for name, share in found.uniform.items())
     words = [
         f"{found.pairs:,} pairs of tokens that directly follow each other. Uniform routing would give {chance}.",
-        f"{trace_tests.NULL} That keeps each document's favorite experts, so what is above the band is persistent "
+        f"{nulls.NULL} That keeps each document's favorite experts, so what is above the band is persistent "
         "routing, or ids that come in bursts.",
     ]
     figure = ReportFigure(
@@ -117,18 +117,16 @@ def _examine(data: RoutingData) -> Section:
         "Text that repeats itself repeats its routing: a token id that follows itself counts as well.",
         lambda: _draw(found),
     )
-    above = trace_tests.layers_above_null(first, 0)
-    outcome = f"{trace_tests.mean(first.value):.1%} of pairs, mean over layers; {above}; no published bound"
-    tables = [
-        table for one in found.measures.values() for table in trace_tests.measure_tables(one, ["consecutive tokens"])
-    ]
+    above = nulls.layers_above(first, 0)
+    outcome = f"{nulls.mean(first.value):.1%} of pairs, mean over layers; {above}; no published bound"
+    tables = [table for one in found.measures.values() for table in nulls.tables(one, ["consecutive tokens"])]
     return QUESTION.section("reported", outcome, words, tables, [figure])
 
 
 def _draw(found: Repetition) -> Figure:
-    figure, axes = trace_tests.layer_panels(1, len(found.measures), sharey=False)
+    figure, axes = nulls.panels(1, len(found.measures), sharey=False)
     for axis, (name, one) in zip(axes.flat, found.measures.items(), strict=True):
-        trace_tests.plot_against_null(axis, one, 0)
+        nulls.plot(axis, one, 0)
         axis.axhline(found.uniform[name], color="0.5", linestyle=":", linewidth=1)
         axis.set_ylim(0, None)
         axis.set_title(name.replace("_", " "), fontsize="medium")

@@ -8,10 +8,10 @@ from dataclasses import astuple, dataclass
 import numpy as np
 
 from analysis.criteria import LOW_ENTROPY
+from analysis.questions.by_layer import SHARE
 from analysis.questions.data import RoutingData
 from analysis.questions.entropy_distribution import entropy_figure
 from analysis.questions.frequency_entropy import frequency_figure
-from analysis.questions.layer_tests import SHARE
 from analysis.questions.question import Answer, Question
 from analysis.report.report import Column, Table
 

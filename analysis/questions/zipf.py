@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy.stats import linregress
 
+from analysis.questions.by_layer import MIN_KEYS, SHARE, Z95
 from analysis.questions.data import RoutingData
 from analysis.questions.drawn import Block, interval
-from analysis.questions.layer_tests import MIN_KEYS, SHARE, Z95, interval_words
 from analysis.questions.question import Question
 from analysis.report.report import Column, Section, Table
 from varjax.stats import RoutingStats
@@ -120,7 +120,7 @@ def _examine(data: RoutingData) -> Section:
         f"Least squares of ln frequency on ln rank over the {found.ranks:,} ids seen {ZIPF_FREQUENCY} times or more. "
         "The exponent is the fit on ln(rank - 1/2) (Gabaix and Ibragimov 2011).",
         "Caution: ranks are sorted by what they explain, so R² is near 1 for many laws that are not Zipf's.",
-        *interval_words(data, "Interval: exponent · (1 ± 1.96 √(2/ranks))"),
+        *(["Interval: exponent · (1 ± 1.96 √(2/ranks))."] if data.draws is None else []),
         as_published,
     ]
     return QUESTION.section("reported", outcome, words, [fit, published])

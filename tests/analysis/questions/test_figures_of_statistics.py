@@ -40,7 +40,7 @@ def words(figure) -> str:
     return " ".join(one.get_text() for one in figure.findobj(Text))
 
 
-@pytest.mark.parametrize("layers", [1, 16])
+@pytest.mark.parametrize("layers", [1, 9])
 def test_figures_of_statistics(layers, tmp_path):
     stats = statistics(layers)
     data = RoutingData(Source(stats, {}, {0: "a $x$ \n b"}))

@@ -1,4 +1,4 @@
-"""What the questions about routing statistics share: which token ids a test uses, figures by layer, verdicts, tables.
+"""What the questions about routing statistics share: the token ids of a test, values by layer, verdicts, tables.
 
 Letters: L layers, R rows (keys of order 1, which are token ids), n rows of a test. Intervals and p values are
 two-sided, at 95 %.
@@ -13,7 +13,7 @@ A key with NaN among the figures that a test needs is left out of that test alon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,11 +28,14 @@ ALPHA = 0.05  # of p values, after Holm's correction over layers
 MIN_KEYS = 10  # token ids that a test needs
 Z95 = 1.959963984540054  # of the normal distribution, 97.5 %
 SHARE = ".1%"  # how tables print shares
+WILSON = (
+    "Wilson intervals; for occurrences with the effective number of ids, too narrow where few ids have most of them."
+)
 NARROW_ENDS = "A share near 0 or 100 % hardly changes between draws, so its interval is too narrow."
 _NAMED = 5  # keys that are named where some were left out
 
 
-class LayerValues(NamedTuple):
+class Values(NamedTuple):
     """A figure of each layer with its 95 % interval; NaN where a layer cannot be tested."""
 
     value: np.ndarray  # float64 [L, ...]
@@ -44,9 +47,9 @@ class LayerValues(NamedTuple):
 class UsedIds:
     """The token ids that a test uses in each layer."""
 
-    rows: tuple[np.ndarray, ...]  # per layer int64 [n]
-    left_out: tuple[np.ndarray, ...]  # per layer int64, rows with NaN among the figures needed
-    untestable: tuple[str, ...]  # per layer why nothing can be said, or ""
+    rows: list[np.ndarray]  # per layer int64 [n]
+    left_out: list[np.ndarray]  # per layer int64, rows with NaN among the figures needed
+    untestable: list[str]  # per layer why nothing can be said, or ""
 
     @property
     def testable(self) -> np.ndarray:
@@ -69,19 +72,16 @@ class UsedIds:
         Returns:
             Paragraphs.
         """
-        said = []
-        for reason in dict.fromkeys(reason for reason in self.untestable if reason):
+        said, number = [], len(self.rows)
+        for reason in dict.fromkeys(filter(None, self.untestable)):
             layers = [str(layer) for layer, one in enumerate(self.untestable) if one == reason]
             where = f"layer{'s' * (len(layers) > 1)} {', '.join(layers)}"
-            if len(layers) == len(self.untestable) > 1:
-                where = "every layer"
-            said.append(f"Not testable, {where}: {reason}.")
-        keys = list(dict.fromkeys(int(row) for rows in self.left_out for row in rows))
-        if keys:
-            number, layers_with = sum(map(len, self.left_out)), sum(len(rows) > 0 for rows in self.left_out)
+            said.append(f"Not testable, {'every layer' if len(layers) == number > 1 else where}: {reason}.")
+        if keys := list(dict.fromkeys(np.concatenate(self.left_out).tolist())):
+            layers_with = sum(len(rows) > 0 for rows in self.left_out)
             named = ", ".join(map(data.name_of, keys[:_NAMED])) + (", …" if len(keys) > _NAMED else "")
-            where = f"{layers_with} of {len(self.left_out)} layers"
-            said.append(f"{number:,} rows without a known {figure} in {where}, {what}: {named}.")
+            rows = f"{sum(map(len, self.left_out)):,} rows without a known {figure}"
+            said.append(f"{rows} in {layers_with} of {number} layers, {what}: {named}.")
         return said
 
 
@@ -111,47 +111,44 @@ def used_ids(stats: RoutingStats, name: str, least: int = MIN_KEYS) -> UsedIds:
     Returns:
         The ids, and why layers cannot be tested.
     """
-    figure = figure_of(stats, name)
-    used, left_out, untestable = [], [], []
-    for layer, count in enumerate(stats.count):
+    used = UsedIds([], [], [])
+    for count, figure in zip(stats.count, figure_of(stats, name), strict=True):
         seen = np.flatnonzero((stats.row_orders == 1) & (count > 0))
-        missing = np.isnan(figure[layer, seen])
-        used.append(seen[~missing])
-        left_out.append(seen[missing])
+        known = ~np.isnan(figure[seen])
+        used.rows.append(seen[known])
+        used.left_out.append(seen[~known])
         reason = ""
         if not len(seen):
             missed = stats.count.any() and not count.any()
-            reason = (
-                "not captured: it has no rows, though other layers have" if missed else "no rows of single token ids"
-            )
-        elif len(used[-1]) < least:
-            with_figure = f" with a known {name}" if missing.any() else ""
-            reason = f"{len(used[-1])} of {len(seen)} token ids{with_figure}, at least {least} needed"
-        untestable.append(reason)
-    return UsedIds(tuple(used), tuple(left_out), tuple(untestable))
+            reason = "not captured: no rows, unlike other layers" if missed else "no rows of single token ids"
+        elif known.sum() < least:
+            with_figure = "" if known.all() else f" with a known {name}"
+            reason = f"{known.sum()} of {len(seen)} token ids{with_figure}, at least {least} needed"
+        used.untestable.append(reason)
+    return used
 
 
-def wilson(share: np.ndarray, number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def wilson(share: np.ndarray, number: np.ndarray) -> Values:
     """Compute Wilson's 95 % interval of shares (1927).
 
     `scipy.stats.binomtest` has it for whole counts only, and effective numbers of draws are fractions.
 
     Args:
-        share: float64 [...].
-        number: of draws, effective ones too, [...].
+        share: float64 [L, ...].
+        number: of draws, effective ones too, of a shape that broadcasts with it.
 
     Returns:
-        Low and high [...].
+        The shares with their intervals.
     """
     z2 = Z95**2 / number
     middle = (share + z2 / 2) / (1 + z2)
     half = Z95 / (1 + z2) * np.sqrt(share * (1 - share) / number + z2 / (4 * number))
-    return np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)  # rounding at 0 and 1
+    return Values(share, np.clip(middle - half, 0, share), np.clip(middle + half, share, 1))  # rounding at 0 and 1
 
 
 def over_documents(
-    data: RoutingData, values: LayerValues, statistic: Callable[[LayerDraws], np.ndarray], least: float = 0.0
-) -> LayerValues:
+    data: RoutingData, values: Values, statistic: Callable[[LayerDraws], np.ndarray], least: float = 0.0
+) -> Values:
     """Replace intervals by those of a bootstrap over documents, where the documents are known.
 
     Args:
@@ -165,46 +162,16 @@ def over_documents(
     """
     if data.draws is None:
         return values
-    return LayerValues(values.value, *interval(values.value, data.draws.by_layer(statistic), least, 1))
+    return Values(values.value, *interval(values.value, data.draws.by_layer(statistic), least, 1))
 
 
-def interval_words(data: RoutingData, otherwise: str, *if_drawn: str) -> list[str]:
-    """Describe the intervals of a section.
-
-    Args:
-        data: which the section is about.
-        otherwise: what the intervals are where documents are not known.
-        if_drawn: what else a reader must know where documents are drawn.
-
-    Returns:
-        Paragraphs.
-    """
-    if data.draws is None:
-        return [f"{otherwise} (token ids as if independent: documents are not known)."]
-    if data.draws.documents < 2:
-        return ["No intervals: they draw documents, and there is only one."]
-    return [
-        f"95 % intervals from {data.draws.samples} bootstrap draws of the {data.draws.documents:,} documents: the "
-        "percentiles, shifted so that the draws' mean is the figure.",
-        *if_drawn,
-    ]
-
-
-def admitted_words(stats: RoutingStats) -> list[str]:
-    """Say which share of all occurrences the token ids that are keys cover, the others being too rare for a key."""
-    if not stats.tokens or 1 not in stats.ngram_orders:
-        return []
-    absent = sum(int(stats.absent[at]) for at, order in enumerate(stats.ngram_orders) if order == 1)
-    return [f"Token ids are those that are keys; they cover {1 - absent / stats.tokens:.1%} of all occurrences."]
-
-
-def verdict_by_layer(
+def verdict(
     data: RoutingData, used: UsedIds, passed: np.ndarray, criterion: str, fails_are_valid: bool = False
 ) -> tuple[str, str, list[str]]:
     """Judge a criterion on gate entropy that every layer that can be tested must pass.
 
     Args:
-        data: with the kind of entropy; of the chosen experts' entropy no layer can pass.
+        data: with the kind of entropy; where it is a lower bound, no layer can pass.
         used: the layers that can be tested.
         passed: bool [L].
         criterion: in words.
@@ -213,17 +180,14 @@ def verdict_by_layer(
     Returns:
         The verdict, the outcome in words, and the verdict of each layer.
     """
-    kind = data.entropy
-    by_layer = []
-    for holds, reason in zip(passed, used.untestable, strict=True):
-        withheld = bool(kind.no_verdict) and (holds or not fails_are_valid)
-        by_layer.append("not testable" if reason or withheld else "PASS" if holds else "FAIL")
-    missing = by_layer.count("not testable")
-    outcome = f"{criterion}: {by_layer.count('PASS')} of {len(by_layer)} layers{not_testable(missing)}"
-    if kind.no_verdict:
-        outcome += f"; {kind.no_verdict}"
-    verdict = "not testable" if missing == len(by_layer) else "FAIL" if "FAIL" in by_layer else "PASS"
-    return verdict, outcome, by_layer
+    why = data.entropy.no_verdict
+    layers = [
+        "not testable" if reason or (why and (holds or not fails_are_valid)) else "PASS" if holds else "FAIL"
+        for holds, reason in zip(passed, used.untestable, strict=True)
+    ]
+    missing = layers.count("not testable")
+    outcome = f"{criterion}: {layers.count('PASS')} of {len(layers)} layers{not_testable(missing)}{why and f'; {why}'}"
+    return "not testable" if missing == len(layers) else "FAIL" if "FAIL" in layers else "PASS", outcome, layers
 
 
 def not_testable(missing: int) -> str:
@@ -231,10 +195,9 @@ def not_testable(missing: int) -> str:
     return f" ({missing} not testable)" if missing else ""
 
 
-def layer_table(
+def table(
     title: str,
-    columns: Sequence[tuple[str, str]],
-    figures: Sequence[np.ndarray],
+    figures: Mapping[str, tuple[np.ndarray, str]],
     used: UsedIds | None = None,
     verdicts: Sequence[str] = (),
 ) -> Table:
@@ -242,23 +205,21 @@ def layer_table(
 
     Args:
         title: of the table.
-        columns: name and number format of each figure.
-        figures: [L] each.
+        figures: by the name of the column, values [L] and their number format.
         used: adds how many ids were used and left out.
         verdicts: of each layer, if there are any.
 
     Returns:
         The table.
     """
-    heading = [Column("layer"), *(Column(*one) for one in columns)]
-    cells: list[Sequence[object]] = [np.asarray(one).tolist() for one in figures]
+    columns = {name: (values.tolist(), form) for name, (values, form) in figures.items()}
     if used is not None:
-        heading += [Column("ids", ","), Column("left out", ",")]
-        cells += [used.number.tolist(), [len(rows) for rows in used.left_out]]
+        columns |= {"ids": (used.number.tolist(), ","), "left out": ([len(rows) for rows in used.left_out], ",")}
     if verdicts:
-        heading.append(Column("verdict"))
-        cells.append(verdicts)
-    return Table(title, tuple(heading), tuple((layer, *row) for layer, row in enumerate(zip(*cells, strict=True))))
+        columns["verdict"] = (list(verdicts), "")
+    lines = zip(*(values for values, _ in columns.values()), strict=True)
+    heading = (Column("layer"), *(Column(name, form) for name, (_, form) in columns.items()))
+    return Table(title, heading, tuple((layer, *line) for layer, line in enumerate(lines)))
 
 
 def size(stats: RoutingStats) -> str:

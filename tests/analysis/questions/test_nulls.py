@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from analysis.questions import nulls
 from analysis.questions.data import RoutingData, Settings, trace_source
 from analysis.questions.registry import ROUTING_QUESTIONS
-from analysis.questions.trace_tests import layers_above_null, measure_tables, plot_against_null
 from analysis.report.figures import subplots
 from analysis.resampling import Measure
 from tests.synthetic_traces import make_trace, zipf_ids
@@ -89,13 +89,13 @@ def test_a_figure_without_an_interval_is_still_judged():
     value, nan = np.array([[0.9, 0.2, np.nan]]), np.full((1, 3), np.nan)
     band = np.array([[0.5, 0.5, np.nan]])
     one = Measure("m", "share", value, nan, nan, band, band, band, band)
-    assert [row[-1] for row in measure_tables(one, ["row"], judge=True)[0].rows] == ["PASS", "FAIL", "not testable"]
-    assert layers_above_null(one, 0) == "above the band in 1 of 3 layers (1 not testable)"
-    assert "no permutations" in layers_above_null(replace(one, null=None, null_high=None), 0)
+    assert [row[-1] for row in nulls.tables(one, ["row"], judge=True)[0].rows] == ["PASS", "FAIL", "not testable"]
+    assert nulls.layers_above(one, 0) == "above the band in 1 of 3 layers (1 not testable)"
+    assert "no permutations" in nulls.layers_above(replace(one, null=None, null_high=None), 0)
 
 
 def test_a_measure_outside_its_own_interval_is_drawn():
     _, axis = subplots()
     one = np.full((1, 3), 0.5)
     missing = np.array([[0.5, np.nan, 0.4]])
-    plot_against_null(axis, Measure("m", "share", missing, one + 0.1, one + 0.2, one, one - 0.1, one + 0.1, one), 0)
+    nulls.plot(axis, Measure("m", "share", missing, one + 0.1, one + 0.2, one, one - 0.1, one + 0.1, one), 0)

@@ -7,10 +7,10 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis.criteria import MAX_RHO, MIN_COVERED, MIN_LOW_SHARE
+from analysis.questions.by_layer import wilson
 from analysis.questions.coverage import GRID_ENTROPIES, GRID_FREQUENCIES, coverage
 from analysis.questions.entropy_distribution import ENTROPIES, PERCENTILES, entropy_distribution
 from analysis.questions.frequency_entropy import frequency_entropy
-from analysis.questions.layer_tests import wilson
 from analysis.questions.zipf import TOP_IDS, zipf
 from varjax.config import PRESETS
 from varjax.stats import Moments, RoutingStats
@@ -201,6 +201,6 @@ def test_no_keys_at_all():
 def test_wilson_against_scipy_and_at_its_ends():
     for hits, number in ((3, 40), (0, 25), (25, 25)):
         oracle = scipy_stats.binomtest(hits, number).proportion_ci(method="wilson")
-        low, high = wilson(np.array([hits / number]), np.array([number]))
+        _, low, high = wilson(np.array([hits / number]), np.array([number]))
         assert (low[0], high[0]) == pytest.approx(tuple(oracle), abs=1e-12)
         assert low[0] <= hits / number <= high[0]

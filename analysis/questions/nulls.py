@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from analysis.questions import by_layer
 from analysis.questions.data import Settings
-from analysis.questions.layer_tests import not_testable
 from analysis.report.figures import subplots
 from analysis.report.report import Column, Table
 from analysis.resampling import Measure, measure, permutation, ratio, ratio_with_interval
@@ -94,7 +94,7 @@ def mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def verdicts_above_null(one: Measure) -> np.ndarray:
+def verdicts(one: Measure) -> np.ndarray:
     """Compare every figure with the upper end of its band.
 
     Args:
@@ -108,7 +108,7 @@ def verdicts_above_null(one: Measure) -> np.ndarray:
     return np.where(testable, np.where(one.value > one.null_high, "PASS", "FAIL"), "not testable")
 
 
-def layers_above_null(one: Measure, row: int) -> str:
+def layers_above(one: Measure, row: int) -> str:
     """Count the layers in which a row of a measure is above its band.
 
     Args:
@@ -120,12 +120,12 @@ def layers_above_null(one: Measure, row: int) -> str:
     """
     if one.null_high is None:
         return "no permutations were made, so there is no band"
-    found = verdicts_above_null(one)[row].tolist()
+    found = verdicts(one)[row].tolist()
     missing = found.count("not testable")
-    return f"above the band in {found.count('PASS')} of {len(found)} layers" + not_testable(missing)
+    return f"above the band in {found.count('PASS')} of {len(found)} layers" + by_layer.not_testable(missing)
 
 
-def measure_tables(
+def tables(
     one: Measure, rows: Sequence[str], judge: bool = False, extra: tuple[str, np.ndarray] | None = None
 ) -> list[Table]:
     """Make one table per row of a measure, with a line per layer.
@@ -141,48 +141,33 @@ def measure_tables(
     """
     names = ["value", "low", "high"] + ["null", "null_low", "null_high", "p"] * (one.null is not None)
     form = ".4f" if one.unit == "nats" else ".3f"
-    columns = [Column("layer"), *(Column(name.replace("_", " "), form) for name in names)]
-    numbers = [getattr(one, name) for name in names]
-    if extra is not None:
-        columns.append(Column(extra[0], form))
-        numbers.append(extra[1])
-    cells = np.stack(numbers, axis=-1).astype(object)  # [O, L, figures]
-    if judge and one.null_high is not None:
-        columns.append(Column("verdict"))
-        cells = np.concatenate([cells, verdicts_above_null(one)[..., None]], axis=-1)
-    return [
-        Table(
-            f"{one.name} [{one.unit}], {row}",
-            tuple(columns),
-            tuple((layer, *line) for layer, line in enumerate(lines.tolist())),
-        )
-        for row, lines in zip(rows, cells, strict=True)
-    ]
+    made = []
+    for at, row in enumerate(rows):
+        columns = {name.replace("_", " "): (getattr(one, name)[at], form) for name in names}
+        if extra is not None:
+            columns[extra[0]] = (extra[1][at], form)
+        judged = verdicts(one)[at].tolist() if judge and one.null_high is not None else ()
+        made.append(by_layer.table(f"{one.name} [{one.unit}], {row}", columns, verdicts=judged))
+    return made
 
 
-def coverage_table(title: str, coverages: Sequence[Measure], rows: Sequence[str]) -> Table:
+def coverage_table(title: str, coverage: Measure, rows: Sequence[str]) -> Table:
     """Make a table of coverages, which token ids decide, so that they are the same in every layer.
 
     Args:
         title: of the table.
-        coverages: measures whose rows follow each other in the table.
-        rows: names of the first rows.
+        coverage: the measure.
+        rows: names of its rows.
 
     Returns:
         The table.
     """
-    parts = [np.concatenate([getattr(one, part)[:, 0] for one in coverages]) for part in ("value", "low", "high")]
     columns = (Column("keys"), *(Column(name, ".3f") for name in ("value", "low", "high")))
-    lines = np.stack(parts, axis=-1)[: len(rows)].tolist()
-    return Table(title, columns, tuple((row, *line) for row, line in zip(rows, lines, strict=True)))
+    lines = zip(rows, *(one[:, 0].tolist() for one in (coverage.value, coverage.low, coverage.high)), strict=True)
+    return Table(title, columns, tuple(lines))
 
 
-def order_names(settings: Settings) -> list[str]:
-    """Name the context orders, one name per order."""
-    return [f"order {order}" for order in settings.orders]
-
-
-def layer_panels(rows: int, columns: int, sharey: str | bool = "row") -> tuple[Figure, np.ndarray]:
+def panels(rows: int, columns: int, sharey: str | bool = "row") -> tuple[Figure, np.ndarray]:
     """Make a figure with panels over the layers.
 
     Args:
@@ -199,7 +184,7 @@ def layer_panels(rows: int, columns: int, sharey: str | bool = "row") -> tuple[F
     return figure, axes
 
 
-def plot_against_null(axis: Any, one: Measure, row: int) -> None:
+def plot(axis: Any, one: Measure, row: int) -> None:
     """Draw one row of a measure over the layers: dots with intervals, and the null as a dashed line in its band.
 
     Args:
