@@ -52,7 +52,7 @@ FILLED = 0.85  # of a device's memory, by parameters: the rest is for activation
 class Settings:
     """How much is measured."""
 
-    seconds: float  # after so many no part begins
+    seconds: float  # after which no part begins
     rounds: int
     product: int  # rows and columns of the ceilings' square product on a GPU
     tokens: tuple[int, ...]  # of one layer
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None) -> None:
 def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """All parts, as JSON can hold them; the keys are those of the parts, and "left_out", what -> why.
 
-    Raises whatever goes wrong in our own code; a rival that fails is left out with its error.
+    An error in our own code is raised; a rival that fails is left out with its error.
     """
     began, device, left_out = time.monotonic(), jax.devices()[0], {}
     fitting = dataclasses.replace(config, num_layers=layers_that_fit(config, _memory(device)))
@@ -167,7 +167,7 @@ def run(config: MoEConfig, settings: Settings, say: Callable[[str], None] = prin
 
 
 def layers_that_fit(config: MoEConfig, memory: float | None, itemsize: int = 2) -> int:
-    """How many of a model's layers a device of so many bytes holds; None, a device that does not say: all.
+    """How many of a model's layers fit into a number of bytes; all if the device does not say (None).
 
     Raises InputError if it does not hold one.
     """
@@ -223,7 +223,7 @@ def _experts(
     hardware: Hardware,
     left_out: dict[str, str],
 ) -> list[dict[str, Any]]:
-    """One layer's experts on so many tokens: one entry per engine and number of experts kept."""
+    """One layer's experts on a number of tokens: one entry per engine and number of experts kept."""
     k = config.top_k
     routings = experts.cases(tokens, config.num_experts, k, [k - share * (k - 1) for share in settings.single])
     sizes = (config.hidden_size, config.intermediate_size, config.num_experts, DTYPE)

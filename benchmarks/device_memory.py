@@ -98,7 +98,7 @@ def share(config: MoEConfig, devices: int, positions: int, dtype: Any = jnp.bflo
     """What a device holds of a model and of a cache of one sequence, and what it sends.
 
     Raises:
-        MeshError: the model cannot be divided over so many devices.
+        MeshError: the model cannot be divided over this number of devices.
     """
     mesh: Any = AbstractMesh((1, devices), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
     placement = Placement.of(config, mesh)

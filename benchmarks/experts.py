@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None) -> None:
 def cases(tokens: int, num_experts: int, k: int, kept: Sequence[float]) -> dict[float, Routing]:
     """m -> Routing [N, K] that uses m slots of a token on average; all K first. The experts are drawn evenly.
 
-    What is no whole number of slots in all is left out: one token cannot keep 1.5 experts.
+    A mean that is not a whole number of slots in total is left out: one token cannot keep 1.5 experts.
     """
     rng = np.random.default_rng(0)
     experts = np.argsort(rng.random((tokens, num_experts)))[:, :k]
@@ -68,7 +68,7 @@ def cases(tokens: int, num_experts: int, k: int, kept: Sequence[float]) -> dict[
     for m in dict.fromkeys(map(float, (k, *kept))):
         if not (m * tokens).is_integer():
             continue
-        each = np.diff(np.arange(tokens + 1) * m // 1, axis=0)  # m or, where it is no whole number, its neighbors
+        each = np.diff(np.arange(tokens + 1) * m // 1, axis=0)  # m or, where it is not a whole number, its neighbors
         gone = np.arange(k) >= each[:, None]
         found[m] = Routing(
             jnp.asarray(np.where(gone, num_experts, experts), jnp.int32),

@@ -52,7 +52,6 @@ from experiments.arguments import asked_config, load, load_encoded, parser, read
 from experiments.hosts import add_hosts, join
 from models import Model
 from profiling.timing import by_batch, measure
-from profiling.timing import section as throughput_section
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
@@ -281,8 +280,8 @@ def throughput_of(subject: Subject, repeats: int) -> Finding:
     var_model = VARModel(subject.model, subject.config, table=table)
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
-    found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    return Finding("throughput", (throughput_section(found),), {}, found)
+    section, found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
+    return Finding("throughput", (section,), {}, found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:

@@ -37,8 +37,8 @@ from varjax.tablefiles import TableFiles
 
 DECODED = 64  # tokens of the text that decoding goes through, half of them beforehand
 NOTES = (
-    "All times are of one machine, in one run; the report's JSON names it. Compare ratios, not milliseconds.",
-    "FAIL is a finding about this model, policy and machine, not a fault of the run.",
+    "All times are from one run on one machine, which the report's JSON names. Compare ratios, not milliseconds.",
+    "FAIL is a finding about this model, policy and machine, not an error of the run.",
 )
 
 
@@ -49,20 +49,19 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--var_config",
         type=path_argument,
-        help="a VARConfig as JSON; without it, the preset balanced for the --routing_stats if these are given, else "
-        f"the first of {listed(CONFIGS)} that exists, else the plain model",
+        help="VARConfig as JSON; none: the preset balanced if --routing_stats is given, otherwise the first of "
+        f"{listed(CONFIGS)} that exists, otherwise the plain model",
     )
-    options.add_argument("--plain", action="store_true", help="analyze the plain model, whatever configs there are")
-    options.add_argument(
-        "--routing_stats", type=path_argument, help="statistics in the place of those that the config names"
-    )
-    options.add_argument("--answers", type=path_argument, help="answers in the place of those that the config names")
-    options.add_argument("--split", default="test", help="documents whose texts are run")
-    options.add_argument("--quick", action="store_true", help="fewer rounds and kinds of calls")
-    options.add_argument("--trace", action="store_true", help="keep the profiler's traces")
+    options.add_argument("--plain", action="store_true", help="analyze the plain model even if there are configs")
+    add = options.add_argument
+    add("--routing_stats", type=path_argument, help="statistics to use instead of those that the config names")
+    add("--answers", type=path_argument, help="answers to use instead of those that the config names")
+    add("--split", default="test", help="split of the dataset whose texts are run")
+    add("--quick", action="store_true", help="measure in fewer rounds and with fewer kinds of calls")
+    add("--trace", action="store_true", help="keep the profiler's traces")
     args = options.parse_args(arguments)
     if args.plain and (args.var_config or args.routing_stats or args.answers):
-        options.error("--plain is the plain model; --var_config, --routing_stats and --answers are for VAR")
+        options.error("--plain analyzes the plain model; --var_config, --routing_stats and --answers are for VAR")
     output = Output.of(args.output, "systems")
     with output.locked():
         analyze(args, output)
@@ -84,22 +83,21 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
         folder = output.other("traces") if args.trace else Path(deleted)
         breakdowns = components.measure_sides(var_model, texts, folder=folder, turns=4 if args.quick else 15)
     step(2, "costs")
-    counted = xla.count(var_model, texts)
+    costs, counted = xla.costs(var_model, texts)
     batch, length = texts["prefill"].shape
     sizes = [] if args.quick else [(1, length), (batch, length // 2), (batch, length), (2 * batch, length)]
-    peaks = xla.prefill_peaks(var_model, sizes)
+    memory, peaks = xla.memory(var_model, sizes)
     step(3, "performance model: calibration and unseen calls")
     study = performance_model.study(model, points.tasks(args.quick), repeats=rounds, seed=args.seed)
-    scales = performance_model.scalings(study)
+    growth, scales = performance_model.scaling(study)
     step(4, "bottlenecks")
-    evidence = bottlenecks.gather(
+    worst, evidence, found = bottlenecks.examine(
         *(var_model, texts, breakdowns),
         ceilings=study.ceilings,
         scalings=scales,
         rounds=5 if args.quick else 11,
         seed=args.seed,
     )
-    found = [one for phase in evidence for one in bottlenecks.bottlenecks(phase)]
 
     experts = evidence[0].experts[1]
     policy = args.var_config or ("preset balanced" if config.enable_var else "none, the plain model")
@@ -111,12 +109,12 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
         *card.facts(origin["card"]),
     )
     sections = (
-        bottlenecks.section(found),
+        worst,
         components.section(breakdowns),
-        xla.costs_section(counted),
+        costs,
         performance_model.section(study, experts=experts),
-        performance_model.scaling_section(scales),
-        xla.memory_section(peaks),
+        growth,
+        memory,
     )
     report = Report("Systems analysis", facts, NOTES, sections)
     made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest)

@@ -1,8 +1,7 @@
 """What keeps VAR from being faster: measurements of one model, policy and text, and rules that name bottlenecks.
 
     breakdowns = measure_sides(var_model, texts, folder="traces")
-    for evidence in gather(var_model, texts, breakdowns):
-        bottlenecks(evidence)                              # [] where nothing stands out
+    section, found = examine(var_model, texts, breakdowns)
 
 A rule looks at one thing and returns a `Bottleneck` or None. Its severity is its cost: the share of the call that would
 be saved without it, as far as the evidence shows. Each one gives its evidence in numbers, advice, and, where the advice
@@ -29,11 +28,10 @@ from analysis.report.report import Column, Section, Table
 from analysis.resampling import Estimate
 from profiling.calls import prepare, sides, workload_and_mix
 from profiling.ceilings import Ceilings
-from profiling.components import Breakdown
+from profiling.components import OTHER, Breakdown
 from profiling.costs import component_costs
 from profiling.performance_model import Scaling
 from profiling.timing import compare, paired_ratio
-from profiling.traces import OTHER
 from varjax.model import VARModel
 from varjax.step import Counters, summary
 
@@ -46,7 +44,7 @@ _LOOKUP = ("plan", "commit")
 class Evidence:
     """Measurements of one kind of call, plain and under VAR; None or a missing entry was not measured.
 
-    Where VAR is switched off, the call is that of the plain model, and the rules that compare with VAR are skipped.
+    Where VAR is switched off, the plain model is judged, and the rules that compare with VAR are skipped.
     """
 
     phase: str  # "prefill" or "decode"
@@ -85,7 +83,7 @@ class Bottleneck:
     advice: str
 
 
-def gather(
+def examine(
     var_model: VARModel,
     texts: Mapping[str, np.ndarray],
     breakdowns: Sequence[Breakdown],
@@ -94,8 +92,8 @@ def gather(
     scalings: Sequence[Scaling] = (),
     rounds: int = 11,
     seed: int = 0,
-) -> list[Evidence]:
-    """Measure what the rules need, once per phase.
+) -> tuple[Section, list[Evidence], list[Bottleneck]]:
+    """Measure what the rules need, apply them, and report the bottlenecks.
 
     Args:
         var_model: the model; where VAR is switched off, the evidence is about the plain model alone.
@@ -107,72 +105,18 @@ def gather(
         seed: of the order within rounds.
 
     Returns:
-        The evidence of each phase.
+        The section, whose criterion is that no bottleneck has high severity; the evidence of each phase; and the
+        bottlenecks.
     """
-    top_k, config = float(var_model.model.config.top_k), var_model.config
-    compared = sides(var_model)
-    cached = var_model.table is not None and config.cache_size > 0
-    if cached:
-        without = dataclasses.replace(config, cache_size=0)
-        compared["no cache"] = VARModel(var_model.model, without, table=var_model.table, clock=var_model.clock)
-    found = []
-    for phase, ids in texts.items():
-        times = {one.side: one.by_trace for one in breakdowns if one.phase == phase}
-        var = times["plain"] if var_model.table is None else times["VAR"]
-        scales = [one for one in scalings if one.phase == phase]
-        about: dict[str, Any] = {"experts": (top_k, top_k)}
-        if var_model.table is not None:
-            seconds = compare({name: _runner(side, ids, phase) for name, side in compared.items()}, rounds, seed=seed)
-            decided = summary(_counters(var_model, ids, phase), var_model.model.config.top_k)
-            about = {
-                "speedup": paired_ratio(seconds["plain"], seconds["VAR"]),
-                "experts": (top_k, decided["experts_per_token"]),
-                "tiers": decided["tiers"],
-                "tried": {"cache use": paired_ratio(seconds["VAR"], seconds["no cache"]).value} if cached else {},
-            }
-        found.append(
-            Evidence(
-                phase=phase,
-                batch=len(ids),
-                plain=times["plain"],
-                var=var,
-                cached_tier=cached,
-                overhead=var[OTHER],
-                waiting=None if ceilings is None else _waiting(var_model, ids, phase, ceilings),
-                exponent=(scales[-1].exponent, scales[-1].expected) if scales else None,
-                **about,
-            )
-        )
-    return found
-
-
-def bottlenecks(evidence: Evidence) -> list[Bottleneck]:
-    """Apply all rules.
-
-    Args:
-        evidence: of one phase.
-
-    Returns:
-        What they find, the most expensive first.
-    """
-    found = [one for rule in RULES if (one := rule(evidence)) is not None]
-    return sorted(found, key=lambda one: -one.cost)
-
-
-def section(found: Sequence[Bottleneck]) -> Section:
-    """Report the bottlenecks; the criterion is that none has high severity.
-
-    Args:
-        found: from `bottlenecks`, of all phases.
-
-    Returns:
-        The section.
-    """
+    evidence = [
+        _gather(var_model, ids, phase, breakdowns, ceilings, scalings, rounds, seed) for phase, ids in texts.items()
+    ]
+    found = [one for seen in evidence for one in _bottlenecks(seen)]
     ordered = sorted(found, key=lambda one: ("high", "medium", "low").index(one.severity))
     high = [f"{one.name} ({one.where})" for one in ordered if one.severity == "high"]
     columns = (Column("bottleneck"), Column("where"), Column("severity"), Column("cost", ".0%"))
     rows = tuple((one.name, one.where, one.severity, one.cost) for one in ordered)
-    return Section(
+    section = Section(
         "bottlenecks",
         "What keeps it from being faster?",
         "FAIL" if high else "PASS",
@@ -184,6 +128,55 @@ def section(found: Sequence[Bottleneck]) -> Section:
         ),
         (Table("Bottlenecks", columns, rows),) if rows else (),
     )
+    return section, evidence, found
+
+
+def _gather(
+    var_model: VARModel,
+    ids: np.ndarray,
+    phase: str,
+    breakdowns: Sequence[Breakdown],
+    ceilings: Ceilings | None = None,
+    scalings: Sequence[Scaling] = (),
+    rounds: int = 11,
+    seed: int = 0,
+) -> Evidence:
+    """The evidence of one phase on texts int32 [B, T]."""
+    config, top_k = var_model.config, var_model.model.config.top_k
+    times = {one.side: one.by_trace for one in breakdowns if one.phase == phase}
+    scales = [one for one in scalings if one.phase == phase]
+    about: dict[str, Any] = {"var": times["plain"], "experts": (float(top_k), float(top_k))}
+    if var_model.table is not None:
+        compared = sides(var_model)
+        if config.cache_size > 0:
+            without = dataclasses.replace(config, cache_size=0)
+            compared["no cache"] = VARModel(var_model.model, without, var_model.table, clock=var_model.clock)
+        seconds = compare({name: _runner(side, ids, phase) for name, side in compared.items()}, rounds, seed=seed)
+        decided = summary(_counters(var_model, ids, phase), top_k)
+        about = {
+            "var": times["VAR"],
+            "speedup": paired_ratio(seconds["plain"], seconds["VAR"]),
+            "experts": (float(top_k), decided["experts_per_token"]),
+            "tiers": decided["tiers"],
+            "cached_tier": config.cache_size > 0,
+        }
+        if config.cache_size > 0:
+            about["tried"] = {"cache use": paired_ratio(seconds["VAR"], seconds["no cache"]).value}
+    return Evidence(
+        phase=phase,
+        batch=len(ids),
+        plain=times["plain"],
+        overhead=about["var"][OTHER],
+        waiting=None if ceilings is None else _waiting(var_model, ids, phase, ceilings),
+        exponent=(scales[-1].exponent, scales[-1].expected) if scales else None,
+        **about,
+    )
+
+
+def _bottlenecks(evidence: Evidence) -> list[Bottleneck]:
+    """What all rules find, the most expensive first."""
+    found = [one for rule in RULES if (one := rule(evidence)) is not None]
+    return sorted(found, key=lambda one: -one.cost)
 
 
 def _slow_down(seen: Evidence) -> Bottleneck | None:

@@ -21,7 +21,7 @@ from analysis.command import HelpFormatter, name_argument, program
 from models.config import MoEConfig, read_config
 from models.model import REFERENCE
 from profiling.costs import Mix, Workload, component_costs, parameters
-from profiling.published import HARDWARE, PUBLISHED, Hardware, ceiling, get_hardware
+from profiling.published import HARDWARE, PUBLISHED, Hardware, ceiling
 from varjax.errors import InputError
 
 _KNOWN = ", ".join(("reference", *PUBLISHED))  # models that need no file
@@ -53,11 +53,7 @@ class Ceiling:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    """Print the ceilings that the command line asks for.
-
-    Args:
-        arguments: of the command line; None: those of this process.
-    """
+    """Print the ceilings that the command line asks for."""
     args = _parser().parse_args(arguments)
     config, hardware = _model(args.model), _hardware(args)
     asked = {name: getattr(args, name) for name in ("experts", "batch", "prompt", "context", "orders")}
@@ -164,7 +160,12 @@ def _hardware(args: argparse.Namespace) -> Hardware:
     if args.hardware is not None:
         if len(missing) < len(given):
             raise InputError(f"--hardware {args.hardware} implies {', '.join(given)}; leave these out, or --hardware")
-        return get_hardware(args.hardware)
+        if args.hardware.lower() not in HARDWARE:
+            raise InputError(
+                f"--hardware {args.hardware} is not in the table; choose one of {', '.join(HARDWARE)}, or describe "
+                f"yours with {', '.join(given)}"
+            )
+        return HARDWARE[args.hardware.lower()]
     if missing:
         raise InputError(f"no accelerator: give --hardware ({', '.join(HARDWARE)}), or also {' and '.join(missing)}")
     rates = args.tflops * 1e12, args.bandwidth * 1e12, args.memory * 1e9

@@ -109,11 +109,7 @@ class Ceilings:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    """Measure and print the ceilings, and save them if asked to.
-
-    Args:
-        arguments: of the command line; None: those of this process.
-    """
+    """Measure and print the ceilings, and save them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--full", action="store_true", help="larger arrays and more rounds, for half a minute")
     parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")

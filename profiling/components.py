@@ -7,34 +7,111 @@ Calls are timed with a trace and without, in turns. A trace slows a call down: r
 microsecond or more, and a decoding step has hundreds. This cost is measured on the plain model's decoding and
 subtracted where it falls: from the time between operations, or inside a loop from the time of the loop. The sum over
 components can then be compared with the untraced call.
+
+A profiler's events name instructions of the optimized program, whose text keeps for most of them the `jax.named_scope`
+that they were written under. The innermost scope that is one of `profiling.costs.COMPONENTS` is their component.
+
+* A fusion is shared among the components that it fuses: all of it goes to a matrix product in it, otherwise each has
+  the share of its elements. That is an estimate, because the parts of a fused loop cannot be timed.
+* An instruction that XLA created without a scope belongs to the nearest user with a scope, otherwise to the nearest
+  operand with one.
+* The event of a loop, a conditional or a call spans those inside it. Per thread only the innermost event counts, and
+  across threads control flow counts only while nothing else runs.
+* Wall time is shared in equal parts among the operations that run at the same time, so components and `other` sum to
+  the wall time of the calls.
+
+The traces are those of a CPU; events of other devices are used if they name their operation in the same way (`hlo_op`).
 """
 
 from __future__ import annotations
 
+import math
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
+from jax.stages import Traced
 from matplotlib.figure import Figure
 
 from analysis.report.figures import panels, shade
 from analysis.report.report import Column, ReportFigure, Section, Table
 from profiling.calls import Calls, at_once, prepare, sides
 from profiling.costs import COMPONENTS
-from profiling.traces import OTHER, capture, component_times, describe, operations, wall_times
+from varjax.errors import InputError
 from varjax.model import VARModel
 
-T = TypeVar("T")
-
-NAME = "components"
-WITHIN = 0.1  # of the untraced call, to which the components must sum
+OTHER = "other"  # work without a component, and time in which nothing runs
 TURN = 0.04  # seconds of calls in a turn
 TURNS = 9
+_WITHIN = 0.1  # of the untraced call, to which the components must sum
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx")
+
+_CALL = "call"  # the annotation around each call
+_CONTROL = frozenset({"while", "conditional", "call"})
+_FREE = frozenset({"parameter", "constant", "broadcast", "bitcast", "iota", "tuple", "get-tuple-element"})
+_LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+_OPCODE = re.compile(r" ([\w-]+)\(")
+_SHAPE = re.compile(r"\w+\[([\d,]*)\]")
+_NAME = re.compile(r"%([\w.-]+)")
+_FUSED = re.compile(r" fusion\(.* calls=%([\w.-]+)")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
+_FUNCTIONS = re.compile(r"(p?jit\([^/]*\)/?)+")  # a scope that names no operation: XLA created the instruction
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    """One operation of a compiled program."""
+
+    shares: tuple[tuple[str, float], ...]  # components or OTHER with their shares, which sum to 1
+    control: bool  # a loop, a conditional or a call, which spans other operations
+
+
+@dataclass(frozen=True)
+class _Module:
+    """A compiled program."""
+
+    name: str
+    instructions: Mapping[str, _Instruction]
+
+
+@dataclass(frozen=True)
+class _ComponentTimes:
+    """Seconds of each call of a trace, float64 [calls] each."""
+
+    wall: np.ndarray  # from the call to the end of its last operation
+    seconds: dict[str, np.ndarray]  # component or OTHER -> its share of `wall`; they sum to it
+    idle: np.ndarray  # the part of OTHER in which no operation ran
+    # Component or OTHER -> events per call recorded in its time: those inside a loop in the loop's, others in OTHER.
+    recorded: dict[str, float]
+
+
+class _Line(NamedTuple):
+    """One instruction of the text of a module."""
+
+    opcode: str
+    component: str | None  # None: XLA does not say
+    elements: int
+    operands: list[str]
+    fused: str | None  # the computation of a fusion
+
+
+class _Event(NamedTuple):
+    start: float  # nanoseconds
+    end: float
+    instruction: _Instruction
+
+
+_UNKNOWN = _Instruction(((OTHER, 1.0),), control=False)
 
 
 @dataclass(frozen=True)
@@ -100,9 +177,7 @@ def measure_sides(
     found = []
     for (side, one), phase, ids in kinds:
         calls = prepare(one, ids, phase, max_calls)
-        program = describe(calls.traced())
-        name = f"{phase}-{side}-batch-{len(ids)}"
-        untraced, read = _in_turns(calls, folder, name, turns, partial(component_times, program=program))
+        untraced, read = _in_turns(calls, folder, f"{phase}-{side}-batch-{len(ids)}", turns)
         # At each call of a turn, the turn counts whose wall time is the lower quartile.
         chosen = np.argsort(np.stack([times.wall for times in read]), axis=0)[_quartile(turns)]
 
@@ -152,10 +227,10 @@ def section(found: Sequence[Breakdown]) -> Section:
     )
     parts = (Column("component"), Column("by trace [ms]", ".3f"), Column("share", ".1%"))
     return Section(
-        NAME,
+        "components",
         "Where the time of a call goes",
-        "PASS" if abs(off.explained - 1) <= WITHIN else "FAIL",
-        f"components by trace sum to the untraced call within {WITHIN:.0%}: the largest difference is {off.name}, "
+        "PASS" if abs(off.explained - 1) <= _WITHIN else "FAIL",
+        f"components by trace sum to the untraced call within {_WITHIN:.0%}: the largest difference is {off.name}, "
         f"{off.explained:.1%}",
         (
             f"The trace slowed the calls down by {min(slower):.1%} to {max(slower):.1%}; {min(subtracted):.1%} to "
@@ -175,12 +250,12 @@ def section(found: Sequence[Breakdown]) -> Section:
         ),
         (
             ReportFigure(
-                NAME,
+                "components",
                 "Where the time of a call goes",
                 "Each bar is one side: the components of a call by trace, from the bottom in the order of the legend. "
                 "The dash across a bar is the untraced call: the nearer to the bar's end, the better it is explained.",
                 "A fused operation is shared among its components by the number of elements, which is an estimate. "
-                "`other` is mostly time in which nothing runs: for short calls, that of the host.",
+                "`other` is mostly time in which nothing runs: for short calls, the host's.",
                 partial(_figure, found),
             ),
         ),
@@ -214,26 +289,25 @@ def _compile(var_model: VARModel, ids: np.ndarray, phase: str) -> None:
     prepare(var_model, ids, phase, max_calls=1).traced().lower().compile()
 
 
-def _in_turns(
-    calls: Calls, folder: str | Path, name: str, turns: int, read: Callable[[Path], T]
-) -> tuple[np.ndarray, list[T]]:
-    """Seconds of calls without a trace, float64 [turns, calls], and what is read from the trace of each turn."""
-    wall_times(calls.each())  # compiles
-    rounds = max(round(TURN / wall_times(calls.each()).sum()), 1)
+def _in_turns(calls: Calls, folder: str | Path, name: str, turns: int) -> tuple[np.ndarray, list[_ComponentTimes]]:
+    """Seconds of calls without a trace, float64 [turns, calls], and the components in the trace of each turn."""
+    program = _describe(calls.traced())
+    _wall_times(calls.each())  # compiles
+    rounds = max(round(TURN / _wall_times(calls.each()).sum()), 1)
     untraced, traced = [], []
     for _ in range(turns):
-        untraced.append(wall_times(calls.each(rounds)))
-        traced.append(read(capture(calls.each(rounds), folder, name)))  # the last trace stays
+        untraced.append(_wall_times(calls.each(rounds)))
+        traced.append(_component_times(_capture(calls.each(rounds), folder, name), program))  # the last trace stays
     return np.stack(untraced), traced
 
 
 def _cost_of_recording(calls: Calls, turns: int) -> float:
     """Seconds that recording one operation takes: by how much a trace slows calls down, over their operations."""
     with tempfile.TemporaryDirectory() as folder:
-        untraced, read = _in_turns(calls, folder, "recording", turns, operations)
-    traced = np.stack([wall for wall, _ in read])
-    slower = _undisturbed(traced) - _undisturbed(untraced)
-    return max(float(slower.mean()) / float(np.mean([number for _, number in read])), 0.0)
+        untraced, traced = _in_turns(calls, folder, "recording", turns)
+    slower = _undisturbed(np.stack([times.wall for times in traced])) - _undisturbed(untraced)
+    operations = np.mean([sum(times.recorded.values()) for times in traced])
+    return max(float(slower.mean() / operations), 0.0)
 
 
 def _undisturbed(times: np.ndarray) -> np.ndarray:
@@ -243,3 +317,194 @@ def _undisturbed(times: np.ndarray) -> np.ndarray:
 
 def _quartile(turns: int) -> int:
     return (turns - 1) // 4
+
+
+def _component(scope: str) -> str:
+    """The innermost component in a scope."""
+    for part in reversed(scope.split("/")):
+        if part.startswith(("jit(", "pjit(")):
+            continue  # the name of a function
+        bare = part.rstrip(")").rpartition("(")[2]  # transformations wrap a scope: vmap(scores)
+        if bare in COMPONENTS:
+            return bare
+    return OTHER
+
+
+def _describe(traced: Traced) -> _Module:
+    """Compile a traced function and find the component of each of its instructions."""
+    return _parsed(traced.lower().compile().as_text() or "")
+
+
+def _parsed(text: str) -> _Module:
+    """The component of each instruction in the text of an optimized HLO module."""
+    lines: dict[str, _Line] = {}  # names are unique in a module
+    users: dict[str, list[str]] = defaultdict(list)
+    bodies: dict[str, list[str]] = defaultdict(list)  # computation -> its instructions
+    results = {}  # the root of a computation -> the computation
+    computation = ""
+    for row in text.splitlines():
+        if found := _LINE.match(row):
+            root, name, rest = found.groups()
+            lines[name] = _line(rest)
+            bodies[computation].append(name)
+            for operand in lines[name].operands:
+                users[operand].append(name)
+            if root:
+                results[name] = computation
+        elif opening := _COMPUTATION.match(row):
+            computation = opening[1]
+    for name, called in results.items():  # what a computation returns is used where it is called
+        users[name] += users[called]
+    operands = {name: line.operands for name, line in lines.items()}
+
+    def fused(name: str) -> tuple[tuple[str, float], ...]:
+        inside = [lines[one] for one in bodies.get(lines[name].fused or "", ()) if lines[one].component]
+        inside = [one for one in inside if one.opcode == "dot"] or inside
+        weights: Counter[str] = Counter()
+        for one in inside:
+            if one.opcode not in _FREE:
+                weights[str(one.component)] += one.elements
+        return tuple((part, weight / weights.total()) for part, weight in weights.items() if weights.total())
+
+    def nearest(name: str, neighbors: Mapping[str, list[str]]) -> str | None:
+        seen, frontier = {name}, [name]
+        while frontier:
+            for one in frontier:
+                if one in lines and lines[one].component:
+                    return lines[one].component
+            frontier = [other for one in frontier for other in neighbors.get(one, ()) if other not in seen]
+            seen.update(frontier)
+        return None
+
+    instructions = {}
+    for name, line in lines.items():
+        shares = fused(name) or ((nearest(name, users) or nearest(name, operands) or OTHER, 1.0),)
+        instructions[name] = _Instruction(shares, line.opcode in _CONTROL)
+    return _Module(text.removeprefix("HloModule ").split(",", 1)[0], instructions)
+
+
+def _line(rest: str) -> _Line:
+    opcode, scope, shape, fused = (one.search(rest) for one in (_OPCODE, _SCOPE, _SHAPE, _FUSED))
+    said = scope is not None and not _FUNCTIONS.fullmatch(scope[1])
+    return _Line(
+        opcode[1] if opcode else "",
+        _component(scope[1]) if scope and said else None,
+        math.prod(int(size) for size in shape[1].split(",") if size) if shape else 1,
+        _NAME.findall(rest),
+        fused[1] if fused else None,
+    )
+
+
+def _capture(calls: Iterable[Callable[[], Any]], folder: str | Path, name: str) -> Path:
+    """Trace calls that were run before, each until its result is ready, into `folder/plugins/profile/name/`.
+
+    What the iterator does between the calls is in none of them. An earlier trace of this name is replaced.
+    """
+    run = Path(folder) / "plugins" / "profile" / name
+    for old in run.glob("*.xplane.pb"):
+        old.unlink()
+    options = ProfileOptions()
+    options.python_tracer_level = 0  # Python's own calls would cost more time than they show
+    options.session_id = name
+    with jax.profiler.trace(folder, profiler_options=options):
+        for index, call in enumerate(calls):
+            with StepTraceAnnotation(_CALL, step_num=index):
+                jax.block_until_ready(call())
+    (path,) = run.glob("*.xplane.pb")
+    return path
+
+
+def _wall_times(calls: Iterable[Callable[[], Any]]) -> np.ndarray:
+    """Seconds of calls as `_capture` makes them, without a trace; float64 [calls]."""
+    found = []
+    for call in calls:
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - start)
+    return np.array(found)
+
+
+def _component_times(path: str | Path, program: _Module) -> _ComponentTimes:
+    """Divide the time of the calls of a trace among the components; operations of other programs are OTHER."""
+    calls, threads = _read(path, program)
+    if not calls or all(event.instruction is _UNKNOWN for thread in threads for event in thread):
+        raise InputError(
+            f"{path}: {len(calls)} calls and no operation of {program.name}; give the program that was traced"
+        )
+    stretches, recorded = [], dict.fromkeys((*COMPONENTS, OTHER), 0.0)
+    for thread in threads:
+        innermost, around = _nested(thread)
+        stretches += innermost
+        for instruction in around:
+            for name, share in instruction.shares:
+                recorded[name] += share / len(calls)
+    seconds, idle = _shared(stretches, calls)
+    return _ComponentTimes(np.array([end - start for start, end in calls]) * 1e-9, seconds, idle, recorded)
+
+
+def _read(path: str | Path, program: _Module) -> tuple[list[tuple[float, float]], list[list[_Event]]]:
+    """Start and end of each call in nanoseconds, and the operations of each thread."""
+    calls, threads = [], []
+    for plane in ProfileData.from_file(str(path)).planes:
+        for line in plane.lines:
+            thread = []
+            for event in line.events:
+                if event.name == _CALL:
+                    calls.append((event.start_ns, event.end_ns))
+                    continue
+                about = dict(event.stats)
+                if "hlo_op" in about:
+                    known = program.instructions if str(about.get("hlo_module")) == program.name else {}
+                    thread.append(_Event(event.start_ns, event.end_ns, known.get(str(about["hlo_op"]), _UNKNOWN)))
+            threads.append(thread)
+    return sorted(calls), threads
+
+
+def _nested(events: Iterable[_Event]) -> tuple[list[_Event], list[_Instruction]]:
+    """Of one thread: disjoint stretches with the innermost operation of each, and what encloses each event."""
+    stretches, around = [], []
+    stack: list[_Event] = []
+    at = 0.0  # up to here stretches are known
+    last = _Event(math.inf, math.inf, _UNKNOWN)
+    for event in [*sorted(events, key=lambda event: (event.start, -event.end)), last]:
+        while stack and stack[-1].end <= event.start:
+            over = stack.pop()
+            if over.end > at:
+                stretches.append(_Event(at, over.end, over.instruction))
+                at = over.end
+        if stack and event.start > at:
+            stretches.append(_Event(at, event.start, stack[-1].instruction))
+        around.append(stack[-1].instruction if stack else _UNKNOWN)
+        at = max(at, event.start)
+        stack.append(event)
+    return stretches, around[:-1]
+
+
+def _shared(
+    stretches: Iterable[_Event], calls: Sequence[tuple[float, float]]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Wall time of each call by component, and how long nothing ran in it; seconds."""
+    points: list[tuple[float, int, _Instruction | int]] = []  # an int is the index of a call
+    spans: list[Any] = [*stretches, *((*call, index) for index, call in enumerate(calls))]
+    for start, end, what in spans:
+        points += [(start, 1, what), (end, -1, what)]
+    seconds = {name: np.zeros(len(calls)) for name in (*COMPONENTS, OTHER)}
+    idle = np.zeros(len(calls))
+    work: Counter[_Instruction] = Counter()
+    control: Counter[_Instruction] = Counter()
+    call, before = -1, 0.0  # -1: between two calls
+    for now, change, what in sorted(points, key=lambda point: point[:2]):
+        elapsed, before = (now - before) * 1e-9, now
+        if call >= 0 and elapsed > 0:
+            running = +work or +control
+            for instruction, number in running.items():
+                for name, share in instruction.shares:
+                    seconds[name][call] += elapsed * share * number / running.total()
+            if not running:
+                idle[call] += elapsed
+        if isinstance(what, int):
+            call = what if change > 0 else -1
+        else:
+            (control if what.control else work)[what] += change
+    seconds[OTHER] += idle
+    return seconds, idle

@@ -79,7 +79,6 @@ class Mix:
     experts: float  # that run per token and layer, 0 to K
     distinct: float  # experts of a layer that any token of the call runs, 0 to E: their weights are read
     answers: float = 0.0  # gathered per token and layer
-    answer_itemsize: int = FLOAT32  # bytes of one number of an answer
     planned: bool = False  # the call has a plan and a commit
     table_bytes: float = 0.0  # that the plan reads from table and cache in all layers
     spread: float = 0.0  # of the rows per expert: coefficient of variation beyond chance
@@ -208,7 +207,7 @@ def component_costs(config: MoEConfig, workload: Workload, mix: Mix, *, as_writt
         ),
     }
     if gathered:  # each slot says which answer it has and its deviation; the sum of the slots moves no second time
-        found["answers"] = Cost(2.0 * gathered * d, 2 * 4 * n * k + gathered * mix.answer_itemsize * d) * layers
+        found["answers"] = Cost(2.0 * gathered * d, 2 * 4 * n * k + gathered * FLOAT32 * d) * layers
     if mix.planned:  # the plan does a few integer operations; the commit takes one maximum of the gate probabilities
         found["plan"] = Cost(bytes=mix.table_bytes + layers * n * entry)
         found["commit"] = Cost(2.0 * layers * n * experts, layers * n * (entry + 8 * k + FLOAT32 * experts))

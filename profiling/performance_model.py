@@ -1,11 +1,27 @@
-"""A performance model of this machine: calibrated on some calls, tested on others, and what it predicts.
+"""A performance model of this machine: fitted to some calls, tested on others, and what it predicts.
 
     python -m profiling.performance_model [--repeats 15] [--output results/performance.json]
 
-The form of the model is in `profiling.predict`, the calls are in `profiling.points`.
+    model = fit(points, config, ceilings)
+    seconds = predict(model, config, Workload(batch=8, length=1, cached=512), mix)
+
+Letters: N tokens of a call, K slots per token, E experts, L layers, R rows of a block of the expert engine.
+
+A call is the sum of its components (`profiling.costs`, as written). Each takes max(FLOPs / rate, bytes / bandwidth),
+plus a price per call, per layer, per block of the experts and per call with a plan:
+
+- A product of R rows runs at `product * R / (R + half_rows)`: its weights are packed for every product, however few
+  rows share them. A product of one row packs nothing and is limited by reading its weights, at `weights`.
+- The experts run in blocks, whose rows are computed whether they are used or not. The number of blocks follows from the
+  rows per expert of the mix (`_expert_blocks`).
+- Everything else moves its bytes at `stream`: attention's scores, which are stored between their two products, and the
+  outputs of the slots, as often as the engine reads and writes them.
+
+No number may be better than the machine's measured ceiling allows. They are fitted to the logarithm of time, so that a
+short call counts as much as a long one.
 
 Time is not a power of the tokens of a call: overheads weigh on small calls, and attention grows with the square of the
-length. So the measured exponent is compared with that of the predicted times of the same unseen calls.
+length. So the measured exponent is compared with the exponent of the predicted times of the same unseen calls.
 """
 
 from __future__ import annotations
@@ -19,22 +35,23 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import linregress
+from scipy.optimize import brentq, least_squares
+from scipy.stats import linregress, nbinom, poisson
 
 from analysis.command import HelpFormatter, name_argument, path_argument, program
 from analysis.criteria import MAX_PREDICTION_ERROR
 from analysis.report.figures import MARKERS, panels
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json
-from analysis.report.report import Column, ReportFigure, Section, Table
+from analysis.report.report import Column, Report, ReportFigure, Section, Table, text
 from analysis.resampling import median_estimate
 from models import Model, load_model
 from models.config import MoEConfig
+from models.experts_blocks import block_sizes, cut
 from profiling import ceilings as ceilings_module
 from profiling.ceilings import Ceilings
-from profiling.costs import Mix, Workload, component_costs
+from profiling.costs import FLOAT32, Cost, Mix, Workload, component_costs
 from profiling.points import Point, Task, measure, tasks
-from profiling.predict import PerformanceModel, break_even, fit, predict, seconds_by_part, speedup
 from profiling.published import HARDWARE
 from varjax.errors import InputError
 
@@ -42,7 +59,26 @@ _PUBLISHED = "h200"  # drawn next to what was measured
 _NO_GAIN = 1.05  # a speed-up below this counts as none
 FEWEST = 3  # sizes of calls that an exponent is fitted to
 _OFF = 0.15  # by how much an exponent may exceed the expected one
-_SCALING = "How does time grow with the tokens?"
+_NOISE = 1.25  # how far an effective rate may exceed the interval of a ceiling
+_MOVES = 3  # of every slot's output: read, and added to its token's row (read, written)
+_PULL = 0.05  # of a parameter toward its start, per e-fold; a point's residual is its error in e-folds
+
+
+@dataclasses.dataclass(frozen=True)
+class PerformanceModel:
+    """The numbers of one machine."""
+
+    product: float  # FLOP/s of a matrix product with many rows
+    half_rows: float  # rows at which a product reaches half of that
+    weights: float  # bytes/s at which products read their arrays
+    stream: float  # bytes/s of everything that is not a product
+    call: float  # s per call
+    layer: float  # s per layer: its small kernels
+    block: float  # s per block of an expert: loop, switch, rows gathered and written back
+    plan: float  # s per call that plans and commits
+
+
+PARAMETERS = tuple(field.name for field in dataclasses.fields(PerformanceModel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +142,7 @@ class Scaling:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    """Calibrate and test the performance model alone, print the result, and save it if asked to.
-
-    Args:
-        arguments: of the command line; None: those of this process.
-    """
+    """Calibrate and test the performance model alone, print the result, and save it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id or 'reference'")
     parser.add_argument("--repeats", type=int, default=15, help="rounds")
@@ -123,6 +155,55 @@ def main(arguments: Sequence[str] | None) -> None:
     output = Output.of(args.output, "performance", (".json",))
     with output.locked():
         write_json(output.main(".json"), _measure_and_print(args))
+
+
+def fit(points: Sequence[Point], config: MoEConfig, ceilings: Ceilings) -> PerformanceModel:
+    """Fit the model to the logarithm of the times of points by least squares.
+
+    A number that the points say nothing about stays at its start, which the ceilings suggest.
+
+    Args:
+        points: measured calls, at least as many as numbers.
+        config: the model that was called.
+        ceilings: of the machine.
+
+    Returns:
+        The fitted numbers.
+
+    Raises:
+        InputError: too few points.
+    """
+    if len(points) < len(PARAMETERS):
+        raise InputError(f"{len(points)} points cannot settle {len(PARAMETERS)} numbers; give more of different kinds")
+    first = np.log(dataclasses.astuple(_start(ceilings)))
+    measured = np.log([point.seconds for point in points])
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        model = PerformanceModel(*np.exp(x))
+        times = [predict(model, config, point.workload, point.mix) for point in points]
+        return np.concatenate([np.log(times) - measured, _PULL * (x - first)])
+
+    product = _NOISE * max(one.high for one in ceilings.figures if one.kind == "product")
+    bandwidth = _NOISE * max(one.high for one in ceilings.figures if one.kind in ("copy", "read"))
+    # In the order of PARAMETERS: rates under the ceilings and their noise, overheads under a tenth of a second.
+    upper = np.log([product, 4096.0, bandwidth, bandwidth, 0.1, 0.1, 0.1, 0.1])
+    found = least_squares(residuals, first, bounds=(np.minimum(first, upper) - 9, upper))
+    return PerformanceModel(*np.exp(found.x).tolist())
+
+
+def predict(model: PerformanceModel, config: MoEConfig, workload: Workload, mix: Mix) -> float:
+    """The time of one call.
+
+    Args:
+        model: of the machine.
+        config: the model that is called.
+        workload: the shapes of the call.
+        mix: what runs in it.
+
+    Returns:
+        Seconds.
+    """
+    return sum(_seconds_by_part(model, config, workload, mix).values())
 
 
 def study(
@@ -147,24 +228,15 @@ def study(
     return Study(model.config, ceilings, fitted, *(_errors(fitted, model.config, each) for each in (known, unseen)))
 
 
-def _errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point]) -> Errors:
-    """Compare predictions with measurements."""
-    if not points:
-        raise InputError("there are no points, so no errors either")
-    each = tuple(PointError(point, predict(model, config, point.workload, point.mix)) for point in points)
-    absolute = np.array([abs(one.relative) for one in each])
-    median = median_estimate(absolute)
-    return Errors(each, median.value, median.low, median.high, each[int(absolute.argmax())])
-
-
-def scalings(found: Study) -> list[Scaling]:
+def scaling(found: Study) -> tuple[Section, list[Scaling]]:
     """Fit exponents to the unseen calls of every phase and policy with enough sizes.
 
     Args:
         found: from `study`.
 
     Returns:
-        By phase, with the plain model first.
+        The section, whose criterion is that time grows no faster than the performance model expects; and the exponents
+        by phase, those of the plain model first.
     """
     groups: dict[tuple[str, str], list[PointError]] = {}
     for one in found.unseen.each:
@@ -180,22 +252,22 @@ def scalings(found: Study) -> list[Scaling]:
             expected = float(linregress(np.log(tokens), np.log(predicted)).slope)
             exponent = float(line.slope), float(line.stderr), expected
             fitted.append(Scaling(phase, policy, tokens, measured, predicted, *exponent))
-    return sorted(fitted, key=lambda one: (one.phase, one.policy != "plain"))
+    fitted.sort(key=lambda one: (one.phase, one.policy != "plain"))
+    return _scaling_section(fitted), fitted
 
 
-def section(found: Study, experts: float = 1.0, batches: Sequence[int] = (1, 2, 4, 8, 16, 32)) -> Section:
+def section(found: Study, experts: float = 1.0) -> Section:
     """Report the ceilings and the performance model; the criterion is the median error on unseen points.
 
     Args:
         found: from `study`.
         experts: per token and layer under VAR, for the predicted speed-up.
-        batches: of the break-even table.
 
     Returns:
         The section with its tables and figures.
     """
     unseen = found.unseen
-    gains = list(_gains(found, experts, batches))
+    gains = list(_gains(found, experts))
     none = [f"{phase} at batch {batch}" for phase, batch, _, gain in gains if gain < _NO_GAIN]
     where = "in " + ", ".join(none) if none else "nowhere here"
     numbers = tuple(dataclasses.asdict(found.model).items())
@@ -264,17 +336,104 @@ def section(found: Study, experts: float = 1.0, batches: Sequence[int] = (1, 2, 
     )
 
 
-def scaling_section(found: Sequence[Scaling]) -> Section:
-    """Report how time grows; the criterion is that it grows no faster than the performance model expects.
+def _seconds_by_part(model: PerformanceModel, config: MoEConfig, workload: Workload, mix: Mix) -> dict[str, float]:
+    """Seconds by component of `profiling.costs`, and "overhead": the fixed cost of calls and layers."""
+    costs = component_costs(config, workload, mix, as_written=True)
+    rows = {"projections": workload.tokens, "gate": workload.tokens, "head": workload.logit_rows}
+    parts = {name: cost.bytes / model.stream for name, cost in costs.items()}
+    parts |= {name: _product(model, costs[name], number) for name, number in rows.items()}
+    parts["scores"] = max(costs["scores"].flops / model.product, parts["scores"])
+    slots = config.num_layers * workload.tokens * config.top_k
+    parts["dispatch"] = (costs["dispatch"].bytes + _MOVES * slots * config.hidden_size * FLOAT32) / model.stream
+    weights = 3 * config.hidden_size * config.intermediate_size
+    parts["experts"] = 0.0
+    for size, number in _expert_blocks(config, workload, mix):
+        moved = workload.itemsize * (weights + size * config.hidden_size) + FLOAT32 * size * config.hidden_size
+        one = model.block + _product(model, Cost(2.0 * size * weights, moved), size)
+        parts["experts"] += config.num_layers * number * one
+    if mix.planned:
+        parts["plan"] += model.plan / 2
+        parts["commit"] += model.plan / 2
+    return parts | {"overhead": model.call + config.num_layers * model.layer}
 
-    Args:
-        found: from `scalings`.
 
-    Returns:
-        The section with its table and figure.
+def _expert_blocks(config: MoEConfig, workload: Workload, mix: Mix) -> list[tuple[int, float]]:
+    """How many blocks the engine "blocks" computes for the experts of one layer.
+
+    An expert that is used has at least one row; the number of further rows is Poisson or, where the load is spread
+    beyond chance, negative binomial.
     """
+    if not mix.experts:
+        return []
+    if workload.tokens == 1:
+        return [(1, mix.experts)]
+    sizes = block_sizes(workload.tokens * config.top_k, config.num_experts)
+    mean = max(workload.tokens * mix.experts / mix.distinct - 1, 1e-9)
+    extra = np.arange(int(mean * (1 + 6 * mix.spread) + 8 * np.sqrt(mean) + 12))
+    if mix.spread:
+        shape = 1 / mix.spread**2
+        chance = nbinom.pmf(extra, shape, shape / (shape + mean))
+    else:
+        chance = poisson.pmf(extra, mean)
+    numbers = cut(1 + extra, sizes)
+    return [(size, mix.distinct * float(number @ chance)) for size, number in zip(sizes, numbers, strict=True)]
+
+
+def _product(model: PerformanceModel, cost: Cost, rows: float) -> float:
+    share = 1.0 if rows == 1 else rows / (rows + model.half_rows)
+    return max(cost.flops / (model.product * share), cost.bytes / model.weights)
+
+
+def _start(ceilings: Ceilings) -> PerformanceModel:
+    """What a program of many parts may reach; a layer has about 20 small kernels, plan and commit about 50."""
+    half_rows = ceilings.product / ceilings.best("product", name="decode") * 8
+    return PerformanceModel(
+        product=ceilings.product / 1.5,
+        half_rows=max(half_rows, 1.0),
+        weights=ceilings.cache / 1.5,
+        stream=ceilings.cache / 3,
+        call=ceilings.call,
+        layer=20 * ceilings.kernel,
+        block=5 * ceilings.kernel,
+        plan=50 * ceilings.kernel,
+    )
+
+
+def _speedup(model: PerformanceModel, config: MoEConfig, workload: Workload, experts: float, orders: int = 1) -> float:
+    """The predicted time of the plain call over the time under VAR, with experts drawn evenly and independently."""
+    mixes = Mix.plain(config, workload.tokens), Mix.even(config, workload.tokens, experts, orders)
+    plain, var = (predict(model, config, workload, mix) for mix in mixes)
+    return plain / var
+
+
+def _break_even(model: PerformanceModel, config: MoEConfig, workload: Workload, orders: int = 1) -> float | None:
+    """Experts per token and layer below which VAR is faster; K if it always is, None if it never is."""
+
+    def gain(experts: float) -> float:
+        return _speedup(model, config, workload, experts, orders) - 1
+
+    if gain(0.0) <= 0:
+        return None
+    # Blocks come in whole numbers, so time may step back a little: the first crossing, below which VAR always wins.
+    grid = np.linspace(0, float(config.top_k), 41).tolist()
+    first = next((experts for experts in grid if gain(experts) <= 0), None)
+    return float(config.top_k) if first is None else float(brentq(gain, max(first - grid[1], 0.0), first))
+
+
+def _errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point]) -> Errors:
+    """Compare predictions with measurements."""
+    if not points:
+        raise InputError("there are no points, so no errors either")
+    each = tuple(PointError(point, predict(model, config, point.workload, point.mix)) for point in points)
+    absolute = np.array([abs(one.relative) for one in each])
+    median = median_estimate(absolute)
+    return Errors(each, median.value, median.low, median.high, each[int(absolute.argmax())])
+
+
+def _scaling_section(found: Sequence[Scaling]) -> Section:
+    title = "How does time grow with the tokens?"
     if not found:
-        return Section("scaling", _SCALING, "not measured", f"no kind of call was timed at {FEWEST} sizes")
+        return Section("scaling", title, "not measured", f"no kind of call was timed at {FEWEST} sizes")
     off = max(found, key=lambda one: one.exponent - one.expected)
     rows = tuple(
         (
@@ -291,11 +450,11 @@ def scaling_section(found: Sequence[Scaling]) -> Section:
     )
     return Section(
         "scaling",
-        _SCALING,
+        title,
         "PASS" if all(one.consistent for one in found) else "FAIL",
         f"exponent of time over tokens at most {_OFF} above the expected one: the largest difference is {off.phase}, "
         f"{off.policy}, {off.exponent:.2f} against {off.expected:.2f}",
-        ("The expected exponent is that of the predicted times of the same calls, which did not calibrate it.",),
+        ("The expected exponent is fitted to the predicted times of the same calls, all of them unseen.",),
         (Table("Exponents", columns, rows),),
         (
             ReportFigure(
@@ -314,38 +473,17 @@ def scaling_section(found: Sequence[Scaling]) -> Section:
 def _measure_and_print(args: argparse.Namespace) -> dict[str, Any]:
     model = load_model(args.model)
     found = study(model, repeats=args.repeats, seed=args.seed)
-    units = {
-        "product": (1e-9, "GFLOP/s"),
-        "half_rows": (1, "rows"),
-        "weights": (1e-9, "GB/s"),
-        "stream": (1e-9, "GB/s"),
-    }
-    print(f"{found.ceilings}\n\nThe performance model")
-    for name, value in dataclasses.asdict(found.model).items():
-        scale, unit = units.get(name, (1e6, "µs"))
-        print(f"  {name:12}{value * scale:>10,.1f} {unit}")
-    for name, one in (("\ncalibrated", found.calibrated), ("unseen", found.unseen)):
-        print(
-            f"{name}: {len(one.each)} points, median error {one.median:.1%} [{one.low:.1%}, {one.high:.1%}], "
-            f"worst {one.worst.relative:+.1%} at {one.worst.point.name}"
-        )
-        for each in one.each:
-            half = (each.point.high - each.point.low) / 2 / each.point.seconds
-            print(
-                f"  {each.point.name:48}{each.point.seconds * 1e3:>9.3f} ms ±{half:>4.0%}"
-                f"{each.predicted * 1e3:>10.3f} ms{each.relative:>+8.1%}"
-            )
-    verdict = "PASS" if found.unseen.passed else "FAIL"
-    print(f"{verdict}: median error on unseen points under {MAX_PREDICTION_ERROR:.0%}")
+    facts = (("model", model.name), ("device", found.ceilings.device))
+    print(text(Report("Performance model", facts, (), (section(found),))))
     return {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found}
 
 
-def _gains(found: Study, experts: float, batches: Sequence[int]) -> Iterator[tuple[str, int, float | None, float]]:
+def _gains(found: Study, experts: float) -> Iterator[tuple[str, int, float | None, float]]:
     """Phase, batch, break-even and predicted speed-up."""
-    for phase, batch in product(("decode", "prefill"), batches):
+    for phase, batch in product(("decode", "prefill"), (1, 2, 4, 8, 16, 32)):
         call = _decode(found, batch) if phase == "decode" else Workload(batch, 128, itemsize=_itemsize(found))
-        at = break_even(found.model, found.config, call)
-        yield phase, batch, at, speedup(found.model, found.config, call, experts)
+        at = _break_even(found.model, found.config, call)
+        yield phase, batch, at, _speedup(found.model, found.config, call, experts)
 
 
 def _decode(found: Study, batch: int) -> Workload:
@@ -401,7 +539,7 @@ def _roofline(found: Study) -> Figure:
     for axis, (title, workload) in zip(axes, calls.items(), strict=True):
         mix = Mix.plain(found.config, workload.tokens)
         costs = component_costs(found.config, workload, mix)
-        seconds = seconds_by_part(found.model, found.config, workload, mix)
+        seconds = _seconds_by_part(found.model, found.config, workload, mix)
         for flops, bandwidth, look in roofs:
             axis.plot(intensity, np.minimum(flops, intensity * bandwidth), linewidth=1, **look)
         shown = [name for name, cost in costs.items() if cost.flops and cost.bytes and seconds[name]]

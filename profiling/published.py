@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from models.config import MoEConfig
+from models.config import MoEConfig, read_config
 from profiling.costs import Cost
-from varjax.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,6 @@ HARDWARE: Mapping[str, Hardware] = {
 }
 
 
-def get_hardware(name: str) -> Hardware:
-    """Look up an accelerator.
-
-    Args:
-        name: a key of `HARDWARE`, in any case.
-
-    Returns:
-        Its rates.
-
-    Raises:
-        InputError: there is no such entry.
-    """
-    if name.lower() not in HARDWARE:
-        raise InputError(
-            f"hardware {name!r} is not in the table; choose one of {', '.join(HARDWARE)}, or describe yours with "
-            "profiling.published.Hardware"
-        )
-    return HARDWARE[name.lower()]
-
-
 def ceiling(costs: Mapping[str, Cost], hardware: Hardware) -> float:
     """The least time that components take one after the other, each limited by its arithmetic or its memory traffic.
 
@@ -91,54 +71,7 @@ def ceiling(costs: Mapping[str, Cost], hardware: Hardware) -> float:
     return sum(max(cost.flops / hardware.flops, cost.bytes / hardware.bandwidth) for cost in costs.values())
 
 
-MIXTRAL_8X7B = MoEConfig(
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    num_experts=8,
-    top_k=2,
-)
-OLMOE_1B_7B = MoEConfig(
-    family="olmoe",
-    vocab_size=50304,
-    hidden_size=2048,
-    intermediate_size=1024,
-    num_layers=16,
-    num_heads=16,
-    num_kv_heads=16,
-    head_dim=128,
-    num_experts=64,
-    top_k=8,
-    rope_theta=1e4,
-    max_position_embeddings=4096,
-    query_key_norm="projection",
-    normalize_top_k=False,
-    router_aux_loss_coef=0.01,
-    bos_token_id=None,
-    eos_token_id=50279,
-    pad_token_id=1,
-)
-QWEN3_30B_A3B = MoEConfig(
-    family="qwen3_moe",
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=768,
-    num_layers=48,
-    num_heads=32,
-    num_kv_heads=4,
-    head_dim=128,
-    num_experts=128,
-    top_k=8,
-    rms_norm_eps=1e-6,
-    max_position_embeddings=40960,
-    query_key_norm="head",
-    dense_size=6144,  # of layers without experts, of which it has none
-    router_aux_loss_coef=0.001,
-    bos_token_id=151643,
-    eos_token_id=151645,
-)
-PUBLISHED = {"mixtral-8x7b": MIXTRAL_8X7B, "olmoe-1b-7b": OLMOE_1B_7B, "qwen3-30b-a3b": QWEN3_30B_A3B}
+_CONFIGS = Path(__file__).parent / "configs"
+PUBLISHED: dict[str, MoEConfig] = {
+    name: read_config(_CONFIGS / f"{name}.json") for name in ("mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b")
+}

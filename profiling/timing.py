@@ -123,7 +123,7 @@ def by_batch(
     repeats: int = 11,
     seed: int = 0,
     seconds_per_token: float = SECONDS_PER_TOKEN,
-) -> list[Throughput]:
+) -> tuple[Section, list[Throughput]]:
     """Throughput of prefill and decode by batch size, under VAR and without.
 
     Args:
@@ -133,7 +133,8 @@ def by_batch(
         max_length, decode_tokens, repeats, seed, seconds_per_token: as in `measure`.
 
     Returns:
-        Per batch size, prefill and then decode.
+        The section, whose criterion is decode at the smallest batch and prefill at the largest; and per batch size,
+        prefill and then decode.
     """
     compared = {"plain": var_model.disabled(), "var": var_model}
     found = []
@@ -157,7 +158,7 @@ def by_batch(
                     distinct=tuple(float(one.any(axis=axes).sum(-1).mean()) for one in used),
                 )
             )
-    return found
+    return _section(found), found
 
 
 def measure(
@@ -231,15 +232,7 @@ def drawn_texts(documents: Sequence[Encoded], number: int, max_length: int, seed
     return np.stack([document.ids[:length] for document in chosen])
 
 
-def section(found: Sequence[Throughput]) -> Section:
-    """Report throughput by batch size; the criterion is decode at the smallest batch and prefill at the largest.
-
-    Args:
-        found: from `by_batch`.
-
-    Returns:
-        The section with its table and figure.
-    """
+def _section(found: Sequence[Throughput]) -> Section:
     prefill, decode = ([one for one in found if one.phase == phase] for phase in PHASES)
     alone, last, many = decode[0], decode[-1], prefill[-1]
     passed = min(alone.speedup.value, many.speedup.value) >= EVALUATION_SPEEDUP

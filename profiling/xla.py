@@ -45,7 +45,7 @@ class XlaCost:
     """XLA's account of a compiled program."""
 
     flops: float  # with elementwise operations; too low, perhaps negative, where there are doubts
-    bytes: float  # read and written by its kernels, whatever stays in a cache
+    bytes: float  # read and written by its kernels, cached or not
     argument_bytes: int
     output_bytes: int
     aliased_bytes: int  # outputs that replace donated arguments
@@ -137,29 +137,18 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
-def count(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> list[CallCosts]:
-    """Count the calls of every side and phase from their shapes, and let XLA count them.
+def costs(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> tuple[Section, list[CallCosts]]:
+    """Count what the calls of every side and phase cost, from their shapes and by XLA, in total and by component.
 
     Args:
         var_model: the model, VAR on or off.
         texts: phase -> int32 [B, T].
 
     Returns:
-        One entry per phase and side.
+        The section, which has no criterion, and one entry per phase and side.
     """
     compared = sides(var_model).items()
-    return at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in compared)
-
-
-def costs_section(found: Sequence[CallCosts]) -> Section:
-    """Report what the calls cost, in total and by component.
-
-    Args:
-        found: from `count`.
-
-    Returns:
-        The section; it has no criterion.
-    """
+    found = at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in compared)
     columns = (
         *(Column("call"), Column("MFLOP", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f")),
         *(Column("MB", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f"), Column("peak memory, MB", ",.1f")),
@@ -178,7 +167,7 @@ def costs_section(found: Sequence[CallCosts]) -> Section:
         )
         tables.append(Table(f"{name}, by component", parts, rows))
     doubts = sum((Counter(one.xla.doubts) for one in found), Counter())
-    return Section(
+    section = Section(
         "costs",
         "What does a call cost?",
         "reported",
@@ -192,6 +181,7 @@ def costs_section(found: Sequence[CallCosts]) -> Section:
         ),
         (Table("Totals of one call", columns, tuple(totals)), *tables),
     )
+    return section, found
 
 
 def _peak_memory(config: MoEConfig, workload: Workload, *, held: int = 0, answers: bool = False) -> float:
@@ -214,29 +204,22 @@ def _peak_memory(config: MoEConfig, workload: Workload, *, held: int = 0, answer
     return held + workload.itemsize * (parameters(config) + cache) + FLOAT32 * (logits + between)
 
 
-def prefill_peaks(var_model: VARModel, shapes: Iterable[tuple[int, int]]) -> list[Peak]:
-    """Predict and compile the peak memory of prefills; nothing is run.
+def memory(var_model: VARModel, shapes: Iterable[tuple[int, int]]) -> tuple[Section, list[Peak]]:
+    """Predict the peak memory of prefills and compare it with XLA's layout; nothing is run.
 
     Args:
         var_model: the model, VAR on or off.
-        shapes: (B, T) of each prefill; repeated ones count once.
+        shapes: (B, T) of each prefill; repeated ones count once; empty: not measured.
 
     Returns:
-        One entry per shape and side.
+        The section, which has no criterion, and one entry per shape and side.
     """
     compared = sides(var_model).items()
-    return at_once(partial(_prefill_peak, *side, *shape) for shape in dict.fromkeys(shapes) for side in compared)
+    found = at_once(partial(_peak, *side, *shape) for shape in dict.fromkeys(shapes) for side in compared)
+    return _memory_section(found), found
 
 
-def memory_section(found: Iterable[Peak]) -> Section:
-    """Report how peak memory grows with batch and length.
-
-    Args:
-        found: from `prefill_peaks`; empty: not measured.
-
-    Returns:
-        The section; it has no criterion.
-    """
+def _memory_section(found: Sequence[Peak]) -> Section:
     rows = [(one.side, one.batch, one.length, one.predicted / 1e6, one.allocated / 1e6, one.relative) for one in found]
     title = "How much memory does a call need?"
     if not rows:
@@ -257,7 +240,7 @@ def _count(side: str, var_model: VARModel, phase: str, ids: np.ndarray) -> CallC
     return CallCosts(side, phase, len(ids), component_costs(*given), component_costs(*given, as_written=True), xla)
 
 
-def _prefill_peak(side: str, var_model: VARModel, batch: int, length: int) -> Peak:
+def _peak(side: str, var_model: VARModel, batch: int, length: int) -> Peak:
     calls = prepare(var_model, np.zeros((batch, length), np.int32), "prefill")
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((calls.fixed.table, calls.carry.state)))
     table = var_model.table

@@ -17,8 +17,10 @@ from benchmarks.rivals import rivals
 from models.experts import Engine, get_engine
 from models.experts_pallas import stack_experts
 from profiling.costs import parameters
-from profiling.published import HARDWARE, MIXTRAL_8X7B
+from profiling.published import HARDWARE, PUBLISHED
 from varjax.routing import Routing
+
+MIXTRAL_8X7B = PUBLISHED["mixtral-8x7b"]
 
 TINY = dataclasses.replace(
     MIXTRAL_8X7B,

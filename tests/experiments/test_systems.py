@@ -28,6 +28,7 @@ def few_calls(monkeypatch):
     few = [Task(*shape, calibrates=True) for shape in shapes] + [Task(*shape, policy="one") for shape in UNSEEN]
     few += [Task(3, 12, policy="none", calibrates=True), Task(2, 12, policy="answers, one", calibrates=True)]
     monkeypatch.setattr(points, "tasks", lambda quick: few)
+    monkeypatch.setattr(components, "TURN", 0.001)
 
 
 def test_a_policy_is_analyzed_and_its_traces_are_kept(script, common, policy, few_calls, tmp_path, capsys):
@@ -50,7 +51,6 @@ def test_a_policy_is_analyzed_and_its_traces_are_kept(script, common, policy, fe
 
 def test_without_a_policy_the_plain_model_is_analyzed(script, common, few_calls, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # where there is no results/
-    monkeypatch.setattr(components, "TURN", 0.001)
     script("05_systems_analysis.py", *common, "--split", "all", "--num_samples", 40, "--quick", "--output", "run.1")
     printed = capsys.readouterr().out
     assert "no config is named, and none of results/phase3/best_config.json" in printed

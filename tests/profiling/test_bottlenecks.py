@@ -10,9 +10,10 @@ import pytest
 import profiling.bottlenecks
 from analysis.resampling import Estimate
 from models import load_model
-from profiling.bottlenecks import Evidence, bottlenecks, gather
+from profiling import components
+from profiling.bottlenecks import Evidence, _bottlenecks, examine
 from profiling.calls import workload_and_mix
-from profiling.components import measure_sides
+from profiling.components import OTHER, Breakdown, measure_sides
 from profiling.points import embedded_texts, policies, random_stats
 from varjax import VARModel, step
 from varjax.config import VARConfig
@@ -34,7 +35,7 @@ WELL = Evidence(
 
 
 def seen(**changes):
-    return {one.name: one for one in bottlenecks(dataclasses.replace(WELL, **changes))}
+    return {one.name: one for one in _bottlenecks(dataclasses.replace(WELL, **changes))}
 
 
 @pytest.mark.parametrize("raised", [ValueError, RuntimeError])
@@ -44,11 +45,11 @@ def test_a_fault_in_a_rule_is_no_finding(monkeypatch, raised):
 
     monkeypatch.setattr(profiling.bottlenecks, "RULES", (*profiling.bottlenecks.RULES, broken))
     with pytest.raises(raised, match="broadcast"):
-        bottlenecks(WELL)
+        _bottlenecks(WELL)
 
 
 def test_where_all_is_well_nothing_is_found():
-    assert bottlenecks(WELL) == []
+    assert _bottlenecks(WELL) == []
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_what_is_no_bottleneck_is_not_found(changes):
     assert seen(**changes) == {}
 
 
-def test_the_dearest_comes_first():
-    found = bottlenecks(
+def test_the_most_expensive_comes_first():
+    found = _bottlenecks(
         dataclasses.replace(WELL, var={**WELL.var, "plan": 5e-3}, cached_tier=True, exponent=(1.2, 1.0))
     )
     assert [one.name for one in found] == sorted(
@@ -122,7 +123,7 @@ def test_of_the_plain_model_nothing_is_said_that_compares():
         cached_tier=False,
         overhead=seconds["other"],
     )
-    assert [one.name for one in bottlenecks(seen)] == ["dispatch-bound"]
+    assert [one.name for one in _bottlenecks(seen)] == ["dispatch-bound"]
 
 
 MEASURING = {"turns": 2, "max_calls": 4, "recording": 0.0}
@@ -145,10 +146,16 @@ def one_expert(model, texts):
     return VARModel(model, config, table=build_table(config, stats, top_k=model.config.top_k))
 
 
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    monkeypatch.setattr(components, "TURN", 0.01)
+
+
 def found(var_model, ids, phase, folder):
     breakdowns = measure_sides(var_model, {phase: ids}, folder=folder, **MEASURING)
-    (seen,) = gather(var_model, {phase: ids}, breakdowns, rounds=3)
-    return seen, {one.name: one for one in bottlenecks(seen)}
+    section, (seen,), named = examine(var_model, {phase: ids}, breakdowns, rounds=3)
+    assert section.verdict == ("FAIL" if any(one.severity == "high" for one in named) else "PASS")
+    return seen, {one.name: one for one in named}
 
 
 def test_a_sleep_in_the_look_up_is_found_and_named(small_var_model, documents, tmp_path, monkeypatch):
@@ -172,24 +179,26 @@ def test_a_sleep_in_the_look_up_is_found_and_named(small_var_model, documents, t
     assert seen.var["plan"] > 0.015 and "plan grew most" in named["slow-down"].evidence
 
 
-def test_a_cache_of_one_entry_is_found_and_a_useful_one_is_not(saved_model, documents, tmp_path):
-    """Nothing but the cached tier plans; it remembers every decision."""
+def test_a_cache_of_one_entry_is_found_and_a_useful_one_is_not(saved_model, documents):
+    """Nothing but the cached tier plans; it remembers every decision. How long components take is made up."""
     some = documents[:60]
     stats = random_stats(saved_model, [one.ids for one in some], 50)
     config = VARConfig(confidence_threshold=0.0, entropy_threshold=0.0, context_window_size=1)
-    text = np.concatenate([one.ids for one in some])[None, :200]  # few words, again and again
+    text = np.concatenate([one.ids for one in some])[None, :120]  # few words, again and again
+    seconds = {"plan": 1e-4, "experts": 1e-3, "commit": 1e-4, OTHER: 1e-4}
+    traced = [Breakdown(side, "decode", 1, 1, 1.0, 1.0, 0.0, seconds, 0.0) for side in ("plain", "VAR")]
     for size, useless in ((1, True), (1000, False)):
         sized = dataclasses.replace(config, cache_size=size)
         sized = dataclasses.replace(sized, default=dataclasses.replace(sized.default, use_answers=False))
         var_model = VARModel(saved_model, sized, table=build_table(sized, stats, top_k=saved_model.config.top_k))
-        seen, named = found(var_model, text, "decode", tmp_path / str(size))
-        assert ("cache use" in named) == (seen.tiers["cached"] < 0.01)
+        _, (seen,), named = examine(var_model, {"decode": text}, traced, rounds=1)
+        assert ("cache use" in {one.name for one in named}) == (seen.tiers["cached"] < 0.01)
         assert (seen.tiers["cached"] < 0.5) == useless
         assert "cache use" in seen.tried
 
 
 def test_an_engine_that_runs_experts_for_nothing_is_found(texts, tmp_path):
-    ids = np.concatenate(texts)[None, :256].astype(np.int32)
+    ids = np.concatenate(texts)[None, :128].astype(np.int32)
     padding = load_model("reference", implementation="reference")  # every expert for every token
     seen, named = found(one_expert(padding, texts), ids, "prefill", tmp_path)
     assert seen.experts == (2.0, 1.0)

@@ -11,7 +11,9 @@ from models.config import config_to_hf
 from profiling import calculator
 from profiling.calculator import _estimate, _needed_memory, _where_it_vanishes
 from profiling.costs import Workload
-from profiling.published import MIXTRAL_8X7B, get_hardware
+from profiling.published import HARDWARE, PUBLISHED
+
+MIXTRAL_8X7B = PUBLISHED["mixtral-8x7b"]
 
 
 def run(monkeypatch, capsys, *arguments: str) -> str:
@@ -47,7 +49,7 @@ def test_a_model_is_a_directory_a_file_or_a_name(monkeypatch, capsys, tmp_path):
 
 
 def test_an_accelerator_that_is_not_in_the_table_can_be_described(monkeypatch, capsys):
-    known = get_hardware("l40s")
+    known = HARDWARE["l40s"]
     described = ("--tflops", "362.05", "--bandwidth", "0.864", "--memory", "48", "--dtype", "bfloat16")
     model = ("--model", "reference", "--experts", "1")
     by_name = run(monkeypatch, capsys, *model, "--hardware", "l40s")
@@ -84,7 +86,7 @@ def test_help_says_what_it_is(monkeypatch, capsys):
 
 
 def test_where_the_gain_vanishes_follows_from_the_batch_sizes():
-    hardware = get_hardware("h200")
+    hardware = HARDWARE["h200"]
 
     def said(*cases: tuple[int, float]) -> str:
         """Of batch sizes and experts per token."""

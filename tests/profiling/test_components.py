@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from profiling import components
 from profiling.calls import prepare
-from profiling.components import Breakdown, measure_sides, section
+from profiling.components import OTHER, Breakdown, measure_sides, section
 from profiling.costs import COMPONENTS
-from profiling.traces import OTHER
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,8 @@ def test_the_section_names_the_largest_difference():
     assert said.verdict == "FAIL" and "decode VAR at batch 1" in said.outcome
 
 
-def test_both_sides_and_phases_are_measured(small_var_model, texts, tmp_path):
+def test_both_sides_and_phases_are_measured(small_var_model, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(components, "TURN", 0.001)
     found = measure_sides(
         small_var_model, {"prefill": texts, "decode": texts[:1]}, folder=tmp_path, turns=2, max_calls=2
     )

@@ -26,12 +26,14 @@ from profiling.costs import (
     parameters,
     table_bytes,
 )
-from profiling.published import MIXTRAL_8X7B, PUBLISHED
+from profiling.published import PUBLISHED
 from profiling.xla import _equations, analyze
 from varjax import LayerPolicy, VARConfig
 from varjax.routing import Plan, Routing
 from varjax.stats import RoutingStats
 from varjax.table import build_table
+
+MIXTRAL_8X7B = PUBLISHED["mixtral-8x7b"]
 
 PRODUCTS = ("projections", "scores", "gate", "experts", "head")  # components of which only matrix products are counted
 CONFIG = MoEConfig(

@@ -11,26 +11,24 @@ from profiling.ceilings import Ceilings, Rate
 from profiling.costs import Mix, Workload
 from profiling.performance_model import (
     FEWEST,
+    PARAMETERS,
     Errors,
+    PerformanceModel,
     PointError,
     Study,
+    _break_even,
     _errors,
-    scaling_section,
-    scalings,
+    _expert_blocks,
+    _scaling_section,
+    _seconds_by_part,
+    _speedup,
+    fit,
+    predict,
+    scaling,
     section,
     study,
 )
 from profiling.points import Point, Task, tasks
-from profiling.predict import (
-    PARAMETERS,
-    PerformanceModel,
-    _expert_blocks,
-    break_even,
-    fit,
-    predict,
-    seconds_by_part,
-    speedup,
-)
 
 CONFIG = read_config(REFERENCE / "config.json")
 TRUE = PerformanceModel(
@@ -138,10 +136,10 @@ def test_too_few_points_are_refused():
 def test_parts_sum_to_the_prediction():
     workload = Workload(4, 128)
     mix = Mix.even(CONFIG, workload.tokens, 1.0, orders=2, answered=True)
-    parts = seconds_by_part(TRUE, CONFIG, workload, mix)
+    parts = _seconds_by_part(TRUE, CONFIG, workload, mix)
     assert sum(parts.values()) == predict(TRUE, CONFIG, workload, mix)
     assert all(seconds > 0 for seconds in parts.values())
-    plain = seconds_by_part(TRUE, CONFIG, workload, Mix.plain(CONFIG, workload.tokens))
+    plain = _seconds_by_part(TRUE, CONFIG, workload, Mix.plain(CONFIG, workload.tokens))
     assert plain["plan"] == plain["commit"] == plain["answers"] == 0
     assert plain["experts"] > parts["experts"]
 
@@ -162,12 +160,12 @@ def test_blocks_are_those_of_drawn_rows():
 
 def test_break_even_lies_where_the_times_are_equal():
     workload = Workload(4, 1, cached=128, last_logits_only=True)
-    k = break_even(TRUE, CONFIG, workload)
+    k = _break_even(TRUE, CONFIG, workload)
     assert k is not None and 0 < k < 2
-    assert speedup(TRUE, CONFIG, workload, k) == pytest.approx(1, rel=1e-3)
-    assert speedup(TRUE, CONFIG, workload, k - 0.1) > 1 > speedup(TRUE, CONFIG, workload, k + 0.1)
+    assert _speedup(TRUE, CONFIG, workload, k) == pytest.approx(1, rel=1e-3)
+    assert _speedup(TRUE, CONFIG, workload, k - 0.1) > 1 > _speedup(TRUE, CONFIG, workload, k + 0.1)
     dear = dataclasses.replace(TRUE, plan=1.0)
-    assert break_even(dear, CONFIG, workload) is None
+    assert _break_even(dear, CONFIG, workload) is None
 
 
 def test_the_report_says_how_far_off_and_where_the_gain_vanishes():
@@ -230,19 +228,19 @@ def calls(phase, policy, exponent, expected, tokens=(64, 128, 256, 512)):
 
 def test_exponents_are_those_of_the_times():
     made = Made(calls("prefill", "one", 1.1, 1.05) + calls("prefill", "plain", 1.2, 1.0))
-    first, second = scalings(made)  # and none of the calls that calibrated
+    first, second = scaling(made)[1]  # and none of the calls that calibrated
     assert (first.policy, second.policy) == ("plain", "one")
     assert (first.exponent, first.expected) == (pytest.approx(1.2), pytest.approx(1.0))
     assert second.tokens == (64, 128, 256, 512) and second.consistent and not first.consistent
     assert (
-        scaling_section([first, second]).verdict == "FAIL"
-        and "1.20 against 1.00" in scaling_section([first, second]).outcome
+        _scaling_section([first, second]).verdict == "FAIL"
+        and "1.20 against 1.00" in _scaling_section([first, second]).outcome
     )
-    assert scaling_section([second]).verdict == "PASS"
+    assert _scaling_section([second]).verdict == "PASS"
 
 
 def test_a_call_that_grows_more_slowly_than_expected_is_no_fault():
-    (one,) = scalings(Made(calls("decode", "plain", 0.4, 0.9)))
+    (one,) = scaling(Made(calls("decode", "plain", 0.4, 0.9)))[1]
     assert one.consistent
 
 
@@ -253,12 +251,12 @@ def test_a_quick_study_times_unseen_calls_of_three_sizes_in_both_phases():
 
 
 def test_too_few_sizes_are_not_fitted_and_that_is_said():
-    assert scalings(Made(calls("prefill", "plain", 1.0, 1.0, tokens=(64, 128)))) == []
-    assert scaling_section([]).verdict == "not measured"
+    assert scaling(Made(calls("prefill", "plain", 1.0, 1.0, tokens=(64, 128))))[1] == []
+    assert _scaling_section([]).verdict == "not measured"
 
 
 def test_the_figure_shows_what_was_measured():
-    made = scalings(Made(calls("prefill", "plain", 1.1, 1.0) + calls("decode", "plain", 0.5, 0.5)))
-    drawn = scaling_section(made).figures[0].draw()
+    made = scaling(Made(calls("prefill", "plain", 1.1, 1.0) + calls("decode", "plain", 0.5, 0.5)))[1]
+    drawn = _scaling_section(made).figures[0].draw()
     np.testing.assert_allclose(drawn.axes[0].lines[0].get_ydata(), np.multiply(1e3, made[0].measured))
     assert dataclasses.astuple(made[0])[0] == "decode"

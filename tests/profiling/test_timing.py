@@ -2,11 +2,13 @@
 
 import numpy as np
 
-from profiling.timing import by_batch, measure, section
+from profiling.timing import by_batch, measure
 
 
 def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, documents):
-    found = by_batch(small_var_model, documents, batch_sizes=(1, 3), max_length=24, decode_tokens=8, repeats=2, seed=0)
+    said, found = by_batch(
+        small_var_model, documents, batch_sizes=(1, 3), max_length=24, decode_tokens=8, repeats=2, seed=0
+    )
     assert [(one.phase, one.batch) for one in found] == [("prefill", 1), ("decode", 1), ("prefill", 3), ("decode", 3)]
     for one in found:
         plain, var = one.experts
@@ -18,7 +20,6 @@ def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, do
     assert many.distinct[0] > 2
     np.testing.assert_allclose(alone.distinct[1], alone.experts[1])
 
-    said = section(found)
     assert len(said.tables[0].rows) == 4 and "distinct experts" in said.words[1]
     assert said.figures[0].draw() is not None
 

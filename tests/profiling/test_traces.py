@@ -8,26 +8,25 @@ from jax import lax
 from jax.profiler import ProfileData
 
 from profiling.calls import prepare
-from profiling.costs import COMPONENTS
-from profiling.traces import (
+from profiling.components import (
     OTHER,
-    Instruction,
-    Module,
+    _capture,
     _component,
-    _owners,
+    _component_times,
+    _describe,
+    _Instruction,
+    _Module,
     _parsed,
-    capture,
-    component_times,
-    describe,
 )
+from profiling.costs import COMPONENTS
 
-MODULE = Module(
+MODULE = _Module(
     "jit_f",
     {
-        "while.1": Instruction((("experts", 1.0),), control=True),
-        "dot.1": Instruction((("experts", 1.0),), control=False),
-        "add.1": Instruction((("norms", 1.0),), control=False),
-        "fusion.1": Instruction((("norms", 0.25), ("answers", 0.75)), control=False),
+        "while.1": _Instruction((("experts", 1.0),), control=True),
+        "dot.1": _Instruction((("experts", 1.0),), control=False),
+        "add.1": _Instruction((("norms", 1.0),), control=False),
+        "fusion.1": _Instruction((("norms", 0.25), ("answers", 0.75)), control=False),
     },
 )
 
@@ -60,7 +59,7 @@ def milliseconds(seconds):
 
 def test_a_loop_is_not_counted_twice(tmp_path):
     path = written(tmp_path, [(0, 12)], [("while.1", 1, 9), ("dot.1", 2, 4), ("add.1", 5, 8), ("add.1", 9, 11)])
-    times = component_times(path, MODULE)
+    times = _component_times(path, MODULE)
     # The loop's own time, 3 ms, counts where nothing else runs.
     assert milliseconds(times.seconds) == {"experts": 5.0, "norms": 5.0, OTHER: 2.0}
     np.testing.assert_allclose(times.idle, [0.002])
@@ -69,14 +68,14 @@ def test_a_loop_is_not_counted_twice(tmp_path):
 
 def test_operations_at_the_same_time_share_the_wall(tmp_path):
     path = written(tmp_path, [(0, 10)], [("while.1", 0, 10), ("dot.1", 0, 4)], [("add.1", 2, 8)])
-    times = component_times(path, MODULE)
+    times = _component_times(path, MODULE)
     # 0-2 dot; 2-4 both; 4-8 add, for a loop that waits does no work; 8-10 the loop.
     assert milliseconds(times.seconds) == {"experts": 5.0, "norms": 5.0}
 
 
 def test_calls_are_kept_apart_and_what_is_between_them_is_left_out(tmp_path):
     path = written(tmp_path, [(0, 4), (6, 9)], [("add.1", 1, 3), ("dot.1", 4, 6), ("fusion.1", 7, 9)])
-    times = component_times(path, MODULE)
+    times = _component_times(path, MODULE)
     np.testing.assert_allclose(times.wall, [0.004, 0.003])
     np.testing.assert_allclose(times.seconds["norms"], [0.002, 0.0005])
     np.testing.assert_allclose(times.seconds["answers"], [0, 0.0015])
@@ -86,7 +85,7 @@ def test_calls_are_kept_apart_and_what_is_between_them_is_left_out(tmp_path):
 
 def test_operations_that_no_program_knows_are_other(tmp_path):
     path = written(tmp_path, [(0, 4)], [("add.1", 0, 1), ("sort.9", 1, 3)])
-    times = component_times(path, MODULE)
+    times = _component_times(path, MODULE)
     assert milliseconds(times.seconds) == {"norms": 1.0, OTHER: 3.0}
     np.testing.assert_allclose(times.idle, [0.001])
 
@@ -94,7 +93,7 @@ def test_operations_that_no_program_knows_are_other(tmp_path):
 def test_a_trace_of_other_programs_is_an_error(tmp_path):
     path = written(tmp_path, [(0, 4)], [("sort.9", 1, 3)])
     with pytest.raises(ValueError, match="1 calls and no operation of jit_f"):
-        component_times(path, MODULE)
+        _component_times(path, MODULE)
 
 
 def test_the_larger_product_takes_the_time_in_a_loop_of_branches_too(tmp_path):
@@ -109,8 +108,8 @@ def test_the_larger_product_takes_the_time_in_a_loop_of_branches_too(tmp_path):
 
     arguments = jnp.ones((512, 512)) / 512, jnp.eye(8), jnp.int32(2)
     jax.block_until_ready(f(*arguments))
-    path = capture([lambda: f(*arguments)] * 3, tmp_path, "products")
-    times = component_times(path, describe(f.trace(*arguments)))
+    path = _capture([lambda: f(*arguments)] * 3, tmp_path, "products")
+    times = _component_times(path, _describe(f.trace(*arguments)))
     assert times.wall.shape == (3,)
     np.testing.assert_allclose(sum(times.seconds.values()), times.wall)
     assert times.seconds["experts"].sum() > 20 * times.seconds["gate"].sum() > 0
@@ -121,7 +120,7 @@ def test_the_larger_product_takes_the_time_in_a_loop_of_branches_too(tmp_path):
 def test_the_folder_is_one_that_tensorboard_reads(tmp_path):
     f = jax.jit(lambda x: x + 1)
     for _ in range(2):  # the second takes the place of the first
-        path = capture([lambda: f(1.0)], tmp_path, "run")
+        path = _capture([lambda: f(1.0)], tmp_path, "run")
     assert path.parent == tmp_path / "plugins" / "profile" / "run"
     assert list(path.parent.glob("*.xplane.pb")) == [path]
 
@@ -130,10 +129,10 @@ def test_the_folder_is_one_that_tensorboard_reads(tmp_path):
 def test_every_component_of_a_var_step_is_found(small_var_model, documents, tmp_path, phase):
     ids = np.stack([one.ids[:16] for one in documents if len(one.ids) >= 16][:2])
     calls = prepare(small_var_model, ids, phase, max_calls=2)
-    module = describe(calls.traced())
+    module = _describe(calls.traced())
     for call in calls.each():
         call()
-    times = component_times(capture(calls.each(), tmp_path, phase), module)
+    times = _component_times(_capture(calls.each(), tmp_path, phase), module)
     assert len(times.wall) == len(calls.inputs)
     missing = [name for name in COMPONENTS if not times.seconds[name].sum() > 0]
     assert not missing
@@ -187,18 +186,6 @@ def test_a_program_is_read_from_its_text():
     assert [name for name, one in module.instructions.items() if one.control] == ["while.1"]
 
 
-def test_an_argument_of_one_component_tells_what_a_rewritten_product_is():
-    assert shares(_parsed(TEXT, [OTHER, "projections"]), "dot.1") == {"projections": 1.0}
-    assert shares(_parsed(TEXT, [OTHER, OTHER]), "dot.1") == {"norms": 1.0}
-
-
-def test_arguments_that_were_left_out_are_an_error():
-    f = lambda x, unused: x + 1  # noqa: E731
-    with pytest.raises(ValueError, match="1 arguments of 2: unused ones were left out"):
-        describe(jax.jit(f).trace(1.0, 2.0))
-    assert describe(jax.jit(f, keep_unused=True).trace(1.0, 2.0)).name.startswith("jit_")
-
-
 @pytest.mark.parametrize(
     ("scope", "expected"),
     [
@@ -211,14 +198,3 @@ def test_arguments_that_were_left_out_are_an_error():
 )
 def test_the_innermost_scope_that_is_a_component_counts(scope, expected):
     assert _component(scope) == expected
-
-
-def test_the_owner_of_an_argument_is_who_alone_reads_it():
-    def f(x, weights, shared, unused):
-        with jax.named_scope("gate"):
-            x = jax.nn.silu(x @ weights) + shared
-        with jax.named_scope("head"):
-            return x * shared
-
-    jaxpr = jax.make_jaxpr(f)(jnp.ones((4, 4)), jnp.ones((4, 4)), 1.0, 1.0)
-    assert _owners(jaxpr) == ["gate", "gate", OTHER, OTHER]  # also inside the call of silu

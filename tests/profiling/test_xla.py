@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from profiling.xla import KNOWN_ERRORS, Peak, _constructs, _explain, analyze, memory_section, prefill_peaks
+from profiling.xla import KNOWN_ERRORS, Peak, _constructs, _explain, _memory_section, analyze, memory
 
 N = 64
 SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -47,7 +47,7 @@ def test_a_loops_body_is_counted_once(loop):
     assert cost.doubts["loop"] == 1
 
 
-def test_a_conditional_is_charged_its_dearest_branch():
+def test_a_conditional_is_charged_its_most_expensive_branch():
     branches = [lambda x: x @ x @ x, lambda x: x @ x, lambda x: x]
     cost = cost_of(lambda index, x: lax.switch(index, branches, x), 2, SQUARE)
     assert 2 * PRODUCT <= cost.flops < 2.1 * PRODUCT  # though the third, which is nothing, is taken
@@ -109,7 +109,7 @@ def test_names_that_only_sound_like_constructs_are_no_doubts():
 
 def test_the_prediction_is_near_what_xla_lays_out(small_var_model):
     """A model so small that its activations are most of it; they are what the prediction overstates."""
-    found = prefill_peaks(small_var_model, [(1, 32), (8, 64), (8, 64)])
+    _, found = memory(small_var_model, [(1, 32), (8, 64), (8, 64)])
     assert [(one.side, one.batch, one.length) for one in found] == [
         *(("plain", 1, 32), ("VAR", 1, 32), ("plain", 8, 64), ("VAR", 8, 64))
     ]
@@ -118,6 +118,6 @@ def test_the_prediction_is_near_what_xla_lays_out(small_var_model):
 
 
 def test_the_section_names_the_farthest():
-    said = memory_section([Peak("plain", 1, 32, 1.1e6, 1_000_000), Peak("VAR", 8, 64, 0.8e6, 1_000_000)])
+    said = _memory_section([Peak("plain", 1, 32, 1.1e6, 1_000_000), Peak("VAR", 8, 64, 0.8e6, 1_000_000)])
     assert "-20.0%, VAR, 8 x 64" in said.outcome
-    assert memory_section([]).verdict == "not measured"
+    assert _memory_section([]).verdict == "not measured"
