@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.questions.data import RoutingData, Settings
+from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.nulls import mean
 from analysis.questions.question import Answer, Question
 from analysis.report.figures import heat_map, subplots
@@ -34,7 +34,7 @@ class Load:
     documents: int
 
 
-def expert_load(trace: Trace, settings: Settings) -> Load:
+def expert_load(trace: Trace, settings: TraceSettings) -> Load:
     """Compute the load of each expert in each layer, with bootstrap intervals over documents.
 
     The interval of the imbalance takes the busiest expert of each draw, so it reaches further up than down.
@@ -70,7 +70,7 @@ def expert_load(trace: Trace, settings: Settings) -> Load:
 
 
 def _assignments(trace: Trace) -> np.ndarray:
-    """float64 [D, L, E]: how often the tokens of each document (of those that have any) chose each expert."""
+    """How often the tokens of each document that has any chose each expert, float64 [D, L, E]."""
     different, document = np.unique(trace.document, return_inverse=True)
     size = len(different) * trace.num_experts
     cells = document[:, None] * trace.num_experts + trace.experts.transpose(1, 0, 2)  # [L, N, K]
@@ -79,12 +79,12 @@ def _assignments(trace: Trace) -> np.ndarray:
 
 
 def _imbalance(counts: np.ndarray) -> np.ndarray:
-    """[..., E, L] to [..., 1, L]."""
+    """Largest over mean count: [..., E, L] to [..., 1, L]."""
     return ratio(counts.max(axis=-2, keepdims=True), counts.mean(axis=-2, keepdims=True))
 
 
 def _evenness(counts: np.ndarray) -> np.ndarray:
-    """[..., E, L] to [..., 1, L]; a single expert is even."""
+    """Entropy over its largest value: [..., E, L] to [..., 1, L]; a single expert is even."""
     share = ratio(counts, counts.sum(axis=-2, keepdims=True))
     entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-2, keepdims=True)
     return entropy / math.log(counts.shape[-2]) if counts.shape[-2] > 1 else np.ones_like(entropy)

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions import by_layer
-from analysis.questions.data import Settings
+from analysis.questions.data import TraceSettings
 from analysis.report.figures import subplots
 from analysis.report.report import Column, Table
 from analysis.resampling import Measure, measure, permutation, ratio, ratio_with_interval
@@ -52,7 +52,7 @@ def against_permutations(
     sums: Callable[[np.ndarray | slice], Mapping[str, np.ndarray]],
     totals: Mapping[str, np.ndarray],
     document: np.ndarray,
-    settings: Settings,
+    settings: TraceSettings,
     label: str,
     progress: bool,
     unit: str = "share",

@@ -36,7 +36,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, Settings
+from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums, measure, ratio_with_interval
@@ -57,7 +57,7 @@ class Predictability:
     held_out_tokens: int
 
 
-def predictability(trace: Trace, settings: Settings, progress: bool = False) -> Predictability:
+def predictability(trace: Trace, settings: TraceSettings, progress: bool = False) -> Predictability:
     """Compute coverage, agreement, recall and mass on held-out documents, each but coverage against a null.
 
     A band and its p values hold for all figures of one measure together. The intervals draw held-out documents and keep
@@ -123,13 +123,13 @@ class _Scored:
         self.names = [*self.scores, f"{self.scores[0]}{_OF_SHORTEST}"]
 
     def known(self, keys: Sequence[np.ndarray]) -> np.ndarray:
-        """float64 [D, O + 1, L]: tokens with a known key."""
+        """Number of tokens with a known key, float64 [D, O + 1, L]."""
         known = np.stack([key[self.held_out] >= 0 for key in keys], axis=-1)
         known = np.concatenate([known, known.any(axis=-1, keepdims=True)], axis=-1)
         return np.repeat(document_sums(known, self.document)[..., None], len(self.experts), axis=-1)
 
     def sums(self, keys: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """name -> float64 [D, O + 1, L]: the scores of tables from the build part, summed over each document."""
+        """Scores of tables from the build part by name, summed over each document, float64 [D, O + 1, L]."""
         judged, of_shortest = self.names[0], self.names[-1]
         sums = {name: np.empty((len(self.tokens), len(keys) + 1, len(self.experts))) for name in self.names}
         split = []  # per order: tokens of the build part, their keys, places in the held-out part, their keys
@@ -170,7 +170,7 @@ class _Scored:
     def _scores(
         self, layer: int, rows: np.ndarray, keys: np.ndarray, first: np.ndarray, members: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """name -> [h]: each held-out token's score by the table."""
+        """Each held-out token's scores by the table, by name, [h]."""
         experts = self.experts[layer][:, rows]  # [K, h]
         found = members[keys, experts]
         scores = {"agreement": first[keys] == experts[0], "recall": found.mean(axis=0)}
@@ -180,7 +180,7 @@ class _Scored:
 
 
 def _shares(probs: np.ndarray) -> np.ndarray:
-    """float32 [N, L, K]: probabilities as shares of the chosen experts' sum; equal shares where that is 0."""
+    """Probabilities as shares of the chosen experts' sum, float32 [N, L, K]; equal shares where that is 0."""
     total = probs.sum(axis=-1, keepdims=True, dtype=np.float32)
     return np.where(total > 0, probs / np.where(total > 0, total, 1), np.float32(1 / probs.shape[-1]))
 
@@ -245,7 +245,7 @@ def _outcome(rows: Mapping[str, Measure], judged: str, row: int, name: str, ther
     return f"{name}: {nulls.mean(one.value[row]):.2f}{null} {covered}{of_shortest}, {above}"
 
 
-def _draw(found: Predictability, settings: Settings) -> Figure:
+def _draw(found: Predictability, settings: TraceSettings) -> Figure:
     names = [name for name in found.measures if name != "coverage" and not name.endswith(_OF_SHORTEST)]
     figure, axes = nulls.panels(len(names), len(settings.orders))
     for row, name in enumerate(names):

@@ -7,7 +7,7 @@ import pytest
 
 from analysis import command
 from analysis.hypothesis_validation import validate
-from analysis.questions.data import RoutingData, Settings, trace_source
+from analysis.questions.data import RoutingData, TraceSettings, trace_source
 from analysis.questions.question import Answer, NotMeasuredError, Question
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report.figures import subplots
@@ -33,7 +33,7 @@ RAREST = Question("rarest", "How rare is the rarest id?", rarest)
 @pytest.fixture(scope="module")
 def data() -> RoutingData:
     trace = make_trace(np.random.default_rng(0).permuted(np.tile(np.arange(4), (200, 2, 1)), axis=-1)[..., :2], 4)
-    return RoutingData(trace_source(trace), trace, settings=Settings((1,), permutations=0, samples=10))
+    return RoutingData(trace_source(trace), trace, settings=TraceSettings((1,), permutations=0, samples=10))
 
 
 def test_a_new_question_takes_one_file_and_one_place_in_a_list(data, tmp_path):
@@ -78,5 +78,5 @@ def test_a_fault_is_not_shortened_to_a_message(data):
 
 def test_settings_that_nothing_can_be_estimated_with_are_refused():
     with pytest.raises(InputError, match="give 0 for no null, or at least"):
-        Settings(permutations=3)
-    assert Settings(orders=(2, 1, 2)).orders == (1, 2)
+        TraceSettings(permutations=3)
+    assert TraceSettings(orders=(2, 1, 2)).orders == (1, 2)
