@@ -54,7 +54,8 @@ def _examine(data: RoutingData) -> Finding:
     table = Table("Routers by layer", columns, tuple(map(astuple, layers)))
     shown = (frequency_figure(stats), entropy_figure(stats))
     outcome = f"mean gate entropy by layer: {spread}"
-    return Finding((QUESTION.section("reported", outcome, words, [table], shown),), {"layers": layers})
+    headline = f"{np.mean(entropies):.0%} of the largest entropy" if layers else ""
+    return Finding((QUESTION.section("reported", outcome, words, [table], shown, headline),), {"layers": layers})
 
 
 QUESTION = Question("routers", "How sure the routers are", _examine)
