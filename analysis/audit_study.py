@@ -1,11 +1,11 @@
-"""Does the audit keep quiet where nothing is wrong, and how soon does it notice what is?
+"""Does the audit stay quiet where nothing is wrong, and how soon does it notice a fault?
 
     python -m analysis.audit_study --routing_stats results/phase1/routing_stats.parquet --output results/audit.json
 
-Calibrates on documents of the split `calibrate` and lets held-out documents of `test` come in, many times in random
+Calibrates on documents of the split `calibrate`, then lets held-out documents of `test` arrive many times in random
 order: once as they are, then with planted faults. Each document is run once per fault; the repeats only reorder what
 was observed, so they share their documents. The cached tier is off, because what it has learned depends on the order.
-Writes a JSON file, and beside it the report that is printed, as text and as a page with its figure.
+Writes a JSON file, and next to it the report that is printed, as text and as a page with its figure.
 
 Letters: N documents, M streams (`varjax.drift`).
 """
@@ -16,33 +16,42 @@ import argparse
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
-from analysis.audits import report as audit_report
-from analysis.audits.auditing import calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.audits.faults import faults, random_texts
-from analysis.command import name_argument, path_argument, program
-from analysis.evaluate.quality import score, var_runner
+from analysis.command import HelpFormatter, name_argument, path_argument, program
+from analysis.evaluate.auditing import calibrate_from, streams_of, tally_documents
+from analysis.evaluate.losses import score, var_runner
 from analysis.inputs import STATISTICS, find_statistics, listed, table_files
-from analysis.report.files import write_output
+from analysis.questions.alternatives import shuffled_answers
+from analysis.report.figures import subplots
+from analysis.report.files import write_report
 from analysis.report.output import OUTPUT_HELP, Output
 from analysis.report.provenance import provenance
-from analysis.report.report import text
+from analysis.report.report import Column, Report, ReportFigure, Section, Table, text
+from analysis.resampling import allowed
 from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
-from varjax import LayerPolicy, VARConfig, VARModel, load_table
-from varjax.drift import ALPHA, Calibration, Tally, observe
+from varjax import LayerPolicy, VARConfig, VARModel, drift, load_table
+from varjax.drift import ALPHA, Calibration, Monitor, Tally, observe
 from varjax.errors import InputError
 from varjax.progress import progress_bar
+from varjax.routing import Routing
 from varjax.step import summary
-from varjax.tablefiles import TableFiles
+from varjax.table import RouteTable
+
+NOISE = (0.1, 0.3, 1.0)  # of the planted checkpoints, as a share of each tensor's standard deviation
+_SAME, _SHUFFLED = "same domain", "answers shuffled"
+_RECALIBRATED = f"{_SAME}, recalibrated"  # the situation that the promise is about: calibration and run are both random
 
 
 class Situation(NamedTuple):
@@ -80,36 +89,61 @@ class Outcome:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    args = parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
+    parser.add_argument(
+        "--routing_stats",
+        type=path_argument,
+        help=f"routing_stats.parquet of phase 1; without it, the first of {listed(STATISTICS)} that exists",
+    )
+    parser.add_argument(
+        "--var_config", type=path_argument, help="a VARConfig as JSON; without it, one expert runs and answers are used"
+    )
+    parser.add_argument(
+        "--dataset", default="embedded", type=name_argument, help="the dataset of the statistics; other splits are read"
+    )
+    parser.add_argument(
+        "--foreign", type=name_argument, nargs="*", default=[], help="texts of another kind, such as a .txt file"
+    )
+    parser.add_argument("--num_samples", type=int, default=1000, help="documents to calibrate on, and to monitor")
+    parser.add_argument("--fault_samples", type=int, default=300, help="documents under each planted fault")
+    parser.add_argument("--share", type=float, default=0.05, help="share of the planned tokens to compute in full")
+    parser.add_argument("--repeats", type=int, default=200, help="random orders of the documents")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens per window")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every draw")
+    parser.add_argument("--output", type=path_argument, default=Path("results/audit.json"), help=OUTPUT_HELP)
+    args = parser.parse_args(arguments)
     output = Output.of(args.output, "audit")
     with output.locked():
         _run(args, output)
 
 
 def _run(args: argparse.Namespace, output: Output) -> None:
-    args.routing_stats = find_statistics(args.routing_stats)
+    files = table_files(find_statistics(args.routing_stats), var_config=args.var_config)
     model = load_model(args.model)
     checked = card.announced(model, args.dataset)
-    config, files = chosen_config(args)
+    config = _config(args)
     var_model = VARModel(model, config, load_table(model, config, files.routing_stats, files.answers))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
 
     print("calibration", file=sys.stderr)
-    known = documents(model, args.dataset, "calibrate", args.num_samples)
+    known = _documents(model, args.dataset, "calibrate", args.num_samples)
     sums, _ = tally_documents(var_model, known, args.share, seed=args.seed, **reading)
     calibration = calibrate_from(observe(sums, streams_of(var_model)), var_model, args.share)
     saved = output.main(".calibration.json")
     calibration.save(saved)
     seen = {}
-    for name, situation in situations(args, model, var_model).items():
+    for name, situation in _situations(args, model, var_model).items():
         print(name, file=sys.stderr)
-        seen[name] = look_at(situation, args.share, args.seed, **reading)
+        seen[name] = _look_at(situation, args.share, args.seed, **reading)
 
-    outcomes = judge(seen, calibration, sums, var_model, args)
-    top_k, same = model.config.top_k, seen["same domain"]
+    outcomes = _judge(seen, calibration, sums, var_model, args)
+    same = seen[_SAME]
     pairs = model.config.num_layers * same.tally.tokens.sum()
-    runs = {"var": same.experts_per_token, "audit": float(top_k * same.tally.audited.sum() / pairs)}
-    said = audit_report.report(outcomes, calibration, runs, card.facts(checked))
+    runs = {"var": same.experts_per_token, "audit": float(model.config.top_k * same.tally.audited.sum() / pairs)}
+    known_facts = (("calibration", f"{calibration.texts:,} documents"), *card.facts(checked))
+    said = Report("Study of the audit", known_facts, (), (_section(outcomes, calibration, runs),))
     beside = {
         "outcomes": outcomes,
         "expert_runs_per_token_and_layer": runs,
@@ -120,64 +154,46 @@ def _run(args: argparse.Namespace, output: Output) -> None:
             model={"name": model.name, "fingerprint": model.fingerprint},
             card=checked,
             data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
-            config=var_model.config,
+            config=config,
             table=files,
             config_sha256=var_model.digest,
         ),
     }
-    figures = {audit_report.NAME: audit_report.figure(outcomes)}
-    write_output(said, output, figures=figures, beside=beside)
+    write_report(said, output, beside=beside)
     print(text(said))
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
-    made.add_argument(
-        "--routing_stats",
-        type=path_argument,
-        help=f"routing_stats.parquet of phase 1; without it, the first of {listed(STATISTICS)} that exists",
-    )
-    made.add_argument(
-        "--var_config", type=path_argument, help="a VARConfig as JSON; none: one expert and a residual row"
-    )
-    made.add_argument("--dataset", default="embedded", type=name_argument, help="what the statistics were collected on")
-    made.add_argument(
-        "--foreign", type=name_argument, nargs="*", default=[], help="texts of another kind, such as a .txt file"
-    )
-    made.add_argument("--num_samples", type=int, default=1000, help="documents to calibrate on, and to monitor")
-    made.add_argument("--fault_samples", type=int, default=300, help="documents under each planted fault")
-    made.add_argument("--share", type=float, default=0.05, help="of the planned tokens that is computed in full")
-    made.add_argument("--repeats", type=int, default=200, help="orders in which the documents come in")
-    made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
-    made.add_argument("--max_length", type=int, default=256, help="tokens per window")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--output", type=path_argument, default=Path("results/audit.json"), help=OUTPUT_HELP)
-    return made
-
-
-def chosen_config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles]:
-    """--var_config, or a policy under which nearly every key answers; no cached tier. And the table's files."""
-    files = table_files(args.routing_stats, var_config=args.var_config)
+def _config(args: argparse.Namespace) -> VARConfig:
+    """--var_config, or a policy under which nearly every key answers; no cached tier."""
     if args.var_config:
-        return dataclasses.replace(VARConfig.load(args.var_config), cache_size=0), files
+        return dataclasses.replace(VARConfig.load(args.var_config), cache_size=0)
     policy = LayerPolicy(experts_kept=1, use_answers=True, ngram_orders=(1, 2))
-    return VARConfig(frequency_threshold=5, entropy_threshold=3.0, cache_size=0, default=policy), files
+    return VARConfig(frequency_threshold=5, entropy_threshold=3.0, cache_size=0, default=policy)
 
 
-def documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:
+def _documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:
     return list(EncodedCorpus(dataset, split, limit, model.tokenizer, model.config))
 
 
-def situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> dict[str, Situation]:
-    """Nothing wrong first, then every fault of the model, then other texts."""
-    held_out = documents(model, args.dataset, "test", args.num_samples)
-    some = held_out[: args.fault_samples]
-    found = {"same domain": Situation(var_model, held_out)}
-    found |= {name: Situation(faulty, some) for name, faulty in faults(var_model, args.seed).items()}
-    found["random token ids"] = Situation(var_model, random_texts(some, model.config.vocab_size, args.seed))
+def _situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> dict[str, Situation]:
+    """Nothing wrong first, then faults of the model that neither fingerprint nor config shows, then other texts."""
+    held_out = _documents(model, args.dataset, "test", args.num_samples)
+    some, config, table = held_out[: args.fault_samples], var_model.config, var_model.table
+    if table is None:
+        raise InputError("VAR is switched off (enable_var=False): nothing can go wrong with it")
+    rng = np.random.default_rng(args.seed)
+    faulty = {
+        _SHUFFLED: VARModel(model, config, table=shuffled_answers(table, rng)),
+        "experts renumbered": VARModel(model, config, table=_renumbered(table, rng)),
+    }
+    for scale in NOISE:
+        other = _perturbed(model, scale, jax.random.key(args.seed))
+        faulty[f"weights + {scale:.0%} noise"] = VARModel(other, config, table=table)
+    found = {_SAME: Situation(var_model, held_out)}
+    found |= {name: Situation(wrong, some) for name, wrong in faulty.items()}
+    found["random token ids"] = Situation(var_model, _random_texts(some, model.config.vocab_size, args.seed))
     for path in args.foreign:
-        texts = list(passages(documents(model, path, None, args.fault_samples), args.max_length))
+        texts = list(_passages(_documents(model, path, None, args.fault_samples), args.max_length))
         if not texts:
             raise InputError(
                 f"--foreign {path}: no document has {args.max_length} tokens; give longer ones or less --max_length"
@@ -186,7 +202,42 @@ def situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> d
     return found
 
 
-def look_at(situation: Situation, share: float, seed: int, **reading: Any) -> Seen:
+def _renumbered(table: RouteTable, rng: np.random.Generator) -> RouteTable:
+    """The table of the same model with its experts in another order, in which every id moves."""
+    ids = rng.permutation(table.num_experts)
+    moved = np.empty(table.num_experts + 1, np.int32)
+    moved[ids], moved[-1] = np.roll(ids, 1), table.num_experts  # the last stands for no expert
+    return dataclasses.replace(table, routing=Routing(jnp.asarray(moved)[table.routing.experts], table.routing.weights))
+
+
+def _perturbed(model: Any, scale: float, key: jax.Array) -> Any:
+    """The model with noise on every tensor, `scale` times the tensor's standard deviation; its fingerprint stays."""
+    leaves, structure = jax.tree.flatten(model.params)
+    keys = jax.random.split(key, len(leaves))
+    noisy = [
+        leaf + scale * jnp.std(leaf) * jax.random.normal(k, leaf.shape, leaf.dtype)
+        for leaf, k in zip(leaves, keys, strict=True)
+    ]
+    return dataclasses.replace(model, params=jax.tree.unflatten(structure, noisy))
+
+
+def _random_texts(documents: Sequence[Encoded], vocab_size: int, seed: int) -> list[Encoded]:
+    """As many texts of the same lengths, every id drawn evenly from the vocabulary."""
+    rng = np.random.default_rng(seed)
+    return [dataclasses.replace(d, ids=rng.integers(0, vocab_size, len(d.ids)).astype(np.int32)) for d in documents]
+
+
+def _passages(documents: Sequence[Encoded], length: int) -> Iterator[Encoded]:
+    """The documents cut into texts of `length` ids, for corpora whose documents are few and long; a rest is left out.
+
+    Passages of one document depend on each other.
+    """
+    for document in documents:
+        for start in range(0, len(document.ids) - length + 1, length):
+            yield dataclasses.replace(document, ids=document.ids[start : start + length])
+
+
+def _look_at(situation: Situation, share: float, seed: int, **reading: Any) -> Seen:
     """Run the documents under audit, and with and without VAR."""
     var_model, texts = situation
     tally, _ = tally_documents(var_model, texts, share, seed=seed, **reading)
@@ -197,44 +248,38 @@ def look_at(situation: Situation, share: float, seed: int, **reading: Any) -> Se
     return Seen(tally, under_var.nll_per_token - plain.nll_per_token, experts)
 
 
-def judge(
+def _judge(
     seen: Mapping[str, Seen], calibration: Calibration, known: Tally, var_model: VARModel, args: argparse.Namespace
 ) -> list[Outcome]:
-    """Every situation in `args.repeats` random orders; nothing wrong also with a calibration drawn anew each time.
+    """Every situation in `args.repeats` random orders; nothing wrong also with a new calibration each time.
 
-    Args:
-        known: the tallies of the calibration documents.
+    `known` are the tallies of the calibration documents.
     """
     rng = np.random.default_rng(args.seed)
     observed = {name: observe(found.tally, calibration.streams) for name, found in seen.items()}
-    same, wrong = observed["same domain"], observed["answers shuffled"]
+    same, wrong = observed[_SAME], observed[_SHUFFLED]
     pool, size, before = np.concatenate([observe(known, calibration.streams), same]), len(known.tokens), len(same) // 2
 
-    def anew() -> tuple[Calibration, np.ndarray]:
+    def in_any_order(values: np.ndarray) -> tuple[Calibration, np.ndarray]:
+        return calibration, rng.permutation(values)
+
+    def recalibrated() -> tuple[Calibration, np.ndarray]:
         drawn = rng.permutation(pool)
         return calibrate_from(drawn[:size], var_model, calibration.share), drawn[size:]
 
     def midway() -> tuple[Calibration, np.ndarray]:
         return calibration, np.concatenate([rng.permutation(same)[:before], rng.permutation(wrong)])
 
-    outcomes = []
-    for name, values in observed.items():
-        draw = partial(_in_any_order, calibration, values, rng)
-        outcomes.append(repeat(name, values, seen[name].harm, draw, args.repeats))
-    outcomes.insert(1, repeat(audit_report.ANEW, pool, None, anew, args.repeats))
-    late = repeat(
-        f"answers shuffled after {before}", wrong, seen["answers shuffled"].harm, midway, args.repeats, before
-    )
+    outcomes = [
+        _repeat(name, values, seen[name].harm, partial(in_any_order, values), args.repeats)
+        for name, values in observed.items()
+    ]
+    outcomes.insert(1, _repeat(_RECALIBRATED, pool, None, recalibrated, args.repeats))
+    late = _repeat(f"{_SHUFFLED} after {before}", wrong, seen[_SHUFFLED].harm, midway, args.repeats, before)
     return [*outcomes, late]
 
 
-def _in_any_order(
-    calibration: Calibration, values: np.ndarray, rng: np.random.Generator
-) -> tuple[Calibration, np.ndarray]:
-    return calibration, rng.permutation(values)
-
-
-def repeat(
+def _repeat(
     name: str,
     values: np.ndarray,
     harm: float | None,
@@ -242,20 +287,20 @@ def repeat(
     repeats: int,
     before: int = 0,
 ) -> Outcome:
-    """What the audit says, again and again.
+    """What the audit says, over and over.
 
     Args:
         values: float64 [N, M], all documents of the situation.
-        draw: a calibration, and the documents that come in.
+        draw: gives a calibration, and the documents that arrive.
         before: how many of these are without the fault.
     """
     until, first = [], Counter[str]()
     for _ in progress_bar(range(repeats), desc=name, unit="run"):
-        monitor = until_drift(*draw())
+        monitor = _until_drift(*draw())
         if monitor.drifts and monitor.texts > before:
             until.append(monitor.texts - before)
             first.update({found.stream.signal for found in monitor.drifts})
-    error, agreement, open_ = np.nanmean(values[:, :3], axis=0)  # the streams over all layers stand first
+    error, agreement, open_ = np.nanmean(values[:, :3], axis=0)  # the first streams are over all layers
     return Outcome(
         name=name,
         documents=len(values),
@@ -269,6 +314,73 @@ def repeat(
         longest=max(until, default=None),
         first=dict(first),
     )
+
+
+def _until_drift(calibration: Calibration, observed: np.ndarray) -> Monitor:
+    """The monitor at its first drift, or after all documents: float64 [N, M] in the order in which they arrive."""
+    monitor = drift.begin(calibration)
+    for start in range(0, len(observed), drift.LOOK):
+        monitor = drift.watch(monitor, observed[start : start + drift.LOOK])
+        if monitor.drifts:
+            break
+    return monitor
+
+
+def _section(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mapping[str, float]) -> Section:
+    """`runs`: expert runs per token and layer, of VAR and of the audit in addition."""
+    quiet = next(row for row in outcomes if row.name == _RECALIBRATED)
+    most = allowed(quiet.repeats, ALPHA)
+    columns = (
+        *(Column("situation"), Column("harm", "+.4f")),
+        *(Column(name, ".3f") for name in ("error", "agreement", "open")),
+        *(Column("noticed"), Column("documents until", ".0f"), Column("at most", ".0f"), Column("first signal")),
+    )
+    rows: list[tuple[str | float | None, ...]] = [
+        ("calibration", None, *(value.mean for value in calibration.values[:3]), None, None, None, "")
+    ]
+    for row in outcomes:
+        noticed = (f"{row.noticed} of {row.repeats}", row.median, row.longest, ", ".join(sorted(row.first)))
+        rows.append((row.name, row.harm, row.error, row.agreement, row.open, *noticed))
+    figure = ReportFigure(
+        "audit_noticed",
+        "What the audit noticed, and how soon",
+        "One row per situation. Bar: the share of the orders of the documents in which drift was declared. Numbers: "
+        "how many documents that took, the median and the most. Dotted line: the promised rate of false alarms.",
+        "Drift is not harm: foreign text is noticed even where VAR loses less on it, and a small fault may cost much "
+        "or nothing. Orders share their documents, so they are not independent.",
+        partial(_draw, outcomes),
+    )
+    return Section(
+        "audit",
+        "Does the audit notice what is wrong, and nothing else?",
+        "PASS" if quiet.noticed <= most * quiet.repeats else "FAIL",
+        f"where nothing is wrong, {quiet.noticed} false alarms in {quiet.repeats} random calibrations; at most "
+        f"{ALPHA:.0%} are promised, {most:.1%} are within chance",
+        (
+            "Harm: nats per token lost against the plain model. Error: relative, of a layer's output where audited. "
+            "Agreement: share of planned tokens whose first expert the router would choose. Open: share that the table "
+            "does not know. The last three are means over documents, all layers together.",
+            f"{calibration.texts} calibration documents; {calibration.share:.0%} of the planned tokens audited, "
+            f"{runs['audit']:.2f} expert runs per token and layer in addition to VAR's {runs['var']:.2f}.",
+        ),
+        (Table("Situations", columns, tuple(rows)),),
+        (figure,),
+        f"{quiet.noticed} of {quiet.repeats} false alarms",
+    )
+
+
+def _draw(outcomes: Sequence[Outcome]) -> Figure:
+    drawn, axis = subplots(figsize=(6.4, 1.4 + 0.3 * len(outcomes)))
+    shares = [row.noticed / row.repeats for row in outcomes]
+    axis.barh(range(len(outcomes)), shares, color="0.7", edgecolor="0", linewidth=0.5)
+    for place, row in enumerate(outcomes):
+        if row.median is not None:
+            axis.text(0.02, place, f"{row.median:.0f}, at most {row.longest}", va="center", fontsize=8)
+    axis.axvline(ALPHA, color="0", linewidth=0.8, linestyle=":")
+    axis.set_yticks(range(len(outcomes)), [row.name for row in outcomes])
+    axis.invert_yaxis()
+    axis.set(xlabel="share of the orders in which drift was declared", xlim=(0, 1))
+    return drawn
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
         run: what decides the result: model, data, settings; JSON values.
 
     Returns:
-        What was noted beside the run; None: there is no note.
+        What a resumed run has to know; None: there is no note.
 
     Raises:
         CheckpointMismatchError: it is the note of another run.
@@ -57,15 +57,15 @@ def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
     return noted["beside"]
 
 
-def note(path: Path, run: Mapping[str, Any], beside: Mapping[str, Any]) -> None:
+def note(path: Path, run: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Note which run a folder of checkpoints belongs to.
 
     Args:
         path: a file in that folder.
         run: see `resumed`.
-        beside: what a resumed run has to know.
+        known: what a resumed run has to know.
     """
-    checksums.write_json(path, {"run": run, "beside": beside})
+    checksums.write_json(path, {"run": run, "beside": known})
 
 
 class Checkpoints:

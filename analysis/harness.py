@@ -1,9 +1,9 @@
-"""Tasks of lm-evaluation-harness (EleutherAI), run by this library's forward pass, plain or under VAR.
+"""Run tasks of lm-evaluation-harness (EleutherAI) on this library's forward pass, plain or under VAR.
 
     python -m analysis.harness --model reference --tasks my_task --include_path tasks --output results/harness.json
 
-Prints the harness's own table and writes a JSON result. A task is one of the harness's (most fetch data) or a YAML file
-of one's own below --include_path. Needs the extra `eval`. How texts are read: `analysis.evaluate.harness_lm`.
+Prints the harness's own table and writes a JSON result. A task is one of the harness's (most download data) or your own
+YAML file in --include_path. Needs the extra `eval`. `analysis.evaluate.harness_lm` says how texts are read.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.command import name_argument, path_argument, program
-from analysis.evaluate import caching as cached_tier
+from analysis.command import HelpFormatter, name_argument, path_argument, program
 from analysis.evaluate.harness_lm import HarnessLM  # says what to install where the harness is missing
+from analysis.evaluate.losses import Caching, add_caching_arguments
 from analysis.inputs import table_files
 from analysis.report.output import Output
 from analysis.report.provenance import provenance, write_json
@@ -34,9 +34,9 @@ UNITS = {
     "max_length": "tokens",
     "stride": "tokens",
 }
-# Of what the harness gives.
-_TAKEN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes")
+_TAKEN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes")  # from the harness
 _SHARES = ("tiers", "hit_rate", "mispredictions", "experts_per_token", "layers")
+_SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 def evaluate(
@@ -44,20 +44,23 @@ def evaluate(
     tasks: Sequence[Any],
     *,
     include_path: str | Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
     task_manager: Any = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """What `lm_eval.simple_evaluate` gives, with the harness's `task_hashes` instead of the samples.
+    """Run tasks.
 
     Args:
+        lm: the model.
         tasks: names, or task configs as dicts.
-        include_path: a folder with YAML tasks of one's own.
-        limit: at most so many documents of each task.
-        num_fewshot: examples before each question; None: as the task has it.
+        include_path: a folder with your own YAML tasks.
         task_manager: `lm_eval.tasks.TaskManager`; None: one that knows the harness's tasks and `include_path`.
+        options: of `lm_eval.simple_evaluate`, such as `limit` (documents of each task) and `num_fewshot`.
 
-    Raises InputError for a task that is not known.
+    Returns:
+        The result of `lm_eval.simple_evaluate`, with the harness's `task_hashes` instead of the samples.
+
+    Raises:
+        InputError: a task is not known.
     """
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -70,39 +73,32 @@ def evaluate(
             f"the harness knows no task {unknown[0]!r}; fix the name, or give the folder with its YAML file as "
             "include_path"
         )
-    results = simple_evaluate(
-        model=lm,
-        tasks=list(tasks),
-        limit=limit,
-        num_fewshot=num_fewshot,
-        task_manager=manager,
-        random_seed=lm.seed,
-        numpy_random_seed=lm.seed,
-        torch_random_seed=lm.seed,
-        fewshot_random_seed=lm.seed,
-    )
+    seeds = dict.fromkeys(_SEEDS, lm.seed)
+    results = simple_evaluate(model=lm, tasks=list(tasks), task_manager=manager, **seeds, **options)
     samples = results.pop("samples")
     return results | {"task_hashes": {name: _task_hash(rows) for name, rows in samples.items()}}
 
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
-    parser.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; none: the plain model")
+    parser.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON (default: the plain model)")
     parser.add_argument("--routing_stats", type=path_argument, help="statistics (default: those that the config names)")
     parser.add_argument("--answers", type=path_argument, help="answers (default: those that the config names)")
     parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
     parser.add_argument("--include_path", type=path_argument, help="a folder with YAML tasks")
-    parser.add_argument("--limit", type=int, help="documents of each task at most; none: all")
-    parser.add_argument("--num_fewshot", type=int, help="examples before each question; none: as the task has it")
+    parser.add_argument("--limit", type=int, help="documents of each task at most (default: all)")
+    parser.add_argument("--num_fewshot", type=int, help="examples before each question (default: those of the task)")
     parser.add_argument("--batch_size", type=int, default=8, help="requests at a time")
-    parser.add_argument("--max_length", type=int, help="tokens read at most; none: the model's max_position_embeddings")
-    cached_tier.add_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--max_length", type=int, help="tokens read at most (default: the model's max_position_embeddings)"
+    )
+    add_caching_arguments(parser)
+    parser.add_argument("--seed", type=int, default=0, help="seed of tasks that sample")
     parser.add_argument(
         "--output",
         type=path_argument,
@@ -129,7 +125,7 @@ def _command(args: argparse.Namespace, path: Path) -> None:
         var_model,
         batch_size=args.batch_size,
         max_length=args.max_length,
-        caching=cached_tier.asked(args),
+        caching=Caching.of(args),
         seed=args.seed,
     )
     asked = {"include_path": args.include_path, "limit": args.limit, "num_fewshot": args.num_fewshot}

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from analysis.command import HelpFormatter, path_argument, program
 from analysis.inputs import STATISTICS, find_statistics, listed
 from analysis.questions.by_layer import size
-from analysis.questions.data import RoutingData, Settings, Source, trace_source
+from analysis.questions.data import RoutingData, Source, TraceSettings, trace_source
 from analysis.questions.drawn import SAMPLES
 from analysis.questions.question import Question
 from analysis.questions.registry import ROUTING_QUESTIONS
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None) -> None:
     Args:
         arguments: None for those of the command line.
     """
-    defaults = Settings()
+    defaults = TraceSettings()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--input",
@@ -106,19 +106,13 @@ def main(arguments: Sequence[str] | None) -> None:
     )
     parser.add_argument("--compare", type=path_argument, help="statistics, a folder or a trace of a second run")
     parser.add_argument("--orders", type=int, nargs="+", default=defaults.orders, help="context lengths (trace)")
-    parser.add_argument(
-        "--min_count", type=int, default=defaults.min_count, help="occurrences that a key needs (trace)"
-    )
-    parser.add_argument(
-        "--permutations", type=int, default=defaults.permutations, help="permutations of each null; 0: none (trace)"
-    )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=defaults.samples,
-        help=f"bootstrap draws of documents (trace); at most {SAMPLES} for the tests on statistics",
-    )
-    parser.add_argument("--seed", type=int, default=defaults.seed, help="seed of all random draws")
+    for name, about in {
+        "min_count": "occurrences that a key needs (trace)",
+        "permutations": "permutations of each null; 0: none (trace)",
+        "samples": f"bootstrap draws of documents (trace); at most {SAMPLES} for the tests on statistics",
+        "seed": "seed of all random draws",
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help=about)
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "hypotheses")
     with output.locked():
@@ -126,7 +120,7 @@ def main(arguments: Sequence[str] | None) -> None:
 
 
 def _run(args: argparse.Namespace, output: Output) -> None:
-    settings = Settings(tuple(args.orders), args.min_count, args.permutations, args.samples, args.seed)
+    settings = TraceSettings(tuple(args.orders), args.min_count, args.permutations, args.samples, args.seed)
     path = _statistics_of(find_statistics(args.input))
     source = open_source(path)
     used = {"input": path}

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from analysis.command import HelpFormatter, path_argument, program
-from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.evaluate.losses import SECONDS_PER_TOKEN
 from analysis.report.figures import stacked_tiers, subplots
 from analysis.report.files import write_report
 from analysis.report.output import OUTPUT_HELP, Output

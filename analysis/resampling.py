@@ -29,11 +29,14 @@ _DRAWN = 1 << 25  # floats that one block of draws may take
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval."""
+    """A value and its 95 % interval; `f"{estimate:+.2%}"` shows both."""
 
     value: float
     low: float
     high: float
+
+    def __format__(self, form: str) -> str:
+        return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -296,7 +299,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def _count_blocks(documents: int, samples: int, seed: int, width: int = 1) -> Iterator[np.ndarray]:
-    """float64 [S', D] parts of the draws, small enough for sums of `width` columns; their sizes do not change them."""
+    """Parts of the draws, float64 [S', D], small enough for sums of `width` columns; the sizes do not change them."""
     rng = np.random.default_rng(seed)
     block = max(1, min(samples, _DRAWN // max(documents, width)))
     for start in range(0, samples, block):
@@ -305,5 +308,5 @@ def _count_blocks(documents: int, samples: int, seed: int, width: int = 1) -> It
 
 
 def _starts(document: np.ndarray) -> np.ndarray:
-    """int64 [D]: the first token of each document that has any."""
+    """The first token of each document that has any, int64 [D]."""
     return np.flatnonzero(np.r_[True, document[1:] != document[:-1]])

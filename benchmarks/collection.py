@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.collect.passes import FLUSH_TOKENS, Devices, Sums, find_rows
+from analysis.collect.passes import FLUSH_TOKENS, Devices, PassSums, find_rows
 from analysis.collect.statistics import KeySettings, choose_keys
 from analysis.command import name_argument, program
 from analysis.text.batches import batches
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None) -> None:
     orders = tuple(count.order for count in keys.orders)
     layers = tuple(range(model.config.num_layers))
     empty = RoutingStats.empty(keys.keys, orders, len(layers), model.config.num_experts)
-    sums = Sums("statistics", stats.init, stats.update, stats.absorb, orders, layers)
+    sums = PassSums("statistics", stats.init, stats.update, stats.absorb, orders, layers)
     devices = Devices(model, keys.keys, sums)
     devices.begin(empty)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from analysis.checkpoints import note, resumed
 from analysis.command import path_argument, program
-from analysis.evaluate.quality import plain_runner, score
+from analysis.evaluate.losses import plain_runner, score
 from analysis.report.output import DIRECTORY, Output
 from analysis.report.provenance import provenance, write_json
 from analysis.text.batches import batches

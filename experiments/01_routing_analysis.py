@@ -17,7 +17,7 @@ import shlex
 from collections.abc import Sequence
 
 from analysis.collect.passes import EVERY_DOCUMENT, Share
-from analysis.collect.run import STATS, TRACE, Settings, analyze, finish, merge_files, place
+from analysis.collect.run import STATS, TRACE, CollectSettings, analyze, finish, merge_files, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
 from analysis.questions import routers
@@ -39,7 +39,7 @@ GIB = 1 << 30
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    keys, defaults = KeySettings(), Settings()
+    keys, defaults = KeySettings(), CollectSettings()
     options = parser(__doc__, "results/phase1")
     options.add_argument("--split", default="build", help="documents to learn from; 'all' for every one")
     options.add_argument("--orders", type=int, nargs="+", default=keys.orders, help="context lengths")
@@ -94,8 +94,8 @@ def merge(args: argparse.Namespace, output: Output) -> None:
 def collect(args: argparse.Namespace, output: Output) -> None:
     """This process's share of the run; the first process writes what all of them found."""
     orders = tuple(sorted(set(args.orders)))
-    answered = args.residual_orders or set(Settings().residual_orders) & set(orders)
-    settings = Settings(
+    answered = args.residual_orders or set(CollectSettings().residual_orders) & set(orders)
+    settings = CollectSettings(
         keys=KeySettings(orders, args.min_count, args.max_keys),
         layers=args.layers and tuple(sorted(set(args.layers))),
         residual_orders=tuple(sorted(set(answered))) if args.residuals else (),

@@ -9,13 +9,13 @@
                                            train the answers for a policy on the build split
   --mode study --routing_stats S --var_config C --output DIR
                                            VAR against simple alternatives at equal loss, the size of its table, what
-                                           its error is made of, free generation, throughput by batch size
+                                           its error is made of, free generation, throughput by batch size; or some
+                                           of these (--questions)
 
 An evaluation writes NAME.json for --output NAME.json, or MODE.json into a directory, and a Parquet file of
 per-document losses next to it. A comparison and a certificate are reports: NAME.json, NAME.txt and NAME.html, where
 NAME is `comparison` or `certificate` in a directory. A study writes study.json, .txt, .html and figures into a
-directory, and the losses of every point as it is scored. Studies and distillations go on where they were when the
-same command is given again after a kill.
+directory, and the losses of every point as it is scored. Rerun the same command to resume a study or a distillation.
 """
 
 from __future__ import annotations
@@ -30,23 +30,25 @@ from typing import Any
 from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.command import path_argument, program
 from analysis.criteria import MAX_DEGRADATION
-from analysis.evaluate import caching as cached_tier
-from analysis.evaluate import certificate_report, comparison_report
-from analysis.evaluate import report as evaluation_report
+from analysis.evaluate import certificate, comparison
+from analysis.evaluate import report as evaluation
 from analysis.evaluate.certificate import CLIP, TESTS, certify_results
 from analysis.evaluate.comparison import read_result
-from analysis.evaluate.quality import score, var_runner
+from analysis.evaluate.distillation import DistillConfig, distill
+from analysis.evaluate.losses import Caching, add_caching_arguments, score, var_runner
+from analysis.evaluate.points import Subject
+from analysis.evaluate.policy_search import Search, search
 from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
-from analysis.policies.distillation import DistilConfig, distill
-from analysis.policies.scored_points import Subject
-from analysis.policies.search import Search, search
-from analysis.report.files import write_output, write_report
+from analysis.questions import generation_drift
+from analysis.questions.question import Finding, Question
+from analysis.questions.registry import STUDY_QUESTIONS
+from analysis.questions.study import study
+from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, REPORT, Output
 from analysis.report.provenance import provenance, write_json
 from analysis.report.report import summary as overview
 from analysis.report.report import text
 from analysis.resampling import MIN_DOCUMENTS
-from analysis.studies.study import PARTS, Finding, Part, study
 from analysis.text import card
 from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
 from experiments.hosts import add_hosts, join
@@ -56,7 +58,7 @@ from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
 from varjax.files import remove
-from varjax.model import build_for, load_table
+from varjax.model import load_table
 from varjax.step import summary
 from varjax.tablefiles import TableFiles
 
@@ -104,13 +106,20 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
     options.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
     options.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
-    steps = DistilConfig()
+    steps = DistillConfig()
     options.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
     options.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
     options.add_argument(
         "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
     )
-    cached_tier.add_arguments(options)
+    names = [question.name for question in STUDY_QUESTIONS] + ["throughput"]
+    options.add_argument(
+        "--questions", nargs="+", choices=names, default=names, metavar="Q", help=f"of a study: {', '.join(names)}"
+    )
+    options.add_argument("--prompts", type=int, default=64, help="texts that a study continues")
+    options.add_argument("--prompt_tokens", type=int, default=32, help="tokens of their beginnings")
+    options.add_argument("--new_tokens", type=int, default=64, help="tokens of a continuation")
+    add_caching_arguments(options)
     add_hosts(options)
     args = options.parse_args(arguments)
     if args.num_processes > 1 and not args.coordinator:
@@ -138,9 +147,8 @@ def main(arguments: Sequence[str] | None) -> None:
 def compare(args: argparse.Namespace, output: Output) -> None:
     base, other = args.compare
     sides = read_result(base), read_result(other)
-    said, fields = comparison_report.report(*sides)
-    figures = {comparison_report.NAME: comparison_report.figure(*sides)}
-    write_output(said, output, figures=figures, beside=fields | {"provenance": provenance()})
+    said, fields = comparison.report(*sides)
+    write_report(said, output, beside=fields | {"provenance": provenance()})
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
@@ -148,11 +156,9 @@ def certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
     plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
-    certificate = certify_results(plain, candidates, **settings)
-    said = certificate_report.report(certificate, card.facts(plain.fields["provenance"].get("card")))
-    beside = {"certificate": certificate, "provenance": provenance(seed=args.seed)}
-    figures = {certificate_report.NAME: certificate_report.figure(certificate)}
-    write_output(said, output, figures=figures, beside=beside)
+    found = certify_results(plain, candidates, **settings)
+    said = certificate.report(found, card.facts(plain.fields["provenance"].get("card")))
+    write_report(said, output, beside={"certificate": found, "provenance": provenance(seed=args.seed)})
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
@@ -161,14 +167,13 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
         args.routing_stats = find_statistics(args.routing_stats)
     model, documents, origin = load(args, args.split)
     config, files, found = choose_config(args, model)
-    caching = cached_tier.asked(args)
+    caching = Caching.of(args)
     table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
     var_model = VARModel(model, config, table)
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
     start = caching.init(var_model, args.batch_size)
     scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
 
-    name = output.stem
     kept = output.main(".documents.parquet")
     scores.save(kept)
     result: dict[str, Any] = {
@@ -195,10 +200,10 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
         facts.append(("policy", "found under a loss budget" if found else given))
-    facts += [*cached_tier.described(caching, config), *card.facts(origin["card"])]
-    drawn = evaluation_report.draw(name, result, found, args.limit, args.tune_samples)
-    said = evaluation_report.report(name, result, scores, facts)
-    write_report(said, output.folder, name, index=not output.named, figures=drawn, beside=result)
+    facts += [*caching.facts(config), *card.facts(origin["card"])]
+    searched = {"found": found, "limit": args.limit, "tuned": args.tune_samples}
+    said = evaluation.report(result, scores, facts, **searched)
+    write_report(said, output, beside=result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:
@@ -214,7 +219,7 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
     assert files is not None  # the plain model is another mode
     stats, answers = read_answers(model, files)
     reading = (args.batch_size, args.max_length)
-    settings = DistilConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
+    settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
     work = output.other("distil_checkpoints")
     run = {
         "model": origin["model"],
@@ -256,7 +261,7 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         stride=args.stride,
         folder=output.other("losses"),
         seed=args.seed,
-        caching=cached_tier.asked(args),
+        caching=Caching.of(args),
     )
     facts = [
         ("model", f"{model.name} ({args.dtype})"),
@@ -266,22 +271,25 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         *card.facts(origin["card"]),
     ]
     made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=config.digest(files.digest()))
-    timed: tuple[Part, ...] = () if args.no_throughput else (partial(throughput_of, repeats=args.repeats),)
-    facts += [("note", warning) for warning in evaluation_report.flattered({"mode": args.mode, "provenance": made})]
-    said = study(subject, output.folder, facts=facts, provenance=made, parts=PARTS + timed)
+    sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
+    timed = Question(
+        "throughput", "How much faster, and where must the gain vanish?", partial(_throughput, args.repeats)
+    )
+    known = {question.name: question for question in (*STUDY_QUESTIONS, generation_drift.question(**sizes), timed)}
+    asked = [known[name] for name in args.questions if not (args.no_throughput and name == timed.name)]
+    facts += [("note", warning) for warning in evaluation.flattered({"mode": args.mode, "provenance": made})]
+    said = study(subject, asked, output, facts=facts, provenance=made)
     config.save(output.other("var_config.json"), files)
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
 
 
-def throughput_of(subject: Subject, repeats: int) -> Finding:
-    """How much faster, and where must the gain vanish?"""
-    table = build_for(subject.model, subject.config, subject.stats, subject.answers)
-    var_model = VARModel(subject.model, subject.config, table=table)
+def _throughput(repeats: int, subject: Subject) -> Finding:
+    var_model = VARModel(subject.model, subject.config, subject.build(keep_shapes=False))
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
     section, found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    return Finding("throughput", (section,), {}, found)
+    return Finding((section,), found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
@@ -297,7 +305,7 @@ def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, Ta
         print(f"only {len(tuning)} tune documents: on others the policy may lose far more than its budget")
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
     budget = 0.9 * args.limit if args.budget is None else args.budget
-    found = search(model, stats, answers, tuning, config, budget=budget, **reading)
+    found = search(Subject(model, stats, answers, config, tuning, **reading), budget=budget)
     return found.config, files, found
 
 

@@ -28,10 +28,10 @@ from typing import Any
 
 from analysis.command import path_argument, program, run
 from analysis.criteria import MAX_DEGRADATION
-from analysis.evaluate import caching as cached_tier
+from analysis.evaluate.losses import Caching, add_caching_arguments
+from analysis.evaluate.points import Subject
+from analysis.evaluate.policy_search import Ladder
 from analysis.inputs import STATISTICS, find_statistics, listed
-from analysis.policies.ladder import Ladder
-from analysis.policies.scored_points import Subject
 from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, Output
 from analysis.report.provenance import provenance
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--validate_samples", type=int, default=None, help="documents of each split to validate on; none: all"
     )
-    cached_tier.add_arguments(options)
+    add_caching_arguments(options)
     args = options.parse_args(arguments)
     if args.workers < 1:
         options.error(f"--workers {args.workers}: expected at least 1")
@@ -317,7 +317,7 @@ def make_subject(
     stats, answers = read_answers(model, files)
     reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length, "seed": args.seed}
     folder = args.output / "losses"
-    reading |= {"folder": folder, "progress": progress, "caching": cached_tier.asked(args)}
+    reading |= {"folder": folder, "progress": progress, "caching": Caching.of(args)}
     reading["table_sha256"] = files.digest()
     return Subject(model, stats, answers, config, documents, **reading), files, origin
 

@@ -18,7 +18,7 @@ from analysis.command import HelpFormatter, program
 from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.comparison import degradation, read_result
 from analysis.report import figures
-from analysis.report.index_page import INDEX, write_index
+from analysis.report.html import INDEX, write_index
 from varjax.config import PRESETS
 
 HERE, OUT = Path(__file__).parent, Path("results/demo")

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from analysis.criteria import MAX_LEARNED
-from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.evaluate.losses import SECONDS_PER_TOKEN
 from analysis.report.report import Column, Section, Table
 from analysis.resampling import Estimate
 from profiling.calls import prepare, sides, workload_and_mix

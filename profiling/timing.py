@@ -28,7 +28,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.criteria import EVALUATION_SPEEDUP
-from analysis.evaluate.caching import SECONDS_PER_TOKEN
+from analysis.evaluate.losses import SECONDS_PER_TOKEN
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Estimate, median_estimate

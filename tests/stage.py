@@ -29,8 +29,8 @@ import numpy as np
 import pytest
 from huggingface_hub.hf_api import RepoSibling
 
-from analysis.policies import distillation
-from analysis.studies import families, table_size
+from analysis.evaluate import distillation
+from analysis.questions import alternatives, table_size
 from analysis.text import embedded
 from analysis.text.corpus import Document
 from models import model as models_model
@@ -149,9 +149,9 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
         if getattr(module, "compare", None) is timed:
             patch.setattr(module, "compare", few_rounds)
     for module, name, fewer in (
-        (families, "RATIOS", families.RATIOS[:2]),
-        (families, "MASSES", families.MASSES[:2]),
-        (families, "CACHES", families.CACHES[:1]),
+        (alternatives, "RATIOS", alternatives.RATIOS[:2]),
+        (alternatives, "MASSES", alternatives.MASSES[:2]),
+        (alternatives, "CACHES", alternatives.CACHES[:1]),
         (table_size, "SHARES", table_size.SHARES[-1:]),
     ):
         patch.setattr(module, name, fewer)
@@ -161,7 +161,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(components, "TURN", 0.001)
     patch.setattr(points, "tasks", lambda quick=False: TASKS)
     patch.setattr(study, "fill", lambda *given: fill(*given[:3], min(given[3], TRIALS), *given[4:]))
-    for module, name in ((training, "TrainConfig"), (distillation, "DistilConfig")):
+    for module, name in ((training, "TrainConfig"), (distillation, "DistillConfig")):
         patch.setattr(module, name, partial(brief, getattr(module, name)))
 
 

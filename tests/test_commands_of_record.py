@@ -63,7 +63,7 @@ def test_the_next_command_finds_its_input(finished):
     results, printed = finished[0] / "results", finished[1]
     sides = [read_result(results / "phase2" / f"{name}.json") for name in ("baseline", "var")]
     comparison = json.loads((results / "phase2" / "comparison.json").read_text())
-    assert comparison["documents"] == len(sides[0].documents) == len(sides[1].documents) > 0
+    assert comparison["documents"] == len(sides[0].losses.ids) == len(sides[1].losses.ids) > 0
     assert VARConfig.load(results / "phase3" / "best_config.json").routing_stats == "results/routing_stats.parquet"
     names = [
         one["name"]

@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from analysis.checkpoints import Checkpoints, note, resumed
+from analysis.evaluate import points as scored_points
 from analysis.evaluate.comparison import read_result
-from analysis.evaluate.quality import Scores
-from analysis.policies import scored_points
+from analysis.evaluate.losses import Scores
 from analysis.report.provenance import write_json
 from analysis.text import embedded
 from analysis.text.corpus import load_documents
@@ -112,7 +112,7 @@ def evaluation(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     figures = rng.integers(5, 90, (3, 40))
     ids = tuple(f"d{i}" for i in range(40))
-    scores = Scores(rng.normal(300, 60, 40), *figures, ids, ("g",) * 40, max_length=16, stride=8)
+    scores = Scores(ids, ("g",) * 40, rng.normal(300, 60, 40), *figures, max_length=16, stride=8)
     scores.save(folder / "r.documents.parquet")
     digest = checksums.digest_of_file(folder / "r.documents.parquet")
     beside = {"documents_file": "r.documents.parquet", "documents_sha256": digest, "mode": "var"}
@@ -174,8 +174,10 @@ def read_checkpoint(path: Path) -> Any:
 
 
 def losses(folder: Path) -> Path:
-    found = scored_points.Losses(np.arange(20) / 3, np.arange(20), 1.5, 0.25)
-    scored_points._write(folder / "l.parquet", found, [f"d{i}" for i in range(20)])
+    names = [f"d{i}" for i in range(20)]
+    scored_points._write(
+        folder / "l.parquet", scored_points.Point(names, names, np.arange(20) / 3, np.arange(20), 1.5, 0.25)
+    )
     return folder / "l.parquet"
 
 

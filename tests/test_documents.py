@@ -312,7 +312,7 @@ def measured(reader: Reader) -> None:
 
 FACTS: dict[str, Callable[[Reader], None]] = {
     "analysis.audit_study": audited,
-    "analysis.certificate_simulation": told(r"^[a-z -]+ +(?:50|200|1000)(?: +\d+\.\d\d%){3}(?: +\d+\.\d\d){3}$", 15),
+    "benchmarks.certificate_simulation": told(r"^[a-z -]+ +(?:50|200|1000)(?: +\d+\.\d\d%){3}(?: +\d+\.\d\d){3}$", 15),
     "analysis.harness": harnessed,
     "analysis.hypothesis_validation": validated,
     "analysis.replay": replayed,

@@ -19,7 +19,6 @@ PROGRAMS = {
     "experiments/03_hyperparameter_optimization.py": ((), "tuning"),
     "experiments/05_systems_analysis.py": ((), "systems"),
     "analysis.audit_study": ((), "audit"),
-    "analysis.error_report": ((), "error_sources"),
     "analysis.harness": (("--tasks", "a"), "harness"),
     "analysis.hypothesis_validation": ((), "hypotheses"),
     "analysis.replay": (("--trace", "none.parquet"), "replay"),

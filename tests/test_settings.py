@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import varjax
-from analysis.evaluate.caching import INDEPENDENT, Caching
-from analysis.evaluate.quality import score, var_runner
+from analysis.evaluate.losses import INDEPENDENT, Caching, score, var_runner
 from models import Sampling, load_model
 from varjax import VARConfig, VARModel
 

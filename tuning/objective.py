@@ -25,10 +25,9 @@ import numpy as np
 from scipy import stats as distributions
 
 from analysis.evaluate.certificate import CLIP, LIMIT
-from analysis.evaluate.quality import score, var_runner
-from analysis.policies.ladder import Choice, Ladder, Measured, climb
-from analysis.policies.scored_points import Losses, Subject, losses
-from analysis.policies.search import policies
+from analysis.evaluate.losses import Losses, score, var_runner
+from analysis.evaluate.points import Subject, score_point
+from analysis.evaluate.policy_search import Choice, Ladder, Measured, climb, policies
 from analysis.resampling import Estimate
 from models import MoEConfig
 from profiling.calls import PHASES
@@ -55,7 +54,7 @@ class Objective:
 
     Raises:
         InputError: settings out of their ranges, a config that bounds its answers, or as
-            `analysis.policies.scored_points.Subject`.
+            `analysis.evaluate.points.Subject`.
     """
 
     subject: Subject  # its documents are those of the tune split
@@ -108,7 +107,7 @@ class Objective:
             layers = policies(choices, subject.model.config.num_experts, orders)
             config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
             table = with_policies(self._table, config, subject.stats, subject.answers)
-            found = losses(subject, config, table)
+            found = score_point(subject, config, table)
             bar.update()
             change = (found.nll - self._plain.nll).sum() / self._plain.tokens.sum()
             return Measured(tuple(choices), math.expm1(change), found.experts_per_token)
@@ -141,7 +140,7 @@ class Objective:
     @cached_property
     def _plain(self) -> Losses:
         """Kept on disk by the subject, where it has a folder."""
-        return losses(self.subject)
+        return score_point(self.subject)
 
     @cached_property
     def _order(self) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 A space is data, a tuple of `Parameter`s. Most of them are fields of `VARConfig` by their own names. Three are not:
 
-- `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.policies.ladder`). It is what the
-  losses of the single layers add up to; what a point really costs is measured.
+- `loss_budget`: every layer's tolerance at once, by the ladder of policies (`analysis.evaluate.policy_search`). It is
+  what the losses of the single layers add up to; what a point really costs is measured.
 - `longest_context`: the orders that the layers look at, from 1 to this.
 - `cached_tier`: whether there is a cached tier at all. Where there is none, its settings (`CACHED`) mean nothing; they
   are drawn all the same, since a model of a space that changes its shape is a worse one.
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import optuna
 
-from analysis.policies.ladder import Ladder
+from analysis.evaluate.policy_search import Ladder
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 
@@ -156,7 +156,7 @@ def without_effect(space: Space, seconds: float) -> dict[str, str]:
     """The parameters that can change nothing on the documents of a search, and why.
 
     Args:
-        seconds: the greatest age of a decision of the cached tier there, `analysis.evaluate.caching.Caching.span`.
+        seconds: the greatest age of a decision of the cached tier there, `analysis.evaluate.losses.Caching.span`.
     """
     if seconds == 0:
         why = "each document is read in one window with a cached tier of its own, which decides nothing then"

@@ -28,9 +28,8 @@ import numpy as np
 from scipy import stats as distributions
 
 from analysis.criteria import TUNING_SPEEDUP, Criterion
-from analysis.evaluate import certificate
-from analysis.evaluate.certificate import LIMIT, Certificate, certify
-from analysis.policies.scored_points import Losses, Subject, losses
+from analysis.evaluate.certificate import CLIP, LIMIT, Certificate, certify
+from analysis.evaluate.points import Point, Subject, score_point
 from analysis.resampling import Estimate, ratio_estimate
 from analysis.text.encoding import Drawn
 from profiling.timing import geometric_mean, measure
@@ -193,18 +192,18 @@ def validate(
     bar = progress_bar(
         total=len(candidates) + 1 + len(presets), unit="configuration", desc="validation", show=test.progress
     )
-    increases: dict[str, Losses] = {}
+    scored: dict[str, Point] = {}
     found: list[Candidate] = []
     for name, config in candidates.items():
         table = _table(calibrate, config, len(found))
-        increases[name] = losses(calibrate, config, table)
+        scored[name] = score_point(calibrate, config, table)
         timed = _timed(calibrate, config, table, range(len(calibrate.documents)), rounds, calibrate.seed)
-        found.append(Candidate(name, increases[name].experts_per_token, timed))
+        found.append(Candidate(name, scored[name].experts_per_token, timed))
         bar.update()
     certified = certify(
-        _of(calibrate, losses(calibrate)),
-        {name: _of(calibrate, one) for name, one in increases.items()},
-        clip=certificate.CLIP,
+        score_point(calibrate),
+        scored,
+        clip=CLIP,
         model_sha256=calibrate.model.fingerprint,
         config_sha256={name: config.digest(calibrate.table_sha256) for name, config in candidates.items()},
         level=level,
@@ -215,7 +214,7 @@ def validate(
     )
     judged: list[Judged] = []
     if chosen := choose(certified, found):
-        plain = losses(test)
+        plain = score_point(test)
         for name, config in {chosen: candidates[chosen], **presets}.items():
             table = _table(test, config, len(found) + len(judged))
             judged.append(_judge(test, plain, name, config, table, repeats, rounds, level))
@@ -244,7 +243,7 @@ def lower_limit(ratios: np.ndarray, level: float) -> float:
 
 def _judge(
     test: Subject,
-    plain: Losses,
+    plain: Point,
     name: str,
     config: VARConfig,
     table: RouteTable,
@@ -253,7 +252,7 @@ def _judge(
     level: float,
 ) -> Judged:
     """One configuration on all test documents, which are dealt out to the repeats."""
-    scored = losses(test, config, table)
+    scored = score_point(test, config, table)
     change = scored.nll - plain.nll
     shares = np.array_split(np.random.default_rng(test.seed).permutation(len(test.documents)), repeats)
     measured = []
@@ -288,12 +287,6 @@ def _timed(
     )
     speedups = {phase: Estimate(**ratio) for phase, ratio in found["speedup"].items()}
     return Timed(speedups, geometric_mean(one.value for one in speedups.values()))
-
-
-def _of(subject: Subject, found: Losses) -> certificate.Losses:
-    """The losses as a certificate takes them."""
-    documents = subject.documents
-    return certificate.Losses([one.id for one in documents], [one.group for one in documents], found.nll, found.tokens)
 
 
 def _degradation(change: np.ndarray, tokens: np.ndarray, seed: int) -> Estimate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from analysis.evaluate import certificate_report
+from analysis.evaluate import certificate
 from analysis.report.report import Column, Section, Table
 from tuning.validation import Judged, Validation
 
@@ -89,7 +89,7 @@ def _repeats(judged: tuple[Judged, ...]) -> Table:
 
 def _words(found: Validation) -> tuple[str, ...]:
     return (
-        *certificate_report.sentences(found.certificate),
+        *certificate.sentences(found.certificate),
         "The fastest certified candidate is chosen by timings on the calibrate documents. Those timings flatter it, "
         "for they chose it: the verdict uses only the test documents, on which nothing was chosen. The other "
         "candidates are not judged.",

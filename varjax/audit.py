@@ -2,7 +2,7 @@
 
 Letters: L layers, B texts, T positions, E experts, Q tokens per text that may be audited, M watched streams.
 
-    auditor = Auditor(var_model, calibration, on_drift="warn")      # calibration: analysis.audits.auditing.calibrate
+    auditor = Auditor(var_model, calibration, on_drift="warn")      # calibration: analysis.evaluate.auditing.calibrate
     audit_state = auditor.init()
     out, state, audit_state = auditor(input_ids, state, audit_state)
 
@@ -68,7 +68,7 @@ class Auditor:
             if theirs != value:
                 raise InputError(
                     f"the calibration has {name} {theirs[:12]}…, this model {value[:12]}…; calibrate again with "
-                    "analysis.audits.auditing.calibrate"
+                    "analysis.evaluate.auditing.calibrate"
                 )
         self.var_model, self.calibration, self.on_drift = var_model, calibration, on_drift
 

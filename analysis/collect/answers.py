@@ -12,7 +12,7 @@ from typing import Unpack
 
 import numpy as np
 
-from analysis.collect.passes import Reading, Sums, run_pass
+from analysis.collect.passes import PassSums, Reading, run_pass
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax import answers
@@ -44,6 +44,6 @@ def collect_answers(
         The answers, without pairs that never occurred.
     """
     empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size, pairs)
-    sums = Sums("answers", answers.init, answers.update, answers.absorb, empty.ngram_orders, empty.layers, True)
+    sums = PassSums("answers", answers.init, answers.update, answers.absorb, empty.ngram_orders, empty.layers, True)
     found, _ = run_pass(model, documents, empty.keys, empty, sums, **reading)
     return answers.pruned(found)

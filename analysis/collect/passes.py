@@ -92,7 +92,7 @@ class _Part:
         return islice(self.every, self.share.index, None, self.share.of)
 
 
-class Sums(NamedTuple, Generic[Window, Total]):
+class PassSums(NamedTuple, Generic[Window, Total]):
     """What a pass sums up: three functions of `varjax.stats` or `varjax.answers`, and what they need from the model."""
 
     name: str  # for the progress bar
@@ -119,7 +119,7 @@ def mesh_of(model: Model) -> Mesh:
 class Devices(Generic[Window, Total]):
     """The devices' part of a pass: the model, the index of the keys, and a window of sums on each of G devices."""
 
-    def __init__(self, model: Model, keys: np.ndarray, sums: Sums[Window, Total]):
+    def __init__(self, model: Model, keys: np.ndarray, sums: PassSums[Window, Total]):
         """Move everything that batches share to the devices, whole on each unless the model is divided already.
 
         Args:
@@ -202,7 +202,7 @@ def _step(
     ids: jax.Array,
     mask: jax.Array,
     *,
-    sums: Sums[Window, Any],
+    sums: PassSums[Window, Any],
     network: Network,
     mesh: Mesh,
 ) -> Window:
@@ -231,7 +231,7 @@ def run_pass(
     documents: Iterable[Encoded],
     keys: np.ndarray,
     total: Total,
-    sums: Sums[Any, Total],
+    sums: PassSums[Any, Total],
     *,
     batch_size: int = 8,
     max_length: int = 256,

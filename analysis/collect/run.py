@@ -41,7 +41,7 @@ _SAME = ("fingerprint", "top_k", "vocab_size", "layers")  # what merged parts mu
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class CollectSettings:
     """What decides the result of a run, besides the model and the documents. Raises InputError naming bad fields."""
 
     keys: KeySettings = dataclasses.field(default_factory=KeySettings)
@@ -106,7 +106,7 @@ def analyze(
     model: Model,
     corpus: EncodedCorpus,
     output: Path,
-    settings: Settings,
+    settings: CollectSettings,
     *,
     share: Share = EVERY_DOCUMENT,
     seed: int = 0,
@@ -269,7 +269,7 @@ def merge_files(paths: Sequence[Path], output: Path, about: dict[str, Any]) -> t
 
 
 def _keys(
-    model: Model, corpus: EncodedCorpus, settings: Settings, work: Path, run: dict[str, Any], progress: bool
+    model: Model, corpus: EncodedCorpus, settings: CollectSettings, work: Path, run: dict[str, Any], progress: bool
 ) -> tuple[ContextCounts, dict[str, Any]]:
     """The keys, and what the documents were that they were counted in; from the disk if the run got that far."""
     noted, saved = resumed(work / "run.json", run), Checkpoints(work / "keys")

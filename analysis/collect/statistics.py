@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Unpack
 
-from analysis.collect.passes import Reading, Sums, run_pass
+from analysis.collect.passes import PassSums, Reading, run_pass
 from analysis.text.batches import windows
 from analysis.text.encoding import Encoded
 from models import Model
@@ -93,6 +93,6 @@ def collect(
     chosen = tuple(range(num_layers)) if layers is None else tuple(layers)
     orders = tuple(count.order for count in keys.orders)
     empty = RoutingStats.empty(keys.keys, orders, len(chosen), model.config.num_experts)
-    sums = Sums("statistics", stats.init, stats.update, stats.absorb, orders, chosen)
+    sums = PassSums("statistics", stats.init, stats.update, stats.absorb, orders, chosen)
     found, read = run_pass(model, documents, keys.keys, empty, sums, **reading)
     return stats.spread(dataclasses.replace(found, documents=read), chosen, num_layers)

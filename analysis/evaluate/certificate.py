@@ -1,75 +1,61 @@
-"""A certificate: how much loss a configuration costs at most, with a stated confidence.
+"""A certificate: how much loss a configuration adds at most, with a stated confidence.
 
 Letters: N documents, K configurations, G groups of enough documents, alpha = 1 - level.
 
 A baseline and K configurations score the same calibration documents. A document's increase is its summed loss under the
-configuration minus that under the baseline, over its scored tokens: nats per token, the log of the ratio of its two
-perplexities. Increases are clipped to [-clip, clip], because without a limit no finite sample bounds a mean; how many
-were clipped is reported. What is bounded is the mean over documents, in which a document counts once however long it
-is; exp(mean) - 1 is the increase of perplexity, as a geometric mean over documents. The increase over all tokens
-together, unclipped, stands beside it as an estimate.
+configuration minus that under the baseline, divided by its scored tokens: nats per token, the log of the ratio of its
+two perplexities. Increases are clipped to [-clip, clip], because without a limit no finite sample bounds a mean; the
+share that was clipped is reported. The bound is on the mean over documents, in which a document counts once, however
+long it is; exp(mean) - 1 is the increase of perplexity, as a geometric mean over documents. The unclipped increase over
+all tokens together is reported as an estimate.
 
-The bound is that of `varjax.bounds.upper_bound`: it holds for every N, provided that the documents are independent
-draws from the population that the certificate is to speak of, and that what one costs does not depend on those before
-it, as it does with a cached tier that all documents share (`analysis.evaluate.caching`). Three statements, each of
-which fails in at most alpha of all calibrations:
+The bound is that of `varjax.bounds.upper_bound`. It holds for every N, provided that the documents are independent
+draws from the population that the certificate is about, and that the loss of one does not depend on those before it, as
+it does with a cached tier that all documents share (`analysis.evaluate.losses`). Three statements, each of which fails
+in at most alpha of all calibrations:
 
-- the overall bound of a configuration named beforehand;
+- the overall bound of a configuration that was named beforehand;
 - all its group bounds together (each at alpha / G);
-- that no certified configuration exceeds `limit` (Learn-then-Test, Angelopoulos et al. 2021, arXiv 2110.01052). Each is
-  tested for exceeding it. "fixed_sequence" tests at alpha in the given order and stops at the first that is not
-  certified: the order, surest first, comes from other documents. "holm" needs no order and pays for that.
+- no certified configuration exceeds `limit` (Learn-then-Test, Angelopoulos et al. 2021, arXiv 2110.01052). Each is
+  tested for exceeding it. "fixed_sequence" tests at alpha in the given order and stops at the first that fails: the
+  order, surest first, comes from other documents. "holm" needs no order and is less powerful.
 
-The bound of a configuration picked by its result is covered by the third statement alone. Even without any spread a
-bound stays about 1.1 clip log(1 / alpha) / N above the mean, the price of disasters too rare to be seen: a clip is
-chosen small, and before looking.
+The bound of a configuration that was picked by its result is covered by the third statement alone. Even without any
+spread a bound stays about 1.1 clip log(1 / alpha) / N above the mean, because disasters may be too rare to be seen:
+choose a small clip, and choose it before looking.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
+from matplotlib.figure import Figure
 
-from analysis.evaluate.comparison import MAX_DEGRADATION, Result, check_pair
-from analysis.evaluate.quality import Scores
+from analysis.criteria import MAX_DEGRADATION
+from analysis.evaluate.comparison import Result, check_pair
+from analysis.evaluate.losses import Losses, LossesError, paired
+from analysis.report.figures import subplots
 from analysis.report.provenance import hash_json
+from analysis.report.report import Column, Report, ReportFigure, Section, Table
+from analysis.resampling import holm
 from analysis.text.encoding import Drawn
 from varjax.bounds import documents_needed, p_value, upper_bound
-from varjax.errors import InputError
 
 LIMIT = math.log1p(MAX_DEGRADATION)  # nats per token
 CLIP = 0.2  # nats per token, of a document's increase: its perplexity rises by 22 %
-MIN_DOCUMENTS = 20  # fewer are refused, and a group of fewer is not certified
+HELD_OUT = ("calibrate", "test")  # splits that neither make a table nor choose a policy
+MIN_DOCUMENTS = 20  # a certificate of fewer is refused, and a group of fewer has no bound
 
 Testing = Literal["fixed_sequence", "holm"]
-
-
-class CertificateError(InputError):
-    """Losses that no certificate can be made of; names what is wrong and the fix."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """What one configuration lost on each document."""
-
-    ids: Sequence[str]  # N, each once
-    groups: Sequence[str]  # N
-    nll: np.ndarray  # float64 [N], summed over the scored tokens, nats
-    tokens: np.ndarray  # int64 [N], scored
-
-    @classmethod
-    def of(cls, source: Scores | Result) -> Losses:
-        """Those of an evaluation in memory or in files."""
-        if isinstance(source, Scores):
-            return cls(source.ids, source.groups, source.nll, source.tokens)
-        table = source.documents
-        return cls(list(table["id"]), list(table["group"]), table["nll"].to_numpy(), table["tokens"].to_numpy())
+TESTS: Mapping[Testing, Callable[[np.ndarray], np.ndarray]] = {  # p values, corrected: certified are those up to alpha
+    "fixed_sequence": np.maximum.accumulate,
+    "holm": holm,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +77,7 @@ class Bound:
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """What is known of one configuration."""
+    """What is known about one configuration."""
 
     name: str
     sha256: str
@@ -104,7 +90,7 @@ class Configuration:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """The result, with all that it depends on; `analysis.report.provenance.write_json` writes it."""
+    """The result and everything that it depends on; `analysis.report.provenance.write_json` writes it."""
 
     level: float
     limit: float  # nats per token
@@ -121,6 +107,7 @@ class Certificate:
 
     @property
     def certified(self) -> tuple[str, ...]:
+        """The names of the certified configurations."""
         return tuple(one.name for one in self.configurations if one.certified)
 
 
@@ -138,35 +125,39 @@ def certify(
     drawn: Drawn | None = None,
     cached: Collection[str] = (),
 ) -> Certificate:
-    """Bound each candidate's increase of loss over the baseline and say which ones stay within the limit.
+    """Bound each candidate's increase of loss over the baseline, and certify those that stay within the limit.
 
-    The documents' order in the arguments plays no part. All of `clip`, `level`, `limit`, `testing`, `seed` and the
-    order of the candidates have to be chosen without these losses.
+    The order of the documents does not matter. `clip`, `level`, `limit`, `testing`, `seed` and the order of the
+    candidates have to be chosen without these losses.
 
     Args:
+        baseline: of the plain model.
         candidates: by name, in the order in which "fixed_sequence" tests them.
         clip: nats per token, above `limit`; 0.2 is a document whose perplexity rises by 22 %.
+        model_sha256: of the model.
         config_sha256: of every candidate, as `VARConfig.digest` makes it.
         level: the confidence of each of the three statements above.
         limit: nats per token; the default is a perplexity 1 % higher.
-        drawn: how the documents came out of their split, as it was recorded; None: that was not recorded.
+        testing: the procedure for several candidates.
+        seed: of the order in which the bound takes the documents.
+        drawn: how the documents came out of their split; None: that was not recorded.
         cached: the candidates that ran with a cached tier which all documents shared.
 
+    Returns:
+        The certificate.
+
     Raises:
-        CertificateError: documents that do not pair or occur twice, losses that are not finite, fewer than
-            MIN_DOCUMENTS documents, no candidate, a candidate without hash, or settings out of their range.
+        LossesError: as `analysis.evaluate.losses.paired`, fewer than MIN_DOCUMENTS documents, no candidate, a
+            candidate without hash, or settings out of their range.
     """
     _check(candidates, config_sha256, clip, level, limit, testing)
-    base = _table("the baseline", baseline)
+    pairs = {name: paired(baseline, losses, ("the baseline", name)).sort_index() for name, losses in candidates.items()}
+    base = next(iter(pairs.values()))
     scored = (base["tokens"] > 0).to_numpy()
-    increases = {}
-    for name, losses in candidates.items():
-        other = _table(name, losses)
-        _check_pairs(name, base, other)
-        increases[name] = (other["nll"] - base["nll"]).to_numpy()[scored]
+    increases = {name: pair["added"].to_numpy()[scored] for name, pair in pairs.items()}
     documents = base[scored]
     if len(documents) < MIN_DOCUMENTS:
-        raise CertificateError(
+        raise LossesError(
             f"{len(documents)} documents have a scored token; a certificate needs {MIN_DOCUMENTS}, a useful one "
             "some hundreds: evaluate more documents of the calibration split"
         )
@@ -175,15 +166,14 @@ def certify(
     sizes = documents["group"].value_counts().sort_index()
     group_level = 1 - (1 - level) / max(1, int((sizes >= MIN_DOCUMENTS).sum()))
 
-    def bounded(increase: np.ndarray, chosen: np.ndarray, at: float) -> Bound:
+    def bounded(increase: np.ndarray, chosen: Any, at: float) -> Bound:
         return _bound(increase[chosen], tokens[chosen], clip, at, limit, seed)
 
-    everything = np.ones(len(documents), bool)
-    p = {
-        name: p_value(np.clip(increase / tokens, -clip, clip), limit, -clip, clip, level, seed=seed)
-        for name, increase in increases.items()
-    }
-    passed = TESTS[testing](p, 1 - level)
+    p = [
+        p_value(np.clip(increase / tokens, -clip, clip), limit, -clip, clip, level, seed=seed)
+        for increase in increases.values()
+    ]
+    passed = TESTS[testing](np.array(p)) <= 1 - level
     return Certificate(
         level=level,
         limit=limit,
@@ -200,74 +190,72 @@ def certify(
             Configuration(
                 name=name,
                 sha256=config_sha256[name],
-                p=p[name],
-                certified=name in passed,
+                p=value,
+                certified=bool(certified),
                 cached=name in cached,
-                overall=bounded(increase, everything, level),
+                overall=bounded(increase, slice(None), level),
                 groups={one: bounded(increase, group == one, group_level) for one in sizes.index},
             )
-            for name, increase in increases.items()
+            for (name, increase), value, certified in zip(increases.items(), p, passed, strict=True)
         ),
     )
 
 
 def certify_results(baseline: Result, candidates: Mapping[str, Result], **settings: Any) -> Certificate:
-    """`certify` for evaluations in files, which name model and configuration themselves.
+    """Certify evaluations in files, which name model and configuration themselves.
+
+    Args:
+        baseline: of the plain model.
+        candidates: under VAR, by name.
+        settings: the other arguments of `certify`.
+
+    Returns:
+        The certificate.
 
     Raises:
-        CertificateError: as `certify` does, and where they lack their hashes, are of another mode than their place in
-            the arguments asks for, or hold documents that made or chose configurations (splits train, build and tune,
-            or all).
-        ResultError: as `analysis.evaluate.comparison.check_pair`.
+        LossesError: as `certify` and `analysis.evaluate.comparison.check_pair`, and where a file lacks its hashes, is
+            of another mode than its place in the arguments asks for, or holds documents that made or chose
+            configurations (all but `HELD_OUT`).
     """
-    every = {"the baseline": baseline} | dict(candidates)
-    origins = {name: result.fields.get("provenance", {}) for name, result in every.items()}
-    for name, result in every.items():
-        model, split = origins[name].get("model", {}), origins[name].get("data", {}).get("split")
-        if model.get("fingerprint") is None or "config_sha256" not in origins[name]:
-            raise CertificateError(f"{result.path} names no model and configuration; evaluate again with this version")
-        mode, expected = result.fields.get("mode"), "baseline" if result is baseline else "var"
-        if mode != expected:
-            raise CertificateError(
-                f"{result.path} is of mode {mode!r}, expected {expected!r}; give the baseline first, then what runs "
-                "under VAR"
-            )
-        check_pair(baseline, result)
-        if split in (None, "train", "build", "tune"):
-            of = "all splits, and train and tune" if split is None else f"the split {split!r}, which"
-            raise CertificateError(
-                f"{result.path} is of {of} made or chose configurations; evaluate on 'calibrate', or 'test'"
-            )
-    data, configs = origins["the baseline"]["data"], {name: origins[name].get("config", {}) for name in candidates}
+    origins = {name: result.fields.get("provenance", {}) for name, result in candidates.items()}
+    for result in (baseline, *candidates.values()):
+        _check_result(baseline, result)
     # A result that does not say so is of a version in which all documents shared one cache.
     shared = {name: (one.fields.get("cached_tier") or {}).get("shared", True) for name, one in candidates.items()}
+    sizes = {name: origin.get("config", {}).get("cache_size", 0) for name, origin in origins.items()}
+    made = baseline.fields["provenance"]
     return certify(
-        Losses.of(baseline),
-        {name: Losses.of(result) for name, result in candidates.items()},
-        model_sha256=origins["the baseline"]["model"]["fingerprint"],
-        config_sha256={name: origins[name]["config_sha256"] for name in candidates},
-        drawn=Drawn.of(data),
-        cached=[name for name, config in configs.items() if config.get("cache_size", 0) > 0 and shared[name]],
+        baseline.losses,
+        {name: result.losses for name, result in candidates.items()},
+        model_sha256=made["model"]["fingerprint"],
+        config_sha256={name: origin["config_sha256"] for name, origin in origins.items()},
+        drawn=Drawn.of(made["data"]),
+        cached=[name for name, size in sizes.items() if size > 0 and shared[name]],
         **settings,
     )
 
 
-def fixed_sequence(p: Mapping[str, float], alpha: float) -> set[str]:
-    """Of hypotheses in the order of `p`, those that are rejected: up to the first whose p-value exceeds alpha."""
-    return set(itertools.takewhile(lambda name: p[name] <= alpha, p))
-
-
-def holm(p: Mapping[str, float], alpha: float) -> set[str]:
-    """Those rejected in order of their p-values, each against alpha over how many are left (Holm 1979)."""
-    ordered = sorted(p, key=lambda name: p[name])
-    return fixed_sequence({name: p[name] * (len(p) - rank) for rank, name in enumerate(ordered)}, alpha)
-
-
-TESTS = {"fixed_sequence": fixed_sequence, "holm": holm}
+def _check_result(baseline: Result, result: Result) -> None:
+    origin = result.fields.get("provenance", {})
+    if origin.get("model", {}).get("fingerprint") is None or "config_sha256" not in origin:
+        raise LossesError(f"{result.path} names no model and configuration; evaluate again with this version")
+    mode, expected = result.fields.get("mode"), "baseline" if result is baseline else "var"
+    if mode != expected:
+        raise LossesError(
+            f"{result.path} is of mode {mode!r}, expected {expected!r}; give the baseline first, then the results "
+            "under VAR"
+        )
+    check_pair(baseline, result)
+    split = origin.get("data", {}).get("split")
+    if split not in HELD_OUT:
+        of = "all splits, some of which" if split is None else f"the split {split!r}, which"
+        raise LossesError(
+            f"{result.path} is of {of} made or chose configurations; evaluate on {' or '.join(map(repr, HELD_OUT))}"
+        )
 
 
 def _bound(increase: np.ndarray, tokens: np.ndarray, clip: float, level: float, limit: float, seed: int) -> Bound:
-    """Of documents whose loss rose by `increase` nats in all, over `tokens`."""
+    """The bound for documents whose loss rose by `increase` nats in all, over `tokens`."""
     rates = increase / tokens
     x = np.clip(rates, -clip, clip)
     mean, bound, for_limit, for_half = float(x.mean()), None, None, None
@@ -290,49 +278,194 @@ def _bound(increase: np.ndarray, tokens: np.ndarray, clip: float, level: float, 
     )
 
 
-def _table(name: str, losses: Losses) -> pd.DataFrame:
-    """group, nll and tokens by id, in the order of the ids."""
-    table = pd.DataFrame({"group": losses.groups, "nll": losses.nll, "tokens": losses.tokens}, index=list(losses.ids))
-    if table.index.has_duplicates:
-        twice = table.index[table.index.duplicated()][0]
-        raise CertificateError(f"{name} has document {twice} twice; a document counts once: remove its copies")
-    finite = np.isfinite(table["nll"])
-    if not finite.all():
-        wrong = table.index[~finite][0]
-        raise CertificateError(
-            f"{name} has loss {table['nll'][wrong]} on document {wrong}; find out why, evaluate again"
-        )
-    return table.sort_index()
-
-
-def _check_pairs(name: str, base: pd.DataFrame, other: pd.DataFrame) -> None:
-    shared = base.index.intersection(other.index)
-    if len(shared) != len(base) or len(shared) != len(other):
-        raise CertificateError(
-            f"{name} shares {len(shared)} of its {len(other)} documents with the {len(base)} of the baseline; "
-            "evaluate both on the same dataset, split and number of samples"
-        )
-    for column, fix in (("tokens", "use one tokenizer and equal windows"), ("group", "use one dataset")):
-        if (base[column] != other[column]).any():
-            wrong = base.index[base[column] != other[column]][0]
-            raise CertificateError(f"{name} has other {column} than the baseline on document {wrong}; {fix}")
-
-
 def _check(
-    candidates: Mapping[str, Losses],
-    config_sha256: Mapping[str, str],
+    candidates: Collection[str],
+    config_sha256: Collection[str],
     clip: float,
     level: float,
     limit: float,
     testing: str,
 ) -> None:
     if not candidates:
-        raise CertificateError("there is no configuration to certify; give one or more besides the baseline")
+        raise LossesError("there is no configuration to certify; give one or more besides the baseline")
     if missing := [name for name in candidates if name not in config_sha256]:
-        raise CertificateError(f"configuration {missing[0]!r} has no hash; give config_sha256 for every candidate")
+        raise LossesError(f"configuration {missing[0]!r} has no hash; give config_sha256 for every candidate")
     if not (math.isfinite(clip) and 0 < limit < clip):
-        raise CertificateError(f"limit is {limit} and clip {clip} nats per token; give 0 < limit < clip")
+        raise LossesError(f"limit is {limit} and clip {clip} nats per token; give 0 < limit < clip")
     if not 0 < level < 1:
-        raise CertificateError(f"level is {level}; give a probability between 0 and 1, such as 0.95")
+        raise LossesError(f"level is {level}; give a probability between 0 and 1, such as 0.95")
     if testing not in TESTS:
-        raise CertificateError(f"testing is {testing!r}; give one of {', '.join(TESTS)}")
+        raise LossesError(f"testing is {testing!r}; give one of {', '.join(TESTS)}")
+
+
+def report(certificate: Certificate, facts: Sequence[tuple[str, str]] = ()) -> Report:
+    """Report the verdict, the bounds of configurations and groups, and the hashes of model, data and configurations.
+
+    Args:
+        certificate: of one or more configurations.
+        facts: what else is known about the data.
+
+    Returns:
+        The report. Its verdict is "not testable" where every certified configuration ran with a shared cached tier.
+    """
+    tried = certificate.configurations
+    independent = [not one.cached for one in tried if one.certified]
+    verdict = ("PASS" if any(independent) else "not testable") if independent else "FAIL"
+    hashes = {"model": certificate.model_sha256, "data": certificate.data_sha256}
+    hashes |= {one.name: one.sha256 for one in tried}
+    grouped = [one for one in tried if len(one.groups) > 1]
+    rows = [(*_row(one.name, one.overall), one.certified) for one in tried]
+    tables = [Table("Increase of perplexity", _COLUMNS, tuple(rows))]
+    for one in grouped:
+        rows = [_row(name, group) for name, group in one.groups.items()]
+        tables.append(Table(f"Groups of {one.name}", _COLUMNS[:-1], tuple(rows)))
+    figure = ReportFigure(
+        "certificate_bounds",
+        "Measured means and certified bounds",
+        "Dots: the mean increase over documents. Bars reach up to the bound that holds with the stated confidence; a "
+        "bar that ends left of the dashed line is within the limit. Groups are those of the first configuration, the "
+        "highest bounds first.",
+        f"A wide bar means few documents, not a high loss. Groups of fewer than {MIN_DOCUMENTS} documents have no "
+        "bound and are not drawn.",
+        partial(_draw, certificate),
+    )
+    section = Section(
+        "certificate",
+        f"Does perplexity rise by no more than {_percent(certificate.limit)}?",
+        verdict,
+        f"{len(certificate.certified)} of {len(tried)} certified at {certificate.level:.4g} confidence; at most "
+        + ", ".join(f"{_percent(one.overall.bound, '+')} ({one.name})" for one in tried),
+        (*sentences(certificate), *map(_groups, grouped)),
+        tuple(tables),
+        (figure,),
+        f"at most {_percent(tried[0].overall.bound, '+')}" if len(tried) == 1 else "",
+    )
+    documents = f"{certificate.documents:,}, {certificate.tokens:,} tokens"
+    return Report("Certificate of the loss", (("documents", documents), *facts, *hashes.items()), (), (section,))
+
+
+def sentences(certificate: Certificate) -> list[str]:
+    """Say what is certified, what that covers and does not cover, and what a tighter bound would take.
+
+    Args:
+        certificate: of one or more configurations.
+
+    Returns:
+        Paragraphs in plain English.
+    """
+    error, limit = f"{100 * (1 - certificate.level):.2g}%", _percent(certificate.limit)
+    verdict = (
+        f"Certified: none. At an error of {error} these documents do not show that perplexity rises by no more than "
+        f"{limit} on average; that does not prove that it rises by more."
+    )
+    if certificate.certified:
+        verdict = (
+            f"Certified: {', '.join(certificate.certified)}. On text like the calibration documents perplexity rises "
+            f"by no more than {limit} on average; the chance of any wrong entry in this list was at most {error}."
+        )
+    if len(certificate.configurations) > 1:
+        verdict += {
+            "fixed_sequence": " The configurations were tested in the order of the table, up to the first failure.",
+            "holm": " The configurations were tested together (Holm).",
+        }[certificate.testing]
+    words = [
+        verdict,
+        f'"At most" bounds a configuration that was named beforehand; such a bound is too low in at most {error} of '
+        "all calibrations. At the same error the bounds of one configuration's groups hold together.",
+        'Covered: the geometric mean over documents, each counted once; "all tokens" weighs them by length and is an '
+        f"estimate without guarantee. A document's change counts as {certificate.clip:g} nats per token "
+        f"({_percent(certificate.clip)}) at most. {_sample(certificate)}",
+        "Not covered: text of other kinds; any single document; text that the model writes itself; other tasks and "
+        "speed; another model or configuration than those named by hash; a cache that carries over from document to "
+        "document.",
+        *map(_more_documents, certificate.configurations),
+    ]
+    if dependent := ", ".join(one.name for one in certificate.configurations if one.cached):
+        words.append(
+            f"Take care: {dependent} ran with a cached tier that all documents shared, so documents depend on each "
+            "other and the bound is not guaranteed; evaluate without --shared_cache."
+        )
+    if certificate.unscored:
+        words.append(f"Left out because they have no scored token: {certificate.unscored} documents.")
+    return words
+
+
+def _sample(certificate: Certificate) -> str:
+    """Which text the bound is about, by what was recorded when the documents were drawn."""
+    drawn = certificate.drawn
+    if drawn is None:
+        return (
+            "If the documents are a random sample of a corpus, the bound is about that corpus; how they were drawn was "
+            "not recorded."
+        )
+    which = f"the first {drawn.read:,}" if drawn.cut else f"all {drawn.read:,}"
+    by = "in the order of their texts' hashes" if drawn.order == "hash" else "as the source lists them"
+    until = f" (cut at a number of {' and of '.join(drawn.cut)})" if drawn.cut else ""
+    about = (
+        "a sample of the corpus, drawn by a hash of their text. The bound is about that corpus and text of its kind."
+        if drawn.sampled
+        else "not a random sample: the bound is about text like these, and about the corpus only if its order is "
+        "random."
+    )
+    short = f" Texts of fewer than two tokens were left out ({drawn.short:,})." if drawn.short else ""
+    joint = ":" if drawn.sampled else ","
+    return f"The documents are {which} of the split {by}{until}{joint} {about}{short}"
+
+
+def _more_documents(one: Configuration) -> str:
+    """How many calibration documents a better bound takes."""
+    bound = one.overall
+    if bound.needed_for_limit is None:
+        return f"{one.name}: the measured mean is above the limit; more documents are not expected to certify it."
+    if not bound.within_limit:
+        return f"{one.name}: about {bound.needed_for_limit:,} documents would bring its bound to the limit."
+    if bound.needed_for_half is None:
+        return f"{one.name}: its bound is as low as the measured mean."
+    return f"{one.name}: about {bound.needed_for_half:,} documents would halve the bound's distance from the mean."
+
+
+def _groups(one: Configuration) -> str:
+    bounds = {name: group.bound for name, group in one.groups.items() if group.bound is not None}
+    within = sum(group.within_limit for group in one.groups.values())
+    words = f"{one.name}, groups: {within} of {len(one.groups)} bounded within the limit"
+    if bounds:
+        worst = max(bounds, key=lambda name: bounds[name])
+        words += f"; highest bound {worst}, {_percent(bounds[worst], '+')}"
+    small = len(one.groups) - len(bounds)
+    return words + (f"; {small} not certified, under {MIN_DOCUMENTS} documents" if small else "")
+
+
+def _draw(certificate: Certificate) -> Figure:
+    """Means and bounds of the configurations, and of up to 30 groups of the first one."""
+    first = certificate.configurations[0]
+    rows = [(one.name, one.overall) for one in certificate.configurations]
+    bounded = [(name, group) for name, group in first.groups.items() if group.bound is not None]
+    if len(first.groups) > 1:
+        rows += sorted(bounded, key=lambda row: row[1].bound or 0.0, reverse=True)[:30]
+    means = [100 * math.expm1(one.mean) for _, one in rows]
+    ends = [100 * math.expm1(one.bound) if one.bound is not None else math.nan for _, one in rows]
+    drawn, axis = subplots(figsize=(6.4, 1.6 + 0.24 * len(rows)))
+    axis.hlines(range(len(rows)), means, ends, color="0.5")
+    axis.plot(means, range(len(rows)), "o", color="0", markersize=4)
+    axis.axvline(100 * math.expm1(certificate.limit), color="0.4", linewidth=0.8, linestyle="--")
+    axis.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axis.invert_yaxis()
+    axis.set(xlabel=f"increase of perplexity [%], up to the bound at {certificate.level:.4g} confidence")
+    return drawn
+
+
+def _percent(nats: float | None, sign: str = "") -> str:
+    """An increase of log perplexity as one of perplexity."""
+    return "–" if nats is None else f"{math.expm1(nats):{sign}.2%}"
+
+
+def _row(name: str, one: Bound) -> tuple[str | float | None, ...]:
+    increases = (math.nan if nats is None else math.expm1(nats) for nats in (one.pooled, one.mean, one.bound))
+    return (name, one.documents, one.tokens, *increases, one.clipped)
+
+
+_COLUMNS = (
+    *(Column(""), Column("documents", ","), Column("tokens", ",")),
+    *(Column(name, "+.2%") for name in ("all tokens", "mean", "at most")),
+    *(Column("clipped", ".1%"), Column("certified")),
+)

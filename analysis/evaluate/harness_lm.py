@@ -1,16 +1,15 @@
-"""A plain or a VAR model as lm-evaluation-harness (EleutherAI) wants it. Needs the extra `eval`.
+"""A plain or a VAR model for lm-evaluation-harness (EleutherAI). Needs the extra `eval`.
 
 Letters: B requests of a batch, T positions, V vocabulary.
 
 Tokens, prefixes, windows and truncation follow the harness's class HFLM: context and continuation are encoded together;
 a context that is too long loses its beginning; an empty one is the prefix id (begin id, else end id); perplexity is
-`analysis.evaluate.quality.score` with that prefix and full last windows.
+`analysis.evaluate.losses.score` with that prefix and full last windows.
 
-What a request gets does not depend on its company: which requests are in its batch, which came before it, and how many
-there are. Under VAR each begins without a past and with a cached tier of its own, which learns while the request's text
-goes on: from one window to the next, or from token to token. A sampled text is drawn from the seed and the context
-alone. Rows that fill a batch are padding. `Caching(shared=True)` lets all requests share one cached tier instead, as in
-a service; then their order and the batch size matter.
+The result of a request does not depend on other requests, neither on those in its batch nor on those before it. Under
+VAR each request starts with a cached tier of its own, which learns from one window of its text to the next, or from
+token to token. A sampled text is drawn from the seed and the context alone. `Caching(shared=True)` lets all requests
+share one cached tier instead, as in a service; then their order and the batch size matter.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from zlib import crc32
 
@@ -26,8 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.evaluate.caching import INDEPENDENT, Caching
-from analysis.evaluate.quality import Runner, own_caches, plain_runner, prefixed, token_nll, var_runner
+from analysis.evaluate.losses import INDEPENDENT, Caching, Runner, plain_runner, token_nll, var_runner
 from analysis.text.batches import Window, cut, in_order, packed
 from models import Model, Sampling
 from varjax.errors import InputError
@@ -43,12 +41,12 @@ except ModuleNotFoundError as error:
         f"lm-evaluation-harness is not installed ({error}); pip install 'varjax[eval]' brings it"
     ) from error
 
-_SHORTEST = 32  # tokens; batches are as long as this or a doubling of it, so that a run compiles a few programs
+_SHORTEST = 32  # tokens; lengths of batches are powers of two from here on, so that a run compiles few programs
 _MAX_NEW_TOKENS = 256  # where a task names none, as the harness has it
 
 
 class HarnessLM(TemplateLM):
-    """A model as the harness wants it. What the harness calls moves `state`, the VARState; nothing else changes."""
+    """A model with the methods that the harness calls. They update `state`, the VARState, and nothing else."""
 
     def __init__(
         self,
@@ -61,16 +59,19 @@ class HarnessLM(TemplateLM):
         seed: int = 0,
         progress: bool = True,
     ):
-        """
+        """Wrap a model.
+
         Args:
             model: with a tokenizer.
             batch_size: requests at a time.
             max_length: tokens that the model reads at most; None: `max_position_embeddings`.
             add_bos_token: whether texts get the begin id in front; None: as the tokenizer does.
-            caching: which requests share a cached tier, and how fast it ages; the model's own clock is not asked.
+            caching: which requests share a cached tier, and how fast it ages; the model's own clock is not used.
             seed: of the tasks that sample.
+            progress: show bars on standard error.
 
-        Raises InputError if the model has no tokenizer or no id to begin with, or a size makes no sense.
+        Raises:
+            InputError: the model has no tokenizer or no id to begin with, or a size is out of range.
         """
         super().__init__()
         self._clock = caching.clock()
@@ -80,8 +81,8 @@ class HarnessLM(TemplateLM):
         self.tokenizer: Any = getattr(self.model, "tokenizer", None)
         if self.tokenizer is None:
             raise InputError(
-                "the model has no tokenizer, so the harness's texts cannot be read; put its tokenizer.json beside "
-                "config.json"
+                "the model has no tokenizer, so the harness's texts cannot be read; put its tokenizer.json next "
+                "to config.json"
             )
         if self.prefix_token_id is None:
             raise InputError("the tokenizer has neither a begin nor an end id to score a first token after; name one")
@@ -98,7 +99,7 @@ class HarnessLM(TemplateLM):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How texts are read; stands in every result file."""
+        """How texts are read; every result file states it."""
         return {
             "max_length": self.max_length,
             "stride": self.max_length,  # of perplexity's windows
@@ -124,7 +125,7 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.name_or_path
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        """The ids of a text; a begin id that the text spells out is not put in front again."""
+        """Encode a text; a begin id that the text spells out is not added again."""
         if add_special_tokens is None:
             spelled = string.startswith(self.tokenizer.decode(self.prefix_token_id))
             add_special_tokens = False if spelled else self.add_bos_token
@@ -139,10 +140,18 @@ class HarnessLM(TemplateLM):
         return ids
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log probability of each text, nats; requests hold (text,)."""
+        """The log probability of each text, nats; requests hold (text,)."""
         texts = [request.args[0] for request in requests]
         cuts = [
-            list(cut(prefixed(self.prefix_token_id, self.tok_encode(text)), index, self.max_length, None, True))
+            list(
+                cut(
+                    np.array([self.prefix_token_id, *self.tok_encode(text)], np.int32),
+                    index,
+                    self.max_length,
+                    None,
+                    True,
+                )
+            )
             for index, text in enumerate(texts)
         ]
         sums, _ = self._score(cuts, disable_tqdm)
@@ -170,10 +179,10 @@ class HarnessLM(TemplateLM):
         return answers
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuation of each context up to the first stop string; requests hold (context, settings).
+        """Continue each context up to the first stop string; requests hold (context, settings).
 
-        A batch runs for as many tokens as its task allows, or until all of its texts have ended: stop strings are cut
-        out afterwards.
+        A batch runs for as many tokens as its task allows, or until all of its texts have ended; stop strings are cut
+        afterwards.
         """
         alike: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -181,34 +190,36 @@ class HarnessLM(TemplateLM):
         found = [""] * len(requests)
         bar = progress_bar(total=len(requests), unit="request", show=self.progress and not disable_tqdm)
         for members in alike.values():
-            wanted = _Wanted.of(requests[members[0]].args[1], self)
-            room = self.max_length - wanted.new_tokens
+            until, new_tokens, sampling = _wanted(requests[members[0]].args[1], self)
+            room = self.max_length - new_tokens
             prompts = {
                 index: (self.tok_encode(requests[index].args[0]) or [self.prefix_token_id])[-room:] for index in members
             }
             seeds = _seeds(prompts, self.seed)
-            for group in _by_length(prompts, self.batch_size):
+            order = sorted(prompts, key=lambda index: len(prompts[index]))  # texts of about equal length together
+            for start in range(0, len(order), self.batch_size):
+                group = order[start : start + self.batch_size]
                 drawn = [seeds[index] for index in group] + [0] * (self.batch_size - len(group))
-                sampling = dataclasses.replace(wanted.sampling, seed=tuple(drawn))
-                length = min(self._length(len(prompts[group[-1]])), room)
+                length = min(self._length(len(prompts[group[-1]])), room)  # the last prompt is the longest
                 ids, mask = _left_padded([prompts[index] for index in group], self.batch_size, length)
-                tokens = self._generate(ids, mask, wanted.new_tokens, sampling)[: len(group), length:]
+                seeded = dataclasses.replace(sampling, seed=tuple(drawn))
+                tokens = self._generate(ids, mask, new_tokens, seeded)[: len(group), length:]
                 for index, row in zip(group, tokens.tolist(), strict=True):
                     text = self.tokenizer.decode(self._until_end(row), skip_special_tokens=True)
-                    found[index] = postprocess_generated_text(text, wanted.until, None)
+                    found[index] = postprocess_generated_text(text, until, None)
                     self.cache_hook.add_partial("generate_until", requests[index].args, found[index])
                 bar.update(len(group))
         bar.close()
         return found
 
     def _score(self, cuts: list[list[Window]], quiet: bool) -> tuple[list[float], list[bool]]:
-        """Of each text: the log probability of what its windows score, and whether all of that is the likeliest."""
+        """For each text: the log probability of what its windows score, and whether greedy decoding would give it."""
         logprob, greedy = np.zeros(len(cuts)), np.ones(len(cuts), bool)
         lengths = sorted({self._length(window.size) for windows in cuts for window in windows})
         read = progress_bar(cuts, unit="request", show=self.progress and not quiet)
         batches = (
             in_order(read, self.batch_size, lengths)
-            if own_caches(self.state)
+            if self.state is not None and self.state.own_caches
             else packed((window for windows in read for window in windows), dict.fromkeys(lengths, self.batch_size))
         )
         for batch in batches:
@@ -224,13 +235,13 @@ class HarnessLM(TemplateLM):
         options: dict[str, Any] = {"attention_mask": mask, "sampling": sampling}
         if self.var_model is None:
             return self.model.generate(ids, new_tokens, **options)[0]
-        if self.state is not None and not self.state.own_caches:  # its time goes on where the requests before left it
+        if self.state is not None and not self.state.own_caches:  # its time continues where the requests before ended
             self._clock = self.caching.clock(self.caching.now(self.state))
         tokens, self.state = self.var_model.generate(ids, self.state, new_tokens, clock=self._clock, **options)
         return tokens
 
     def _length(self, tokens: int) -> int:
-        """Of the batch in which so many tokens stand."""
+        """The length of a batch that holds this many tokens."""
         length = _SHORTEST
         while length < tokens:
             length *= 2
@@ -241,40 +252,27 @@ class HarnessLM(TemplateLM):
         return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """A task's settings of generation."""
+def _wanted(given: Mapping[str, Any], lm: HarnessLM) -> tuple[list[str], int, Sampling]:
+    """A task's stop strings, number of new tokens and sampling.
 
-    until: list[str]
-    new_tokens: int
-    sampling: Sampling
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any], lm: HarnessLM) -> _Wanted:
-        """Raises InputError for a setting that is not known, or that leaves no room for the context."""
-        settings = dict(normalize_gen_kwargs(dict(given), min(_MAX_NEW_TOKENS, lm.max_length // 2)))
-        until = handle_stop_sequences(settings.pop("until"), lm.tokenizer.decode(lm.eot_token_id))
-        new_tokens, sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
-        temperature = float(settings.pop("temperature", 0.0))  # taken out even where it is not used
-        sampling = Sampling(temperature if sample else 0.0, settings.pop("top_k", None), settings.pop("top_p", None))
-        if settings:
-            raise InputError(
-                f"the task asks for {settings} in generation; expected until, max_gen_toks, do_sample, temperature, "
-                "top_k and top_p"
-            )
-        if not 1 <= new_tokens < lm.max_length:
-            raise InputError(
-                f"the task asks for {new_tokens} new tokens; expected 1 to less than max_length {lm.max_length}: "
-                "lower its max_gen_toks or raise max_length"
-            )
-        return cls(until, new_tokens, sampling)
-
-
-def _by_length(prompts: Mapping[int, list[int]], batch_size: int) -> Iterator[list[int]]:
-    """The prompts' keys in batches of about equal length, the longest of a batch last."""
-    order = sorted(prompts, key=lambda index: len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    Raises InputError for a setting that is not known, or that leaves no room for the context.
+    """
+    settings = dict(normalize_gen_kwargs(dict(given), min(_MAX_NEW_TOKENS, lm.max_length // 2)))
+    until = handle_stop_sequences(settings.pop("until"), lm.tokenizer.decode(lm.eot_token_id))
+    new_tokens, sample = settings.pop("max_gen_toks"), settings.pop("do_sample")
+    temperature = float(settings.pop("temperature", 0.0))  # taken out even where it is not used
+    sampling = Sampling(temperature if sample else 0.0, settings.pop("top_k", None), settings.pop("top_p", None))
+    if settings:
+        raise InputError(
+            f"the task asks for {settings} in generation; expected until, max_gen_toks, do_sample, temperature, "
+            "top_k and top_p"
+        )
+    if not 1 <= new_tokens < lm.max_length:
+        raise InputError(
+            f"the task asks for {new_tokens} new tokens; expected 1 to less than max_length {lm.max_length}: "
+            "lower its max_gen_toks or raise max_length"
+        )
+    return until, new_tokens, sampling
 
 
 def _seeds(prompts: Mapping[int, list[int]], seed: int) -> dict[int, int]:

@@ -53,12 +53,12 @@ class UsedIds:
 
     @property
     def testable(self) -> np.ndarray:
-        """bool [L]: the layers that can be tested."""
+        """The layers that can be tested, bool [L]."""
         return np.array([not reason for reason in self.untestable], bool)
 
     @property
     def number(self) -> np.ndarray:
-        """int64 [L]: how many ids are used."""
+        """How many ids are used, int64 [L]."""
         return np.array([len(rows) for rows in self.rows], np.int64)
 
     def words(self, data: RoutingData, figure: str, what: str = "left out of this test alone") -> list[str]:

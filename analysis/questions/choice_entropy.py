@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from scipy.special import digamma
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, Settings
+from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums, measure, ratio, ratio_with_interval
@@ -54,7 +54,7 @@ class ChoiceEntropy:
     documents: int
 
 
-def choice_entropy(trace: Trace, settings: Settings, progress: bool = False) -> ChoiceEntropy:
+def choice_entropy(trace: Trace, settings: TraceSettings, progress: bool = False) -> ChoiceEntropy:
     """Estimate H(first choice | last n ids) per order and layer, against the permutation null, and H(first choice).
 
     Intervals draw documents and keep each token's contribution as it is (to first order an entropy is a mean over
@@ -165,7 +165,7 @@ class _Choices:
 
 
 def _grassberger(largest: int) -> np.ndarray:
-    """float64 [largest + 1]: G(c), Grassberger's replacement for ln c; 0 at c = 0, which no token has."""
+    """G(c), Grassberger's replacement for ln c, float64 [largest + 1]; 0 at c = 0, which no token has."""
     c = np.arange(1, largest + 1)
     sign = np.where(c % 2 == 0, 1, -1)
     return np.r_[0.0, digamma(c) + sign / 2 * (digamma((c + 1) / 2) - digamma(c / 2))]
@@ -243,7 +243,7 @@ def _examine(data: RoutingData) -> Section:
     return QUESTION.section("reported", f"{outcome}; no published bound", words, tables, [figure])
 
 
-def _draw(found: ChoiceEntropy, settings: Settings) -> Figure:
+def _draw(found: ChoiceEntropy, settings: TraceSettings) -> Figure:
     figure, axes = nulls.panels(1, len(settings.orders))
     for column, (axis, order) in enumerate(zip(axes.flat, settings.orders, strict=True)):
         nulls.plot(axis, found.measures["conditional_entropy"], column)

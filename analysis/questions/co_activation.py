@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.sparse import csr_array
 
-from analysis.questions.data import RoutingData, Settings
+from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.nulls import mean
 from analysis.questions.question import Question
 from analysis.report.figures import heat_map, over_the_depth, subplots
@@ -52,12 +52,12 @@ class CoActivation:
 
     @property
     def ratio(self) -> np.ndarray:
-        """float64 [L, E, E]: share over expected; 1 if load explains the pair, NaN on the diagonal and for no load."""
+        """Share over expected, float64 [L, E, E]; 1 if load explains the pair, NaN on the diagonal and for no load."""
         off_diagonal = ~np.eye(self.share.shape[-1], dtype=bool)
         return np.where(off_diagonal, ratio(self.share, self.expected), np.nan)
 
 
-def co_activation(trace: Trace, settings: Settings, pairs: int = 10, min_expected: float = 25.0) -> CoActivation:
+def co_activation(trace: Trace, settings: TraceSettings, pairs: int = 10, min_expected: float = 25.0) -> CoActivation:
     """Compute the shares of the tokens that chose each pair of experts, and the strongest pairs of each layer.
 
     The intervals draw held-out documents; a draw's own loads enter its expected shares to first order. Where all
@@ -102,7 +102,7 @@ def co_activation(trace: Trace, settings: Settings, pairs: int = 10, min_expecte
 
 
 def _expected_shares(load: np.ndarray, top_k: int) -> np.ndarray:
-    """float64 [E, E]: share of tokens that choose both, if K experts are chosen with these loads [E] of sum K.
+    """Share of the tokens that choose both, float64 [E, E], if K experts are chosen with these loads [E] of sum K.
 
     Raises NotTestableError if no distribution over sets of K experts was found that has these loads.
     """
@@ -131,13 +131,13 @@ def _shares(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_pairs(matrix: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """float64 [L, P]: the cells of matrix [L, E, E] at pairs [L, P, 2]; NaN where there is no pair."""
+    """Cells of a matrix [L, E, E] at pairs [L, P, 2], float64 [L, P]; NaN where there is no pair."""
     first, second = pairs[..., 0], pairs[..., 1]
     return np.where(first < 0, np.nan, matrix[np.arange(len(matrix))[:, None], first, second])
 
 
 def _fit(load: np.ndarray, size: int) -> np.ndarray:
-    """float64 [E]: weights whose sets of `size` have these loads, each over 0 and under 1."""
+    """Weights [E] whose sets of `size` have these loads [E], each over 0 and under 1."""
     odds = load / (1 - load)
     weights = odds
     for _ in range(_ITERATIONS):
@@ -154,7 +154,7 @@ def _fit(load: np.ndarray, size: int) -> np.ndarray:
 
 
 def _polynomials(weights: np.ndarray, size: int, left_out: np.ndarray) -> np.ndarray:
-    """float64 [..., size]: elementary symmetric polynomials of degree 0 to size - 1, without weights bool [..., E]."""
+    """Elementary symmetric polynomials of degree 0 to size - 1, float64 [..., size], without weights bool [..., E]."""
     polynomial = np.zeros((*left_out.shape[:-1], size))
     polynomial[..., 0] = 1
     for expert, weight in enumerate(weights):
@@ -163,7 +163,7 @@ def _polynomials(weights: np.ndarray, size: int, left_out: np.ndarray) -> np.nda
 
 
 def _pairs(weights: np.ndarray, size: int) -> np.ndarray:
-    """float64 [E, E]: probability that a set of `size` holds both; zero on the diagonal."""
+    """Probability that a set of `size` holds both, float64 [E, E]; zero on the diagonal."""
     if size < 2:
         return np.zeros((len(weights), len(weights)))
     one = np.eye(len(weights), dtype=bool)
@@ -183,7 +183,9 @@ def _strongest(share: np.ndarray, expected: np.ndarray, pairs: int, least: float
         yield chosen
 
 
-def _strength(trace: Trace, share: np.ndarray, expected: np.ndarray, pairs: np.ndarray, settings: Settings) -> Measure:
+def _strength(
+    trace: Trace, share: np.ndarray, expected: np.ndarray, pairs: np.ndarray, settings: TraceSettings
+) -> Measure:
     """Ratios of the listed pairs in a trace, [P, L], with their intervals; NaN where there is no pair or no token."""
     a, b = pairs[..., 0], pairs[..., 1]  # [L, P]
     if len(trace.token_id) == 0:

@@ -103,7 +103,7 @@ def _largest_shares(
 
 
 def _drawn_groups(drawn: LayerDraws) -> np.ndarray:
-    """float64 [B, G]: mean consistency of the groups in each draw."""
+    """Mean consistency of the groups in each draw, float64 [B, G]."""
     block, largest = drawn.block, drawn.largest
     of_id = np.divide(largest, block.count, out=np.zeros_like(largest), where=block.count > 0)
     reached = np.zeros((len(largest), largest.shape[1] + 1))  # sums of the rarest ids
@@ -122,7 +122,8 @@ def _drawn_groups(drawn: LayerDraws) -> np.ndarray:
 
 def _examine(data: RoutingData) -> Section:
     stats = data.stats
-    found = consistency(stats, not data.estimated, seed=data.settings.seed)
+    estimated = "top1_counts" in data.source.meta.get("filled", {})
+    found = consistency(stats, not estimated, seed=data.settings.seed)
     used, null, testable = found.used, found.null, np.flatnonzero(found.used.testable)
     some = found.values._replace(value=np.where(found.keys < by_layer.MIN_KEYS, np.nan, found.values.value))
     values = by_layer.over_documents(data, some, _drawn_groups)._replace(value=found.values.value)
@@ -148,7 +149,7 @@ def _examine(data: RoutingData) -> Section:
         if data.draws is None
         else "Intervals are for texts of as many documents; in longer texts consistency is lower: less is by chance.",
     ]
-    if data.estimated:
+    if estimated:
         words.append(
             "The file names only the most common first choice of an id, so the layer's shares are estimated (the "
             "rest in equal parts) and the null is too low: read the distance from it as an upper bound."

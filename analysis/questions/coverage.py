@@ -47,7 +47,6 @@ def coverage(stats: RoutingStats) -> Coverage:
     whole = np.maximum(stats.tokens - stats.nonfinite, known.sum(axis=1)).astype(np.float64)
 
     def covered(least: float, most: float) -> np.ndarray:
-        """float64 [L]"""
         inside = (known >= least) & (stats.entropy.mean <= most)  # NaN is not
         return np.where(used.testable, np.sum(known * inside, axis=1) / np.maximum(whole, 1), np.nan)
 
@@ -62,7 +61,7 @@ def coverage(stats: RoutingStats) -> Coverage:
 
 
 def _drawn_presets(drawn: LayerDraws) -> np.ndarray:
-    """float64 [B, P]"""
+    """Coverage of the presets in each draw, float64 [B, P]."""
     count, entropy = drawn.block.count, drawn.mean_entropy
     covered = [
         np.sum(count, axis=1, where=(entropy <= one["entropy_threshold"]) & (count >= one["frequency_threshold"]))
@@ -114,7 +113,7 @@ def _examine(data: RoutingData) -> Section:
 
 
 def _grid_mean(found: Coverage) -> np.ndarray:
-    """float64 [F, H]: the mean over the layers that were tested; NaN if none was."""
+    """Mean over the layers that were tested, float64 [F, H]; NaN if none was."""
     tested = found.grid[found.used.testable]
     return tested.mean(axis=0) if len(tested) else np.full(found.grid.shape[1:], np.nan)
 

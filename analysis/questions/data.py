@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Settings:
+class TraceSettings:
     """How the estimates from a trace are made.
 
     Raises:
@@ -37,7 +37,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if 0 != self.permutations < MIN_PERMUTATIONS:
+        if self.permutations != 0 and self.permutations < MIN_PERMUTATIONS:
             raise InputError(
                 f"permutations is {self.permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
                 "fewer cannot make a 95 % band"
@@ -71,8 +71,8 @@ class EntropyKind:
 
     experts: int  # probabilities it is over
     words: str  # the largest possible value
-    caution: tuple[str, ...] = ()  # where it is not the entropy that the published criteria mean
-    no_verdict: str = ""  # why it is a lower bound only, so that no criterion can PASS, or ""
+    caution: Sequence[str]  # where it is not the entropy that the published criteria mean
+    no_verdict: str  # why it is a lower bound only, so that no criterion can PASS, or ""
 
     @property
     def most(self) -> float:
@@ -88,18 +88,13 @@ class RoutingData:
     trace: Trace | None = None  # for questions that need single tokens
     other: RoutingStats | None = None  # a second run, to compare with
     other_name: str = "another run"
-    settings: Settings = field(default_factory=Settings)
+    settings: TraceSettings = field(default_factory=TraceSettings)
     progress: bool = False  # show bars on standard error
 
     @property
     def stats(self) -> RoutingStats:
         """The routing statistics."""
         return self.source.stats
-
-    @property
-    def estimated(self) -> bool:
-        """Whether the file names only the most common first choice of each key."""
-        return "top1_counts" in self.source.meta.get("filled", {})
 
     @cached_property
     def entropy(self) -> EntropyKind:
@@ -167,32 +162,29 @@ def trace_source(trace: Trace) -> Source:
 
 
 def _entropy_kind(source: Source) -> EntropyKind:
-    meta, number = source.meta, source.stats.num_experts
-    caution: tuple[str, ...] = ()
-    if meta.get("scores") == "sigmoid":
-        caution = (
-            "Caution: the router has sigmoid scores; they are divided by their sum here. The published criteria are "
-            "about the entropy of a softmax.",
-        )
-    bound = "a FAIL for high entropy is valid, a PASS for low entropy is not, and rho is not bounded at all."
+    meta, experts, why = source.meta, source.stats.num_experts, ""
     if meta.get("entropy_from") == "chosen":
-        k = int(meta["top_k"])
         # The K largest probabilities over their sum majorize all E of them, so their entropy never exceeds the gate's.
-        chosen = (
-            f"Caution: the trace has probabilities over the {k} chosen experts only. Their entropy is at most ln {k} = "
-            f"{math.log(k):.3f} nats and never above that of the router over all {number}, which the criterion was "
-            f"published for: {bound}"
-        )
-        why = f"the criterion is on gate entropy, of which the {k} chosen experts' is a lower bound"
-        words = f"ln {k} = {math.log(k):.3f} nats (over the chosen experts)"
-        return EntropyKind(k, words, (chosen, *caution), why)
-    words = f"ln {number} = {math.log(number):.3f} nats"
+        experts = int(meta["top_k"])
+        why = f"the criterion is on gate entropy, of which the {experts} chosen experts' is a lower bound"
+    elif meta.get("entropy_from") == "all":
+        why = "gate entropy is known as a lower bound only"
+    words = f"ln {experts} = {math.log(experts):.3f} nats"
     if "num_experts" in meta.get("filled", {}):
         words += " (experts up to the largest id in the file)"
-    if meta.get("entropy_from") == "all":
-        known = f"Caution: the trace has only the chosen experts' probabilities, so entropy is a lower bound: {bound}"
-        return EntropyKind(number, words, (known, *caution), "gate entropy is known as a lower bound only")
-    return EntropyKind(number, words, caution)
+    caution = []
+    if why:
+        caution.append(
+            "Caution: the trace has the chosen experts' probabilities only, so the entropy here is a lower bound of "
+            "that of the router: a FAIL for high entropy is valid, a PASS for low entropy is not, and rho is not "
+            "bounded."
+        )
+    if meta.get("scores") == "sigmoid":
+        caution.append(
+            "Caution: the router has sigmoid scores; they are divided by their sum here. The published criteria are "
+            "about the entropy of a softmax."
+        )
+    return EntropyKind(experts, words, caution, why)
 
 
 def _on_all_layers(found: Any, captured: np.ndarray) -> Any:

@@ -43,7 +43,7 @@ class _Sums:
         self._rows = np.searchsorted(rows, np.arange(shape[0] + 1))
 
     def matrix(self, values: np.ndarray) -> csr_array:
-        """float64 [rows, D]: sums of values [N]."""
+        """Sums of values [N], float64 [rows, D]."""
         sums = np.add.reduceat(values[self._order], self._start) if len(values) else values
         return csr_array((sums, self._document, self._rows), shape=self._shape)
 
@@ -59,12 +59,12 @@ class Block:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """int64 [B, R]: ids by rising count, absent ones first."""
+        """Ids by rising count, absent ones first, int64 [B, R]."""
         return np.argsort(self.count, axis=1, kind="stable")
 
     @cached_property
     def rank(self) -> np.ndarray:
-        """float64 [B, R]: rank of the count, ties by the mean of their places; 0: absent."""
+        """Rank of the count, ties by the mean of their places, float64 [B, R]; 0: absent."""
         return _ranks(np.where(self.count > 0, self.count, np.inf))
 
 
@@ -76,19 +76,19 @@ class LayerDraws:
 
     @cached_property
     def mean_entropy(self) -> np.ndarray:
-        """float64 [B, R]: infinite where an id is absent, so that it is below no threshold; NaN: not known."""
+        """Mean entropy, float64 [B, R]: infinite (above every threshold) where an id is absent; NaN: not known."""
         count = self.block.count
         mean = np.full(count.shape, np.inf)
         return np.divide((self._entropy @ self.block.weights).T, count, out=mean, where=count > 0)
 
     @cached_property
     def entropy_rank(self) -> np.ndarray:
-        """float64 [B, R]: rank of the mean entropy, as that of the count."""
+        """Rank of the mean entropy, as that of the count, float64 [B, R]."""
         return np.where(self.block.count > 0, _ranks(self.mean_entropy), 0)
 
     @cached_property
     def largest(self) -> np.ndarray:
-        """float64 [B, R]: occurrences of each id's most common first choice."""
+        """Occurrences of each id's most common first choice, float64 [B, R]."""
         chosen, first = self._chosen()
         if not len(first):
             return self.block.count
@@ -156,7 +156,7 @@ class DocumentDraws:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """float64 [B, R]: ranks from 1 within each row, ties by the mean of their places; 0 where not finite."""
+    """Ranks from 1 within each row, ties by the mean of their places, float64 [B, R]; 0 where not finite."""
     finite = np.isfinite(values)
     return np.where(finite, rankdata(np.where(finite, values, np.inf), axis=1), 0)
 

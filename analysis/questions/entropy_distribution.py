@@ -70,13 +70,13 @@ def _percentiles(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def _drawn_ids(drawn: LayerDraws) -> np.ndarray:
-    """float64 [B, thresholds], shares of ids."""
+    """Shares of ids below thresholds in each draw, float64 [B, thresholds]."""
     below = [np.sum(drawn.mean_entropy < most, axis=1) for most in ENTROPIES]
     return ratio(np.stack(below, axis=-1), drawn.block.ids[:, None])
 
 
 def _drawn_occurrences(drawn: LayerDraws) -> np.ndarray:
-    """float64 [B, thresholds], shares of occurrences."""
+    """Shares of occurrences below thresholds in each draw, float64 [B, thresholds]."""
     below = [np.sum(drawn.block.count, axis=1, where=drawn.mean_entropy < most) for most in ENTROPIES]
     return ratio(np.stack(below, axis=-1), drawn.block.total[:, None])
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.questions.data import RoutingData, Settings
+from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.nulls import mean
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.report.figures import heat_map, subplots
 from analysis.report.report import Column, ReportFigure, Table
 from analysis.resampling import Measure, bootstrap, measure, ratio, ratio_with_interval
@@ -34,7 +34,7 @@ class Load:
     documents: int
 
 
-def expert_load(trace: Trace, settings: Settings) -> Load:
+def expert_load(trace: Trace, settings: TraceSettings) -> Load:
     """Compute the load of each expert in each layer, with bootstrap intervals over documents.
 
     The interval of the imbalance takes the busiest expert of each draw, so it reaches further up than down.
@@ -70,7 +70,7 @@ def expert_load(trace: Trace, settings: Settings) -> Load:
 
 
 def _assignments(trace: Trace) -> np.ndarray:
-    """float64 [D, L, E]: how often the tokens of each document (of those that have any) chose each expert."""
+    """How often the tokens of each document that has any chose each expert, float64 [D, L, E]."""
     different, document = np.unique(trace.document, return_inverse=True)
     size = len(different) * trace.num_experts
     cells = document[:, None] * trace.num_experts + trace.experts.transpose(1, 0, 2)  # [L, N, K]
@@ -79,18 +79,18 @@ def _assignments(trace: Trace) -> np.ndarray:
 
 
 def _imbalance(counts: np.ndarray) -> np.ndarray:
-    """[..., E, L] to [..., 1, L]."""
+    """Largest over mean count: [..., E, L] to [..., 1, L]."""
     return ratio(counts.max(axis=-2, keepdims=True), counts.mean(axis=-2, keepdims=True))
 
 
 def _evenness(counts: np.ndarray) -> np.ndarray:
-    """[..., E, L] to [..., 1, L]; a single expert is even."""
+    """Entropy over its largest value: [..., E, L] to [..., 1, L]; a single expert is even."""
     share = ratio(counts, counts.sum(axis=-2, keepdims=True))
     entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-2, keepdims=True)
     return entropy / math.log(counts.shape[-2]) if counts.shape[-2] > 1 else np.ones_like(entropy)
 
 
-def _examine(data: RoutingData) -> Answer:
+def _examine(data: RoutingData) -> Finding:
     found = data.on_trace(lambda trace: expert_load(trace, data.settings))
     share = found.share.value  # [E, L]
     names = ("imbalance", "low", "high", "evenness", "evenness low", "evenness high")
@@ -120,7 +120,7 @@ def _examine(data: RoutingData) -> Answer:
         f"{int(found.unused[found.unused > 0].sum())} experts unused; no published bound"
     )
     section = QUESTION.section("reported", outcome, words, [Table("Per layer", columns, body)], [figure])
-    return Answer((section,), {"expert_load": found.share})  # of every expert: too wide for a table
+    return Finding((section,), {"expert_load": found.share})  # of every expert: too wide for a table
 
 
 def _draw(found: Load) -> Figure:

@@ -57,7 +57,7 @@ def frequency_entropy(stats: RoutingStats) -> Correlation:
 
 
 def _drawn_rho(drawn: LayerDraws) -> np.ndarray:
-    """float64 [B], over the ids that a draw contains."""
+    """Rho in each draw, over the ids that it contains, float64 [B]."""
     present, entropy, ids = drawn.block.rank, drawn.entropy_rank, drawn.block.ids
     middle = ids * np.square((ids + 1) / 2)  # ranks of n ids, with ties or not, have the mean (n + 1) / 2
     pairs = ((present, entropy), (present, present), (entropy, entropy))

@@ -29,14 +29,13 @@ though no id decides anything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, Settings
+from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums, measure, ratio_with_interval
@@ -57,7 +56,7 @@ class Predictability:
     held_out_tokens: int
 
 
-def predictability(trace: Trace, settings: Settings, progress: bool = False) -> Predictability:
+def predictability(trace: Trace, settings: TraceSettings, progress: bool = False) -> Predictability:
     """Compute coverage, agreement, recall and mass on held-out documents, each but coverage against a null.
 
     A band and its p values hold for all figures of one measure together. The intervals draw held-out documents and keep
@@ -123,13 +122,13 @@ class _Scored:
         self.names = [*self.scores, f"{self.scores[0]}{_OF_SHORTEST}"]
 
     def known(self, keys: Sequence[np.ndarray]) -> np.ndarray:
-        """float64 [D, O + 1, L]: tokens with a known key."""
+        """Number of tokens with a known key, float64 [D, O + 1, L]."""
         known = np.stack([key[self.held_out] >= 0 for key in keys], axis=-1)
         known = np.concatenate([known, known.any(axis=-1, keepdims=True)], axis=-1)
         return np.repeat(document_sums(known, self.document)[..., None], len(self.experts), axis=-1)
 
     def sums(self, keys: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        """name -> float64 [D, O + 1, L]: the scores of tables from the build part, summed over each document."""
+        """Scores of tables from the build part by name, summed over each document, float64 [D, O + 1, L]."""
         judged, of_shortest = self.names[0], self.names[-1]
         sums = {name: np.empty((len(self.tokens), len(keys) + 1, len(self.experts))) for name in self.names}
         split = []  # per order: tokens of the build part, their keys, places in the held-out part, their keys
@@ -170,7 +169,7 @@ class _Scored:
     def _scores(
         self, layer: int, rows: np.ndarray, keys: np.ndarray, first: np.ndarray, members: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """name -> [h]: each held-out token's score by the table."""
+        """Each held-out token's scores by the table, by name, [h]."""
         experts = self.experts[layer][:, rows]  # [K, h]
         found = members[keys, experts]
         scores = {"agreement": first[keys] == experts[0], "recall": found.mean(axis=0)}
@@ -180,7 +179,7 @@ class _Scored:
 
 
 def _shares(probs: np.ndarray) -> np.ndarray:
-    """float32 [N, L, K]: probabilities as shares of the chosen experts' sum; equal shares where that is 0."""
+    """Probabilities as shares of the chosen experts' sum, float32 [N, L, K]; equal shares where that is 0."""
     total = probs.sum(axis=-1, keepdims=True, dtype=np.float32)
     return np.where(total > 0, probs / np.where(total > 0, total, 1), np.float32(1 / probs.shape[-1]))
 
@@ -188,9 +187,9 @@ def _shares(probs: np.ndarray) -> np.ndarray:
 def _examine(data: RoutingData) -> Section:
     settings = data.settings
     found = data.on_trace(lambda trace: predictability(trace, settings, data.progress))
-    # With one order its row and that of the longest key are the same.
+    # With one order its row and that of the longest key are the same, and only the first is shown.
     names = [*settings.order_names, *["longest known key"] * (len(settings.orders) > 1)]
-    rows = {name: _first(one, len(names)) for name, one in found.measures.items()}
+    rows = found.measures
     judged = "agreement" if "agreement" in rows else "recall"
     of_shortest, there = rows[f"{judged}{_OF_SHORTEST}"], f"{names[0]} there"
     tables = [nulls.coverage_table("coverage [share], the same in every layer", rows["coverage"], names)]
@@ -230,12 +229,6 @@ def _examine(data: RoutingData) -> Section:
     return QUESTION.section(verdict, outcome, words, tables, [figure], headline)
 
 
-def _first(one: Measure, rows: int) -> Measure:
-    """The first rows of a measure; its band stays that of the whole family."""
-    arrays: dict[str, Any] = {name: array for name, array in vars(one).items() if isinstance(array, np.ndarray)}
-    return replace(one, **{name: array[:rows] for name, array in arrays.items()})
-
-
 def _outcome(rows: Mapping[str, Measure], judged: str, row: int, name: str, there: str) -> str:
     """How large a row of the judged measure is, against what, at how many tokens, in how many layers above the band."""
     one = rows[judged]
@@ -245,7 +238,7 @@ def _outcome(rows: Mapping[str, Measure], judged: str, row: int, name: str, ther
     return f"{name}: {nulls.mean(one.value[row]):.2f}{null} {covered}{of_shortest}, {above}"
 
 
-def _draw(found: Predictability, settings: Settings) -> Figure:
+def _draw(found: Predictability, settings: TraceSettings) -> Figure:
     names = [name for name in found.measures if name != "coverage" and not name.endswith(_OF_SHORTEST)]
     figure, axes = nulls.panels(len(names), len(settings.orders))
     for row, name in enumerate(names):

@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, Settings
+from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums
@@ -42,7 +42,7 @@ class Repetition:
     documents: int
 
 
-def repetition(trace: Trace, settings: Settings, progress: bool = False) -> Repetition:
+def repetition(trace: Trace, settings: TraceSettings, progress: bool = False) -> Repetition:
     """Compute the share of consecutive tokens that repeat an expert, against uniform routing and the null.
 
     Args:
@@ -86,7 +86,7 @@ def _uniform_repetition(num_experts: int, top_k: int) -> dict[str, float]:
 
 
 def _sums(best: np.ndarray, pair: np.ndarray, document: np.ndarray) -> dict[str, np.ndarray]:
-    """name -> float64 [D, 1, L]: pairs that repeat, counted at their second token."""
+    """Pairs that repeat by name, counted at their second token, float64 [D, 1, L]."""
 
     def repeats(slots: Sequence[tuple[int, int]]) -> np.ndarray:
         same = np.zeros(best.shape[1:], bool)

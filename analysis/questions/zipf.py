@@ -79,7 +79,7 @@ def _zipf_fit(frequency: np.ndarray) -> tuple[float, float, float]:
 
 
 def _drawn_exponents(block: Block) -> np.ndarray:
-    """float64 [B]"""
+    """Exponent in each draw, float64 [B]."""
     return np.array([_zipf_fit(np.sort(count[count >= ZIPF_FREQUENCY])[::-1])[2] for count in block.count])
 
 

@@ -10,8 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from analysis.report.figures import save
-from analysis.report.html import page
-from analysis.report.index_page import INDEX, is_foreign, write_index
+from analysis.report.html import INDEX, is_foreign, page, write_index
 from analysis.report.output import Output
 from analysis.report.provenance import write_json
 from analysis.report.report import Report, ReportFigure, fields, text

@@ -176,7 +176,7 @@ def _read(model: Model, part: list[Encoded], batch_size: int, max_length: int) -
 def _decisions(
     params: Params, ids: jax.Array, mask: jax.Array, network: Network
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The columns of `_read` with [B, T] in the place of [N]."""
+    """The columns of `_read`, with [B, T] instead of [N]."""
     out = network.forward(params, ids, attention_mask=mask)
     experts = jnp.minimum(out.routing.experts, out.router_probs.shape[-1] - 1)  # padding runs none
     probs = jnp.take_along_axis(out.router_probs, experts, axis=-1)

@@ -46,7 +46,7 @@ class _Steps(NamedTuple):
 
 
 class _StepSums(NamedTuple):
-    """What is summed up besides the counters, for one step; see `analysis.traces.replaying.Sums`."""
+    """What is summed up besides the counters, for one step; see `analysis.traces.replaying.ReplaySums`."""
 
     recalled: Array  # int32 [L, 3]
     mass: Array  # float32 [L, 3]
@@ -70,7 +70,7 @@ def run_steps(
         age_edges: int64 [A], tokens, where each age bucket begins; the first at 0.
 
     Returns:
-        Sums by name, as in `analysis.traces.replaying.Sums`; int8 [N, L], the tier of every token.
+        Sums by name, as in `analysis.traces.replaying.ReplaySums`; int8 [N, L], the tier of every token.
     """
     settings = replace(Settings.of(config, trace.num_layers), ttl=_tokens(config.cache_ttl_seconds, seconds_per_token))
     state = var_step.init(table, config, batch_size=1)

@@ -40,7 +40,7 @@ _AGE_BUCKETS = 18  # up to one step, then each twice as long; the last has no en
 
 
 @dataclass(frozen=True)
-class Sums:
+class ReplaySums:
     """Sums over the tokens replayed, by layer and tier (fast, cached, learned), or by layer and age of a decision."""
 
     tokens: np.ndarray  # int64 [L, 3]
@@ -77,7 +77,7 @@ class Replay:
     num_experts: int
     top_k: int
     age_edges: np.ndarray  # int64 [A], tokens, where each age bucket begins; the last has no end
-    sums: Sums
+    sums: ReplaySums
 
     def fields(self) -> dict[str, Any]:
         """Convert the replay for a result file.
@@ -200,7 +200,7 @@ def replay(
         num_experts=trace.num_experts,
         top_k=trace.top_k,
         age_edges=edges,
-        sums=Sums(**{name: on_all_layers(values, captured, 0) for name, values in sums.items()}),
+        sums=ReplaySums(**{name: on_all_layers(values, captured, 0) for name, values in sums.items()}),
     )
 
 

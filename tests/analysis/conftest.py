@@ -1,4 +1,4 @@
-"""Statistics and answers of the tiny model that several test files share."""
+"""Statistics and answers of the tiny model, and a real trace, which several test files share."""
 
 from typing import NamedTuple
 
@@ -7,8 +7,16 @@ import pytest
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
+from analysis.traces.importing import import_npz
+from analysis.traces.trace import Trace
 from varjax.answers import Answers
 from varjax.stats import RoutingStats
+
+
+@pytest.fixture(scope="session")
+def real_trace(shared_data) -> Trace:
+    """A trace of gpt-oss-20b."""
+    return import_npz(shared_data / "traces" / "gpt_oss_20b.npz")
 
 
 class Collected(NamedTuple):

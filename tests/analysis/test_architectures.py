@@ -8,7 +8,8 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.policies.search import search
+from analysis.evaluate.points import Subject
+from analysis.evaluate.policy_search import search
 from analysis.traces.recording import record
 from analysis.traces.trace import read
 from models import Model
@@ -86,7 +87,7 @@ def test_switched_on_it_runs_fewer_experts(model, known, stats, answers):
 
 
 def test_a_policy_is_found(model, known, stats, answers):
-    found = search(model, stats, answers, known[-40:], VARConfig(), budget=0.5, **READING)
+    found = search(Subject(model, stats, answers, VARConfig(), known[-40:], **READING), budget=0.5)
     assert found.chosen.degradation <= 0.5
     assert found.chosen.experts_per_token < model.config.top_k
     assert {choice.layer for one in found.single for choice in one.choices} == {0, 1}

@@ -14,9 +14,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.evaluate.caching import Caching
-from analysis.evaluate.harness_lm import HarnessLM, _Wanted
-from analysis.evaluate.quality import plain_runner, score
+from analysis.evaluate.harness_lm import HarnessLM, _wanted
+from analysis.evaluate.losses import Caching, plain_runner, score
 from analysis.harness import evaluate, main
 from analysis.text.corpus import Document
 from analysis.text.encoding import encode
@@ -131,7 +130,7 @@ def test_generation_equals_the_harness_own_model(reference, hflm):
 )
 def test_the_temperature_counts_only_where_the_task_samples(reference, given, temperature):
     lm = HarnessLM(reference, max_length=64, progress=False)
-    assert _Wanted.of(given | {"max_gen_toks": 4}, lm).sampling.temperature == temperature
+    assert _wanted(given | {"max_gen_toks": 4}, lm)[-1].temperature == temperature
 
 
 def test_accuracy_of_questions_with_an_obvious_answer(reference):

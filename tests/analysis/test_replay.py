@@ -371,10 +371,9 @@ def test_bad_input_ends_in_one_message(tmp_path, monkeypatch):
         run_main(monkeypatch, "--trace", tmp_path / "none.parquet", "--output", tmp_path)
 
 
-def test_a_part_of_the_real_trace(shared_data):
-    """What is known of gpt-oss-20b: the first layer is foretold far better than the middle, longer contexts better."""
-    whole = import_npz(shared_data / "traces" / "gpt_oss_20b.npz")
-    some = whole.of(np.arange(615) < 200)
+def test_a_part_of_the_real_trace(real_trace):
+    """Known of gpt-oss-20b: the first layer is far more predictable than the middle, longer contexts predict better."""
+    some = real_trace.of(np.arange(615) < 100)
     layers = [0, 0, 12, 12]  # each once with order 1, once with order 2
     some = replace(some, experts=some.experts[:, layers], probs=some.probs[:, layers])
     shorter, longer = (LayerPolicy(experts_kept=2, use_answers=False, ngram_orders=(order,)) for order in (1, 2))

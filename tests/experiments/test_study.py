@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from analysis.questions import registry
+from analysis.questions.question import Finding, Question
 from analysis.report.report import Section
-from analysis.studies import study
-from analysis.studies.study import Finding
 from varjax import VARConfig
 from varjax.config import LayerPolicy
 
@@ -16,11 +16,12 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
 ):
     asked = []
 
-    def part(subject) -> Finding:
+    def ask(subject) -> Finding:
         asked.append(subject)
-        return Finding("asked", (Section("asked", "What is asked", "reported", "it depends"),), {}, None)
+        return Finding((Section("asked", "What is asked", "reported", "it depends"),))
 
-    monkeypatch.setattr(study, "PARTS", (part,))
+    questions = (Question("asked", "What is asked", ask), Question("left_out", "What is not asked", ask))
+    monkeypatch.setattr(registry, "STUDY_QUESTIONS", questions)
     policy = LayerPolicy(
         experts_kept=None, tolerance=0.2, ngram_orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0
     )
@@ -28,13 +29,8 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
     command = (
         "02_evaluate_var.py",
         *common,
-        "--split",
-        "all",
-        "--num_samples",
-        20,
-        "--mode",
-        "study",
-        "--no_throughput",
+        *("--mode", "study", "--split", "all", "--num_samples", 20),
+        *("--questions", "asked", "throughput", "--no_throughput"),
     )
     command += ("--routing_stats", statistics, "--var_config", tmp_path / "policy.json")
     script(*command, "--output", tmp_path / "study")

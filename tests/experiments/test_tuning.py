@@ -13,8 +13,8 @@ import numpy as np
 import optuna
 import pytest
 
-from analysis.evaluate.caching import Caching
-from analysis.policies.ladder import Choice, Ladder, Step
+from analysis.evaluate.losses import Caching
+from analysis.evaluate.policy_search import Choice, Ladder, Step
 from tuning import study
 from varjax import VARConfig
 from varjax.tablefiles import TableFiles

@@ -6,9 +6,8 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.evaluate.caching import Caching
-from analysis.evaluate.quality import plain_runner, score, var_runner
-from analysis.policies.scored_points import Subject
+from analysis.evaluate.losses import Caching, plain_runner, score, var_runner
+from analysis.evaluate.points import Subject
 from analysis.resampling import Estimate
 from tuning.objective import Objective, predicted_speedup, upper_limit
 from tuning.points import PREDICTED

@@ -6,7 +6,7 @@ import numpy as np
 import optuna
 import pytest
 
-from analysis.policies.ladder import Choice, Ladder, Step
+from analysis.evaluate.policy_search import Choice, Ladder, Step
 from tuning.space import (
     CACHED,
     THRESHOLDS,

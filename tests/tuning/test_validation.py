@@ -6,8 +6,9 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.evaluate.certificate import Losses, certify
-from analysis.policies.scored_points import Subject
+from analysis.evaluate.certificate import certify
+from analysis.evaluate.losses import Losses
+from analysis.evaluate.points import Subject
 from analysis.resampling import Estimate
 from tuning import validation
 from tuning.validation import (

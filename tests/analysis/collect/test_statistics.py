@@ -25,6 +25,12 @@ def whole(saved_model, documents, keys):
     return collect(saved_model, documents, keys, **READING)
 
 
+@pytest.fixture(scope="module")
+def answers(saved_model, documents, whole):
+    """Of the second layer, at every key."""
+    return collect_answers(saved_model, documents, whole.keys, (1,), **READING)
+
+
 def occurrences(model, documents, key):
     """(row, position, gate probabilities [L, E]) of every occurrence of a key, one window at a time."""
     ids = [int(i) for i in key if i != ANY]
@@ -74,7 +80,7 @@ def test_special_tokens_do_not_count(saved_model, documents, whole):
 
 def test_resumed_answers_are_bit_for_bit_those_of_one_run(saved_model, documents, keys, tmp_path):
     reading = {**READING, "save_tokens": 700}
-    arguments = (keys.keys[:20], (1,))
+    arguments = (keys.keys, (1,))
     uninterrupted = collect_answers(saved_model, documents, *arguments, **reading)
     saved = Checkpoints(tmp_path)
     with pytest.raises(KeyboardInterrupt):
@@ -85,8 +91,7 @@ def test_resumed_answers_are_bit_for_bit_those_of_one_run(saved_model, documents
     jax.tree.map(np.testing.assert_array_equal, resumed_ones, uninterrupted)
 
 
-def test_answers_equal_a_recount(saved_model, documents, keys, whole):
-    answers = collect_answers(saved_model, documents, whole.keys, (1,), **READING)
+def test_answers_equal_a_recount(saved_model, documents, whole, answers):
     outputs, weights, experts, ids, before = [], [], [], [], []
     for batch in batches(documents, 4, 16):
         out = saved_model.network.forward(
@@ -118,13 +123,11 @@ def test_answers_equal_a_recount(saved_model, documents, keys, whole):
             np.testing.assert_allclose(answers.m2[0, n], spread, rtol=1e-3, atol=1e-6)
 
 
-def test_answers_of_all_tokens_need_no_other_key(saved_model, documents, keys):
-    every = collect_answers(saved_model, documents, keys.keys, (0, 1), **READING)
-    alone = collect_answers(saved_model, documents, keys.keys[:0], (0, 1), **READING)
-    for a in range(2):
-        ours, theirs = alone.entry[a, 0], every.entry[a, 0]
-        np.testing.assert_array_equal(alone.count[a, ours], every.count[a, theirs])
-        np.testing.assert_allclose(alone.mean[a, ours], every.mean[a, theirs], rtol=1e-6, atol=1e-7)
+def test_answers_of_all_tokens_need_no_other_key(saved_model, documents, keys, answers):
+    alone = collect_answers(saved_model, documents, keys.keys[:0], (1,), **READING)
+    ours, theirs = alone.entry[0, 0], answers.entry[0, 0]
+    np.testing.assert_array_equal(alone.count[0, ours], answers.count[0, theirs])
+    np.testing.assert_allclose(alone.mean[0, ours], answers.mean[0, theirs], rtol=1e-6, atol=1e-7)
 
 
 def test_expert_outputs_are_the_layers_output(saved_model):

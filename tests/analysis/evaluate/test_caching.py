@@ -5,9 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.evaluate.caching import INDEPENDENT, Caching
-from analysis.evaluate.quality import score, var_runner
-from analysis.evaluate.token_losses import token_losses
+from analysis.evaluate.losses import INDEPENDENT, Caching, score, token_losses, var_runner
 from analysis.text.encoding import Encoded
 from varjax import LayerPolicy, VARConfig, VARModel
 from varjax.errors import InputError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from analysis.questions.choice_entropy import PRIOR, _grassberger, choice_entropy
-from analysis.questions.data import Settings
+from analysis.questions.data import TraceSettings
 from tests.synthetic_traces import make_trace, zipf_ids
 from varjax.errors import NotTestableError
 
@@ -42,7 +42,7 @@ def test_the_correction_comes_near_a_known_entropy_that_plug_in_misses(num_exper
     ids = np.sort(rng.integers(0, 300, 9000))[rng.permutation(9000)]  # about 30 occurrences each
     distribution = rng.dirichlet(np.full(num_experts, 0.3), 300)
     trace = with_firsts(ids, draw(rng, distribution[ids])[:, None], num_experts)
-    found = choice_entropy(trace, Settings((1,), permutations=0, samples=200))
+    found = choice_entropy(trace, TraceSettings((1,), permutations=0, samples=200))
     truth = entropy(distribution)[ids].mean()
     plug_in, corrected = (found.measures[name].value[0, 0] for name in ("plug_in", "conditional_entropy"))
     assert truth - plug_in > 0.05
@@ -59,7 +59,7 @@ def test_independent_routing_is_explained_by_nothing():
     for seed in range(20):
         rng = np.random.default_rng(seed)
         first = draw(rng, np.tile(1 / np.arange(1.0, 17), (6000, 1)) / np.sum(1 / np.arange(1.0, 17))).reshape(-1, 2)
-        found = choice_entropy(with_firsts(zipf_ids(rng, 3000, 200), first, 16), Settings((1, 2), **QUICK))
+        found = choice_entropy(with_firsts(zipf_ids(rng, 3000, 200), first, 16), TraceSettings((1, 2), **QUICK))
         explained = found.measures["explained"]
         assert np.all(np.abs(explained.value) < 0.1)
         np.testing.assert_allclose(explained.null, 0)
@@ -76,7 +76,7 @@ def test_routing_by_the_last_two_ids_is_explained_by_two():
     share = np.bincount(ids) / len(ids)
     function = rng.integers(0, 8, (12, 12))  # [previous, current]
     first = function[np.roll(ids, 1), ids]
-    found = choice_entropy(with_firsts(ids, first[:, None], 8), Settings((2, 1), permutations=19, samples=100))
+    found = choice_entropy(with_firsts(ids, first[:, None], 8), TraceSettings((2, 1), permutations=19, samples=100))
     mixture = np.stack([np.bincount(function[:, one], share, 8) for one in range(12)])
     h = found.measures["conditional_entropy"]
     assert h.value[0, 0] == pytest.approx(share @ entropy(mixture), abs=0.01)
@@ -97,7 +97,7 @@ def test_what_documents_repeat_word_for_word_is_explained_in_sample_alone():
     repeat = dict(repeats=10, axis=0)
     ids, first = np.repeat(phrase, **repeat).ravel(), np.repeat(routed, **repeat).reshape(-1, 1)
     trace = with_firsts(ids, first, 8, length=200)
-    found = choice_entropy(trace, Settings((1, 2), **QUICK))
+    found = choice_entropy(trace, TraceSettings((1, 2), **QUICK))
     explained, held_out = (found.measures[name] for name in ("explained", "explained_held_out"))
     assert np.all(explained.value[:, 0] > [0.03, 0.5]) and np.all(explained.p == 1 / 20)
     assert np.all(held_out.value < 0.02)
@@ -110,7 +110,7 @@ def test_figures_are_those_of_dictionaries():
     rng = np.random.default_rng(2)
     ids, min_count = zipf_ids(rng, 3000, 15), 8
     trace = with_firsts(ids, draw(rng, rng.dirichlet(np.ones(6), 15)[ids])[:, None], 6)
-    found = choice_entropy(trace, Settings((1, 2), min_count, permutations=0, samples=10))
+    found = choice_entropy(trace, TraceSettings((1, 2), min_count, permutations=0, samples=10))
     build = trace.build_documents()[trace.document]
     g = _grassberger(3000)
     for row, order in enumerate((1, 2)):
@@ -141,7 +141,7 @@ def test_figures_are_those_of_dictionaries():
 def test_one_document_has_neither_intervals_nor_a_cross_entropy():
     rng = np.random.default_rng(3)
     trace = with_firsts(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 2)), 4, length=500)
-    found = choice_entropy(trace, Settings((1,), **QUICK))
+    found = choice_entropy(trace, TraceSettings((1,), **QUICK))
     for name in ("held_out_coverage", "cross_entropy", "explained_held_out"):
         assert np.isnan(found.measures[name].value).all()
     entropy = found.measures["conditional_entropy"]
@@ -151,7 +151,7 @@ def test_one_document_has_neither_intervals_nor_a_cross_entropy():
 
 def test_constant_routing_leaves_nothing_to_explain():
     trace = with_firsts(np.zeros(4096, int), np.zeros((4096, 1), int), 4)
-    found = choice_entropy(trace, Settings((1,), **QUICK))
+    found = choice_entropy(trace, TraceSettings((1,), **QUICK))
     assert found.measures["plug_in"].value[0, 0] == 0
     assert found.measures["conditional_entropy"].value[0, 0] == pytest.approx(0, abs=1e-3)
     assert found.measures["conditional_entropy"].p[0, 0] == 1
@@ -161,8 +161,8 @@ def test_errors():
     rng = np.random.default_rng(4)
     trace = with_firsts(zipf_ids(rng, 500, 10), rng.integers(0, 4, (500, 1)), 4)
     with pytest.raises(NotTestableError, match=r"not ranked.*record the trace with probabilities"):
-        choice_entropy(replace(trace, ranked=False), Settings())
+        choice_entropy(replace(trace, ranked=False), TraceSettings())
     with pytest.raises(NotTestableError, match="no context of 1, 3 ids occurs 501 times; give a longer trace"):
-        choice_entropy(trace, Settings((1, 3), min_count=501))
+        choice_entropy(trace, TraceSettings((1, 3), min_count=501))
     one = replace(trace, ranked=False, experts=trace.experts[..., :1])  # one expert needs no ranking
-    assert choice_entropy(one, Settings((1,), permutations=0, samples=10)).measures["plug_in"].value[0, 0] > 1
+    assert choice_entropy(one, TraceSettings((1,), permutations=0, samples=10)).measures["plug_in"].value[0, 0] > 1

@@ -1,4 +1,4 @@
-"""Draws of documents are what counting anew would give, and their intervals hold the truth where others miss it."""
+"""Draws of documents give what a recount would give, and their intervals cover the truth where others miss it."""
 
 from dataclasses import replace
 
@@ -140,7 +140,7 @@ def test_moved_intervals_hold_what_texts_of_this_size_have_where_percentiles_fai
     moved, plain = ({name: np.zeros(one.shape) for name, one in truth.items()} for _ in range(2))
     for seed in range(texts):
         trace = text(seed)
-        draws = figures(DocumentDraws(trace, None, 100, seed))
+        draws = figures(DocumentDraws(trace, None, 60, seed))
         for name, point in points(trace).items():
             percentiles = np.nanquantile(draws[name], [0.025, 0.975], axis=0)
             for held, (low, high) in ((moved, interval(point, draws[name])), (plain, percentiles)):

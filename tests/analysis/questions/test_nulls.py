@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, Settings, trace_source
+from analysis.questions.data import RoutingData, TraceSettings, trace_source
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report.figures import subplots
 from analysis.resampling import Measure
 from tests.synthetic_traces import make_trace, zipf_ids
 
-SETTINGS = Settings(orders=(1, 2), min_count=5, permutations=19, samples=20)
+SETTINGS = TraceSettings(orders=(1, 2), min_count=5, permutations=19, samples=20)
 NAMES = ("predictability", "choice_entropy", "repetition", "load", "co_activation")
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.questions.data import Settings
+from analysis.questions.data import TraceSettings
 from analysis.questions.nulls import known_keys
 from analysis.questions.predictability import predictability
 from analysis.traces.trace import Trace
@@ -27,7 +27,7 @@ def random_trace(seed, num_experts=8, tokens=3000, layers=2, top_k=2, vocabulary
 def test_independent_routing_lies_within_the_band(num_experts):
     outside = Counter()
     for seed in range(25):
-        found = predictability(random_trace(seed, num_experts), Settings((1, 2), permutations=19, samples=10))
+        found = predictability(random_trace(seed, num_experts), TraceSettings((1, 2), permutations=19, samples=10))
         for name in ("agreement", "recall", "mass"):
             one = found.measures[name]
             outside[name] += np.any((one.value < one.null_low) | (one.value > one.null_high))
@@ -42,7 +42,7 @@ def test_documents_with_preferences_of_their_own_lie_within_the_band_too():
     favorite = (np.arange(tokens) // length % 2)[:, None]  # ... and favorite expert
     first = np.where(rng.random((tokens, 1)) < 0.6, favorite, rng.integers(0, 8, (tokens, 1)))
     trace = make_trace(first[..., None], 8, token_id=ids, length=100)
-    found = predictability(trace, Settings(permutations=39, samples=10))
+    found = predictability(trace, TraceSettings(permutations=39, samples=10))
     agreement = found.measures["agreement"]
     assert agreement.value.min() > 0.5  # far above 1 / 8, but not because of the tokens
     assert np.all((agreement.null_low <= agreement.value) & (agreement.value <= agreement.null_high))
@@ -58,7 +58,7 @@ def test_routing_by_the_last_two_ids_is_found_and_one_id_knows_what_theory_says(
     first[::100] = 0  # a document's first token has no previous one
     experts = np.stack([first, (first + 1) % num_experts], axis=-1)[:, None]
     trace = make_trace(experts, num_experts, token_id=ids, length=100)
-    found = predictability(trace, Settings((1, 2, 3), permutations=19, samples=50))
+    found = predictability(trace, TraceSettings((1, 2, 3), permutations=19, samples=50))
     agreement, recall = found.measures["agreement"].value[:, 0], found.measures["recall"].value[:, 0]
     # One id: the previous ids mix; the table knows the expert with the most of them behind it.
     mixture = np.stack([np.bincount(function[:, one], share, num_experts) for one in range(vocabulary)])
@@ -76,7 +76,7 @@ def test_a_longer_order_that_knows_no_more_is_no_better_at_the_same_tokens():
     sure = np.linspace(0.9, 0.1, 60)[ids]  # frequent ids, which make the frequent pairs, are the easy ones
     first = np.where(rng.random(len(ids)) < sure, ids % 8, rng.integers(0, 8, len(ids)))
     trace = make_trace(first[:, None, None], 8, token_id=ids, length=100)
-    found = predictability(trace, Settings((1, 2), min_count=40, permutations=19, samples=10))
+    found = predictability(trace, TraceSettings((1, 2), min_count=40, permutations=19, samples=10))
     agreement, shortest = (found.measures[name].value[:, 0] for name in ("agreement", "agreement_of_shortest"))
     assert agreement[1] > agreement[0] + 0.03  # it looks better, ...
     assert agreement[1] == pytest.approx(shortest[1], abs=0.01) and shortest[0] == agreement[0]  # ... and is not
@@ -118,7 +118,7 @@ def slow_scores(trace, layer, order, min_count):
 
 
 def compare(trace, min_count, tolerance):
-    found = predictability(trace, Settings((1, 2, 3), min_count, permutations=0, samples=20))
+    found = predictability(trace, TraceSettings((1, 2, 3), min_count, permutations=0, samples=20))
     for layer in range(trace.num_layers):
         longest, shortest = {}, None
         for row, order in enumerate((1, 2, 3)):
@@ -150,7 +150,7 @@ def test_real_routing_scores_as_dictionaries_say(shared_data):
     path = shared_data / "traces" / "gpt_oss_20b.npz"
     header = json.loads(path.with_suffix(".json").read_text())
     with np.load(path) as file:
-        rows = file["document"] < 60
+        rows = file["document"] < 40
         columns = {name: file[name][rows] for name in ("token", "document", "position", "experts", "probs")}
     trace = Trace(
         token_id=columns["token"],
@@ -158,8 +158,8 @@ def test_real_routing_scores_as_dictionaries_say(shared_data):
         position=columns["position"],
         experts=columns["experts"][:, [0, 12]].astype(np.int16),
         probs=columns["probs"][:, [0, 12]].astype(np.float32),
-        document_ids=tuple(f"document {i}" for i in range(60)),
-        groups=tuple(header["document_group"][:60]),
+        document_ids=tuple(f"document {i}" for i in range(40)),
+        groups=tuple(header["document_group"][:40]),
         num_experts=header["num_experts"],
         probs_over="chosen",
     )
@@ -171,7 +171,7 @@ def test_real_routing_scores_as_dictionaries_say(shared_data):
 
 def test_what_a_trace_does_not_say_is_left_out():
     trace = random_trace(4)
-    quick = Settings(permutations=0, samples=10)
+    quick = TraceSettings(permutations=0, samples=10)
     everything = ["coverage", "agreement", "recall", "mass", "agreement_of_shortest"]
     assert list(predictability(trace, quick).measures) == everything
     bare = replace(trace, probs=None, probs_over=None, ranked=False)
@@ -182,7 +182,7 @@ def test_what_a_trace_does_not_say_is_left_out():
 
 
 def test_an_order_that_no_document_reaches_has_no_figures_and_no_coverage():
-    settings = Settings((101, 1, 1), permutations=19, samples=10)
+    settings = TraceSettings((101, 1, 1), permutations=19, samples=10)
     found = predictability(random_trace(5, tokens=6000), settings)
     assert settings.orders == (1, 101)
     assert np.all(found.measures["coverage"].value[1] == 0)
@@ -195,7 +195,7 @@ def test_an_order_that_no_document_reaches_has_no_figures_and_no_coverage():
 def test_a_seed_repeats_the_figures():
     trace = random_trace(6, tokens=6000)
     first, second, other = (
-        predictability(trace, Settings(permutations=19, samples=50, seed=seed)) for seed in (0, 0, 1)
+        predictability(trace, TraceSettings(permutations=19, samples=50, seed=seed)) for seed in (0, 0, 1)
     )
     for name in ("low", "null_high", "p"):
         one, same, different = (getattr(found.measures["recall"], name) for found in (first, second, other))
@@ -213,8 +213,8 @@ def test_known_keys():
 def test_errors():
     trace = random_trace(7)
     with pytest.raises(ValueError, match="1 documents are all on one side"):
-        predictability(trace.of(np.arange(30) == 0), Settings())
+        predictability(trace.of(np.arange(30) == 0), TraceSettings())
     with pytest.raises(
         ValueError, match=r"no context of 1, 2 ids occurs 5000 times in the build documents; .*min_count"
     ):
-        predictability(trace, Settings((1, 2), min_count=5000))
+        predictability(trace, TraceSettings((1, 2), min_count=5000))

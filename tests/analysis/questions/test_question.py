@@ -7,8 +7,8 @@ import pytest
 
 from analysis import command
 from analysis.hypothesis_validation import validate
-from analysis.questions.data import RoutingData, Settings, trace_source
-from analysis.questions.question import Answer, NotMeasuredError, Question
+from analysis.questions.data import RoutingData, TraceSettings, trace_source
+from analysis.questions.question import Finding, NotMeasuredError, Question
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report.figures import subplots
 from analysis.report.files import write_report
@@ -18,13 +18,13 @@ from tests.synthetic_traces import make_trace
 from varjax.errors import InputError, NotTestableError
 
 
-def rarest(data: RoutingData) -> Answer:
+def rarest(data: RoutingData) -> Finding:
     """A small question: how often does the rarest token id occur?"""
     count = int(data.stats.count[0].min())
     figure = ReportFigure("rarest", "The rarest id", "Look at the dot.", "There is only one.", lambda: subplots()[0])
     table = Table("", (Column("occurrences"),), ((count,),))
     section = RAREST.section("reported", f"{count} times", ["In layer 0."], [table], [figure], f"{count}")
-    return Answer((section,), {"rarest_count": count})
+    return Finding((section,), {"rarest_count": count})
 
 
 RAREST = Question("rarest", "How rare is the rarest id?", rarest)
@@ -33,7 +33,7 @@ RAREST = Question("rarest", "How rare is the rarest id?", rarest)
 @pytest.fixture(scope="module")
 def data() -> RoutingData:
     trace = make_trace(np.random.default_rng(0).permuted(np.tile(np.arange(4), (200, 2, 1)), axis=-1)[..., :2], 4)
-    return RoutingData(trace_source(trace), trace, settings=Settings((1,), permutations=0, samples=10))
+    return RoutingData(trace_source(trace), trace, settings=TraceSettings((1,), permutations=0, samples=10))
 
 
 def test_a_new_question_takes_one_file_and_one_place_in_a_list(data, tmp_path):
@@ -78,5 +78,5 @@ def test_a_fault_is_not_shortened_to_a_message(data):
 
 def test_settings_that_nothing_can_be_estimated_with_are_refused():
     with pytest.raises(InputError, match="give 0 for no null, or at least"):
-        Settings(permutations=3)
-    assert Settings(orders=(2, 1, 2)).orders == (1, 2)
+        TraceSettings(permutations=3)
+    assert TraceSettings(orders=(2, 1, 2)).orders == (1, 2)

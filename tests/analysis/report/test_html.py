@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis.report.files import write_report
-from analysis.report.html import badge, page
+from analysis.report.html import _badge, page
 from analysis.report.output import Output
 from analysis.report.report import Column, Report, ReportFigure, Section, Table, fields, text
 
@@ -86,7 +86,7 @@ def test_verdicts_are_colored_and_readable_without_color():
     assert re.search(r"\.FAIL \{ background: #b4", source) and re.search(r"\.PASS \{ background: #1a7", source)
     assert '<span class="verdict FAIL">✗ FAIL</span>' in source
     assert '<span class="verdict not">not measured</span>' in source  # neutral: a frame without a color
-    assert '<span class="verdict PASS">✓ PASS</span>' in badge("PASS")
+    assert '<span class="verdict PASS">✓ PASS</span>' in _badge("PASS")
 
 
 def test_text_and_fields_say_the_same():

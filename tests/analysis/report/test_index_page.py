@@ -1,4 +1,4 @@
-"""The page of all runs: every report that lies below it, the newest first, and a way back."""
+"""The page of all runs: every report below its folder, the newest first, each with its name, number and verdict."""
 
 import json
 import re
@@ -9,7 +9,8 @@ from urllib.parse import unquote
 from matplotlib.figure import Figure
 
 from analysis.report.files import write_report
-from analysis.report.index_page import main, write_index
+from analysis.report.html import write_index
+from analysis.report.index_page import main
 from analysis.report.output import Output
 from analysis.report.report import Report, ReportFigure, Section
 
@@ -43,7 +44,12 @@ def test_the_page_of_all_runs_lists_what_is_below_its_folder(tmp_path, monkeypat
     assert [link for link in dict.fromkeys(links(index)) if link.endswith(".html")] == pages
     assert all((index.parent / link).is_file() for link in links(index))
     said = index.read_text()
-    assert "Run &lt;second&gt;" in said and "1 FAIL" in said and "tiny &amp; small" in said and "2 runs" in said
+    assert (
+        "Run &lt;second&gt;" in said
+        and '1 <span class="verdict FAIL">✗ FAIL</span>' in said
+        and "tiny &amp; small" in said
+        and "2 runs" in said
+    )
 
 
 def words_of_cards(path):
@@ -90,7 +96,7 @@ def test_a_run_that_names_a_file_makes_no_page_but_keeps_one_up_to_date(tmp_path
 
 
 def test_what_is_no_report_is_passed_over(tmp_path):
-    (tmp_path / "alone.html").write_text("<p>no JSON beside it")
+    (tmp_path / "alone.html").write_text("<p>no JSON next to it")
     for name, content in (("broken", "{"), ("list", "[]"), ("other", json.dumps({"title": "not a report"}))):
         (tmp_path / f"{name}.html").write_text("<p>")
         (tmp_path / f"{name}.json").write_text(content)

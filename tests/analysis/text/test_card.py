@@ -14,7 +14,7 @@ from varjax.errors import InputError
 
 
 def of_split(split: str, number: int) -> list[str]:
-    """Ids of so many documents of a split, in hash order."""
+    """Ids of documents of a split, in hash order."""
     texts = (Document(f"text {index}", "g") for index in range(10_000))
     return sorted([one.id for one in texts if one.split == split][:number])
 
@@ -68,7 +68,7 @@ def test_a_card_with_counts_alone_tells_no_more_than_that_they_differ(monkeypatc
 
 
 def test_the_reference_model_is_compared_with_its_card(monkeypatch, tmp_path):
-    """With a small corpus in the place of the installed one: nothing of it is on the card."""
+    """With a small corpus instead of the installed one, of which nothing is on the card."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     embedded.save([(f"text {index}", "g") for index in range(100)], embedded._cache_file())
     model = SimpleNamespace(name="reference")  # the name is all that is asked

@@ -8,7 +8,7 @@ import pytest
 from analysis.hypothesis_validation import validate
 from analysis.questions.choice_entropy import choice_entropy
 from analysis.questions.co_activation import co_activation
-from analysis.questions.data import RoutingData, Settings, trace_source
+from analysis.questions.data import RoutingData, TraceSettings, trace_source
 from analysis.questions.expert_load import expert_load
 from analysis.questions.predictability import predictability
 from analysis.questions.repetition import repetition
@@ -25,7 +25,7 @@ from varjax.errors import InputError
 
 EXPERTS, TOP_K = 6, 2
 PLACES = [1, 4]  # of the layers that were captured, among five
-SETTINGS = Settings(orders=(1, 2), min_count=3, permutations=19, samples=20)
+SETTINGS = TraceSettings(orders=(1, 2), min_count=3, permutations=19, samples=20)
 
 
 def routing(tokens: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -196,8 +196,8 @@ def test_files_that_are_missing_or_something_else(tmp_path):
         import_npz(path)
 
 
-def test_the_real_trace(shared_data):
-    trace = import_npz(shared_data / "traces" / "gpt_oss_20b.npz")
+def test_the_real_trace(real_trace):
+    trace = real_trace
     assert (len(trace.token_id), trace.num_layers, trace.top_k, trace.num_experts) == (189_976, 24, 4, 32)
     assert len(trace.document_ids) == 615 and trace.probs_over == "chosen"
     assert trace.token_strings[int(trace.token_id[0])]

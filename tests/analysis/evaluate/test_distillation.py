@@ -8,8 +8,8 @@ import pytest
 from analysis.checkpoints import Checkpoints
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.evaluate.quality import plain_runner, score, var_runner
-from analysis.policies.distillation import DistilConfig, _lines, distill
+from analysis.evaluate.distillation import DistillConfig, _lines, distill
+from analysis.evaluate.losses import plain_runner, score, var_runner
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel
 from varjax.routing import NO_ANSWER
@@ -19,7 +19,7 @@ from varjax.table import build_table
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
 POLICY = LayerPolicy(experts_kept=0, ngram_orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
 CONFIG = VARConfig(default=POLICY, cache_size=0)
-SETTINGS = DistilConfig(steps=52, batch_size=8, max_length=16, learning_rate=0.03, min_count=8)
+SETTINGS = DistillConfig(steps=52, batch_size=8, max_length=16, learning_rate=0.03, min_count=8)
 
 
 @pytest.fixture(scope="module")
@@ -104,4 +104,4 @@ def test_errors(saved_model, even_documents, collected, distilled):
     with pytest.raises(ValueError, match=r"layer 0 has no answer of min_count=1000000000 occurrences"):
         distill(saved_model, *collected, even_documents, CONFIG, few)
     with pytest.raises(ValueError, match=r"steps=0: expected at least 1; learning_rate=0: expected more than 0"):
-        DistilConfig(steps=0, learning_rate=0)
+        DistillConfig(steps=0, learning_rate=0)

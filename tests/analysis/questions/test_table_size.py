@@ -6,9 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.policies.scored_points import Subject, losses
-from analysis.studies.study import size_of_the_table
-from analysis.studies.table_size import SHARES, shipped
+from analysis.evaluate.points import Subject, score_point
+from analysis.questions.table_size import QUESTION, SHARES, _shipped
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
@@ -72,9 +71,9 @@ def test_kept_answers_are_what_they_were(subject):
 
 def test_shipped_and_fixed_shapes_give_the_same_losses(subject):
     config = dataclasses.replace(subject.config, answers_per_layer=20)
-    shipped, fixed = (losses(subject, config, bounded(subject, 20, keep_shapes=same)) for same in (False, True))
-    np.testing.assert_allclose(shipped.nll, fixed.nll, rtol=1e-6)
-    assert shipped.experts_per_token == fixed.experts_per_token
+    small, fixed = (score_point(subject, config, bounded(subject, 20, keep_shapes=same)) for same in (False, True))
+    np.testing.assert_allclose(small.nll, fixed.nll, rtol=1e-6)
+    assert small.experts_per_token == fixed.experts_per_token
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
@@ -87,7 +86,7 @@ def test_the_size_is_that_of_the_table_built_without_what_is_never_looked_up(sub
         fixed, small = (
             build_table(given, subject.stats, subject.answers, top_k=2, keep_shapes=same) for same in (True, False)
         )
-        size = shipped(fixed)
+        size = _shipped(fixed)
         assert size.bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(small))
         in_answers = [(layer.answers, layer.deviation, layer.scale) for layer in small.answers]
         assert size.answer_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(in_answers))
@@ -101,7 +100,7 @@ def test_a_bound_must_be_a_number_of_answers():
 
 @pytest.fixture(scope="module")
 def answered(subject):
-    return size_of_the_table(subject)
+    return QUESTION.answer(subject)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +130,6 @@ def test_the_section_names_the_size_and_the_figure_shows_every_type(answered, fo
     full = next(size for size in found.sizes if size.answers_per_layer is None)
     assert said.verdict == "reported" and f"{full.answers:,} answers" in said.outcome
     assert len(said.tables[0].rows) == len(found.sizes)
-    (drawn,) = answered.figures.values()
-    assert list(answered.figures) == [note.name for note in said.figures]
+    drawn = said.figures[0].draw()
     legend = drawn.axes[0].get_legend()
     assert [one.get_text() for one in legend.get_texts()] == ["float32", "bfloat16", "int8"]

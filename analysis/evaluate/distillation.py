@@ -1,14 +1,14 @@
-"""Answers that are trained: the model under VAR is brought near the full model, text by text.
+"""Distillation: answers are trained so that the model under VAR comes close to the full model.
 
 Letters: L layers, N answers of a layer, M trained ones, C steps of a line of descent, D hidden size, B sequences, T
 positions, V vocabulary.
 
-Means are right for each answer by itself; together, and through the layers above, a little less. Here every answer gets
-a correction, found by gradient descent (Adam, Kingma and Ba 2015) on the Kullback-Leibler divergence from the full
-model's next-token distribution to that of the model under its plan, on the documents that the tables were built from.
-What is rare cannot be trained: an answer is corrected by the sum of the corrections along its line of descent (the same
-expert at the token alone, at the bigram, ...), and only those with enough occurrences have one of their own. The plan,
-the gate and the experts stay as they are.
+Means are the best answers one by one, but not together, where layers above read what layers below answered. Here every
+answer gets a correction, found by gradient descent (Adam, Kingma and Ba 2015) on the Kullback-Leibler divergence from
+the full model's next-token distribution to that of the model under its plan, on the documents that the tables were
+built from. Rare answers cannot be trained: an answer is corrected by the sum of the corrections along its line of
+descent (the same expert at the token alone, at the bigram, ...), and only those with enough occurrences have a
+correction of their own. The plan, the gate and the experts do not change.
 """
 
 from __future__ import annotations
@@ -44,8 +44,12 @@ from varjax.table import RouteTable
 
 
 @dataclasses.dataclass(frozen=True)
-class DistilConfig:
-    """Everything that decides the outcome, beside the model, the policy and the documents."""
+class DistillConfig:
+    """The settings of a training run.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
 
     steps: int = 300
     batch_size: int = 16  # windows of a batch at `max_length`
@@ -69,21 +73,22 @@ class DistilConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Distilled:
-    """What came of it."""
+    """The result of a training run."""
 
-    answers: Answers  # those that were given, with trained means
+    answers: Answers  # the given ones, with trained means
     divergence: np.ndarray  # float64 [steps], nats per token, of each batch before its step
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Corrected(LayerAnswers):
+class _Corrected(LayerAnswers):
     """Answers with the corrections along their lines of descent."""
 
     correction: Array  # float32 [M, D]
-    line: Array  # int32 [N, C], the corrections that count for an answer, M where there is no more
+    line: Array  # int32 [N, C], the corrections that count for an answer, M where there are no more
 
     def total(self, dropped: Dropped) -> Array:
+        """float32 [..., D]: the answers of the dropped experts, corrected and weighted."""
         known = dropped.answer != NO_ANSWER
         weight = jnp.where(known, dropped.weights, 0.0)
         line = self.line[dropped.answer]  # [..., K, C]
@@ -97,7 +102,7 @@ def distill(
     answers: Answers,
     documents: Sequence[Encoded],
     config: VARConfig,
-    settings: DistilConfig | None = None,
+    settings: DistillConfig | None = None,
     *,
     checkpoints: Checkpoints | None = None,
     save_steps: int = 50,
@@ -106,18 +111,23 @@ def distill(
     """Train the answers for the policy of `config`.
 
     Args:
+        model: the full model, which teaches.
         stats: as they were collected.
         answers: as they were collected, not distilled already.
-        documents: what to train on, the build documents.
-        config: the policy under which the model will run; its cached tier plays no part.
+        documents: to train on, the build documents.
+        config: the policy under which the model will run; its cached tier is not used.
+        settings: of the training; None: the defaults.
         checkpoints: where to resume from and to save to.
         save_steps: steps between checkpoints.
         progress: show a bar on standard error.
 
+    Returns:
+        The trained answers.
+
     Raises:
         InputError: the answers were distilled before, or a layer has none of enough occurrences.
     """
-    settings = settings or DistilConfig()
+    settings = settings or DistillConfig()
     if answers.distilled:
         raise InputError("these answers were distilled already; give the means that were collected")
     config = dataclasses.replace(config, cache_size=0, answer_dtype="float32")
@@ -144,7 +154,7 @@ def distill(
                 continue
             ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
             state = update(state, np.int32(number), model.params, table, on_device, ids, mask)
-            if number % 10 == 0:  # not at every step: to read it is to wait for it
+            if number % 10 == 0:  # not at every step: reading it waits for the device
                 bar.set_postfix(nats=f"{float(state[2][number]):.4f}")
             if checkpoints and (number + 1) % save_steps == 0:
                 checkpoints.save(number + 1, state)
@@ -171,8 +181,8 @@ def _lines(answers: Answers, layer: int, min_count: int) -> np.ndarray:
     return np.stack(line, axis=1)
 
 
-def _endless(documents: Sequence[Encoded], settings: DistilConfig) -> Iterator[Batch]:
-    """Batches for ever: the documents in an order that is drawn anew for every epoch."""
+def _endless(documents: Sequence[Encoded], settings: DistillConfig) -> Iterator[Batch]:
+    """Batches without end: the documents in a new random order for every epoch."""
     epoch = 0
     while True:
         order = np.random.default_rng((settings.seed, epoch)).permutation(len(documents))
@@ -195,7 +205,7 @@ def _make_step(
         known = list(table.answers)
         for layer, correction, line in zip(layers, corrections, lines, strict=True):
             own = {field.name: getattr(known[layer], field.name) for field in dataclasses.fields(LayerAnswers)}
-            known[layer] = Corrected(**own, correction=correction, line=line)
+            known[layer] = _Corrected(**own, correction=correction, line=line)
         state = var_step.init(table, config, ids.shape[0])
         how = Settings.of(config, table.num_layers)
         plan = dataclasses.replace(var_step.plan(table, state, ids, 0.0, how, mask), answers=tuple(known))

@@ -8,15 +8,22 @@ import jax
 import numpy as np
 import pytest
 
-from analysis.evaluate.quality import score, var_runner
-from analysis.policies import scored_points
-from analysis.policies.ladder import candidate_tolerances
-from analysis.policies.scored_points import Subject, losses
+from analysis.evaluate import points
+from analysis.evaluate.losses import score, var_runner
+from analysis.evaluate.points import Subject, score_point
+from analysis.evaluate.policy_search import _candidate_tolerances
+from analysis.questions.alternatives import (
+    QUESTION,
+    RATIOS,
+    SCALES,
+    VAR,
+    _evaluate,
+    _families,
+    _fewest_experts,
+    _section,
+    _table_of,
+)
 from analysis.resampling import Estimate, document_counts
-from analysis.studies.alternatives import evaluate, fewest_experts
-from analysis.studies.alternatives_section import figure, losses_of_var, section
-from analysis.studies.families import RATIOS, SCALES, VAR, Point, families, table_of
-from analysis.studies.study import against_alternatives
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, routed_forward
 from varjax.routing import NO_ANSWER
@@ -33,7 +40,7 @@ def subject(saved_model, collected) -> Subject:
     policies = {
         layer: LayerPolicy(
             experts_kept=None,
-            tolerance=candidate_tolerances(collected.answers, layer, 1.0)[1],
+            tolerance=_candidate_tolerances(collected.answers, layer, 1.0)[1],
             ngram_orders=(1, 2),
             frequency_threshold=5,
             entropy_threshold=2.0,
@@ -52,7 +59,7 @@ def table(subject):
 @pytest.fixture(scope="module")
 def family(subject):
     """`family(name)`."""
-    return {one.name: one for one in families(subject)}.__getitem__
+    return {one.name: one for one in _families(subject)}.__getitem__
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +68,9 @@ def run(subject, table, family):
 
     @cache
     def scored(name: str, number: int):
-        point = family(name).points[number]
-        changed = table_of(subject, table, family(name), point)
-        var_model = VARModel(subject.model, point.config, table=changed, clock=lambda: 0.0)
+        _, config = family(name).points[number]
+        changed = _table_of(subject, table, family(name), config)
+        var_model = VARModel(subject.model, config, table=changed, clock=lambda: 0.0)
         found, state = score(var_runner(var_model), var_model.init(), subject.documents, progress=False, **READING)
         return found.nll, summary(state.counters, 2)
 
@@ -77,13 +84,9 @@ def gate(subject):
     return -np.sort(-np.asarray(probs).reshape(-1, probs.shape[-1]), axis=-1)[:, :2]
 
 
-def plain_losses(subject) -> np.ndarray:
-    return losses(subject).nll
-
-
 def test_top_m_runs_exactly_m_experts_for_every_token(run, family):
     for name, numbers in (("top-m for all, renormalized", [1]), ("top-m for all, own weights", [1, 0])):
-        assert [point.dial for point in family(name).points] == numbers
+        assert [dial for dial, _ in family(name).points] == numbers
         for number, experts in enumerate(numbers):
             _, counted = run(name, number)
             assert counted["experts_per_token"] == experts and counted["tiers"]["fast"] == 1
@@ -93,7 +96,7 @@ def test_top_m_runs_exactly_m_experts_for_every_token(run, family):
 def test_m_experts_and_answers_run_m_experts_at_known_keys(subject, run, family):
     """But for experts that have no answer at the key, which run."""
     for number, experts in enumerate([1, 0]):
-        assert family("m experts and answers").points[number].dial == experts
+        assert family("m experts and answers").points[number][0] == experts
         _, counted = run("m experts and answers", number)
         assert counted["tiers"] == run(VAR, 0)[1]["tiers"]
         fewest = experts + (2 - experts) * counted["tiers"]["learned"]
@@ -103,10 +106,10 @@ def test_m_experts_and_answers_run_m_experts_at_known_keys(subject, run, family)
 def test_rules_of_others_rescale_where_the_model_does(subject):
     config = dataclasses.replace(subject.model.config, normalize_top_k=False)
     raw = dataclasses.replace(subject, model=dataclasses.replace(subject.model, config=config))
-    for one, other in zip(families(subject), families(raw), strict=True):
+    for one, other in zip(_families(subject), _families(raw), strict=True):
         if one.name in ("weight ratio", "top-p", "VAR without answers", "cache only"):
-            assert all(point.config.policy(0).renormalize for point in one.points)
-            assert not any(point.config.policy(0).renormalize for point in other.points)
+            assert all(config.policy(0).renormalize for _, config in one.points)
+            assert not any(config.policy(0).renormalize for _, config in other.points)
         else:
             assert one == other
 
@@ -119,23 +122,22 @@ def test_the_weight_ratio_drops_who_weighs_less(run, gate):
 
 def test_a_ratio_near_zero_and_a_mass_of_one_are_the_plain_model(subject, table, family):
     for name, field, value in (("weight ratio", "gate_ratio", 1e-9), ("top-p", "gate_mass", 1.0)):
-        point = family(name).points[0]
-        policy = dataclasses.replace(point.config.default, **{field: value})
-        timid = Point(value, dataclasses.replace(point.config, default=policy))
-        found = losses(subject, timid.config, table_of(subject, table, family(name), timid))
+        _, config = family(name).points[0]
+        timid = dataclasses.replace(config, default=dataclasses.replace(config.default, **{field: value}))
+        found = score_point(subject, timid, _table_of(subject, table, family(name), timid))
         assert found.experts_per_token == 2 and found.open_share == 0
-        np.testing.assert_allclose(found.nll, plain_losses(subject), rtol=1e-6)
+        np.testing.assert_allclose(found.nll, score_point(subject).nll, rtol=1e-6)
 
 
 def test_top_p_keeps_the_fewest_experts_that_reach_the_probability(run, family, gate):
-    for number, point in enumerate(family("top-p").points):
-        expected = 1 + np.mean(gate[:, 0] < point.dial)
+    for number, (mass, _) in enumerate(family("top-p").points):
+        expected = 1 + np.mean(gate[:, 0] < mass)
         assert run("top-p", number)[1]["layers"][0]["experts_per_token"] == pytest.approx(expected, abs=2e-3)
 
 
 def test_one_mean_per_expert_answers_every_token_with_what_the_expert_says_on_average(subject, table, family, run):
     means = family("one mean per expert, by ratio")
-    changed = table_of(subject, table, means, means.points[-1])
+    changed = _table_of(subject, table, means, means.points[-1][1])
     eligible = np.asarray(changed.eligible)
     assert eligible[:, -1].all() and not eligible[:, :-1].any()  # the row of order 0 is the last
     for layer, known in enumerate(changed.answers):
@@ -161,8 +163,8 @@ def test_var_at_scale_one_is_the_given_policy(subject, run):
 
 
 def test_without_answers_the_same_tokens_are_planned_and_nothing_stands_in(subject, table, family, run):
-    point = family("VAR without answers").points[3]
-    changed = table_of(subject, table, family("VAR without answers"), point)
+    _, config = family("VAR without answers").points[3]
+    changed = _table_of(subject, table, family("VAR without answers"), config)
     np.testing.assert_array_equal(changed.eligible, table.eligible)
     assert not np.asarray(changed.rules.use_answers).any() and np.asarray(changed.rules.renormalize).all()
     assert run("VAR without answers", 3)[1]["tiers"] == run(VAR, 3)[1]["tiers"]
@@ -174,15 +176,15 @@ def test_without_answers_a_key_that_nothing_answers_stays_with_the_router(subjec
     unknown[:, 1::2] = NO_ANSWER
     fewer = dataclasses.replace(subject, answers=dataclasses.replace(subject.answers, entry=unknown))
     table = build_table(fewer.config, fewer.stats, fewer.answers, top_k=2, keep_shapes=True)
-    null = next(one for one in families(fewer) if one.name == "VAR without answers")
-    np.testing.assert_array_equal(table_of(fewer, table, null, null.points[0]).eligible, table.eligible)
-    admitted = with_policies(table, null.points[0].config, fewer.stats, fewer.answers).eligible
+    null = next(one for one in _families(fewer) if one.name == "VAR without answers")
+    np.testing.assert_array_equal(_table_of(fewer, table, null, null.points[0][1]).eligible, table.eligible)
+    admitted = with_policies(table, null.points[0][1], fewer.stats, fewer.answers).eligible
     assert np.asarray(table.eligible).sum() < np.asarray(admitted).sum()
 
 
 def test_token_ids_only_looks_at_no_longer_context(subject, table, family):
     alone = family("token ids only")
-    changed = table_of(subject, table, alone, alone.points[0])
+    changed = _table_of(subject, table, alone, alone.points[0][1])
     orders = np.append(subject.stats.row_orders, 0)
     eligible = np.asarray(changed.eligible)
     assert eligible[:, orders == 1].any() and not eligible[:, orders != 1].any()
@@ -200,15 +202,15 @@ def test_cache_only_knows_nothing_beforehand_and_remembers_more_at_a_lower_thres
 
 def test_no_family_but_the_cache_remembers_anything(subject):
     given = dataclasses.replace(subject, config=dataclasses.replace(subject.config, cache_size=64, cache_layers=(0,)))
-    for one in families(given):
-        sizes = {point.config.cache_size for point in one.points}
+    for one in _families(given):
+        sizes = {config.cache_size for _, config in one.points}
         assert sizes == ({64} if one.name == "cache only" else {0})
 
 
 def test_shuffled_answers_stand_in_for_the_same_slots(subject, table, family, run):
     null = family("shuffled answers")
-    changed = table_of(subject, table, null, null.points[-1])
-    assert null.points[-1].dial == 1
+    changed = _table_of(subject, table, null, null.points[-1][1])
+    assert null.points[-1][0] == 1
     for ours, theirs in zip(table.answers, changed.answers, strict=True):
         np.testing.assert_array_equal(ours.entry, theirs.entry)
         np.testing.assert_array_equal(ours.deviation, theirs.deviation)
@@ -222,24 +224,25 @@ def test_shuffled_answers_stand_in_for_the_same_slots(subject, table, family, ru
 
 def test_one_tolerance_is_that_of_all_layers(subject, table, family):
     uniform = family("one tolerance for all layers")
-    for point in uniform.points:
-        tolerances = np.asarray(table_of(subject, table, uniform, point).rules.tolerance)
-        np.testing.assert_allclose(tolerances, point.dial, rtol=1e-6)
+    for dial, config in uniform.points:
+        tolerances = np.asarray(_table_of(subject, table, uniform, config).rules.tolerance)
+        np.testing.assert_allclose(tolerances, dial, rtol=1e-6)
     given = [subject.config.policy(layer).tolerance for layer in range(LAYERS)]
     assert min(given) < max(given)
-    assert any(point.dial == pytest.approx(np.sqrt(np.prod(given))) for point in uniform.points)
+    assert any(dial == pytest.approx(np.sqrt(np.prod(given))) for dial, _ in uniform.points)
 
 
 def test_no_family_but_the_cache_compiles_anything(subject, table):
-    wanted = families(subject)
+    wanted = _families(subject)
     few = dataclasses.replace(subject, documents=subject.documents[:4])
-    losses(few, subject.config, table)
+    score_point(few, subject.config, table)
     compiled = routed_forward._cache_size()
     for one in wanted:
         if one.name != "cache only":
-            changed = table_of(subject, table, one, one.points[-1])
+            config = one.points[-1][1]
+            changed = _table_of(subject, table, one, config)
             assert jax.tree.structure(changed) == jax.tree.structure(table)
-            losses(few, one.points[-1].config, changed)
+            score_point(few, config, changed)
     assert routed_forward._cache_size() == compiled
 
 
@@ -247,7 +250,7 @@ def test_a_policy_without_a_dial_is_refused(subject):
     for policy in (LayerPolicy(experts_kept=1), dataclasses.replace(subject.config.policy(0), experts_kept=1), None):
         config = VARConfig(default=policy, entropy_threshold=2.0)
         with pytest.raises(ValueError, match=r"governed by a tolerance.*--search_policy"):
-            families(dataclasses.replace(subject, config=config))
+            _families(dataclasses.replace(subject, config=config))
     with pytest.raises(ValueError, match="enable_var=False"):
         dataclasses.replace(subject, config=VARConfig(enable_var=False))
 
@@ -269,14 +272,14 @@ def test_a_policy_without_a_dial_is_refused(subject):
 )
 def test_experts_at_equal_loss_on_curves_drawn_by_hand(curve, most, expected):
     experts, loss = np.array(curve, float).T
-    assert fewest_experts(experts, loss, np.array(most)) == pytest.approx(expected)
+    assert _fewest_experts(experts, loss, np.array(most)) == pytest.approx(expected)
 
 
 def test_experts_at_equal_loss_equal_a_walk_along_the_curve():
     rng = np.random.default_rng(0)
     experts, loss, most = np.sort(rng.uniform(1, 2, 6))[::-1], rng.normal(size=(6, 50)), rng.normal(size=50)
     share = np.linspace(0, 1, 20_001)
-    for draw, found in enumerate(fewest_experts(experts, loss, most)):
+    for draw, found in enumerate(_fewest_experts(experts, loss, most)):
         walked = [np.interp(share, [0, 1], pair) for pair in pairwise(experts)]
         on_the_way = [np.interp(share, [0, 1], pair) for pair in pairwise(loss[:, draw])]
         fewest = min((np.array(walked)[np.array(on_the_way) <= most[draw]]), default=np.inf)
@@ -290,14 +293,14 @@ def test_experts_at_equal_loss_equal_a_walk_along_the_curve():
 def kept(subject, tmp_path_factory):
     """The subject with a folder, and its result."""
     kept = dataclasses.replace(subject, folder=tmp_path_factory.mktemp("losses"))
-    return kept, evaluate(kept)
+    return kept, _evaluate(kept)
 
 
 def test_a_point_stands_in_the_result_as_it_was_scored(subject, run, kept):
     _, found = kept
     nll, counted = run("weight ratio", 4)
     point = next(curve for curve in found.curves if curve.name == "weight ratio").points[4]
-    plain, tokens = plain_losses(subject), losses(subject).tokens
+    plain, tokens = score_point(subject).nll, score_point(subject).tokens
     assert point.experts_per_token == counted["experts_per_token"]
     assert point.degradation.value == pytest.approx(np.expm1((nll - plain).sum() / tokens.sum()), rel=1e-5)
     rng = np.random.default_rng(1)  # another generator, drawn one by one
@@ -316,8 +319,8 @@ def test_resumed_gives_the_same_without_scoring_again(kept, monkeypatch):
     some = sorted(subject.folder.iterdir())
     some[5].unlink()  # as if killed before it was written
     calls = []
-    monkeypatch.setattr(scored_points, "score", lambda *a, **k: calls.append(1) or score(*a, **k))
-    assert evaluate(subject) == found
+    monkeypatch.setattr(points, "score", lambda *a, **k: calls.append(1) or score(*a, **k))
+    assert _evaluate(subject) == found
     assert len(calls) == 1 and sorted(subject.folder.iterdir()) == some
 
 
@@ -327,12 +330,12 @@ def test_another_request_is_not_read_back(kept, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("scored")
 
-    monkeypatch.setattr(scored_points, "score", refuse)
-    losses(subject)
+    monkeypatch.setattr(points, "score", refuse)
+    score_point(subject)
     halved = dataclasses.replace(subject.answers, mean=subject.answers.mean / 2)
     for change in ({"max_length": 12}, {"documents": subject.documents[1:]}, {"answers": halved}):
         with pytest.raises(AssertionError, match="scored"):
-            losses(dataclasses.replace(subject, **change))
+            score_point(dataclasses.replace(subject, **change))
 
 
 def test_draws_are_of_whole_documents():
@@ -359,31 +362,26 @@ def test_where_var_loses_is_said_first(kept):
     ours = found.var.experts_per_token
     better = (ours - 0.2, ours - 0.3, ours - 0.1)
     lost = pretended(found, **(dict.fromkeys(names[1:]) | {"top-p": better}))
-    said = section(lost)
-    assert [one.name for one in losses_of_var(lost)] == ["top-p"]
+    said = _section(lost)
     assert said.verdict == "FAIL" and "loses" in said.outcome and "top-p" in said.outcome
     assert said.words[0].startswith("VAR loses to top-p") and "tie" not in said.words[0]
-    close = section(pretended(lost, **{"top-p": (ours - 0.01, ours - 0.1, np.inf)}))
+    close = _section(pretended(lost, **{"top-p": (ours - 0.01, ours - 0.1, np.inf)}))
     assert "does not rule out a tie" in close.words[0] and "never" in close.words[0]
 
-    won = section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours, 2.0)})))
+    won = _section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours, 2.0)})))
     assert won.verdict == "PASS" and "weight ratio" in won.outcome and "not distinguishable" not in str(won)
-    tied = section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours - 0.1, 2.0)})))
+    tied = _section(pretended(found, **(dict.fromkeys(names[1:]) | {"weight ratio": (ours + 0.1, ours - 0.1, 2.0)})))
     assert tied.verdict == "PASS" and "not distinguishable from weight ratio" in tied.outcome
     assert "not distinguishable from weight ratio" in tied.words[0]
-    assert section(pretended(found, **dict.fromkeys(names[1:]))).verdict == "PASS"
+    assert _section(pretended(found, **dict.fromkeys(names[1:]))).verdict == "PASS"
 
 
 def test_the_study_shows_the_section_and_its_figure(kept):
+    """A panel for every alternative."""
     subject, found = kept
-    answered = against_alternatives(subject)
-    assert answered.result == found and answered.sections == (section(found),)
-    assert set(answered.figures) == {note.name for note in answered.sections[0].figures}
-
-
-def test_the_figure_has_a_panel_for_every_alternative(kept):
-    _, found = kept
-    drawn = figure(found)
+    answered = QUESTION.answer(subject)
+    assert answered.result == found and answered.sections == (_section(found),)
+    drawn = answered.sections[0].figures[0].draw()
     titles = [axis.get_title() for axis in drawn.axes if axis.get_visible()]
     assert titles == [curve.name for curve in found.curves[1:]]
     assert f"{found.documents:,} documents" in drawn.get_suptitle()

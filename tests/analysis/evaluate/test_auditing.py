@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from analysis import audit_study
-from analysis.audits.auditing import calibrate, calibrate_from, passages, streams_of, tally_documents, until_drift
-from analysis.audits.faults import perturbed, random_texts, renumbered, shuffled_answers
+from analysis.audit_study import _passages, _perturbed, _random_texts, _renumbered, _until_drift, shuffled_answers
+from analysis.evaluate.auditing import calibrate, calibrate_from, streams_of, tally_documents
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import encode
 from varjax import VARConfig, VARModel, answersfile, statsfile
@@ -66,19 +66,19 @@ def test_quiet_on_held_out_documents_and_loud_under_faults(small_var_model, text
 
     known, held_out = texts[:200], texts[200:]
     calibration = calibrate_from(observed(small_var_model, known), small_var_model, 0.5)
-    assert not until_drift(calibration, observed(small_var_model, held_out)).drifts
+    assert not _until_drift(calibration, observed(small_var_model, held_out)).drifts
 
     rng = np.random.default_rng(0)
-    wrong = {"error": shuffled_answers(table, rng), "agreement": renumbered(table, rng)}
+    wrong = {"error": shuffled_answers(table, rng), "agreement": _renumbered(table, rng)}
     for signal, faulty in wrong.items():
-        monitor = until_drift(calibration, observed(VARModel(model, config, table=faulty), held_out))
+        monitor = _until_drift(calibration, observed(VARModel(model, config, table=faulty), held_out))
         assert {found.stream.signal for found in monitor.drifts} == {signal}
         assert monitor.texts < len(held_out)  # it stopped there
-    other = perturbed(model, 1.0, jax.random.key(0))
-    monitor = until_drift(calibration, observed(VARModel(other, config, table=table), held_out))
+    other = _perturbed(model, 1.0, jax.random.key(0))
+    monitor = _until_drift(calibration, observed(VARModel(other, config, table=table), held_out))
     assert "agreement" in {found.stream.signal for found in monitor.drifts}
-    strange = random_texts(held_out, model.config.vocab_size, seed=0)
-    monitor = until_drift(calibration, observed(small_var_model, strange))
+    strange = _random_texts(held_out, model.config.vocab_size, seed=0)
+    monitor = _until_drift(calibration, observed(small_var_model, strange))
     assert "open" in {found.stream.signal for found in monitor.drifts}
 
 
@@ -92,14 +92,14 @@ def test_shuffled_answers_are_the_same_answers(small_var_model):
 
 def test_renumbered_experts_all_move(small_var_model):
     before = np.asarray(small_var_model.table.routing.experts)
-    after = np.asarray(renumbered(small_var_model.table, np.random.default_rng(0)).routing.experts)
+    after = np.asarray(_renumbered(small_var_model.table, np.random.default_rng(0)).routing.experts)
     used = before < 4
     assert (before[used] != after[used]).all() and (after[~used] == 4).all() and (after[used] < 4).all()
 
 
 def test_passages_cut_documents_and_leave_the_rest_out(documents):
     some = documents[:5]
-    cut = list(passages(some, 8))
+    cut = list(_passages(some, 8))
     assert {len(passage.ids) for passage in cut} == {8}
     assert len(cut) == sum(len(document.ids) // 8 for document in some)
     np.testing.assert_array_equal(cut[1].ids, some[0].ids[8:16])
@@ -126,7 +126,7 @@ def test_the_study_writes_what_it_prints(
     rows = {row["name"]: row for row in result["outcomes"]}
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
-    assert {"same domain", "same domain, calibrated anew", "answers shuffled", "random token ids", "sentences"} <= set(
+    assert {"same domain", "same domain, recalibrated", "answers shuffled", "random token ids", "sentences"} <= set(
         rows
     )
     assert rows["same domain"]["noticed"] == 0 and result["sections"]["audit"]["verdict"] == "PASS"

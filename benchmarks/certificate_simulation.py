@@ -1,12 +1,12 @@
-"""Does the certificate keep what it promises? Calibrations simulated from populations whose mean is known.
+"""Does the certificate keep its promise? Calibrations simulated from populations whose mean is known.
 
-    python -m analysis.certificate_simulation --repeats 2000
+    python -m benchmarks.certificate_simulation --repeats 2000
 
 Letters: N documents, K configurations.
 
-Coverage: how often the true clipped mean lies above the bound, and how far above the sample's mean the bound is, beside
-the one-sided t-interval that a textbook offers. Family-wise error: how often any of nine configurations slightly worse
-than the limit is certified beside three good ones.
+Coverage: how often the true clipped mean is above the bound, and how far above the sample's mean the bound is, compared
+with the one-sided t-interval of textbooks. Family-wise error: how often any of nine configurations slightly worse than
+the limit is certified together with three good ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from scipy import special
 
-from analysis.command import program
+from analysis.command import HelpFormatter, program
 from analysis.evaluate.certificate import CLIP, LIMIT, TESTS
 from analysis.resampling import allowed
 from varjax.bounds import p_value, upper_bound
@@ -44,7 +44,7 @@ POPULATIONS: Mapping[str, Quantile] = {
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """Of one population and sample size, by method."""
+    """The bounds of one population and sample size, by method."""
 
     failures: dict[str, float]  # share of calibrations whose bound is below the true mean
     widths: dict[str, float]  # bound minus the sample's mean, nats per token, mean over calibrations
@@ -52,7 +52,7 @@ class Coverage:
 
 @dataclasses.dataclass(frozen=True)
 class FamilyWise:
-    """Of one sample size, by procedure."""
+    """The errors at one sample size, by procedure."""
 
     errors: dict[str, float]  # share of calibrations that certify any bad configuration
     found: dict[str, float]  # good configurations that are certified, mean number
@@ -60,9 +60,9 @@ class FamilyWise:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     options.add_argument("--repeats", type=int, default=2000, help="simulated calibrations for each line")
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seed", type=int, default=0, help="seed of every draw")
     args = options.parse_args(arguments)
     rng = np.random.default_rng(args.seed)
 
@@ -89,7 +89,17 @@ def main(arguments: Sequence[str] | None) -> None:
 
 
 def coverage(quantile: Quantile, size: int, repeats: int, rng: np.random.Generator) -> Coverage:
-    """Bounds of `repeats` samples of `size` documents."""
+    """Compute the bounds of many samples.
+
+    Args:
+        quantile: of the population.
+        size: documents of a sample.
+        repeats: samples.
+        rng: draws them.
+
+    Returns:
+        How often the bounds fail, and their widths.
+    """
     truth = _clipped_mean(quantile)
     x = np.clip(quantile(rng.random((repeats, size))), -CLIP, CLIP)
     means = x.mean(axis=1)
@@ -108,23 +118,33 @@ def coverage(quantile: Quantile, size: int, repeats: int, rng: np.random.Generat
 def family_wise(
     size: int, repeats: int, rng: np.random.Generator, good: Sequence[float] = GOOD, bad: Sequence[float] = BAD
 ) -> FamilyWise:
-    """What the procedures certify of skewed losses, correlated between configurations.
+    """Count what the procedures certify, where losses are skewed and correlated between configurations.
 
-    The order of the fixed sequence is that of the means of as many other documents. Beside the two procedures: every
-    mean below the limit, and every betting bound below it, uncorrected.
+    The fixed sequence is in the order of the means of as many other documents. Two wrong procedures for comparison:
+    every mean below the limit, and every betting bound below it, uncorrected.
+
+    Args:
+        size: documents of a sample.
+        repeats: samples.
+        rng: draws them.
+        good: true mean increases of the good configurations, nats per token.
+        bad: of the bad ones.
+
+    Returns:
+        The errors and the findings.
     """
     means = np.array([*good, *bad])
-    certified: dict[str, list[set[str]]] = {}
+    certified: dict[str, list[set[int]]] = {}
     for _ in range(repeats):
         tuning, x = _correlated(means, size, rng), _correlated(means, size, rng)
         order = np.argsort(tuning.mean(axis=1), kind="stable")
-        p = {str(k): p_value(x[k], LIMIT, -CLIP, CLIP, LEVEL) for k in order}
-        found = {name: procedure(p, 1 - LEVEL) for name, procedure in TESTS.items()}
-        found["each bound alone"] = {name for name, value in p.items() if value <= 1 - LEVEL}
-        found["mean below the limit"] = {str(k) for k in order if x[k].mean() <= LIMIT}
+        p = np.array([p_value(x[k], LIMIT, -CLIP, CLIP, LEVEL) for k in order])
+        found: dict[str, set[int]] = {name: set(order[corrected(p) <= 1 - LEVEL]) for name, corrected in TESTS.items()}
+        found["each bound alone"] = set(order[p <= 1 - LEVEL])
+        found["mean below the limit"] = set(np.flatnonzero(x.mean(axis=1) <= LIMIT))
         for name, names in found.items():
             certified.setdefault(name, []).append(names)
-    is_bad = {str(k) for k in range(len(good), len(means))}
+    is_bad = set(range(len(good), len(means)))
     return FamilyWise(
         errors={name: float(np.mean([bool(one & is_bad) for one in sets])) for name, sets in certified.items()},
         found={name: float(np.mean([len(one - is_bad) for one in sets])) for name, sets in certified.items()},
@@ -137,7 +157,7 @@ def _clipped_mean(quantile: Quantile, points: int = 1_000_000) -> float:
 
 
 def _correlated(means: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """float64 [K, N] within [-CLIP, CLIP] with exactly these means; half of the variance is the documents' own."""
+    """float64 [K, N] within [-CLIP, CLIP] with exactly these means; half of the variance is shared."""
     cap = 7.0
     normal = (rng.standard_normal(size) + rng.standard_normal((len(means), size))) / math.sqrt(2)
     center = math.exp(0.5) * special.ndtr(math.log(cap) - 1) + cap * special.ndtr(-math.log(cap))

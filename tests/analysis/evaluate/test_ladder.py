@@ -5,7 +5,7 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.policies.ladder import QUANTILES, Choice, Ladder, Measured, candidate_tolerances, hull_steps
+from analysis.evaluate.policy_search import QUANTILES, Choice, Ladder, Measured, _candidate_tolerances, _hull_steps
 from varjax.shrinkage import shrunk
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
@@ -16,7 +16,7 @@ def ladder():
     """Layer 0: half an expert costs 1 %, a whole one 4 %. Layer 1: 3 % (above the hull), then 2 %."""
     prices = {Choice(0, 0.1): 0.01, Choice(0, 0.2): 0.04, Choice(1, 0.1): 0.03, Choice(1, 0.2): 0.02}
     single = [Measured((choice,), loss, 2 - 5 * choice.tolerance) for choice, loss in prices.items()]
-    return Ladder(tuple(single), tuple(hull_steps(single, top_k=2)))
+    return Ladder(tuple(single), tuple(_hull_steps(single, top_k=2)))
 
 
 def test_steps_walk_the_lower_hull_by_price(ladder):
@@ -44,7 +44,7 @@ def test_more_budget_never_lowers_a_tolerance(ladder):
 
 def test_a_step_that_gains_is_taken_for_nothing():
     single = [Measured((Choice(0, 0.1),), -0.002, 1.5), Measured((Choice(1, 0.1),), 0.004, 1.5)]
-    steps = hull_steps(single, top_k=2)
+    steps = _hull_steps(single, top_k=2)
     assert Ladder(tuple(single), tuple(steps)).within(0.0) == [Choice(0, 0.1), Choice(1, pytest.approx(0.05))]
 
 
@@ -54,7 +54,7 @@ def test_prefixes_lie_on_the_frontier_when_layers_add_up():
     saved = {choice: 2 * choice.tolerance * rng.uniform(0.8, 1.2) for choice in every}
     loss = {choice: saved[choice] * rng.uniform(0.5, 2) for choice in every}
     single = tuple(Measured((choice,), loss[choice], 2 - saved[choice]) for choice in every)
-    ladder = Ladder(single, tuple(hull_steps(single, 2)))
+    ladder = Ladder(single, tuple(_hull_steps(single, 2)))
     together = itertools.product(*([None, *(c for c in every if c.layer == layer)] for layer in range(3)))
     sums = [[sum(of[choice] for choice in some if choice) for of in (saved, loss)] for some in together]
     for length in range(len(ladder.steps) + 1):
@@ -74,7 +74,7 @@ def answers(saved_model, even_documents):
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_tolerances_are_quantiles_of_an_answers_error_and_the_last_drops_all(answers, layer):
-    tolerances = candidate_tolerances(answers, layer, 1.0)
+    tolerances = _candidate_tolerances(answers, layer, 1.0)
     assert list(tolerances) == sorted(set(tolerances)) and 2 < len(tolerances) <= len(QUANTILES)
     count, deviation = answers.count[layer], shrunk(answers, layer, 1.0).deviation
     error = np.repeat(np.sqrt(answers.mass[layer] / np.maximum(count, 1)) * deviation, count)

@@ -3,8 +3,8 @@ import pytest
 
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
-from analysis.policies.ladder import Measured
-from analysis.policies.search import search
+from analysis.evaluate.points import Subject
+from analysis.evaluate.policy_search import Measured, search
 from varjax.config import VARConfig
 
 READING = {"batch_size": 4, "max_length": 16, "progress": False}
@@ -21,7 +21,7 @@ def collected(saved_model, even_documents):
 @pytest.fixture(scope="module")
 def found(saved_model, even_documents, collected):
     def run(budget):
-        return search(saved_model, *collected, even_documents[100:], VARConfig(), budget=budget, **READING)
+        return search(Subject(saved_model, *collected, VARConfig(), even_documents[100:], **READING), budget=budget)
 
     return run
 
@@ -41,7 +41,7 @@ def test_search_spends_the_budget_and_no_more(found):
 
 def test_the_config_that_was_chosen_does_what_was_measured(saved_model, even_documents, collected, found):
     """The search shares one table, and gives the layers that stay open a tolerance of 0."""
-    from analysis.evaluate.quality import plain_runner, score, var_runner
+    from analysis.evaluate.losses import plain_runner, score, var_runner
     from varjax.model import VARModel
     from varjax.step import summary
     from varjax.table import build_table
