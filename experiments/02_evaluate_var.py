@@ -97,7 +97,11 @@ def main(arguments: Sequence[str] | None) -> None:
         "--testing", choices=sorted(TESTS), default="fixed_sequence", help="how several results are tested together"
     )
     options.add_argument(
-        "--questions", nargs="+", choices=names, default=names, metavar="Q", help="questions of a study"
+        "--questions",
+        nargs="+",
+        choices=names,
+        metavar="Q",
+        help=f"questions of a study: {', '.join(names)} (default: all)",
     )
     add_options(
         options,
@@ -262,7 +266,7 @@ def _study(args: argparse.Namespace, output: Output) -> None:
         "throughput", "How much faster, and where must the gain vanish?", partial(_throughput, args.repeats)
     )
     known = {question.name: question for question in (*STUDY_QUESTIONS, generation_drift.question(**sizes), timed)}
-    asked = [known[name] for name in args.questions if not (args.no_throughput and name == timed.name)]
+    asked = [known[name] for name in args.questions or known if not (args.no_throughput and name == timed.name)]
     facts += [("note", warning) for warning in evaluation.flattered({"mode": args.mode, "provenance": made})]
     said = study(subject, asked, output, facts=facts, provenance=made)
     config.save(output.other("var_config.json"), files)

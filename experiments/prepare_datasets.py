@@ -15,7 +15,15 @@ from typing import Any
 from analysis.command import HelpFormatter, name_argument, path_argument, program
 from analysis.report.output import DIRECTORY, Output, lock
 from analysis.text.corpus import SPLITS, check_request, iter_documents
-from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, prepare, read_manifest
+from analysis.text.prepared import (
+    Manifest,
+    Request,
+    is_prepared,
+    open_prepared,
+    prepare,
+    read_manifest,
+    tokenizer_hash,
+)
 from analysis.text.sources import CorpusError, stem_of
 from experiments.arguments import DATASET_HELP, add_options
 from models.model import REFERENCE
@@ -108,7 +116,7 @@ def _existing(folder: Path, request: Request, tokenizer: Any) -> Manifest | None
     if not is_prepared(folder):
         return None
     manifest = read_manifest(folder)
-    if not manifest.answers(request, tokenizer):
+    if (manifest.request, manifest.tokenizer) != (request, tokenizer_hash(tokenizer)):
         raise CorpusError(
             f"{folder} was made by another request or with another tokenizer ({manifest.request}); choose another "
             "--output, or replace it with --overwrite"
