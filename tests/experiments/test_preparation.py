@@ -50,6 +50,11 @@ def refused(call, *arguments) -> str:
     return str(stop.value)
 
 
+def times(folder: Path) -> dict[Path, int]:
+    """When each file below the folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
@@ -67,12 +72,12 @@ def test_datasets_are_prepared_each_in_its_folder(prepare, corpus_file, model_di
 
 def test_the_same_request_does_nothing_and_another_one_is_refused(prepare, corpus_file, tokenizer_only, tmp_path):
     prepare("--dataset", corpus_file, "--max_tokens", 200)
-    before = {path: path.stat() for path in (tmp_path / "out").rglob("*")}
+    before = times(tmp_path / "out")
     assert "kept (see --overwrite)" in prepare("--dataset", corpus_file, "--max_tokens", 200)
     for other in (("--max_tokens", 300), ("--max_tokens", 200, "--tokenizer", tokenizer_only)):
         message = refused(prepare, "--dataset", corpus_file, *other)
         assert "sentences" in message and "--overwrite" in message and "max_tokens=200" in message
-    assert {path: path.stat() for path in (tmp_path / "out").rglob("*")} == before
+    assert times(tmp_path / "out") == before
 
     prepare("--dataset", corpus_file, "--tokenizer", tokenizer_only, "--overwrite")
     assert len(open_prepared(tmp_path / "out" / "sentences", load_tokenizer(tokenizer_only))) == 160
@@ -155,12 +160,12 @@ def test_a_local_directory_is_verified(script, model_directory, tmp_path):
     broken = shutil.copytree(model_directory, tmp_path / "broken")
     content = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(content[:-5])
-    assert "model.safetensors is truncated" in refused(script, "download_models.py", "--verify_only", broken)
+    assert "model.safetensors: was damaged" in refused(script, "download_models.py", "--verify_only", broken)
 
 
 def test_no_network_is_one_message_and_leaves_nothing(script, tmp_path):
     message = refused(script, "download_models.py", "--model", "owner/tiny", "--output", tmp_path / "deep" / "here")
-    assert "owner/tiny: the hub cannot be reached" in message
+    assert "owner/tiny cannot be fetched: the hub cannot be reached" in message
     assert not list(tmp_path.iterdir())
 
 
