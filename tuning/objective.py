@@ -105,18 +105,16 @@ class Objective:
         """
         self._make_room(config)
         table = with_policies(self._table, config, self.subject.stats, self.subject.answers)
-        if self.speed == "measured":  # as fast as a table of its own, which would look up these orders only
-            asked = asked_orders(config, table.num_layers) or table.ngram_orders[:1]
-            table = dataclasses.replace(table, ngram_orders=asked)
-        var_model = VARModel(self.subject.model, config, table=table)
-        nll, experts, learned = self._score(var_model)
+        nll, experts, learned = self._score(VARModel(self.subject.model, config, table))
         seen = self._order[: len(nll)]
         degradation, upper = upper_limit(nll - self._plain.nll[seen], self._plain.tokens[seen], self.confidence)
         if self.speed == "model":
             value = _predicted_speedup(self.subject.model.config, self.subject.max_length, experts)
             speedups = {PREDICTED: Estimate(value, value, value)}
-        else:
-            speedups = timed(self.subject, var_model, self.subject.documents, self.repeats, phases=self.phases)
+        else:  # a table of its own would look up these orders only; scoring shares one compiled program instead
+            asked = asked_orders(config, table.num_layers) or table.ngram_orders[:1]
+            own = VARModel(self.subject.model, config, dataclasses.replace(table, ngram_orders=asked))
+            speedups = timed(self.subject, own, self.subject.documents, self.repeats, phases=self.phases)
         return Outcome(
             degradation=degradation,
             upper=upper,
