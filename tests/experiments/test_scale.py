@@ -53,10 +53,10 @@ def finish(*processes: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(command, tmp_path_factory) -> Path:
+def whole(script, command, tmp_path_factory) -> Path:
     """The output of one uninterrupted run on one device."""
     output = tmp_path_factory.mktemp("whole")
-    finish(start(command(output)))
+    script(*command(output)[1:])
     return output
 
 
@@ -68,10 +68,9 @@ def header(path: Path) -> dict:
     return meta
 
 
-def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp_path):
+def test_killed_twice_and_resumed_with_the_same_settings_alone_the_file_is_the_same(script, command, whole, tmp_path):
     moment, work = random.Random(0), tmp_path / "routing_checkpoints" / "process-0"
-    # While statistics are collected; after them, at any time; while residual rows are collected.
-    for stage in ("statistics/checkpoint.safetensors", "statistics.done", "residuals/checkpoint.safetensors"):
+    for stage in ("statistics/checkpoint.safetensors", "residuals/checkpoint.safetensors"):  # while either is collected
         process = start(command(tmp_path))
         while process.poll() is None and not list(work.glob(stage)):
             time.sleep(0.005)
@@ -79,7 +78,10 @@ def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp
         assert process.poll() is None, process.communicate()[0]  # it was killed in the middle
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(start(command(tmp_path)))
+    with pytest.raises(SystemExit) as stop:
+        script(*command(tmp_path, "--min_count", "4")[1:])
+    assert "of a run with settings.keys.min_count = 3 (here 4); give the same arguments" in str(stop.value)
+    script(*command(tmp_path)[1:])
     assert pq.read_table(tmp_path / STATS).equals(pq.read_table(whole / STATS))
     assert header(tmp_path / STATS) == header(whole / STATS)
     ours, theirs = load_file(tmp_path / ROWS), load_file(whole / ROWS)
@@ -196,17 +198,6 @@ def test_runs_merged_equal_one(script, command, whole, tmp_path):
     np.testing.assert_allclose(ours["mean"], theirs["mean"], atol=1e-6)
     strings = statsfile.token_strings(whole / STATS)
     assert strings and statsfile.token_strings(tmp_path / "twice" / STATS) == strings
-
-
-def test_a_run_is_not_resumed_with_other_settings(script, command, tmp_path):
-    process = start(command(tmp_path))
-    while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/process-0/keys/*.safetensors")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    with pytest.raises(SystemExit) as stop:
-        script(*command(tmp_path, "--min_count", "4")[1:])
-    assert "of a run with settings.keys.min_count = 3 (here 4); give the same arguments" in str(stop.value)
 
 
 WRONG = {
