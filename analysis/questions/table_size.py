@@ -118,13 +118,10 @@ def _section(found: TableSizes) -> Section:
         f"{smallest.answer_dtype} they take {smallest.answer_bytes / _MB:.1f} MB at {small_loss:+.2%}"
     )
     words = (
-        "A bound on the answers of a layer keeps those that remove the most squared error, weighted by the gate. Where "
-        "an answer is not kept, the shorter key's replaces it; where that is not kept either, the expert runs.",
-        "The policy is the same for every size, so these tables are at different losses and experts: compare them with "
-        "VAR's own curve, the whole table under other tolerances. Choose a size on other documents: which table saves "
-        "half was read off these.",
-        "Answers: their bytes with scales and deviations. Table: with keys, predicted routing and the index of "
-        "answers. 1 MB is 10^6 bytes.",
+        "A bound on the answers of a layer keeps those that remove the most squared error, weighted by the gate; the "
+        "shorter key's answer, or else the expert, replaces one that is not kept. The policy is the same for every "
+        "size, so these tables are at different losses and experts. Choose a size on other documents: which table "
+        "saves half was read off these.",
     )
     columns = (
         *(Column("bound per layer", ","), Column("type"), Column("answers", ","), Column("answers [MB]", ".2f")),
