@@ -63,8 +63,10 @@ reference: $(BASE)
 	  --residual_min_count 20 --residual_gib 0.004 --trace_tokens 0 --output build/reference
 	$(BIN)/python experiments/02_evaluate_var.py --mode var --routing_stats build/reference/routing_stats.parquet \
 	  --search_policy --tune_samples 80 --num_samples 150 --no_throughput --output build/reference/policy.json
-	cp build/reference/routing_stats.parquet build/reference/routing_stats.answers.safetensors \
-	  build/reference/policy.var_config.json models/reference
+	cp build/reference/routing_stats.parquet build/reference/routing_stats.answers.safetensors models/reference
+	$(BIN)/python -c 'from varjax.config import VARConfig; from varjax.tablefiles import TableFiles; \
+	  VARConfig.load("build/reference/policy.var_config.json").save("models/reference/policy.var_config.json", \
+	  TableFiles("routing_stats.parquet", "routing_stats.answers.safetensors"))'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

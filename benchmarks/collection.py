@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.collect.passes import FLUSH_TOKENS, Devices, PassSums, find_rows
+from analysis.collect.passes import FLUSH_TOKENS, Devices, PassSums
 from analysis.collect.statistics import KeySettings, choose_keys
 from analysis.command import name_argument, program
 from analysis.text.batches import batches
@@ -29,7 +29,7 @@ from models.experts import get_engine
 from models.parameters import Params, init_params, prepare
 from profiling.timing import compare, paired_ratio
 from varjax import stats
-from varjax.keys import KeyIndex
+from varjax.keys import KeyIndex, find_rows
 from varjax.stats import RoutingStats
 
 LOOP_TOKENS = 64  # of a batch, for the Python loop: it is slow
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None) -> None:
         return model.network.forward(params, ids, attention_mask=mask).router_probs
 
     probs = forward_only(model.params)
-    rows = jax.jit(find_rows, static_argnames="orders")(KeyIndex.build(keys.keys), ids, mask, orders)
+    rows = jax.jit(find_rows, static_argnames="ngram_orders")(KeyIndex.build(keys.keys), ids, orders, mask)
     window = [stats.init(empty)]
 
     def updating() -> jax.Array:

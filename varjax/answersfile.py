@@ -25,14 +25,14 @@ safetensors = Library("safetensors")
 FORMAT = 3  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics
 _OWN = ("format", "answer_layers", "distilled")
 _FIX = "restore the file, or collect the answers again"
-_DTYPES = {
-    "keys": np.int32,
-    "entry": np.int32,
-    "mean": np.float32,
-    "mass": np.float64,
-    "m2": np.float64,
-    "count": np.int64,
-    "nonfinite": np.int64,
+_TENSORS = {  # dtype, and the letters of its axes
+    "keys": (np.int32, "RC"),
+    "entry": (np.int32, "ARE"),
+    "mean": (np.float32, "AND"),
+    "mass": (np.float64, "AN"),
+    "m2": (np.float64, "AN"),
+    "count": (np.int64, "AN"),
+    "nonfinite": (np.int64, "A"),
 }
 
 
@@ -52,7 +52,7 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
     if taken:
         raise InputError(f"the file itself says {', '.join(taken)}: leave that out of the metadata")
     header = {"format": FORMAT, "answer_layers": answers.layers, "distilled": answers.distilled, **meta}
-    tensors = {name: np.ascontiguousarray(getattr(answers, name), dtype) for name, dtype in _DTYPES.items()}
+    tensors = {name: np.ascontiguousarray(getattr(answers, name), dtype) for name, (dtype, _) in _TENSORS.items()}
     with replacing(Path(path)) as part:
         checksums.write_safetensors(part, tensors, {"varjax": json.dumps(header)})
 
@@ -75,7 +75,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
     sealed = checksums.verify(path, _FIX)
     header = _header(path)
     with safetensors.safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in _DTYPES if name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
     try:
         layers, distilled = tuple(int(layer) for layer in header["answer_layers"]), bool(header["distilled"])
     except (KeyError, TypeError, ValueError) as error:
@@ -123,27 +123,19 @@ def _header(path: str | Path) -> dict[str, Any]:
 
 
 def _check_shapes(path: str | Path, tensors: dict[str, np.ndarray], num_layers: int) -> None:
-    missing = sorted(set(_DTYPES) - set(tensors))
+    missing = sorted(set(_TENSORS) - set(tensors))
     if missing:
         raise InputError(f"{path}: the tensors {', '.join(missing)} are missing; collect the answers again")
-    num_rows, width = (*tensors["keys"].shape, 0, 0)[:2]  # 0 for an axis that is not there
-    num_answers, hidden_size = (*tensors["mean"].shape, 0, 0, 0)[1:3]
-    num_experts = (*tensors["entry"].shape, 0, 0, 0)[2]
-    of_answers = (num_layers, num_answers)
-    expected = {
-        "keys": (num_rows, width),
-        "entry": (num_layers, num_rows, num_experts),
-        "mean": (*of_answers, hidden_size),
-        "mass": of_answers,
-        "m2": of_answers,
-        "count": of_answers,
-        "nonfinite": (num_layers,),
-    }
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name] or tensor.dtype != _DTYPES[name]:
+    sizes = {"A": num_layers}
+    for name, (dtype, axes) in _TENSORS.items():
+        tensor = tensors[name]
+        for axis, size in zip(axes, tensor.shape, strict=False):
+            sizes.setdefault(axis, size)  # the first tensor with an axis says how long it is
+        expected = tuple(sizes.get(axis, 0) for axis in axes)
+        if tensor.shape != expected or tensor.dtype != dtype:
             raise InputError(
                 f"{path}: tensor {name} is {tensor.dtype} {list(tensor.shape)}, expected "
-                f"{np.dtype(_DTYPES[name])} {list(expected[name])}; collect the answers again"
+                f"{np.dtype(dtype)} {list(expected)}; collect the answers again"
             )
-    if tensors["entry"].max(initial=NO_ANSWER) >= num_answers or tensors["entry"].min(initial=0) < NO_ANSWER:
-        raise InputError(f"{path}: tensor entry names answers beyond the {num_answers} there are; collect them again")
+    if tensors["entry"].max(initial=NO_ANSWER) >= sizes["N"] or tensors["entry"].min(initial=0) < NO_ANSWER:
+        raise InputError(f"{path}: tensor entry names answers beyond the {sizes['N']} there are; collect them again")

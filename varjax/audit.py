@@ -184,31 +184,20 @@ def _audited(
 ) -> tuple[VAROutput, VARState, Tally, Array]:
     plan = step.plan(table, state, ids, now, settings, mask)
     key, draw = jax.random.split(key) if key.ndim == 0 else (key, key)
-    tokens = choose(draw, jnp.any(plan.tier < LEARNED, axis=0), share)
+    tokens = _choose(draw, jnp.any(plan.tier < LEARNED, axis=0), share)
     out = network.forward(params, ids, attention_mask=mask, plan=plan, audit=tokens)
     state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)
     with jax.named_scope("tally"):
-        seen = tally(plan, out.router_probs, mask, tokens, out.audit)
+        seen = _tally(plan, out.router_probs, mask, tokens, out.audit)
     plan = replace(plan, answers=None)
     return VAROutput(out.logits, out.router_probs, out.routing, plan, out.kv), state, seen, key
 
 
-def choose(key: Array, planned: Array, share: float) -> Array:
-    """Draw the tokens to audit, evenly from each text's planned ones.
+def _choose(key: Array, planned: Array, share: float) -> Array:
+    """int32 [B * Q], Q = ceil(share * T): tokens b * T + t to audit, drawn from each text's planned ones; -1 for none.
 
     A text with P of them gives share * P on average: the whole part of it, and one more with the rest's probability.
-    The draws of texts do not depend on each other.
-
-    Args:
-        key: PRNG key; or [B], one for each text, whose draw is then the same in any batch.
-        planned: bool [B, T], planned in one layer at least.
-        share: above 0, at most 1.
-
-    Returns:
-        int32 [B * Q], Q = ceil(share * T): tokens b * T + t; -1 for none.
-
-    Raises:
-        InputError: another share.
+    `key` is one PRNG key or [B], one for each text, whose draw is then the same in any batch; `planned` is bool [B, T].
     """
     if not 0 < share <= 1:
         raise InputError(f"share={share}: expected above 0 and at most 1, such as 0.05")
@@ -231,18 +220,11 @@ def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
     return jax.vmap(lambda one: jax.random.uniform(one, shape[1:]))(key)
 
 
-def tally(plan: Plan, router_probs: Array, mask: Array, tokens: Array, error: Array) -> Tally:
+def _tally(plan: Plan, router_probs: Array, mask: Array, tokens: Array, error: Array) -> Tally:
     """The sums of each text over its tokens.
 
-    Args:
-        plan: [L, B, T], under which the model ran.
-        router_probs: float32 [L, B, T, E].
-        mask: bool [B, T], real tokens.
-        tokens: int32 [B * Q], as `choose` gives them.
-        error: float32 [L, B * Q], relative; not finite counts as ERROR_CAP.
-
-    Returns:
-        The sums of B texts.
+    `plan` is [L, B, T], `router_probs` float32 [L, B, T, E], `mask` bool [B, T], `tokens` int32 [B * Q] from `_choose`,
+    and `error` float32 [L, B * Q], relative; a value that is not finite counts as ERROR_CAP.
     """
     layers, batch = plan.tier.shape[:2]
     of_tier = plan.tier[..., None] == jnp.arange(len(TIERS), dtype=jnp.int8)[None, None, None]  # [L, B, T, tiers]

@@ -187,7 +187,7 @@ def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, 
         candidates = used[layer][used[layer] != NO_ANSWER]
         if len(candidates) <= bound:
             continue
-        best = np.argsort(-worth(answers, layer, shrinkage)[candidates], kind="stable")[:bound]
+        best = np.argsort(-_worth(answers, layer, shrinkage)[candidates], kind="stable")[:bound]
         kept = np.zeros(answers.count.shape[1] + 1, bool)  # the last: NO_ANSWER itself
         kept[candidates[best]] = True
         kept[np.setdiff1d(_unconditional(answers, a), candidates)] = True
@@ -196,19 +196,11 @@ def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, 
     return replace(answers, entry=entry)
 
 
-def worth(answers: Answers, layer: int, shrinkage: float) -> np.ndarray:
-    """How much squared error each answer removes, over all occurrences and weighted by the gate.
+def _worth(answers: Answers, layer: int, shrinkage: float) -> np.ndarray:
+    """float64 [N]: how much squared error each answer removes, over all occurrences and weighted by the gate.
 
     It is mass |answer - stand-in|^2, where the stand-in is what would be used without it: the same expert's answer at
     the longest shorter key, or nothing. Answers of order 0 stand in for no key.
-
-    Args:
-        answers: as collected.
-        layer: one of `answers.layers`.
-        shrinkage: as in `shrunk`.
-
-    Returns:
-        float64 [N].
     """
     a = answers.layers.index(layer)
     estimate = shrunk(answers, layer, shrinkage)

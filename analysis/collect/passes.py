@@ -35,7 +35,7 @@ from models.decoder import Network
 from models.parameters import Params
 from models.placement import DATA, Placement, make_mesh
 from varjax.errors import InputError
-from varjax.keys import NONE, KeyIndex, contexts, find_orders
+from varjax.keys import KeyIndex, find_rows
 from varjax.progress import progress_bar
 
 FLUSH_TOKENS = 1 << 18  # device sums are moved to the host's float64 this often
@@ -177,23 +177,6 @@ class Devices(Generic[Window, Total]):
         return total
 
 
-def find_rows(index: KeyIndex, ids: jax.Array, mask: jax.Array, orders: tuple[int, ...]) -> jax.Array:
-    """Find the key rows of whole windows, which begin without a past.
-
-    Args:
-        index: of the keys.
-        ids: int32 [B, T].
-        mask: bool [B, T].
-        orders: [O].
-
-    Returns:
-        int32 [O, B, T].
-    """
-    length = max(1, *orders)
-    recent = jnp.full((ids.shape[0], length - 1), NONE, jnp.int32)
-    return find_orders(index, contexts(ids, recent, length, mask), orders)
-
-
 @partial(jax.jit, static_argnames=("sums", "network", "mesh"), donate_argnums=0)
 def _step(
     windows: Window,
@@ -217,7 +200,7 @@ def _step(
         (index, special), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
         if not sums.expert_outputs:
             figures = (figures[0][jnp.array(sums.layers)],)
-        rows = find_rows(index, ids, mask, sums.orders)
+        rows = find_rows(index, ids, sums.orders, mask)
         window = sums.update(window, rows, *figures, mask & ~jnp.isin(ids, special))
         return jax.tree.map(lambda leaf: leaf[None], window)
 

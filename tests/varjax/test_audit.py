@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from varjax import LEARNED, VARConfig, VARModel, drift, step
-from varjax.audit import Auditor, _audited, audited, choose, tally
+from varjax.audit import Auditor, _audited, _choose, _tally, audited
 from varjax.drift import ERROR_CAP, DriftWarning, observe, watched
 from varjax.routing import LayerRules, Plan, Routing, resolve
 
@@ -110,7 +110,7 @@ def test_padding_is_not_audited(small_var_model, ids):
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
 def test_draws_are_planned_distinct_and_an_even_share(share):
     planned = jax.random.uniform(jax.random.key(0), (6, 40)) < jnp.arange(6)[:, None] / 5
-    draws = np.asarray(jax.vmap(lambda key: choose(key, planned, share))(jax.random.split(jax.random.key(1), 2000)))
+    draws = np.asarray(jax.vmap(lambda key: _choose(key, planned, share))(jax.random.split(jax.random.key(1), 2000)))
     assert draws.shape == (2000, 6 * ceil(share * 40))
     hits = np.zeros((2000, 6 * 40), int)
     run, slot = np.nonzero(draws >= 0)
@@ -127,7 +127,7 @@ def test_draws_are_planned_distinct_and_an_even_share(share):
 
 def test_draws_follow_from_the_key_alone():
     planned = jnp.ones((2, 30), bool)
-    same, again, other = (choose(jax.random.key(seed), planned, 0.2) for seed in (0, 0, 1))
+    same, again, other = (_choose(jax.random.key(seed), planned, 0.2) for seed in (0, 0, 1))
     np.testing.assert_array_equal(same, again)
     assert (same != other).any()
 
@@ -135,7 +135,7 @@ def test_draws_follow_from_the_key_alone():
 @pytest.mark.parametrize("share", [0.0, 1.5])
 def test_a_share_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match=f"share={share}: expected above 0"):
-        choose(jax.random.key(0), jnp.ones((1, 4), bool), share)
+        _choose(jax.random.key(0), jnp.ones((1, 4), bool), share)
 
 
 def test_tallies_equal_a_loop_over_tokens():
@@ -151,7 +151,7 @@ def test_tallies_equal_a_loop_over_tokens():
     routing = Routing(jnp.asarray(predicted, jnp.int32), jnp.zeros((*shape, 2)))
     nothing = jnp.zeros(shape, jnp.int32)
     plan = Plan(jnp.asarray(tier), nothing.astype(jnp.int8), nothing, routing, LayerRules.neutral(layers))
-    sums = tally(plan, jnp.asarray(probs), jnp.asarray(mask), jnp.asarray(tokens), jnp.asarray(error))
+    sums = _tally(plan, jnp.asarray(probs), jnp.asarray(mask), jnp.asarray(tokens), jnp.asarray(error))
 
     expected = {name: np.zeros((batch, layers, 2)) for name in ("planned", "agreed", "audited", "error")}
     for l, b, t in np.argwhere(tier < LEARNED):

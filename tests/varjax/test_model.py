@@ -12,7 +12,7 @@ import varjax
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from models import Sampling
-from models.generation_config import GenerationDefaults
+from models.generation import GenerationDefaults
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, load_table, statsfile
 from varjax.errors import InputError
 from varjax.model import load_statistics, routed_forward
@@ -358,26 +358,23 @@ def test_a_plan_carries_the_answers_of_its_table(saved_model, stats_path, ids):
 
 def test_states_and_caches_stay_valid_unless_they_are_given_up(saved_model, stats_path, ids):
     var_model, mask = under_var(saved_model, stats_path), np.ones((len(ids), 1), bool)
+
+    def deleted(*trees):
+        return [leaf.is_deleted() for leaf in jax.tree.leaves(trees)]
+
     start = var_model.init(len(ids))
-
-    def read():
-        first, state = var_model.prefill(ids[:, :-1], start, capacity=16, now=0.0)
-        out, state = var_model.advance(state, ids[:, -1:], mask, first.kv, last_logits_only=True, now=0.0)
-        again, same = var_model.advance(state, ids[:, -1:], mask, out.kv, last_logits_only=True, now=0.0)
-        kept = var_model.advance(state, ids[:, -1:], mask, out.kv, last_logits_only=True, now=0.0)
-        np.testing.assert_array_equal(kept[0].logits, again.logits)
-        jax.tree.map(np.testing.assert_array_equal, kept[1], same)
-        whole, _ = var_model(ids, start, now=0.0)
-        return out.logits, whole.logits, var_model.generate(ids, start, 3, clock=lambda: 0.0).tokens
-
-    for first, second in zip(read(), read(), strict=True):
-        np.testing.assert_array_equal(first, second)
-    _, state = var_model(ids, start, donate=True)
-    with pytest.raises(RuntimeError, match="deleted"):
-        np.asarray(start.counters.tokens.low)
-    with pytest.raises(RuntimeError, match="deleted"):
-        var_model.advance(state, jnp.asarray(ids), np.ones(ids.shape, bool), donate=True)
-        np.asarray(state.recent)
+    var_model(ids, start)
+    first, state = var_model.prefill(ids, start, capacity=18)
+    step = (state, ids[:, -1:], mask, first.kv, True)
+    out, behind = var_model.advance(*step, now=0.0)
+    var_model.generate(ids, start, 2)
+    assert not any(deleted(start, state, first.kv))
+    again, same = var_model.advance(*step, now=0.0, donate=True)
+    np.testing.assert_array_equal(again.logits, out.logits)
+    jax.tree.map(np.testing.assert_array_equal, same, behind)
+    assert all(deleted(state, first.kv))
+    var_model(ids, start, donate=True)
+    assert any(deleted(start))
 
 
 def test_a_digest_names_settings_and_files(saved_model, stats_path):

@@ -1,4 +1,4 @@
-"""What an answer is worth, against the error that its occurrences make without it."""
+"""What an answer is _worth, against the error that its occurrences make without it."""
 
 import dataclasses
 from itertools import combinations
@@ -9,7 +9,7 @@ import pytest
 from varjax.answers import Answers
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.shrinkage import likeliest, most_valuable, worth
+from varjax.shrinkage import _worth, likeliest, most_valuable
 from varjax.stats import RoutingStats
 
 EXPERTS, HIDDEN, IDS = 3, 4, 3
@@ -51,7 +51,7 @@ def error(answers, occurrences, entry, key, expert):
 
 def test_an_answer_is_worth_the_error_that_would_be_made_without_it(answers, occurrences):
     """Without shrinkage answers are means, and the error that they remove is exactly what their worth says."""
-    found = worth(answers, 5, shrinkage=0.0)
+    found = _worth(answers, 5, shrinkage=0.0)
     rows = {tuple(key): row for row, key in enumerate(answers.keys.tolist())}
     for key in KEYS:
         shorter = None if key[0] == ANY else (ANY, key[1])
@@ -65,7 +65,7 @@ def test_an_answer_is_worth_the_error_that_would_be_made_without_it(answers, occ
 @pytest.mark.parametrize("bound", [1, 2, 5])
 def test_the_kept_answers_are_those_of_the_best_choice(answers, bound):
     used = answers.entry[0, 1:5].reshape(-1)  # some keys only, and nothing of order 0
-    value = worth(answers, 5, shrinkage=1.0)
+    value = _worth(answers, 5, shrinkage=1.0)
     best = max(combinations(used, bound), key=lambda chosen: value[list(chosen)].sum())
     fewer = most_valuable(answers, {5: np.append(used, NO_ANSWER)}, bound, shrinkage=1.0)
     assert set(fewer.entry[0, 1:][fewer.entry[0, 1:] != NO_ANSWER]) == set(best)

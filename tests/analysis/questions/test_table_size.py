@@ -11,7 +11,7 @@ from analysis.questions.table_size import QUESTION, SHARES, _shipped
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.shrinkage import worth
+from varjax.shrinkage import _worth
 from varjax.table import build_table
 
 READING = {"batch_size": 20, "max_length": 16}
@@ -38,7 +38,7 @@ def test_what_is_not_kept_falls_back_to_the_shorter_key_or_runs(subject, bound):
     place = {tuple(key): row for row, key in enumerate(answers.keys.tolist())}
     whole = np.asarray(bounded(subject, None, keep_shapes=True).eligible)
     for layer in range(2):
-        value = worth(answers, layer, subject.config.answer_shrinkage)
+        value = _worth(answers, layer, subject.config.answer_shrinkage)
 
         def own(key, expert, layer=layer):
             return answers.entry[layer, place[tuple(key)], expert]
