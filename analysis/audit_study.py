@@ -365,6 +365,7 @@ def _section(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mappin
         ),
         (Table("Situations", columns, tuple(rows)),),
         (figure,),
+        f"{quiet.noticed} of {quiet.repeats} false alarms",
     )
 
 

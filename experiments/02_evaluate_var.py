@@ -40,7 +40,7 @@ from analysis.evaluate.points import Subject
 from analysis.evaluate.policy_search import Search, search
 from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
 from analysis.questions import generation_drift
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.questions.registry import STUDY_QUESTIONS
 from analysis.questions.study import study
 from analysis.report.files import write_report
@@ -284,12 +284,12 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
     print(f"written to {args.output}")
 
 
-def _throughput(repeats: int, subject: Subject) -> Answer:
+def _throughput(repeats: int, subject: Subject) -> Finding:
     var_model = VARModel(subject.model, subject.config, subject.build(keep_shapes=False))
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
     section, found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    return Answer((section,), found)
+    return Finding((section,), found)
 
 
 def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:

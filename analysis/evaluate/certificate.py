@@ -338,6 +338,7 @@ def report(certificate: Certificate, facts: Sequence[tuple[str, str]] = ()) -> R
         (*sentences(certificate), *map(_groups, grouped)),
         tuple(tables),
         (figure,),
+        f"at most {_percent(tried[0].overall.bound, '+')}" if len(tried) == 1 else "",
     )
     documents = f"{certificate.documents:,}, {certificate.tokens:,} tokens"
     return Report("Certificate of the loss", (("documents", documents), *facts, *hashes.items()), (), (section,))

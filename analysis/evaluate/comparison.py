@@ -219,7 +219,8 @@ def _side_by_side(base: Result, other: Result, change: Estimate, timed: Mapping[
 
 def _judged(row: Criterion) -> Section:
     name = row.name.replace(",", "").replace(" ", "_")
-    return Section(name, row.name.capitalize(), row.verdict, f"{row.bound}: {row.measured}")
+    headline = "" if row.passed is None else row.measured
+    return Section(name, row.name.capitalize(), row.verdict, f"{row.bound}: {row.measured}", headline=headline)
 
 
 def _draw(base: Result, other: Result) -> Figure:

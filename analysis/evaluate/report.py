@@ -109,6 +109,7 @@ def _quality(result: Mapping[str, Any], scores: Scores) -> Section:
         f"perplexity {result['perplexity']:.3f} per token, {result['bits_per_byte']:.4f} bits per byte",
         ("Teacher-forced: the text is given, and every next token of it is scored.",),
         (Table(shown, columns, tuple(rows)),) if len(groups) > 1 else (),
+        headline=f"perplexity {result['perplexity']:.3f}",
     )
 
 

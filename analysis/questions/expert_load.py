@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from analysis.questions.data import RoutingData, TraceSettings
 from analysis.questions.nulls import mean
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.report.figures import heat_map, subplots
 from analysis.report.report import Column, ReportFigure, Table
 from analysis.resampling import Measure, bootstrap, measure, ratio, ratio_with_interval
@@ -90,7 +90,7 @@ def _evenness(counts: np.ndarray) -> np.ndarray:
     return entropy / math.log(counts.shape[-2]) if counts.shape[-2] > 1 else np.ones_like(entropy)
 
 
-def _examine(data: RoutingData) -> Answer:
+def _examine(data: RoutingData) -> Finding:
     found = data.on_trace(lambda trace: expert_load(trace, data.settings))
     share = found.share.value  # [E, L]
     names = ("imbalance", "low", "high", "evenness", "evenness low", "evenness high")
@@ -120,7 +120,7 @@ def _examine(data: RoutingData) -> Answer:
         f"{int(found.unused[found.unused > 0].sum())} experts unused; no published bound"
     )
     section = QUESTION.section("reported", outcome, words, [Table("Per layer", columns, body)], [figure])
-    return Answer((section,), {"expert_load": found.share})  # of every expert: too wide for a table
+    return Finding((section,), {"expert_load": found.share})  # of every expert: too wide for a table
 
 
 def _draw(found: Load) -> Figure:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from analysis.evaluate.losses import INDEPENDENT, Caching, token_nll
 from analysis.evaluate.points import Subject
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.report.figures import subplots
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Estimate, bootstrap, ratio_with_interval
@@ -267,10 +267,10 @@ def _draw(found: Drift) -> Figure:
     return figure
 
 
-def _examine(sizes: Mapping[str, int], subject: Subject) -> Answer:
+def _examine(sizes: Mapping[str, int], subject: Subject) -> Finding:
     var_model = VARModel(subject.model, subject.config, table=subject.build(keep_shapes=False))
     found = drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching, **sizes)  # type: ignore[arg-type]
-    return Answer((_section(found),), found)
+    return Finding((_section(found),), found)
 
 
 def question(**sizes: int) -> Question[Subject]:

@@ -132,7 +132,7 @@ def tables(
 
     Args:
         one: the measure.
-        rows: names of its rows.
+        rows: names of its first rows.
         judge: add a verdict, PASS above the band.
         extra: name and values [O, L] of another figure, as a column to compare with.
 
@@ -157,13 +157,13 @@ def coverage_table(title: str, coverage: Measure, rows: Sequence[str]) -> Table:
     Args:
         title: of the table.
         coverage: the measure.
-        rows: names of its rows.
+        rows: names of its first rows.
 
     Returns:
         The table.
     """
     columns = (Column("keys"), *(Column(name, ".3f") for name in ("value", "low", "high")))
-    lines = zip(rows, *(one[:, 0].tolist() for one in (coverage.value, coverage.low, coverage.high)), strict=True)
+    lines = zip(rows, *(one[:, 0].tolist() for one in (coverage.value, coverage.low, coverage.high)), strict=False)
     return Table(title, columns, tuple(lines))
 
 

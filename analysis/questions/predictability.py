@@ -29,8 +29,7 @@ though no id decides anything.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -188,9 +187,9 @@ def _shares(probs: np.ndarray) -> np.ndarray:
 def _examine(data: RoutingData) -> Section:
     settings = data.settings
     found = data.on_trace(lambda trace: predictability(trace, settings, data.progress))
-    # With one order its row and that of the longest key are the same.
+    # With one order its row and that of the longest key are the same, and only the first is shown.
     names = [*settings.order_names, *["longest known key"] * (len(settings.orders) > 1)]
-    rows = {name: _first(one, len(names)) for name, one in found.measures.items()}
+    rows = found.measures
     judged = "agreement" if "agreement" in rows else "recall"
     of_shortest, there = rows[f"{judged}{_OF_SHORTEST}"], f"{names[0]} there"
     tables = [nulls.coverage_table("coverage [share], the same in every layer", rows["coverage"], names)]
@@ -228,12 +227,6 @@ def _examine(data: RoutingData) -> Section:
     outcome = f"held-out {judged}, mean over layers: {outcomes}"
     headline = f"{nulls.mean(rows[judged].value[0]):.2f} {judged}"
     return QUESTION.section(verdict, outcome, words, tables, [figure], headline)
-
-
-def _first(one: Measure, rows: int) -> Measure:
-    """The first rows of a measure; its band stays that of the whole family."""
-    arrays: dict[str, Any] = {name: array for name, array in vars(one).items() if isinstance(array, np.ndarray)}
-    return replace(one, **{name: array[:rows] for name, array in arrays.items()})
 
 
 def _outcome(rows: Mapping[str, Measure], judged: str, row: int, name: str, there: str) -> str:

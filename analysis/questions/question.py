@@ -25,7 +25,7 @@ class NotMeasuredError(NotTestableError):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Finding:
     """The sections that answer a question, and what else belongs in the JSON file of the report."""
 
     sections: tuple[Section, ...]
@@ -38,9 +38,9 @@ class Question(Generic[Data]):
 
     name: str  # of the section, and of the result in the JSON file
     title: str  # the claim or the topic, as the heading of the section
-    examine: Callable[[Data], Section | Answer]  # may raise NotTestableError or NotMeasuredError; other errors are bugs
+    examine: Callable[[Data], Section | Finding]  # may raise NotTestableError, NotMeasuredError
 
-    def answer(self, data: Data) -> Answer:
+    def answer(self, data: Data) -> Finding:
         """Answer the question, or say why the data cannot answer it.
 
         Args:
@@ -54,7 +54,7 @@ class Question(Generic[Data]):
         except NotTestableError as error:
             verdict = "not measured" if isinstance(error, NotMeasuredError) else "not testable"
             found = self.section(verdict, str(error))
-        return found if isinstance(found, Answer) else Answer((found,))
+        return found if isinstance(found, Finding) else Finding((found,))
 
     def section(
         self,

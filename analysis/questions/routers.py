@@ -12,7 +12,7 @@ from analysis.questions.by_layer import SHARE
 from analysis.questions.data import RoutingData
 from analysis.questions.entropy_distribution import entropy_figure
 from analysis.questions.frequency_entropy import frequency_figure
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.report.report import Column, Table
 
 
@@ -27,7 +27,7 @@ class Layer:
     routing_consistency: float  # share of an id's occurrences with its most common first choice
 
 
-def _examine(data: RoutingData) -> Answer:
+def _examine(data: RoutingData) -> Finding:
     stats, layers = data.stats, []
     for layer, counts in enumerate(stats.count):
         seen = (stats.row_orders == 1) & (counts > 0)
@@ -54,7 +54,8 @@ def _examine(data: RoutingData) -> Answer:
     table = Table("Routers by layer", columns, tuple(map(astuple, layers)))
     shown = (frequency_figure(stats), entropy_figure(stats))
     outcome = f"mean gate entropy by layer: {spread}"
-    return Answer((QUESTION.section("reported", outcome, words, [table], shown),), {"layers": layers})
+    headline = f"{np.mean(entropies):.0%} of the largest entropy" if layers else ""
+    return Finding((QUESTION.section("reported", outcome, words, [table], shown, headline),), {"layers": layers})
 
 
 QUESTION = Question("routers", "How sure the routers are", _examine)

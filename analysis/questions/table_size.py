@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.evaluate.points import MeasuredPoint, Subject, measured, score_point
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import document_counts
@@ -173,9 +173,9 @@ def _draw(found: TableSizes) -> Figure:
     return drawn
 
 
-def _examine(subject: Subject) -> Answer:
+def _examine(subject: Subject) -> Finding:
     found = _table_sizes(subject)
-    return Answer((_section(found),), found)
+    return Finding((_section(found),), found)
 
 
 QUESTION = Question("table_size", "Size of the table against what it saves", _examine)

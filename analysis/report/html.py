@@ -202,7 +202,7 @@ def _card(root: Path, path: Path, found: Mapping[str, Any], alone: bool) -> str:
     picture = f'<a href="{link}"><img alt="" src="{_link(root, figure)}"></a>' if figure else ""
     facts = _rows(map(escape, fact) for fact in found["facts"].items())
     verdicts = Counter(one["verdict"] for one in sections)
-    tally = ", ".join(f"{number} {escape(verdict)}" for verdict, number in verdicts.items())
+    tally = ", ".join(f"{number} {_badge(verdict)}" for verdict, number in verdicts.items())
     items = "".join(
         f"<li>{_badge(one['verdict'])} {escape(one['title'])}: {escape(one['outcome'])}</li>" for one in sections
     )

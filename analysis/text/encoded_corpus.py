@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.text.corpus import Document, check_request, iter_documents, known_split, split_of
-from analysis.text.encoding import Drawn, Encoded, iter_encode, order_of
+from analysis.text.encoding import Drawn, Encoded, iter_encode
 from analysis.text.prepared import Prepared, is_prepared, open_prepared
 from analysis.text.sources import CorpusError
 from models.config import MoEConfig
@@ -70,23 +69,16 @@ class EncodedCorpus:
             prepared = open_prepared(folder, self._tokenizer)
             before, source = prepared.manifest.drawn, self._fitting(prepared)
         else:
-            before = Drawn(order_of(self.request["dataset"]), 0)
+            before = Drawn.begin(self.request["dataset"])
             source = iter_encode(counted(), self._tokenizer, self._config)
         for document in source:
             digest.update(b"\n" * bool(documents) + document.id.encode())
             documents, tokens = documents + 1, tokens + len(document.ids)
             yield document
         self.about = self.request | {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
-        self.about["drawn"] = self._drawn(before, read or documents, documents)
-
-    def _drawn(self, before: Drawn | None, read: int, documents: int) -> dict[str, Any] | None:
-        """How `documents` of the `read` ones were drawn, given how the prepared folder was (`before`)."""
-        if before is None:
-            return None
-        limit = self.request["limit"]
-        reached = limit is not None and read >= limit and "documents" not in before.cut
-        cut = (*before.cut, "documents") if reached else before.cut
-        return dataclasses.replace(before, read=read, short=before.short + read - documents, cut=cut).fields()
+        read = read or documents  # of a prepared folder, whose short documents were left out before
+        drawn = before and before.after(read, documents, {"documents": (self.request["limit"], read)})
+        self.about["drawn"] = drawn and drawn.fields()
 
     def _fitting(self, prepared: Prepared) -> Iterator[Encoded]:
         """The requested documents of a prepared folder."""

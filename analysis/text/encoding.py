@@ -161,6 +161,33 @@ class Drawn:
     short: int = 0  # documents left out for having under two tokens, of these or of those a prepared folder came from
     cut: tuple[Cut, ...] = ()  # the limits at which reading stopped; (): the source was read to its end
 
+    @classmethod
+    def begin(cls, dataset: str) -> Drawn:
+        """Begin the record of a dataset.
+
+        Args:
+            dataset: as in `analysis.text.corpus.iter_documents`.
+
+        Returns:
+            The record before anything was read.
+        """
+        return cls("hash" if dataset == "embedded" else "source", 0)
+
+    def after(self, read: int, kept: int, limits: Mapping[Cut, tuple[int | None, int]]) -> Drawn:
+        """Continue the record.
+
+        Args:
+            read: documents that were read.
+            kept: those of them that were not too short.
+            limits: each limit, None if there is none, and how much of it was reached.
+
+        Returns:
+            The record after reading.
+        """
+        reached = (name for name, (most, number) in limits.items() if most is not None and number >= most)
+        cut = dict.fromkeys((*self.cut, *reached))
+        return dataclasses.replace(self, read=read, short=self.short + read - kept, cut=tuple(cut))
+
     @property
     def sampled(self) -> bool:
         """Whether these are all documents of the split, or a part of them that their hashes chose."""
@@ -204,15 +231,3 @@ class Drawn:
                 "version writes them; evaluate again, or remove it"
             )
         return cls(**found | {"cut": tuple(found["cut"])})
-
-
-def order_of(dataset: str) -> Order:
-    """Tell the order in which a dataset gives its documents.
-
-    Args:
-        dataset: as in `analysis.text.corpus.iter_documents`.
-
-    Returns:
-        By the hash of the texts, or as the source lists them.
-    """
-    return "hash" if dataset == "embedded" else "source"

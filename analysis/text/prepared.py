@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 
 from analysis.report.provenance import provenance, write_json
 from analysis.text.corpus import Document, corpus_hash
-from analysis.text.encoding import Cut, Drawn, Encoded, grouped, order_of, tokenized
+from analysis.text.encoding import Drawn, Encoded, grouped, tokenized
 from analysis.text.sources import CorpusError
 from varjax import checksums
 from varjax.errors import InputError
@@ -185,6 +185,12 @@ def prepare(
                     "choose another dataset, split or number of samples"
                 )
             table = _mapped(path)
+            read = table.num_rows + counts["left out"]
+            drawn = Drawn.begin(request.dataset).after(
+                read,
+                table.num_rows,
+                {"documents": (request.num_samples, read), "tokens": (request.max_tokens, counts["tokens"])},
+            )
             shard = Shard(path.name, table.num_rows, path.stat().st_size, checksums.digest_of_file(path))
             manifest = Manifest(
                 request=request,
@@ -192,7 +198,7 @@ def prepare(
                 left_out=counts["left out"],
                 shards=(shard,),
                 provenance=provenance(),
-                drawn=_drawn(request, table.num_rows, counts),
+                drawn=drawn,
                 **_totals(table),
             )
             write_json(temporary / MANIFEST, manifest)
@@ -314,17 +320,6 @@ def _record_batch(part: list[Encoded]) -> pa.RecordBatch:
     ids = pa.ListArray.from_arrays(offsets, np.concatenate([document.ids for document in part]))
     columns = {name: [getattr(document, name) for document in part] for name in _SCHEMA.names if name != "ids"}
     return pa.record_batch(columns | {"ids": ids}, schema=_SCHEMA)
-
-
-def _drawn(request: Request, documents: int, counts: Counter[str]) -> Drawn:
-    """How the documents that were kept came out of the dataset."""
-    read = documents + counts["left out"]
-    limits: dict[Cut, tuple[int | None, int]] = {
-        "documents": (request.num_samples, read),
-        "tokens": (request.max_tokens, counts["tokens"]),
-    }
-    cut = tuple(name for name, (most, reached) in limits.items() if most is not None and reached >= most)
-    return Drawn(order_of(request.dataset), read, counts["left out"], cut)
 
 
 def _totals(table: pa.Table) -> dict[str, Any]:

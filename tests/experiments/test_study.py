@@ -5,7 +5,7 @@ import json
 import pytest
 
 from analysis.questions import registry
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.report.report import Section
 from varjax import VARConfig
 from varjax.config import LayerPolicy
@@ -16,9 +16,9 @@ def test_a_study_asks_about_the_policy_and_the_documents_that_were_given(
 ):
     asked = []
 
-    def ask(subject) -> Answer:
+    def ask(subject) -> Finding:
         asked.append(subject)
-        return Answer((Section("asked", "What is asked", "reported", "it depends"),))
+        return Finding((Section("asked", "What is asked", "reported", "it depends"),))
 
     questions = (Question("asked", "What is asked", ask), Question("left_out", "What is not asked", ask))
     monkeypatch.setattr(registry, "STUDY_QUESTIONS", questions)

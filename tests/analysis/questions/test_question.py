@@ -8,7 +8,7 @@ import pytest
 from analysis import command
 from analysis.hypothesis_validation import validate
 from analysis.questions.data import RoutingData, TraceSettings, trace_source
-from analysis.questions.question import Answer, NotMeasuredError, Question
+from analysis.questions.question import Finding, NotMeasuredError, Question
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report.figures import subplots
 from analysis.report.files import write_report
@@ -18,13 +18,13 @@ from tests.synthetic_traces import make_trace
 from varjax.errors import InputError, NotTestableError
 
 
-def rarest(data: RoutingData) -> Answer:
+def rarest(data: RoutingData) -> Finding:
     """A small question: how often does the rarest token id occur?"""
     count = int(data.stats.count[0].min())
     figure = ReportFigure("rarest", "The rarest id", "Look at the dot.", "There is only one.", lambda: subplots()[0])
     table = Table("", (Column("occurrences"),), ((count,),))
     section = RAREST.section("reported", f"{count} times", ["In layer 0."], [table], [figure], f"{count}")
-    return Answer((section,), {"rarest_count": count})
+    return Finding((section,), {"rarest_count": count})
 
 
 RAREST = Question("rarest", "How rare is the rarest id?", rarest)

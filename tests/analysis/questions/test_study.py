@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from analysis.questions.question import Answer, Question
+from analysis.questions.question import Finding, Question
 from analysis.questions.study import study
 from analysis.report.figures import subplots
 from analysis.report.output import DIRECTORY, Output
@@ -20,10 +20,10 @@ def about(name: str) -> Question:
         axis.plot([0, 1])
         return figure
 
-    def asked(subject) -> Answer:
+    def asked(subject) -> Finding:
         figures = (ReportFigure(name, f"The figure {name}", "Look.", "Never.", draw),)
         section = Section(name, f"About {name}", "reported", f"{name} is {subject}", figures=figures)
-        return Answer((section,), {"answer": subject})
+        return Finding((section,), {"answer": subject})
 
     return Question(name, f"About {name}", asked)
 

@@ -44,7 +44,12 @@ def test_the_page_of_all_runs_lists_what_is_below_its_folder(tmp_path, monkeypat
     assert [link for link in dict.fromkeys(links(index)) if link.endswith(".html")] == pages
     assert all((index.parent / link).is_file() for link in links(index))
     said = index.read_text()
-    assert "Run &lt;second&gt;" in said and "1 FAIL" in said and "tiny &amp; small" in said and "2 runs" in said
+    assert (
+        "Run &lt;second&gt;" in said
+        and '1 <span class="verdict FAIL">✗ FAIL</span>' in said
+        and "tiny &amp; small" in said
+        and "2 runs" in said
+    )
 
 
 def words_of_cards(path):
