@@ -47,18 +47,18 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--min_count", type=int, default=keys.min_count, help="occurrences that a key needs")
     options.add_argument("--max_keys", type=int, default=keys.max_keys, help="keys over all orders")
     options.add_argument(
-        "--residuals",
+        "--answers",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="second pass: the answers, what each expert says at a key",
     )
     options.add_argument(
-        "--residual_orders", type=int, nargs="+", default=None, help="orders that get them; none: 1 to 3"
+        "--answer_orders", type=int, nargs="+", default=None, help="orders that get them; none: 1 to 3"
     )
     options.add_argument(
-        "--residual_min_count",
+        "--answer_min_count",
         type=int,
-        default=defaults.residual_min_count,
+        default=defaults.answer_min_count,
         help="occurrences that such a key needs",
     )
     options.add_argument("--trace_tokens", type=int, default=200_000, help="tokens of the trace, 0: none")
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None) -> None:
         "--stats_gib", type=float, default=defaults.stats_bytes / GIB, help="GiB of statistics per device"
     )
     options.add_argument(
-        "--residual_gib", type=float, default=defaults.residual_bytes / GIB, help="GiB of the answers' sums per device"
+        "--answer_gib", type=float, default=defaults.answer_bytes / GIB, help="GiB of the answers' sums per device"
     )
     add_hosts(options)
     options.add_argument("--merge", type=path_argument, nargs="+", metavar="A", help="outputs to put together")
@@ -94,14 +94,14 @@ def merge(args: argparse.Namespace, output: Output) -> None:
 def collect(args: argparse.Namespace, output: Output) -> None:
     """This process's share of the run; the first process writes what all of them found."""
     orders = tuple(sorted(set(args.orders)))
-    answered = args.residual_orders or set(CollectSettings().residual_orders) & set(orders)
+    answered = args.answer_orders or set(CollectSettings().answer_orders) & set(orders)
     settings = CollectSettings(
         keys=KeySettings(orders, args.min_count, args.max_keys),
         layers=args.layers and tuple(sorted(set(args.layers))),
-        residual_orders=tuple(sorted(set(answered))) if args.residuals else (),
-        residual_min_count=args.residual_min_count,
+        answer_orders=tuple(sorted(set(answered))) if args.answers else (),
+        answer_min_count=args.answer_min_count,
         stats_bytes=int(args.stats_gib * GIB),
-        residual_bytes=int(args.residual_gib * GIB),
+        answer_bytes=int(args.answer_gib * GIB),
         batch_size=args.batch_size,
         max_length=args.max_length,
         save_tokens=args.save_tokens,
@@ -121,7 +121,7 @@ def collect(args: argparse.Namespace, output: Output) -> None:
     print_keys(found.keys)
     if found.stats.documents == 1:
         print("one document: nothing can be tested on unseen text; lines <|endofdoc|> divide a text file")
-    if settings.residual_orders:
+    if settings.answer_orders:
         print(
             f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough, "
             f"for {found.pairs:,} pairs of a key and an expert in each layer at most"

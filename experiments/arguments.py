@@ -102,7 +102,7 @@ def read_answers(model: Model, files: TableFiles) -> tuple[RoutingStats, Answers
     """The statistics and answers of a table that has both."""
     stats, answers = load_statistics(model, files)
     if answers is None:
-        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --residuals")
+        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --answers")
     return stats, answers
 
 

@@ -190,7 +190,7 @@ def audit_error(
         tokens: int32[Q], b * T + t.
         x: [B * T, D], what the experts read.
         probs: float32[B, T, E], softmax of the gate.
-        y: [B, T, D], the layer's output, residual rows included. `full` is that of all K experts of the gate's choice.
+        y: [B, T, D], the layer's output, answers included. `full` is that of all K experts of the gate's choice.
         experts: the layer's, prepared for `engine`.
     """
     wanted = (tokens >= 0)[:, None]
