@@ -13,8 +13,7 @@ from pathlib import Path
 
 from analysis.command import path_argument, program
 from analysis.report.output import DIRECTORY, Output, lock
-from models.download import Remote, check_disk, download, look_up
-from models.verification import Verified, verify
+from models.download import Remote, Verified, check_disk, download, look_up, verify
 
 
 @program

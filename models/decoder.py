@@ -3,11 +3,11 @@
 Letters: B sequences, T positions of this call, S positions of the cache, L layers with experts, V vocabulary, D hidden
 size, H query heads, G key/value heads, E experts, K experts per token, Q tokens of the batch that are audited.
 
-Architecture: Jiang et al. 2024 (arXiv 2401.04088). What other families do differently are fields of `MoEConfig`: norms
-of queries and keys, clipping, biases, gate weights that are not divided by their sum, layers without experts. No family
-is known here by its name.
+Architecture: Jiang et al. 2024 (arXiv 2401.04088). The differences of other families are fields of `MoEConfig`: norms
+of queries and keys, clipping, biases, gate weights that are not divided by their sum, layers without experts. The code
+never asks for a family by name.
 
-The innermost `jax.named_scope` of every operation is the component that `profiling` reports its time under.
+`profiling` reports the time of every operation under its innermost `jax.named_scope`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from models.config import MoEConfig
-from models.divided_experts import divided
-from models.experts import Engine, expert_outputs
-from models.kv_cache import KVCache, extend, visible
-from models.layers import rotary_angles
-from models.parameters import EXPERT_AXES, Params, with_methods
+from models.experts import Engine, divided, expert_outputs
+from models.kv_cache import KVCache
+from models.layers import rotary_angles, with_methods
+from models.parameters import EXPERT_AXES, Params
 from models.placement import ONE_DEVICE, Placement
 from varjax.routing import Dropped, LayerAnswers, Plan, Routing, resolve, top_k
 
@@ -32,14 +31,14 @@ from varjax.routing import Dropped, LayerAnswers, Plan, Routing, resolve, top_k
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What one call of the decoder gives."""
+    """The results of one call of the decoder."""
 
     logits: jax.Array  # float32[B, T, V], or [B, 1, V] where only the last position was asked for
     router_probs: jax.Array  # float32[L, B, T, E], softmax of the gate
-    routing: Routing  # [L, B, T, K], the experts that really ran; E = unused slot
-    kv: KVCache | None  # the cache with this call's positions in it, where one was passed
+    routing: Routing  # [L, B, T, K], the experts that ran; E = unused slot
+    kv: KVCache | None  # the cache with this call's positions added, if a cache was passed
     expert_outputs: jax.Array | None  # [len(expert_outputs_of), B, T, K, D], each slot's gate-weighted expert output
-    audit: jax.Array | None = None  # float32[L, Q], `audit_error` of the tokens that were asked for
+    audit: jax.Array | None = None  # float32[L, Q], error |y - full| / |full| of each layer's output; see `forward`
 
 
 @partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "expert_outputs_of"))
@@ -57,36 +56,42 @@ def forward(
     expert_outputs_of: tuple[int, ...] = (),
     audit: jax.Array | None = None,
 ) -> Output:
-    """Logits and routing of `token_ids`.
+    """Run the decoder on token ids.
 
     Args:
-        params: parameters prepared for `engine`.
-        placement: where the arrays lie. On several devices every output is divided over `data`, but for the last
-            logits; under a plan routing and gate probabilities are whole on each device too, so all of them make the
-            same state of it and the next plan, without an exchange.
+        params: parameters prepared for `engine` (`models.parameters.prepare`).
         token_ids: int32[B, T].
-        attention_mask: bool or int[B, T], true for real tokens; padding may stand on either side. None: all are real.
-        kv: cache with the positions before these ones; None: `token_ids` are the whole text.
-        plan: what is settled before layer 0 (`varjax.plan`); None: the learned router decides everything.
-        last_logits_only: compute the head for the last position only.
-        expert_outputs_of: layers (0 to L - 1) whose slots' outputs are wanted (costs their experts a second time).
-        audit: int32[Q], tokens b * T + t whose experts are also run as the learned router would have it; negative for
-            none, which costs nothing.
+        config: the architecture.
+        engine: what runs the experts.
+        placement: the devices. On several devices every output is divided over `data`, except for the last logits.
+            Under a plan, routing and gate probabilities are whole on each device, so that all devices compute the same
+            state and the same next plan without an exchange.
+        attention_mask: bool or int[B, T], true for real tokens; padding may be on either side. None: all are real.
+        kv: cache of the earlier positions; None: `token_ids` are whole texts.
+        plan: what is decided before layer 0 (`varjax.plan`), with its answers; None: the learned router decides
+            everything.
+        last_logits_only: compute the logits of the last position only.
+        expert_outputs_of: layers (0 to L - 1) whose slots' outputs are returned. Their experts run a second time.
+        audit: int32[Q], tokens b * T + t whose experts are also run as the learned router chooses, to measure the error
+            of the layer's output y against this full output; negative entries are skipped and give 0.
+
+    Returns:
+        The results; `kv` itself stays valid.
     """
     mask = jnp.ones(token_ids.shape, bool) if attention_mask is None else attention_mask.astype(bool)
     batch = "batch" if plan is None else None
     token_ids, mask = (placement.constrain(one, batch, None) for one in (token_ids, mask))
-    answers = None if plan is None else plan.answers  # large ones are divided over the devices
+    answers = None if plan is None else plan.answers  # kept apart: large answers are divided over the devices
     plan = None if plan is None else placement.whole(dataclasses.replace(plan, answers=None))
     engine = divided(engine, placement, config.num_experts, EXPERT_AXES)
     with jax.named_scope("scores"):
         if kv is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-            seen = visible(positions, positions, mask, config.sliding_window, offset=0)
+            seen = _visible(positions, positions, mask, config.sliding_window, offset=0)
         else:
-            kv, positions = extend(kv, mask)
+            kv, positions = _extend(kv, mask)
             offset = kv.length - token_ids.shape[1]
-            seen = visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
+            seen = _visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
 
     model = with_methods(config, params["decoder"])
     with jax.named_scope("norms"):
@@ -116,14 +121,14 @@ def forward(
             layer_probs = layer_probs.reshape(*token_ids.shape, -1)
             known = None if answers is None else answers[index]
             settled = None if plan is None else plan.layer(index)
-            # What stands in for an expert is looked up; its rows, which may be divided, are read below.
+            # `resolve` only needs to know which answers there are; their rows, which may be divided, are read below.
             index_only = None if known is None else dataclasses.replace(known, answers=known.answers[:0])
             routing, dropped = placement.by_rows(
-                partial(_settled, config),
+                partial(_resolved, config),
                 rows={"probs": layer_probs, "plan": settled},
                 whole={"answers": index_only},
             )
-            # Padding runs no expert: nobody reads what it would give.
+            # Padding runs no expert, because nobody reads the result.
             real = mask[..., None]
             routing = Routing(jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0))
         flat_routing = jax.tree.map(lambda leaf: leaf.reshape(-1, config.top_k), routing)
@@ -137,10 +142,7 @@ def forward(
             wanted.append(slots.reshape(*token_ids.shape, config.top_k, -1))
         if audit is not None:
             with jax.named_scope("audit"):
-                layer_experts = params["experts"][index]
-                audited.append(
-                    audit_error(audit, flat, layer_probs, y, config=config, engine=engine, experts=layer_experts)
-                )
+                audited.append(_audit_error(audit, flat, layer_probs, y, config, engine, params["experts"][index]))
         with jax.named_scope("norms"):
             x = placement.constrain(x + y, "batch", None, None)
         probs.append(layer_probs)
@@ -149,7 +151,7 @@ def forward(
         x = model.norm(x[:, -1:] if last_logits_only else x)
     with jax.named_scope("head"):
         logits = placement.constrain(model.logits(x), "batch", None, "vocabulary")
-        if last_logits_only:  # brought together after the product: else the head would be
+        if last_logits_only:  # gathered after the product, because otherwise JAX gathers the weights
             logits = placement.constrain(logits, None, None, None)
     with jax.named_scope("gate"):
         router_probs = placement.constrain(jnp.stack(probs), None, batch, None, None)
@@ -166,32 +168,58 @@ def forward(
     )
 
 
-def _settled(
+def _extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:
+    """Take T more slots into use; returns the cache and the new tokens' positions int32[B, T].
+
+    A position counts the real tokens before it, so padding on either side does not shift it. The keys and values of the
+    new slots are still to be stored.
+    """
+    before = kv.mask.sum(axis=1, dtype=jnp.int32)
+    positions = jnp.maximum(before[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+    start = (jnp.int32(0), kv.length)
+    kv = dataclasses.replace(
+        kv,
+        mask=jax.lax.dynamic_update_slice(kv.mask, mask, start),
+        positions=jax.lax.dynamic_update_slice(kv.positions, positions, start),
+        length=kv.length + mask.shape[1],
+    )
+    return kv, positions
+
+
+def _visible(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    key_mask: jax.Array,
+    window: int | None,
+    offset: jax.Array | int,
+) -> jax.Array:
+    """bool[B, T, S]: which keys a query sees. Positions are int32[B, T] and int32[B, S], `key_mask` is bool[B, S].
+
+    `window` is the number of keys that a query sees, including its own, and `offset` the slot of the first query.
+    """
+    queries, keys = query_positions.shape[1], key_positions.shape[1]
+    causal = jnp.arange(keys, dtype=jnp.int32)[None, :] <= jnp.arange(queries, dtype=jnp.int32)[:, None] + offset
+    seen = causal[None] & key_mask[:, None, :]
+    if window is not None:
+        seen &= key_positions[:, None, :] > query_positions[:, :, None] - window
+    return seen
+
+
+def _resolved(
     config: MoEConfig, probs: jax.Array, plan: Plan | None, answers: LayerAnswers | None
 ) -> tuple[Routing, Dropped]:
-    """`resolve` of one layer, whose answers need not hold their outputs."""
+    """`resolve` of one layer; the answers may come without their rows."""
     plan = None if plan is None else dataclasses.replace(plan, answers=answers)
     return resolve(probs, config.top_k, plan, config.normalize_top_k)
 
 
-def audit_error(
-    tokens: jax.Array,
-    x: jax.Array,
-    probs: jax.Array,
-    y: jax.Array,
-    *,
-    config: MoEConfig,
-    engine: Engine,
-    experts: Any,
+def _audit_error(
+    tokens: jax.Array, x: jax.Array, probs: jax.Array, y: jax.Array, config: MoEConfig, engine: Engine, experts: Any
 ) -> jax.Array:
     """float32[Q]: |y - full| / |full| in one layer, Euclidean norms; 0 where a token is negative.
 
-    Args:
-        tokens: int32[Q], b * T + t.
-        x: [B * T, D], what the experts read.
-        probs: float32[B, T, E], softmax of the gate.
-        y: [B, T, D], the layer's output, answers included. `full` is that of all K experts of the gate's choice.
-        experts: the layer's, prepared for `engine`.
+    `tokens` is int32[Q], the experts' input `x` [B * T, D], the gate's `probs` float32[B, T, E] and the layer's output
+    `y` [B, T, D], answers included. `full` is the output of all K experts that the gate chooses.
     """
     wanted = (tokens >= 0)[:, None]
     learned = top_k(probs.reshape(-1, config.num_experts)[tokens], config.top_k, config.normalize_top_k)
@@ -204,13 +232,22 @@ def audit_error(
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """An architecture, the engine that runs its experts, and where: all of `forward` that is not data."""
+    """Everything that `forward` needs besides data: architecture, engine and devices. Hashable, so static under jit."""
 
     config: MoEConfig
     engine: Engine
     placement: Placement = ONE_DEVICE
 
     def forward(self, params: Params, token_ids: jax.Array, **options: Any) -> Output:
-        """`forward` with this config, engine and placement; `options` are its keyword arguments."""
+        """Call `forward` with this config, engine and placement.
+
+        Args:
+            params: parameters prepared for the engine.
+            token_ids: int32[B, T].
+            options: the other keyword arguments of `forward`.
+
+        Returns:
+            The results.
+        """
         own = {"config": self.config, "engine": self.engine, "placement": self.placement}
         return forward(params, token_ids, **own, **options)

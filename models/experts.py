@@ -1,18 +1,24 @@
-"""Expert engines: the sum of each token's experts, weighted, behind one interface.
+"""Expert engines: the weighted sum of each token's experts, behind one interface.
 
 Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, A = N * K assignments.
 
-An engine owns the layout of its weights. `prepare` takes the canonical layout of one layer, a dict
-`{expert: {"gate": [D, F], "up": [D, F], "down": [F, D]}}`, and returns whatever `apply` wants. An expert is a
-SwiGLU block, `(silu(x @ gate) * (x @ up)) @ down` (Shazeer 2020, arXiv 2002.05202). Slots whose expert id is E are
+An expert is a SwiGLU block, `(silu(x @ gate) * (x @ up)) @ down` (Shazeer 2020, arXiv 2002.05202). An engine owns the
+layout of its weights: `prepare` converts the canonical layout of one layer, a dict
+`{expert: {"gate": [D, F], "up": [D, F], "down": [F, D]}}`, to whatever `apply` reads. Slots whose expert id is E are
 unused and cost nothing in an engine whose work follows the active assignments.
+
+On several devices (`divided`) every device holds columns F/M of each expert's gate and up and the same rows of its
+down, M being the devices along `model`. It runs its engine on them as if they were whole experts, and the results
+[N, D] are summed over the devices, once per layer. Experts could also be assigned to devices as a whole. Dividing each
+one keeps the engine's layout and gives all devices equal work whatever the plan says, so what VAR leaves out saves time
+on all of them (docs/scaling.md). The price is narrow products for models with many small experts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,6 +27,7 @@ import jax.numpy as jnp
 
 from models import experts_pallas
 from models.experts_blocks import apply_blocks
+from models.placement import MODEL, Placement
 from varjax.errors import InputError
 from varjax.routing import Routing
 
@@ -29,7 +36,7 @@ ExpertParams = Any  # a pytree in the engine's own layout
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """One way of running the experts of a layer. Hashable, so it can be static under jit."""
+    """A way of running the experts of a layer. Hashable, so it can be static under jit."""
 
     name: str
     prepare: Callable[[dict[int, dict[str, jax.Array]]], ExpertParams]
@@ -38,49 +45,98 @@ class Engine:
 
 
 def get_engine(implementation: str | None = None) -> Engine:
-    """The engine called `implementation`; None: what `default_engine` chooses for the first device.
+    """Find an engine by its name.
 
-    An engine that is named is the one that runs, or fails. Raises InputError for an unknown name.
+    Args:
+        implementation: the name, which is never replaced by another one; None: the best one for the first device.
+
+    Returns:
+        The engine.
+
+    Raises:
+        InputError: there is no engine of that name.
     """
     if implementation is None:
-        return default_engine(jax.devices()[0])
+        return _default_engine(jax.devices()[0])
     if implementation not in ENGINES:
         raise InputError(f"implementation={implementation!r} is not an expert engine; choose one of {sorted(ENGINES)}")
     return ENGINES[implementation]
 
 
-PREFERRED = {"gpu": ("pallas", "blocks")}  # platform -> engines, the best one first
-ANYWHERE = ("blocks",)  # on other platforms
+def _default_engine(device: Any) -> Engine:
+    """The engine "pallas" on a GPU that can run it, else "blocks"; a warning says why a GPU does without "pallas"."""
+    if device.platform != "gpu":
+        return ENGINES["blocks"]
+    if (obstacle := ENGINES["pallas"].obstacle(device)) is None:
+        return ENGINES["pallas"]
+    warnings.warn(f"experts run on the engine 'blocks', not 'pallas': {obstacle}", stacklevel=2)
+    return ENGINES["blocks"]
 
 
-def default_engine(device: Any) -> Engine:
-    """The engine for a `jax.Device`: on a GPU "pallas", or "blocks" where that cannot run; elsewhere "blocks".
-
-    Warns (once, as Python's warnings do) where it had to fall back, and says why.
-    """
-    names = PREFERRED.get(device.platform, ANYWHERE)
-    obstacles = {name: ENGINES[name].obstacle(device) for name in names}
-    chosen = next(name for name in names if obstacles[name] is None)
-    for name in names[: names.index(chosen)]:
-        warnings.warn(f"experts run on the engine {chosen!r}, not {name!r}: {obstacles[name]}", stacklevel=2)
-    return ENGINES[chosen]
-
-
-def pallas_engine(interpret: bool = False) -> Engine:
-    """The engine "pallas"; with `interpret` it runs on any device, slowly: for tests."""
+def _pallas_engine(interpret: bool = False) -> Engine:
+    """The engine "pallas"; `interpret` runs its kernels as JAX operations, on any device and slowly, for tests."""
     apply = partial(experts_pallas.apply_pallas, interpret=interpret)
     return Engine("pallas", experts_pallas.stack_experts, apply, experts_pallas.obstacle)
 
 
 def expert_outputs(engine: Engine, x: jax.Array, routing: Routing, params: ExpertParams) -> jax.Array:
-    """Each slot's gate-weighted expert output, [N, K, D]: what `apply` would add up, kept apart.
+    """Compute the gate-weighted expert output of each slot, which `engine.apply` would add up.
 
-    Every assignment is handed to the engine as a token of its own, so the work is that of one `apply`.
+    Every assignment is given to the engine as a separate token, so the work is the same as in one `apply`.
+
+    Args:
+        engine: what runs the experts.
+        x: [N, D], the input of the experts.
+        routing: [N, K], experts and weights.
+        params: the layer's experts in the layout of `engine`.
+
+    Returns:
+        [N, K, D].
     """
     num_tokens, num_slots = routing.experts.shape
     single = Routing(routing.experts.reshape(-1, 1), routing.weights.reshape(-1, 1))
     outputs = engine.apply(jnp.repeat(x, num_slots, axis=0), single, params)
     return outputs.reshape(num_tokens, num_slots, -1)
+
+
+def divided(
+    engine: Engine, placement: Placement, num_experts: int, axes: Mapping[str, tuple[str | None, ...]]
+) -> Engine:
+    """Run an engine on the devices of a placement, each with its part of every expert.
+
+    `engine.prepare` also converts the layout of the PartitionSpecs of the weights, so it must do no more than order or
+    stack the experts.
+
+    Args:
+        engine: the engine of one device.
+        placement: the devices.
+        num_experts: E.
+        axes: the names of the axes of an expert's weights, `{"gate": (None, "expert_size"), ...}`.
+
+    Returns:
+        The engine on these devices; `engine` itself on one device.
+    """
+    if placement.mesh is None:
+        return engine
+    expert: Any = {name: placement.over(*names) for name, names in axes.items()}
+    specs = engine.prepare(dict.fromkeys(range(num_experts), expert))
+    return dataclasses.replace(engine, apply=partial(_apply_divided, engine=engine, placement=placement, specs=specs))
+
+
+def _apply_divided(
+    x: jax.Array, routing: Routing, experts: ExpertParams, *, engine: Engine, placement: Placement, specs: Any
+) -> jax.Array:
+    mesh: Any = placement.mesh
+
+    def one_device(x: jax.Array, routing: Routing, experts: ExpertParams) -> jax.Array:
+        part = engine.apply(x, routing, experts)
+        return jax.lax.psum(part, MODEL) if mesh.shape[MODEL] > 1 else part
+
+    over_rows: Any = placement.sharding(x.shape, "batch", None)
+    rows = over_rows.spec
+    # check_vma: the engine's loops begin with zeros, which the checker considers equal on all devices.
+    run = jax.shard_map(one_device, mesh=mesh, in_specs=(rows, rows, specs), out_specs=rows, check_vma=False)
+    return run(x, routing, experts)
 
 
 def _in_order(experts: dict[int, dict[str, jax.Array]]) -> tuple[dict[str, jax.Array], ...]:
@@ -104,5 +160,5 @@ def _apply_reference(x: jax.Array, routing: Routing, params: tuple[dict[str, jax
 ENGINES = {
     "reference": Engine("reference", _in_order, _apply_reference),
     "blocks": Engine("blocks", _in_order, apply_blocks),
-    "pallas": pallas_engine(),
+    "pallas": _pallas_engine(),
 }

@@ -2,11 +2,11 @@
 
 Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, A = N * K assignments, R rows of a block.
 
-Assignments are sorted by expert and cut into blocks that never mix experts: large ones, and smaller ones for the rest.
-A flat loop runs over the blocks in use (a traced number, so unused slots cost nothing); inside, `lax.switch` picks the
-expert, so XLA sees plain matrix products with whole weight arrays and copies none of them. The program holds every
-expert once per size of a block, however many tokens and slots there are: compile time goes by that. Never `vmap` over
-this engine: a batched switch computes every branch.
+Assignments are sorted by expert and cut into blocks that never mix experts: large blocks, and smaller ones for the
+rest. A flat loop runs over the blocks in use; their number is traced, so unused slots cost nothing. Inside,
+`lax.switch` picks the expert, so XLA sees plain matrix products with whole weight arrays and copies none of them. The
+program contains every expert once per block size, which determines the compile time; the number of tokens and slots
+does not. Never `vmap` over this engine: a batched switch computes every branch.
 """
 
 from __future__ import annotations
@@ -23,37 +23,43 @@ from jax import lax
 from varjax.routing import Routing
 
 Expert = dict[str, jax.Array]  # gate [D, F], up [D, F], down [F, D]
-READING = 24  # an expert's weights are read in the time of so many rows more, about
-Branch = Callable[[jax.Array], jax.Array]  # one expert: [R, D] -> float32[R, D]
+_READING = 24  # reading an expert's weights takes about as long as computing this many rows
+_Branch = Callable[[jax.Array], jax.Array]  # one expert: [R, D] -> float32[R, D]
 
 
 class ByExpert(NamedTuple):
-    """Assignments in the order of their experts, those of unused slots last."""
+    """Assignments sorted by expert, with unused slots last."""
 
     order: jax.Array  # int32[A + padding], padded so that a block never runs off the end
     starts: jax.Array  # int32[E], an expert's first row in that order
     ends: jax.Array  # int32[E], the row after its last
-    nowhere: int  # A
+    nowhere: int  # A, an index beyond all assignments
 
 
 @jax.custom_vjp
 def apply_blocks(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]) -> jax.Array:
-    """The weighted sum of each token's experts, `[N, D]`, for `x` `[N, D]` and `routing` `[N, K]`.
+    """Compute the weighted sum of each token's experts. Differentiable in `x`, the weights and the experts.
 
-    Products accumulate in float32; the result has the dtype of `x`. Differentiable in `x`, the weights and the experts.
+    Args:
+        x: [N, D].
+        routing: [N, K].
+        experts: the layer's experts in order.
+
+    Returns:
+        [N, D] in the dtype of `x`; products accumulate in float32.
     """
-    branches: list[Branch] = [partial(_swiglu, expert) for expert in experts]
+    branches: list[_Branch] = [partial(_swiglu, expert) for expert in experts]
     run = _one_token if len(x) == 1 else _many_tokens
     return run(x, routing, branches).astype(x.dtype)
 
 
-def _one_token(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Array:
-    """float32[1, D]: with one token there is nothing to sort."""
+def _one_token(x: jax.Array, routing: Routing, branches: list[_Branch]) -> jax.Array:
+    """float32[1, D]. With one token there is nothing to sort."""
 
-    def adding(branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    def adding(branch: _Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
         return lambda total, weight: total + weight * branch(x)
 
-    choices = [*map(adding, branches), lambda total, weight: total]  # the last: an unused slot
+    choices = [*map(adding, branches), lambda total, weight: total]  # the last one is for an unused slot
 
     def run_slot(total: jax.Array, slot: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         expert, weight = slot
@@ -63,7 +69,7 @@ def _one_token(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Ar
     return lax.scan(run_slot, jnp.zeros(x.shape, jnp.float32), slots)[0]
 
 
-def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.Array:
+def _many_tokens(x: jax.Array, routing: Routing, branches: list[_Branch]) -> jax.Array:
     """float32[N, D]."""
     num_slots = routing.experts.shape[1]
     sizes = block_sizes(routing.experts.size, len(branches))
@@ -72,12 +78,14 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.
         weights = routing.weights.reshape(-1, 1).astype(jnp.float32)
 
     def run_blocks(rows: int, starts: jax.Array, blocks: jax.Array, total: jax.Array) -> jax.Array:
-        """Runs `blocks` [E] blocks of `rows` rows of each expert, the first of them at `starts` [E]."""
+        """Runs `blocks` int32[E] blocks of `rows` rows of each expert, beginning at row `starts` int32[E]."""
+        # Blocks are numbered over all experts; expert e has numbers last_block[e - 1] to last_block[e] - 1. Block b of
+        # expert e begins at row starts[e] + (b - last_block[e - 1]) * rows, which is first_row[e] + b * rows.
         last_block = jnp.cumsum(blocks, dtype=jnp.int32)
-        first_row = starts - (last_block - blocks) * rows  # of the expert's block 0, counted over all experts
+        first_row = starts - (last_block - blocks) * rows
 
         def run_block(block: jax.Array, total: jax.Array) -> jax.Array:
-            index = (last_block <= block).sum(dtype=jnp.int32)
+            index = (last_block <= block).sum(dtype=jnp.int32)  # the expert of the block
             assignments = _block(by_expert, index, first_row[index] + block * rows, rows)
             tokens = assignments // num_slots
             y = lax.switch(index, branches, x.at[tokens].get(mode="clip"))
@@ -94,10 +102,17 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[Branch]) -> jax.
 
 
 def block_sizes(slots: int, num_experts: int) -> tuple[int, ...]:
-    """Rows of the blocks for N * K slots, used or not; the largest first.
+    """Choose the sizes of blocks. Large blocks waste rows at an expert's end, small ones reread its weights.
 
-    Large blocks waste rows at an expert's end, small ones reread its weights. A product of one row packs no weights and
-    is the fastest for its size, but takes five times as long to compile: many experts do without.
+    A product of one row is the fastest for its size, because XLA does not repack the weights, but it takes five times
+    as long to compile, so it is not used with many experts.
+
+    Args:
+        slots: N * K, used or not.
+        num_experts: E.
+
+    Returns:
+        Rows of a block, the largest first.
     """
     per_expert = slots / num_experts
     few_rows = (8, 1) if num_experts <= 16 else (8, 2)
@@ -108,30 +123,44 @@ def block_sizes(slots: int, num_experts: int) -> tuple[int, ...]:
 
 
 def cut(rows: Any, sizes: tuple[int, ...]) -> list[Any]:
-    """How many blocks of each size hold so many rows, integers [E]; arrays of JAX or NumPy.
+    """Cut the rows of each expert into blocks. Rows that would cost more in smaller blocks run in a partly empty one.
 
-    What would be dearer in smaller blocks runs as a larger one, partly empty.
+    Args:
+        rows: int[E], an array of JAX or NumPy.
+        sizes: rows of a block, the largest first.
+
+    Returns:
+        int[E] for each size, the number of blocks.
     """
     blocks = []
     for place, size in enumerate(sizes):
         spared = _most_rows(size, sizes[place + 1 :])
-        blocks.append((rows + (size - 1 - spared)) // size)
+        blocks.append((rows + (size - 1 - spared)) // size)  # rounds up where more than `spared` rows remain
         rows = (rows - blocks[-1] * size).clip(0)
     return blocks
 
 
 @cache
 def _most_rows(size: int, smaller: tuple[int, ...]) -> int:
-    """How many rows cost no more in smaller blocks than in one of `size` rows."""
+    """The largest number of rows that costs no more in smaller blocks than in one block of `size` rows."""
     if not smaller:
         return 0
     numbers = cut(np.arange(size), smaller)
-    cost = sum(number * (rows + READING) for number, rows in zip(numbers, smaller, strict=True))
-    return int(np.sum(cost <= size + READING)) - 1  # none at all cost nothing
+    cost = sum(number * (rows + _READING) for number, rows in zip(numbers, smaller, strict=True))
+    return int(np.sum(cost <= size + _READING)) - 1  # 0 rows always satisfy it
 
 
 def sort_by_expert(routing: Routing, num_experts: int, padding: int = 0) -> ByExpert:
-    """The assignments of `routing` [N, K], N * K of them, sorted; `padding` more places at the end."""
+    """Sort the assignments by expert.
+
+    Args:
+        routing: [N, K].
+        num_experts: E.
+        padding: additional entries at the end of the order.
+
+    Returns:
+        The order, and where each expert begins and ends in it.
+    """
     flat = routing.experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
     counts = (flat[:, None] == jnp.arange(num_experts, dtype=flat.dtype)[None]).sum(0, dtype=jnp.int32)
@@ -140,7 +169,7 @@ def sort_by_expert(routing: Routing, num_experts: int, padding: int = 0) -> ByEx
 
 
 def _block(by_expert: ByExpert, expert: jax.Array | int, start: jax.Array, rows: int) -> jax.Array:
-    """int32[R]: the assignments from row `start` on; `nowhere` in rows that are not the expert's."""
+    """int32[R]: the assignments from row `start` on, `nowhere` for rows of other experts."""
     inside = start + jnp.arange(rows, dtype=jnp.int32) < by_expert.ends[expert]
     return jnp.where(inside, lax.dynamic_slice(by_expert.order, (start,), (rows,)), by_expert.nowhere)
 
@@ -160,7 +189,15 @@ def _forward(x: jax.Array, routing: Routing, experts: tuple[Expert, ...]) -> tup
 
 
 def apply_blocks_backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
-    """Gradients by recomputation, one expert after the other: only its own weight gradients travel through its loop."""
+    """Compute gradients by recomputation, one expert at a time, so its loop carries only its own weight gradients.
+
+    Args:
+        saved: the inputs of `apply_blocks`.
+        out_grad: [N, D], gradient of the result.
+
+    Returns:
+        The gradients of these inputs.
+    """
     x, routing, experts = saved
     num_slots = routing.experts.shape[1]
     rows = block_sizes(routing.experts.size, len(experts))[0]
@@ -188,7 +225,7 @@ def apply_blocks_backward(saved: _Saved, out_grad: jax.Array) -> _Saved:
         expert_grads.append(grads)
 
     weight_grad = weight_grad.reshape(routing.weights.shape).astype(routing.weights.dtype)
-    no_grad: Any = np.zeros(routing.experts.shape, jax.dtypes.float0)  # what JAX wants for integers
+    no_grad: Any = np.zeros(routing.experts.shape, jax.dtypes.float0)  # JAX's gradient of integers
     return x_grad.astype(x.dtype), Routing(no_grad, weight_grad), tuple(expert_grads)
 
 

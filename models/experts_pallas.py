@@ -3,14 +3,14 @@
 Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, A = N * K assignments, R rows of a block,
 S blocks at most.
 
-Assignments are sorted by expert and cut into blocks of R rows that never mix experts. A table names the blocks in use,
-those first; the grid has S of them because its size must be known beforehand, and those beyond the ones in use exit at
-once, so unused slots cost nothing. One kernel makes `silu(x @ gate) * (x @ up)` of a block's rows and of some columns,
-gathering the rows itself; the other multiplies that by `down` and by the gate's weight and puts each row in its
-assignment's place. Weights are stacked, gate and up [E, D, F], down [E, F, D].
+Assignments are sorted by expert and cut into blocks of R rows that never mix experts. A table lists the blocks, those
+in use first. The grid has S programs because its size must be known beforehand; those beyond the blocks in use exit at
+once, so unused slots cost nothing. One kernel computes `silu(x @ gate) * (x @ up)` for the rows of a block and some
+columns, and gathers the rows itself. The other multiplies that by `down` and the gate's weight and writes each row to
+the place of its assignment. Weights are stacked: gate and up [E, D, F], down [E, F, D].
 
-Products accumulate in float32, at `jax_default_matmul_precision`. The kernels are written for the Triton backend of
-Pallas, which knows Ampere and Hopper alike; jax from 0.11 on calls it deprecated.
+Products accumulate in float32, at `jax_default_matmul_precision`. The kernels use the Triton backend of Pallas, which
+supports Ampere and Hopper; jax 0.11 and later call it deprecated.
 """
 
 from __future__ import annotations
@@ -30,56 +30,70 @@ from varjax.routing import Routing
 
 try:
     from jax.experimental.pallas import triton as backend
-except ImportError:  # a jax that has done away with it: `obstacle` says so
+except ImportError:  # a jax without it: `obstacle` says so
     backend = None  # type: ignore[assignment]
 
 Stacked = dict[str, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
 
-class Tiles(NamedTuple):
-    """How much one program of a kernel works on."""
+class _Tiles(NamedTuple):
+    """The work of one program of a kernel."""
 
     rows: int  # R
     columns: int  # of a product's result; gate and up share them
-    depth: int  # of a product at a time, for numbers of two bytes; half of it for four
+    depth: int  # of a product at a time, for numbers of two bytes; half of it for four bytes
     warps: int
     stages: int  # steps along the depth whose operands are in flight
 
 
-# Rows that an expert gets if all get equally many, at most; tiles. They are those that vLLM tuned for Mixtral on an
-# H200 at 1, 64 and 256 tokens. A program takes 96 KiB of shared memory at most on Ampere, 144 on Hopper and Blackwell.
-TILES = (
-    (4, Tiles(rows=16, columns=128, depth=128, warps=4, stages=3)),
-    (32, Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)),
-    (None, Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)),
+# The largest number of rows per expert under an even load -> tiles, which vLLM tuned for Mixtral on an H200 at 1, 64
+# and 256 tokens. A program takes at most 96 KiB of shared memory on Ampere, 144 KiB on Hopper and Blackwell.
+_TILES = (
+    (4, _Tiles(rows=16, columns=128, depth=128, warps=4, stages=3)),
+    (32, _Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)),
+    (None, _Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)),
 )
-CAPABILITY = (8, 0)  # the least compute capability: Ampere, which multiplies bfloat16
+_CAPABILITY = (8, 0)  # lowest compute capability: Ampere, which multiplies bfloat16
 
 
-class Blocks(NamedTuple):
-    """The table of blocks, those in use first; of a token alone, a block for each slot where it stands."""
+class _Blocks(NamedTuple):
+    """The table of blocks, those in use first; for a single token, one block per slot in the order of the slots."""
 
     experts: jax.Array  # int32[S]; E: not in use
     starts: jax.Array  # int32[S], the first of a block's places in `order`
-    ends: jax.Array  # int32[S], the place after the last of its expert
+    ends: jax.Array  # int32[S], the place after the last one of its expert
     order: jax.Array  # int32[A], assignments by expert
 
 
 def obstacle(device: Any) -> str | None:
-    """Why the engine cannot run on a `jax.Device`; None: it can."""
+    """Tell why the engine cannot run on a device.
+
+    Args:
+        device: a `jax.Device`.
+
+    Returns:
+        The reason; None: it can run.
+    """
     capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     if backend is None:
         return f"jax {jax.__version__} has no Triton backend for Pallas"
     if capability is None:
-        return f"{device.device_kind} is no NVIDIA GPU"
-    if tuple(map(int, capability.groups())) < CAPABILITY:
-        least = ".".join(map(str, CAPABILITY))
+        return f"{device.device_kind} is not an NVIDIA GPU"
+    if tuple(map(int, capability.groups())) < _CAPABILITY:
+        least = ".".join(map(str, _CAPABILITY))
         return f"{device.device_kind} has compute capability {capability[0]}; it needs {least} or more"
     return None
 
 
 def stack_experts(experts: dict[int, dict[str, Any]]) -> Stacked:
-    """The canonical layout of a layer, stacked: a copy. PartitionSpecs in the place of arrays are stacked likewise."""
+    """Stack the experts of a layer, in a copy.
+
+    Args:
+        experts: the canonical layout of a layer, of arrays or of their PartitionSpecs.
+
+    Returns:
+        Each array with a leading axis of experts; a PartitionSpec with a leading None.
+    """
     ordered = [experts[index] for index in sorted(experts)]
     return {name: _stack([expert[name] for expert in ordered]) for name in ordered[0]}
 
@@ -90,56 +104,61 @@ def _stack(leaves: list[Any]) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def apply_pallas(x: jax.Array, routing: Routing, experts: Stacked, interpret: bool = False) -> jax.Array:
-    """The weighted sum of each token's experts, `[N, D]`, for `x` `[N, D]` and `routing` `[N, K]`.
+    """Compute the weighted sum of each token's experts. Differentiable in `x`, the weights and the experts.
 
-    The result has the dtype of `x`. Differentiable in `x`, the weights and the experts; gradients are those of the
-    `blocks` engine, which takes a copy of the experts apart for them.
+    Gradients are computed by the `blocks` engine, from a copy of the experts.
 
     Args:
-        interpret: run the kernels as JAX operations, on any device and slowly: for tests.
+        x: [N, D].
+        routing: [N, K].
+        experts: the layer's experts, stacked.
+        interpret: run the kernels as JAX operations, on any device and slowly, for tests.
+
+    Returns:
+        [N, D] in the dtype of `x`.
     """
     num_experts = len(experts["gate"])
-    tiles = choose_tiles(routing.experts.size, num_experts, x.dtype.itemsize)
+    tiles = _choose_tiles(routing.experts.size, num_experts, x.dtype.itemsize)
     with jax.named_scope("dispatch"):
-        blocks = block_table(routing, num_experts, tiles.rows)
+        blocks = _block_table(routing, num_experts, tiles.rows)
     hidden = _gate_and_up(x, experts, blocks, routing.experts.shape[1], tiles, interpret)
     slots = _down(hidden, routing.weights, experts, blocks, tiles, interpret)
     with jax.named_scope("dispatch"):
-        # Nobody wrote the rows of unused slots.
+        # The kernels write no rows of unused slots.
         used = (routing.experts < num_experts)[..., None]
         return jnp.where(used, slots.reshape(*routing.experts.shape, -1), 0).sum(1).astype(x.dtype)
 
 
-def choose_tiles(slots: int, num_experts: int, itemsize: int) -> Tiles:
-    """Those for N * K slots, used or not, and numbers of so many bytes."""
-    tiles = next(tiles for most, tiles in TILES if most is None or slots / num_experts <= most)
+def _choose_tiles(slots: int, num_experts: int, itemsize: int) -> _Tiles:
+    """The tiles for N * K slots, used or not, and numbers of `itemsize` bytes."""
+    tiles = next(tiles for most, tiles in _TILES if most is None or slots / num_experts <= most)
     return tiles._replace(depth=tiles.depth * 2 // itemsize)
 
 
-def block_table(routing: Routing, num_experts: int, rows: int) -> Blocks:
+def _block_table(routing: Routing, num_experts: int, rows: int) -> _Blocks:
     """The blocks of `rows` rows that hold all used slots of `routing` [N, K]."""
     slots = routing.experts.size
     if len(routing.experts) == 1:  # nothing to sort: each slot is a block
         places = jnp.arange(slots, dtype=jnp.int32)
-        return Blocks(routing.experts[0], places, places + 1, places)
+        return _Blocks(routing.experts[0], places, places + 1, places)
     by_expert = sort_by_expert(routing, num_experts)
     blocks = (by_expert.ends - by_expert.starts + rows - 1) // rows
     last_block = jnp.cumsum(blocks, dtype=jnp.int32)
-    block = jnp.arange(most_blocks(slots, num_experts, rows), dtype=jnp.int32)
+    block = jnp.arange(_most_blocks(slots, num_experts, rows), dtype=jnp.int32)
     experts = (last_block <= block[:, None]).sum(1, dtype=jnp.int32)
-    first = by_expert.starts - (last_block - blocks) * rows  # place of the expert's block 0, counted over all experts
+    first = by_expert.starts - (last_block - blocks) * rows  # block b of expert e begins at first[e] + b * rows
     starts, ends = (of.at[experts].get(mode="clip") for of in (first, by_expert.ends))
-    return Blocks(experts, starts + block * rows, ends, by_expert.order)
+    return _Blocks(experts, starts + block * rows, ends, by_expert.order)
 
 
-def most_blocks(slots: int, num_experts: int, rows: int) -> int:
-    """S: an expert with n > 0 rows fills at most 1 + (n - 1) / R blocks, and at most min(E, N * K) experts have any."""
+def _most_blocks(slots: int, num_experts: int, rows: int) -> int:
+    """S: an expert with n > 0 rows fills at most 1 + (n - 1) / R blocks, and min(E, N * K) experts have any."""
     hit = min(num_experts, slots)
     return hit + (slots - hit) // rows
 
 
 def _gate_and_up(
-    x: jax.Array, experts: Stacked, blocks: Blocks, num_slots: int, tiles: Tiles, interpret: bool
+    x: jax.Array, experts: Stacked, blocks: _Blocks, num_slots: int, tiles: _Tiles, interpret: bool
 ) -> jax.Array:
     """[A, F] in the order of `blocks`, in the dtype of `x`."""
     num_experts, hidden, size = experts["gate"].shape
@@ -169,12 +188,11 @@ def _gate_and_up(
 
 
 def _down(
-    x: jax.Array, weights: jax.Array, experts: Stacked, blocks: Blocks, tiles: Tiles, interpret: bool
+    x: jax.Array, weights: jax.Array, experts: Stacked, blocks: _Blocks, tiles: _Tiles, interpret: bool
 ) -> jax.Array:
-    """float32[A, D] in the order of the slots, weighted; rows of unused slots are whatever was there before.
+    """float32[A, D] in the order of the slots, weighted, for `x` [A, F] in the order of `blocks`.
 
-    Args:
-        x: [A, F] in the order of `blocks`.
+    Rows of unused slots are uninitialized.
     """
     num_experts, size, hidden = experts["down"].shape
     columns, depth = _fitting(tiles.columns, hidden), _fitting(tiles.depth, size)
@@ -202,20 +220,23 @@ def _down(
 
 
 def _call(
-    kernel: Callable[..., None], out: Any, grid: tuple[int, int], tiles: Tiles, name: str, interpret: bool
+    kernel: Callable[..., None], out: Any, grid: tuple[int, int], tiles: _Tiles, name: str, interpret: bool
 ) -> Callable[..., jax.Array]:
-    """The kernel on whole arrays, in which it finds its place. Neighbors of one expert read the same weights."""
+    """Calls the kernel with whole arrays. Neighboring programs of one expert read the same weights."""
     params = backend.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)
     return pl.pallas_call(kernel, out, grid=grid, compiler_params=params, name=name, interpret=interpret)
 
 
 def _fitting(tile: int, size: int) -> int:
-    """No more than a small array needs; Triton multiplies at least 16 numbers by 16, and powers of two."""
+    """A tile no larger than a small array needs; Triton multiplies at least 16 by 16 numbers, and powers of two."""
     return min(tile, max(16, pl.next_power_of_2(size)))
 
 
 def _rows(start: jax.Array, end: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """int32[R], the places of a block in the order, the first again where they are not its expert's; bool[R]: are."""
+    """The places of a block in the order, int32[R], and which of them belong to its expert, bool[R].
+
+    Places that do not are replaced by the first one, so that reading them is safe.
+    """
     places = start + jnp.arange(rows, dtype=jnp.int32)
     return jnp.where(places < end, places, start), places < end
 
@@ -244,9 +265,9 @@ def _dot(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _put(array: Any, rows: jax.Array, inside: jax.Array, column: jax.Array, values: jax.Array) -> None:
-    """Writes those of `values` [R, C] that are inside of `array` [A, .], from a column on, in its dtype."""
+    """Writes the `values` [R, C] that are inside `array` [A, .], from a column on, in its dtype."""
     columns = column + jnp.arange(values.shape[1], dtype=jnp.int32)
-    rows = jnp.where(inside, rows, array.shape[0])  # nowhere
+    rows = jnp.where(inside, rows, array.shape[0])  # beyond the array, and masked
     index = jnp.broadcast_to(rows[:, None], values.shape), jnp.broadcast_to(columns, values.shape)
     mask = inside[:, None] & (columns < array.shape[1])[None, :]
     backend.store(array.at[index], values.astype(array.dtype), mask=mask)

@@ -1,11 +1,11 @@
-"""How each family of checkpoints is published, as data: names of config fields, names of tensors, what is always so.
+"""The published format of each family of checkpoints, as data: names of config fields and tensors, and constants.
 
-The decoder (`models.decoder`) knows no family. What sets families apart in their maths are fields of `MoEConfig`; what
-sets them apart on disk is here. `models.config` reads and writes `config.json` by these rows, `models.weights` the
+The decoder (`models.decoder`) treats all families alike: their mathematical differences are fields of `MoEConfig`, and
+their differences on disk are here. `models.config` reads and writes config.json by these tables, `models.weights` the
 tensors.
 
-Published implementations, whose meaning is kept: Hugging Face's `mixtral`, `olmoe` (Muennighoff et al. 2024,
-arXiv 2409.02060) and `qwen3_moe` (Qwen team 2025, arXiv 2505.09388).
+The tables follow Hugging Face's `mixtral`, `olmoe` (Muennighoff et al. 2024, arXiv 2409.02060) and `qwen3_moe` (Qwen
+team 2025, arXiv 2505.09388).
 """
 
 from __future__ import annotations
@@ -17,40 +17,32 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One published format. Names on the left are fields of `MoEConfig`, on the right those of `config.json`."""
+    """A published format. "Ours" are fields of `MoEConfig`, "theirs" fields of config.json."""
 
     architecture: str  # transformers' class
-    fields: Mapping[str, str]  # ours -> theirs, where they are not as in COMMON_FIELDS or are more
-    tensors: Mapping[str, tuple[str, bool]]  # as COMMON_TENSORS, those of this family
-    defaults: Mapping[str, Any]  # ours -> what it means where `config.json` leaves the field out
+    fields: Mapping[str, str]  # ours -> theirs, in addition to COMMON_FIELDS or in place of it
+    tensors: Mapping[str, tuple[str, bool]]  # as COMMON_TENSORS, for this family only
+    defaults: Mapping[str, Any]  # ours -> value where config.json leaves the field out
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)  # published tensor -> transformers 5's name
-    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # ours -> what it always is
-    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # another name of theirs -> theirs
-    unsupported: tuple[str, ...] = ()  # theirs, fields that must be null or absent
-    window_switch: str | None = None  # theirs, a flag without which the sliding window counts for nothing
-    dense_layers: tuple[str, str] | None = None  # theirs, layers without experts; and n where only each n-th has some
+    constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # ours -> value in every model of the family
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # alternative name -> theirs
+    unsupported: tuple[str, ...] = ()  # theirs; must be null or absent
+    window_switch: str | None = None  # theirs; without this flag the sliding window is ignored
+    dense_layers: tuple[str, str] | None = None  # theirs: layers without experts; n if only each n-th layer has some
 
 
-# our field -> Hugging Face's, in every family; `num_hidden_layers` counts layers with and without experts
+# our field -> theirs, in every family; `num_hidden_layers` counts layers with and without experts
 COMMON_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
+    **{name: name for name in ("vocab_size", "hidden_size", "head_dim", "rms_norm_eps", "max_position_embeddings")},
+    **{name: name for name in ("tie_word_embeddings", "initializer_range", "router_aux_loss_coef")},
+    **{name: name for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
     "depth": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
     "top_k": "num_experts_per_tok",
-    "rms_norm_eps": "rms_norm_eps",
-    "max_position_embeddings": "max_position_embeddings",
-    "tie_word_embeddings": "tie_word_embeddings",
-    "initializer_range": "initializer_range",
-    "router_aux_loss_coef": "router_aux_loss_coef",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
 }
 
-# canonical path, {} standing for a layer or an expert -> (published name, stored transposed)
+# canonical path, with {} for a layer or an expert -> (published name, stored transposed)
 COMMON_TENSORS = {
     "decoder/embed/embedding": ("model.embed_tokens.weight", False),
     "decoder/layers/{}/input_norm/weight": ("model.layers.{}.input_layernorm.weight", False),
@@ -62,8 +54,8 @@ COMMON_TENSORS = {
     "decoder/norm/weight": ("model.norm.weight", False),
     "decoder/head/kernel": ("lm_head.weight", True),
 }
-# How transformers 5 holds experts, in every family: those of a layer in one tensor, with these parts of each one after
-# the other along the second axis.
+# How transformers 5 holds experts, in every family: all experts of a layer in one tensor, with these parts of each
+# expert concatenated along the second axis.
 STACKED_EXPERTS = {
     "model.layers.{}.mlp.experts.gate_up_proj": ("gate", "up"),
     "model.layers.{}.mlp.experts.down_proj": ("down",),

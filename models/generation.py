@@ -2,45 +2,72 @@
 
 Letters: B sequences, T positions, V vocabulary.
 
-What runs the decoder is a `Step`, so that plain and adaptive routing share this loop: the loop owns sampling and the
-end of texts, the step owns the model and whatever it threads through its calls.
+The decoder is run by a `Step`, so plain and adaptive routing share this loop: the loop owns sampling and the end of
+texts, the step owns the model and the state that it threads through its calls.
+
+A checkpoint says which ids begin, end and pad a text, and recommends a sampling (`GenerationDefaults`). As in
+transformers, `generation_config.json` alone decides where it exists. Otherwise the ids are those of config.json, with
+the family's defaults for fields that are left out, as in transformers' `GenerationConfig.from_model_config`.
+(`from_pretrained` of transformers 5.24 reads the bare config.json in that case, where such a default does not end a
+text.) The ids always apply. The sampling is a recommendation: generation is greedy unless the caller
+passes `sampling`, so that a run without arguments can be repeated.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from models.config import TOKEN_IDS, ConfigError, MoEConfig
+from models.fields import FLAG, INTEGER, NUMBER, TOKEN, TOKENS, Kind, read_object, without_negative_ids, wrong_types
 from models.kv_cache import KVCache
 from varjax.errors import InputError, require_integer
 from varjax.transfer import passing_scalars, random_key, to_device
 
+GENERATION_FILE = "generation_config.json"
 
-class Step(Protocol):
-    """`(kv, carry, ids int32[B, T], mask bool[B, T]) -> (logits float32[B, V] of the last position, kv, carry)`.
-
-    The step jits its own work; `kv` and `carry` are spent by the call.
-    """
-
-    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]: ...
+_KINDS: dict[str, Kind] = {
+    "bos_token_id": TOKEN.or_null(),
+    "eos_token_id": TOKENS.or_null(),
+    "pad_token_id": TOKEN.or_null(),
+    "do_sample": FLAG.or_null(),
+    "temperature": NUMBER.or_null(),
+    "top_k": INTEGER.or_null(),
+    "top_p": NUMBER.or_null(),
+}
+_DEFAULT_TOP_K = 50  # of transformers, where a file that asks for sampling does not name it; 0 or less is all tokens
+# Settings with which transformers chooses other tokens and which `Sampling` lacks, and the value that changes nothing.
+_NOT_APPLIED: dict[str, Any] = {
+    **dict.fromkeys(("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "stop_strings", "suppress_tokens", "top_h")),
+    "watermarking_config": None,
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "min_length", "min_new_tokens", "min_p", "penalty_alpha"), 0),
+    "no_repeat_ngram_size": 0,
+    **dict.fromkeys(("guidance_scale", "num_beams", "repetition_penalty", "typical_p"), 1),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 takes the most probable one."""
+    """How the next token is chosen. The default, temperature 0, takes the most probable one.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
 
     temperature: float = 0.0
     top_k: int | None = None  # only the k most probable tokens
     top_p: float | None = None  # only the most probable tokens that reach this mass (Holtzman et al. 2019)
-    seed: int | tuple[int, ...] = 0  # one for the batch; or one for each text, which is then drawn alike in any batch
+    seed: int | tuple[int, ...] = 0  # one for the batch; or one per text, which is then drawn alike in any batch
 
     def __post_init__(self) -> None:
-        # Asked so that NaN, which compares false with everything, is refused.
+        # The conditions are written so that NaN, which compares false with everything, is refused.
         if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
             raise InputError(f"temperature={self.temperature!r}; expected 0 (greedy) or more, and not infinity")
         if self.top_k is not None:
@@ -51,6 +78,117 @@ class Sampling:
             require_integer("seed", seed, least=0)
             if seed >= 2**32:  # JAX would cut it off
                 raise InputError(f"seed={seed}; expected less than 2^32")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationDefaults:
+    """How a checkpoint begins, ends, pads and samples texts."""
+
+    begin_id: int | None
+    end_ids: tuple[int, ...]  # a text ends with any of these; empty: texts do not end
+    pad_id: int | None
+    sampling: Sampling = GREEDY  # the recommendation; greedy where the checkpoint asks for no sampling
+    not_applied: tuple[str, ...] = ()  # other settings of the file that would change what transformers generates
+
+    @classmethod
+    def of(cls, config: MoEConfig) -> GenerationDefaults:
+        """Take the ids of an architecture, for a model that comes from no file.
+
+        Args:
+            config: the architecture.
+
+        Returns:
+            Its ids, without a recommendation.
+        """
+        return cls(config.bos_token_id, config.eos_token_ids, config.pad_token_id)
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """All ids named here."""
+        return frozenset({self.begin_id, self.pad_id, *self.end_ids} - {None})  # type: ignore[arg-type]
+
+
+def read_generation(directory: Path, config: MoEConfig) -> GenerationDefaults:
+    """Read how a checkpoint generates texts.
+
+    A recommendation that cannot be followed does not make a checkpoint unusable; it is listed in `not_applied`.
+
+    Args:
+        directory: the folder of the checkpoint.
+        config: its architecture.
+
+    Returns:
+        The ids and the recommended sampling.
+
+    Raises:
+        ConfigError: the file cannot be read, or a field has a value of a wrong type; names file and fields.
+    """
+    own = (directory / GENERATION_FILE).exists()
+    path = directory / (GENERATION_FILE if own else "config.json")
+    fields = read_object(path, ConfigError)
+    fields |= {name: without_negative_ids(fields.get(name)) for name in TOKEN_IDS}
+    if wrong := wrong_types(fields, _KINDS):
+        raise ConfigError(f"{path}: {'; '.join(wrong)}; correct the file or fetch it again")
+    sampling, impossible = _sampling(fields)
+    unknown = [name for name, neutral in _NOT_APPLIED.items() if fields.get(name, neutral) not in (neutral, None)]
+    if own:
+        config = dataclasses.replace(config, **{name: fields[name] for name in TOKEN_IDS})
+    found = GenerationDefaults.of(config)
+    return dataclasses.replace(found, sampling=sampling, not_applied=(*impossible, *sorted(unknown)))
+
+
+def _sampling(fields: dict[str, Any]) -> tuple[Sampling, list[str]]:
+    """The sampling that the fields recommend, and the names of those whose value is out of range."""
+    impossible = []
+    temperature, top_k, top_p = (fields.get(name) for name in ("temperature", "top_k", "top_p"))
+    if temperature is not None and temperature < 0:
+        impossible.append("temperature")
+        temperature = None
+    if top_p is not None and not 0 < top_p <= 1:
+        impossible.append("top_p")
+        top_p = None
+    if not fields.get("do_sample") or temperature == 0:
+        return GREEDY, impossible
+    top_k = _DEFAULT_TOP_K if top_k is None else max(top_k, 0) or None
+    return Sampling(1.0 if temperature is None else float(temperature), top_k, top_p), impossible
+
+
+def generation_to_hf(generation: GenerationDefaults) -> dict[str, Any]:
+    """Convert the ids and the sampling to the fields of a `generation_config.json`.
+
+    Args:
+        generation: what the file is to say; `not_applied` is left out.
+
+    Returns:
+        The fields that are not null.
+    """
+    fields: dict[str, Any] = {
+        "bos_token_id": generation.begin_id,
+        "eos_token_id": list(generation.end_ids) or None,
+        "pad_token_id": generation.pad_id,
+    }
+    sampling = generation.sampling
+    if sampling.temperature:
+        named = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p}
+        fields |= {"do_sample": True, **named}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+class Step(Protocol):
+    """One jitted call of a model: `(kv, carry, ids, mask) -> (logits, kv, carry)`.
+
+    `ids` is int32[B, T] and `mask` bool[B, T]; the logits are float32[B, V], of the last position. `kv` and `carry` are
+    donated: the loop does not use them after the call.
+    """
+
+    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]: ...
 
 
 def generate(
@@ -64,14 +202,26 @@ def generate(
     end_ids: tuple[int, ...],
     fill_id: int,
 ) -> tuple[np.ndarray, Any]:
-    """The loop behind `Model.generate`; see there.
+    """Run the loop behind `Model.generate`.
 
     Args:
-        kv: empty, with room for T + max_new_tokens - 1 positions.
-        mask: bool [B, T], true at every text's last position; a row without any is padding, and stays it.
-        end_ids: a text ends with any of these; from there on it is filled with `fill_id`.
+        step: runs the model.
+        kv: an empty cache with room for T + max_new_tokens - 1 positions; donated.
+        carry: the step's first state; donated.
+        ids: int32[B, T].
+        mask: bool[B, T], true at every text's last position; a row without any true value stays padding.
+        max_new_tokens: the largest number of new tokens per text.
+        sampling: how tokens are chosen.
+        end_ids: a text ends with any of these.
+        fill_id: the id after the end of a text.
+
+    Returns:
+        int32[B, T + new], and the step's last state.
+
+    Raises:
+        InputError: the number of seeds is not the number of texts.
     """
-    key, live = _key(sampling.seed, len(ids)), _going_on(mask)
+    key, live = _key(sampling.seed, len(ids)), _continued(mask)
     sampling = dataclasses.replace(sampling, seed=0)  # it is static in `_pick`, where another seed compiles nothing
     pieces = [ids]
     for index in range(max_new_tokens):
@@ -84,13 +234,9 @@ def generate(
     return np.concatenate(jax.device_get(pieces), axis=1), carry
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
 @jax.jit
-def _going_on(mask: jax.Array) -> jax.Array:
-    """bool [B]: the texts that are to be continued; a row that is padding from end to end is not."""
+def _continued(mask: jax.Array) -> jax.Array:
+    """bool[B]: the texts that are to be continued; a row that is padding from end to end is not."""
     return mask[:, -1]
 
 
@@ -104,19 +250,19 @@ def _pick(
     end_ids: tuple[int, ...],
     fill_id: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The next token int32[B, 1], its mask bool[B, 1], and which texts go on after it bool[B].
+    """The next token int32[B, 1], its mask bool[B, 1], and which texts continue after it bool[B].
 
-    A text that has ended is padding from there on: it runs no expert, and no tier counts or remembers it.
+    A text that has ended is padding from then on: it runs no expert, and no tier counts or remembers it.
     """
     fold = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    token = jnp.where(live, choose(logits, fold(key, index), sampling), fill_id)
+    token = jnp.where(live, _choose(logits, fold(key, index), sampling), fill_id)
     ended = jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) if end_ids else jnp.zeros_like(live)
     live = live & ~ended
     return token[:, None], live[:, None], live
 
 
-def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """int32[B]: the next token of each sequence, from logits float32[B, V] and one key, or one for each sequence."""
+def _choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
+    """int32[B]: the next token of each sequence, from logits float32[B, V] and one key, or one key per sequence."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
@@ -126,7 +272,7 @@ def choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
     if sampling.top_p is not None:
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # the most probable token always stays
+        before = jnp.cumsum(probs, axis=-1) - probs  # the mass ahead of each token; 0 for the first, which always stays
         smallest = jnp.where(before < sampling.top_p, ranked, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     draw = jax.random.categorical if key.ndim == 0 else jax.vmap(jax.random.categorical)

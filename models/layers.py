@@ -1,15 +1,15 @@
-"""The parts of a decoder layer: norms, projections, attention, the dense block.
+"""The modules of the decoder: norms, projections, attention, the dense block.
 
 Letters: B sequences, T positions of this call, S positions of the cache, D hidden size, H query heads, G key/value
-heads.
+heads, V vocabulary.
 
-Flax NNX declares the parameters, each with the names of its axes, and holds their maths. Rotary embeddings: Su et al.
-2021 (arXiv 2104.09864).
+Flax NNX declares the parameters, each with the names of its axes, and holds their computation; what runs is a pure
+function of a plain dict (`with_methods`). Rotary embeddings: Su et al. 2021 (arXiv 2104.09864).
 """
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -19,20 +19,26 @@ from flax import nnx
 from models.config import MoEConfig
 from models.kv_cache import KVCache
 
-
-def named(*axes: str | None) -> dict[str, Any]:
-    """What a parameter says of its axes: their names in `models.placement.AXES`, None for one that is never divided."""
-    return {"out_sharding": axes, "eager_sharding": False}  # said, not done: a declaration knows no mesh
-
-
-def make_linear(inner: int, outer: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
-    """A projection whose kernel [inner, outer] has axes of these names; a bias is divided as the outer one."""
-    return nnx.Linear(inner, outer, kernel_metadata=named(*axes), bias_metadata=named(axes[1]), **options)
+# Products whose result is compared or goes through a softmax stay in float32 when weights and inputs are bfloat16:
+# rounded to 8 bits, close experts or tokens tie or change places.
+_TO_FLOAT32: dict[str, Any] = {"preferred_element_type": jnp.float32}
 
 
-class RMSNorm(nnx.Module):
+def _named(*axes: str | None) -> dict[str, Any]:
+    """Metadata with the names of a parameter's axes (`models.placement.AXES`); None: an axis that is never divided."""
+    return {"out_sharding": axes, "eager_sharding": False}  # sharding is applied later: a declaration has no mesh
+
+
+def _linear(inner: int, outer: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
+    """A projection whose kernel [inner, outer] has axes of these names; a bias has the second one."""
+    return nnx.Linear(inner, outer, kernel_metadata=_named(*axes), bias_metadata=_named(axes[1]), **options)
+
+
+class _RMSNorm(nnx.Module):
+    """Root mean square normalization over the last axis, computed in float32."""
+
     def __init__(self, size: int, eps: float, dtype: jnp.dtype, axis: str | None = None):
-        self.weight = nnx.Param(jnp.ones(size, dtype), **named(axis))
+        self.weight = nnx.Param(jnp.ones(size, dtype), **_named(axis))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -41,10 +47,10 @@ class RMSNorm(nnx.Module):
         return jnp.expand_dims(self.weight[...], tuple(range(y.ndim - 1))) * y.astype(x.dtype)
 
 
-class Attention(nnx.Module):
+class _Attention(nnx.Module):
     """Causal self-attention with grouped key/value heads, rotary positions and an optional sliding window.
 
-    Queries and keys are normalized first, then clipped, then rotated, as far as the config asks for it.
+    Queries and keys are normalized, then clipped, then rotated, as far as the config asks for it.
     """
 
     def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -54,7 +60,7 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden_size, keys, (None, "kv_heads"))
         self.v_proj = linear(config.hidden_size, keys, (None, "kv_heads"))
         self.o_proj = linear(queries, config.hidden_size, ("heads", None))
-        norm = partial(RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
+        norm = partial(_RMSNorm, eps=config.rms_norm_eps, dtype=dtype)
         if config.query_key_norm == "head":
             self.q_norm, self.k_norm = norm(config.head_dim), norm(config.head_dim)
         elif config.query_key_norm == "projection":
@@ -69,21 +75,22 @@ class Attention(nnx.Module):
         kv: KVCache | None,
         layer: int,
     ) -> tuple[jax.Array, KVCache | None]:
+        """[B, T, D] for `x` [B, T, D], and the cache with this layer's keys and values; `layer` counts all layers."""
         batch, length, _ = x.shape
         with jax.named_scope("projections"):
-            queries, keys, values = self.project(x)
+            queries, keys, values = self._project(x)
         with jax.named_scope("norms"):
-            queries, keys = rotate(queries, *rotation), rotate(keys, *rotation)
+            queries, keys = _rotate(queries, *rotation), _rotate(keys, *rotation)
         with jax.named_scope("scores"):
             if kv is None:
-                out = attend_causally(queries, keys, values, mask)
+                out = _attend_causally(queries, keys, values, mask)
             else:
                 kv = kv.store(layer, keys, values)
-                out = attend(queries, kv.keys[layer], kv.values[layer], mask)
+                out = _attend(queries, kv.keys[layer], kv.values[layer], mask)
         with jax.named_scope("projections"):
             return self.o_proj(out.reshape(batch, length, -1)), kv
 
-    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries [B, T, H, head_dim], keys and values [B, T, G, head_dim], not yet rotated."""
         heads = (*x.shape[:2], -1, self.config.head_dim)
         queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -97,7 +104,7 @@ class Attention(nnx.Module):
         return queries, keys, values
 
 
-class MLP(nnx.Module):
+class _MLP(nnx.Module):
     """The SwiGLU block of a layer without experts."""
 
     def __init__(self, config: MoEConfig, linear: Any, rngs: nnx.Rngs):
@@ -109,38 +116,111 @@ class MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class _DecoderLayer(nnx.Module):
+    """Attention and what comes before the experts; `mlp` replaces the gate in a layer without experts."""
+
+    def __init__(self, config: MoEConfig, place: int, linear: Any, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_norm = _RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.attention = _Attention(config, linear, rngs, dtype)
+        self.expert_norm = _RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if place in config.dense_layers:
+            self.mlp = _MLP(config, linear, rngs)
+        else:
+            self.gate = linear(config.hidden_size, config.num_experts, (None, None), **_TO_FLOAT32, rngs=rngs)
+
+
+class Decoder(nnx.Module):
+    """Everything but the experts: embedding, layers with attention and gate, final norm and head.
+
+    Args:
+        config: the architecture.
+        dtype: of the parameters.
+        rngs: random numbers for the initialization.
+    """
+
+    def __init__(self, config: MoEConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        linear = partial(_linear, use_bias=False, param_dtype=dtype, kernel_init=init)
+        embed = partial(nnx.Embed, param_dtype=dtype, embedding_init=init)
+        axes = _named("vocabulary", None)
+        self.embed = embed(config.vocab_size, config.hidden_size, embedding_metadata=axes, rngs=rngs)
+        self.layers = nnx.List([_DecoderLayer(config, place, linear, dtype, rngs) for place in range(config.depth)])
+        self.norm = _RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        if not config.tie_word_embeddings:
+            self.head = linear(config.hidden_size, config.vocab_size, (None, "vocabulary"), **_TO_FLOAT32, rngs=rngs)
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Compute the logits of hidden states.
+
+        Args:
+            x: [..., D], after the final norm.
+
+        Returns:
+            float32[..., V] over the vocabulary.
+        """
+        if hasattr(self, "head"):
+            return self.head(x)
+        return jnp.einsum("...d,vd->...v", x, self.embed.embedding[...], **_TO_FLOAT32)
+
+
+def with_methods(config: MoEConfig, decoder: dict[str, Any]) -> Decoder:
+    """Give the parameters of a decoder the methods of its layers.
+
+    Args:
+        config: the architecture.
+        decoder: the entry "decoder" of the parameters.
+
+    Returns:
+        The `Decoder` with these parameters.
+    """
+    return nnx.merge(_structure(config, decoder["embed"]["embedding"].dtype), decoder)
+
+
+@lru_cache(maxsize=16)
+def _structure(config: MoEConfig, dtype: jnp.dtype) -> Any:
+    # With the dtype of the parameters, because an embedding keeps its dtype as part of the structure.
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, dtype, nnx.Rngs(0))))[0]
+
+
 def rotary_angles(positions: jax.Array, config: MoEConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [B, T, 1, head_dim] of the rotary angles, computed in float32."""
+    """Compute the rotary angles in float32.
+
+    Args:
+        positions: int32[B, T].
+        config: the architecture.
+        dtype: of the result.
+
+    Returns:
+        Cosine and sine, [B, T, 1, head_dim] each.
+    """
     exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     angles = positions[..., None].astype(jnp.float32) / (config.rope_theta**exponents)[None, None]
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None]
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding of `x` [B, T, heads, head_dim]: halves are paired, as in Hugging Face's checkpoints."""
+def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotary embedding of `x` [B, T, heads, head_dim]; the halves of a head are paired, as in Hugging Face's files."""
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
 
 
-def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention [B, T, H, head_dim] of queries [B, T, H, head_dim] to keys and values [B, S, G, head_dim].
-
-    `mask` is bool[B, T, S], true where a query sees a key.
-    """
+def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention [B, T, H, head_dim] to keys and values [B, S, G, head_dim]; `mask` is bool[B, T, S]."""
     with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with float32 on the way
         return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
 
 
-def attend_causally(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """`attend` over a whole text, S = T, where no query sees a key that comes after it.
+def _attend_causally(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """`_attend` over a whole text, S = T, where no query sees a later key.
 
-    In at most 8 blocks of queries, each with the keys up to its own end: nearly half of the scores are never computed.
+    Queries are processed in at most 8 blocks of at least 64, each with the keys up to its own end, so nearly half of
+    the scores are never computed.
     """
     length = queries.shape[1]
     size = max(-(-length // 8), 64)
     blocks = [
-        attend(queries[:, start:end], keys[:, :end], values[:, :end], mask[:, start:end, :end])
+        _attend(queries[:, start:end], keys[:, :end], values[:, :end], mask[:, start:end, :end])
         for start in range(0, length, size)
         for end in [min(start + size, length)]
     ]

@@ -1,4 +1,4 @@
-"""A loaded checkpoint: architecture, parameters, tokenizer and the engine that runs its experts.
+"""A loaded checkpoint: architecture, parameters, tokenizer, and the engine that runs its experts.
 
 Letters: B sequences, T positions, L layers with experts, V vocabulary, E experts.
 """
@@ -18,13 +18,12 @@ from jax.sharding import Mesh
 from models.config import MoEConfig, read_config
 from models.decoder import Network, Output
 from models.experts import Engine, get_engine
-from models.generation import Sampling, Step, generate
-from models.generation_config import GenerationDefaults, read_generation
+from models.generation import GREEDY, GenerationDefaults, Sampling, Step, generate, read_generation
 from models.kv_cache import KVCache
 from models.parameters import Params, prepare
 from models.placement import ONE_DEVICE, Placement
-from models.verification import fitting_tokenizer
-from models.weights import load_params
+from models.tokenizer import load_tokenizer
+from models.weights import CheckpointError, load_params
 from varjax.errors import InputError, require_integer
 from varjax.model import Generation
 from varjax.transfer import to_device
@@ -33,35 +32,42 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
+REFERENCE = Path(__file__).parent / "reference"  # the small model that comes with this repository
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A decoder with its parameters. Calling it is pure; nothing inside changes."""
+    """A decoder with its parameters. Immutable: calling it changes nothing inside."""
 
     config: MoEConfig
     params: Params  # in the layout of `engine`
     engine: Engine
-    name: str  # the directory or hub id that it came from
-    fingerprint: str  # of the checkpoint's tensors, see `models.weights.load_params`
+    name: str  # the directory or hub id that it was loaded from
+    fingerprint: str  # of the checkpoint's tensors (`models.weights.load_params`)
     tokenizer: PreTrainedTokenizerBase | None = None
-    placement: Placement = ONE_DEVICE  # of the parameters, and of all that is made of them
+    placement: Placement = ONE_DEVICE  # the devices of the parameters and of everything computed from them
     generation_defaults: GenerationDefaults | None = None  # from the checkpoint's files; None: those of `config`
 
     def __call__(self, input_ids: Any, attention_mask: Any | None = None) -> Output:
-        """Logits [B, T, V] float32 and gate probabilities [L, B, T, E] float32 of whole texts.
+        """Run the model on whole texts.
 
         Args:
-            input_ids: integers [B, T]; ids outside the vocabulary raise InputError.
-            attention_mask: 1 for real tokens, 0 for padding, [B, T]; padding may stand on either side.
+            input_ids: integers [B, T].
+            attention_mask: 1 for real tokens, 0 for padding, [B, T]; padding may be on either side. None: no padding.
+
+        Returns:
+            Logits float32[B, T, V], gate probabilities float32[L, B, T, E] and routing.
+
+        Raises:
+            InputError: inputs that `check_inputs` refuses.
         """
         ids, mask = self.check_inputs(input_ids, attention_mask)
         return self.network.forward(self.params, ids, attention_mask=mask)
 
     @cached_property
     def network(self) -> Network:
-        """The pure part: what runs on any parameters of this shape. Hashable, so it can be static under jit."""
+        """The pure part, which runs on any parameters of this shape. Hashable, so it can be static under jit."""
         return Network(self.config, self.engine, self.placement)
 
     @property
@@ -71,24 +77,40 @@ class Model:
 
     @property
     def special_token_ids(self) -> tuple[int, ...]:
-        """Begin, end and padding ids of all files: never counted in statistics, so no key ends in one."""
+        """Begin, end and padding ids of all files. Statistics never count them, so no key ends in one."""
         return tuple(sorted({*self.config.special_token_ids, *self.generation.token_ids}))
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Of the parameters and the activations."""
+        """The dtype of the parameters and the activations."""
         return self.params["decoder"]["embed"]["embedding"].dtype
 
     def empty_cache(self, batch_size: int, capacity: int) -> KVCache:
-        """A key/value cache for `capacity` positions, padding included. Raises InputError for fewer than one."""
+        """Make an empty key/value cache.
+
+        Args:
+            batch_size: number of sequences.
+            capacity: positions per sequence, padding included.
+
+        Returns:
+            The cache, on the devices of the model.
+
+        Raises:
+            InputError: an argument is less than 1.
+        """
         require_integer("batch_size", batch_size, least=1)
         require_integer("capacity", capacity, least=1)
         return KVCache.empty(self.config, batch_size, capacity, self.dtype, self.placement)
 
     def place(self, tree: T) -> T:
-        """Arrays such as a table's or a state's, moved to where the model runs: to every device of its mesh.
+        """Move arrays to the devices of the model.
 
-        On one device they are where they should be. Large tables are divided, see `models.placement`.
+        Args:
+            tree: a pytree, such as a table or a state.
+
+        Returns:
+            The pytree with every array on each device; the answers of large tables are divided
+            (`models.placement.Placement.place`). On one device, `tree` itself.
         """
         return self.placement.place(tree)
 
@@ -102,19 +124,20 @@ class Model:
         step: Step | None = None,
         carry: Any = None,
     ) -> Generation:
-        """Continue each text; returns int32 [B, T + new] ids, which begin with `input_ids`, and the carry as the state.
-
-        A text ends with any of `generation.end_ids`.
+        """Continue each text until it ends with one of `generation.end_ids`.
 
         Args:
             input_ids: integers [B, T], padded on the left where the texts differ in length.
-            max_new_tokens: the maximum; a text that has ended is filled up with the first of the padding id and the
-                end ids that is in the vocabulary, or with 0.
-            attention_mask: 1 for real tokens, 0 for padding, [B, T].
-            sampling: how to choose; None: the most probable token, whatever the checkpoint recommends
+            max_new_tokens: the largest number of new tokens; a text that has ended is filled with the padding id, or
+                with the first end id in the vocabulary, or with 0.
+            attention_mask: 1 for real tokens, 0 for padding, [B, T]. None: no padding.
+            sampling: how tokens are chosen; None: the most probable token, whatever the checkpoint recommends
                 (`generation.sampling`).
-            step: what runs one call of the decoder (`models.generation.Step`); None: the plain model.
-            carry: what `step` threads through its calls, beside the key/value cache.
+            step: runs one call of a model in place of the plain decoder (`models.generation.Step`).
+            carry: the first state of `step`, which is donated.
+
+        Returns:
+            `.tokens`, int32[B, T + new], which begin with `input_ids`, and `.state`, the last state of `step`.
 
         Raises:
             InputError: fewer than one new token, or inputs that `check_inputs` refuses.
@@ -126,10 +149,10 @@ class Model:
         fills = (self.generation.pad_id, *ends)
         fill = next((token for token in fills if token is not None and token < self.config.vocab_size), 0)
         kv = self.empty_cache(batch, length + max_new_tokens)
-        chosen = sampling or Sampling()
-        run = step or self._step
-        tokens, carry = generate(run, kv, carry, ids, mask, max_new_tokens, chosen, ends, fill)
-        tokens[:, :length] = input_ids  # the caller's own, where padding has ids outside the vocabulary
+        tokens, carry = generate(
+            step or self._step, kv, carry, ids, mask, max_new_tokens, sampling or GREEDY, ends, fill
+        )
+        tokens[:, :length] = input_ids  # as the caller gave them: padding may have ids outside the vocabulary
         return Generation(tokens, carry)
 
     def _step(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
@@ -139,14 +162,19 @@ class Model:
     def check_inputs(
         self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
     ) -> tuple[jax.Array, jax.Array]:
-        """int32 ids and bool mask, [B, T] each.
+        """Check and convert the inputs of a call.
 
-        A position that the mask calls padding may hold any id, for example that of a `[PAD]` which was added to the
-        tokenizer and has no embedding; one outside the vocabulary becomes 0.
+        Padding may hold any id, for example the id of a `[PAD]` token that was added to the tokenizer and has no
+        embedding; an id outside the vocabulary becomes 0.
 
         Args:
-            going_on: the texts are to be continued, so none may end in padding: the next token would follow that. A row
-                that is padding from end to end fills a batch, and is not continued.
+            input_ids: integers [B, T].
+            attention_mask: 1 for real tokens, 0 for padding, [B, T]. None: no padding.
+            going_on: the texts are to be continued, so none may end in padding. A row that is padding from end to end
+                fills a batch and is not continued.
+
+        Returns:
+            int32[B, T] ids and bool[B, T] mask, on the devices of the model.
 
         Raises:
             InputError: a wrong shape or dtype, an id outside the vocabulary, or a mask of other values than 0 and 1.
@@ -180,13 +208,25 @@ def _array(name: str, value: Any) -> np.ndarray:
     try:
         return np.asarray(value)
     except ValueError:  # NumPy's, for rows of different lengths
-        raise InputError(f"{name} has rows of different lengths; pad them, on the left where texts go on") from None
+        raise InputError(f"{name} has rows of different lengths; pad them, on the left to continue texts") from None
 
 
 @partial(jax.jit, static_argnames="network", donate_argnames="kv")
 def plain_step(
     params: Params, kv: KVCache, ids: jax.Array, mask: jax.Array, network: Network
 ) -> tuple[jax.Array, KVCache | None]:
+    """Run one step of the plain model for the loops of this library, which give up the cache.
+
+    Args:
+        params: parameters prepared for the engine.
+        kv: the cache, which is donated.
+        ids: int32[B, T].
+        mask: bool[B, T], true for real tokens.
+        network: architecture, engine and devices.
+
+    Returns:
+        Logits float32[B, V] of the last position, and the cache with the new positions.
+    """
     out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=True)
     return out.logits[:, -1], out.kv
 
@@ -197,17 +237,22 @@ def load_model(
     implementation: str | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
-    """Load a checkpoint of one of `models.families.FAMILIES` from a local directory or the Hugging Face hub.
+    """Load a checkpoint from a local directory or the Hugging Face hub.
 
     Args:
         directory_or_hub_id: a directory with config.json and safetensors, or a hub id; "reference" is the small model
-            that comes with this package.
+            that comes with this repository.
         dtype: "float32" or "bfloat16", of the parameters and the activations.
-        implementation: expert engine, see `models.experts.get_engine`.
-        mesh: the devices to divide it over, see `models.placement.make_mesh`; None: one device holds all of it.
+        implementation: name of the expert engine (`models.experts.get_engine`); None: the best one for the device.
+        mesh: the devices to divide the model over (`models.placement.make_mesh`); None: one device holds all of it.
+
+    Returns:
+        The model.
 
     Raises:
-        ConfigError, CheckpointError: the config or the weights cannot be run faithfully.
+        ConfigError: the family (`models.families.FAMILIES`) or a setting is not supported.
+        CheckpointError: the weights or the tokenizer do not belong to the config, or a file is damaged.
+        InputError: an unknown dtype or engine, or a tokenizer that cannot be opened.
         MeshError: the model cannot be divided over the mesh.
         FileNotFoundError: neither a local directory nor a hub id that can be reached.
     """
@@ -224,7 +269,33 @@ def load_model(
     return Model(config, prepared, engine, str(directory_or_hub_id), fingerprint, tokenizer, placement, generation)
 
 
-REFERENCE = Path(__file__).parent / "reference"
+def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a checkpoint and compare it with the vocabulary.
+
+    Tokens that were added to the vocabulary, such as a `[PAD]`, may have ids without an embedding: these are refused
+    where they are used (`Model.check_inputs`).
+
+    Args:
+        directory: the folder of the checkpoint.
+        config: its architecture.
+
+    Returns:
+        The tokenizer; None if there is none.
+
+    Raises:
+        CheckpointError: an entry of its own vocabulary has no embedding in the model.
+        InputError: the tokenizer cannot be opened.
+    """
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        return None
+    beyond = {token for token, index in tokenizer.get_vocab().items() if index >= config.vocab_size}
+    if beyond - tokenizer.get_added_vocab().keys():
+        raise CheckpointError(
+            f"{directory}: the tokenizer has {len(tokenizer)} entries but config.json says vocab_size "
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
+        )
+    return tokenizer
 
 
 def _resolve_directory(name: str | Path) -> Path:

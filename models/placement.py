@@ -1,4 +1,4 @@
-"""Where arrays lie when a model runs on several devices: names of axes, and the mesh axes that divide them.
+"""How arrays are divided when a model runs on several devices: names of axes, and the mesh axes that divide them.
 
 Letters: B sequences, T positions, S cache positions, V vocabulary, H query heads, G key/value heads, F expert size.
 
@@ -6,9 +6,9 @@ Letters: B sequences, T positions, S cache positions, V vocabulary, H query head
     placement = Placement.of(config, mesh)
     x = placement.constrain(x, "batch", None, None)        # [B, T, D], B over `data`
 
-Parameters (`models.parameters`), the key/value cache and activations name their axes; `AXES` alone says what a name
-means. The maths is written as for one device and JAX divides it, but for the experts (`models.divided_experts`). On one
-device (`ONE_DEVICE`) nothing here does anything.
+Parameters (`models.parameters`), the key/value cache and activations name their axes, and `AXES` alone defines what a
+name means. The code is written as for one device and JAX divides it, except for the experts (`models.experts.divided`).
+On one device (`ONE_DEVICE`) nothing here has an effect.
 """
 
 from __future__ import annotations
@@ -29,42 +29,46 @@ from varjax.errors import InputError
 from varjax.routing import LayerAnswers
 
 DATA, MODEL = "data", "model"  # the axes of a mesh
-REPLICATED_ANSWERS = 1 << 30  # bytes of a table's answers that every device may hold whole
+REPLICATED_ANSWERS = 1 << 30  # bytes; larger answers of a table are divided over the devices
 
 T = TypeVar("T")
 
 
-class Axis(NamedTuple):
-    """What a name of an axis stands for."""
+class _Axis(NamedTuple):
+    """The meaning of an axis name."""
 
     over: str  # the axis of the mesh that divides it
     counted_by: str | None = None  # the field of MoEConfig that must be a multiple; None: the array's own size decides
-    or_whole: bool = False  # where it is none, every device holds all of it; else the mesh is refused
+    or_whole: bool = False  # where it is not a multiple, every device holds all of it; else the mesh is refused
 
 
 AXES = {
-    "batch": Axis(DATA, or_whole=True),
-    "heads": Axis(MODEL, "num_heads"),
-    "kv_heads": Axis(MODEL, "num_kv_heads", or_whole=True),
-    "vocabulary": Axis(MODEL, "vocab_size", or_whole=True),
-    "expert_size": Axis(MODEL, "intermediate_size"),
-    "dense_size": Axis(MODEL, "dense_size"),
-    "answer": Axis(MODEL, "hidden_size", or_whole=True),  # of a table that is too large for every device
+    "batch": _Axis(DATA, or_whole=True),
+    "heads": _Axis(MODEL, "num_heads"),
+    "kv_heads": _Axis(MODEL, "num_kv_heads", or_whole=True),
+    "vocabulary": _Axis(MODEL, "vocab_size", or_whole=True),
+    "expert_size": _Axis(MODEL, "intermediate_size"),
+    "dense_size": _Axis(MODEL, "dense_size"),
+    "answer": _Axis(MODEL, "hidden_size", or_whole=True),  # of a table that is too large for every device
 }
 
 
 class MeshError(InputError):
-    """A mesh that cannot be had, or that a model cannot be divided over; names the fix."""
+    """A mesh that cannot be made, or that a model cannot be divided over. Names the fix."""
 
 
 def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that a text such as "data=2,model=4" asks for; an axis left out has size 1.
+    """Make a mesh of devices.
 
     Args:
-        devices: to take the first ones of; None: all that there are.
+        shape: such as "data=2,model=4"; an axis that is left out has size 1.
+        devices: the first of these are used; None: all devices.
+
+    Returns:
+        The mesh with the axes `data` and `model`.
 
     Raises:
-        MeshError: the text says something else, or there are not so many devices.
+        MeshError: `shape` has another form, or there are too few devices.
     """
     sizes = {DATA: 1, MODEL: 1}
     asked = [re.fullmatch(rf"({DATA}|{MODEL})=([1-9]\d*)", part.strip()) for part in shape.split(",")]
@@ -74,31 +78,38 @@ def make_mesh(shape: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     sizes |= {found[1]: int(found[2]) for found in asked if found}
     present, wanted = jax.devices() if devices is None else devices, math.prod(sizes.values())
     if wanted > len(present):
-        raise MeshError(f"mesh {shape!r} needs {wanted} devices, here are {len(present)}; give a smaller one")
+        raise MeshError(f"mesh {shape!r} needs {wanted} devices, there are {len(present)}; give a smaller one")
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), devices=present[:wanted], axis_types=kinds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How the arrays of one architecture lie on a mesh. Hashable, so it can be static under jit."""
+    """How the arrays of an architecture are divided over a mesh. Hashable, so it can be static under jit."""
 
     mesh: Mesh | None = None
-    rules: tuple[tuple[str, str | None], ...] = ()  # name -> axis of the mesh, None where all devices hold all of it
+    rules: tuple[tuple[str, str | None], ...] = ()  # name -> axis of the mesh; None: not divided
 
     @classmethod
     def of(cls, config: MoEConfig, mesh: Mesh | None) -> Placement:
-        """That of a model on a mesh with the axes `data` and `model`; None: on one device.
+        """Divide an architecture over a mesh.
+
+        Args:
+            config: the architecture.
+            mesh: with the axes `data` and `model` (`make_mesh`); None: one device.
+
+        Returns:
+            The placement.
 
         Raises:
-            MeshError: naming what the mesh would have to divide and cannot.
+            MeshError: the mesh cannot divide the architecture; names the fields and the fix.
         """
         if mesh is None:
             return ONE_DEVICE
         if set(mesh.axis_names) != {DATA, MODEL}:
             raise MeshError(f"a mesh over {mesh.axis_names}: expected the axes {DATA} and {MODEL} (see make_mesh)")
         rules: dict[str, str | None] = {}
-        must: dict[str, int] = {}  # field of the config -> what has to be divided
+        must: dict[str, int] = {}  # field of the config -> the number that has to be divided
         for name, axis in AXES.items():
             count = getattr(config, axis.counted_by) if axis.counted_by else None
             if count is not None and not axis.or_whole:
@@ -111,47 +122,75 @@ class Placement:
             raise MeshError(f"{MODEL}={size} does not divide {faults} of this model; give it a divisor of {most}")
         return cls(mesh, tuple(rules.items()))
 
-    def size(self, axis: str) -> int:
-        """Devices along an axis of the mesh."""
+    def _size(self, axis: str) -> int:
         return 1 if self.mesh is None else self.mesh.shape[axis]
 
     def over(self, *names: str | None) -> PartitionSpec:
-        """What divides each axis of a parameter whose axes have these names (None: nothing)."""
+        """Find the mesh axes that divide a parameter.
+
+        Args:
+            names: of the parameter's axes; None: not divided.
+
+        Returns:
+            The mesh axis of each.
+        """
         return PartitionSpec(*(None if name is None else dict(self.rules)[name] for name in names))
 
-    def named(self, names: PartitionSpec) -> NamedSharding | None:
-        """Where a parameter lies whose axes have these names; None on one device."""
-        return None if self.mesh is None else NamedSharding(self.mesh, self.over(*names))
-
-    def spec(self, shape: tuple[int, ...], *names: str | None) -> PartitionSpec:
-        """What divides each axis of any array; nothing where the array's own size is no multiple."""
-        over = zip(shape, self.over(*names), strict=True)
-        return PartitionSpec(*(axis if axis and size % self.size(axis) == 0 else None for size, axis in over))
-
     def sharding(self, shape: tuple[int, ...], *names: str | None) -> NamedSharding | None:
-        """Where any array lies whose axes have these names (None: whole); None on one device."""
-        return None if self.mesh is None else NamedSharding(self.mesh, self.spec(shape, *names))
+        """Find the sharding of an array. An axis whose size is not a multiple of the devices is not divided.
+
+        Args:
+            shape: of the array.
+            names: of its axes; None: not divided.
+
+        Returns:
+            The sharding; None on one device.
+        """
+        if self.mesh is None:
+            return None
+        over = zip(shape, self.over(*names), strict=True)
+        spec = PartitionSpec(*(axis if axis and size % self._size(axis) == 0 else None for size, axis in over))
+        return NamedSharding(self.mesh, spec)
 
     def constrain(self, x: jax.Array, *names: str | None) -> jax.Array:
-        """`x` inside a jitted function, divided so."""
+        """Divide an array inside a jitted function.
+
+        Args:
+            x: the array.
+            names: of its axes; None: not divided.
+
+        Returns:
+            The array with the constraint.
+        """
         where = self.sharding(x.shape, *names)
         return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
     def whole(self, tree: T) -> T:
-        """The arrays inside a jitted function, all of them on every device."""
+        """Keep arrays whole on every device inside a jitted function.
+
+        Args:
+            tree: a pytree of arrays.
+
+        Returns:
+            The arrays with the constraint.
+        """
         return jax.tree.map(lambda leaf: self.constrain(leaf, *[None] * leaf.ndim), tree)
 
     def by_rows(self, f: Callable[..., T], rows: dict[str, Any], whole: dict[str, Any]) -> T:
-        """`f(**rows, **whole)` inside a jitted function, each device for its own sequences and without the others.
+        """Compute `f(**rows, **whole)` inside a jitted function, each device for its own sequences.
 
-        For what JAX would not divide by itself: it brings all rows together for a `top_k`, for one.
+        This is for operations that JAX does not divide by itself: it gathers all rows for a `top_k`, for example.
 
         Args:
-            rows: arrays [B, ...], whose sequences have nothing to do with each other, and scalars. So are the results.
-            whole: what every device needs all of.
+            f: treats every sequence independently of the others.
+            rows: arrays [B, ...] and scalars.
+            whole: arrays that every device needs completely.
+
+        Returns:
+            The result, arrays [B, ...].
         """
         sizes = {len(leaf) for leaf in jax.tree.leaves(rows) if leaf.ndim}
-        if self.size(DATA) == 1 or any(size % self.size(DATA) for size in sizes):
+        if self._size(DATA) == 1 or any(size % self._size(DATA) for size in sizes):
             return f(**rows, **whole)
         specs = jax.tree.map(lambda leaf: PartitionSpec(DATA) if leaf.ndim else PartitionSpec(), rows)
         run = jax.shard_map(
@@ -164,10 +203,16 @@ class Placement:
         return run(rows, whole)
 
     def place(self, tree: T) -> T:
-        """Arrays outside of jit, moved to the devices, every one of them whole on each.
+        """Move arrays to the devices, outside of jit, each array whole on every device.
 
-        The answers of a table (`LayerAnswers`) that are larger than REPLICATED_ANSWERS together are divided: a device
-        looks up its part of each row.
+        Answers of a table (`LayerAnswers`) that together are larger than REPLICATED_ANSWERS are divided: a device looks
+        up its part of each row.
+
+        Args:
+            tree: a pytree of arrays.
+
+        Returns:
+            The pytree on the devices; `tree` itself on one device.
         """
         if self.mesh is None:
             return tree
@@ -187,7 +232,14 @@ ONE_DEVICE = Placement()
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The array, also where other processes hold parts of it; then all of them have to ask for it."""
+    """Copy an array to the host. If other processes hold parts of it, all processes must call this.
+
+    Args:
+        x: an array on any devices.
+
+    Returns:
+        The whole array.
+    """
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return process_allgather(x, tiled=True)

@@ -1,6 +1,6 @@
-"""Tokenizers: a byte-level BPE trained on one's own text, and the loading of any that lies beside a model.
+"""Tokenizers: training a byte-level BPE, and loading the tokenizer of any checkpoint.
 
-Special ids are Mixtral's: `<unk>` 0, `<s>` 1, `</s>` 2. Encoding puts `<s>` in front, as Mixtral's does.
+Special ids are the same as Mixtral's: `<unk>` 0, `<s>` 1, `</s>` 2. Encoding puts `<s>` in front of a text.
 """
 
 import json
@@ -23,15 +23,23 @@ UNK, BOS, EOS = "<unk>", "<s>", "</s>"
 SPECIAL_TOKENS = (UNK, BOS, EOS)  # in the order of their ids: 0, 1, 2
 
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # next to `_FAST`, read with it
-# Texts on which conversions go wrong.
+_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # read together with `_FAST`
+# Texts on which conversions fail.
 _PROBES = ("Hello world", "  two  spaces\n\t" + 29 * " ", "\u4e2d\u6587 \U00013000")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """A byte-level BPE of `vocab_size` entries, the 3 special tokens and the 256 bytes among them.
+    """Train a byte-level BPE, which encodes any text and decodes it to itself.
 
-    Byte-level: any text encodes, and decodes to itself. Deterministic in the texts and their order.
+    Args:
+        texts: the training texts; the result is deterministic in them and their order.
+        vocab_size: number of entries, including the 3 special tokens and the 256 bytes.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        InputError: the vocabulary cannot hold the special tokens and all bytes.
     """
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
@@ -51,9 +59,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: int | None = None) -> None:
-    """Write `tokenizer.json` and the settings by which `transformers.AutoTokenizer` opens it.
+    """Write a tokenizer so that `transformers.AutoTokenizer` opens it.
 
-    `max_length` is the longest text in tokens that the model beside it takes.
+    Args:
+        tokenizer: from `train_bpe`.
+        directory: the folder of the model.
+        max_length: the longest text, in tokens, that the model takes; None: not stated.
     """
     folder = Path(directory)
     settings = {
@@ -75,13 +86,19 @@ def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: int 
 
 
 def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that lies in a model's directory, as a fast one; None if it has none.
+    """Load the tokenizer of a checkpoint as a fast one.
 
-    `tokenizer.json` is preferred; a `tokenizer.model` alone (SentencePiece BPE, as Llama's and Mixtral's) is
-    converted, exactly. Only files of that directory are read; code that it may bring is never run.
+    `tokenizer.json` is preferred; a `tokenizer.model` alone (SentencePiece BPE, such as Llama's and Mixtral's) is
+    converted exactly. Only files of the directory are read, and code in it is never run.
+
+    Args:
+        directory: the folder of the checkpoint.
+
+    Returns:
+        The tokenizer; None if there is none.
 
     Raises:
-      InputError: there is a tokenizer but it cannot be opened; names the file and the cause.
+        InputError: there is a tokenizer but it cannot be opened; names the file and the cause.
     """
     folder = Path(directory)
     if (folder / _FAST).is_file():
@@ -94,7 +111,7 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
         except Exception as error:  # the library raises many kinds
             raise InputError(
                 f"{folder / _FAST}: the tokenizer cannot be opened ({type(error).__name__}: {error}); "
-                "replace it and tokenizer_config.json by the ones published with the model"
+                "replace it and tokenizer_config.json with the ones published with the model"
             ) from error
     if (folder / _SENTENCEPIECE).is_file():
         return _from_sentencepiece(folder / _SENTENCEPIECE)
@@ -104,8 +121,8 @@ def load_tokenizer(directory: str | Path) -> "PreTrainedTokenizerBase | None":
 def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
     """A SentencePiece BPE model as a fast tokenizer with `<s>` in front.
 
-    Written out here because transformers' own conversion, without the settings beside it, gives other ids for
-    runs of spaces and no `<s>`. The result is compared with SentencePiece itself before it is handed out.
+    transformers' own conversion needs protobuf and, without a tokenizer_config.json, gives other ids for runs of spaces
+    and no `<s>`. The result is compared with SentencePiece itself before it is returned.
     """
     import sentencepiece
 
@@ -115,8 +132,8 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
     except (RuntimeError, OSError) as error:
         raise InputError(f"{path}: not a SentencePiece model ({error}); download it again") from error
     vocab = {source.id_to_piece(i): i for i in range(len(source))}
-    # Every way to make a piece from two, the best-scored piece first. Equal scores (runs of spaces) are
-    # merged from the left by SentencePiece: the longest left part first.
+    # Every way to make a piece from two, the piece with the best score first. SentencePiece merges equal scores (runs
+    # of spaces) from the left: the longest left part first.
     merges = []
     for piece, i in vocab.items():
         for cut in range(1, len(piece)):
@@ -140,7 +157,7 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
     if any(fast.encode(text).ids != source.encode(text) for text in _PROBES):
         raise InputError(
             f"{path}: this kind of SentencePiece model (unigram, or with its own normalization) cannot be "
-            f"converted exactly; put the model's {_FAST} beside it"
+            f"converted exactly; put the model's {_FAST} next to it"
         )
     fast.post_processor = _bos_in_front(fast)
     return transformers.PreTrainedTokenizerFast(
@@ -153,17 +170,14 @@ def _from_sentencepiece(path: Path) -> "PreTrainedTokenizerBase":
 
 
 def _transformers() -> ModuleType:
-    """transformers, without its remark that it found no PyTorch: its tokenizers need none."""
+    """transformers, without its advice to install PyTorch, which its tokenizers do not need."""
     quiet = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
-    before = os.environ.get(quiet)
+    before = os.environ.setdefault(quiet, "")
     os.environ[quiet] = "1"
     try:
         import transformers
     finally:
-        if before is None:
-            del os.environ[quiet]
-        else:
-            os.environ[quiet] = before
+        os.environ[quiet] = before
     return transformers
 
 

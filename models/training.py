@@ -1,10 +1,10 @@
-"""Language-model training of a decoder: one pure step, and a loop that can be killed and resumed.
+"""Training of a decoder as a language model: one pure step, and a loop that can be killed and resumed.
 
 Letters: B sequences, T positions, L layers, E experts, K experts per token, V vocabulary.
 
-The step is next-token cross entropy plus the load-balancing loss of Switch Transformers (Fedus et al. 2021,
-arXiv 2101.03961, equation 4), taken per layer. Optimizer: AdamW with warm-up and cosine decay (optax). Checkpoints:
-orbax; the data order is a function of the step alone, so a resumed run continues as if it had never stopped.
+The loss is next-token cross entropy plus the load-balancing loss of Switch Transformers (Fedus et al. 2021, arXiv
+2101.03961, equation 4), per layer. The optimizer is AdamW with warm-up and cosine decay (optax), checkpoints are
+written by orbax. The order of the data depends on the step alone, so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from varjax.files import named_errors
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the outcome of a run, beside the architecture and the data."""
+    """Everything that decides the outcome of a run, apart from the architecture and the data."""
 
     steps: int = 1000
     batch_size: int = 16  # sequences per step
@@ -48,6 +48,8 @@ class TrainConfig:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
+    """The state of a run after a step."""
+
     params: Params  # canonical layout, float32
     optimizer: Any
     step: jax.Array  # int32[]
@@ -56,12 +58,14 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainInfo:
+    """Measurements of a training step."""
+
     loss: jax.Array  # float32[], nats per token
     balance: jax.Array  # float32[], 1 = perfectly even load
-    load: jax.Array  # float32[L, E], share of the assignments
+    load: jax.Array  # float32[L, E], fraction of the assignments
 
 
-def optimizer(train: TrainConfig) -> optax.GradientTransformation:
+def _optimizer(train: TrainConfig) -> optax.GradientTransformation:
     warmup = min(train.warmup_steps, train.steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, train.learning_rate, warmup, train.steps, train.final_learning_rate
@@ -76,24 +80,24 @@ def optimizer(train: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def init_train_state(config: MoEConfig, train: TrainConfig, placement: Placement = ONE_DEVICE) -> TrainState:
-    """The parameters where `placement` puts them, and what the optimizer keeps of each beside it."""
+def _init_state(config: MoEConfig, train: TrainConfig, placement: Placement = ONE_DEVICE) -> TrainState:
+    """The initial state on the devices of `placement`; the optimizer's arrays are divided like their parameters."""
     params = init_params(config, jax.random.key(train.seed))
-    state = optimizer(train).init(params)
+    state = _optimizer(train).init(params)
     if placement.mesh is not None:
         shardings = param_shardings(config, placement)
         params = jax.device_put(params, shardings)
         state = optax.tree.map_params(
-            optimizer(train), jax.device_put, state, shardings, transform_non_params=placement.place
+            _optimizer(train), jax.device_put, state, shardings, transform_non_params=placement.place
         )
     return TrainState(params, state, placement.place(jnp.zeros((), jnp.int32)))
 
 
-def make_step(
+def _make_step(
     config: MoEConfig, train: TrainConfig, engine: Engine, placement: Placement = ONE_DEVICE
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, TrainInfo]]:
     """A jitted `step(state, tokens int32[B, T + 1]) -> (state, info)` that donates the state."""
-    update = optimizer(train).update
+    update = _optimizer(train).update
 
     def objective(params: Params, tokens: jax.Array) -> tuple[jax.Array, TrainInfo]:
         own = {"config": config, "engine": engine, "placement": placement}
@@ -112,7 +116,18 @@ def make_step(
 
 
 def pack(documents: list[np.ndarray], length: int) -> np.ndarray:
-    """int32[rows, length + 1]: documents joined end to end and cut, each row sharing its last token with the next."""
+    """Join documents end to end and cut them into rows.
+
+    Args:
+        documents: int[n] token ids each.
+        length: T.
+
+    Returns:
+        int32[rows, T + 1]; the last token of a row is the first one of the next.
+
+    Raises:
+        InputError: the documents hold fewer tokens than one row.
+    """
     stream = np.concatenate(documents).astype(np.int32)
     rows = (len(stream) - 1) // length
     if rows < 1:
@@ -123,8 +138,8 @@ def pack(documents: list[np.ndarray], length: int) -> np.ndarray:
     return stream[starts + np.arange(length + 1)]
 
 
-def batch_of(rows: np.ndarray, step: int, train: TrainConfig) -> np.ndarray:
-    """int32[B, T + 1]: the batch of a step; every row is seen once per epoch, in an order drawn per epoch."""
+def _batch_of(rows: np.ndarray, step: int, train: TrainConfig) -> np.ndarray:
+    """int32[B, T + 1]: the batch of a step. Every row is seen once per epoch, in an order drawn for the epoch."""
     taken = np.arange(step * train.batch_size, (step + 1) * train.batch_size)
     epochs, places = np.divmod(taken, len(rows))
     orders = {
@@ -134,7 +149,17 @@ def batch_of(rows: np.ndarray, step: int, train: TrainConfig) -> np.ndarray:
 
 
 def restore(config: MoEConfig, train: TrainConfig, checkpoints: Path, placement: Placement = ONE_DEVICE) -> TrainState:
-    """The newest state in `checkpoints`, or the initial one if there is none yet."""
+    """Read the newest state of a run.
+
+    Args:
+        config: the architecture.
+        train: the settings of the run.
+        checkpoints: the folder with its checkpoints.
+        placement: the devices.
+
+    Returns:
+        The state; the initial one if there is no checkpoint yet.
+    """
     with _manager(checkpoints) as manager:
         return _newest(manager, config, train, placement)
 
@@ -148,15 +173,29 @@ def train_steps(
     save_every: int = 200,
     placement: Placement = ONE_DEVICE,
 ) -> Iterator[tuple[int, TrainState, TrainInfo]]:
-    """Run (or resume from `checkpoints`) and yield `(step, state, info)` after each step.
+    """Run the training, or resume it from its newest checkpoint.
 
-    The yielded state is donated to the next step: read from it before asking for the next one.
+    Args:
+        config: the architecture.
+        train: the settings of the run.
+        engine: what runs the experts.
+        rows: int32[rows, T + 1] (`pack`).
+        checkpoints: the folder for checkpoints; the newest two are kept.
+        save_every: steps between checkpoints.
+        placement: the devices.
+
+    Yields:
+        `(step, state, info)` after each step. The state is donated to the next step, so read from it before asking for
+        the next one.
+
+    Raises:
+        OSError: a checkpoint cannot be written; names the folder.
     """
     with _manager(checkpoints) as manager:
         state = _newest(manager, config, train, placement)
-        step = make_step(config, train, engine, placement)
+        step = _make_step(config, train, engine, placement)
         for index in range(int(state.step), train.steps):
-            state, info = step(state, jnp.asarray(batch_of(rows, index, train)))
+            state, info = step(state, jnp.asarray(_batch_of(rows, index, train)))
             if (index + 1) % save_every == 0 or index + 1 == train.steps:
                 with named_errors(checkpoints):
                     manager.save(index + 1, args=ocp.args.StandardSave(state))
@@ -169,6 +208,6 @@ def _manager(checkpoints: Path) -> ocp.CheckpointManager:
 
 
 def _newest(manager: ocp.CheckpointManager, config: MoEConfig, train: TrainConfig, placement: Placement) -> TrainState:
-    state = init_train_state(config, train, placement)
+    state = _init_state(config, train, placement)
     latest = manager.latest_step()
     return state if latest is None else manager.restore(latest, args=ocp.args.StandardRestore(state))

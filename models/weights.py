@@ -1,15 +1,15 @@
-"""Hugging Face safetensors in and out, by one table and a strict ledger.
+"""Checkpoints in Hugging Face's safetensors format: reading, writing, and the check that every tensor is there.
 
-A family's table (`models.families`) maps each parameter of the canonical tree (`models.parameters`) to its published
-name; the ledger, derived from the declared shapes, says which tensors a checkpoint must hold. Every tensor of the files
-must match exactly one row: missing, surplus and misshapen ones are all named in one error before anything is read.
-Linear kernels are stored transposed, [in, out] here and [out, in] on disk. Reading and writing are one tensor or one
-file at a time; for several devices each one's slice of a tensor is read.
+The ledger (`ledger`) lists every tensor that a checkpoint must hold, from the declared parameters
+(`models.parameters`) and the published names of the family (`models.families`). Every tensor of the files must match
+exactly one entry: missing, surplus and misshapen tensors are all named in one error before any weights are read.
+Linear kernels are stored transposed, [in, out] here and [out, in] on disk. One tensor at a time is read and one file
+at a time is written; for several devices, each device's slice of a tensor is read by itself.
 
-A tensor may also be stored as transformers 5 holds it (`save_original_format=False`): as a part of one that stacks the
-experts of a layer, or under another name. Written is the published layout alone.
+A tensor may also be stored as transformers 5 holds it (`save_original_format=False`): as part of a tensor that stacks
+the experts of a layer, or under another name. Only the published layout is written.
 
-Format: https://huggingface.co/docs/safetensors; sharded checkpoints carry a `model.safetensors.index.json`.
+Format: https://huggingface.co/docs/safetensors; sharded checkpoints have a `model.safetensors.index.json`.
 """
 
 from __future__ import annotations
@@ -19,116 +19,131 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from models.config import MoEConfig, config_to_hf
 from models.families import COMMON_TENSORS, FAMILIES, STACKED_EXPERTS
 from models.fields import read_object, shown
-from models.generation_config import GENERATION_FILE, GenerationDefaults, generation_to_hf
-from models.parameters import Params, init_params, param_shardings
+from models.generation import GENERATION_FILE, GenerationDefaults, generation_to_hf
+from models.parameters import Params, param_shapes, param_shardings
 from models.placement import ONE_DEVICE, Placement
 from varjax import checksums
 from varjax.errors import InputError
 from varjax.files import replacing
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-HEAD, EMBEDDING = (COMMON_TENSORS[path][0] for path in ("decoder/head/kernel", "decoder/embed/embedding"))
-BLOCK_BYTES = 1 << 24  # read at a time where a tensor is only hashed
+STORED_BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # safetensors' name of a dtype of weights -> bytes; others are quantized
 
-_STORED = ("F32", "BF16", "F16")  # safetensors' names of the dtypes that hold weights; others hold quantized ones
-# What decides the maths beside the tensors and is not seen in their shapes.
+_HEAD, _EMBEDDING = (COMMON_TENSORS[path][0] for path in ("decoder/head/kernel", "decoder/embed/embedding"))
+_BLOCK_BYTES = 1 << 24  # read at a time where a tensor is only hashed
+# Fields that change the result without changing a tensor's shape; the fingerprint covers them.
 _MATHS = ("num_heads", "num_kv_heads", "head_dim", "top_k", "rope_theta", "rms_norm_eps", "sliding_window")
-_MORE_MATHS = ("clip_qkv", "normalize_top_k")  # counted where they are not the usual, so that older prints stand
+# These are covered only where they are not the default, and under the names of their first release, because a
+# fingerprint must never change.
+_MORE_MATHS = {"clip_qkv": "clip_qkv", "normalize_top_k": "normalise_top_k"}
+
+Headers = dict[Path, dict[str, tuple[tuple[int, ...], str]]]  # weight file -> stored tensor -> shape, safetensors dtype
 
 
 class CheckpointError(InputError):
-    """A checkpoint that cannot be loaded faithfully; names file, tensor and fix."""
+    """A checkpoint that cannot be loaded faithfully. The message names the file, the tensor and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One row of the ledger."""
+    """How one tensor of a checkpoint is stored."""
 
-    path: tuple[Any, ...]  # in the canonical tree
     shape: tuple[int, ...]  # on disk
-    transposed: bool
+    transposed: bool  # the parameter is the transpose of the stored tensor
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """A tensor of the ledger inside a stored one: the whole of it, or some rows of one expert."""
+class _Place:
+    """Where a tensor of the ledger is stored: a whole stored tensor, or some rows of one expert in a stacked one."""
 
-    name: str  # in the ledger
-    expert: int | None = None  # None: the whole
-    start: int = 0  # of its rows
+    file: Path
+    stored: str  # its name there
+    expert: int | None = None  # None: the whole tensor
+    start: int = 0  # first of its rows
 
-    def of(self, stored: Any, entry: Entry) -> Any:
-        """What reads it by slices, as safetensors reads a tensor of its own."""
+    def slices(self, tensors: Any, entry: Entry) -> Any:
+        """An object that reads slices of the tensor, from an open file."""
+        stored = tensors.get_slice(self.stored)
         return stored if self.expert is None else _Rows(stored, self.expert, self.start, entry.shape[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a tensor of the ledger is stored."""
-
-    file: Path
-    stored: str  # the name there
-    part: Part
-
-
+@lru_cache(maxsize=8)
 def ledger(config: MoEConfig) -> dict[str, Entry]:
-    """Published name -> where it belongs and its shape on disk, for every tensor of a checkpoint of this config."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    """List every tensor that a checkpoint of this architecture holds.
+
+    Args:
+        config: the architecture.
+
+    Returns:
+        Published name -> shape and orientation, in the order of the leaves of the parameters. Shared between calls, so
+        do not modify it.
+
+    Raises:
+        CheckpointError: the family's format has no name for a parameter.
+    """
     table = {**COMMON_TENSORS, **FAMILIES[config.family].tensors}
     entries = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-        path = tuple(key.key if isinstance(key, jax.tree_util.DictKey) else key.idx for key in keys)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
+        path = [key.key if isinstance(key, jax.tree_util.DictKey) else key.idx for key in keys]
         numbers = [part for part in path if isinstance(part, int)]
         template = "/".join("{}" if isinstance(part, int) else part for part in path)
-        if path[0] == "experts":  # counted over the layers that have some; published, over all
+        if path[0] == "experts":  # numbered over the layers with experts here, over all layers in the files
             numbers[0] = config.expert_layers[numbers[0]]
         if template not in table:
             raise CheckpointError(f"the {config.family} format has no tensor for {template}; choose another family")
         name, transposed = table[template]
-        entries[name.format(*numbers)] = Entry(path, leaf.shape[::-1] if transposed else leaf.shape, transposed)
+        entries[name.format(*numbers)] = Entry(leaf.shape[::-1] if transposed else leaf.shape, transposed)
     return entries
 
 
 def load_params(
     directory: Path, config: MoEConfig, dtype: Any = jnp.float32, placement: Placement = ONE_DEVICE
 ) -> tuple[Params, str]:
-    """Canonical parameters of the checkpoint in `directory`, where `placement` puts them, and its fingerprint.
+    """Load the parameters of a checkpoint and compute its fingerprint.
 
-    Tensors travel one at a time, so the host never holds more than one beside what lies on the devices; of several
-    devices each gets its slice, read by itself. The fingerprint is a SHA-256 of every tensor's name, shape and stored
-    bytes and of what the config adds to their maths: it tells models apart, wherever they lie, however they are sharded
-    and whatever dtype they are loaded in. The same weights stored in another dtype are another checkpoint.
+    Tensors are moved to the devices one at a time, so the host never holds more than one tensor in addition to what the
+    devices hold. The fingerprint is the SHA-256 of every tensor's name, shape and stored bytes and of the config fields
+    that affect the result. It does not depend on sharding, on the devices or on `dtype`; the same weights stored in
+    another dtype are a different checkpoint.
 
-    Raises CheckpointError naming every missing, surplus, repeated or misshapen tensor, or the first unreadable or
-    non-finite one.
+    Args:
+        directory: the folder with the safetensors files.
+        config: the architecture of the checkpoint.
+        dtype: of the loaded parameters.
+        placement: the devices that they are divided over.
+
+    Returns:
+        The parameters in the canonical layout (`models.parameters`), and the fingerprint in hexadecimal.
+
+    Raises:
+        CheckpointError: names every missing, surplus, repeated or misshapen tensor, or the first one that is unreadable
+            or not finite.
     """
-    files = tensor_files(directory)
-    check_counts(files, config)
-    expected = ledger(config)
-    places = locate_tensors(files, config, expected)
-    shardings = param_shardings(config, placement)
-    params: Params = {"decoder": {}, "experts": [{} for _ in range(config.num_layers)]}
+    places, entries = locate_tensors(read_headers(directory), config), ledger(config)
+    shardings = jax.tree.leaves(param_shardings(config, placement), is_leaf=lambda leaf: leaf is None)
+    targets = dict(zip(entries, shardings, strict=True))
     digest = hashlib.sha256(repr(_maths(config)).encode())
-    for name in sorted(expected):
-        entry = expected[name]
-        where = _lookup(shardings, entry.path)
-        with _open(places[name].file) as tensors:
-            slices = places[name].part.of(tensors.get_slice(places[name].stored), entry)
+    arrays = {}
+    for name in sorted(entries):
+        entry, where, file = entries[name], targets[name], places[name].file
+        with _open(file) as tensors:
+            slices = places[name].slices(tensors, entry)
             if where is None:
                 stored = slices[:]
                 _hash(digest, name, entry, [stored])
@@ -136,19 +151,17 @@ def load_params(
             else:
                 _hash(digest, name, entry, _blocks(slices, entry.shape))
                 stored = _distribute(slices, entry, where)
-        array, finite = _place(stored, entry.transposed, jnp.dtype(dtype), where)
+        arrays[name], finite = _to_device(stored, entry.transposed, jnp.dtype(dtype), where)
         if not finite:
-            raise CheckpointError(
-                f"{places[name].file}: {name} holds NaN or infinite values; fetch or save the file again"
-            )
-        _insert(params, entry.path, array)
+            raise CheckpointError(f"{file}: {name} holds NaN or infinite values; fetch or save the file again")
+    params = jax.tree.unflatten(jax.tree.structure(param_shapes(config)), [arrays[name] for name in entries])
     return params, digest.hexdigest()
 
 
 def _maths(config: MoEConfig) -> list[Any]:
-    usual = {field.name: field.default for field in dataclasses.fields(MoEConfig)}
-    more = {name: getattr(config, name) for name in _MORE_MATHS if getattr(config, name) != usual[name]}
-    return [*(getattr(config, name) for name in _MATHS), *more.items()]
+    default = {field.name: field.default for field in dataclasses.fields(MoEConfig)}
+    changed = [name for name in _MORE_MATHS if getattr(config, name) != default[name]]
+    return [getattr(config, name) for name in _MATHS] + [(_MORE_MATHS[name], getattr(config, name)) for name in changed]
 
 
 def save_params(
@@ -159,208 +172,213 @@ def save_params(
     shard_bytes: int = 5 << 30,
     generation: GenerationDefaults | None = None,
 ) -> None:
-    """Write canonical parameters and `config.json` so that this library and transformers open the directory.
+    """Write a checkpoint that this library and transformers can open.
 
-    A model's `generation` goes into a `generation_config.json`, unless it says no more than the config; None: there is
-    no such file, and the ids of the config count.
+    Weight files get a checksum (`varjax.checksums`), which loading verifies. An earlier checkpoint in the directory is
+    replaced, and its remaining shards and `generation_config.json` are removed. No file is replaced before all are
+    written: an interruption before that leaves the directory as it was, a later one leaves files of both checkpoints.
 
-    Files of tensors carry a checksum (`varjax.checksums`), which loading verifies. More than `shard_bytes` go into
-    numbered shards. No file takes its place before all are written: a call that is interrupted before leaves the
-    directory as it was, one that is interrupted later leaves files of both checkpoints. A checkpoint that was there
-    before is replaced; what is left of its shards and its `generation_config.json` is removed.
+    Args:
+        directory: the folder to write to.
+        params: parameters in the canonical layout.
+        config: their architecture.
+        dtype: of the stored weights.
+        shard_bytes: the largest size of a weight file; more weights than that are split into numbered shards.
+        generation: what `generation_config.json` is to say. None, or what the config says anyway: no such file.
+
+    Raises:
+        ConfigError: the family's format cannot express the architecture.
+        CheckpointError: the family's format has no name for a parameter.
+        OSError: a file cannot be written.
     """
     entries = ledger(config)
-    sizes = {name: math.prod(entry.shape) * jnp.dtype(dtype).itemsize for name, entry in entries.items()}
-    shards = _shards(sizes, shard_bytes)
-    more = None if generation == GenerationDefaults.of(config) else generation
-    written: set[str] = set()
-    with ExitStack() as files:  # files take their places in reverse order: the config comes last
-
-        def write(name: str) -> Path:
-            written.add(name)
-            return files.enter_context(replacing(directory / name))
-
-        write("config.json").write_text(json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
-        if more is not None:
-            write(GENERATION_FILE).write_text(json.dumps(generation_to_hf(more), indent=2) + "\n")
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-            write(INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        for file, names in shards.items():
-            tensors = {name: _to_disk(_lookup(params, entries[name].path), entries[name], dtype) for name in names}
-            checksums.write_safetensors(write(file), tensors, {"format": "pt"})
-    # What is left of an earlier checkpoint would be read in place of this one.
+    leaves = dict(zip(entries, jax.tree.leaves(params), strict=True))
+    shards = split_state_dict_into_shards_factory(
+        entries,
+        get_storage_size=lambda entry: math.prod(entry.shape) * jnp.dtype(dtype).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+    texts: dict[str, dict[str, Any]] = {"config.json": config_to_hf(config, dtype)}
+    if generation not in (None, GenerationDefaults.of(config)):
+        texts[GENERATION_FILE] = generation_to_hf(generation)
+    if shards.is_sharded:
+        texts[INDEX_FILE] = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+    with ExitStack() as files:  # files are replaced in reverse order, so the config comes last
+        for file, fields in texts.items():
+            files.enter_context(replacing(directory / file)).write_text(json.dumps(fields, indent=2) + "\n")
+        for file, names in shards.filename_to_tensors.items():
+            tensors = {name: _to_disk(leaves[name], entries[name], dtype) for name in names}
+            checksums.write_safetensors(files.enter_context(replacing(directory / file)), tensors, {"format": "pt"})
+    # Files of an earlier checkpoint would otherwise be read together with these.
     single = [directory / name for name in (SINGLE_FILE, INDEX_FILE, GENERATION_FILE)]
     for path in [*single, *directory.glob("model-*-of-*.safetensors")]:
-        if path.name not in written:
+        if path.name not in texts.keys() | shards.filename_to_tensors.keys():
             path.unlink(missing_ok=True)
 
 
-def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """File name -> its tensors, in order, each file of at most `limit` bytes or one tensor."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {SINGLE_FILE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, start=1)}
-
-
-def check_counts(files: Sequence[Path], config: MoEConfig) -> None:
-    """A first look, before the ledger: it has a row for every expert of every layer in the config.
-
-    The files' checksums come first, so that a damaged file is not taken for a wrong config.
+def read_headers(directory: Path) -> Headers:
+    """Read which tensors the weight files of a checkpoint hold, after verifying the checksums of files that have one.
 
     Args:
-        files: of `tensor_files`.
+        directory: the folder with the safetensors files.
+
+    Returns:
+        Weight file -> name of each stored tensor, sorted -> its shape and safetensors dtype.
 
     Raises:
-        CheckpointError: a file does not match its checksum, or the config has more layers or experts than the files, as
-            a damaged one may.
+        CheckpointError: a weight file or the index is missing or damaged, or it is not clear which files are meant.
     """
-    family, first = FAMILIES[config.family], config.expert_layers[0]
-    gate = family.tensors["decoder/layers/{}/gate/kernel"][0]
-    gates = {name.format(first) for name in (gate, family.renamed.get(gate, gate))}
-    layers, directory = 0, files[0].parent
+    files, headers, faults = _tensor_files(directory), {}, []
     for file in files:
         checksums.verify(file, "fetch or save the file again", error=CheckpointError)
     for file in files:
-        with _open(file) as tensors:
-            for name in sorted(tensors.keys()):
-                if match := re.match(r"model\.layers\.(\d{1,9})\.", name):
-                    layers = max(layers, int(match[1]) + 1)
-                shape: list[int] = tensors.get_slice(name).get_shape() if name in gates else []
-                if len(shape) == 2 and config.num_experts > shape[0]:
-                    raise CheckpointError(
-                        f"{directory}: config.json says {config.num_experts} experts per layer, but {name} in "
-                        f"{file.name} has {shape[0]}; use the config.json that belongs to the weights"
-                    )
-    if config.depth > layers:
-        raise CheckpointError(
-            f"{directory}: config.json says num_hidden_layers {config.depth}, the weight files hold {layers} layers; "
-            "use the config.json that belongs to the weights, or fetch what is missing"
-        )
+        try:
+            with _open(file) as tensors:
+                slices = {name: tensors.get_slice(name) for name in sorted(tensors.keys())}
+                headers[file] = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in slices.items()}
+        except CheckpointError as error:
+            faults.append(str(error))
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    return headers
 
 
-def locate_tensors(files: Sequence[Path], config: MoEConfig, expected: dict[str, Entry]) -> dict[str, Place]:
-    """Tensor name -> where it is stored, after every tensor of every file has found its row in the ledger.
-
-    `check_counts` comes before: it verifies the files' checksums.
+def locate_tensors(headers: Headers, config: MoEConfig) -> dict[str, _Place]:
+    """Match every stored tensor with an entry of the ledger.
 
     Args:
-        files: of `tensor_files`.
+        headers: of the weight files (`read_headers`).
+        config: the architecture that the checkpoint is to have.
+
+    Returns:
+        Name in the ledger -> where the tensor is stored.
 
     Raises:
-        CheckpointError: files or tensors that do not match; names every one of them.
+        CheckpointError: names every tensor that is missing, surplus, repeated, misshapen or quantized.
     """
-    located: dict[str, Place] = {}
-    forms = _forms(config, expected)
+    _check_counts(headers, config)
+    expected, forms = ledger(config), _forms(config)
+    located: dict[str, _Place] = {}
     faults = []
-    head: Place | None = None  # a second copy of the embedding, which both ends of the model share
-    for file in files:
-        with _open(file) as tensors:
-            for name in sorted(tensors.keys()):
-                stored = tensors.get_slice(name)
-                shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                should, parts = forms.get(name, (shape, ()))
-                second = name == HEAD and name not in expected
-                repeated = [part.name for part in parts if part.name in located and not second]
-                if not parts:
-                    faults.append(f"surplus {name} in {file.name}")
-                elif shape != should:
-                    faults.append(f"{name} in {file.name} has shape {shape}, expected {should}")
-                elif dtype not in _STORED:
-                    faults.append(f"{name} in {file.name} is stored as {dtype}, expected one of {', '.join(_STORED)}")
-                elif repeated:
-                    before = located[repeated[0]].file.name
-                    faults.append(f"{repeated[0]} is in {before} and again in {file.name}")
-                if second:
-                    head = Place(file, name, *parts)
-                else:
-                    located |= {part.name: Place(file, name, part) for part in parts}
-    if head is not None:
-        located.setdefault(EMBEDDING, head)
-        if not faults and not _equal(located[EMBEDDING], head):
+    second: _Place | None = None  # a copy of the embedding stored as the head, where both share their weights
+    for file, tensors in headers.items():
+        for name, (shape, dtype) in tensors.items():
+            should, parts = forms.get(name, (shape, {}))
+            copy = name == _HEAD and name not in expected
+            repeated = [part for part in parts if part in located and not copy]
+            if not parts:
+                faults.append(f"surplus {name} in {file.name}")
+            elif shape != should:
+                faults.append(f"{name} in {file.name} has shape {shape}, expected {should}")
+            elif dtype not in STORED_BYTES:
+                known = ", ".join(STORED_BYTES)
+                faults.append(f"{name} in {file.name} is stored as {dtype}, expected one of {known}")
+            elif repeated:
+                faults.append(f"{repeated[0]} is in {located[repeated[0]].file.name} and again in {file.name}")
+            if copy:
+                second = _Place(file, name)
+            else:
+                located |= {part: _Place(file, name, *rows) for part, rows in parts.items()}
+    if second is not None:
+        located.setdefault(_EMBEDDING, second)
+        if not faults and not _equal(located[_EMBEDDING], second):
             faults.append(
-                f"{HEAD} in {head.file.name} is not {EMBEDDING}, but config.json says tie_word_embeddings true; "
+                f"{_HEAD} in {second.file.name} is not {_EMBEDDING}, but config.json says tie_word_embeddings true; "
                 "set it to false if the head has weights of its own"
             )
     missing = [name for name in expected if name not in located]
     untied = " (if the head shares the embedding's weights, set tie_word_embeddings to true)"
-    faults += [f"missing {name}{untied if name == HEAD else ''}" for name in missing]
+    faults += [f"missing {name}{untied if name == _HEAD else ''}" for name in missing]
     if faults:
         told = "\n  ".join(faults[:20]) + (f"\n  … and {len(faults) - 20} more" if len(faults) > 20 else "")
         raise CheckpointError(
-            f"{files[0].parent}: the tensors do not match config.json; fix it or fetch the checkpoint again:\n  {told}"
+            f"{_directory(headers)}: the tensors do not match config.json; fix it or fetch the checkpoint again:\n"
+            f"  {told}"
         )
     return located
 
 
-def _forms(config: MoEConfig, expected: dict[str, Entry]) -> dict[str, tuple[tuple[int, ...], tuple[Part, ...]]]:
-    """Every name under which a file may store something -> its shape, and the tensors of the ledger that it holds."""
-    forms: dict[str, tuple[tuple[int, ...], tuple[Part, ...]]] = {
-        name: (entry.shape, (Part(name),)) for name, entry in expected.items()
-    }
+def _directory(headers: Headers) -> Path:
+    return next(iter(headers)).parent
+
+
+def _check_counts(headers: Headers, config: MoEConfig) -> None:
+    """Refuse a config with more layers or experts than the files, before the ledger gets an entry for each of them."""
+    family = FAMILIES[config.family]
+    gate = family.tensors["decoder/layers/{}/gate/kernel"][0]
+    gates = {name.format(config.expert_layers[0]) for name in (gate, family.renamed.get(gate, gate))}
+    layers = 0
+    for file, tensors in headers.items():
+        for name, (shape, _) in tensors.items():
+            if match := re.match(r"model\.layers\.(\d{1,9})\.", name):
+                layers = max(layers, int(match[1]) + 1)
+            if name in gates and len(shape) == 2 and config.num_experts > shape[0]:
+                raise CheckpointError(
+                    f"{file.parent}: config.json says {config.num_experts} experts per layer, but {name} in "
+                    f"{file.name} has {shape[0]}; use the config.json that belongs to the weights"
+                )
+    if config.depth > layers:
+        raise CheckpointError(
+            f"{_directory(headers)}: config.json says num_hidden_layers {config.depth}, the weight files hold {layers} "
+            "layers; use the config.json that belongs to the weights, or fetch what is missing"
+        )
+
+
+def _forms(config: MoEConfig) -> dict[str, tuple[tuple[int, ...], dict[str, tuple[int | None, int]]]]:
+    """Every name under which a tensor may be stored -> its shape, and the tensors of the ledger in it.
+
+    Each of these has the index of its expert in a stacked tensor and its first row there; None and 0: it is the whole.
+    """
+    expected, family = ledger(config), FAMILIES[config.family]
+    forms: dict[str, Any] = {name: (entry.shape, {name: (None, 0)}) for name, entry in expected.items()}
     if config.tie_word_embeddings:
-        forms[HEAD] = forms[EMBEDDING]
-    for template, other in FAMILIES[config.family].renamed.items():
-        for layer in config.expert_layers:
+        forms[_HEAD] = forms[_EMBEDDING]
+    for layer in config.expert_layers:
+        for template, other in family.renamed.items():
             forms[other.format(layer)] = forms[template.format(layer)]
-    names = {entry.path: name for name, entry in expected.items()}
-    for template, kinds in STACKED_EXPERTS.items():
-        for index, layer in enumerate(config.expert_layers):
-            parts, rows, columns = [], 0, 0
+        for template, kinds in STACKED_EXPERTS.items():
+            parts: dict[str, tuple[int | None, int]] = {}
+            rows = columns = 0
             for kind in kinds:
-                of_kind = [names["experts", index, expert, kind] for expert in range(config.num_experts)]
-                parts += [Part(name, expert, rows) for expert, name in enumerate(of_kind)]
-                more, columns = expected[of_kind[0]].shape
+                name = family.tensors[f"experts/{{}}/{{}}/{kind}"][0]
+                parts |= {name.format(layer, expert): (expert, rows) for expert in range(config.num_experts)}
+                more, columns = expected[name.format(layer, 0)].shape
                 rows += more
-            forms[template.format(layer)] = (config.num_experts, rows, columns), tuple(parts)
+            forms[template.format(layer)] = (config.num_experts, rows, columns), parts
     return forms
 
 
-def _equal(one: Place, other: Place) -> bool:
-    """Whether two stored tensors of one shape hold the same values."""
+def _equal(one: _Place, other: _Place) -> bool:
+    """Whether two whole stored tensors of one shape hold the same values."""
     with _open(one.file) as left, _open(other.file) as right:
         slices = left.get_slice(one.stored), right.get_slice(other.stored)
         blocks = (_blocks(each, tuple(each.get_shape())) for each in slices)
         return all(np.array_equal(*pair) for pair in zip(*blocks, strict=True))
 
 
-def tensor_files(directory: Path) -> list[Path]:
-    """The weight files: those of the index, or the single one.
-
-    Raises:
-        CheckpointError: a file or the index is missing or damaged, or it is not clear which files are meant; says what
-            there is.
-    """
+def _tensor_files(directory: Path) -> list[Path]:
+    """The weight files: those that the index names, or the single one."""
     index = directory / INDEX_FILE
     there = {path.name for path in directory.glob("*.safetensors") if path.is_file()}
-    names = {SINGLE_FILE} if not index.exists() else _indexed_files(index)
-    if absent := sorted(names - there):
-        told, advice = ", ".join(absent), "fetch it (safetensors only)"
+    names = _indexed_files(index) if index.exists() else {SINGLE_FILE}
+    if absent := names - there:
+        missing, advice = _listed(absent), "fetch it (safetensors only)"
         if index.exists():
-            told += f", which {INDEX_FILE} names"
+            missing += f", which {INDEX_FILE} names"
             advice = "fetch what is missing, or the index if it belongs to another checkpoint"
         elif there:
             advice = f"if these are its shards, fetch {INDEX_FILE} too"
-        raise CheckpointError(f"{directory}: weight file(s) missing: {told}; there is {_listed_files(there)}: {advice}")
+        raise CheckpointError(f"{directory}: weight file(s) missing: {missing}; there is {_listed(there)}: {advice}")
     if SINGLE_FILE in there - names:
         raise CheckpointError(
-            f"{directory}: {INDEX_FILE} names {_listed_files(names)}, and there is {SINGLE_FILE} too, which "
-            "transformers would read; remove the one that does not belong to the checkpoint"
+            f"{directory}: {INDEX_FILE} names {_listed(names)}, and there is {SINGLE_FILE} too, which transformers "
+            "would read; remove the one that does not belong to the checkpoint"
         )
     return [directory / name for name in sorted(names)]
 
 
 def _indexed_files(index: Path) -> set[str]:
-    """The files that an index names."""
     weight_map = read_object(index, CheckpointError).get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
@@ -372,21 +390,9 @@ def _indexed_files(index: Path) -> set[str]:
     return set(names)
 
 
-def _listed_files(names: set[str]) -> str:
-    """The names, those of numbered shards counted."""
-    shards: dict[tuple[str, str], set[int]] = {}
-    others = []
-    for name in names:
-        if match := re.fullmatch(r"(.+)-(\d{1,9})-of-(\d{1,9})\.safetensors", name):
-            shards.setdefault((match[1], match[3]), set()).add(int(match[2]))
-        else:
-            others.append(name)
-    counted = []
-    for (stem, total), found in shards.items():
-        complete = (len(found), min(found), max(found)) == (int(total), 1, int(total))
-        whole = "complete" if complete else f"{len(found)} of them"
-        counted.append(f"{stem}-*-of-{total}.safetensors, {whole}")
-    return "; ".join(sorted(others) + sorted(counted)) or "no weight file"
+def _listed(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:3]) or "no weight file"
+    return f"{first} and {len(names) - 3} more" if len(names) > 3 else first
 
 
 @contextmanager
@@ -401,7 +407,7 @@ def _open(file: Path) -> Iterator[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Some rows of one expert in a stacked tensor on the disk, read by slices as if they were a tensor of their own."""
+    """Rows of one expert in a stacked tensor on disk, read by slices like a tensor of their own."""
 
     stacked: Any  # safetensors' slice of [experts, rows, columns]
     expert: int
@@ -415,7 +421,7 @@ class _Rows:
 
 
 def _hash(digest: Any, name: str, entry: Entry, blocks: Iterable[np.ndarray]) -> None:
-    """Takes a tensor into the fingerprint, in one block or several along its first axis."""
+    """Add a tensor to the fingerprint, in one block or in several along its first axis."""
     for number, block in enumerate(blocks):
         if number == 0:
             digest.update(f"{name} {entry.shape} {block.dtype}".encode())
@@ -423,17 +429,16 @@ def _hash(digest: Any, name: str, entry: Entry, blocks: Iterable[np.ndarray]) ->
 
 
 def _blocks(slices: Any, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """A tensor on the disk in blocks of about BLOCK_BYTES; safetensors wants no end beyond the last row."""
+    """A tensor on disk in blocks of about _BLOCK_BYTES; safetensors accepts no end beyond the last row."""
     rows = shape[0]
-    step = max(BLOCK_BYTES // (4 * math.prod(shape[1:])), 1)
+    step = max(_BLOCK_BYTES // (4 * math.prod(shape[1:])), 1)
     return (slices[start : min(start + step, rows)] for start in range(0, rows, step))
 
 
 def _distribute(slices: Any, entry: Entry, where: NamedSharding) -> jax.Array:
-    """A tensor as it is on the disk, on several devices: each one's slice is read, and no more.
+    """A tensor in its layout on disk, divided over several devices: each device's slice is read, and no more.
 
-    Args:
-        where: its place in the canonical layout.
+    `where` is the sharding of the parameter; a transposed tensor has it with the axes in reverse order.
     """
     axes = [*where.spec, *[None] * (len(entry.shape) - len(where.spec))]
     on_disk = NamedSharding(where.mesh, PartitionSpec(*(axes[::-1] if entry.transposed else axes)))
@@ -441,12 +446,10 @@ def _distribute(slices: Any, entry: Entry, where: NamedSharding) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _place(stored: Any, transposed: bool, dtype: jnp.dtype, where: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
-    """A stored tensor in the canonical layout on the device, and whether all of it is finite; in one pass.
-
-    Args:
-        where: it lies on several devices; None: on one.
-    """
+def _to_device(
+    stored: Any, transposed: bool, dtype: jnp.dtype, where: NamedSharding | None
+) -> tuple[jax.Array, jax.Array]:
+    """A stored tensor in the canonical layout on the device, and whether all of it is finite, in one pass."""
     array = (stored.T if transposed else stored).astype(dtype)
     if where is not None:
         array = jax.lax.with_sharding_constraint(array, where)
@@ -456,17 +459,3 @@ def _place(stored: Any, transposed: bool, dtype: jnp.dtype, where: NamedSharding
 def _to_disk(array: jax.Array, entry: Entry, dtype: str) -> np.ndarray:
     host = np.asarray(array.astype(dtype))
     return np.ascontiguousarray(host.T if entry.transposed else host)
-
-
-def _insert(params: Params, path: tuple[Any, ...], value: jax.Array) -> None:
-    node = params
-    for part in path[:-1]:
-        node = node[part] if isinstance(node, list) else node.setdefault(part, {})
-    node[path[-1]] = value
-
-
-def _lookup(params: Params, path: tuple[Any, ...]) -> Any:
-    node: Any = params
-    for part in path:
-        node = node[part]
-    return node

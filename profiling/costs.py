@@ -250,7 +250,7 @@ def parameters(config: MoEConfig) -> int:
 
 
 def computed_scores(workload: Workload) -> tuple[int, int]:
-    """How much attention computes for one sequence, block by block of `models.layers.attend_causally`.
+    """How much attention computes for one sequence, block by block of `models.layers._attend_causally`.
 
     Args:
         workload: the shapes of the call.

@@ -22,9 +22,10 @@ from analysis.text.corpus import load_documents
 from analysis.text.prepared import MANIFEST, Request, open_prepared, prepare
 from analysis.traces import trace as traces
 from models.config import MoEConfig
+from models.download import RECORD, _read_record
 from models.parameters import init_params
-from models.verification import RECORD, _read_record
-from models.weights import SINGLE_FILE, check_counts, ledger, locate_tensors, save_params
+from models.weights import SINGLE_FILE, locate_tensors, read_headers, save_params
+from tests.damage import damaged
 from tests.synthetic_traces import make_trace
 from tuning import chosen
 from tuning.points import Outcome, Point
@@ -48,7 +49,6 @@ MODEL = MoEConfig(
     num_experts=4,
     top_k=2,
 )
-LEDGER = ledger(MODEL)
 
 
 class Kind(NamedTuple):
@@ -139,9 +139,8 @@ def model(folder: Path) -> Path:
 
 
 def read_model(path: Path) -> Any:
-    """As `load_params` begins; the ledger follows from the architecture alone, and takes a tenth of a second."""
-    check_counts([path], MODEL)
-    locate_tensors([path], MODEL, LEDGER)
+    """As `load_params` begins."""
+    locate_tensors(read_headers(path.parent), MODEL)
     return load_file(path)
 
 
@@ -221,23 +220,6 @@ KINDS = {
     "losses of a study": Kind(losses, scored_points._read),
     "record of a download": Kind(record, lambda path: _read_record(path.parent)),
 }
-
-
-def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """Bits flipped, the end cut off, a range of zeros, or bytes that do not belong there."""
-    place, many = int(rng.integers(len(content))), int(rng.integers(1, 200))
-    match rng.integers(4):
-        case 0:
-            spoiled = bytearray(content)
-            for at in rng.integers(len(content), size=rng.integers(1, 4)):
-                spoiled[at] ^= 1 << int(rng.integers(8))
-            return bytes(spoiled)
-        case 1:
-            return content[:place]
-        case 2:
-            return content[:place] + bytes(len(content[place : place + many])) + content[place + many :]
-        case _:
-            return content[:place] + rng.bytes(many) + content[place:]
 
 
 def frozen(value: Any) -> Any:

@@ -20,7 +20,7 @@ from analysis.harness import evaluate, main
 from analysis.text.corpus import Document
 from analysis.text.encoding import encode
 from models import load_model
-from models.generation_config import GenerationDefaults
+from models.generation import GenerationDefaults
 from models.model import REFERENCE
 from varjax import VARConfig, VARModel, load_table, statsfile
 from varjax.errors import InputError

@@ -47,7 +47,7 @@ def test_all_parts_are_there_or_it_is_said_why(result):
     there = {"experts/1", "experts/8", "prefill", "decode/1", "ceilings", "layers", "engine", "provenance"}
     assert there <= result.keys() and result["layers"] == 1
     if jax.default_backend() == "cpu":
-        assert result["left_out"]["pallas"].endswith("is no NVIDIA GPU") and result["engine"] == "blocks"
+        assert result["left_out"]["pallas"].endswith("is not an NVIDIA GPU") and result["engine"] == "blocks"
         assert "transformers" in result["left_out"] and "peak_bytes" in result["left_out"]
 
 

@@ -25,8 +25,7 @@ from benchmarks.device_memory import abstract_params, bytes_per_device, compile_
 from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
 from models.decoder import forward
-from models.divided_experts import divided
-from models.experts import get_engine, pallas_engine
+from models.experts import _pallas_engine, divided, get_engine
 from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
@@ -48,7 +47,7 @@ CONFIG = MoEConfig(
     eos_token_id=None,
     initializer_range=0.3,
 )
-MESHES = ("data=1,model=8", "data=2,model=4", "data=4,model=2", "data=8,model=1")
+MESHES = ("data=1,model=8", "data=2,model=4", "data=8,model=1")
 BATCH, LENGTH, DECODED = 8, 12, 2
 READING: dict[str, Any] = {"batch_size": 2, "max_length": 16, "progress": False}
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -277,7 +276,7 @@ def test_gradients_are_those_of_one_device(texts):
 
 def test_stacked_weights_are_divided_too():
     """The engine for GPUs, interpreted."""
-    rng, engine = np.random.default_rng(3), pallas_engine(interpret=True)
+    rng, engine = np.random.default_rng(3), _pallas_engine(interpret=True)
     placement, params = random_model("data=2,model=4").placement, init_params(CONFIG, jax.random.key(0))
     layer = jax.device_put(params, param_shardings(CONFIG, placement))["experts"][0]
     several = divided(engine, placement, CONFIG.num_experts, EXPERT_AXES)
@@ -318,7 +317,7 @@ def test_what_cannot_be_divided_is_refused():
     config = dataclasses.replace(CONFIG, num_heads=6, num_kv_heads=3, intermediate_size=20)
     with pytest.raises(MeshError, match=r"model=4 does not divide num_heads=6 of this model; give it a divisor of 2"):
         Placement.of(config, make_mesh("data=2,model=4"))
-    with pytest.raises(MeshError, match=r"data=4,model=4' needs 16 devices, here are 8"):
+    with pytest.raises(MeshError, match=r"data=4,model=4' needs 16 devices, there are 8"):
         make_mesh("data=4,model=4")
 
 
@@ -394,7 +393,7 @@ def test_stacked_experts_are_read_slice_by_slice_too(directory, alone, tmp_path)
 
 
 def test_mixtral_on_eight_devices_has_an_eighth_on_each(shared_data):
-    """By its shapes, and as XLA compiled a step of decoding; through 4 layers of the 32, which are all alike."""
+    """By its shapes, and as XLA compiled a step of decoding; through 2 layers of the 32, which are all alike."""
     config = read_config(shared_data / "mixtral" / "config.json")
     placement = Placement.of(config, make_mesh("model=8"))
     parameters = abstract_params(config, placement, jnp.bfloat16)
@@ -403,7 +402,7 @@ def test_mixtral_on_eight_devices_has_an_eighth_on_each(shared_data):
     expected = 46_702_792_704 * 2 / 8 + whole
     assert bytes_per_device(parameters) == pytest.approx(expected, rel=0.05)
 
-    config = dataclasses.replace(config, num_layers=4)
+    config = dataclasses.replace(config, num_layers=2)
     compiled = compile_decode(config, placement, jnp.bfloat16, batch=1, capacity=128)
     expected = bytes_per_device(abstract_params(config, placement, jnp.bfloat16))
     assert compiled.memory_analysis().argument_size_in_bytes == pytest.approx(expected, rel=0.01)

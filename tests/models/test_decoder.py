@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.parameters import init_params, with_methods
+from models.layers import with_methods
+from models.parameters import init_params
 from varjax.routing import CACHED, FAST, LEARNED, NO_ANSWER, NO_ROW, LayerAnswers, LayerRules, Plan, Routing
 
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -176,8 +177,11 @@ def test_a_plan_does_what_it_says(planned):
         np.testing.assert_allclose(out.logits[row], logits, rtol=0, atol=2e-4)
     active = np.asarray(out.routing.experts) < model.config.num_experts
     assert 0 < active.sum() < active.size  # something was dropped, something was not
-    without = model.network.forward(model.params, jnp.asarray(ids), plan=plan)
-    assert np.abs(out.logits - without.logits).max() > 0.1  # and answers stood in
+    silent = tuple(dataclasses.replace(one, answers=jnp.zeros_like(one.answers)) for one in answers)
+    without = model.network.forward(
+        model.params, jnp.asarray(ids), plan=dataclasses.replace(plan, answers=silent), expert_outputs_of=wanted
+    )
+    assert np.abs(out.logits - without.logits).max() > 0.1  # answers made a difference
 
 
 def slow_forward(model, ids, plan, answers):

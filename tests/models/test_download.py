@@ -15,9 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from models import CheckpointError, ConfigError, load_model
 from models.config import read_config
-from models.download import DownloadError, check_disk, download, look_up
+from models.download import RECORD, DownloadError, RemoteFile, _damage, check_disk, download, look_up, verify
 from models.tokenizer import save_tokenizer, train_bpe
-from models.verification import RECORD, RemoteFile, damage, verify
 from models.weights import load_params, save_params
 
 INDEX = "model.safetensors.index.json"
@@ -111,6 +110,12 @@ def test_one_file_and_no_tokenizer_are_whole_too(model_directory, tmp_path):
     assert (verified.files, verified.tokenizer) == (1, None)
 
 
+def unseal(folder) -> None:
+    """Rewrite the shards as other programs do, without a checksum."""
+    for shard in shards(folder):
+        save_file(load_file(shard), shard)
+
+
 def truncate(folder) -> None:
     for shard in shards(folder)[1:3]:
         shard.write_bytes(shard.read_bytes()[:-7])
@@ -144,10 +149,14 @@ def large_tokenizer(folder) -> None:
 
 
 FAULTS = {
-    "truncated": (truncate, ["model-00002-of", "model-00003-of", "its header says", "download it again"]),
-    "empty": (lambda d: shards(d)[1].write_bytes(b""), ["model-00002-of", "do not hold its header"]),
-    "lengthened": (lengthen, ["model-00002-of", "its header says"]),
-    "header": (spoil_header, ["model-00002-of", "truncated or not safetensors"]),
+    "truncated": (truncate, ["model-00002-of", "do not match their checksum", "fetch or save the file again"]),
+    "truncated-without-checksum": (
+        lambda d: (unseal(d), truncate(d)),
+        ["model-00002-of", "model-00003-of", "truncated or not safetensors", "fetch the file again"],
+    ),
+    "empty": (lambda d: shards(d)[1].write_bytes(b""), ["model-00002-of", "truncated or not safetensors"]),
+    "lengthened": (lambda d: (unseal(d), lengthen(d)), ["model-00002-of", "truncated or not safetensors"]),
+    "header": (lambda d: (unseal(d), spoil_header(d)), ["model-00002-of", "truncated or not safetensors"]),
     "shard-missing": (lambda d: shards(d)[1].unlink(), ["missing: model-00002-of", "fetch"]),
     "elsewhere": (
         edit_index(move_a_tensor),
@@ -155,7 +164,7 @@ FAULTS = {
     ),
     "not-named": (
         edit_index(lambda i: i["weight_map"].pop("model.norm.weight")),
-        [INDEX, "model.norm.weight is in", "the index says nothing of it"],
+        [INDEX, "model.norm.weight is in", "the index says nothing about it"],
     ),
     "not-there": (
         edit_index(lambda i: i["weight_map"].update(extra=i["weight_map"]["lm_head.weight"])),
@@ -189,8 +198,8 @@ def test_hashes_are_those_of_the_hub_and_of_git(tmp_path):
     git = "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object
     good = [RemoteFile("a", 6, sha256=sha(b"hello\n")), RemoteFile("a", 6, git_sha1=git), RemoteFile("a", 6)]
     bad = [RemoteFile("a", 6, sha256=sha(b"other")), RemoteFile("a", 6, git_sha1=git[::-1]), RemoteFile("a", 7)]
-    assert [damage(tmp_path, [file], False) for file in good] == [{}, {}, {}]
-    assert [bool(damage(tmp_path, [file], False)) for file in bad] == [True, True, True]
+    assert [_damage(tmp_path, [file], False) for file in good] == [{}, {}, {}]
+    assert [bool(_damage(tmp_path, [file], False)) for file in bad] == [True, True, True]
 
 
 # --- fetching --------------------------------------------------------------------------------------------------------
@@ -218,11 +227,17 @@ def test_a_checkpoint_is_fetched_verified_and_used(hub, tmp_path, saved_model):
 @pytest.mark.parametrize("after", [0, 2, 6])
 def test_an_interrupted_download_is_taken_up_again(hub, tmp_path, after):
     remote, target, hub.after = look_up("owner/name"), tmp_path / "here", after
-    with pytest.raises(DownloadError, match=r"broke off \(ConnectionError: reset by peer\).*is kept"):
+    with pytest.raises(DownloadError, match=r"broke off \(ConnectionError: reset by peer\).*are kept"):
         download(remote, target, progress=False)
     assert not target.exists()
     hub.after = None
+    part = (
+        tmp_path / f".here.{COMMIT[:12]}.partial" / ".cache" / "huggingface" / "download" / "a.etag.1234abcd.incomplete"
+    )
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"of a killed process")
     download(remote, target, progress=False)
+    assert not list(target.rglob("*.incomplete"))
     assert sorted(hub.fetched) == sorted(file.name for file in remote.files)  # nothing twice
     assert names(tmp_path) == ["here", "hub"]
 
@@ -331,7 +346,7 @@ def test_a_disk_too_small_is_noticed_first(hub, tmp_path, monkeypatch):
 
     partial = tmp_path / f".here.{COMMIT[:12]}.partial"
     partial.mkdir()
-    (partial / "begun").write_bytes(b"12")  # what is here already need not fit again
+    (partial / remote.files[0].name).write_bytes(b"12")  # what is here already need not fit again
     assert check_disk(remote, tmp_path / "here") == remote.size - 1
 
 
@@ -344,9 +359,9 @@ def test_a_whole_checkpoint_needs_no_more_room(hub, tmp_path, monkeypatch):
 
 HUB_FAULTS = {
     "gated": (errors.GatedRepoError, ["is gated", "https://huggingface.co/owner/name", "hf auth login"]),
-    "absent": (errors.RepositoryNotFoundError, ["no such repository", "owner/name"]),
+    "absent": (errors.RepositoryNotFoundError, ["owner/name is not on the hub, or is private"]),
     "revision": (errors.RevisionNotFoundError, ["no revision 'v9'"]),
-    "name": (errors.HFValidationError, ["'owner/name' is no hub id"]),
+    "name": (errors.HFValidationError, ["owner/name is not a hub id"]),
     "offline": (errors.OfflineModeIsEnabled, ["cannot be reached", "OfflineModeIsEnabled", "check the network"]),
     "timeout": (TimeoutError, ["cannot be reached", "TimeoutError"]),
 }
@@ -383,10 +398,10 @@ def test_a_disk_that_fills_up_is_explained(hub, tmp_path, monkeypatch):
 def test_a_repository_without_safetensors_is_refused(hub):
     for shard in shards(hub.folder):
         shard.rename(shard.with_suffix(".bin"))
-    with pytest.raises(DownloadError, match=r"no config\.json with \*\.safetensors"):
+    with pytest.raises(DownloadError, match=r"has no config\.json with \*\.safetensors"):
         look_up("owner/name")
 
 
 def test_without_a_network_there_is_one_message():
-    with pytest.raises(DownloadError, match=r"owner/name: the hub cannot be reached.*check the network"):
+    with pytest.raises(DownloadError, match=r"owner/name cannot be fetched: .*check the network"):
         look_up("owner/name")  # HF_HUB_OFFLINE is set for all tests

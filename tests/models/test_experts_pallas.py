@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from models import experts_pallas
-from models.experts import default_engine, get_engine
-from models.experts_pallas import block_table, choose_tiles, most_blocks, stack_experts
+from models.experts import _default_engine, get_engine
+from models.experts_pallas import _block_table, _choose_tiles, _most_blocks, stack_experts
 from models.parameters import init_params, prepare
 from profiling.published import PUBLISHED
 from varjax.routing import Routing
@@ -19,12 +19,12 @@ from varjax.routing import Routing
 @pytest.mark.parametrize(("tokens", "slots", "num_experts"), [(1, 3, 4), (2, 1, 8), (40, 2, 4), (7, 8, 64)], ids=str)
 def test_each_used_slot_is_in_one_block_of_its_expert_and_no_block_is_idle(tokens, slots, num_experts):
     rng, rows = np.random.default_rng(0), 16
-    most = most_blocks(tokens * slots, num_experts, rows)
+    most = _most_blocks(tokens * slots, num_experts, rows)
     for unused in (0.0, 0.4, 1.0):
         experts = rng.integers(0, num_experts, (tokens, slots))
         experts[rng.random(experts.shape) < unused] = num_experts
         routing = Routing(jnp.asarray(experts, jnp.int32), jnp.ones(experts.shape, jnp.float32))
-        blocks = block_table(routing, num_experts, rows)
+        blocks = _block_table(routing, num_experts, rows)
         flat, order, held = experts.reshape(-1), np.asarray(blocks.order), []
         for expert, start, end in zip(*map(np.asarray, blocks[:3]), strict=True):
             if expert < num_experts:
@@ -43,7 +43,7 @@ def test_each_used_slot_is_in_one_block_of_its_expert_and_no_block_is_idle(token
 def test_the_bound_on_blocks_is_reached_and_never_passed():
     rng = np.random.default_rng(1)
     for slots, num_experts, rows in ((5, 8, 16), (64, 4, 16), (257, 8, 32)):
-        most = most_blocks(slots, num_experts, rows)
+        most = _most_blocks(slots, num_experts, rows)
         drawn = [np.bincount(rng.integers(0, num_experts, slots)) for _ in range(50)]
         hit = min(num_experts, slots)
         worst = np.ones(hit, int)  # one row each, all others one expert's
@@ -69,10 +69,10 @@ def test_both_kernels_are_lowered_for_cuda_at_real_sizes(name, tokens):
 
 
 def test_tiles_follow_the_rows_of_an_expert_and_the_bytes_of_a_number():
-    mixtral = [choose_tiles(2 * tokens, 8, 2) for tokens in (1, 64, 256)]
+    mixtral = [_choose_tiles(2 * tokens, 8, 2) for tokens in (1, 64, 256)]
     assert [(one.rows, one.columns, one.depth) for one in mixtral] == [(16, 128, 128), (32, 128, 128), (128, 256, 64)]
-    assert choose_tiles(8 * 64, 128, 2).rows == 16 < choose_tiles(8 * 2048, 128, 2).rows
-    assert choose_tiles(2, 8, 4).depth == mixtral[0].depth // 2
+    assert _choose_tiles(8 * 64, 128, 2).rows == 16 < _choose_tiles(8 * 2048, 128, 2).rows
+    assert _choose_tiles(2, 8, 4).depth == mixtral[0].depth // 2
 
 
 def test_specs_are_stacked_as_arrays_are():
@@ -96,21 +96,21 @@ def gpu(capability: str | None, platform: str = "gpu"):
 
 @pytest.mark.parametrize("capability", ["8.0", "8.9", "9.0", "10.0"])
 def test_on_cuda_the_default_is_pallas(capability):
-    assert default_engine(gpu(capability)) is get_engine("pallas")
+    assert _default_engine(gpu(capability)) is get_engine("pallas")
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_elsewhere_the_default_is_blocks_and_nothing_is_said(platform):
-    assert default_engine(gpu(None, platform)) is get_engine("blocks") is get_engine()
+    assert _default_engine(gpu(None, platform)) is get_engine("blocks") is get_engine()
 
 
-@pytest.mark.parametrize(("capability", "reason"), [("7.5", "it needs 8.0 or more"), ("gfx942", "no NVIDIA GPU")])
+@pytest.mark.parametrize(("capability", "reason"), [("7.5", "it needs 8.0 or more"), ("gfx942", "not an NVIDIA GPU")])
 def test_a_fallback_says_why(capability, reason):
     with pytest.warns(UserWarning, match=f"on the engine 'blocks', not 'pallas': A device .*{reason}"):
-        assert default_engine(gpu(capability)) is get_engine("blocks")
+        assert _default_engine(gpu(capability)) is get_engine("blocks")
 
 
 def test_a_jax_without_the_backend_is_a_reason_too(monkeypatch):
     monkeypatch.setattr(experts_pallas, "backend", None)
     with pytest.warns(UserWarning, match="no Triton backend"):
-        assert default_engine(gpu("9.0")).name == "blocks"
+        assert _default_engine(gpu("9.0")).name == "blocks"

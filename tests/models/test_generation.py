@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from models import Sampling
-from models.generation import choose, generate
-from models.generation_config import GenerationDefaults
+from models.generation import GenerationDefaults, _choose, generate
 from models.model import plain_step
 from varjax.errors import InputError
 
@@ -20,7 +19,7 @@ END, OTHER_END, FILL = 2, 9, 0
 def drawn(logits, sampling, count=4000) -> np.ndarray:
     """Share of each token among `count` draws from one row of logits."""
     rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
-    tokens = jax.jit(choose, static_argnums=2)(rows, jax.random.key(0), sampling)
+    tokens = jax.jit(_choose, static_argnums=2)(rows, jax.random.key(0), sampling)
     return np.bincount(tokens, minlength=len(logits)) / count
 
 

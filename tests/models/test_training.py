@@ -10,7 +10,7 @@ import pytest
 from models.decoder import forward
 from models.experts import get_engine
 from models.parameters import init_params, prepare
-from models.training import TrainConfig, batch_of, pack, train_steps
+from models.training import TrainConfig, _batch_of, pack, train_steps
 
 REFERENCE = get_engine("reference")  # compiles quickest; that the others have its gradients is tested below
 TRAIN = TrainConfig(steps=12, batch_size=4, length=16, learning_rate=2e-2, warmup_steps=2)
@@ -93,8 +93,8 @@ def test_rows_are_cut_from_the_joined_documents():
 def test_every_epoch_sees_every_row_once_in_another_order():
     rows = np.arange(10)[:, None]
     train = dataclasses.replace(TRAIN, batch_size=4)
-    seen = np.concatenate([batch_of(rows, step, train)[:, 0] for step in range(5)])  # 20 rows: two epochs
+    seen = np.concatenate([_batch_of(rows, step, train)[:, 0] for step in range(5)])  # 20 rows: two epochs
     np.testing.assert_array_equal(np.sort(seen[:10]), np.arange(10))
     np.testing.assert_array_equal(np.sort(seen[10:]), np.arange(10))
     assert (seen[:10] != seen[10:]).any()
-    np.testing.assert_array_equal(batch_of(rows, 3, train)[:, 0], seen[12:16])
+    np.testing.assert_array_equal(_batch_of(rows, 3, train)[:, 0], seen[12:16])

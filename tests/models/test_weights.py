@@ -18,9 +18,8 @@ from analysis.text.corpus import Document
 from analysis.text.encoding import encode
 from models import CheckpointError, ConfigError, load_model
 from models.config import config_to_hf, read_config
-from models.generation import Sampling
-from models.generation_config import GenerationDefaults
-from models.parameters import init_params
+from models.generation import GenerationDefaults, Sampling
+from models.parameters import init_params, param_shapes
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.weights import ledger, load_params, save_params
 from varjax import VARConfig, VARModel, checksums
@@ -70,14 +69,8 @@ def test_the_published_mixtral_maps_one_to_one(shared_data):
     assert {name: entry.shape for name, entry in entries.items()} == published
     assert (len(published), sum(map(math.prod, published.values()))) == (995, 46_702_792_704)
 
-    declared = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    leaves = {
-        tuple(key.key if hasattr(key, "key") else key.idx for key in path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(declared)
-    }
-    back = {entry.path: entry.shape[::-1] if entry.transposed else entry.shape for entry in entries.values()}
-    assert back == leaves  # every leaf has one published tensor
-    assert len(back) == len(entries)  # and no two tensors share one
+    stored = [entry.shape[::-1] if entry.transposed else entry.shape for entry in entries.values()]
+    assert stored == [leaf.shape for leaf in jax.tree.leaves(param_shapes(config))]  # one tensor for every leaf
 
 
 @pytest.mark.parametrize(
@@ -117,6 +110,14 @@ def test_the_fingerprint_knows_the_model_and_nothing_else(checkpoint, tiny_confi
     last_value[-1, -1] += 1e-3
     edit(checkpoint, **{EXPERT: last_value})
     assert fingerprint() != original
+
+
+def test_fingerprints_stay_as_they_were_published(tiny_config, tmp_path):
+    """Statistics and tables name the fingerprint of their model."""
+    config = dataclasses.replace(tiny_config, family="olmoe", query_key_norm="projection", normalize_top_k=False)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), param_shapes(config))
+    save_params(tmp_path, zeros, config)
+    assert load_params(tmp_path, config)[1].startswith("a818f32d060675cc")
 
 
 def test_a_smaller_checkpoint_replaces_a_sharded_one(tiny_config, tiny_params, tmp_path):
@@ -332,21 +333,11 @@ def test_layouts_may_differ_from_layer_to_layer_but_nothing_may_be_there_twice(c
 CONFIG_FAULTS = {
     "architecture": ({"model_type": "llama"}, ["model_type is 'llama'", "'mixtral'"]),
     "missing-fields": ({"vocab_size": None, "num_local_experts": None}, ["vocab_size, num_local_experts", "add them"]),
-    "rope-scaling": ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type is 'yarn'", "'default'"]),
-    "rope-scaling-old": (
-        {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
-        ["rope_type is 'linear'"],
-    ),
     "partial-rope": (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         ["partial_rotary_factor is 0.5"],
     ),
-    "rope-not-an-object": ({"rope_parameters": "default"}, ["rope_parameters is 'default'", "expected an object"]),
     "activation": ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
-    "quantized": (
-        {"quantization_config": {"quant_method": "gptq", "modules": ["a"] * 999}},
-        ["quantized (quantization_config has quant_method 'gptq')", "use the checkpoint that this one was made from"],
-    ),
     "more-chosen-than-there": ({"num_experts_per_tok": 9}, ["num_experts_per_tok is 9", "num_local_experts is 4"]),
     "heads": ({"num_key_value_heads": 3}, ["num_key_value_heads is 3", "divisor", "num_attention_heads 4"]),
     "odd-head": ({"head_dim": 5}, ["head_dim is 5", "even"]),
@@ -368,15 +359,9 @@ def test_config_faults_are_named(checkpoint, changes, named):
 
 QWEN3_MOE = {"model_type": "qwen3_moe", "moe_intermediate_size": 24, "num_experts": 4, "num_hidden_layers": 3}
 FAMILY_FAULTS = {
-    "clip": ({"model_type": "olmoe", "num_experts": 4, "clip_qkv": 0}, ["clip_qkv is 0", "positive number"]),
     "window-of-no-meaning": (
         {"model_type": "olmoe", "num_experts": 4, "sliding_window": 8},
         ["sliding_window is 8", "only None"],
-    ),
-    "flag": (QWEN3_MOE | {"norm_topk_prob": "yes"}, ["norm_topk_prob is 'yes'", "true or false"]),
-    "dense-layers": (
-        QWEN3_MOE | {"mlp_only_layers": 1, "decoder_sparse_step": 0},
-        ["mlp_only_layers is 1", "a list of layers", "decoder_sparse_step is 0"],
     ),
     "dense-size": (
         QWEN3_MOE | {"mlp_only_layers": [0], "intermediate_size": None},
@@ -399,15 +384,6 @@ def test_what_a_format_cannot_say_is_not_saved_in_it(tiny_config, tiny_params, t
     with pytest.raises(ValueError, match="the mixtral format"):
         save_params(tmp_path, tiny_params, dataclasses.replace(tiny_config, **field))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("content", "named"), [(None, "does not exist"), ("{", "not valid JSON"), ("[]", "JSON list")])
-def test_an_unreadable_config_is_named(checkpoint, content, named):
-    file = checkpoint / "config.json"
-    file.unlink() if content is None else file.write_text(content)
-    with pytest.raises(ConfigError, match=named) as caught:
-        load_model(checkpoint)
-    assert str(file) in str(caught.value)
 
 
 def test_a_tokenizer_of_another_model_is_refused(checkpoint):
@@ -471,26 +447,26 @@ _PEAK = textwrap.dedent("""
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith(field)).split()[1])
 
-    def load(directory):
-        return load_params(Path(directory), read_config(Path(directory) / "config.json"), jnp.dtype(sys.argv[3]))[0]
+    def load(directory, dtype):
+        return load_params(Path(directory), read_config(Path(directory) / "config.json"), jnp.dtype(dtype))[0]
 
-    load(sys.argv[1])  # what the runtime takes for itself belongs to the baseline
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = kilobytes("VmRSS")
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(load(sys.argv[2])))
-    print((kilobytes("VmHWM") - before) * 1024 / size)
+    for dtype in ("bfloat16", "float32"):
+        load(sys.argv[1], dtype)  # what the runtime takes for itself belongs to the baseline
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        before = kilobytes("VmRSS")
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(load(sys.argv[2], dtype)))
+        print((kilobytes("VmHWM") - before) * 1024 / size)
 """)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_loading_takes_at_most_1_4_times_the_parameters_of_host_memory(checkpoint, tiny_config, tmp_path, dtype):
+def test_loading_takes_at_most_1_4_times_the_parameters_of_host_memory(checkpoint, tiny_config, tmp_path):
     sizes = {"vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 128, "num_experts": 16}
     config = dataclasses.replace(tiny_config, **sizes)
     tensors = {name: np.full(entry.shape, 0.5, jnp.bfloat16) for name, entry in ledger(config).items()}
     assert 200e6 < sum(tensor.nbytes for tensor in tensors.values()) < 300e6
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
-    command = [sys.executable, "-c", _PEAK, checkpoint, tmp_path, dtype]
+    command = [sys.executable, "-c", _PEAK, checkpoint, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert float(done.stdout) <= 1.4
+    assert max(map(float, done.stdout.split())) <= 1.4

@@ -10,10 +10,10 @@ import pytest
 from flax import nnx
 
 from models.config import MoEConfig, read_config
-from models.decoder import forward
+from models.decoder import _visible, forward
 from models.experts import Engine, get_engine
-from models.kv_cache import KVCache, visible
-from models.layers import Attention, attend, attend_causally, make_linear
+from models.kv_cache import KVCache
+from models.layers import _attend, _attend_causally, _Attention, _linear
 from models.parameters import init_params
 from profiling.costs import (
     COMPONENTS,
@@ -70,8 +70,8 @@ def check(traced, flops: float) -> None:
 
 @pytest.mark.parametrize("length", [48, 160, 384])
 def test_attention_of_a_whole_text_agrees_with_xla(length):
-    linear = partial(make_linear, use_bias=False)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Attention(CONFIG, linear, nnx.Rngs(0))))
+    linear = partial(_linear, use_bias=False)
+    graph, state = nnx.split(nnx.eval_shape(lambda: _Attention(CONFIG, linear, nnx.Rngs(0))))
     heads = SHAPE((2, length, 1, 256))
 
     def run(state, x, cos, sin, mask):
@@ -87,13 +87,13 @@ def test_attention_of_a_whole_text_agrees_with_xla(length):
 @pytest.mark.parametrize("length", [1, 64, 65, 512, 513, 1000])
 def test_scores_of_a_whole_text_are_those_of_its_blocks(length):
     queries, keys = SHAPE((1, length, 4, 256)), SHAPE((1, length, 2, 256))
-    traced = jax.jit(attend_causally).trace(queries, keys, keys, jax.ShapeDtypeStruct((1, length, length), bool))
+    traced = jax.jit(_attend_causally).trace(queries, keys, keys, jax.ShapeDtypeStruct((1, length, length), bool))
     costs = component_costs(ONE_LAYER, Workload(1, length), Mix.plain(CONFIG, length), as_written=True)
     assert products(traced) == costs["scores"].flops
 
 
 def test_scores_with_a_key_value_cache_agree_with_xla():
-    traced = jax.jit(attend).trace(
+    traced = jax.jit(_attend).trace(
         SHAPE((3, 1, 4, 256)), SHAPE((3, 90, 2, 256)), SHAPE((3, 90, 2, 256)), jax.ShapeDtypeStruct((3, 1, 90), bool)
     )
     workload = Workload(3, 1, cached=50, capacity=90)
@@ -143,7 +143,7 @@ def _prepared(engine):
 def test_needed_scores_are_those_that_the_mask_lets_through(cached, length, window):
     config = dataclasses.replace(ONE_LAYER, sliding_window=window)
     positions = jnp.arange(cached + length)[None]
-    seen = visible(positions[:, cached:], positions, jnp.ones(positions.shape, bool), window, cached)
+    seen = _visible(positions[:, cached:], positions, jnp.ones(positions.shape, bool), window, cached)
     costs = component_costs(config, Workload(1, length, cached, itemsize=2), Mix.plain(config, length))["scores"]
     assert costs.flops == 4 * int(seen.sum()) * config.num_heads * config.head_dim
     queries = 2 * length * config.num_heads * config.head_dim

@@ -12,7 +12,7 @@ import varjax
 from analysis.collect.answers import collect_answers
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from models import Sampling
-from models.generation_config import GenerationDefaults
+from models.generation import GenerationDefaults
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, load_table, statsfile
 from varjax.errors import InputError
 from varjax.model import load_statistics, routed_forward
