@@ -89,6 +89,7 @@ class Outcome:
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id, or 'reference'")
     parser.add_argument(

@@ -81,6 +81,7 @@ def evaluate(
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Run the tasks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"

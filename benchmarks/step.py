@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ import numpy as np
 from analysis.command import name_argument, program
 from benchmarks import harness
 from models import Model, load_model
-from profiling.points import NEVER, ORDERS, as_step, decoding, embedded_texts, random_stats
+from profiling.points import NEVER, ORDERS, decoding, embedded_texts, random_stats
 from profiling.timing import compare, paired_ratio
 from varjax import LayerPolicy, RouteTable, VARConfig, VARModel, VARState
 from varjax import step as var_step
@@ -47,12 +48,13 @@ def main(arguments: Sequence[str] | None) -> None:
     documents = embedded_texts(model)
     stats = random_stats(model, documents, args.keys)
     text = next(ids for ids in documents if len(ids) >= 2 * args.tokens)[: 2 * args.tokens]
-    feed = partial(decoding, model, text[None], cached=args.tokens, steps=args.tokens)
-    sides: dict[str, Callable[[], Any]] = {"plain": feed(model._step, None)}
+    feed = partial(decoding, model, ids=text[None], cached=args.tokens, steps=args.tokens)
+    plain: Any = PlainSteps(model)
+    sides: dict[str, Callable[[], Any]] = {"plain": feed(plain)}
     for name, config in configs().items():
         table = build_for(model, config, stats, keep_shapes=True) if config.enable_var else None
         var_model = VARModel(model, config, table=table)
-        sides[name] = feed(as_step(var_model), var_model.init())
+        sides[name] = feed(var_model)
         if table is not None and config.frequency_threshold != NEVER:
             sides[name.replace("table", "plan + commit")] = plan_and_commit(model, table, config, text)
     seconds = compare(sides, args.repeats)
@@ -63,6 +65,22 @@ def main(arguments: Sequence[str] | None) -> None:
         print(
             f"{name:28}{np.median(own) / args.tokens * 1e6:>12.1f}{ratio.value:>12.3f}{harness.interval(ratio, 3):>16}"
         )
+
+
+class PlainSteps:
+    """The plain model's own decoding steps, called in the way of a VARModel."""
+
+    def __init__(self, model: Model):
+        """Take the steps of a model."""
+        self.model = model
+
+    def init(self, batch_size: int) -> None:
+        """There is no state."""
+
+    def advance(self, state: None, ids: jax.Array, mask: jax.Array, kv: Any, **_: Any) -> tuple[SimpleNamespace, None]:
+        """One step, which consumes `kv`."""
+        logits, kv, _ = self.model._step(kv, None, ids, mask)
+        return SimpleNamespace(logits=logits, kv=kv), None
 
 
 def configs() -> dict[str, VARConfig]:

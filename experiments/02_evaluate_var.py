@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None) -> None:
     )
     names = [question.name for question in STUDY_QUESTIONS] + ["throughput"]
     options.add_argument(
-        "--questions", nargs="+", choices=names, default=names, metavar="Q", help=f"of a study: {', '.join(names)}"
+        "--questions", nargs="+", choices=names, metavar="Q", help=f"of a study (default: all): {', '.join(names)}"
     )
     options.add_argument("--prompts", type=int, default=64, help="texts that a study continues")
     options.add_argument("--prompt_tokens", type=int, default=32, help="tokens of their beginnings")
@@ -276,7 +276,7 @@ def study_policy(args: argparse.Namespace, output: Output) -> None:
         "throughput", "How much faster, and where must the gain vanish?", partial(_throughput, args.repeats)
     )
     known = {question.name: question for question in (*STUDY_QUESTIONS, generation_drift.question(**sizes), timed)}
-    asked = [known[name] for name in args.questions if not (args.no_throughput and name == timed.name)]
+    asked = [known[name] for name in args.questions or known if not (args.no_throughput and name == timed.name)]
     facts += [("note", warning) for warning in evaluation.flattered({"mode": args.mode, "provenance": made})]
     said = study(subject, asked, output, facts=facts, provenance=made)
     config.save(output.other("var_config.json"), files)

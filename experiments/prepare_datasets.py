@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 from analysis.command import name_argument, path_argument, program
 from analysis.report.output import DIRECTORY, Output, lock
 from analysis.text.corpus import SPLITS, check_request, iter_documents
-from analysis.text.prepared import Manifest, Request, is_prepared, open_prepared, prepare, read_manifest
+from analysis.text.prepared import (
+    Manifest,
+    Request,
+    is_prepared,
+    open_prepared,
+    prepare,
+    read_manifest,
+    tokenizer_hash,
+)
 from analysis.text.sources import CorpusError, stem_of
 from models.model import REFERENCE
 from models.tokenizer import load_tokenizer
@@ -112,7 +120,7 @@ def already(folder: Path, request: Request, tokenizer: PreTrainedTokenizerBase) 
     if not is_prepared(folder):
         return None
     manifest = read_manifest(folder)
-    if not manifest.answers(request, tokenizer):
+    if (manifest.request, manifest.tokenizer) != (request, tokenizer_hash(tokenizer)):
         raise CorpusError(
             f"{folder} holds what another request or another tokenizer gave ({manifest.request}); choose another "
             "--output, or replace it with --overwrite"

@@ -134,7 +134,7 @@ def prepare(var_model: VARModel, ids: np.ndarray, phase: str, max_calls: int = 1
 @cache
 def _jitted(step: Step) -> Any:
     """The step as it is run: its carry is donated."""
-    return jax.jit(step, donate_argnums=1, keep_unused=True)  # so that XLA accounts for all arguments
+    return jax.jit(step, donate_argnums=1, keep_unused=True)  # traces and XLA's account need all arguments
 
 
 def at_once(jobs: Iterable[Callable[[], T]]) -> list[T]:

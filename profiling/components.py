@@ -13,7 +13,8 @@ that they were written under. The innermost scope that is one of `profiling.cost
 
 * A fusion is shared among the components that it fuses: all of it goes to a matrix product in it, otherwise each has
   the share of its elements. That is an estimate, because the parts of a fused loop cannot be timed.
-* An instruction that XLA created without a scope belongs to the nearest user with a scope, otherwise to the nearest
+* An instruction that XLA created without a scope belongs to the component that alone reads an argument which it reads
+  (a rewritten matrix product and its weights), otherwise to the nearest user with a scope, otherwise to the nearest
   operand with one.
 * The event of a loop, a conditional or a call spans those inside it. Per thread only the innermost event counts, and
   across threads control flow counts only while nothing else runs.
@@ -38,6 +39,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Literal
 from jax.profiler import ProfileData, ProfileOptions, StepTraceAnnotation
 from jax.stages import Traced
 from matplotlib.figure import Figure
@@ -59,8 +61,9 @@ _CALL = "call"  # the annotation around each call
 _CONTROL = frozenset({"while", "conditional", "call"})
 _FREE = frozenset({"parameter", "constant", "broadcast", "bitcast", "iota", "tuple", "get-tuple-element"})
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = (.*)$")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) .*\{$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _OPCODE = re.compile(r" ([\w-]+)\(")
+_PARAMETER = re.compile(r" parameter\((\d+)\)")
 _SHAPE = re.compile(r"\w+\[([\d,]*)\]")
 _NAME = re.compile(r"%([\w.-]+)")
 _FUSED = re.compile(r" fusion\(.* calls=%([\w.-]+)")
@@ -332,16 +335,45 @@ def _component(scope: str) -> str:
 
 def _describe(traced: Traced) -> _Module:
     """Compile a traced function and find the component of each of its instructions."""
-    return _parsed(traced.lower().compile().as_text() or "")
+    return _parsed(traced.lower().compile().as_text() or "", _owners(traced.jaxpr))
 
 
-def _parsed(text: str) -> _Module:
-    """The component of each instruction in the text of an optimized HLO module."""
+def _owners(jaxpr: ClosedJaxpr) -> list[str]:
+    """The component that alone reads each argument of a program; OTHER where there is not exactly one."""
+    readers: list[set[str]] = [set() for _ in jaxpr.jaxpr.invars]
+    _note_readers(jaxpr, readers, "")
+    return [next(iter(one)) if len(one) == 1 else OTHER for one in readers]
+
+
+def _note_readers(jaxpr: ClosedJaxpr, arguments: Sequence[set[str] | None], scope: str) -> list[set[str] | None]:
+    """Add the components that read each argument to its set, also inside calls; return the sets of the results."""
+    known: dict[Any, set[str] | None] = dict(zip(jaxpr.jaxpr.invars, arguments, strict=True))
+
+    def given(atoms: Iterable[Any]) -> list[set[str] | None]:
+        return [None if isinstance(atom, Literal) else known.get(atom) for atom in atoms]
+
+    for equation in jaxpr.jaxpr.eqns:
+        inside = f"{scope}/{equation.source_info.name_stack}"
+        called = None
+        if equation.primitive.name in ("jit", "closed_call", "custom_jvp_call", "custom_vjp_call"):
+            called = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if isinstance(called, ClosedJaxpr):
+            known |= zip(equation.outvars, _note_readers(called, given(equation.invars), inside), strict=True)
+        else:
+            for readers in given(equation.invars):
+                if readers is not None:
+                    readers.add(_component(inside))
+    return given(jaxpr.jaxpr.outvars)
+
+
+def _parsed(text: str, owners: Sequence[str] = ()) -> _Module:
+    """The component of each instruction in the text of an optimized HLO module; `owners` of its arguments if known."""
     lines: dict[str, _Line] = {}  # names are unique in a module
     users: dict[str, list[str]] = defaultdict(list)
     bodies: dict[str, list[str]] = defaultdict(list)  # computation -> its instructions
+    arguments: dict[str, int] = {}  # of the program, by number
     results = {}  # the root of a computation -> the computation
-    computation = ""
+    computation, entry = "", False
     for row in text.splitlines():
         if found := _LINE.match(row):
             root, name, rest = found.groups()
@@ -349,10 +381,18 @@ def _parsed(text: str) -> _Module:
             bodies[computation].append(name)
             for operand in lines[name].operands:
                 users[operand].append(name)
+            if entry and (number := _PARAMETER.search(rest)):
+                arguments[name] = int(number[1])
             if root:
                 results[name] = computation
         elif opening := _COMPUTATION.match(row):
-            computation = opening[1]
+            entry, computation = bool(opening[1]), opening[2]
+    if owners and len(owners) != len(arguments):
+        raise InputError(
+            f"the program has {len(arguments)} arguments of {len(owners)}: unused ones were left out and the others "
+            "cannot be told apart; jit it with keep_unused=True"
+        )
+    owned = {name: owners[number] for name, number in arguments.items() if owners and owners[number] != OTHER}
     for name, called in results.items():  # what a computation returns is used where it is called
         users[name] += users[called]
     operands = {name: line.operands for name, line in lines.items()}
@@ -378,7 +418,9 @@ def _parsed(text: str) -> _Module:
 
     instructions = {}
     for name, line in lines.items():
-        shares = fused(name) or ((nearest(name, users) or nearest(name, operands) or OTHER, 1.0),)
+        owner = line.component or next((owned[one] for one in line.operands if one in owned), None)
+        owner = owner or nearest(name, users) or nearest(name, operands) or OTHER
+        shares = fused(name) or ((owner, 1.0),)
         instructions[name] = _Instruction(shares, line.opcode in _CONTROL)
     return _Module(text.removeprefix("HloModule ").split(",", 1)[0], instructions)
 

@@ -29,7 +29,6 @@ from analysis.resampling import median_estimate
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import iter_encode
 from models import Model
-from models.generation import Step
 from models.kv_cache import KVCache
 from models.model import plain_step
 from profiling.calls import at_once, used_experts
@@ -242,34 +241,16 @@ def random_stats(model: Model, documents: Sequence[np.ndarray], num_keys: int) -
     return dataclasses.replace(stats, count=count, entropy=entropy, sum_probs=probs * count[..., None])
 
 
-def as_step(var_model: VARModel) -> Step:
-    """A decoding step of a VAR model in the form that `decoding` takes.
-
-    Args:
-        var_model: the model, VAR on or off.
-
-    Returns:
-        The step.
-    """
-
-    def run(kv: Any, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
-        out, carry = var_model.advance(carry, ids, mask, kv, last_logits_only=True, donate=True)
-        return out.logits, out.kv, carry
-
-    return run
-
-
-def decoding(model: Model, ids: np.ndarray, step: Step, carry: Any, cached: int, steps: int) -> Callable[[], Any]:
+def decoding(model: Model, var_model: VARModel, ids: np.ndarray, cached: int, steps: int) -> Callable[[], Any]:
     """A run that feeds texts token by token, with the first ones already in the key/value cache.
 
-    The carry continues from run to run. Of the key/value cache only the count of positions is reset: what is stored
+    VAR's state continues from run to run. Of the key/value cache only the count of positions is reset: what is stored
     after it is never read.
 
     Args:
-        model: the plain model.
+        model: the plain model, which fills the cache.
+        var_model: the model that decodes, VAR on or off.
         ids: int32 [B, n].
-        step: the decoding step.
-        carry: what it is given first.
         cached: tokens of each text that are in the cache.
         steps: tokens that a run feeds.
 
@@ -277,16 +258,17 @@ def decoding(model: Model, ids: np.ndarray, step: Step, carry: Any, cached: int,
         The run, which returns the last logits.
     """
     tokens = [jnp.asarray(ids[:, at : at + 1]) for at in range(cached, cached + steps)]
-    held = [_cache_of(model, ids, cached, cached + steps), carry]
+    held: list[Any] = [_cache_of(model, ids, cached, cached + steps), var_model.init(len(ids))]
     begin = {name: np.asarray(getattr(held[0], name)) for name in ("mask", "positions", "length")}
     one = jnp.ones((len(ids), 1), bool)
 
     def run() -> Any:
-        kv, carry = dataclasses.replace(held[0], **begin), held[1]
+        kv, state = dataclasses.replace(held[0], **begin), held[1]
         for following in tokens:
-            logits, kv, carry = step(kv, carry, following, one)
-        held[:] = kv, carry
-        return logits
+            out, state = var_model.advance(state, following, one, kv, last_logits_only=True, donate=True)
+            kv = out.kv
+        held[:] = kv, state
+        return out.logits
 
     return run
 
@@ -314,7 +296,7 @@ def _prepared(
     """The run of a task, compiled, and what it computes; ids [B, n] of decoding, [calls, B, T] of prefills."""
     itemsize = model.dtype.itemsize
     if task.decodes:
-        run = decoding(model, ids, as_step(var_model), var_model.init(task.batch), task.cached, calls)
+        run = decoding(model, var_model, ids, task.cached, calls)
         middle = task.cached + (calls - 1) // 2
         workload = Workload(task.batch, 1, middle, task.cached + calls, last_logits_only=True, itemsize=itemsize)
     else:

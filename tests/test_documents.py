@@ -215,7 +215,7 @@ def evaluated(reader: Reader) -> None:
     if asked.compare:
         assert "Perplexity degradation" in reader.printed
         path = asked.output if asked.output.suffix else asked.output / "comparison.json"
-        assert read_json(path)["documents"] == len(read_result(asked.compare[0]).documents)
+        assert read_json(path)["documents"] == len(read_result(asked.compare[0]).losses.ids)
     elif asked.certify:
         assert read_json(asked.output / "certificate.json")["certificate"]
         assert f"certified at {asked.level} confidence" in reader.printed
@@ -226,7 +226,7 @@ def evaluated(reader: Reader) -> None:
     else:
         result = read_json(asked.output)
         assert (result["mode"], "throughput" in result) == (asked.mode, not asked.no_throughput)
-        assert len(read_result(asked.output).documents) == result["documents"] > 0
+        assert len(read_result(asked.output).losses.ids) == result["documents"] > 0
     if asked.mode == "var":
         assert sum(result["tiers"].values()) == pytest.approx(1)
         files = saved_files(asked.output.with_suffix(".var_config.json"))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Unpack
 
 from analysis.collect.passes import PassSums, Reading, run_pass
-from analysis.text.batches import windows
+from analysis.text.batches import cut
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax import stats
@@ -58,7 +58,8 @@ def choose_keys(
         InputError: no context is frequent enough to be a key.
     """
     with progress_bar(documents, desc="keys", unit=" documents", show=progress) as read:
-        rows = (window.ids[: window.size] for window in windows(read, max_length))
+        windows = (window for index, one in enumerate(read) for window in cut(one.ids, index, max_length))
+        rows = (window.ids[: window.size] for window in windows)
         special = model.special_token_ids
         keys = count_contexts(rows, settings.orders, settings.min_count, settings.max_keys, special, settings.capacity)
     if len(keys.keys) == 0:

@@ -2,27 +2,21 @@
 
 Letters: N documents, K configurations, G groups of enough documents, alpha = 1 - level.
 
-A baseline and K configurations score the same calibration documents. A document's increase is its summed loss under the
-configuration minus that under the baseline, divided by its scored tokens: nats per token, the log of the ratio of its
-two perplexities. Increases are clipped to [-clip, clip], because without a limit no finite sample bounds a mean; the
-share that was clipped is reported. The bound is on the mean over documents, in which a document counts once, however
-long it is; exp(mean) - 1 is the increase of perplexity, as a geometric mean over documents. The unclipped increase over
-all tokens together is reported as an estimate.
+A baseline and K configurations score the same calibration documents. A document's increase is its added loss over its
+scored tokens: nats per token, the log of the ratio of its two perplexities. Increases are clipped to [-clip, clip],
+because without a limit no finite sample bounds a mean. The bound (`varjax.bounds.upper_bound`) is on the mean over
+documents, each counted once; exp(mean) - 1 is the increase of perplexity, as a geometric mean over documents. It holds
+for every N, provided that documents are independent draws from the population that the certificate is about, and that
+the loss of one does not depend on those before it, as it does with a shared cached tier. Even without any spread a
+bound stays about 1.1 clip log(1 / alpha) / N above the mean: choose a small clip, and choose it before looking.
 
-The bound is that of `varjax.bounds.upper_bound`. It holds for every N, provided that the documents are independent
-draws from the population that the certificate is about, and that the loss of one does not depend on those before it, as
-it does with a cached tier that all documents share (`analysis.evaluate.losses`). Three statements, each of which fails
-in at most alpha of all calibrations:
+Three statements, each of which fails in at most alpha of all calibrations:
 
 - the overall bound of a configuration that was named beforehand;
 - all its group bounds together (each at alpha / G);
-- no certified configuration exceeds `limit` (Learn-then-Test, Angelopoulos et al. 2021, arXiv 2110.01052). Each is
-  tested for exceeding it. "fixed_sequence" tests at alpha in the given order and stops at the first that fails: the
-  order, surest first, comes from other documents. "holm" needs no order and is less powerful.
-
-The bound of a configuration that was picked by its result is covered by the third statement alone. Even without any
-spread a bound stays about 1.1 clip log(1 / alpha) / N above the mean, because disasters may be too rare to be seen:
-choose a small clip, and choose it before looking.
+- no certified configuration exceeds `limit` (Learn-then-Test, Angelopoulos et al. 2021, arXiv 2110.01052), which alone
+  covers a configuration that was picked by its result. "fixed_sequence" tests at alpha in the given order and stops at
+  the first that fails: the order, surest first, comes from other documents. "holm" needs no order and is less powerful.
 """
 
 from __future__ import annotations
@@ -279,16 +273,11 @@ def _bound(increase: np.ndarray, tokens: np.ndarray, clip: float, level: float, 
 
 
 def _check(
-    candidates: Collection[str],
-    config_sha256: Collection[str],
-    clip: float,
-    level: float,
-    limit: float,
-    testing: str,
+    candidates: Collection[str], hashes: Collection[str], clip: float, level: float, limit: float, testing: str
 ) -> None:
     if not candidates:
-        raise LossesError("there is no configuration to certify; give one or more besides the baseline")
-    if missing := [name for name in candidates if name not in config_sha256]:
+        raise LossesError("there is no configuration to certify; give one or more in addition to the baseline")
+    if missing := [name for name in candidates if name not in hashes]:
         raise LossesError(f"configuration {missing[0]!r} has no hash; give config_sha256 for every candidate")
     if not (math.isfinite(clip) and 0 < limit < clip):
         raise LossesError(f"limit is {limit} and clip {clip} nats per token; give 0 < limit < clip")
@@ -416,12 +405,14 @@ def _more_documents(one: Configuration) -> str:
     """How many calibration documents a better bound takes."""
     bound = one.overall
     if bound.needed_for_limit is None:
-        return f"{one.name}: the measured mean is above the limit; more documents are not expected to certify it."
-    if not bound.within_limit:
-        return f"{one.name}: about {bound.needed_for_limit:,} documents would bring its bound to the limit."
-    if bound.needed_for_half is None:
-        return f"{one.name}: its bound is as low as the measured mean."
-    return f"{one.name}: about {bound.needed_for_half:,} documents would halve the bound's distance from the mean."
+        words = "the measured mean is above the limit; more documents are not expected to certify it"
+    elif not bound.within_limit:
+        words = f"about {bound.needed_for_limit:,} documents would bring its bound to the limit"
+    elif bound.needed_for_half is None:
+        words = "its bound is as low as the measured mean"
+    else:
+        words = f"about {bound.needed_for_half:,} documents would halve the bound's distance from the mean"
+    return f"{one.name}: {words}."
 
 
 def _groups(one: Configuration) -> str:

@@ -113,15 +113,18 @@ class HarnessLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The end id."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
+        """The id before each text: the begin id, else the end id."""
         begin = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
+        """The name of the tokenizer."""
         return self.tokenizer.name_or_path
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:

@@ -30,24 +30,6 @@ SAMPLES = 200  # draws; five are beyond each end of an interval
 _DRAWN = 1 << 24  # floats that the sums of one block of draws may take
 
 
-class _Sums:
-    """Sums over the tokens of one row (token id, or id and expert) in one document, as matrices [rows, documents]."""
-
-    def __init__(self, row: np.ndarray, document: np.ndarray, shape: tuple[int, int]):
-        self._shape = shape
-        cell = row * shape[1] + document
-        self._order = np.argsort(cell, kind="stable")
-        cell = cell[self._order]
-        self._start = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]][: len(cell)])
-        rows, self._document = np.divmod(cell[self._start], max(shape[1], 1))
-        self._rows = np.searchsorted(rows, np.arange(shape[0] + 1))
-
-    def matrix(self, values: np.ndarray) -> csr_array:
-        """Sums of values [N], float64 [rows, D]."""
-        sums = np.add.reduceat(values[self._order], self._start) if len(values) else values
-        return csr_array((sums, self._document, self._rows), shape=self._shape)
-
-
 class Block:
     """A few draws, and what all layers share of them."""
 
@@ -124,8 +106,7 @@ class DocumentDraws:
         self.samples = len(weights)
         token_ids, self._row = np.unique(trace.token_id, return_inverse=True)  # ties of frequency go by id, as in keys
         self._ids = len(token_ids)
-        self._seen = _Sums(self._row, self._document, (self._ids, self.documents))
-        occurrences = self._seen.matrix(np.ones(len(self._row)))
+        occurrences = self._sums(self._row, np.ones(len(self._row)), self._ids)
         size = max(1, _DRAWN // max(1, min(len(self._row), self._ids * trace.num_experts)))
         self.blocks = [Block(occurrences, weights[start : start + size]) for start in range(0, self.samples, size)]
 
@@ -141,16 +122,22 @@ class DocumentDraws:
         layers = progress_bar(range(self._trace.num_layers), unit="layer", desc="intervals", show=self._progress)
         return np.stack([self._layer(layer, statistic) for layer in layers], axis=1)
 
+    def _sums(self, row: np.ndarray, values: np.ndarray, rows: int) -> csr_array:
+        """Sums of values [N] of the tokens of one row (token id, or id and expert) in one document, [rows, D]."""
+        return csr_array((values, (row, self._document)), shape=(rows, self.documents))  # adds values of equal places
+
     def _layer(self, layer: int, statistic: Callable[[LayerDraws], np.ndarray]) -> np.ndarray:
-        entropy, experts = self._seen.matrix(gate_entropy(self._trace, layer)), self._trace.num_experts
+        entropy = self._sums(self._row, gate_entropy(self._trace, layer), self._ids)
+        experts = self._trace.num_experts
 
         @cache  # once for all blocks, and only where a statistic needs it
         def first_choices() -> tuple[csr_array, np.ndarray]:
             """First choices [id and expert, D], and the first row of each id, int64 [R]."""
             first = np.maximum(self._trace.experts[:, layer, 0], 0)  # a layer that was not captured has no figure
             choice, which = np.unique(self._row * experts + first, return_inverse=True)
-            sums = _Sums(which, self._document, (len(choice), self.documents)).matrix(np.ones(len(which)))
-            return sums, np.searchsorted(choice, np.arange(self._ids) * experts)
+            return self._sums(which, np.ones(len(which)), len(choice)), np.searchsorted(
+                choice, np.arange(self._ids) * experts
+            )
 
         return np.concatenate([statistic(LayerDraws(block, entropy, first_choices)) for block in self.blocks])
 

@@ -80,7 +80,7 @@ class ErrorSources:
 
 
 @dataclasses.dataclass(frozen=True)
-class Runs:
+class _Runs:
     """The runs that every part needs."""
 
     subject: Subject
@@ -89,7 +89,7 @@ class Runs:
     policy: TokenLosses  # the fast tier alone
 
     @classmethod
-    def of(cls, subject: Subject) -> Runs:
+    def of(cls, subject: Subject) -> _Runs:
         """The table, and the documents read plainly and under the policy."""
         table = subject.build()
         off = dataclasses.replace(subject.config, enable_var=False)
@@ -109,7 +109,7 @@ def examine(subject: Subject) -> ErrorSources:
     Returns:
         The changes and groups.
     """
-    runs = Runs.of(subject)
+    runs = _Runs.of(subject)
     parts = (_kinds, _dropping, _layers_alone, _groups)
     bar = progress_bar(parts, unit="part", desc="error sources", show=subject.progress)
     found: dict[str, Any] = {}
@@ -118,7 +118,7 @@ def examine(subject: Subject) -> ErrorSources:
     return ErrorSources(len(subject.documents), len(runs.plain.nll), math.exp(runs.plain.nll.mean()), **found)
 
 
-def _kinds(runs: Runs) -> dict[str, Any]:
+def _kinds(runs: _Runs) -> dict[str, Any]:
     """Choice and weight error: at the tokens that the policy plans all K experts run, chosen or weighed by the table.
 
     Last the policy itself, where the gate chooses and weighs, and answers replace experts.
@@ -141,7 +141,7 @@ def _kinds(runs: Runs) -> dict[str, Any]:
     return {"kinds": (*changes, _change(runs, "the policy", runs.policy))}
 
 
-def _dropping(runs: Runs) -> dict[str, Any]:
+def _dropping(runs: _Runs) -> dict[str, Any]:
     """What replaces dropped experts: their answers, nothing, or the others with more weight.
 
     First as the policy drops, by the same rules each time; which experts it drops may differ a little, because the
@@ -167,7 +167,7 @@ def _dropping(runs: Runs) -> dict[str, Any]:
     return {"dropping": tuple(changes)}
 
 
-def _layers_alone(runs: Runs) -> dict[str, Any]:
+def _layers_alone(runs: _Runs) -> dict[str, Any]:
     """The policy in one layer at a time, and how nearly the layers' changes add up to the joint one."""
     eligible = np.asarray(runs.table.eligible)
     joint = runs.policy.added_to(runs.plain)
@@ -185,7 +185,7 @@ def _layers_alone(runs: Runs) -> dict[str, Any]:
     }
 
 
-def _groups(runs: Runs) -> dict[str, Any]:
+def _groups(runs: _Runs) -> dict[str, Any]:
     """Where the loss falls: by the key that answered, by how many experts ran, by the frequency of the token id."""
     subject, table, run = runs.subject, runs.table, runs.policy
     if subject.config.cache_size > 0:
@@ -233,17 +233,17 @@ def _losses(subject: Subject, config: VARConfig, table: RouteTable | None = None
     return token_losses(var_model, subject.documents, caching=subject.caching, **subject.windows)
 
 
-def _change(runs: Runs, name: str, run: TokenLosses) -> Change:
+def _change(runs: _Runs, name: str, run: TokenLosses) -> Change:
     experts = run.experts.mean() / runs.table.num_layers
     return Change(name, _per_token(runs, run.added_to(runs.plain)), float(experts))
 
 
-def _per_token(runs: Runs, values: np.ndarray) -> Estimate:
+def _per_token(runs: _Runs, values: np.ndarray) -> Estimate:
     """The mean of values [M] over tokens."""
     return _means(runs, values[:, None], np.ones((len(values), 1)))[0]
 
 
-def _grouped(runs: Runs, run: TokenLosses, group: np.ndarray, names: Sequence[str]) -> tuple[Group, ...]:
+def _grouped(runs: _Runs, run: TokenLosses, group: np.ndarray, names: Sequence[str]) -> tuple[Group, ...]:
     """The groups that have tokens. `group` int [M] says which one each token is in."""
     inside = group[:, None] == np.arange(len(names))
     added = np.where(inside, run.added_to(runs.plain)[:, None], 0.0)
@@ -252,7 +252,7 @@ def _grouped(runs: Runs, run: TokenLosses, group: np.ndarray, names: Sequence[st
     return tuple(Group(*row) for row in rows if row[1])
 
 
-def _means(runs: Runs, values: np.ndarray, counts: np.ndarray) -> list[Estimate]:
+def _means(runs: _Runs, values: np.ndarray, counts: np.ndarray) -> list[Estimate]:
     """Sums of values [M, G] over sums of counts [M, G], with 95 % intervals over documents."""
     total, count = (runs.plain.per_document(np.asarray(one, np.float64)) for one in (values, counts))
     value, (low, high) = ratio_with_interval(total, count, runs.subject.samples, runs.subject.seed)

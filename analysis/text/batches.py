@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -73,28 +74,12 @@ def batches(
     if batch_size < 1 or max_length < 2:
         raise InputError(f"batch_size={batch_size} and max_length={max_length}: expected at least 1 and 2")
     lengths = sorted({-(-max_length // 4), -(-max_length // 2), max_length})
+    each = (cut(document.ids, index, max_length, stride, full_last) for index, document in enumerate(documents))
     if one_by_one:
-        each = (cut(document.ids, index, max_length, stride, full_last) for index, document in enumerate(documents))
         yield from in_order(each, batch_size, lengths)
-        return
-    rows = {length: batch_size * (max_length // length) for length in lengths}
-    yield from packed(windows(documents, max_length, stride, full_last), rows)
-
-
-def windows(
-    documents: Iterable[Encoded], max_length: int, stride: int | None = None, full_last: bool = False
-) -> Iterator[Window]:
-    """Cut every document into windows.
-
-    Args:
-        documents: the documents.
-        max_length, stride, full_last: see `cut`.
-
-    Yields:
-        The windows in order.
-    """
-    for index, document in enumerate(documents):
-        yield from cut(document.ids, index, max_length, stride, full_last)
+    else:
+        rows = {length: batch_size * (max_length // length) for length in lengths}
+        yield from packed(chain.from_iterable(each), rows)
 
 
 def cut(

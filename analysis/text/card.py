@@ -31,7 +31,7 @@ _DIGITS = 12  # of a document's id in a card: two of a million documents share t
 
 
 @dataclasses.dataclass(frozen=True)
-class SplitCheck:
+class _SplitCheck:
     """One split of the corpus, on the card and now."""
 
     split: str
@@ -52,15 +52,15 @@ class SplitCheck:
 
 
 @dataclasses.dataclass(frozen=True)
-class CardCheck:
+class _CardCheck:
     """The embedded corpus against a model's card."""
 
-    splits: tuple[SplitCheck, ...]
+    splits: tuple[_SplitCheck, ...]
     versions: Mapping[str, tuple[str | None, str | None]]  # that differ, of the packages on the card: there, here
 
     @property
     def words(self) -> str:
-        """The result in one sentence, for a report and for people."""
+        """The result in one sentence."""
         found = [*map(str, self.splits)]
         if all(one.same for one in self.splits):
             return f"the embedded corpus is the one on the model's card: {'; '.join(found)}"
@@ -72,19 +72,8 @@ class CardCheck:
         return f"the embedded corpus is not the one on the model's card: {'; '.join(found)}"
 
 
-def check(model: Model, dataset: str) -> CardCheck | None:
-    """Compare the installed corpus with a model's card.
-
-    Args:
-        model: whose card is read.
-        dataset: what is read in this run.
-
-    Returns:
-        The comparison; None: the dataset is not the embedded corpus, or the model has no card of that kind.
-
-    Raises:
-        InputError: the card cannot be read.
-    """
+def _check(model: Model, dataset: str) -> _CardCheck | None:
+    """The installed corpus against a model's card; None: another dataset, or a model without a card of that kind."""
     directory = checkpoints.REFERENCE if model.name == "reference" else Path(model.name)
     path = directory / "card.json"
     folder = Path(dataset).expanduser()
@@ -98,35 +87,31 @@ def check(model: Model, dataset: str) -> CardCheck | None:
     sections = [card.get(name) for name in _SECTIONS.values()] if isinstance(card, dict) else [None]
     if not all(isinstance(one, dict) and {"documents", "data_sha256"} <= one.keys() for one in sections):
         return None  # somebody else's card
-    return compare(card, (document.id for document in iter_documents("embedded")))
+    return _compare(card, (document.id for document in iter_documents("embedded")))
 
 
 def announced(model: Model, dataset: str) -> dict[str, Any] | None:
-    """Compare as `check` does, and print the result.
+    """Compare the installed corpus with a model's card, and print the result.
 
     Args:
-        model, dataset: see `check`.
+        model: whose card is read.
+        dataset: what this run reads.
 
     Returns:
-        The comparison as a result file holds it, with its words; None: see `check`.
+        The comparison as a result file holds it, with its words; None: there is nothing to compare.
+
+    Raises:
+        InputError: the card cannot be read.
     """
-    found = check(model, dataset)
+    found = _check(model, dataset)
     if found is None:
         return None
     print(found.words)
     return dataclasses.asdict(found) | {"words": found.words}
 
 
-def compare(card: Mapping[str, Any], document_ids: Iterable[str]) -> CardCheck:
-    """Compare a card's content with a corpus.
-
-    Args:
-        card: content of `card.json`.
-        document_ids: ids of all documents of the corpus, in its order.
-
-    Returns:
-        The comparison.
-    """
+def _compare(card: Mapping[str, Any], document_ids: Iterable[str]) -> _CardCheck:
+    """The same from a card's content and the ids of all documents of the corpus, in its order."""
     now: dict[str, list[str]] = {split: [] for split in _SECTIONS}
     for one in document_ids:
         now.get(split_of(one), []).append(one)
@@ -137,12 +122,12 @@ def compare(card: Mapping[str, Any], document_ids: Iterable[str]) -> CardCheck:
         added = gone = 0 if same else None
         if listed is not None:
             added, gone = len(here - set(listed)), len(set(listed) - here)
-        splits.append(SplitCheck(split, section["documents"], len(ids), same, added, gone))
+        splits.append(_SplitCheck(split, section["documents"], len(ids), same, added, gone))
     noted = card.get("provenance", {}).get("versions", {})
     present = {"python": python_version()}
     present |= {name: version_of(name) for name in noted if name in embedded.DISTRIBUTIONS}
     versions = {name: (noted[name], here) for name, here in present.items() if noted.get(name, here) != here}
-    return CardCheck(tuple(splits), versions)
+    return _CardCheck(tuple(splits), versions)
 
 
 def facts(found: Mapping[str, Any] | None) -> tuple[tuple[str, str], ...]:

@@ -60,29 +60,14 @@ def split_of(document_id: str) -> str:
     return name  # the shares' rounding error
 
 
-def known_split(split: str | None) -> str | None:
-    """Resolve the name of a split.
-
-    Args:
-        split: as a user gives it.
-
-    Returns:
-        A key of `SPLITS`; None: every document.
-
-    Raises:
-        CorpusError: there is no such split.
-    """
-    wanted = "train" if split == "build" else split
-    if wanted is not None and wanted not in SPLITS:
-        raise CorpusError(f"split {split!r} is not known; choose one of build, {', '.join(SPLITS)} or None")
-    return wanted
-
-
-def check_request(dataset: str | Path, split: str | None = None, limit: int | None = None) -> None:
+def check_request(dataset: str | Path, split: str | None = None, limit: int | None = None) -> str | None:
     """Check the arguments of `iter_documents` before anything is read.
 
     Args:
         dataset, split, limit: see `iter_documents`. An empty name would otherwise mean the working directory.
+
+    Returns:
+        The key of `SPLITS` that `split` names; None: every document.
 
     Raises:
         CorpusError: an empty name, an unknown split, or a limit below 1.
@@ -92,9 +77,12 @@ def check_request(dataset: str | Path, split: str | None = None, limit: int | No
             f"the dataset is {str(dataset)!r}; give 'embedded', a file, a directory ('.' is this one) or the name of a "
             "Hugging Face dataset (--dataset)"
         )
-    known_split(split)
+    wanted = "train" if split == "build" else split
+    if wanted is not None and wanted not in SPLITS:
+        raise CorpusError(f"split {split!r} is not known; choose one of build, {', '.join(SPLITS)} or None")
     if limit is not None and limit < 1:
         raise CorpusError(f"limit must be at least 1 or None for all documents, not {limit}")
+    return wanted
 
 
 def load_documents(
@@ -136,8 +124,7 @@ def iter_documents(
     Raises:
         CorpusError: nothing is found there, something in it cannot be read, or no document is left.
     """
-    check_request(dataset, split, limit)
-    wanted = known_split(split)
+    wanted = check_request(dataset, split, limit)
     found = nulls = 0
 
     def fitting() -> Iterator[Document]:

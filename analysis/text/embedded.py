@@ -62,7 +62,7 @@ def rows() -> Iterator[Row]:
         if kept is not None:
             return iter(kept)
         logger.warning("%s was damaged after it was written; the embedded corpus is parsed again", cache)
-    found = sorted(extract(), key=lambda row: text_hash(row[0]))
+    found = sorted(_extract(), key=lambda row: text_hash(row[0]))
     save(found, cache)
     return iter(found)
 
@@ -79,12 +79,8 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def extract() -> Iterator[Row]:
-    """Parse the sources.
-
-    Returns:
-        Text and group of every document, in order of package, path and line.
-    """
+def _extract() -> Iterator[Row]:
+    """Text and group of every document, parsed from the sources, in order of package, path and line."""
     seen_lines: set[str] = set()
     files = [*_standard_library(), *(file for name in DISTRIBUTIONS for file in _distribution(name))]
     for path, group in progress_bar(files, desc="embedded corpus", unit="file", leave=False):

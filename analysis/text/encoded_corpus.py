@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.text.corpus import Document, check_request, iter_documents, known_split, split_of
+from analysis.text.corpus import Document, check_request, iter_documents, split_of
 from analysis.text.encoding import Drawn, Encoded, iter_encode
 from analysis.text.prepared import Prepared, is_prepared, open_prepared
 from analysis.text.sources import CorpusError
@@ -46,7 +46,7 @@ class EncodedCorpus:
         Raises:
             CorpusError: an unknown split, a limit below 1, or an empty name.
         """
-        check_request(dataset, split, limit)
+        self._wanted = check_request(dataset, split, limit)
         given = {"dataset": dataset, "split": split, "limit": limit, "text_column": text_column}
         self.request: dict[str, Any] = given
         self.about: dict[str, Any] = self.request
@@ -88,8 +88,8 @@ class EncodedCorpus:
                 f"{folder} holds the id {prepared.manifest.max_id} but the model's vocab_size is "
                 f"{self._config.vocab_size}; prepare the dataset with this model's tokenizer"
             )
-        wanted, found = known_split(split), 0
-        for document in islice((one for one in prepared if wanted in (None, split_of(one.id))), limit):
+        found = 0
+        for document in islice((one for one in prepared if self._wanted in (None, split_of(one.id))), limit):
             found += 1
             yield document
         if not found:

@@ -96,18 +96,6 @@ class Manifest:
     drawn: Drawn | None = None  # how these documents came out of the dataset; None: an older folder, not recorded
     version: int = VERSION
 
-    def answers(self, request: Request, tokenizer: PreTrainedTokenizerBase) -> bool:
-        """Check whether the folder holds what is asked for.
-
-        Args:
-            request: what is asked for.
-            tokenizer: whose ids are asked for.
-
-        Returns:
-            True if both are those of the folder.
-        """
-        return (self.request, self.tokenizer) == (request, tokenizer_hash(tokenizer))
-
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:

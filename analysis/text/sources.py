@@ -143,25 +143,30 @@ def _text_records(path: Path, _: str) -> Iterator[Record]:
 
 def _json_records(path: Path, text_column: str) -> Iterator[Record]:
     """The lines of a file, or the records of the list that a `.json` file may hold."""
+    for where, fields in _json_values(path):
+        if not isinstance(fields, dict):
+            raise CorpusError(f'{where}: expected an object such as {{"{text_column}": "..."}}')
+        yield _record(fields, text_column, where, stem_of(path))
+
+
+def _json_values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every value with its place, for messages."""
     listed = _suffixes(path)[0] == ".json" and _begins_list(_first_line(path))
     with _opened(path) as file:
         if listed:
             try:
-                lines = list(enumerate(json.load(file)))
+                values = json.load(file)
             except ValueError as error:
                 raise CorpusError(f"{path}: not a JSON list ({error}); fix the file") from error
-        for number, line in lines if listed else enumerate(file, start=1):
-            where = f"{path}, {'record' if listed else 'line'} {number}"
-            if not listed:
-                if not line.strip():
-                    continue
+            yield from ((f"{path}, record {number}", value) for number, value in enumerate(values))
+            return
+        for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            if line.strip():
                 try:
-                    line = json.loads(line)
+                    yield where, json.loads(line)
                 except ValueError as error:  # malformed JSON, or not UTF-8
                     raise CorpusError(f"{where}: not a JSON object ({error}); fix or remove the line") from error
-            if not isinstance(line, dict):
-                raise CorpusError(f'{where}: expected an object such as {{"{text_column}": "..."}}')
-            yield _record(line, text_column, where, stem_of(path))
 
 
 def _parquet_records(path: Path, text_column: str) -> Iterator[Record]:
@@ -318,20 +323,17 @@ def _hub_records(dataset: str, text_column: str) -> Iterator[Record]:
         ) from error
 
     def streamed() -> Iterator[Record]:
-        row = -1
-        rows = iter(stream)
-        while True:
-            try:
-                fields = next(rows)
-            except StopIteration:
-                return
-            except Exception as error:  # as above
-                raise CorpusError(
-                    f"{dataset}: reading stopped after {row + 1:,} rows ({type(error).__name__}: {error}); "
-                    "check the network and run this again"
-                ) from error
-            row += 1
-            yield _record(fields, text_column, f"{dataset}, row {row}", name)
+        read = 0
+        try:
+            for read, fields in enumerate(stream, start=1):
+                yield _record(fields, text_column, f"{dataset}, row {read - 1}", name)
+        except CorpusError:
+            raise
+        except Exception as error:  # as above
+            raise CorpusError(
+                f"{dataset}: reading stopped after {read:,} rows ({type(error).__name__}: {error}); "
+                "check the network and run this again"
+            ) from error
 
     return _joined_articles(streamed()) if "wikitext" in name.lower() else streamed()
 

@@ -70,7 +70,7 @@ from analysis.command import path_argument, program
 from analysis.report.output import Output
 from analysis.traces import trace as trace_file
 from analysis.traces.capture import captured_layers, on_all_layers, zero_layers
-from analysis.traces.trace import ORIGIN, SCORES, TOLERANCE, Trace, TraceError
+from analysis.traces.trace import ORIGIN, TOLERANCE, Trace, TraceError, field_faults
 from varjax.errors import InputError
 
 _MAX_EXPERTS = 2**15 - 1  # ids are int16
@@ -161,23 +161,9 @@ def _fields(path: Path) -> dict[str, Any]:
         raise TraceError(f"{path}: not valid JSON ({error}); fix the file") from error
     if not isinstance(fields, dict):
         raise TraceError(f"{path}: holds a JSON {type(fields).__name__}, expected an object with num_layers, …")
-    faults = []
-    for name in ("num_layers", "num_experts", "top_k"):
-        value = fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
-        elif name == "num_experts" and value > _MAX_EXPERTS:
-            faults.append(f"num_experts is {value:,}, expected at most {_MAX_EXPERTS:,}")
-    for name in ("document_group", "document_id", "token_strings"):
-        value = fields.get(name, [])
-        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-            faults.append(f"{name} is not a list of strings")
-    if not isinstance(fields.get("ranked", False), bool):
-        faults.append(f"ranked is {fields['ranked']!r}, expected true or false")
-    if fields.get("probs_over") not in (None, "all", "chosen"):
-        faults.append(f"probs_over is {fields['probs_over']!r}, expected 'all' or 'chosen'")
-    if fields.get("scores") not in (None, *SCORES):
-        faults.append(f"scores is {fields['scores']!r}, expected one of {', '.join(SCORES)}")
+    faults = field_faults(fields)
+    if not faults and fields["num_experts"] > _MAX_EXPERTS:
+        faults.append(f"num_experts is {fields['num_experts']:,}, expected at most {_MAX_EXPERTS:,}")
     if faults:
         raise TraceError(f"{path}: {'; '.join(faults)}; fix these fields")
     return fields

@@ -269,6 +269,34 @@ def is_trace(schema: pa.Schema) -> bool:
     return _HEADER in (schema.metadata or {})
 
 
+def field_faults(fields: Mapping[str, Any]) -> list[str]:
+    """Check the fields that describe a trace, in the header of a trace file or in another program's JSON.
+
+    Args:
+        fields: those that have to be there and any of the optional ones.
+
+    Returns:
+        What is wrong with them.
+    """
+    faults = []
+    for name in ("num_layers", "num_experts", "top_k"):
+        value = fields.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            faults.append(f"{name} is {value!r}, expected a whole number of at least 1")
+    for name in ("ranked", "entropy"):
+        if not isinstance(fields.get(name, False), bool):
+            faults.append(f"{name} is {fields[name]!r}, expected true or false")
+    if fields.get("probs_over") not in (None, "all", "chosen"):
+        faults.append(f"probs_over is {fields['probs_over']!r}, expected 'all', 'chosen' or null")
+    if fields.get("scores") not in (None, *SCORES):
+        faults.append(f"scores is {fields['scores']!r}, expected one of {', '.join(SCORES)}")
+    for name in ("notes", "document_group", "document_id", "token_strings"):
+        value = fields.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            faults.append(f"{name} is not a list of strings")
+    return faults
+
+
 def _faults(trace: Trace) -> Iterable[str]:
     """Everything that does not fit together. Shapes come first, since nothing else can be checked without them."""
     n, shape = len(trace.token_id), trace.experts.shape
@@ -357,24 +385,14 @@ def _header(schema: pa.Schema) -> dict[str, Any]:
     if not isinstance(header, dict) or header.get("version") != _VERSION:
         version = header.get("version") if isinstance(header, dict) else None
         raise TraceError(f"trace version {version}, this varjax reads {_VERSION}")
-    header = {"entropy": False, "scores": "softmax", "notes": []} | header
-    for name in ("num_layers", "num_experts", "top_k"):
-        value = header.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise TraceError(f"metadata {name} is {value!r}, expected a whole number of at least 1")
-    expected = {
-        "ranked": ("true or false", isinstance(header.get("ranked"), bool)),
-        "entropy": ("true or false", isinstance(header["entropy"], bool)),
-        "probs_over": ("'all', 'chosen' or null", header.get("probs_over", "") in ("all", "chosen", None)),
-        "scores": (f"one of {', '.join(SCORES)}", header["scores"] in SCORES),
-    }
-    for name, (what, fits) in expected.items():
-        if not fits:
-            raise TraceError(f"metadata {name} is {header.get(name)!r}, expected {what}")
-    if not isinstance(header["notes"], list) or not all(isinstance(note, str) for note in header["notes"]):
-        raise TraceError("metadata notes is not a list of strings")
+    default: dict[str, Any] = {"ranked": None, "probs_over": "", "entropy": False, "scores": "softmax", "notes": []}
+    header = default | header
+    faults = field_faults(header)
+    if faults:
+        raise TraceError(f"metadata {'; '.join(faults)}")
     if header["scores"] == "none":
-        header |= {"probs_over": None, "scores": "softmax"}
+        header["probs_over"] = None
+    header["scores"] = {None: "softmax", "none": "softmax"}.get(header["scores"], header["scores"])
     columns = {"document", "group", "position", "token_id", "token_str", "experts"}
     columns |= {name for name, there in (("probs", header["probs_over"]), ("entropy", header["entropy"])) if there}
     missing = sorted(columns - set(schema.names))

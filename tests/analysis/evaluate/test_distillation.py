@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from analysis.checkpoints import Checkpoints
-from analysis.collect.answers import collect_answers
-from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.distillation import DistillConfig, _lines, distill
 from analysis.evaluate.losses import plain_runner, score, var_runner
 from varjax.config import LayerPolicy, VARConfig
@@ -16,26 +14,25 @@ from varjax.routing import NO_ANSWER
 from varjax.shrinkage import lineage, shrunk
 from varjax.table import build_table
 
-READING = {"batch_size": 4, "max_length": 16, "progress": False}
+READING = {"batch_size": 20, "max_length": 16, "progress": False}
 POLICY = LayerPolicy(experts_kept=0, ngram_orders=(1, 2), frequency_threshold=3, entropy_threshold=5.0)
 CONFIG = VARConfig(default=POLICY, cache_size=0)
 SETTINGS = DistillConfig(steps=52, batch_size=8, max_length=16, learning_rate=0.03, min_count=8)
 
 
 @pytest.fixture(scope="module")
-def collected(saved_model, even_documents):
-    keys = choose_keys(saved_model, even_documents[:80], 16, KeySettings(orders=(1, 2), min_count=3))
-    stats = collect(saved_model, even_documents[:80], keys, **READING)
-    return stats, collect_answers(saved_model, even_documents[:80], stats.keys, range(2), **READING)
+def checkpoints(tmp_path_factory) -> dict:
+    """Arguments of a run that saves what it did."""
+    return {"checkpoints": Checkpoints(tmp_path_factory.mktemp("steps")), "save_steps": 25, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def distilled(saved_model, even_documents, collected):
-    return distill(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, progress=False)
+def distilled(saved_model, even_documents, collected, checkpoints):
+    return distill(saved_model, *collected[:2], even_documents[:80], CONFIG, SETTINGS, **checkpoints)
 
 
 def test_training_brings_the_model_nearer_to_the_full_one(saved_model, even_documents, collected, distilled):
-    stats, answers = collected
+    stats, answers, _ = collected
     plain, _ = score(plain_runner(saved_model), None, even_documents[:80], **READING)
     losses = {}
     for name, some in {"means": answers, "distilled": distilled.answers}.items():
@@ -59,15 +56,9 @@ def test_training_leaves_the_deviations_and_what_no_trained_answer_stands_above(
         np.testing.assert_array_equal(after.answers[alone], before.answers[alone])
 
 
-def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, even_documents, collected, distilled, tmp_path):
-    def run(checkpoints):
-        options = {"checkpoints": checkpoints, "save_steps": 25, "progress": False}
-        return distill(saved_model, *collected, even_documents[:80], CONFIG, SETTINGS, **options)
-
-    saved = Checkpoints(tmp_path)
-    run(saved)
-    saved = Checkpoints(tmp_path)
-    again = run(saved)  # as if killed after the last checkpoint
+def test_a_resumed_run_ends_as_if_it_had_never_stopped(saved_model, even_documents, collected, distilled, checkpoints):
+    """As if killed after the last checkpoint."""
+    again = distill(saved_model, *collected[:2], even_documents[:80], CONFIG, SETTINGS, **checkpoints)
     np.testing.assert_allclose(again.divergence, distilled.divergence, rtol=1e-4)
     np.testing.assert_allclose(again.answers.mean, distilled.answers.mean, rtol=1e-5, atol=1e-6)
 
@@ -87,7 +78,7 @@ def test_a_line_of_descent_names_the_trained_ones_among_an_answer_and_those_abov
 
 
 def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, even_documents, collected):
-    stats, answers = collected
+    stats, answers, _ = collected
     settings = dataclasses.replace(SETTINGS, steps=1, min_count=1)
     found = distill(saved_model, stats, answers, even_documents[:1], CONFIG, settings, progress=False).answers
     moved = [
@@ -102,6 +93,6 @@ def test_errors(saved_model, even_documents, collected, distilled):
         distill(saved_model, collected[0], distilled.answers, even_documents, CONFIG, SETTINGS)
     few = dataclasses.replace(SETTINGS, min_count=10**9)
     with pytest.raises(ValueError, match=r"layer 0 has no answer of min_count=1000000000 occurrences"):
-        distill(saved_model, *collected, even_documents, CONFIG, few)
+        distill(saved_model, *collected[:2], even_documents, CONFIG, few)
     with pytest.raises(ValueError, match=r"steps=0: expected at least 1; learning_rate=0: expected more than 0"):
         DistillConfig(steps=0, learning_rate=0)

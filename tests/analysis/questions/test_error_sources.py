@@ -13,13 +13,13 @@ from analysis.questions.error_sources import (
     Change,
     ErrorSources,
     Group,
-    Runs,
     _dropping,
     _frequency_deciles,
     _groups,
     _id_frequency,
     _kinds,
     _layers_alone,
+    _Runs,
     _sections,
     examine,
 )
@@ -48,11 +48,11 @@ def run_of(saved_model, collected):
 
 @pytest.fixture(scope="module")
 def runs_of(saved_model, collected):
-    def make(**settings) -> Runs:
+    def make(**settings) -> _Runs:
         caching = Caching(shared=settings.get("cache_size", 0) > 0)
         config = VARConfig(**{"cache_size": 0, "default": POLICY} | settings)
         settings = {"samples": 50, "progress": False, "caching": caching, **READING}
-        return Runs.of(Subject(saved_model, *collected[:2], config, collected.held_out, **settings))
+        return _Runs.of(Subject(saved_model, *collected[:2], config, collected.held_out, **settings))
 
     return make
 

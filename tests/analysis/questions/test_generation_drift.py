@@ -3,7 +3,6 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.losses import Caching, plain_runner, score
 from analysis.questions.generation_drift import (
     NOTHING,
@@ -24,14 +23,13 @@ SIZES = {"prompts": 12, "prompt_tokens": 6, "new_tokens": 10, "batch_size": 8, "
 
 
 @pytest.fixture(scope="module")
-def var_model(saved_model, documents):
-    """Every known token runs one expert, and nothing stands in for the other."""
-    some = [dataclasses.replace(document, ids=document.ids[:16]) for document in documents[:60]]
-    reading = {"batch_size": 16, "max_length": 16, "progress": False}
-    stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), 2)), **reading)
-    policy = LayerPolicy(experts_kept=0, use_answers=False, frequency_threshold=2, entropy_threshold=9.0)
+def var_model(saved_model, collected):
+    """Every known token runs one expert, and nothing replaces the other."""
+    policy = LayerPolicy(
+        experts_kept=0, use_answers=False, ngram_orders=(1,), frequency_threshold=3, entropy_threshold=9.0
+    )
     config = VARConfig(cache_size=0, default=policy)
-    return VARModel(saved_model, config, table=build_table(config, stats, top_k=2))
+    return VARModel(saved_model, config, table=build_table(config, collected.stats, top_k=2))
 
 
 def test_agreement_by_position_of_a_hand_made_example():

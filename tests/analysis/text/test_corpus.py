@@ -322,7 +322,7 @@ class TestEmbedded:
         parsed = load_documents("embedded")
         (cache,) = (tmp_path / "varjax").iterdir()
         assert cache.suffix == ".jsonl"
-        monkeypatch.setattr(embedded, "extract", lambda: pytest.fail("parsed again"))
+        monkeypatch.setattr(embedded, "_extract", lambda: pytest.fail("parsed again"))
         assert load_documents("embedded") == parsed
 
     def test_other_versions_do_not_share_a_cache(self, monkeypatch):
@@ -357,7 +357,7 @@ def test_near_copies_are_left_out(tmp_path, monkeypatch):
     files = [(tmp_path / "a.py", "a"), (tmp_path / "b.py", "b")]
     monkeypatch.setattr(embedded, "_standard_library", lambda: iter(files))
     monkeypatch.setattr(embedded, "DISTRIBUTIONS", ())
-    assert [group for _, group in embedded.extract()] == ["a"]
+    assert [group for _, group in embedded._extract()] == ["a"]
 
 
 def test_a_streamed_dataset_is_read_as_it_comes_and_a_stream_that_breaks_off_is_explained(monkeypatch):
