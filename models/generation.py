@@ -184,7 +184,9 @@ class Step(Protocol):
     donated: the loop does not use them after the call.
     """
 
-    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]: ...
+    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
+        """Run the next ids of each text."""
+        ...
 
 
 def generate(
