@@ -42,24 +42,24 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--orders", type=int, nargs="+", default=keys.orders, help="context lengths, in token ids")
     options.add_argument("--layers", type=int, nargs="+", help="layers to collect (default: all)")
     options.add_argument(
-        "--residuals",
+        "--answers",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="collect the answers (each expert's mean output at a key) in a second pass",
     )
     options.add_argument(
-        "--residual_orders", type=int, nargs="+", help="context lengths that get answers (default: 1 to 3)"
+        "--answer_orders", type=int, nargs="+", help="context lengths that get answers (default: 1 to 3)"
     )
     add_options(
         options,
         ("split", str, "build", "documents to learn from; 'all' for every document"),
         ("min_count", int, keys.min_count, "fewest occurrences of a key"),
         ("max_keys", int, keys.max_keys, "most keys over all context lengths"),
-        ("residual_min_count", int, defaults.residual_min_count, "fewest occurrences of a key with answers"),
+        ("answer_min_count", int, defaults.answer_min_count, "fewest occurrences of a key with answers"),
         ("trace_tokens", int, 200_000, "tokens in the trace; 0 for no trace"),
         ("save_tokens", int, defaults.save_tokens, "tokens between checkpoints"),
         ("stats_gib", float, defaults.stats_bytes / GIB, "memory for statistics per device, GiB"),
-        ("residual_gib", float, defaults.residual_bytes / GIB, "memory for the sums of answers per device, GiB"),
+        ("answer_gib", float, defaults.answer_bytes / GIB, "memory for the sums of answers per device, GiB"),
     )
     add_hosts(options)
     options.add_argument(
@@ -92,14 +92,14 @@ def _merge(args: argparse.Namespace, output: Output) -> None:
 def _collect(args: argparse.Namespace, output: Output) -> None:
     """Collect this process's share of the documents; the first process writes what all of them found."""
     orders = tuple(sorted(set(args.orders)))
-    answered = args.residual_orders or set(CollectSettings().residual_orders) & set(orders)
+    answered = args.answer_orders or set(CollectSettings().answer_orders) & set(orders)
     settings = CollectSettings(
         keys=KeySettings(orders, args.min_count, args.max_keys),
         layers=args.layers and tuple(sorted(set(args.layers))),
-        residual_orders=tuple(sorted(set(answered))) if args.residuals else (),
-        residual_min_count=args.residual_min_count,
+        answer_orders=tuple(sorted(set(answered))) if args.answers else (),
+        answer_min_count=args.answer_min_count,
         stats_bytes=int(args.stats_gib * GIB),
-        residual_bytes=int(args.residual_gib * GIB),
+        answer_bytes=int(args.answer_gib * GIB),
         batch_size=args.batch_size,
         max_length=args.max_length,
         save_tokens=args.save_tokens,
@@ -119,7 +119,7 @@ def _collect(args: argparse.Namespace, output: Output) -> None:
     _print_keys(found.keys)
     if found.stats.documents == 1:
         print("one document: nothing can be tested on unseen text; divide a text file by lines <|endofdoc|>")
-    if settings.residual_orders:
+    if settings.answer_orders:
         print(
             f"answers at {found.answered:,} of the {found.answerable:,} keys that are frequent enough, "
             f"for {found.pairs:,} pairs of a key and an expert in each layer at most"

@@ -221,7 +221,7 @@ def make_subject(
     """
     stats, answers = load_statistics(model, files)
     if answers is None:
-        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --residuals")
+        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --answers")
     more |= {name: getattr(args, name) for name in ("batch_size", "max_length", "seed")}
     more |= {"caching": Caching.of(args), "table_sha256": files.digest()}
     return Subject(model, stats, answers, config, documents, **more)

@@ -28,7 +28,7 @@ def command(model_directory, even_corpus):
     """`command(output, *more)`: Phase 1 on the tiny model as a user would start it."""
     reading = ("--max_length", "16", "--batch_size", "1", "--save_tokens", "400")
     reading += ("--split", "all", "--num_samples", "160")
-    keys = ("--min_count", "3", "--residual_min_count", "5", "--trace_tokens", "0")
+    keys = ("--min_count", "3", "--answer_min_count", "5", "--trace_tokens", "0")
     script = str(ROOT / "experiments" / "01_routing_analysis.py")
 
     def make(output: Path, *more: str) -> list[str]:
@@ -70,7 +70,7 @@ def header(path: Path) -> dict:
 
 def test_killed_twice_and_resumed_with_the_same_settings_alone_the_file_is_the_same(script, command, whole, tmp_path):
     moment, work = random.Random(0), tmp_path / "routing_checkpoints" / "process-0"
-    for stage in ("statistics/checkpoint.safetensors", "residuals/checkpoint.safetensors"):  # while either is collected
+    for stage in ("statistics/checkpoint.safetensors", "answers/checkpoint.safetensors"):  # while either is collected
         process = start(command(tmp_path))
         while process.poll() is None and not list(work.glob(stage)):
             time.sleep(0.005)
@@ -162,7 +162,7 @@ def test_two_processes_give_the_result_of_one_though_one_is_killed(command, whol
 
     There is room for the likeliest answers only: each process takes its own.
     """
-    bounded = ("--num_processes", "2", "--residual_gib", "7.5e-6")  # 8,053 bytes
+    bounded = ("--num_processes", "2", "--answer_gib", "7.5e-6")  # 8,053 bytes
     shares = [command(tmp_path, *bounded, "--process_id", str(index)) for index in range(2)]
     work = tmp_path / "routing_checkpoints" / "process-1"
     first, second = start(shares[0], 2), start(shares[1], 2)
@@ -201,7 +201,7 @@ def test_runs_merged_equal_one(script, command, whole, tmp_path):
 
 
 WRONG = {
-    "residual orders [2] are not among the orders (1,)": ("--orders", "1", "--residual_orders", "2"),
+    "answer orders [2] are not among the orders (1,)": ("--orders", "1", "--answer_orders", "2"),
     "layers [0, 9]: expected some of 0 to 1": ("--layers", "9", "0"),
     "batch_size=0: expected at least 1": ("--batch_size", "0"),
     "min_count=0: expected at least 1": ("--min_count", "0"),
@@ -221,7 +221,7 @@ def test_rows_of_a_former_run_do_not_survive_its_statistics(script, command, who
     for name in (STATS, ROWS):
         shutil.copy(whole / name, tmp_path)
     (tmp_path / "routing_trace.parquet").touch()
-    script(*command(tmp_path, "--no-residuals")[1:])
+    script(*command(tmp_path, "--no-answers")[1:])
     assert (tmp_path / STATS).is_file()
     assert not (tmp_path / ROWS).exists() and not (tmp_path / "routing_trace.parquet").exists()
 
