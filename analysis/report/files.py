@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from analysis.report.figures import save
 from analysis.report.html import INDEX, is_foreign, page, write_index
@@ -18,15 +15,7 @@ from varjax.files import replacing
 
 
 def write_report(
-    report: Report,
-    output: Output | Path,
-    name: str | None = None,
-    *,
-    beside: Mapping[str, Any] | None = None,
-    figures: Mapping[str, Figure] | None = None,
-    earlier: Collection[str] = (),
-    prefix: str | None = None,
-    index: bool | None = None,
+    report: Report, output: Output, name: str | None = None, *, beside: Mapping[str, Any] | None = None
 ) -> Report:
     """Write a report as text, JSON and a page, and its figures, each file whole or not at all.
 
@@ -42,33 +31,23 @@ def write_report(
     Returns:
         The report with its figures marked as saved, so that it can be written again with more sections.
     """
-    if isinstance(output, Path):  # the arguments figures, earlier, prefix and index go when nobody uses them
-        output = Output(output, output, name or "", named=index is False)
-    prefix = output.prefix if prefix is None else prefix
-    stem = output.stem if name is None else name
-    folder = output.folder
+    folder, prefix, stem = output.folder, output.prefix, output.stem if name is None else name
     folder.mkdir(parents=True, exist_ok=True)
-    for figure_name, drawn in (figures or {}).items():
-        save(drawn, folder, f"{prefix}{figure_name}")
-    saved = {*(figures or {}), *earlier}
     for figure in (one for section in report.sections for one in section.figures):
-        if figure.draw is not None and figure.name not in saved:
+        if figure.draw is not None:
             save(figure.draw(), folder, f"{prefix}{figure.name}")
     named = _with_figures(report, lambda one: dataclasses.replace(one, name=f"{prefix}{one.name}"))
     with replacing(folder / f"{stem}.txt") as temporary:
         temporary.write_text(text(report), encoding="utf-8")
     write_json(folder / f"{stem}.json", fields(named) | dict(beside or {}))
     listed = (not output.named or (folder / INDEX).is_file()) and not is_foreign(folder)
-    pngs = (folder / f"{one.name}.png" for section in named.sections for one in section.figures)
-    images = {path.stem: path.read_bytes() for path in pngs if path.is_file()}
+    names = [one.name for section in named.sections for one in section.figures]
+    images = {name: (folder / f"{name}.png").read_bytes() for name in names}
     with replacing(folder / f"{stem}.html") as temporary:
         temporary.write_text(page(named, images, INDEX if listed else None), encoding="utf-8")
     if listed:
         write_index(folder)
     return _with_figures(report, lambda one: dataclasses.replace(one, draw=None))
-
-
-write_output = write_report
 
 
 def _with_figures(report: Report, change: Callable[[ReportFigure], ReportFigure]) -> Report:
