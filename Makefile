@@ -60,7 +60,7 @@ notebooks: $(BASE)
 # Few keys and answers, so that the files stay small: documents of the build split, a policy chosen on the tune split.
 reference: $(BASE)
 	$(BIN)/python experiments/01_routing_analysis.py --num_samples 1500 --orders 1 2 --min_count 20 --max_keys 1500 \
-	  --residual_min_count 20 --residual_gib 0.004 --trace_tokens 0 --output build/reference
+	  --answer_min_count 20 --answer_gib 0.004 --trace_tokens 0 --output build/reference
 	$(BIN)/python experiments/02_evaluate_var.py --mode var --routing_stats build/reference/routing_stats.parquet \
 	  --search_policy --tune_samples 80 --num_samples 150 --no_throughput --output build/reference/policy.json
 	cp build/reference/routing_stats.parquet build/reference/routing_stats.answers.safetensors models/reference

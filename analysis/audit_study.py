@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,13 +52,6 @@ from varjax.table import RouteTable
 NOISE = (0.1, 0.3, 1.0)  # of the planted checkpoints, as a share of each tensor's standard deviation
 _SAME, _SHUFFLED = "same domain", "answers shuffled"
 _RECALIBRATED = f"{_SAME}, recalibrated"  # the situation that the promise is about: calibration and run are both random
-
-
-class Situation(NamedTuple):
-    """What runs, and on which documents."""
-
-    var_model: VARModel
-    documents: Sequence[Encoded]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +130,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     seen = {}
     for name, situation in _situations(args, model, var_model).items():
         print(name, file=sys.stderr)
-        seen[name] = _look_at(situation, args.share, args.seed, **reading)
+        seen[name] = _look_at(*situation, args.share, args.seed, **reading)
 
     outcomes = _judge(seen, calibration, sums, var_model, args)
     same = seen[_SAME]
@@ -176,7 +169,9 @@ def _documents(model: Model, dataset: str, split: str | None, limit: int) -> lis
     return list(EncodedCorpus(dataset, split, limit, model.tokenizer, model.config))
 
 
-def _situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> dict[str, Situation]:
+def _situations(
+    args: argparse.Namespace, model: Model, var_model: VARModel
+) -> dict[str, tuple[VARModel, list[Encoded]]]:
     """Nothing wrong first, then faults of the model that neither fingerprint nor config shows, then other texts."""
     held_out = _documents(model, args.dataset, "test", args.num_samples)
     some, config, table = held_out[: args.fault_samples], var_model.config, var_model.table
@@ -190,16 +185,16 @@ def _situations(args: argparse.Namespace, model: Model, var_model: VARModel) -> 
     for scale in NOISE:
         other = _perturbed(model, scale, jax.random.key(args.seed))
         faulty[f"weights + {scale:.0%} noise"] = VARModel(other, config, table=table)
-    found = {_SAME: Situation(var_model, held_out)}
-    found |= {name: Situation(wrong, some) for name, wrong in faulty.items()}
-    found["random token ids"] = Situation(var_model, _random_texts(some, model.config.vocab_size, args.seed))
+    found = {_SAME: (var_model, held_out)}
+    found |= {name: (wrong, some) for name, wrong in faulty.items()}
+    found["random token ids"] = (var_model, _random_texts(some, model.config.vocab_size, args.seed))
     for path in args.foreign:
         texts = list(_passages(_documents(model, path, None, args.fault_samples), args.max_length))
         if not texts:
             raise InputError(
                 f"--foreign {path}: no document has {args.max_length} tokens; give longer ones or less --max_length"
             )
-        found[Path(path).stem] = Situation(var_model, texts[: args.fault_samples])
+        found[Path(path).stem] = (var_model, texts[: args.fault_samples])
     return found
 
 
@@ -238,9 +233,8 @@ def _passages(documents: Sequence[Encoded], length: int) -> Iterator[Encoded]:
             yield dataclasses.replace(document, ids=document.ids[start : start + length])
 
 
-def _look_at(situation: Situation, share: float, seed: int, **reading: Any) -> Seen:
+def _look_at(var_model: VARModel, texts: Sequence[Encoded], share: float, seed: int, **reading: Any) -> Seen:
     """Run the documents under audit, and with and without VAR."""
-    var_model, texts = situation
     tally, _ = tally_documents(var_model, texts, share, seed=seed, **reading)
     off = var_model.disabled()
     plain, _ = score(var_runner(off), off.init(), texts, **reading)

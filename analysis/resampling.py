@@ -184,11 +184,11 @@ def allowed(repeats: int, error: float) -> float:
     """Compute the share of failures that is still compatible with a promised error: three standard errors above it.
 
     Args:
-        repeats: the number of trials.
-        error: the promised probability of a failure.
+        repeats: number of trials.
+        error: promised probability of a failure.
 
     Returns:
-        The largest acceptable share of failures.
+        The largest acceptable share.
     """
     return error + 3 * math.sqrt(error * (1 - error) / repeats)
 

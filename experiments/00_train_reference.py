@@ -1,9 +1,8 @@
-"""Train a small model on the embedded corpus, and write its card: the Mixtral-format reference model, or any shape.
+"""Train a small model on the embedded corpus and write its card: the Mixtral-format reference model, or any shape.
 
-  --config my_config.json    the shape, a config.json of any family that the decoder knows (see experiments/configs)
-
-The tokenizer in --output is used; where there is none, one with the config's vocabulary is trained. A killed run
-continues from its last checkpoint when the same command is given again.
+--config takes the config.json of any family that the decoder knows (see experiments/configs); for NAME.json the model
+goes to checkpoints/NAME unless --output says otherwise. The tokenizer in --output is used; if there is none, one with
+the config's vocabulary is trained. Rerun the same command to resume a killed run from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from analysis.text.card import named
 from analysis.text.corpus import Document, corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode
 from analysis.text.ngram_baselines import ngram_losses
-from experiments.arguments import HelpFormatter, add_mesh, asked_mesh
+from experiments.arguments import HelpFormatter, add_mesh, add_options, asked_mesh
 from models import Model, MoEConfig, load_model
 from models.config import read_config
 from models.experts import get_engine
@@ -54,29 +53,27 @@ CONFIG = MoEConfig(
     rope_theta=1e4,
     max_position_embeddings=256,
 )
-OUTPUT = Path("models/reference")  # of the checkout that one stands in, not of the installed package
+OUTPUT = Path("models/reference")  # in the checkout
 
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Run the program."""
     defaults = TrainConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--config", type=path_argument, help="shape of the model; none: the reference model's")
-    parser.add_argument(
-        "--output",
-        type=path_argument,
-        help="directory of the model; none: models/reference, or checkpoints/NAME for a --config called NAME.json",
+    add_options(
+        parser,
+        ("config", path_argument, None, "shape of the model as a config.json (default: the reference model's)"),
+        ("output", path_argument, None, "directory of the model (default: models/reference, or checkpoints/NAME)"),
+        ("checkpoints", path_argument, None, "directory of the checkpoints (default: results/train_NAME)"),
+        ("steps", int, defaults.steps, "training steps"),
+        ("batch_size", int, defaults.batch_size, "sequences per step"),
+        ("length", int, defaults.length, "tokens per sequence"),
+        ("learning_rate", float, defaults.learning_rate, "peak learning rate"),
+        ("balance", float, defaults.balance, "weight of the load-balancing loss"),
+        ("seed", int, defaults.seed, "seed of the parameters and of the order of the data"),
+        ("save_every", int, 100, "steps between checkpoints"),
     )
-    parser.add_argument(
-        "--checkpoints", type=path_argument, help="for resuming; none: results/train_NAME, as --output's"
-    )
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--batch_size", type=int, default=defaults.batch_size, help="sequences per step")
-    parser.add_argument("--length", type=int, default=defaults.length, help="tokens per sequence")
-    parser.add_argument("--learning_rate", type=float, default=defaults.learning_rate, help="peak")
-    parser.add_argument("--balance", type=float, default=defaults.balance, help="weight of the load-balancing loss")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     add_mesh(parser)
     args = parser.parse_args(arguments)
 
@@ -84,16 +81,16 @@ def main(arguments: Sequence[str] | None) -> None:
     output = args.output or (OUTPUT if args.config is None else Path("checkpoints") / args.config.stem)
     checkpoints = args.checkpoints or Path("results") / f"train_{output.name}"
     with Output.of(output, "model", DIRECTORY).locked():
-        make(args, config, output, checkpoints)
+        _make(args, config, output, checkpoints)
 
 
-def make(args: argparse.Namespace, config: MoEConfig, output: Path, checkpoints: Path) -> None:
+def _make(args: argparse.Namespace, config: MoEConfig, output: Path, checkpoints: Path) -> None:
     """Train the model, save it and write its card."""
     train = TrainConfig(
         args.steps, args.batch_size, args.length, args.learning_rate, balance=args.balance, seed=args.seed
     )
     texts = load_documents("embedded", split="train")
-    documents, end = tokenize(texts, config, output)
+    documents, end = _tokenize(texts, config, output)
     work = {
         "config": dataclasses.asdict(config),
         "train": vars(train),
@@ -107,15 +104,15 @@ def make(args: argparse.Namespace, config: MoEConfig, output: Path, checkpoints:
     steps = train_steps(config, train, get_engine(), rows, checkpoints, args.save_every, placement)
     with progress_bar(total=train.steps, unit="step", mininterval=10) as bar:
         for index, _, info in steps:
-            bar.update(index - bar.n)  # a resumed run begins in the middle
+            bar.update(index - bar.n)  # a resumed run starts in the middle
             if index % 20 == 0:
                 bar.set_postfix(loss=f"{float(info.loss):.3f}", balance=f"{float(info.balance):.3f}", step=index)
     save_params(output, restore(config, train, checkpoints, placement).params, config, dtype="bfloat16")
-    write_card(output, train, documents, texts, seen=train.steps * train.batch_size * train.length)
+    _write_card(output, train, documents, texts, seen=train.steps * train.batch_size * train.length)
 
 
-def tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple[list[Encoded], int]:
-    """The texts in ids of the directory's tokenizer, which is trained where there is none, and the id that ends one."""
+def _tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple[list[Encoded], int]:
+    """Encode the texts with the directory's tokenizer, trained if there is none; and return the id that ends a text."""
     if load_tokenizer(directory) is None:
         trained = train_bpe((text.text for text in texts), config.vocab_size)
         save_tokenizer(trained, directory, config.max_position_embeddings)
@@ -129,13 +126,13 @@ def tokenize(texts: list[Document], config: MoEConfig, directory: Path) -> tuple
     return encode(texts, tokenizer, config), tokenizer.eos_token_id
 
 
-def described(texts: list[Document]) -> dict[str, Any]:
-    """The documents of a split, as `analysis.text.card` compares them with those of another day."""
+def _described(texts: list[Document]) -> dict[str, Any]:
+    """Describe the documents of a split, as `analysis.text.card` compares them with later ones."""
     ids = [one.id for one in texts]
     return {"documents": len(ids), "data_sha256": corpus_hash(ids), "document_ids": named(ids)}
 
 
-def write_card(
+def _write_card(
     directory: Path, train: TrainConfig, documents: list[Encoded], trained_on: list[Document], seen: int
 ) -> None:
     """Evaluate the saved model on the test split and describe it in `card.json` and `README.md`."""
@@ -146,31 +143,31 @@ def write_card(
     card: dict[str, Any] = {
         "fingerprint": model.fingerprint,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(model.params)),
-        "training": {**vars(train), "tokens_seen": seen, **described(trained_on)},
-        "test": {**scores.summary(), **described(texts)},
+        "training": {**vars(train), "tokens_seen": seen, **_described(trained_on)},
+        "test": {**scores.summary(), **_described(texts)},
         "nats_per_token": {"model": scores.nll_per_token, **ngram_losses(documents, held_out, model.config.vocab_size)},
-        "expert_load": expert_load(model, held_out, train).tolist(),
+        "expert_load": _expert_load(model, held_out, train).tolist(),
         "provenance": provenance(seed=train.seed),
     }
     write_json(directory / "card.json", card)
-    text = card_text(card, model.config, title="The reference model" if directory == OUTPUT else directory.name)
+    text = _card_text(card, model.config, title="The reference model" if directory == OUTPUT else directory.name)
     with replacing(directory / "README.md") as temporary:
         temporary.write_text(text)
     print(text)
 
 
-def expert_load(model: Model, documents: list[Encoded], train: TrainConfig) -> np.ndarray:
+def _expert_load(model: Model, documents: list[Encoded], train: TrainConfig) -> np.ndarray:
     """float64 [L, E]: share of the assignments that each expert gets."""
-    load = np.zeros((model.config.num_layers, model.config.num_experts + 1))
+    slots = model.config.num_experts + 1  # the last one counts the unused slots of padding
+    load = np.zeros((model.config.num_layers, slots))
     for batch in batches(documents, train.batch_size, train.length):
         experts = np.asarray(model(batch.ids, batch.mask).routing.experts)
-        for layer, chosen in enumerate(experts):
-            load[layer] += np.bincount(chosen.ravel(), minlength=load.shape[1])
-    used = load[:, :-1]  # the last column counts the unused slots of padding
+        load += np.stack([np.bincount(chosen.ravel(), minlength=slots) for chosen in experts])
+    used = load[:, :-1]
     return used / used.sum(axis=1, keepdims=True)
 
 
-def card_text(card: dict[str, Any], config: MoEConfig, title: str) -> str:
+def _card_text(card: dict[str, Any], config: MoEConfig, title: str) -> str:
     """The model card, Markdown."""
     training, test = card["training"], card["test"]
     perplexity = {name: math.exp(nats) for name, nats in card["nats_per_token"].items()}

@@ -38,7 +38,7 @@ from analysis.evaluate.distillation import DistillConfig, distill
 from analysis.evaluate.losses import Caching, add_caching_arguments, score, var_runner
 from analysis.evaluate.points import Subject
 from analysis.evaluate.policy_search import Search, search
-from analysis.inputs import CONFIGS, STATISTICS, find_config, find_statistics, listed
+from analysis.inputs import CONFIGS, find_config, find_statistics, listed
 from analysis.questions import generation_drift
 from analysis.questions.question import Finding, Question
 from analysis.questions.registry import STUDY_QUESTIONS
@@ -50,8 +50,17 @@ from analysis.report.report import summary as overview
 from analysis.report.report import text
 from analysis.resampling import MIN_DOCUMENTS
 from analysis.text import card
-from experiments.arguments import asked_config, load, load_encoded, parser, read_answers
-from experiments.hosts import add_hosts, join
+from experiments.arguments import (
+    add_hosts,
+    add_options,
+    add_table,
+    asked_config,
+    join,
+    load,
+    make_subject,
+    open_corpus,
+    parser,
+)
 from models import Model
 from profiling.timing import by_batch, measure
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
@@ -65,60 +74,52 @@ from varjax.tablefiles import TableFiles
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Run the program."""
+    distilling, names = DistillConfig(), [*(question.name for question in STUDY_QUESTIONS), "throughput"]
     options = parser(__doc__, "results/phase2")
-    options.add_argument("--mode", choices=["baseline", "var", "distill", "study"], help="what to do")
+    options.add_argument("--mode", choices=["baseline", "var", "distill", "study"], help="what to do, see above")
+    add_table(options, "the --preset")
     options.add_argument(
-        "--routing_stats",
-        type=path_argument,
-        help="routing_stats.parquet of phase 1; without it and --var_config, the first of "
-        f"{listed(STATISTICS)} that exists",
+        "--preset", choices=sorted(PRESETS), default="balanced", help="thresholds that are used without a --var_config"
     )
-    options.add_argument(
-        "--answers",
-        type=path_argument,
-        help="answers to use, such as distilled ones (default: those next to the statistics)",
-    )
-    options.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds")
-    options.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON; overrides --preset")
     options.add_argument(
         "--search_policy",
         action="store_true",
-        help="find the layers' tolerances under a loss budget on the tune split first, in the place of the preset's or "
-        "the config's policies, without a cached tier; written as *.var_config.json",
+        help="search the layers' tolerances under a loss budget on the tune split first; they replace the policies of "
+        "the preset or config, without a cached tier, and are written as *.var_config.json",
     )
-    options.add_argument("--tune_samples", type=int, default=120, help="documents for --search_policy")
-    options.add_argument(
-        "--budget",
-        type=float,
-        help="relative increase of perplexity that --search_policy may spend (default: 0.9 of --limit)",
-    )
-    options.add_argument(
-        "--limit", type=float, default=MAX_DEGRADATION, help="acceptable relative increase of perplexity"
-    )
-    options.add_argument("--split", default="test", help="documents to score; 'all' for every one")
-    options.add_argument("--stride", type=int, default=None, help="tokens between windows; none: max_length")
-    options.add_argument("--no_throughput", action="store_true", help="leave the timing out")
-    options.add_argument("--repeats", type=int, default=15, help="timed repeats of each side")
+    options.add_argument("--no_throughput", action="store_true", help="skip the timing")
     options.add_argument("--compare", type=path_argument, nargs=2, metavar=("A", "B"), help="two results to compare")
     options.add_argument(
-        "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and some of VAR"
+        "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and the results to certify"
     )
-    options.add_argument("--clip", type=float, default=CLIP, help="of a document's loss increase, nats per token")
-    options.add_argument("--level", type=float, default=0.95, help="confidence of the certificate")
-    options.add_argument("--testing", choices=sorted(TESTS), default="fixed_sequence", help="of several results")
-    steps = DistillConfig()
-    options.add_argument("--steps", type=int, default=steps.steps, help="of distillation")
-    options.add_argument("--learning_rate", type=float, default=steps.learning_rate, help="of distillation")
     options.add_argument(
-        "--distil_min_count", type=int, default=steps.min_count, help="occurrences that an answer needs to be trained"
+        "--testing", choices=sorted(TESTS), default="fixed_sequence", help="how several results are tested together"
     )
-    names = [question.name for question in STUDY_QUESTIONS] + ["throughput"]
     options.add_argument(
-        "--questions", nargs="+", choices=names, metavar="Q", help=f"of a study (default: all): {', '.join(names)}"
+        "--questions",
+        nargs="+",
+        choices=names,
+        metavar="Q",
+        help=f"questions of a study: {', '.join(names)} (default: all)",
     )
-    options.add_argument("--prompts", type=int, default=64, help="texts that a study continues")
-    options.add_argument("--prompt_tokens", type=int, default=32, help="tokens of their beginnings")
-    options.add_argument("--new_tokens", type=int, default=64, help="tokens of a continuation")
+    add_options(
+        options,
+        ("tune_samples", int, 120, "documents for --search_policy"),
+        ("budget", float, None, "increase of perplexity that --search_policy may spend (default: 0.9 of --limit)"),
+        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase of perplexity"),
+        ("split", str, "test", "documents to score; 'all' for every document"),
+        ("stride", int, None, "tokens between the beginnings of windows (default: max_length)"),
+        ("repeats", int, 15, "timed rounds"),
+        ("clip", float, CLIP, "loss increase at which a certificate clips a document's, nats per token"),
+        ("level", float, 0.95, "confidence of the certificate"),
+        ("steps", int, distilling.steps, "steps of distillation"),
+        ("learning_rate", float, distilling.learning_rate, "peak learning rate of distillation"),
+        ("distil_min_count", int, distilling.min_count, "fewest occurrences of a key whose answers are distilled"),
+        ("prompts", int, 64, "texts that a study continues"),
+        ("prompt_tokens", int, 32, "tokens at the beginning of each of these texts"),
+        ("new_tokens", int, 64, "tokens of each continuation"),
+    )
     add_caching_arguments(options)
     add_hosts(options)
     args = options.parse_args(arguments)
@@ -134,17 +135,17 @@ def main(arguments: Sequence[str] | None) -> None:
     if not (args.compare or args.certify or args.mode):
         options.error("say what to do: --mode baseline|var|distill|study, --compare A B or --certify A B ...")
     if args.compare:
-        name, work = "comparison", compare
+        name, work = "comparison", _compare
     elif args.certify:
-        name, work = "certificate", certify
+        name, work = "certificate", _certify
     else:
-        name, work = args.mode, FOLDERS.get(args.mode, evaluate)
+        name, work = args.mode, FOLDERS.get(args.mode, _evaluate)
     output = Output.of(args.output, name, DIRECTORY if name in FOLDERS else REPORT)
     with output.locked():
         work(args, output)
 
 
-def compare(args: argparse.Namespace, output: Output) -> None:
+def _compare(args: argparse.Namespace, output: Output) -> None:
     base, other = args.compare
     sides = read_result(base), read_result(other)
     said, fields = comparison.report(*sides)
@@ -152,7 +153,7 @@ def compare(args: argparse.Namespace, output: Output) -> None:
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def certify(args: argparse.Namespace, output: Output) -> None:
+def _certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
     settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
     plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
@@ -162,11 +163,11 @@ def certify(args: argparse.Namespace, output: Output) -> None:
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
-def evaluate(args: argparse.Namespace, output: Output) -> None:
+def _evaluate(args: argparse.Namespace, output: Output) -> None:
     if args.mode == "var" and args.var_config is None:
         args.routing_stats = find_statistics(args.routing_stats)
-    model, documents, origin = load(args, args.split)
-    config, files, found = choose_config(args, model)
+    model, documents, origin = load(args, args.split, args.num_samples)
+    config, files, found = _config(args, model)
     caching = Caching.of(args)
     table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
     var_model = VARModel(model, config, table)
@@ -212,12 +213,12 @@ def evaluate(args: argparse.Namespace, output: Output) -> None:
     print(f"written to {output.main('.json')}")
 
 
-def distil_answers(args: argparse.Namespace, output: Output) -> None:
-    find_policy(args)
-    model, documents, origin = load(args, "build")
-    config, files, _ = choose_config(args, model)
+def _distill(args: argparse.Namespace, output: Output) -> None:
+    _find_policy(args)
+    model, documents, origin = load(args, "build", args.num_samples)
+    config, files, _ = _config(args, model)
     assert files is not None  # the plain model is another mode
-    stats, answers = read_answers(model, files)
+    subject = make_subject(args, model, config, files, documents)
     reading = (args.batch_size, args.max_length)
     settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
     work = output.other("distil_checkpoints")
@@ -230,7 +231,7 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
     if resumed(work / "run.json", run) is None:
         note(work / "run.json", run, {})
     saved = Checkpoints(work / "steps")
-    done = distill(model, stats, answers, documents, config, settings, checkpoints=saved)
+    done = distill(model, subject.stats, subject.answers, documents, config, settings, checkpoints=saved)
     made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
     path = output.other("distilled.answers.safetensors")
     about = {"model": model.name, "fingerprint": model.fingerprint, "provenance": made}
@@ -240,29 +241,18 @@ def distil_answers(args: argparse.Namespace, output: Output) -> None:
     remove(work)
     if len(done.divergence) >= 2 * AVERAGED:
         first, last = done.divergence[:AVERAGED].mean(), done.divergence[-AVERAGED:].mean()
-        print(f"divergence from the full model: {first:.5f} nats per token at first, {last:.5f} at last (build split)")
+        change = f"{first:.5f} nats per token at the beginning, {last:.5f} at the end"
+        print(f"divergence from the full model: {change} (build split)")
     print(f"written to {args.output}")
 
 
-def study_policy(args: argparse.Namespace, output: Output) -> None:
-    find_policy(args)
-    model, documents, origin = load(args, args.split)
-    config, files, _ = choose_config(args, model)
+def _study(args: argparse.Namespace, output: Output) -> None:
+    _find_policy(args)
+    model, documents, origin = load(args, args.split, args.num_samples)
+    config, files, _ = _config(args, model)
     assert files is not None  # the plain model is another mode
-    stats, answers = read_answers(model, files)
-    subject = Subject(
-        model,
-        stats,
-        answers,
-        config,
-        documents,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        stride=args.stride,
-        folder=output.other("losses"),
-        seed=args.seed,
-        caching=Caching.of(args),
-    )
+    kept = {"stride": args.stride, "folder": output.other("losses")}
+    subject = make_subject(args, model, config, files, documents, **kept)
     facts = [
         ("model", f"{model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split {args.split}"),
@@ -292,29 +282,23 @@ def _throughput(repeats: int, subject: Subject) -> Finding:
     return Finding((section,), found)
 
 
-def choose_config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
-    """The config that the arguments ask for, its table's files, and the search that found it, if one did."""
+def _config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
+    """Make, load or search the config; returns its table's files and the search, too."""
     if args.mode == "baseline":
         return VARConfig(enable_var=False), None, None
     config, files = asked_config(args, **PRESETS[args.preset])
     if not args.search_policy:
         return config, files, None
-    stats, answers = read_answers(model, files)
-    tuning, _ = load_encoded(model, args, "tune", args.tune_samples)
+    tuning = list(open_corpus(model, args, "tune", args.tune_samples))
     if len(tuning) < MIN_DOCUMENTS:
-        print(f"only {len(tuning)} tune documents: on others the policy may lose far more than its budget")
-    reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
+        print(f"only {len(tuning)} tune documents: on other documents the policy may lose far more than its budget")
     budget = 0.9 * args.limit if args.budget is None else args.budget
-    found = search(Subject(model, stats, answers, config, tuning, **reading), budget=budget)
+    found = search(make_subject(args, model, config, files, tuning), budget=budget)
     return found.config, files, found
 
 
-def find_policy(args: argparse.Namespace) -> None:
-    """Name the statistics and the policy, where the arguments name neither these nor a search.
-
-    Raises:
-        InputError: they are not in the documented places either.
-    """
+def _find_policy(args: argparse.Namespace) -> None:
+    """Complete the arguments with a policy and statistics from the documented places, unless they name some."""
     if not args.search_policy:
         args.var_config = find_config(args.var_config)
         if args.var_config is None:
@@ -326,8 +310,8 @@ def find_policy(args: argparse.Namespace) -> None:
         args.routing_stats = find_statistics(args.routing_stats)
 
 
-FOLDERS = {"distill": distil_answers, "study": study_policy}
-AVERAGED = 10  # steps, at first and at last, over which a divergence is averaged
+FOLDERS = {"distill": _distill, "study": _study}
+AVERAGED = 10  # first and last steps over which a divergence is averaged
 
 if __name__ == "__main__":
     main()

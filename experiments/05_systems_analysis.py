@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None) -> None:
 
 def analyze(args: argparse.Namespace, output: Output) -> None:
     config, files = chosen_config(args)
-    model, documents, origin = load(args, args.split)
+    model, documents, origin = load(args, args.split, args.num_samples)
     table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
     var_model = VARModel(model, config, table)
     texts = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,112 +12,260 @@ import jax
 from jax.sharding import Mesh
 
 from analysis.command import HelpFormatter, name_argument, path_argument
-from analysis.inputs import table_files
+from analysis.evaluate.losses import Caching
+from analysis.evaluate.points import Subject
+from analysis.inputs import STATISTICS, listed, table_files
 from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
 from models import Model, load_model
 from models.placement import DATA, MeshError, make_mesh
-from varjax import RoutingStats, VARConfig
-from varjax.answers import Answers
+from varjax import VARConfig
 from varjax.errors import InputError
 from varjax.model import load_statistics
 from varjax.tablefiles import TableFiles
 
+AUTO = "auto"
+NOTICED_AFTER = 20  # seconds without a sign of life after which a process counts as gone
+DATASET_HELP = (
+    "'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, compressed "
+    "(.gz, .zst) or not, a directory of such files or of prepare_datasets.py, or a hub dataset name[:config[:split]]"
+)
+
 
 def parser(description: str | None, default_output: str) -> argparse.ArgumentParser:
-    """A parser with the arguments that every phase takes."""
+    """Make a parser with the options that every phase has.
+
+    Args:
+        description: what the program does.
+        default_output: default of `--output`.
+
+    Returns:
+        The parser.
+    """
     made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    made.add_argument(
-        "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"
+    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the parameters")
+    add_options(
+        made,
+        ("model", name_argument, "reference", "model directory, hub id, or 'reference' (comes with varjax)"),
+        (
+            "implementation",
+            str,
+            None,
+            "engine of the experts, see models.experts (default: chosen for the device)",
+        ),
+        ("dataset", name_argument, "embedded", f"documents to read: {DATASET_HELP}"),
+        ("text_column", str, "text", "field of the text in JSONL, Parquet and hub datasets"),
+        ("num_samples", int, None, "most documents to read (default: all)"),
+        ("output", path_argument, Path(default_output), "file or directory to write"),
+        ("seed", int, 0, "seed of everything that is drawn"),
+        ("batch_size", int, 8, "sequences of max_length tokens per batch"),
+        ("max_length", int, 256, "tokens per window, the longest context that a token gets"),
     )
-    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
-    made.add_argument("--implementation", default=None, help="expert engine; see models.experts")
     add_mesh(made)
-    made.add_argument(
-        "--dataset",
-        default="embedded",
-        type=name_argument,
-        help="'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, "
-        "compressed (.gz, .zst) or not, a directory of such or of prepare_datasets.py, or a datasets "
-        "name[:config[:split]]",
-    )
-    made.add_argument("--text_column", default="text", help="field of the text in JSONL, Parquet and hub datasets")
-    made.add_argument("--num_samples", type=int, default=None, help="documents to read at most; none: all")
-    made.add_argument("--output", type=path_argument, default=Path(default_output), help="file or directory to write")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
-    made.add_argument("--max_length", type=int, default=256, help="tokens per window, the most context a token gets")
     return made
 
 
+def add_table(made: argparse.ArgumentParser, otherwise: str) -> None:
+    """Add the options that name a policy and the files of its table.
+
+    Args:
+        made: the parser.
+        otherwise: which config is used without `--var_config`, for the help.
+    """
+    add_options(
+        made,
+        (
+            "routing_stats",
+            path_argument,
+            None,
+            f"routing_stats.parquet of phase 1 (default: that of the configs, else "
+            f"the first of {listed(STATISTICS)} that exists)",
+        ),
+        (
+            "answers",
+            path_argument,
+            None,
+            "answers to use, such as distilled ones (default: those next to the statistics)",
+        ),
+        ("var_config", path_argument, None, f"VARConfig as a JSON file (default: {otherwise})"),
+    )
+
+
+def add_options(made: argparse.ArgumentParser, *options: tuple[str, Any, Any, str]) -> None:
+    """Add options that take one value each.
+
+    Args:
+        made: the parser.
+        options: name, type, default and help of each option.
+    """
+    for name, kind, default, text in options:
+        made.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
 def add_mesh(made: argparse.ArgumentParser) -> None:
+    """Add `--mesh`.
+
+    Args:
+        made: the parser.
+    """
     made.add_argument(
         "--mesh",
-        default=None,
         metavar="data=D,model=M",
-        help="divide the model over M devices and a batch over D groups of them (docs/scaling.md); none: undivided",
+        help="devices: the model is divided over M, a batch over D groups of them, see docs/scaling.md (default: one "
+        "device)",
     )
 
 
 def asked_mesh(args: argparse.Namespace) -> Mesh | None:
-    """The devices that the arguments ask for; None: one. Processes that are joined use all that they have."""
+    """Make the mesh of devices.
+
+    Args:
+        args: the options of `add_mesh`.
+
+    Returns:
+        The mesh; None: one device.
+
+    Raises:
+        MeshError: the mesh is malformed, or leaves out devices of processes that were joined.
+    """
     if not jax.distributed.is_initialized():
         return None if args.mesh is None else make_mesh(args.mesh)
     present = jax.device_count()
     mesh = make_mesh(args.mesh or f"{DATA}={present}")
     if mesh.size < present:
-        raise MeshError(f"mesh {args.mesh!r}: the joined processes have {present} devices; give one of so many")
+        raise MeshError(f"mesh {args.mesh!r}: the joined processes have {present} devices; give a mesh of that size")
     return mesh
 
 
 def open_model(args: argparse.Namespace) -> Model:
-    """The model, on the devices that the arguments ask for."""
+    """Load the model.
+
+    Args:
+        args: the options of `parser`.
+
+    Returns:
+        The model on the devices that `--mesh` asks for.
+    """
     return load_model(args.model, args.dtype, args.implementation, asked_mesh(args))
 
 
-def load(args: argparse.Namespace, split: str) -> tuple[Model, list[Encoded], dict[str, Any]]:
-    """The model, the documents of a split in its token ids, and what a result file says of both."""
+def load(args: argparse.Namespace, split: str, limit: int | None) -> tuple[Model, list[Encoded], dict[str, Any]]:
+    """Load the model and the documents of a split.
+
+    Args:
+        args: the options of `parser`.
+        split: which documents; "all" for every one.
+        limit: the most documents; None: all.
+
+    Returns:
+        The model, the documents in its token ids, and what a result file states about both.
+    """
     model = open_model(args)
-    documents, data = load_encoded(model, args, split, args.num_samples)
-    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
-    origin = {"model": about, "data": data, "card": card.announced(model, args.dataset)}
-    return model, documents, origin
-
-
-def load_encoded(
-    model: Model, args: argparse.Namespace, split: str, limit: int | None
-) -> tuple[list[Encoded], dict[str, Any]]:
-    """At most `limit` documents of a split in the model's token ids, and what a result file says of them."""
     corpus = open_corpus(model, args, split, limit)
-    return list(corpus), corpus.about
+    documents = list(corpus)
+    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
+    return model, documents, {"model": about, "data": corpus.about, "card": card.announced(model, args.dataset)}
 
 
-def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int | None = None) -> EncodedCorpus:
-    """The documents of a split ('all': every one), to be read as often as needed; None: at most --num_samples."""
+def open_corpus(model: Model, args: argparse.Namespace, split: str, limit: int | None) -> EncodedCorpus:
+    """Open the documents of a split, to be read as often as needed.
+
+    Args:
+        model: its tokenizer is used.
+        args: the options of `parser`.
+        split: which documents; "all" for every one.
+        limit: the most documents; None: all.
+
+    Returns:
+        The corpus in the model's token ids.
+    """
     wanted = None if split == "all" else split
-    limit = args.num_samples if limit is None else limit
     return EncodedCorpus(args.dataset, wanted, limit, model.tokenizer, model.config, args.text_column)
 
 
-def read_answers(model: Model, files: TableFiles) -> tuple[RoutingStats, Answers]:
-    """The statistics and answers of a table that has both."""
-    stats, answers = load_statistics(model, files)
-    if answers is None:
-        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --residuals")
-    return stats, answers
-
-
 def asked_config(args: argparse.Namespace, **fields: Any) -> tuple[VARConfig, TableFiles]:
-    """The config and the table's files that --var_config, --routing_stats and --answers name.
+    """Make or load the config.
 
     Args:
-        fields: of the config where there is no --var_config, in the place of the defaults.
+        args: the options of `add_table`.
+        **fields: of the config where there is no `--var_config`.
+
+    Returns:
+        The config and the files of its table.
     """
     files = table_files(args.routing_stats, args.answers, args.var_config)
-    return VARConfig.load(args.var_config) if args.var_config else new_config(files, **fields), files
+    if args.var_config:
+        return VARConfig.load(args.var_config), files
+    return VARConfig.from_routing_stats(files.routing_stats, files.answers, **fields), files
 
 
-def new_config(files: TableFiles, **fields: Any) -> VARConfig:
-    """A config that fits the files."""
-    return VARConfig.from_routing_stats(files.routing_stats, files.answers, **fields)
+def make_subject(
+    args: argparse.Namespace, model: Model, config: VARConfig, files: TableFiles, documents: list[Encoded], **more: Any
+) -> Subject:
+    """Put together what is scored.
+
+    Args:
+        args: the options of `parser` and of `add_caching_arguments`.
+        model: the model.
+        config: the policy.
+        files: statistics and answers, both of which are needed.
+        documents: what is read.
+        **more: other fields of the subject.
+
+    Returns:
+        The subject.
+
+    Raises:
+        InputError: there are no answers, or a file belongs to another model.
+    """
+    stats, answers = load_statistics(model, files)
+    if answers is None:
+        raise InputError(f"{files.routing_stats}: no answers next to it; run 01_routing_analysis.py with --answers")
+    more |= {name: getattr(args, name) for name in ("batch_size", "max_length", "seed")}
+    more |= {"caching": Caching.of(args), "table_sha256": files.digest()}
+    return Subject(model, stats, answers, config, documents, **more)
+
+
+def add_hosts(made: argparse.ArgumentParser) -> None:
+    """Add the options of a program that several processes run, on one machine or on many.
+
+    Args:
+        made: the parser.
+    """
+    made.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address at which the first of --num_processes processes listens, to run one program over all their "
+        f"devices (docs/scaling.md); {AUTO!r} takes it and the numbers from SLURM, MPI or Kubernetes",
+    )
+    add_options(
+        made,
+        ("num_processes", int, 1, "number of processes"),
+        ("process_id", int, 0, "number of this process, from 0"),
+    )
+
+
+def join(args: argparse.Namespace) -> None:
+    """Join the other processes if `--coordinator` is given.
+
+    All processes have the same arguments, read the same files and compute every result; the model and its batches are
+    divided over all devices (`--mesh`). Only the first one prints and writes from then on.
+
+    Args:
+        args: the options of `add_hosts`.
+
+    Raises:
+        InputError: the options contradict each other.
+    """
+    if args.coordinator is None:
+        return
+    given: dict[str, Any] = {}
+    if args.coordinator != AUTO:
+        last = args.num_processes - 1
+        if not 0 <= args.process_id <= last:
+            raise InputError(f"process {args.process_id} of {last + 1}: expected a process from 0 to {last}")
+        given = {"coordinator_address": args.coordinator, "num_processes": last + 1, "process_id": args.process_id}
+    jax.distributed.initialize(**given, heartbeat_timeout_seconds=NOTICED_AFTER, shutdown_timeout_seconds=NOTICED_AFTER)
+    if jax.process_index() > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (for the rest of the process)

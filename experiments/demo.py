@@ -1,4 +1,4 @@
-"""The whole idea in a few minutes: statistics and their tests, presets, a policy under a loss budget, the comparison.
+"""The whole idea in 8 to 12 minutes: statistics and their tests, presets, a policy under a loss budget, a comparison.
 
 Runs the phase scripts on the reference model and the embedded corpus, each command printed before it runs. Tables are
 built on the build split, the policy is chosen on the tune split, and everything is reported on the test split.
@@ -28,45 +28,46 @@ POLICY = "policy"
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
+    """Run the program."""
     argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter).parse_args(arguments)
     started = time.monotonic()
     stats = str(OUT / "routing_stats.parquet")
-    script("01_routing_analysis.py", "--num_samples", BUILD_SAMPLES, "--output", str(OUT))
-    python("-m", "analysis.hypothesis_validation", "--input", stats, "--output", str(OUT / "hypotheses"))
-    evaluate("baseline", "--mode", "baseline")
+    _script("01_routing_analysis.py", "--num_samples", BUILD_SAMPLES, "--output", str(OUT))
+    _python("-m", "analysis.hypothesis_validation", "--input", stats, "--output", str(OUT / "hypotheses"))
+    _evaluate("baseline", "--mode", "baseline")
     for preset in PRESETS:
-        evaluate(preset, "--mode", "var", "--routing_stats", stats, "--preset", preset)
-    evaluate(POLICY, "--mode", "var", "--routing_stats", stats, "--search_policy")
-    script(
+        _evaluate(preset, "--mode", "var", "--routing_stats", stats, "--preset", preset)
+    _evaluate(POLICY, "--mode", "var", "--routing_stats", stats, "--search_policy")
+    _script(
         "02_evaluate_var.py",
         *("--compare", str(OUT / "baseline.json"), str(OUT / f"{POLICY}.json")),
         *("--output", str(OUT / "comparison.json")),
     )
-    overview()
+    _overview()
     write_index(OUT)
-    print(f"\n{time.monotonic() - started:.0f} s; {OUT / INDEX} leads to the pages of all runs")
+    print(f"\n{time.monotonic() - started:.0f} s; {OUT / INDEX} links the pages of all runs")
 
 
-def evaluate(name: str, *arguments: str) -> None:
+def _evaluate(name: str, *arguments: str) -> None:
     brief = ("--num_samples", TEST_SAMPLES, "--tune_samples", "80", "--repeats", "11")
-    script("02_evaluate_var.py", *arguments, *brief, "--output", str(OUT / f"{name}.json"))
+    _script("02_evaluate_var.py", *arguments, *brief, "--output", str(OUT / f"{name}.json"))
 
 
-def script(name: str, *arguments: str) -> None:
-    """Run one phase script as a user would."""
-    python(str(HERE / name), *arguments)
+def _script(name: str, *arguments: str) -> None:
+    """Run a phase script as a user would."""
+    _python(str(HERE / name), *arguments)
 
 
-def python(*arguments: str) -> None:
-    """Print a command as it would be given in the project's root, and run it; stop with its exit status if it fails."""
+def _python(*arguments: str) -> None:
+    """Print a command as typed in the project's root and run it; end with its exit status if it fails."""
     print(f"\n$ python {shlex.join(arguments).replace(str(HERE), HERE.name)}", flush=True)
     done = subprocess.run([sys.executable, *arguments], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 
 
-def overview() -> None:
-    """All settings side by side, printed and drawn."""
+def _overview() -> None:
+    """Print and draw all settings next to each other."""
     base = read_result(OUT / "baseline.json")
     points = {"plain model": [(base.fields["experts_per_token"], 0.0)]}
     print(

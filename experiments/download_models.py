@@ -1,7 +1,7 @@
-"""Fetch a Mixtral, OLMoE or Qwen3-MoE checkpoint from the Hugging Face hub, or check one that is here already.
+"""Download a Mixture-of-Experts checkpoint from the Hugging Face hub, or verify one that was downloaded before.
 
-Only safetensors, JSON and tokenizer.model are fetched. The directory appears when everything in it has been verified;
-an interrupted download is taken up again by the same command.
+Only safetensors, JSON and tokenizer.model are downloaded. The directory appears once everything in it is verified;
+rerun the same command to resume an interrupted download.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command import path_argument, program
+from analysis.command import HelpFormatter, path_argument, program
 from analysis.report.output import DIRECTORY, Output, lock
 from models.download import Remote, Verified, check_disk, download, look_up, verify
 
 
 @program
 def main(arguments: Sequence[str] | None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """Run the program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
         "--model", metavar="OWNER/NAME", help="repository on the hub, such as mistralai/Mixtral-8x7B-v0.1"
@@ -27,50 +28,50 @@ def main(arguments: Sequence[str] | None) -> None:
         "--verify_only",
         type=path_argument,
         metavar="DIR",
-        help="check a directory that is here: files, tensors, index, tokenizer, and hashes if this script fetched it; "
-        "needs no network",
+        help="local directory to verify without network: files, tensors, index, tokenizer, and hashes if this script "
+        "downloaded it",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of the repository (default: its main branch)")
+    parser.add_argument(
+        "--output", type=path_argument, metavar="DIR", help="directory to write (default: checkpoints/NAME)"
     )
     parser.add_argument(
-        "--revision", default=None, help="branch, tag or commit of the repository; none: its main branch"
+        "--dry_run", action="store_true", help="only print what would be downloaded and whether it fits"
     )
-    parser.add_argument(
-        "--output", type=path_argument, default=None, metavar="DIR", help="where it is to be; none: checkpoints/NAME"
-    )
-    parser.add_argument("--dry_run", action="store_true", help="say what would be fetched and whether it fits, no more")
     args = parser.parse_args(arguments)
 
     if args.verify_only is not None:
-        report(verify(args.verify_only))
+        _report(verify(args.verify_only))
         return
     remote = look_up(args.model, args.revision)
     output = args.output or Path("checkpoints") / remote.repo.split("/")[-1]
     Output.of(output, "model", DIRECTORY)  # refuses a file
-    show(remote)
-    print(f"{check_disk(remote, output) / 1e9:,.1f} GB are free where {output} is to be")
+    _show(remote)
+    print(f"{check_disk(remote, output) / 1e9:,.1f} GB are free at {output}")
     if args.dry_run:
-        print("dry run: nothing was fetched")
+        print("dry run: nothing was downloaded")
         return
     with lock(output.with_name(f".{output.name}.lock"), str(output)):
         verified = download(remote, output)
-    report(verified)
+    _report(verified)
 
 
-def show(remote: Remote) -> None:
+def _show(remote: Remote) -> None:
     print(f"{remote.repo}, commit {remote.commit}")
     for file in remote.files:
         print(f"  {file.name:<40}{file.size / 1e6:>12,.1f} MB")
     print(f"  {f'{len(remote.files)} files':<40}{remote.size / 1e6:>12,.1f} MB")
 
 
-def report(verified: Verified) -> None:
+def _report(verified: Verified) -> None:
     print(
         f"{verified.tensors:,} tensors, {verified.parameters:,} parameters, {verified.bytes / 1e9:,.2f} GB in "
-        f"{verified.files} file(s): every one there, with its shape, in its place"
+        f"{verified.files} file(s): all present, with the expected shapes"
     )
     if verified.hashed:
-        print(f"{verified.hashed} files: contents as the hub states")
+        print(f"{verified.hashed} files: contents as published on the hub")
     else:
-        print("contents were not compared: no hashes are known of a directory that this script did not fetch")
+        print("contents were not compared: no hashes are known of a directory that this script did not download")
     if verified.tokenizer is None:
         print("no tokenizer: put the model's tokenizer.json or tokenizer.model there before using it on text")
     print(f"{verified.directory} is ready: use it with --model {shlex.quote(str(verified.directory))}")

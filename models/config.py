@@ -124,8 +124,7 @@ def read_config(path: Path) -> MoEConfig:
         The architecture.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, has a value of a wrong type, or describes something that this
-            decoder does not compute.
+        ConfigError: the file is missing or damaged, or asks for something that this decoder does not compute.
     """
     return config_from_hf(read_object(path, ConfigError), str(path))
 

@@ -5,9 +5,8 @@ code. `huggingface_hub.snapshot_download` transfers the files; after an interrup
 starts the others again. They arrive in a hidden folder next to the target (`.NAME.COMMIT.partial`), which gets the
 target's name when every file has the hub's hash and the tensors match config.json.
 
-The comparison of hashes is our own, because `HfApi.verify_repo_checksums` needs the network even for a local directory
-and reports every file that is deliberately not fetched as missing. A directory that was fetched here keeps the hub's
-hashes in `varjax_download.json`, so `verify` needs no network.
+Hashes are compared here, because `HfApi.verify_repo_checksums` needs the network and reports every file that is
+deliberately not fetched as missing. The directory keeps the hub's hashes in `varjax_download.json` for `verify`.
 """
 
 from __future__ import annotations
@@ -146,8 +145,8 @@ def check_disk(remote: Remote, directory: Path) -> int:
 def download(remote: Remote, directory: Path, progress: bool = True) -> Verified:
     """Fetch a checkpoint into a directory, resuming an interrupted download.
 
-    The directory appears when everything in it has been verified. A directory that already holds the checkpoint is only
-    verified, one that lacks some of its files is completed, and one with other files is refused and left alone.
+    A directory that already holds the checkpoint is only verified, one that lacks some of its files is completed, and
+    one with other files is refused and left alone.
 
     Args:
         remote: the files to fetch (`look_up`).
@@ -158,8 +157,8 @@ def download(remote: Remote, directory: Path, progress: bool = True) -> Verified
         The contents of the directory.
 
     Raises:
-        DownloadError: the network, the repository, the disk or a damaged file; what was fetched is kept.
-        ConfigError: the architecture is not supported. It is checked before any weights are fetched.
+        DownloadError: the network, the repository, the disk or a damaged file; finished files are kept.
+        ConfigError: the architecture is not supported, which is checked before any weights are fetched.
         CheckpointError: the files of the repository do not belong together.
     """
     target = directory.resolve()
@@ -179,10 +178,8 @@ def download(remote: Remote, directory: Path, progress: bool = True) -> Verified
 def verify(directory: Path, progress: bool = True) -> Verified:
     """Check without a network that a directory holds a whole checkpoint.
 
-    Every weight file must be as long as its header says. Each tensor of the architecture must be there once, with its
-    shape and in the shard that the index names. The index must state their total size, and the tokenizer must open and
-    fit the vocabulary. In a directory that `download` made, the contents of all files are compared with the hub's
-    hashes too.
+    Headers, tensors, index and tokenizer must fit together, and in a directory that `download` made the contents of all
+    files must have the hub's hashes.
 
     Args:
         directory: the folder to check.

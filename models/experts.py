@@ -9,9 +9,7 @@ unused and cost nothing in an engine whose work follows the active assignments.
 
 On several devices (`divided`) every device holds columns F/M of each expert's gate and up and the same rows of its
 down, M being the devices along `model`. It runs its engine on them as if they were whole experts, and the results
-[N, D] are summed over the devices, once per layer. Experts could also be assigned to devices as a whole. Dividing each
-one keeps the engine's layout and gives all devices equal work whatever the plan says, so what VAR leaves out saves time
-on all of them (docs/scaling.md). The price is narrow products for models with many small experts.
+[N, D] are summed over the devices, once per layer. docs/scaling.md says why experts are not assigned as a whole.
 """
 
 from __future__ import annotations
@@ -82,8 +80,6 @@ def _pallas_engine(interpret: bool = False) -> Engine:
 def expert_outputs(engine: Engine, x: jax.Array, routing: Routing, params: ExpertParams) -> jax.Array:
     """Compute the gate-weighted expert output of each slot, which `engine.apply` would add up.
 
-    Every assignment is given to the engine as a separate token, so the work is the same as in one `apply`.
-
     Args:
         engine: what runs the experts.
         x: [N, D], the input of the experts.
@@ -94,6 +90,7 @@ def expert_outputs(engine: Engine, x: jax.Array, routing: Routing, params: Exper
         [N, K, D].
     """
     num_tokens, num_slots = routing.experts.shape
+    # Every assignment becomes a token of its own, so the work is the same as in one `apply`.
     single = Routing(routing.experts.reshape(-1, 1), routing.weights.reshape(-1, 1))
     outputs = engine.apply(jnp.repeat(x, num_slots, axis=0), single, params)
     return outputs.reshape(num_tokens, num_slots, -1)
@@ -104,11 +101,8 @@ def divided(
 ) -> Engine:
     """Run an engine on the devices of a placement, each with its part of every expert.
 
-    `engine.prepare` also converts the layout of the PartitionSpecs of the weights, so it must do no more than order or
-    stack the experts.
-
     Args:
-        engine: the engine of one device.
+        engine: whose `prepare` only orders or stacks the experts, because it is applied to PartitionSpecs too.
         placement: the devices.
         num_experts: E.
         axes: the names of the axes of an expert's weights, `{"gate": (None, "expert_size"), ...}`.

@@ -104,9 +104,6 @@ def _many_tokens(x: jax.Array, routing: Routing, branches: list[_Branch]) -> jax
 def block_sizes(slots: int, num_experts: int) -> tuple[int, ...]:
     """Choose the sizes of blocks. Large blocks waste rows at an expert's end, small ones reread its weights.
 
-    A product of one row is the fastest for its size, because XLA does not repack the weights, but it takes five times
-    as long to compile, so it is not used with many experts.
-
     Args:
         slots: N * K, used or not.
         num_experts: E.
@@ -115,6 +112,7 @@ def block_sizes(slots: int, num_experts: int) -> tuple[int, ...]:
         Rows of a block, the largest first.
     """
     per_expert = slots / num_experts
+    # A product of one row is the fastest for its size, but takes five times as long to compile: few experts only.
     few_rows = (8, 1) if num_experts <= 16 else (8, 2)
     for most, sizes in ((2, few_rows), (16, (8,)), (64, (32, 8)), (128, (128, 64, 16))):
         if per_expert <= most:

@@ -6,11 +6,9 @@ The decoder is run by a `Step`, so plain and adaptive routing share this loop: t
 texts, the step owns the model and the state that it threads through its calls.
 
 A checkpoint says which ids begin, end and pad a text, and recommends a sampling (`GenerationDefaults`). As in
-transformers, `generation_config.json` alone decides where it exists. Otherwise the ids are those of config.json, with
-the family's defaults for fields that are left out, as in transformers' `GenerationConfig.from_model_config`.
-(`from_pretrained` of transformers 5.24 reads the bare config.json in that case, where such a default does not end a
-text.) The ids always apply. The sampling is a recommendation: generation is greedy unless the caller
-passes `sampling`, so that a run without arguments can be repeated.
+transformers, `generation_config.json` alone decides where it exists. Otherwise the ids are those of config.json with
+the family's defaults, as in transformers' `GenerationConfig.from_model_config`. The ids always apply; generation is
+greedy unless the caller passes `sampling`, so that a run without arguments can be repeated.
 """
 
 from __future__ import annotations
@@ -118,14 +116,12 @@ class GenerationDefaults:
 def read_generation(directory: Path, config: MoEConfig) -> GenerationDefaults:
     """Read how a checkpoint generates texts.
 
-    A recommendation that cannot be followed does not make a checkpoint unusable; it is listed in `not_applied`.
-
     Args:
         directory: the folder of the checkpoint.
         config: its architecture.
 
     Returns:
-        The ids and the recommended sampling.
+        The ids and the recommended sampling; a recommendation that cannot be followed is listed in `not_applied`.
 
     Raises:
         ConfigError: the file cannot be read, or a field has a value of a wrong type; names file and fields.
@@ -188,7 +184,9 @@ class Step(Protocol):
     donated: the loop does not use them after the call.
     """
 
-    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]: ...
+    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
+        """Run the next ids of each text."""
+        ...
 
 
 def generate(
@@ -202,7 +200,7 @@ def generate(
     end_ids: tuple[int, ...],
     fill_id: int,
 ) -> tuple[np.ndarray, Any]:
-    """Run the loop behind `Model.generate`.
+    """Run the loop of `Model.generate`.
 
     Args:
         step: runs the model.

@@ -109,8 +109,7 @@ class Model:
             tree: a pytree, such as a table or a state.
 
         Returns:
-            The pytree with every array on each device; the answers of large tables are divided
-            (`models.placement.Placement.place`). On one device, `tree` itself.
+            The pytree on the devices (`models.placement.Placement.place`); on one device, `tree` itself.
         """
         return self.placement.place(tree)
 
@@ -128,11 +127,9 @@ class Model:
 
         Args:
             input_ids: integers [B, T], padded on the left where the texts differ in length.
-            max_new_tokens: the largest number of new tokens; a text that has ended is filled with the padding id, or
-                with the first end id in the vocabulary, or with 0.
+            max_new_tokens: the largest number; after its end a text is filled with the padding id, an end id or 0.
             attention_mask: 1 for real tokens, 0 for padding, [B, T]. None: no padding.
-            sampling: how tokens are chosen; None: the most probable token, whatever the checkpoint recommends
-                (`generation.sampling`).
+            sampling: how tokens are chosen; None: greedy, whatever the checkpoint recommends (`generation.sampling`).
             step: runs one call of a model in place of the plain decoder (`models.generation.Step`).
             carry: the first state of `step`, which is donated.
 
@@ -164,14 +161,12 @@ class Model:
     ) -> tuple[jax.Array, jax.Array]:
         """Check and convert the inputs of a call.
 
-        Padding may hold any id, for example the id of a `[PAD]` token that was added to the tokenizer and has no
-        embedding; an id outside the vocabulary becomes 0.
+        Padding may hold any id, such as that of an added `[PAD]` token; an id outside the vocabulary becomes 0.
 
         Args:
             input_ids: integers [B, T].
             attention_mask: 1 for real tokens, 0 for padding, [B, T]. None: no padding.
-            going_on: the texts are to be continued, so none may end in padding. A row that is padding from end to end
-                fills a batch and is not continued.
+            going_on: the texts are to be continued, so none may end in padding, except rows of padding only.
 
         Returns:
             int32[B, T] ids and bool[B, T] mask, on the devices of the model.
@@ -240,8 +235,7 @@ def load_model(
     """Load a checkpoint from a local directory or the Hugging Face hub.
 
     Args:
-        directory_or_hub_id: a directory with config.json and safetensors, or a hub id; "reference" is the small model
-            that comes with this repository.
+        directory_or_hub_id: a directory, a hub id, or "reference" for the small model of this repository.
         dtype: "float32" or "bfloat16", of the parameters and the activations.
         implementation: name of the expert engine (`models.experts.get_engine`); None: the best one for the device.
         mesh: the devices to divide the model over (`models.placement.make_mesh`); None: one device holds all of it.
@@ -272,8 +266,7 @@ def load_model(
 def fitting_tokenizer(directory: Path, config: MoEConfig) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer of a checkpoint and compare it with the vocabulary.
 
-    Tokens that were added to the vocabulary, such as a `[PAD]`, may have ids without an embedding: these are refused
-    where they are used (`Model.check_inputs`).
+    Tokens that were added later, such as a `[PAD]`, may lack an embedding: `Model.check_inputs` refuses their use.
 
     Args:
         directory: the folder of the checkpoint.

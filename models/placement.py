@@ -179,7 +179,7 @@ class Placement:
     def by_rows(self, f: Callable[..., T], rows: dict[str, Any], whole: dict[str, Any]) -> T:
         """Compute `f(**rows, **whole)` inside a jitted function, each device for its own sequences.
 
-        This is for operations that JAX does not divide by itself: it gathers all rows for a `top_k`, for example.
+        JAX would gather all rows for some operations, such as `top_k`.
 
         Args:
             f: treats every sequence independently of the others.

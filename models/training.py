@@ -185,8 +185,7 @@ def train_steps(
         placement: the devices.
 
     Yields:
-        `(step, state, info)` after each step. The state is donated to the next step, so read from it before asking for
-        the next one.
+        `(step, state, info)` after each step. The state is donated to the next step: read it before continuing.
 
     Raises:
         OSError: a checkpoint cannot be written; names the folder.

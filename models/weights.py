@@ -2,12 +2,9 @@
 
 The ledger (`ledger`) lists every tensor that a checkpoint must hold, from the declared parameters
 (`models.parameters`) and the published names of the family (`models.families`). Every tensor of the files must match
-exactly one entry: missing, surplus and misshapen tensors are all named in one error before any weights are read.
-Linear kernels are stored transposed, [in, out] here and [out, in] on disk. One tensor at a time is read and one file
-at a time is written; for several devices, each device's slice of a tensor is read by itself.
-
-A tensor may also be stored as transformers 5 holds it (`save_original_format=False`): as part of a tensor that stacks
-the experts of a layer, or under another name. Only the published layout is written.
+exactly one entry, before any weights are read. Linear kernels are stored transposed, [in, out] here and [out, in] on
+disk. Experts may also be stored stacked, as transformers 5 does with `save_original_format=False`; only the published
+layout is written.
 
 Format: https://huggingface.co/docs/safetensors; sharded checkpoints have a `model.safetensors.index.json`.
 """
@@ -91,8 +88,7 @@ def ledger(config: MoEConfig) -> dict[str, Entry]:
         config: the architecture.
 
     Returns:
-        Published name -> shape and orientation, in the order of the leaves of the parameters. Shared between calls, so
-        do not modify it.
+        Published name -> shape and orientation, in the order of the parameters' leaves. Do not modify it: it is cached.
 
     Raises:
         CheckpointError: the family's format has no name for a parameter.
@@ -117,10 +113,9 @@ def load_params(
 ) -> tuple[Params, str]:
     """Load the parameters of a checkpoint and compute its fingerprint.
 
-    Tensors are moved to the devices one at a time, so the host never holds more than one tensor in addition to what the
-    devices hold. The fingerprint is the SHA-256 of every tensor's name, shape and stored bytes and of the config fields
-    that affect the result. It does not depend on sharding, on the devices or on `dtype`; the same weights stored in
-    another dtype are a different checkpoint.
+    Tensors are moved to the devices one at a time, and each device's slice is read by itself. The fingerprint is the
+    SHA-256 of every tensor's name, shape and stored bytes and of the config fields that affect the result, whatever the
+    sharding, the devices and `dtype`.
 
     Args:
         directory: the folder with the safetensors files.
@@ -132,8 +127,7 @@ def load_params(
         The parameters in the canonical layout (`models.parameters`), and the fingerprint in hexadecimal.
 
     Raises:
-        CheckpointError: names every missing, surplus, repeated or misshapen tensor, or the first one that is unreadable
-            or not finite.
+        CheckpointError: tensors are missing, surplus, repeated, misshapen, unreadable or not finite.
     """
     places, entries = locate_tensors(read_headers(directory), config), ledger(config)
     shardings = jax.tree.leaves(param_shardings(config, placement), is_leaf=lambda leaf: leaf is None)
@@ -174,17 +168,16 @@ def save_params(
 ) -> None:
     """Write a checkpoint that this library and transformers can open.
 
-    Weight files get a checksum (`varjax.checksums`), which loading verifies. An earlier checkpoint in the directory is
-    replaced, and its remaining shards and `generation_config.json` are removed. No file is replaced before all are
-    written: an interruption before that leaves the directory as it was, a later one leaves files of both checkpoints.
+    An earlier checkpoint in the directory is replaced, after all new files are written: an interruption before that
+    leaves the directory as it was, a later one leaves files of both checkpoints.
 
     Args:
         directory: the folder to write to.
         params: parameters in the canonical layout.
         config: their architecture.
         dtype: of the stored weights.
-        shard_bytes: the largest size of a weight file; more weights than that are split into numbered shards.
-        generation: what `generation_config.json` is to say. None, or what the config says anyway: no such file.
+        shard_bytes: the largest size of a weight file.
+        generation: for `generation_config.json`; None, or what the config says anyway: no such file.
 
     Raises:
         ConfigError: the family's format cannot express the architecture.
@@ -218,7 +211,7 @@ def save_params(
 
 
 def read_headers(directory: Path) -> Headers:
-    """Read which tensors the weight files of a checkpoint hold, after verifying the checksums of files that have one.
+    """Read which tensors the weight files hold, after verifying the checksums of files that have one.
 
     Args:
         directory: the folder with the safetensors files.
@@ -227,7 +220,7 @@ def read_headers(directory: Path) -> Headers:
         Weight file -> name of each stored tensor, sorted -> its shape and safetensors dtype.
 
     Raises:
-        CheckpointError: a weight file or the index is missing or damaged, or it is not clear which files are meant.
+        CheckpointError: a weight file or the index is missing, damaged or ambiguous.
     """
     files, headers, faults = _tensor_files(directory), {}, []
     for file in files:

@@ -27,8 +27,7 @@ from models.parameters import init_params
 from models.weights import SINGLE_FILE, locate_tensors, read_headers, save_params
 from tests.damage import damaged
 from tests.synthetic_traces import make_trace
-from tuning import chosen
-from tuning.points import Outcome, Point
+from tuning.points import Outcome, Point, read_chosen, write_chosen
 from varjax import VARConfig, answersfile, checksums, statefile, statsfile
 from varjax import cache as context_cache
 from varjax.answers import Answers
@@ -36,6 +35,7 @@ from varjax.drift import Calibrated, Calibration, Stream
 from varjax.errors import InputError
 from varjax.stats import RoutingStats
 from varjax.step import Counters, VARState
+from varjax.tablefiles import TableFiles
 
 TIMES = 300
 MODEL = MoEConfig(
@@ -122,8 +122,8 @@ def evaluation(folder: Path) -> Path:
 
 def best_configs(folder: Path) -> Path:
     outcome = Outcome(0.001, 0.002, 50, False, 1.2, 0.1, {}, 1.3)
-    points = [Point(n, {}, VARConfig(frequency_threshold=10 + n).to_json(), outcome) for n in range(3)]
-    chosen.write(folder, points, 0.01, {"seed": 0})
+    points = [Point(n, {}, VARConfig(frequency_threshold=10 + n), outcome) for n in range(3)]
+    write_chosen(folder, points, 0.01, TableFiles("s.parquet"), {"seed": 0})
     return folder / "best_configs.json"
 
 
@@ -210,7 +210,7 @@ KINDS = {
     "evaluation": Kind(evaluation, read_result),
     "documents of an evaluation": Kind(lambda f: evaluation(f).with_name("r.documents.parquet"), documents_of),
     "certificate": Kind(certificate, lambda path: checksums.read_json(path, "certify again")),
-    "best_configs": Kind(best_configs, chosen.read),
+    "best_configs": Kind(best_configs, read_chosen),
     "config": Kind(config, VARConfig.load),
     "calibration of an audit": Kind(calibration, Calibration.load),
     "model": Kind(model, read_model),

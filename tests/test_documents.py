@@ -333,7 +333,7 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "profiling.calculator": told(r"187 +334 +1\.78x"),  # as docs/phase5.md has it
     "profiling.ceilings": told(r"square: 1024"),
     "profiling.performance_model": told(r"^(?:PASS|FAIL): median error on unseen points < 10%"),
-    "tuning.landscape": told(r"^(?:random|tpe|bayesian) +\d of 1 ", 3),
+    "tests.tuning.landscape": told(r"^(?:random|tpe|bayesian) +\d of 1 ", 3),
 }
 
 

@@ -1,15 +1,15 @@
-"""What one configuration is worth on the tuning documents: how much faster, at what cost, how surely.
+"""The value of one configuration on the tune documents: how much faster, at what loss of quality, how certainly.
 
 Letters: N documents.
 
-The cost is the relative change of perplexity per token, with a one-sided upper confidence limit over documents:
-tokens of one document depend on each other, documents do not. It is Student's limit for a ratio of sums (Cochran 1977,
-chapter 6), good enough to search by; what holds for every N is the certificate, on other documents.
+The loss of quality is the relative increase of perplexity per token, with a one-sided upper confidence limit over
+documents: Student's limit for a ratio of sums (Cochran 1977, chapter 6), since tokens of one document depend on each
+other. That is good enough to search by; a guarantee for every N is the certificate's task, on other documents.
 
-A hopeless configuration is given up early. Documents are scored in a random order, some at a time, and after each part
-a confidence sequence (`varjax.bounds`) asks whether the mean clipped increase per document, which the certificate will
-have to bound, has passed the limit beyond doubt. It may be asked as often as wanted, and stops a configuration that is
-within the limit with a probability of at most 1 - confidence.
+A hopeless configuration is given up early. Documents are scored in a random order, part by part, and after each part a
+confidence sequence (`varjax.bounds`) checks whether the mean clipped increase per document, which the certificate will
+bound, has certainly passed the limit. A configuration within the limit is stopped with probability 1 - confidence at
+most.
 """
 
 from __future__ import annotations
@@ -22,47 +22,50 @@ from typing import Literal
 
 import jax
 import numpy as np
+import optuna
 from scipy import stats as distributions
 
-from analysis.evaluate.certificate import CLIP, LIMIT
+from analysis.criteria import MAX_DEGRADATION
+from analysis.evaluate.certificate import CLIP
 from analysis.evaluate.losses import Losses, score, var_runner
 from analysis.evaluate.points import Subject, score_point
 from analysis.evaluate.policy_search import Choice, Ladder, Measured, climb, policies
 from analysis.resampling import Estimate
+from analysis.text.encoding import Encoded
 from models import MoEConfig
 from profiling.calls import PHASES
 from profiling.costs import flops_per_token
 from profiling.timing import geometric_mean, measure
-from tuning.points import PREDICTED, Outcome
+from tuning.points import PREDICTED, Outcome, Point
+from tuning.space import Space, config_at, suggest
 from varjax import bounds
 from varjax.config import VARConfig
 from varjax.errors import InputError
-from varjax.model import VARModel, build_for
+from varjax.model import VARModel
 from varjax.progress import progress_bar
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable, asked_orders, with_policies
 
-PARTS = 5  # in which the documents are scored
-PROGRAMS = 8  # sizes of the cached tier whose compiled programs are kept
-
-Speed = Literal["measured", "model"]
+PARTS = 5  # the documents are scored in this many parts
+PROGRAMS = 8  # compiled programs are kept for this many sizes of the cached tier
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """How configurations are judged. One table is built for all of them; they differ in its rules.
+    """How configurations are judged. One table serves all of them; they differ in its rules only.
 
     Raises:
-        InputError: settings out of their ranges, a config that bounds its answers, or as
+        InputError: a setting is out of range, the config bounds its answers, or as
             `analysis.evaluate.points.Subject`.
     """
 
     subject: Subject  # its documents are those of the tune split
-    speed: Speed = "measured"  # against the plain model, paired; or predicted by active assignments, which repeats
-    phases: tuple[str, ...] = PHASES  # that count, if measured
+    space: Space = ()  # the parameters that trials vary; the rest stays as in the subject's config
+    speed: Literal["measured", "model"] = "measured"  # paired timing, or prediction from active assignments
+    phases: tuple[str, ...] = PHASES  # phases that are timed
     repeats: int = 7  # timed rounds
     confidence: float = 0.95  # of the upper limit
-    limit: float = math.expm1(LIMIT)  # relative change of perplexity, from which a configuration is hopeless
+    limit: float = MAX_DEGRADATION  # relative increase of perplexity above which a configuration is hopeless
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
@@ -78,33 +81,66 @@ class Objective:
                 "search with answers_per_layer=None and bound the answers of the configuration that is found"
             )
 
+    def attempt(self, trial: optuna.Trial) -> Point:
+        """Evaluate one trial of a search.
+
+        Args:
+            trial: suggests the values of the parameters in `space`.
+
+        Returns:
+            The trial's values, the config that they stand for, and its outcome.
+        """
+        values = suggest(self.space, trial)
+        config = config_at(values, self.subject.config, self.ladder, self.orders)
+        return Point(trial.number, values, config, self.evaluate(config))
+
     def evaluate(self, config: VARConfig) -> Outcome:
-        """The configuration on the tuning documents, as far as it is not hopeless, and its speed."""
+        """Score a configuration on the tune documents until it proves hopeless, and determine its speed.
+
+        Args:
+            config: a configuration over the subject's statistics and answers.
+
+        Returns:
+            Its loss of quality and its speed-up over the plain model.
+        """
         self._make_room(config)
         table = with_policies(self._table, config, self.subject.stats, self.subject.answers)
-        found, experts, learned = self._losses(config, table)
-        change, seen = found - self._plain.nll[self._order][: len(found)], self._tokens[: len(found)]
-        value, upper = upper_limit(change, seen, self.confidence)
-        speedups = self._speedups(config, table, experts)
+        if self.speed == "measured":  # as fast as a table of its own, which would look up these orders only
+            asked = asked_orders(config, table.num_layers) or table.ngram_orders[:1]
+            table = dataclasses.replace(table, ngram_orders=asked)
+        var_model = VARModel(self.subject.model, config, table=table)
+        nll, experts, learned = self._score(var_model)
+        seen = self._order[: len(nll)]
+        degradation, upper = upper_limit(nll - self._plain.nll[seen], self._plain.tokens[seen], self.confidence)
+        if self.speed == "model":
+            value = _predicted_speedup(self.subject.model.config, self.subject.max_length, experts)
+            speedups = {PREDICTED: Estimate(value, value, value)}
+        else:
+            speedups = timed(self.subject, var_model, self.subject.documents, self.repeats, phases=self.phases)
         return Outcome(
-            degradation=value,
+            degradation=degradation,
             upper=upper,
-            documents=len(found),
-            hopeless=len(found) < len(self._order),
+            documents=len(nll),
+            hopeless=len(nll) < len(self._order),
             experts_per_token=experts,
             learned_share=learned,
             speedups=speedups,
             speedup=geometric_mean(one.value for one in speedups.values()),
         )
 
+    @property
+    def orders(self) -> tuple[int, ...]:
+        """Context orders above 0 that have answers."""
+        return tuple(order for order in self.subject.answers.ngram_orders if order > 0)
+
+    @cached_property
     def ladder(self) -> Ladder:
-        """Each layer alone at several tolerances; kept on disk by the subject, where it has a folder."""
+        """Each layer measured alone at several tolerances; kept on disk if the subject has a folder."""
         subject, top_k = self.subject, self.subject.model.config.top_k
-        orders = tuple(order for order in subject.answers.ngram_orders if order > 0)
         bar = progress_bar(unit=" policies", show=subject.progress, desc="layers alone")
 
         def measured(choices: Sequence[Choice]) -> Measured:
-            layers = policies(choices, subject.model.config.num_experts, orders)
+            layers = policies(choices, subject.model.config.num_experts, self.orders)
             config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
             table = with_policies(self._table, config, subject.stats, subject.answers)
             found = score_point(subject, config, table)
@@ -118,13 +154,13 @@ class Objective:
     @cached_property
     def _table(self) -> RouteTable:
         nothing = dataclasses.replace(self.subject.config, default=None, layers={})
-        return build_for(self.subject.model, nothing, self.subject.stats, self.subject.answers, keep_shapes=True)
+        return self.subject.build(nothing)
 
     def _make_room(self, config: VARConfig) -> None:
-        """Let go of compiled programs before there are too many.
+        """Drop compiled programs before there are too many.
 
-        Each size of the cached tier has its own, some thousands of memory mappings on a CPU, and Linux gives a process
-        65,530 unless told otherwise; beyond them the compiler fails.
+        Each size of the cached tier has its own, which take some thousands of memory mappings on a CPU. By default
+        Linux allows a process 65,530; beyond that the compiler fails.
         """
         size = (config.cache_size, config.context_window_size) if config.cache_size else None
         if size not in self._sizes and len(self._sizes) >= PROGRAMS:
@@ -134,12 +170,11 @@ class Objective:
 
     @cached_property
     def _sizes(self) -> set[tuple[int, int] | None]:
-        """Of the cached tier, of which compiled programs are held."""
+        """Sizes of the cached tier whose compiled programs are held."""
         return set()
 
     @cached_property
     def _plain(self) -> Losses:
-        """Kept on disk by the subject, where it has a folder."""
         return score_point(self.subject)
 
     @cached_property
@@ -148,62 +183,73 @@ class Objective:
         scored = np.flatnonzero(self._plain.tokens > 0)
         return np.random.default_rng(self.subject.seed).permutation(scored)
 
-    @property
-    def _tokens(self) -> np.ndarray:
-        """int64 [N], scored, in the order of scoring."""
-        return self._plain.tokens[self._order]
-
-    def _losses(self, config: VARConfig, table: RouteTable) -> tuple[np.ndarray, float, float]:
+    def _score(self, var_model: VARModel) -> tuple[np.ndarray, float, float]:
         """float64 [<= N], nats, in the order of scoring; experts per token; share of the learned tier."""
-        caching = self.subject.caching
-        var_model = VARModel(self.subject.model, config, table=table)
-        state, found = caching.init(var_model, self.subject.batch_size), np.zeros(0)
+        subject = self.subject
+        state, nll = subject.caching.init(var_model, subject.batch_size), np.zeros(0)
         sequence = bounds.begin(-CLIP, CLIP, self.confidence, "lower")
         for part in np.array_split(self._order, min(PARTS, len(self._order))):
             scores, state = score(
-                var_runner(var_model, caching),
+                var_runner(var_model, subject.caching),
                 state,
-                [self.subject.documents[index] for index in part],
-                batch_size=self.subject.batch_size,
-                max_length=self.subject.max_length,
-                stride=self.subject.stride,
+                [subject.documents[index] for index in part],
                 progress=False,
+                **subject.windows,
             )
+            nll = np.concatenate([nll, scores.nll])
             rates = (scores.nll - self._plain.nll[part]) / scores.tokens
             sequence = bounds.update(sequence, np.clip(rates, -CLIP, CLIP))
-            found = np.concatenate([found, scores.nll])
             if sequence.lower > math.log1p(self.limit):
                 break
         assert state is not None  # VAR is on
-        shares = summary(state.counters, self.subject.model.config.top_k)
-        return found, shares["experts_per_token"], shares["tiers"][TIERS[-1]]
+        shares = summary(state.counters, subject.model.config.top_k)
+        return nll, shares["experts_per_token"], shares["tiers"][TIERS[-1]]
 
-    def _speedups(self, config: VARConfig, table: RouteTable, experts: float) -> dict[str, Estimate]:
-        if self.speed == "model":
-            value = predicted_speedup(self.subject.model.config, self.subject.max_length, experts)
-            return {PREDICTED: Estimate(value, value, value)}
-        # A table of one's own would look up no more than this; all else that is there and unused costs little.
-        asked = asked_orders(config, table.num_layers) or table.ngram_orders[:1]
-        timed = measure(
-            VARModel(self.subject.model, config, table=dataclasses.replace(table, ngram_orders=asked)),
-            self.subject.documents,
-            batch_size=self.subject.batch_size,
-            max_length=self.subject.max_length,
-            repeats=self.repeats,
-            seed=self.subject.seed,
-            phases=self.phases,
-            seconds_per_token=self.subject.caching.seconds_per_token,
-        )
-        return {phase: Estimate(**timed["speedup"][phase]) for phase in self.phases}
+
+def timed(
+    subject: Subject,
+    var_model: VARModel,
+    documents: Sequence[Encoded],
+    repeats: int,
+    seed: int | None = None,
+    phases: Sequence[str] = PHASES,
+) -> dict[str, Estimate]:
+    """Measure the speed-up of a VAR model over its plain model, paired.
+
+    Args:
+        subject: says how documents are read.
+        var_model: the model under VAR.
+        documents: texts to read.
+        repeats: number of timed rounds.
+        seed: draws the texts; None: the subject's.
+        phases: those of "prefill" and "decode" to time.
+
+    Returns:
+        The speed-up by phase, with a 95 % interval over rounds.
+    """
+    found = measure(
+        var_model,
+        documents,
+        batch_size=subject.batch_size,
+        max_length=subject.max_length,
+        repeats=repeats,
+        seed=subject.seed if seed is None else seed,
+        phases=phases,
+        seconds_per_token=subject.caching.seconds_per_token,
+    )
+    return {phase: Estimate(**found["speedup"][phase]) for phase in phases}
 
 
 def upper_limit(change: np.ndarray, tokens: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The relative change of perplexity per token, and its one-sided upper confidence limit.
+    """Estimate the relative increase of perplexity per token and its one-sided upper confidence limit.
 
     Args:
         change: float64 [N], added loss of each document, nats.
-        tokens: int64 [N], scored.
-        confidence: of the limit; with one document it is infinite.
+        tokens: int64 [N], scored tokens.
+        confidence: of the limit.
+
+    Returns:
+        The increase and its limit, which is infinite for one document.
     """
     value = float(change.sum() / tokens.sum())
     if len(change) < 2:
@@ -213,13 +259,8 @@ def upper_limit(change: np.ndarray, tokens: np.ndarray, confidence: float) -> tu
     return math.expm1(value), math.expm1(value + quantile * spread)
 
 
-def predicted_speedup(model: MoEConfig, length: int, experts: float) -> float:
-    """Of prefill, by the operations that are left: the ceiling where time is arithmetic, and the same at every run.
-
-    Args:
-        length: tokens of a window.
-        experts: that run per token and layer.
-    """
+def _predicted_speedup(model: MoEConfig, length: int, experts: float) -> float:
+    """Of prefill, by the remaining operations: a ceiling, and the same in every run."""
     context = (length + 1) // 2
     plain, var = (sum(flops_per_token(model, context, k).values()) for k in (float(model.top_k), experts))
     return plain / var

@@ -24,7 +24,6 @@ from numpy.typing import ArrayLike
 
 from varjax.errors import InputError
 
-Method = Literal["betting", "bernstein"]
 Side = Literal["both", "upper", "lower"]
 
 MAX_FRACTION = 0.9  # of the capital that one observation may take: what is lost at once when x = 1
@@ -35,38 +34,26 @@ _PAYOFFS = 1 / (1 - np.arange(128) / 128)  # [M], 1 / (1 - m) of a sequence's ca
 _CHUNK = 4096  # observations that a sequence takes at a time, for the sake of memory
 
 
-def upper_bound(
-    values: ArrayLike, low: float, high: float, level: float = 0.95, method: Method = "betting", *, seed: int = 0
-) -> float:
+def upper_bound(values: ArrayLike, low: float, high: float, level: float = 0.95, *, seed: int = 0) -> float:
     """A number that the mean of the population does not exceed, with probability `level` or more.
 
-    "betting" gives the narrower bound. Its bets depend on the order of the observations: it takes them in a random
-    order drawn by `seed`, so sorted values do no harm. Choose the seed before looking; the least bound over several
-    seeds is not a bound. "bernstein" is the empirical Bernstein bound (Maurer & Pontil 2009, theorem 4), which does not
-    depend on the order.
+    The bets depend on the order of the observations, which is drawn by `seed`, so sorted values do no harm. Choose the
+    seed before looking; the least bound over several seeds is not a bound.
 
     Args:
         values: [N], at least two, of a sample whose size did not depend on them.
         low: limit that no observation can pass, known in advance, not taken from the sample.
         high: the same from above.
         level: confidence.
-        method: "betting" or "bernstein".
         seed: of the order.
 
     Returns:
         The bound, at most `high`.
 
     Raises:
-        InputError: values outside [low, high] or not finite, fewer than two, another method, or a level outside (0, 1).
+        InputError: values outside [low, high] or not finite, fewer than two, or a level outside (0, 1).
     """
-    x = _scaled(values, low, high, level)
-    if method == "bernstein":
-        confidence = math.log(2 / (1 - level))
-        bound = x.mean() + math.sqrt(2 * x.var(ddof=1) * confidence / len(x)) + 7 * confidence / (3 * (len(x) - 1))
-        return low + (high - low) * min(1.0, float(bound))
-    if method != "betting":
-        raise InputError(f'method is {method!r}; give "betting" or "bernstein"')
-    x = np.random.default_rng(seed).permutation(x)
+    x = np.random.default_rng(seed).permutation(_scaled(values, low, high, level))
     bets = _bets(x, level)
     fair, refuted = 0.0, 1.0
     for _ in range(_HALVINGS):

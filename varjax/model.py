@@ -89,22 +89,11 @@ class RoutedModel(Protocol):
         """Arrays moved to the devices that the model runs on, if there are several."""
         ...
 
-    def check_inputs(
-        self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
+    def check_inputs(self, *args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
         """Ids int32 and mask bool, [B, T] each; see `models.Model.check_inputs`."""
         ...
 
-    def generate(
-        self,
-        input_ids: Any,
-        max_new_tokens: int,
-        *,
-        attention_mask: Any | None = None,
-        sampling: Any | None = None,
-        step: Any | None = None,
-        carry: Any = None,
-    ) -> Generation:
+    def generate(self, *args: Any, **options: Any) -> Generation:
         """Continue each text; see `models.Model.generate`."""
         ...
 

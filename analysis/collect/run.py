@@ -46,25 +46,25 @@ class CollectSettings:
 
     keys: KeySettings = dataclasses.field(default_factory=KeySettings)
     layers: tuple[int, ...] | None = None  # to collect statistics of; None: all
-    residual_orders: tuple[int, ...] = (1, 2, 3)  # context orders that get answers; (): none
-    residual_min_count: int = 10  # occurrences that a key with answers needs
+    answer_orders: tuple[int, ...] = (1, 2, 3)  # context orders that get answers; (): none
+    answer_min_count: int = 10  # occurrences that a key with answers needs
     stats_bytes: int = 1 << 32  # for statistics on each device; fewer keys are admitted where they would not fit
-    residual_bytes: int = 1 << 32  # for the answers' sums on each device; only the likeliest are taken if need be
+    answer_bytes: int = 1 << 32  # for the answers' sums on each device; only the likeliest are taken if need be
     batch_size: int = 8  # rows per device and batch at `max_length`
     max_length: int = 256  # tokens per window
     save_tokens: int = SAVE_TOKENS  # tokens between checkpoints
 
     def __post_init__(self) -> None:
-        least = {"residual_min_count": 1, "stats_bytes": 0, "residual_bytes": 0}
+        least = {"answer_min_count": 1, "stats_bytes": 0, "answer_bytes": 0}
         least |= {"batch_size": 1, "max_length": 2, "save_tokens": 1}
         faults = [
             f"{name}={getattr(self, name)}: expected at least {bound}"
             for name, bound in least.items()
             if getattr(self, name) < bound
         ]
-        strange = sorted(set(self.residual_orders) - set(self.keys.orders))
+        strange = sorted(set(self.answer_orders) - set(self.keys.orders))
         if strange:
-            faults.append(f"residual orders {strange} are not among the orders {self.keys.orders}; collect those too")
+            faults.append(f"answer orders {strange} are not among the orders {self.keys.orders}; collect those too")
         if faults:
             raise InputError("; ".join(faults))
 
@@ -88,7 +88,7 @@ class CollectSettings:
     def _pairs_of(self, config: MoEConfig, num_layers: int) -> int:
         """The pairs of a key and an expert in each layer that there is memory for, besides those of order 0."""
         one = answers.bytes_a_pair(num_layers, config.num_experts, config.hidden_size)
-        return max(self.residual_bytes // one - config.num_experts, 0)
+        return max(self.answer_bytes // one - config.num_experts, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ def analyze(
     work, alone = works[share.index], share.of == 1
     keys, noted = _keys(model, corpus, settings, work, run, progress)
     order, num_experts = np.sum(keys.keys >= 0, axis=1), model.config.num_experts
-    answerable = np.isin(order, settings.residual_orders) & (keys.counts >= settings.residual_min_count)
+    answerable = np.isin(order, settings.answer_orders) & (keys.counts >= settings.answer_min_count)
     room = settings._pairs_of(model.config, len(layers))
     frequent = np.flatnonzero(answerable)  # more keys than pairs would be of no use: the most frequent ones
     frequent = np.sort(frequent[np.argsort(-keys.counts[frequent], kind="stable")[:room]])
@@ -173,12 +173,12 @@ def analyze(
             companion.unlink(missing_ok=True)  # belongs to statistics that a previous run left here
         statsfile.write(own, found, meta, strings)
         done.touch()
-    done = work / "residuals.done"
+    done = work / "answers.done"
     if len(frequent) and not done.exists():
         chosen, wanted = keys.keys[frequent], None
         if pairs < len(frequent) * num_experts:
             wanted = likeliest(statsfile.read(own)[0], chosen, layers, pairs)
-        averaged = collect_answers(model, documents, chosen, layers, pairs=wanted, **reading("residuals"))
+        averaged = collect_answers(model, documents, chosen, layers, pairs=wanted, **reading("answers"))
         _check_same(corpus.about, noted, work)
         answersfile.write(answers_next_to(own), averaged, meta | {"statistics": statsfile.identity(own)})
         done.touch()

@@ -9,19 +9,17 @@ The settings of `score` that give the published definitions of perplexity:
 
 - Default: every token after a document's first (the begin id, where the tokenizer adds one).
 - lm-evaluation-harness, `loglikelihood_rolling` (class HFLM): `full_last=True` and `prefix_id` set to the begin id, or
-  to the end id where the tokenizer has none. Every id of a document is scored, including a begin id. Its
-  `add_bos_token=False` leaves that one out: `full_last=True` alone, on ids that start with the begin id.
-  `word_perplexity`, `byte_perplexity` and `bits_per_byte` are its metrics over the scored text. (Its task `wikitext`
-  scores a detokenized text but counts the words and bytes of the original.)
-- Hugging Face, "Perplexity of fixed-length models": its `max_length` is one more than ours, because its windows include
-  the last target; its `stride` is ours. The losses are the same. Its perplexity multiplies the mean loss of each window
-  after the first by one token less than the mean is over; ours gives every token the same weight.
+  to the end id where the tokenizer has none; its `add_bos_token=False` is `full_last=True` alone, on ids that start
+  with the begin id. `word_perplexity`, `byte_perplexity` and `bits_per_byte` are its metrics over the scored text. (Its
+  task `wikitext` scores a detokenized text but counts the words and bytes of the original.)
+- Hugging Face, "Perplexity of fixed-length models": its `max_length` is one more than ours, its `stride` is ours. The
+  losses are the same; its perplexity multiplies the mean loss of each window after the first by one token less than the
+  mean is over, ours gives every token the same weight.
 
-A document's loss must not depend on the other documents, so by default each document starts with an empty cache, which
-learns from one window of the document to the next. (Within a window it decides nothing: a plan is made before the
-window is read.) A service has one cache for all of its texts; measured like that, losses depend on the order of the
-documents and on the batch size, and the result says so. The cache ages by tokens, not by the machine's clock, so that
-every run forgets the same.
+By default each document starts with an empty cache, which learns from one window of the document to the next. (Within a
+window it decides nothing: a plan is made before the window is read.) A service has one cache for all of its texts; then
+losses depend on the order of the documents and on the batch size, and the result says so. The cache ages by tokens, not
+by the machine's clock, so that every run forgets the same.
 """
 
 from __future__ import annotations

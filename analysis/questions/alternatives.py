@@ -313,24 +313,21 @@ def _section(found: Alternatives) -> Section:
         f"VAR as given, without a cached tier: perplexity {found.var.degradation:+.2%} against the plain model's "
         f"{found.perplexity:.3f} per token, {ours:.2f} of {found.top_k} experts, {found.var.open_share:.1%} of tokens "
         "left to the learned router.",
-        "Experts at VAR's loss: the fewest along an alternative's curve whose loss is at most VAR's, on straight lines "
-        f"between points; intervals are 95 %, from {found.samples:,} bootstrap draws of the {found.documents:,} "
-        "documents.",
-        "The place on its curve where an alternative is compared was picked on these documents, which flatters the "
-        "alternatives; VAR's policy must have been chosen on others. VAR's tolerances were searched layer by layer, "
-        "the rules of others have one dial for all layers.",
+        "Experts at VAR's loss are the fewest along an alternative's curve, on straight lines between points; "
+        f"intervals are 95 %, from {found.samples:,} bootstrap draws of the {found.documents:,} documents. The place "
+        "on the curve was picked on these documents, which flatters the alternatives; VAR's policy must have been "
+        "chosen on others.",
         "Token ids only, one tolerance for all layers, shuffled answers and VAR without answers are VAR without one "
         "thing: where they need no more experts, that thing earns nothing.",
     ]
     figure = ReportFigure(
         QUESTION.name,
         "VAR and its alternatives",
-        "One panel per alternative with VAR's curve in each: black dots; the ringed one is the given policy. White "
-        "squares: the alternative, with 95 % intervals. Left is better, and so is low: the curve that crosses the "
-        "dotted line, VAR's loss, further to the left runs fewer experts. The scale is linear between the thin "
-        "horizontal lines and logarithmic beyond them; changes of more than 100 % are not shown.",
+        "Black dots: VAR, ringed at the given policy; white squares: the alternative, with 95 % intervals. On the "
+        "dotted line, VAR's loss, the curve further to the left runs fewer experts; beyond the thin lines the scale "
+        "is logarithmic.",
         "Lines between points are straight, losses are not: where the points are far apart, an alternative looks worse "
-        "between them than it is. All experts count the same here; what they cost in time depends on the batch.",
+        "than it is. All experts count the same here; what they cost in time depends on the batch.",
         partial(_draw, found),
     )
     verdict = "FAIL" if lost else "PASS"

@@ -57,23 +57,12 @@ class CoActivation:
         return np.where(off_diagonal, ratio(self.share, self.expected), np.nan)
 
 
-def co_activation(trace: Trace, settings: TraceSettings, pairs: int = 10, min_expected: float = 25.0) -> CoActivation:
-    """Compute the shares of the tokens that chose each pair of experts, and the strongest pairs of each layer.
+def _co_activation(trace: Trace, settings: TraceSettings, pairs: int = 10, min_expected: float = 25.0) -> CoActivation:
+    """Shares of the tokens that chose each pair of experts, and the strongest pairs of each layer.
 
     The intervals draw held-out documents; a draw's own loads enter its expected shares to first order. Where all
-    documents are on one side of the split, no pair is listed. No ranking of the experts is needed.
-
-    Args:
-        trace: captured in all layers.
-        settings: of the bootstrap.
-        pairs: pairs to list per layer.
-        min_expected: build tokens in which a pair must be expected to be listed; below, ratios are noise.
-
-    Returns:
-        The shares and pairs.
-
-    Raises:
-        NotTestableError: one expert per token makes no pairs, or the trace has no token.
+    documents are on one side of the split, no pair is listed. Pairs that are expected in fewer than `min_expected`
+    build tokens are not listed, because their ratios are noise.
     """
     if trace.top_k < 2:
         raise NotTestableError(
@@ -212,7 +201,7 @@ def _strength(
 
 
 def _examine(data: RoutingData) -> Section:
-    found = data.on_trace(lambda trace: co_activation(trace, data.settings))
+    found = data.on_trace(lambda trace: _co_activation(trace, data.settings))
     first, second = found.strongest[..., 0], found.strongest[..., 1]  # [L, P]
     layers, ranks = np.nonzero(first >= 0)
     strength = [getattr(found.strength, part)[ranks, layers] for part in ("value", "low", "high")]

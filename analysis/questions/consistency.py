@@ -49,10 +49,10 @@ class Consistency:
     used: by_layer.UsedIds
 
 
-def consistency(
+def _consistency(
     stats: RoutingStats, first_choices_known: bool = True, samples: int = 100, seed: int = 0
 ) -> Consistency:
-    """Compute the consistency of all ids, all occurrences, the most frequent ids, and deciles of ids by frequency.
+    """Consistency of GROUPS: all ids, all occurrences, the most frequent ids, and deciles of ids by frequency.
 
     Args:
         stats: routing statistics with keys of order 1.
@@ -60,9 +60,6 @@ def consistency(
             estimated from the mean probabilities, which the reader of the file filled in.
         samples: simulated draws of every different frequency; as many as it has ids, if these are more.
         seed: of the simulation.
-
-    Returns:
-        The figures of every layer.
     """
     used = by_layer.used_ids(stats, "consistency")
     shape = (len(stats.count), len(GROUPS))
@@ -123,7 +120,7 @@ def _drawn_groups(drawn: LayerDraws) -> np.ndarray:
 def _examine(data: RoutingData) -> Section:
     stats = data.stats
     estimated = "top1_counts" in data.source.meta.get("filled", {})
-    found = consistency(stats, not estimated, seed=data.settings.seed)
+    found = _consistency(stats, not estimated, seed=data.settings.seed)
     used, null, testable = found.used, found.null, np.flatnonzero(found.used.testable)
     some = found.values._replace(value=np.where(found.keys < by_layer.MIN_KEYS, np.nan, found.values.value))
     values = by_layer.over_documents(data, some, _drawn_groups)._replace(value=found.values.value)

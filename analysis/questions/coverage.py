@@ -33,15 +33,8 @@ class Coverage:
     used: by_layer.UsedIds
 
 
-def coverage(stats: RoutingStats) -> Coverage:
-    """Compute the coverage of the presets and of a grid of thresholds.
-
-    Args:
-        stats: routing statistics with keys of order 1.
-
-    Returns:
-        The shares of every token that a layer routed, also of those at ids that are not keys.
-    """
+def _coverage(stats: RoutingStats) -> Coverage:
+    """Shares of all tokens that a layer routed, also of those at ids that are not keys."""
     used = by_layer.used_ids(stats, "entropy", 1)
     known = np.where(stats.row_orders == 1, stats.count, 0)
     whole = np.maximum(stats.tokens - stats.nonfinite, known.sum(axis=1)).astype(np.float64)
@@ -71,7 +64,7 @@ def _drawn_presets(drawn: LayerDraws) -> np.ndarray:
 
 
 def _examine(data: RoutingData) -> Section:
-    found = coverage(data.stats)
+    found = _coverage(data.stats)
     used, presets = found.used, by_layer.over_documents(data, found.presets, _drawn_presets)
     frequency, entropy = (PRESETS["balanced"][name] for name in ("frequency_threshold", "entropy_threshold"))
     criterion = f"more than {MIN_COVERED:.0%} of occurrences at ids seen ≥ {frequency} times with ≤ {entropy:g} nats"

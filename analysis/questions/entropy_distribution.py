@@ -35,15 +35,8 @@ class EntropyDistribution:
     used: by_layer.UsedIds
 
 
-def entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
-    """Compute percentiles, and shares below thresholds.
-
-    Args:
-        stats: routing statistics with keys of order 1.
-
-    Returns:
-        The distribution in every layer.
-    """
+def _entropy_distribution(stats: RoutingStats) -> EntropyDistribution:
+    """Percentiles, and shares below thresholds, of every layer."""
     used = by_layer.used_ids(stats, "entropy")
     layers = len(stats.count)
     percentiles = np.full((2, layers, len(PERCENTILES)), np.nan)
@@ -82,7 +75,7 @@ def _drawn_occurrences(drawn: LayerDraws) -> np.ndarray:
 
 
 def _examine(data: RoutingData) -> Section:
-    found = entropy_distribution(data.stats)
+    found = _entropy_distribution(data.stats)
     used, most = found.used, data.entropy.most
     ids = by_layer.over_documents(data, found.below[0], _drawn_ids)
     occurrences = by_layer.over_documents(data, found.below[1], _drawn_occurrences)

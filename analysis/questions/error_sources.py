@@ -285,21 +285,18 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
             f"{policy} under the policy at {found.kinds[-1].experts:.2f} experts",
             (
                 f"{found.documents:,} documents, {found.tokens:,} tokens, perplexity {found.perplexity:.3f} with the "
-                "plain model. The same tokens are planned in every row, by the fast tier alone; choice and weights "
-                "from the table run all experts, and its weights go by rank.",
-                "Without answers nothing replaces what is dropped; rescaled: the kept weights are brought to their "
-                "former sum. The policy often drops all experts of a token, where nothing is left to rescale, so the "
-                "first expert alone is the fairer test of rescaling.",
+                "plain model. The same tokens are planned in every row, by the fast tier alone; where the table "
+                "chooses or weighs (by rank), all experts run. Rescaled: the kept weights are brought to their former "
+                "sum, best judged by the first expert alone, because the policy often drops all experts of a token.",
             ),
             (
                 change_table("choice, weights and answers, against the plain model", found.kinds),
                 change_table("with and without answers for what is dropped", found.dropping),
             ),
             read="Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one way. "
-            "Above: choice and weights from the table, all experts run; and the policy, which runs fewer. Below: what "
-            "is dropped with and without answers, kept weights rescaled or not. Each panel has its own scale.",
-            misleads="Choice and weight errors save nothing: they show where an error comes from, are not policies, "
-            "and need not add up. Rows run different numbers of experts: see the tables.",
+            "Above: choice and weights; below: with and without answers. Each panel has its own scale.",
+            misleads="Choice and weight errors save nothing and need not add up: they show where an error comes from. "
+            "Rows run different numbers of experts: see the tables.",
             draw=partial(_draw_kinds, found),
         ),
         part(
@@ -327,11 +324,10 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
             f"{found.whole.nats.value:+.5f} nats per token in all; the largest part, {worst.part.value:+.5f}, where "
             f"the longest key that answered was: {worst.name} ({worst.tokens / found.tokens:.0%} of the tokens)",
             (
-                "A group is that of the position that made the prediction. Its loss also suffers from what was dropped "
-                "at the tokens before it, so the parts show where the loss falls, not what caused it.",
-                "Loss: nats per token of the group. Part: the same spread over all tokens, so that parts add up to the "
-                "whole. Keys: of the longest order that answered in any layer. Experts: summed over layers. Frequency: "
-                "tenths of the ids that were read, by their occurrences in the text of the statistics.",
+                "Loss: nats per token of the group, at the position that made the prediction; it also suffers from "
+                "what was dropped at the tokens before. Part: the same spread over all tokens, so that parts add up "
+                "to the whole. Frequency: tenths of the ids that were read, by their occurrences in the text of the "
+                "statistics.",
             ),
             (
                 _table(
@@ -343,8 +339,8 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
             ),
             read="Dots with 95 % intervals: loss added per token of a group, at the position that made the prediction. "
             "Dashed: the mean of all tokens.",
-            misleads="Open tokens lose only because of the tokens before them. Groups differ in how hard their tokens "
-            "are. Small groups have wide intervals, and none where they come from fewer than 10 documents.",
+            misleads="Groups differ in how hard their tokens are. Small groups have wide intervals, and none where "
+            "they come from fewer than 10 documents.",
             draw=partial(_draw_groups, found),
         ),
     )

@@ -34,20 +34,10 @@ class Load:
     documents: int
 
 
-def expert_load(trace: Trace, settings: TraceSettings) -> Load:
-    """Compute the load of each expert in each layer, with bootstrap intervals over documents.
+def _expert_load(trace: Trace, settings: TraceSettings) -> Load:
+    """Load of each expert in each layer, with bootstrap intervals over documents.
 
     The interval of the imbalance takes the busiest expert of each draw, so it reaches further up than down.
-
-    Args:
-        trace: captured in all layers.
-        settings: of the bootstrap.
-
-    Returns:
-        The load.
-
-    Raises:
-        NotTestableError: the trace has no token.
     """
     if len(trace.token_id) == 0:
         raise NotTestableError("the trace has no token; give one that has")
@@ -91,7 +81,7 @@ def _evenness(counts: np.ndarray) -> np.ndarray:
 
 
 def _examine(data: RoutingData) -> Finding:
-    found = data.on_trace(lambda trace: expert_load(trace, data.settings))
+    found = data.on_trace(lambda trace: _expert_load(trace, data.settings))
     share = found.share.value  # [E, L]
     names = ("imbalance", "low", "high", "evenness", "evenness low", "evenness high")
     columns = (Column("layer"), *(Column(name, ".3f") for name in names))

@@ -30,15 +30,8 @@ class Correlation:
     used: by_layer.UsedIds
 
 
-def frequency_entropy(stats: RoutingStats) -> Correlation:
-    """Correlate the frequency of token ids with their mean gate entropy.
-
-    Args:
-        stats: routing statistics with keys of order 1.
-
-    Returns:
-        Rho of every layer.
-    """
+def _frequency_entropy(stats: RoutingStats) -> Correlation:
+    """Rho of every layer."""
     used = by_layer.used_ids(stats, "entropy")
     rho, p = np.full((2, len(stats.count)), np.nan)
     untestable = list(used.untestable)
@@ -66,7 +59,7 @@ def _drawn_rho(drawn: LayerDraws) -> np.ndarray:
 
 
 def _examine(data: RoutingData) -> Section:
-    found = frequency_entropy(data.stats)
+    found = _frequency_entropy(data.stats)
     used, rho = found.used, by_layer.over_documents(data, found.rho, _drawn_rho, least=-1)
     verdict, outcome, verdicts = by_layer.verdict(data, used, rho.value < MAX_RHO, f"rho < {MAX_RHO:g}")
     words = [

@@ -228,14 +228,11 @@ def _section(found: Drift) -> Section:
     figure = ReportFigure(
         QUESTION.name,
         "Agreement with the plain model's text",
-        "At each new position, with 95 % intervals over prompts: the share of prompts whose token is the plain model's "
-        "(free), that have not diverged yet (together), and where the model under VAR would write the same token if "
-        "fed the plain model's text (single step). Only the last shows how good a step is; its distance from the "
-        "others is the effect of one different token on all later ones.",
+        "The share of prompts, with 95 % intervals, whose token is the plain model's (free), that have not diverged "
+        "yet (together), and where the model under VAR would write the same token if fed the plain model's text "
+        "(single step). Only the last shows how good a step is.",
         "Greedy texts diverge at near-ties, where either token is as good: a low curve is not a loss of quality by "
-        "itself. A small model's greedy text repeats itself, which restores agreement. Intervals are for each position "
-        "alone; where all prompts agree an interval is a point, which is too narrow. Later positions have only the "
-        "prompts whose plain text goes on, so that (together) may even rise.",
+        "itself. Later positions have only the prompts whose plain text goes on, so that (together) may even rise.",
         partial(_draw, found),
     )
     return QUESTION.section(
@@ -244,10 +241,8 @@ def _section(found: Drift) -> Section:
         f"plain model gives the text under VAR {found.difference:+.3f} nats per token",
         (
             f"Greedy continuations of {found.prompts} beginnings of {found.prompt_tokens} tokens, {found.new_tokens} "
-            "new tokens at most. Positions after the end of the plain model's text are left out.",
-            "The plain model's log probability favors its own greedy text, which consists of its likeliest tokens; the "
-            "value for the documents shows how little that means. A difference near 0 says that the text is only "
-            "different, not worse.",
+            "new tokens at most, as far as the plain model's text goes. The plain model's log probability favors its "
+            "own greedy text; a difference near 0 says that the text is only different, not worse.",
         ),
         (agreements, probabilities),
         (figure,),

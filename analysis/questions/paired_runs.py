@@ -43,19 +43,8 @@ class PairedMeasure:
     used: UsedIds  # rows of the first run
 
 
-def compare(stats: RoutingStats, other: RoutingStats) -> tuple[PairedMeasure, ...]:
-    """Test whether figures of common token ids differ between two runs.
-
-    Args:
-        stats: of the first run.
-        other: of the second run.
-
-    Returns:
-        One comparison for each of MEASURES.
-
-    Raises:
-        InputError: the runs have different numbers of layers.
-    """
+def _compare(stats: RoutingStats, other: RoutingStats) -> tuple[PairedMeasure, ...]:
+    """Paired tests of MEASURES; raises InputError if the runs have different numbers of layers."""
     layers = len(stats.count)
     if len(other.count) != layers:
         raise InputError(
@@ -108,7 +97,7 @@ def _measure(
 def _examine(data: RoutingData) -> Section:
     if data.other is None:
         raise NotMeasuredError("needs a second run: --compare OTHER.parquet")
-    found = compare(data.stats, data.other)
+    found = _compare(data.stats, data.other)
     shares = [f"{one.name} {np.sum(one.figures['p, t-test'] < ALPHA)} of {len(one.used.rows)}" for one in found]
     words = [
         f"Second run: {data.other_name}. Pairs are the token ids that both saw in a layer; differences are second "

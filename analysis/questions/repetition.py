@@ -42,20 +42,8 @@ class Repetition:
     documents: int
 
 
-def repetition(trace: Trace, settings: TraceSettings, progress: bool = False) -> Repetition:
-    """Compute the share of consecutive tokens that repeat an expert, against uniform routing and the null.
-
-    Args:
-        trace: captured in all layers.
-        settings: of the null.
-        progress: show a bar on standard error.
-
-    Returns:
-        The shares.
-
-    Raises:
-        NotTestableError: the experts are not ranked, or no token directly follows another.
-    """
+def _repetition(trace: Trace, settings: TraceSettings, progress: bool = False) -> Repetition:
+    """Share of consecutive tokens that repeat an expert, against uniform routing and the null."""
     nulls.check_ranked(trace)
     pair = ~trace.begins()
     if not pair.any():
@@ -101,7 +89,7 @@ def _sums(best: np.ndarray, pair: np.ndarray, document: np.ndarray) -> dict[str,
 
 
 def _examine(data: RoutingData) -> Section:
-    found = data.on_trace(lambda trace: repetition(trace, data.settings, data.progress))
+    found = data.on_trace(lambda trace: _repetition(trace, data.settings, data.progress))
     first = found.measures["first_choice"]
     chance = ", ".join(f"{name} {share:.1%}" for name, share in found.uniform.items())
     words = [

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -56,36 +55,30 @@ class TableSizes:
     samples: int  # bootstrap draws
 
 
-class Shipped(NamedTuple):
-    """The size of a table without what it never looks up."""
-
-    answers: tuple[int, ...]  # [L]
-    answer_bytes: int  # with deviations and scales
-    bytes: int
-
-
 def _table_sizes(subject: Subject) -> TableSizes:
     """The given policy under tables of several sizes."""
     plain = score_point(subject)
     counts = document_counts(len(plain.nll), subject.samples, subject.seed)
     whole = dataclasses.replace(subject.config, answers_per_layer=None, answer_dtype="float32")
-    most = max(_shipped(subject.build(whole)).answers)
+    most = max(_shipped(subject.build(whole))[0])
     bounds = sorted({max(round(share * most), 1) for share in SHARES})
     configs = [dataclasses.replace(whole, answers_per_layer=bound) for bound in bounds]
     configs += [dataclasses.replace(whole, answer_dtype=one) for one in _MARKERS]
     found = []
     for config in progress_bar(configs, unit="table", desc="table sizes", show=subject.progress):
         table = subject.build(config)
-        size = _shipped(table)
-        number = sum(size.answers)
-        point = measured(number, plain, score_point(subject, config, table), counts)
-        found.append(Size(config.answers_per_layer, config.answer_dtype, number, size.answer_bytes, size.bytes, point))
+        answers, in_answers, in_all = _shipped(table)
+        point = measured(sum(answers), plain, score_point(subject, config, table), counts)
+        found.append(Size(config.answers_per_layer, config.answer_dtype, sum(answers), in_answers, in_all, point))
     tokens = int(plain.tokens.sum())
     return TableSizes(tuple(found), subject.model.config.top_k, len(plain.nll), tokens, subject.samples)
 
 
-def _shipped(table: RouteTable) -> Shipped:
-    """The size of a table built with `keep_shapes` if it were built without; no second build is needed."""
+def _shipped(table: RouteTable) -> tuple[list[int], int, int]:
+    """The answers of each layer, their bytes with deviations and scales, and the bytes of the whole table.
+
+    All as if the table, which was built with `keep_shapes`, had been built without; no second build is needed.
+    """
     rows = np.flatnonzero(np.asarray(table.eligible).any(axis=0))
     rows = rows if len(rows) else np.array([0])
     keys = KeyIndex.build(np.asarray(table.index.keys)[rows])
@@ -98,7 +91,7 @@ def _shipped(table: RouteTable) -> Shipped:
         per_answer = _bytes((layer.answers, layer.deviation, layer.scale)) // len(layer.answers)
         answer_bytes += per_answer * max(answers[-1], 1)
         total += (entry if answers[-1] else entry[:1]).nbytes
-    return Shipped(tuple(answers), answer_bytes, total + answer_bytes)
+    return answers, answer_bytes, total + answer_bytes
 
 
 def _bytes(tree: object) -> int:
@@ -118,13 +111,10 @@ def _section(found: TableSizes) -> Section:
         f"{smallest.answer_dtype} they take {smallest.answer_bytes / _MB:.1f} MB at {small_loss:+.2%}"
     )
     words = (
-        "A bound on the answers of a layer keeps those that remove the most squared error, weighted by the gate. Where "
-        "an answer is not kept, the shorter key's replaces it; where that is not kept either, the expert runs.",
-        "The policy is the same for every size, so these tables are at different losses and experts: compare them with "
-        "VAR's own curve, the whole table under other tolerances. Choose a size on other documents: which table saves "
-        "half was read off these.",
-        "Answers: their bytes with scales and deviations. Table: with keys, predicted routing and the index of "
-        "answers. 1 MB is 10^6 bytes.",
+        "A bound on the answers of a layer keeps those that remove the most squared error, weighted by the gate; the "
+        "shorter key's answer, or else the expert, replaces one that is not kept. The policy is the same for every "
+        "size, so these tables are at different losses and experts. Choose a size on other documents: which table "
+        "saves half was read off these.",
     )
     columns = (
         *(Column("bound per layer", ","), Column("type"), Column("answers", ","), Column("answers [MB]", ".2f")),

@@ -40,15 +40,8 @@ class Zipf:
     top_shares: tuple[float, ...] = ()  # share of all occurrences at the most frequent TOP_IDS; NaN: not known
 
 
-def zipf(stats: RoutingStats) -> Zipf:
-    """Fit ln frequency on ln rank, from rank 1 to the last token id with at least ZIPF_FREQUENCY occurrences.
-
-    Args:
-        stats: routing statistics with keys of order 1.
-
-    Returns:
-        The fit, and the figures of the published report.
-    """
+def _zipf(stats: RoutingStats) -> Zipf:
+    """Fit ln frequency on ln rank, from rank 1 to the last id with ZIPF_FREQUENCY occurrences; and as published."""
     every = np.sort(stats.count[:, stats.row_orders == 1].max(axis=0, initial=0))[::-1]
     every = every[every > 0]
     frequency = every[every >= ZIPF_FREQUENCY]
@@ -84,7 +77,7 @@ def _drawn_exponents(block: Block) -> np.ndarray:
 
 
 def _examine(data: RoutingData) -> Section:
-    found = zipf(data.stats)
+    found = _zipf(data.stats)
     if data.draws is not None:
         drawn = np.concatenate([_drawn_exponents(block) for block in data.draws.blocks])
         low, high = interval(np.array(found.exponent), drawn)

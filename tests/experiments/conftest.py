@@ -13,7 +13,7 @@ from varjax.tablefiles import answers_next_to
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script():
     """`script(name, *arguments)`: run it as `__main__`; the name may be a path."""
 
@@ -23,14 +23,14 @@ def script():
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def common(model_directory, even_corpus):
     return ("--model", model_directory, "--dataset", even_corpus, "--max_length", 32, "--batch_size", 4)
 
 
 @pytest.fixture(scope="session")
 def statistics(saved_model, even_documents, tmp_path_factory):
-    """A statistics file with its answers beside it, from the first 60 documents; to be read only."""
+    """A statistics file with its answers next to it, from the first 60 documents; to be read only."""
     known, reading = even_documents[:60], {"batch_size": 4, "max_length": 16, "progress": False}
     keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
     stats = collect(saved_model, known, keys, **reading)

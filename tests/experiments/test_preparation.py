@@ -50,6 +50,11 @@ def refused(call, *arguments) -> str:
     return str(stop.value)
 
 
+def times(folder: Path) -> dict[Path, int]:
+    """When each file below the folder was written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
 # --- datasets --------------------------------------------------------------------------------------------------------
 
 
@@ -67,12 +72,12 @@ def test_datasets_are_prepared_each_in_its_folder(prepare, corpus_file, model_di
 
 def test_the_same_request_does_nothing_and_another_one_is_refused(prepare, corpus_file, tokenizer_only, tmp_path):
     prepare("--dataset", corpus_file, "--max_tokens", 200)
-    before = {path: path.stat() for path in (tmp_path / "out").rglob("*")}
-    assert "left as it is" in prepare("--dataset", corpus_file, "--max_tokens", 200)
+    before = times(tmp_path / "out")
+    assert "kept (see --overwrite)" in prepare("--dataset", corpus_file, "--max_tokens", 200)
     for other in (("--max_tokens", 300), ("--max_tokens", 200, "--tokenizer", tokenizer_only)):
         message = refused(prepare, "--dataset", corpus_file, *other)
         assert "sentences" in message and "--overwrite" in message and "max_tokens=200" in message
-    assert {path: path.stat() for path in (tmp_path / "out").rglob("*")} == before
+    assert times(tmp_path / "out") == before
 
     prepare("--dataset", corpus_file, "--tokenizer", tokenizer_only, "--overwrite")
     assert len(open_prepared(tmp_path / "out" / "sentences", load_tokenizer(tokenizer_only))) == 160
@@ -80,7 +85,7 @@ def test_the_same_request_does_nothing_and_another_one_is_refused(prepare, corpu
 
 def test_short_names_stand_for_the_hubs(script):
     names = runpy.run_path(str(SCRIPTS / "prepare_datasets.py"))
-    full, folder = names["full_name"], names["folder_name"]
+    full, folder = names["_full_name"], names["_folder_name"]
     assert full("c4") == "allenai/c4:en"
     assert full("c4:validation") == "allenai/c4:en:validation"
     assert full("wikitext2:test") == "Salesforce/wikitext:wikitext-2-raw-v1:test"
@@ -138,14 +143,14 @@ def hub(model_directory, monkeypatch):
 def test_a_model_is_fetched_and_its_directory_ready(script, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = script("download_models.py", "--model", "owner/tiny", "--dry_run")
-    assert "model.safetensors" in printed and "GB are free where checkpoints/tiny" in printed
-    assert printed.splitlines()[-1] == "dry run: nothing was fetched"
+    assert "model.safetensors" in printed and "GB are free at checkpoints/tiny" in printed
+    assert printed.splitlines()[-1] == "dry run: nothing was downloaded"
     assert not list(tmp_path.iterdir())
 
     printed = script("download_models.py", "--model", "owner/tiny")
     assert printed.splitlines()[-1] == "checkpoints/tiny is ready: use it with --model checkpoints/tiny"
     assert (tmp_path / "checkpoints" / "tiny" / "model.safetensors").is_file()
-    assert "contents as the hub states" in script("download_models.py", "--verify_only", "checkpoints/tiny")
+    assert "contents as published on the hub" in script("download_models.py", "--verify_only", "checkpoints/tiny")
 
 
 def test_a_local_directory_is_verified(script, model_directory, tmp_path):
@@ -155,12 +160,12 @@ def test_a_local_directory_is_verified(script, model_directory, tmp_path):
     broken = shutil.copytree(model_directory, tmp_path / "broken")
     content = (broken / "model.safetensors").read_bytes()
     (broken / "model.safetensors").write_bytes(content[:-5])
-    assert "model.safetensors is truncated" in refused(script, "download_models.py", "--verify_only", broken)
+    assert "model.safetensors: was damaged" in refused(script, "download_models.py", "--verify_only", broken)
 
 
 def test_no_network_is_one_message_and_leaves_nothing(script, tmp_path):
     message = refused(script, "download_models.py", "--model", "owner/tiny", "--output", tmp_path / "deep" / "here")
-    assert "owner/tiny: the hub cannot be reached" in message
+    assert "owner/tiny cannot be fetched: the hub cannot be reached" in message
     assert not list(tmp_path.iterdir())
 
 

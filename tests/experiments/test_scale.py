@@ -28,7 +28,7 @@ def command(model_directory, even_corpus):
     """`command(output, *more)`: Phase 1 on the tiny model as a user would start it."""
     reading = ("--max_length", "16", "--batch_size", "1", "--save_tokens", "400")
     reading += ("--split", "all", "--num_samples", "160")
-    keys = ("--min_count", "3", "--residual_min_count", "5", "--trace_tokens", "0")
+    keys = ("--min_count", "3", "--answer_min_count", "5", "--trace_tokens", "0")
     script = str(ROOT / "experiments" / "01_routing_analysis.py")
 
     def make(output: Path, *more: str) -> list[str]:
@@ -53,10 +53,10 @@ def finish(*processes: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(command, tmp_path_factory) -> Path:
+def whole(script, command, tmp_path_factory) -> Path:
     """The output of one uninterrupted run on one device."""
     output = tmp_path_factory.mktemp("whole")
-    finish(start(command(output)))
+    script(*command(output)[1:])
     return output
 
 
@@ -68,10 +68,9 @@ def header(path: Path) -> dict:
     return meta
 
 
-def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp_path):
+def test_killed_twice_and_resumed_with_the_same_settings_alone_the_file_is_the_same(script, command, whole, tmp_path):
     moment, work = random.Random(0), tmp_path / "routing_checkpoints" / "process-0"
-    # While statistics are collected; after them, at any time; while residual rows are collected.
-    for stage in ("statistics/checkpoint.safetensors", "statistics.done", "residuals/checkpoint.safetensors"):
+    for stage in ("statistics/checkpoint.safetensors", "answers/checkpoint.safetensors"):  # while either is collected
         process = start(command(tmp_path))
         while process.poll() is None and not list(work.glob(stage)):
             time.sleep(0.005)
@@ -79,7 +78,10 @@ def test_killed_three_times_and_resumed_the_file_is_the_same(command, whole, tmp
         assert process.poll() is None, process.communicate()[0]  # it was killed in the middle
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    finish(start(command(tmp_path)))
+    with pytest.raises(SystemExit) as stop:
+        script(*command(tmp_path, "--min_count", "4")[1:])
+    assert "of a run with settings.keys.min_count = 3 (here 4); give the same arguments" in str(stop.value)
+    script(*command(tmp_path)[1:])
     assert pq.read_table(tmp_path / STATS).equals(pq.read_table(whole / STATS))
     assert header(tmp_path / STATS) == header(whole / STATS)
     ours, theirs = load_file(tmp_path / ROWS), load_file(whole / ROWS)
@@ -160,7 +162,7 @@ def test_two_processes_give_the_result_of_one_though_one_is_killed(command, whol
 
     There is room for the likeliest answers only: each process takes its own.
     """
-    bounded = ("--num_processes", "2", "--residual_gib", "7.5e-6")  # 8,053 bytes
+    bounded = ("--num_processes", "2", "--answer_gib", "7.5e-6")  # 8,053 bytes
     shares = [command(tmp_path, *bounded, "--process_id", str(index)) for index in range(2)]
     work = tmp_path / "routing_checkpoints" / "process-1"
     first, second = start(shares[0], 2), start(shares[1], 2)
@@ -198,19 +200,8 @@ def test_runs_merged_equal_one(script, command, whole, tmp_path):
     assert strings and statsfile.token_strings(tmp_path / "twice" / STATS) == strings
 
 
-def test_a_run_is_not_resumed_with_other_settings(script, command, tmp_path):
-    process = start(command(tmp_path))
-    while process.poll() is None and not list(tmp_path.glob("routing_checkpoints/process-0/keys/*.safetensors")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    with pytest.raises(SystemExit) as stop:
-        script(*command(tmp_path, "--min_count", "4")[1:])
-    assert "of a run with settings.keys.min_count = 3 (here 4); give the same arguments" in str(stop.value)
-
-
 WRONG = {
-    "residual orders [2] are not among the orders (1,)": ("--orders", "1", "--residual_orders", "2"),
+    "answer orders [2] are not among the orders (1,)": ("--orders", "1", "--answer_orders", "2"),
     "layers [0, 9]: expected some of 0 to 1": ("--layers", "9", "0"),
     "batch_size=0: expected at least 1": ("--batch_size", "0"),
     "min_count=0: expected at least 1": ("--min_count", "0"),
@@ -230,7 +221,7 @@ def test_rows_of_a_former_run_do_not_survive_its_statistics(script, command, who
     for name in (STATS, ROWS):
         shutil.copy(whole / name, tmp_path)
     (tmp_path / "routing_trace.parquet").touch()
-    script(*command(tmp_path, "--no-residuals")[1:])
+    script(*command(tmp_path, "--no-answers")[1:])
     assert (tmp_path / STATS).is_file()
     assert not (tmp_path / ROWS).exists() and not (tmp_path / "routing_trace.parquet").exists()
 

@@ -34,7 +34,7 @@ def random_experts(rng, num_experts=EXPERTS, dtype=jnp.float32):
 
 
 def random_routing(rng, rows, slots=SLOTS, num_experts=EXPERTS, used=None, unused_share=0.3) -> Routing:
-    """[N, K]: experts out of `used`, repeated ones included; unused slots stand anywhere."""
+    """[N, K]: experts out of `used`, repeated ones included; unused slots may be anywhere."""
     pool = np.arange(num_experts) if used is None else np.asarray(used, int)
     experts = rng.choice(pool, (rows, slots)) if len(pool) else np.full((rows, slots), num_experts)
     experts = np.where(rng.random(experts.shape) < unused_share, num_experts, experts)

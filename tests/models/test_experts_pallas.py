@@ -34,7 +34,7 @@ def test_each_used_slot_is_in_one_block_of_its_expert_and_no_block_is_idle(token
         assert sorted(held) == np.flatnonzero(flat < num_experts).tolist()
         used = np.asarray(blocks.experts) < num_experts
         assert len(used) == most
-        if tokens > 1:  # a token alone has a block for each slot, wherever it stands
+        if tokens > 1:  # a token alone has a block for each slot, in order
             counts = np.bincount(flat, minlength=num_experts + 1)[:-1]
             assert used.tolist() == [True] * used.sum() + [False] * (most - used.sum())
             assert used.sum() == np.ceil(counts / rows).sum()

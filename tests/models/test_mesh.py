@@ -48,7 +48,7 @@ _PEAK = textwrap.dedent("""
         return load_params(Path(directory), config, "bfloat16", Placement.of(config, make_mesh("model=8")))[0]
 
     load(sys.argv[1])  # what the runtime takes for itself belongs to the baseline
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = kilobytes("VmRSS")
     params = load(sys.argv[2])
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
@@ -57,7 +57,7 @@ _PEAK = textwrap.dedent("""
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_takes_little_host_memory_beside_what_the_devices_hold(tiny_config, tmp_path):
+def test_loading_takes_little_host_memory_in_addition_to_what_the_devices_hold(tiny_config, tmp_path):
     """At most 1.5 times a device's share, and the largest tensor (simulated devices hold it in the host)."""
     paths = []
     for name, hidden in (("small", 16), ("large", 512)):
@@ -70,5 +70,5 @@ def test_loading_takes_little_host_memory_beside_what_the_devices_hold(tiny_conf
         (paths[-1] / "config.json").write_text(json.dumps(config_to_hf(config, "bfloat16")))
     total = sum(tensor.nbytes for tensor in tensors.values())
     assert 200e6 < total < 300e6
-    beside = float(run("-c", _PEAK, *map(str, paths)))
-    assert beside <= 1.5 * total / 8 + max(tensor.nbytes for tensor in tensors.values())
+    added = float(run("-c", _PEAK, *map(str, paths)))
+    assert added <= 1.5 * total / 8 + max(tensor.nbytes for tensor in tensors.values())

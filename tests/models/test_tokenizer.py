@@ -6,7 +6,7 @@ import pytest
 
 from models.tokenizer import BOS, SPECIAL_TOKENS, load_tokenizer, save_tokenizer, train_bpe
 
-TEXTS = ["The router chooses experts for every token.", "Every token is routed; some routes are foretold."] * 4
+TEXTS = ["The router chooses experts for every token.", "Every token is routed; some routes are predictable."] * 4
 HARD = ["", " leading", "trailing  ", "two  spaces\n\n\ttab", "größer 中文 😀", "a" * 50, 40 * " " + "x"]
 
 

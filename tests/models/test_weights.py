@@ -131,7 +131,7 @@ def test_a_smaller_checkpoint_replaces_a_sharded_one(tiny_config, tiny_params, t
 
 
 def test_a_saved_model_keeps_what_its_checkpoint_says_of_generation(tiny_config, tiny_params, tmp_path):
-    """Its end ids may stand in generation_config.json alone."""
+    """Its end ids may be only in generation_config.json."""
     said = GenerationDefaults(None, (5, 9), 3, Sampling(0.5, top_p=0.9))
     save_params(tmp_path, tiny_params, tiny_config, generation=said)
     assert load_model(tmp_path).generation == said
@@ -281,7 +281,7 @@ def test_of_a_checkpoint_without_a_head_the_field_is_named_that_would_tie_it(che
     ],
 )
 def test_a_config_of_more_than_there_is_costs_no_time(checkpoint, field, named):
-    """The ledger of so many tensors would take hours."""
+    """A ledger with that many tensors would take hours."""
     edit_config(checkpoint, **field)
     with pytest.raises(CheckpointError, match=named):
         load_model(checkpoint)

@@ -4,28 +4,15 @@ import math
 import numpy as np
 import pytest
 
-from analysis.collect.answers import collect_answers
-from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.losses import Caching, plain_runner, score, var_runner
-from analysis.evaluate.points import Subject
 from analysis.resampling import Estimate
-from tuning.objective import Objective, predicted_speedup, upper_limit
+from tuning.objective import Objective, _predicted_speedup, upper_limit
 from tuning.points import PREDICTED
-from varjax.config import LayerPolicy, VARConfig
+from varjax.config import LayerPolicy
 from varjax.model import VARModel
 from varjax.table import build_table
 
 READING = {"batch_size": 4, "max_length": 16}
-
-
-@pytest.fixture(scope="module")
-def subject(saved_model, even_documents):
-    known = even_documents[:57]
-    keys = choose_keys(saved_model, known, 16, KeySettings((1, 2), min_count=3))
-    stats = collect(saved_model, known, keys, **READING, progress=False)
-    answers = collect_answers(saved_model, known, stats.keys, range(2), **READING, progress=False)
-    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0, default=None)
-    return Subject(saved_model, stats, answers, config, even_documents[57:], **READING, progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +71,11 @@ def test_measured_speeds_are_paired_by_phase(subject):
 
 def test_the_ladder_is_of_every_layer_with_answers_and_is_kept_on_disk(subject, tmp_path):
     kept_on_disk = dataclasses.replace(subject, folder=tmp_path)
-    ladder = Objective(kept_on_disk, speed="model").ladder()
+    ladder = Objective(kept_on_disk, speed="model").ladder
     assert {point.choices[0].layer for point in ladder.single} == {0, 1}
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert len(files) == len(ladder.single) + 1  # and the plain model
-    again = Objective(dataclasses.replace(kept_on_disk), speed="model").ladder()
+    again = Objective(dataclasses.replace(kept_on_disk), speed="model").ladder
     assert again == ladder and files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
@@ -105,7 +92,7 @@ def test_the_upper_limit_covers_the_truth_as_often_as_it_says():
 
 
 def test_predicted_speed_grows_with_every_expert_that_is_saved(saved_model):
-    speeds = [predicted_speedup(saved_model.config, 64, experts) for experts in (2.0, 1.5, 1.0, 0.0)]
+    speeds = [_predicted_speedup(saved_model.config, 64, experts) for experts in (2.0, 1.5, 1.0, 0.0)]
     assert speeds[0] == 1.0 and speeds == sorted(speeds) and speeds[-1] > 1
 
 
@@ -128,9 +115,8 @@ def test_programs_of_many_cache_sizes_do_not_pile_up(subject, objective, monkeyp
     monkeypatch.setattr("tuning.objective.jax.clear_caches", lambda: cleared.append(1))
     monkeypatch.setattr("tuning.objective.PROGRAMS", 2)
     fresh = dataclasses.replace(objective)
-    few = dataclasses.replace(fresh, subject=dataclasses.replace(subject, documents=subject.documents[:8]))
     for size in (4, 4, 8, 12, 4):
-        few.evaluate(dataclasses.replace(kept(subject, 1), cache_size=size, context_window_size=2))
+        fresh._make_room(dataclasses.replace(subject.config, cache_size=size, context_window_size=2))
     assert len(cleared) == 1  # for the third size; then there is room for the first again
 
 

@@ -1,13 +1,22 @@
-"""The best points, the least bad ones and the front are those that comparing every pair would find."""
+"""The best points and the least bad ones are those that comparing every pair would find, and their files say so."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 
-from tuning.points import best, least_bad, pareto, predicted
+from tuning.points import best, least_bad, read_chosen, write_chosen
+from varjax import checksums
+from varjax.config import VARConfig
+from varjax.tablefiles import TableFiles
 
 LIMIT = 0.01
+FILES = TableFiles("stats.parquet", "answers.safetensors")
+
+
+def config(number):
+    return VARConfig(frequency_threshold=number)
 
 
 @pytest.fixture(scope="module", params=range(4))
@@ -56,31 +65,49 @@ def test_the_least_bad_have_the_lowest_upper_limit_and_were_not_given_up(points)
 
 def test_equal_configs_come_once(make_point):
     points = [
-        make_point(number, 1.1 + number / 100, 0.001 * (3 - number), config="ab"[number % 2]) for number in range(4)
+        make_point(number, 1.1 + number / 100, 0.001 * (3 - number), config=config(1 + number % 2))
+        for number in range(4)
     ]
     assert [one.number for one in best(points, LIMIT, 9)] == [3, 2]
     assert [one.number for one in least_bad(points, 9)] == [3, 2]
 
 
-def test_no_pair_shows_a_point_of_the_front_beaten_or_one_beside_it_unbeaten(points):
-    def beaten(one, other):
-        a, b = one.outcome, other.outcome
-        no_worse = b.speedup >= a.speedup and b.degradation <= a.degradation
-        return no_worse and (b.speedup, b.degradation) != (a.speedup, a.degradation)
-
-    whole = [one for one in points if not one.outcome.hopeless]
-    results = {
-        (one.outcome.speedup, one.outcome.degradation)
-        for one in whole
-        if not any(beaten(one, other) for other in whole)
-    }
-    front = [(one.outcome.speedup, one.outcome.degradation) for one in pareto(points)]
-    assert front == sorted(results)
+def test_the_fastest_is_handed_on_and_the_few_are_in_the_order_of_testing(make_point, tmp_path):
+    points = [make_point(i, 1 + i / 10, 0.007 - i / 1000, config=config(10 + i)) for i in range(4)]
+    points.append(make_point(9, 3.0, 0.05, config=config(99)))  # beyond the limit
+    write_chosen(tmp_path, points, LIMIT, FILES, {})
+    assert VARConfig.load(tmp_path / "best_config.json") == config(13)
+    assert "by the measurements that chose" in json.loads((tmp_path / "best_configs.json").read_text())["measured"]
+    candidates, files = read_chosen(tmp_path / "best_configs.json")
+    assert files == FILES
+    assert list(candidates) == ["trial 3", "trial 2", "trial 1", "trial 0"]  # the surest first
+    assert candidates["trial 1"] == config(11)
+    assert read_chosen(tmp_path / "best_config.json") == ({"best_config": config(13)}, FILES)
 
 
-def test_points_that_were_given_up_are_not_on_the_front(make_point):
-    assert pareto([make_point(0, 9.0, -1.0, hopeless=True)]) == []
+def test_where_none_is_feasible_nothing_is_called_best(make_point, tmp_path):
+    feasible, bad = make_point(0, config=config(10)), make_point(1, 1.5, 0.02, config=config(11))
+    write_chosen(tmp_path, [feasible], LIMIT, FILES, {})
+    write_chosen(tmp_path, [bad], LIMIT, FILES, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"least_bad_config.json", "least_bad_configs.json"}
+    write_chosen(tmp_path, [feasible, bad], LIMIT, FILES, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"best_config.json", "best_configs.json"}
 
 
-def test_whether_a_speed_up_is_predicted_stands_in_its_phase(make_point):
-    assert predicted([make_point(0)]) and not predicted([make_point(0, phase="decode")]) and not predicted([])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"configs": []}', "has no field 'checksum', so it was damaged or is of an older version; search again"),
+        ({"configs": [{"config": {}}]}, "lacks 'name'"),
+        ({"configs": [{"name": "a", "config": {"frequenzy_threshold": 1}}]}, "did you mean"),
+    ],
+)
+def test_what_is_no_configuration_is_said(tmp_path, content, message):
+    if isinstance(content, dict):
+        checksums.write_json(tmp_path / "file.json", content)
+    else:
+        (tmp_path / "file.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_chosen(tmp_path / "file.json")

@@ -11,18 +11,27 @@ from tuning.space import (
     CACHED,
     THRESHOLDS,
     Parameter,
+    Space,
     config_at,
-    default_space,
     grid,
-    only,
+    reasons,
+    search_space,
     suggest,
-    with_ranges,
-    without_effect,
 )
 from varjax.config import LayerPolicy, VARConfig
 
 LADDER = Ladder((), (Step(Choice(0, 0.1), 0.01), Step(Choice(1, 0.4), 0.02)))
 ORDERS = (1, 2, 3)
+
+
+def searched(orders, num_experts=8, **options) -> Space:
+    """The space where everything has an effect."""
+    space, unsearched = search_space(orders, num_experts, **options)
+    assert not unsearched
+    return space
+
+
+SPACE = searched(ORDERS)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +42,7 @@ ORDERS = (1, 2, 3)
         (("float", 2, 2), "x=2:2: expected a low end below the high one"),
         (("float", 3, 2), "x=3:2: expected a low end below the high one"),
         (("float", 0, float("nan")), "x=0:nan: expected a low end below the high one"),
-        (("float", 0, 1, True), "x=0:1: searched by factors; expected a low end above 0"),
+        (("float", 0, 1, True), "x=0:1: searched on a logarithmic scale; expected a low end above 0"),
     ],
 )
 def test_a_range_that_is_none_is_refused(settings, message):
@@ -43,31 +52,36 @@ def test_a_range_that_is_none_is_refused(settings, message):
 
 @pytest.mark.parametrize("name", ["answer_shrinkage", "answers_per_layer", "answer_dtype"])
 def test_what_is_laid_down_in_the_table_cannot_be_searched(name):
-    with pytest.raises(ValueError, match=f"{name} is laid down in the table"):
+    with pytest.raises(ValueError, match=f"{name} is fixed in the table"):
         Parameter(name, "int", 1, 10)
 
 
+def spaced(number: int, *settings) -> list:
+    """The values of a grid over one parameter."""
+    return [point["x"] for point in grid((Parameter("x", *settings),), number)]
+
+
 def test_points_go_from_end_to_end_on_the_parameters_scale():
-    even = Parameter("x", "float", 0.1, 1.5).points(5)
+    even = spaced(5, "float", 0.1, 1.5)
     assert (even[0], even[-1]) == (0.1, 1.5) and np.diff(even) == pytest.approx(0.35)
-    factors = Parameter("x", "float", 10, 300, log=True).points(4)
+    factors = spaced(4, "float", 10, 300, True)
     assert factors[0] == 10 and factors[-1] == 300
     assert np.diff(np.log(factors)) == pytest.approx(np.log(30) / 3)
-    assert Parameter("x", "float", 1, 100, log=True).points(1) == [pytest.approx(10)]
-    assert Parameter("x", "bool").points(7) == [False, True]
+    assert spaced(1, "float", 1, 100, True) == [pytest.approx(10)]
+    assert spaced(7, "bool") == [False, True]
 
 
 def test_whole_numbers_are_whole_and_come_once():
-    found = Parameter("x", "int", 2, 8).points(100)
+    found = spaced(100, "int", 2, 8)
     assert found == [2, 3, 4, 5, 6, 7, 8] and all(isinstance(value, int) for value in found)
-    assert Parameter("x", "int", 100, 10_000, log=True).points(3) == [100, 1000, 10_000]
+    assert spaced(3, "int", 100, 10_000, True) == [100, 1000, 10_000]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 50])
-@pytest.mark.parametrize("one", default_space((1, 2, 3)), ids=lambda one: one.name)
-def test_no_point_lies_outside_the_range(one, number):
-    for value in one.points(number):  # Optuna raises where a value lies outside
-        optuna.trial.create_trial(params={one.name: value}, distributions={one.name: one.distribution}, value=0.0)
+def test_no_point_is_outside_the_range(number):
+    for one in SPACE:
+        for point in grid((one,), number):  # Optuna raises where a value is outside
+            optuna.trial.create_trial(params=point, distributions={one.name: one.distribution}, value=0.0)
 
 
 def test_a_grid_has_every_combination_once():
@@ -78,24 +92,24 @@ def test_a_grid_has_every_combination_once():
 
 
 def test_the_default_space_has_the_published_ranges_and_the_orders_of_the_statistics():
-    ranges = {one.name: (one.low, one.high) for one in default_space((1, 2, 3))}
+    ranges = {one.name: (one.low, one.high) for one in SPACE}
     assert ranges["frequency_threshold"] == (10, 200) and ranges["entropy_threshold"] == (0.1, 1.5)
     assert ranges["confidence_threshold"] == (0.5, 0.95) and ranges["cache_size"] == (100, 5000)
     assert ranges["cache_ttl_seconds"] == (10, 300) and ranges["context_window_size"] == (2, 8)
     assert ranges["longest_context"] == (1, 3) and len(ranges) == 9
-    assert "longest_context" not in {one.name for one in default_space((1,))}
+    assert "longest_context" not in {one.name for one in searched((1,))}
 
 
 def test_entropies_grow_with_the_number_of_experts():
-    few, many = ({one.name: one for one in default_space((1,), number)} for number in (8, 64))
+    few, many = ({one.name: one for one in searched((1,), number)} for number in (8, 64))
     assert many.pop("entropy_threshold").high == pytest.approx(3.0)  # twice that of 8: ln 64 = 2 ln 8
     del few["entropy_threshold"]
     assert few == many
 
 
 def test_ranges_are_replaced_by_name():
-    changed = with_ranges(THRESHOLDS, ["cache_size=200:400", "entropy_threshold=0.5:1"])
-    assert [one.name for one in changed] == [one.name for one in THRESHOLDS]
+    changed = searched(ORDERS, ranges=["cache_size=200:400", "entropy_threshold=0.5:1"])
+    assert [one.name for one in changed] == [one.name for one in SPACE]
     by_name = {one.name: one for one in changed}
     assert (by_name["cache_size"].low, by_name["cache_size"].high) == (200, 400) and by_name["cache_size"].log
     assert (by_name["entropy_threshold"].low, by_name["entropy_threshold"].high) == (0.5, 1)
@@ -109,7 +123,7 @@ def test_ranges_are_replaced_by_name():
         ("cache_size=1:2:3", "'cache_size=1:2:3' is not a range"),
         ("cache_size=a:b", "'cache_size=a:b' is not a range"),
         ("cache_size=5:1", "cache_size=5:1: expected a low end below the high one"),
-        ("cache_size=0:10", "searched by factors; expected a low end above 0"),
+        ("cache_size=0:10", "searched on a logarithmic scale; expected a low end above 0"),
         (
             "cache_sizes=1:10",
             "no parameter is called 'cache_sizes'; did you mean 'cache_size'\\? The parameters are loss",
@@ -119,22 +133,22 @@ def test_ranges_are_replaced_by_name():
 )
 def test_a_range_that_cannot_be_set_says_why(text, message):
     with pytest.raises(ValueError, match=message):
-        with_ranges(default_space((1, 2, 3)), [text])
+        search_space(ORDERS, ranges=[text])
 
 
 def test_some_parameters_are_picked_in_the_order_of_the_space():
-    assert [one.name for one in only(default_space((1, 2, 3)), ["cached_tier", "loss_budget"])] == [
+    assert [one.name for one in searched(ORDERS, names=["cached_tier", "loss_budget"])] == [
         "loss_budget",
         "cached_tier",
     ]
     with pytest.raises(ValueError, match="did you mean 'loss_budget'"):
-        only(default_space((1, 2, 3)), ["los_budget"])
+        search_space(ORDERS, names=["los_budget"])
     with pytest.raises(ValueError, match="no parameter is called 'zzz'\\. The parameters are loss_budget, "):
-        only(default_space((1, 2, 3)), ["zzz"])
+        search_space(ORDERS, names=["zzz"])
 
 
 def test_a_trial_tries_a_point_of_the_space():
-    space = default_space((1, 2, 3))
+    space = SPACE
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trial = study.ask()
     values = suggest(space, trial)
@@ -187,7 +201,7 @@ def test_without_a_cached_tier_nothing_is_cached():
 
 
 def test_every_corner_of_the_default_space_is_a_config_that_survives_json():
-    for values in grid(default_space((1, 2, 3)), 2)[::7]:
+    for values in grid(SPACE, 2)[::7]:
         config = config_at(values, VARConfig(), LADDER, ORDERS)
         assert VARConfig.from_json(config.to_json()) == config
 
@@ -198,12 +212,14 @@ def test_a_value_that_the_config_refuses_is_named():
 
 
 def test_what_can_change_nothing_is_named_with_its_reason():
-    space = default_space(ORDERS)
-    everything = without_effect(space, 0.0)
-    assert set(everything) == {*CACHED, "cached_tier"}
-    assert "a cached tier of its own" in everything["cache_size"]
-    assert without_effect(space, 10.0) == {
+    space, unsearched = search_space(ORDERS, span=0.0)
+    assert set(unsearched) == {*CACHED, "cached_tier"} and len(space) + len(unsearched) == len(SPACE)
+    assert "a cached tier of its own" in unsearched["cache_size"]
+    assert reasons(unsearched).startswith("confidence_threshold, cache_size, ") and reasons(unsearched).count(":") == 1
+    assert search_space(ORDERS, span=10.0)[1] == {
         "cache_ttl_seconds": "no decision of the cached tier gets older than 10.00 s on these documents"
     }
-    assert without_effect(space, 10.01) == {}
-    assert without_effect(only(space, ["loss_budget"]), 0.0) == {}
+    assert search_space(ORDERS, span=10.01) == (SPACE, {})
+    assert search_space(ORDERS, names=["loss_budget"], span=0.0) == ((SPACE[0],), {})
+    with pytest.raises(ValueError, match=r"nothing is left to search: cache_size: each document .*--shared_cache"):
+        search_space(ORDERS, names=["cache_size"], span=0.0)

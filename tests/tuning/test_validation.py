@@ -4,27 +4,22 @@ import math
 import numpy as np
 import pytest
 
-from analysis.collect.answers import collect_answers
-from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.evaluate.certificate import certify
 from analysis.evaluate.losses import Losses
-from analysis.evaluate.points import Subject
 from analysis.resampling import Estimate
-from tuning import validation
+from tuning import objective
 from tuning.validation import (
     REPEATS,
     TUNING_SPEEDUP,
-    Candidate,
-    Judged,
+    Measured,
     Repeat,
-    Timed,
     Validation,
-    choose,
-    lower_limit,
+    _choose,
+    _lower_limit,
+    section,
     validate,
 )
-from tuning.validation_section import section
-from varjax.config import LayerPolicy, VARConfig
+from varjax.config import LayerPolicy
 from varjax.errors import InputError
 
 LIMIT = 0.01
@@ -34,24 +29,20 @@ LIMIT = 0.01
 OBSERVED = 0.05
 
 
-def timed(speed):
-    return Timed({"prefill": Estimate(speed, speed, speed)}, speed)
-
-
 def candidate(name, speed):
-    return Candidate(name, 1.0, timed(speed))
+    return judged(name, [speed])
 
 
 def judged(name, speeds, losses=None, upper=None):
     """One configuration on test documents; its limit is a little above its loss unless said otherwise."""
     losses = [0.004] * len(speeds) if losses is None else losses
     repeats = tuple(
-        Repeat(50, Estimate(loss, loss - 0.001, loss + 0.001), timed(speed))
+        Repeat(50, Estimate(loss, loss - 0.001, loss + 0.001), {"prefill": Estimate(speed, speed, speed)}, speed)
         for speed, loss in zip(speeds, losses, strict=True)
     )
     mean = float(np.mean(losses))
     upper = mean + 0.001 if upper is None else upper
-    return Judged(name, 1.0, Estimate(mean, mean - 0.001, mean + 0.001), upper, repeats)
+    return Measured(name, 1.0, Estimate(mean, mean - 0.001, mean + 0.001), upper, repeats)
 
 
 def certificate(means):
@@ -74,8 +65,8 @@ def verdicts(found):
 
 def test_the_fastest_certified_candidate_is_chosen_by_the_timings_on_the_calibrate_documents():
     found = certificate({"slow": 0.002, "fast": 0.004, "dear": 0.02})
-    assert choose(found, [candidate("slow", 1.2), candidate("fast", 1.4), candidate("dear", 2.0)]) == "fast"
-    assert choose(certificate({"dear": 0.02}), [candidate("dear", 2.0)]) is None
+    assert _choose(found, [candidate("slow", 1.2), candidate("fast", 1.4), candidate("dear", 2.0)]) == "fast"
+    assert _choose(certificate({"dear": 0.02}), [candidate("dear", 2.0)]) is None
 
 
 def test_the_verdict_is_that_of_the_chosen_configuration_on_the_test_documents():
@@ -120,7 +111,7 @@ def test_without_a_certified_configuration_the_section_says_so_first():
 def test_the_lower_limit_of_a_speed_up_is_above_the_truth_as_often_as_its_level_says(number):
     rng = np.random.default_rng(number)
     draws = rng.lognormal(np.log(1.3), OBSERVED, (2000, number))
-    above = np.mean([lower_limit(one, 0.95) > 1.3 for one in draws])
+    above = np.mean([_lower_limit(one, 0.95) > 1.3 for one in draws])
     assert above == pytest.approx(0.05, abs=0.015)  # three standard errors
 
 
@@ -138,28 +129,30 @@ def test_simulated_validations_pass_as_often_as_they_should(five_certified, true
         candidates = [
             candidate(one.name, speed) for one, speed in zip(five_certified.configurations, speeds[:5], strict=True)
         ]
-        one = judged(choose(five_certified, candidates), speeds[5:])
+        one = judged(_choose(five_certified, candidates), speeds[5:])
         preset = judged("preset", rng.lognormal(np.log(0.95), OBSERVED, REPEATS), [0.0] * REPEATS)
         passed += Validation(five_certified, tuple(candidates), one, (preset,), LIMIT, 0.95).passed
     assert least <= passed / 1000 <= most
 
 
 @pytest.fixture(scope="module")
-def subject(saved_model, even_documents):
-    reading = {"batch_size": 4, "max_length": 16, "progress": False}
-    known = even_documents[:57]
-    keys = choose_keys(saved_model, known, 16, KeySettings((1,), min_count=3))
-    stats = collect(saved_model, known, keys, **reading)
-    answers = collect_answers(saved_model, known, stats.keys, range(2), **reading)
-    config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, cache_size=0)
-    return Subject(saved_model, stats, answers, config, even_documents[57:87], **reading)
+def calibrate(subject, even_documents):
+    config = dataclasses.replace(subject.config, default=LayerPolicy())
+    return dataclasses.replace(subject, config=config, documents=even_documents[57:87])
 
 
-def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject, even_documents):
-    test = dataclasses.replace(subject, documents=even_documents[87:])
-    nothing = dataclasses.replace(subject.config, default=None)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, use_answers=False))
-    found = validate(subject, test, {"half": half}, {"preset": half, "none": nothing}, repeats=3, rounds=2, limit=0.2)
+@pytest.fixture
+def untimed(monkeypatch):
+    """Every speed-up is 1.1x, without a clock."""
+    ratio = {"value": 1.1, "low": 1.0, "high": 1.2}
+    monkeypatch.setattr(objective, "measure", lambda *_, **__: {"speedup": {"prefill": ratio, "decode": ratio}})
+
+
+def test_a_real_model_is_validated_on_different_documents_in_each_repeat(calibrate, even_documents, untimed):
+    test = dataclasses.replace(calibrate, documents=even_documents[87:])
+    nothing = dataclasses.replace(calibrate.config, default=None)
+    half = dataclasses.replace(calibrate.config, default=LayerPolicy(experts_kept=1, use_answers=False))
+    found = validate(calibrate, test, {"half": half}, {"preset": half, "none": nothing}, repeats=3, rounds=2, limit=0.2)
     one, (preset, none) = found.chosen, found.presets
     assert [one.name for one in found.candidates] == ["half"] and (one.name, preset.name) == ("half", "preset")
     assert none.degradation.value == pytest.approx(0, abs=1e-6) and none.experts_per_token == 2.0
@@ -170,10 +163,10 @@ def test_a_real_model_is_validated_on_different_documents_in_each_repeat(subject
     assert section(found).verdict in ("PASS", "FAIL")
 
 
-def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_documents, monkeypatch):
+def test_no_measurement_that_chose_takes_part_in_the_verdict(calibrate, even_documents, monkeypatch):
     """Timings are set here, so that it is known which candidate looks the fastest, and on which documents."""
-    test = dataclasses.replace(subject, documents=even_documents[87:117])
-    calibrate_ids, test_ids = ({one.id for one in of.documents} for of in (subject, test))
+    test = dataclasses.replace(calibrate, documents=even_documents[87:117])
+    calibrate_ids, test_ids = ({one.id for one in of.documents} for of in (calibrate, test))
     looks = {1: 1.6, 2: 1.4}  # by experts that are kept, on the calibrate documents
     read = []
 
@@ -182,28 +175,31 @@ def test_no_measurement_that_chose_takes_part_in_the_verdict(subject, even_docum
         kept = var_model.config.default.experts_kept
         read.append((kept, ids))
         value = looks[kept] if ids <= calibrate_ids else 1.2
-        return {"speedup": {"prefill": {"value": value, "low": value, "high": value}}}
+        ratio = {"value": value, "low": value, "high": value}
+        return {"speedup": {"prefill": ratio, "decode": ratio}}
 
-    monkeypatch.setattr(validation, "measure", timing)
+    monkeypatch.setattr(objective, "measure", timing)
     configs = {
-        f"keeps {kept}": dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=kept, use_answers=False))
+        f"keeps {kept}": dataclasses.replace(
+            calibrate.config, default=LayerPolicy(experts_kept=kept, use_answers=False)
+        )
         for kept in (2, 1)
     }
-    found = validate(subject, test, configs, {}, repeats=2, limit=0.2)
-    assert [one.timed.speedup for one in found.candidates] == [1.4, 1.6] and found.chosen.name == "keeps 1"
+    found = validate(calibrate, test, configs, {}, repeats=2, limit=0.2)
+    assert [one.speedup for one in found.candidates] == [1.4, 1.6] and found.chosen.name == "keeps 1"
     assert found.chosen.speedup == pytest.approx(1.2)
     assert [(kept, ids == calibrate_ids) for kept, ids in read[:2]] == [(2, True), (1, True)]
     assert [kept for kept, _ in read[2:]] == [1, 1] and set.union(*(ids for _, ids in read[2:])) == test_ids
 
 
-def test_where_nothing_is_certified_no_test_document_is_read(subject):
-    test = dataclasses.replace(subject, documents=[None] * 4)
-    half = dataclasses.replace(subject.config, default=LayerPolicy(experts_kept=1, use_answers=False))
-    found = validate(subject, test, {"half": half}, {"preset": half}, repeats=2, rounds=2, level=1 - 1e-9)
+def test_where_nothing_is_certified_no_test_document_is_read(calibrate, untimed):
+    test = dataclasses.replace(calibrate, documents=[None] * 4)
+    half = dataclasses.replace(calibrate.config, default=LayerPolicy(experts_kept=1, use_answers=False))
+    found = validate(calibrate, test, {"half": half}, {"preset": half}, repeats=2, rounds=2, level=1 - 1e-9)
     assert found.chosen is None and found.presets == () and section(found).verdict == "FAIL"
 
 
-def test_too_few_documents_for_the_repeats_are_refused(subject):
-    test = dataclasses.replace(subject, documents=subject.documents[:2])
+def test_too_few_documents_for_the_repeats_are_refused(calibrate):
+    test = dataclasses.replace(calibrate, documents=calibrate.documents[:2])
     with pytest.raises(InputError, match="3 repeats of 2 test documents"):
-        validate(subject, test, {}, {}, repeats=3)
+        validate(calibrate, test, {}, {}, repeats=3)

@@ -49,31 +49,20 @@ def test_constant_data_leave_only_what_the_sample_size_costs(size):
     assert 0.9 * cost < excess < 3 * cost
 
 
-def test_betting_is_narrower_than_bernstein_and_that_than_hoeffding_on_quiet_data():
+def test_betting_is_narrower_than_hoeffding_on_quiet_data():
     x = np.random.default_rng(1).normal(0.4, 0.02, 400)
-    hoeffding = x.mean() + math.sqrt(math.log(20) / 800)
-    betting, bernstein = (upper_bound(x, 0, 1, method=method) for method in ("betting", "bernstein"))
-    assert x.mean() < betting < bernstein < hoeffding
+    assert x.mean() < upper_bound(x, 0, 1) < x.mean() + math.sqrt(math.log(20) / 800)
 
 
-def test_bernstein_is_the_published_formula():
-    x = np.repeat([0.2, 0.4], 200)
-    expected = 0.3 + math.sqrt(2 * (4 / 399) * math.log(40) / 400) + 7 * math.log(40) / (3 * 399)
-    assert upper_bound(x, 0, 1, method="bernstein") == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("method", ["betting", "bernstein"])
-def test_units_do_not_matter(method):
+def test_units_do_not_matter():
     x = np.random.default_rng(2).beta(2, 3, 100)
-    bound = upper_bound(x, 0, 1, 0.9, method)
-    assert upper_bound(20 * x - 5, -5, 15, 0.9, method) == pytest.approx(20 * bound - 5)
+    assert upper_bound(20 * x - 5, -5, 15, 0.9) == pytest.approx(20 * upper_bound(x, 0, 1, 0.9) - 5)
 
 
-@pytest.mark.parametrize("method", ["betting", "bernstein"])
-def test_the_bound_fails_no_more_often_than_it_says_where_the_textbook_s_does(method):
+def test_the_bound_fails_no_more_often_than_it_says_where_the_textbook_s_does():
     rng = np.random.default_rng(3)
     samples = [disasters(rng, 100) for _ in range(REPEATS)]
-    assert np.mean([upper_bound(x, 0, 1, method=method) < 0.01 for x in samples]) <= ALLOWED
+    assert np.mean([upper_bound(x, 0, 1) < 0.01 for x in samples]) <= ALLOWED
     assert np.mean([student_bound(x) < 0.01 for x in samples]) > 0.3
 
 
@@ -215,7 +204,6 @@ def test_a_sequence_goes_through_a_file_and_on(tmp_path):
         (lambda: upper_bound([0.5], 0, 1), "two or more"),
         (lambda: upper_bound([0.5, 0.5], 1, 0), "low below high"),
         (lambda: upper_bound([0.5, 0.5], 0, 1, 95), "between 0 and 1"),
-        (lambda: upper_bound([0.5, 0.5], 0, 1, method="student"), "bernstein"),
         (lambda: begin(0, 1, side="left"), "upper"),
         (lambda: update(begin(0, 1), [2]), "2.0 is outside"),
     ],

@@ -74,6 +74,6 @@ def test_the_published_sizes_stay_within_the_bounds(shared_data, name):
         nonfinite=np.zeros(config.num_layers, np.int64),
     )
     sums = jax.tree.leaves(jax.eval_shape(init, answers))
-    assert pairs > 8_000 and sum(leaf.size * leaf.dtype.itemsize for leaf in sums) <= settings.residual_bytes
+    assert pairs > 8_000 and sum(leaf.size * leaf.dtype.itemsize for leaf in sums) <= settings.answer_bytes
     every = config.vocab_size * config.num_layers * config.num_experts * config.hidden_size * 4
-    assert every > 90 * settings.residual_bytes  # what a sum for every token id, layer and expert would take
+    assert every > 90 * settings.answer_bytes  # what a sum for every token id, layer and expert would take

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import analysis.questions.co_activation as co_activation_module
-from analysis.questions.co_activation import _expected_shares, co_activation
+from analysis.questions.co_activation import _co_activation, _expected_shares
 from analysis.questions.data import TraceSettings
 from tests.synthetic_traces import make_trace
 from varjax.errors import InputError, NotTestableError
@@ -61,7 +61,7 @@ def test_routing_by_load_alone_has_ratios_of_one():
     rng = np.random.default_rng(0)
     sets, p = sets_with([8, 4, 2, 1, 1, 1], 3)
     experts = np.array(sets)[rng.choice(len(sets), 40_000, p=p)][:, None]
-    found = co_activation(make_trace(experts, 6), settings=TraceSettings(samples=200))
+    found = _co_activation(make_trace(experts, 6), settings=TraceSettings(samples=200))
     off_diagonal = ~np.eye(6, dtype=bool)
     np.testing.assert_allclose(found.ratio[0][off_diagonal], 1, atol=0.12)
     assert np.isnan(found.ratio[0][~off_diagonal]).all()
@@ -73,7 +73,7 @@ def test_independent_routing_has_no_strong_pairs_on_documents_that_did_not_choos
     above, ratios = [], []
     for seed in range(10):
         experts = rng.random((4000, 2, 16)).argsort(axis=-1)[..., :2]
-        found = co_activation(
+        found = _co_activation(
             make_trace(experts, 16, length=40), pairs=5, min_expected=10, settings=TraceSettings(samples=200, seed=seed)
         )
         above.append(found.strength.low > 1)
@@ -87,13 +87,13 @@ def test_mixing_documents_of_different_load_lifts_ratios():
     busy = 4 * (np.arange(8000) // 50 % 2)[:, None] + np.arange(4)  # half of the experts, by the document
     chosen = np.where(rng.random((8000, 1)) < 0.8, busy, (busy + 4) % 8)
     experts = np.take_along_axis(chosen, rng.random((8000, 4)).argsort(axis=-1)[:, :2], axis=-1)
-    found = co_activation(make_trace(experts[:, None], 8), pairs=3, settings=TraceSettings(samples=100))
+    found = _co_activation(make_trace(experts[:, None], 8), pairs=3, settings=TraceSettings(samples=100))
     assert np.all(found.strength.low > 1.3)
 
 
 def test_without_a_held_out_part_no_pair_is_listed():
     experts = np.random.default_rng(5).random((500, 2, 6)).argsort(axis=-1)[..., :2]
-    found = co_activation(make_trace(experts, 6, length=500), pairs=3, settings=TraceSettings(samples=10))
+    found = _co_activation(make_trace(experts, 6, length=500), pairs=3, settings=TraceSettings(samples=10))
     assert 0 in (found.build_documents, found.held_out_documents)
     assert np.all(found.strongest == -1)
     assert np.isnan([found.strength.value, found.strength.low, found.pair_share.T, found.pair_expected.T]).all()
@@ -103,7 +103,7 @@ def test_without_a_held_out_part_no_pair_is_listed():
 def test_the_order_of_a_tokens_experts_does_not_matter():
     experts = np.random.default_rng(6).random((1500, 1, 6)).argsort(axis=-1)[..., :3]
     one, other = (
-        co_activation(make_trace(e, 6, ranked=False), pairs=3, settings=TraceSettings(samples=10))
+        _co_activation(make_trace(e, 6, ranked=False), pairs=3, settings=TraceSettings(samples=10))
         for e in (experts, np.sort(experts))
     )
     for name in ("share", "expected", "strongest", "pair_share"):
@@ -117,7 +117,7 @@ def test_a_bound_pair_comes_first_with_an_interval():
     p[sets.index((2, 5))] = 0.3
     experts = np.array(sets)[rng.choice(len(sets), (5000, 2), p=p / p.sum())]
     experts[:, 1] = experts[:, 1, ::-1]  # the order within a token does not matter
-    found = co_activation(make_trace(experts, 8), pairs=3, settings=TraceSettings(samples=200))
+    found = _co_activation(make_trace(experts, 8), pairs=3, settings=TraceSettings(samples=200))
     assert found.strongest.shape == (2, 3, 2) and found.strongest[:, 0].tolist() == [[2, 5], [2, 5]]
     assert np.all(found.strength.low[0] > 1.5) and np.all(found.strength.low[0] < found.strength.value[0])
     np.testing.assert_allclose(found.strength.value.T, found.pair_share / found.pair_expected)
@@ -136,13 +136,13 @@ def test_a_bound_pair_comes_first_with_an_interval():
 def test_pairs_that_are_hardly_expected_are_not_listed():
     experts = np.tile([[[0, 1]], [[0, 2]], [[1, 2]]], (100, 1, 1))
     experts[0] = [[3, 4]]
-    found = co_activation(make_trace(experts, 5), pairs=5, min_expected=20, settings=TraceSettings(samples=10))
+    found = _co_activation(make_trace(experts, 5), pairs=5, min_expected=20, settings=TraceSettings(samples=10))
     assert sorted(found.strongest[0, :3].tolist()) == [[0, 1], [0, 2], [1, 2]]
     assert np.all(found.strongest[0, 3:] == -1) and np.isnan(found.strength.value[3:]).all()
 
 
 def test_errors():
     with pytest.raises(NotTestableError, match="K = 1, which makes no pairs"):
-        co_activation(make_trace(np.zeros((10, 1, 1)), 4), TraceSettings())
+        _co_activation(make_trace(np.zeros((10, 1, 1)), 4), TraceSettings())
     with pytest.raises(NotTestableError, match="the trace has no token"):
-        co_activation(make_trace([[[0, 1]]], 4).of(np.array([False])), TraceSettings())
+        _co_activation(make_trace([[[0, 1]]], 4).of(np.array([False])), TraceSettings())

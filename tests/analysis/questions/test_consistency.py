@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from analysis.questions.consistency import TOP, _largest_shares, consistency
+from analysis.questions.consistency import TOP, _consistency, _largest_shares
 from varjax.stats import RoutingStats
 
 
@@ -29,7 +29,7 @@ def two_layers():
 
 
 def test_routing_that_ignores_ids_is_as_consistent_as_its_null(two_layers):
-    found = consistency(two_layers)
+    found = _consistency(two_layers)
     assert np.abs(found.values.value[0] - found.null.value[0]).max() < 0.03
     inside = (found.null.low[0] <= found.values.value[0]) & (found.values.value[0] <= found.null.high[0])
     assert inside.sum() >= 11  # of 13 groups that share their ids
@@ -38,7 +38,7 @@ def test_routing_that_ignores_ids_is_as_consistent_as_its_null(two_layers):
 
 
 def test_groups_are_what_they_say(two_layers):
-    found = consistency(two_layers)
+    found = _consistency(two_layers)
     share, count = two_layers.routing_consistency[1], two_layers.count[1]
     assert found.values.value[1, 0] == pytest.approx(share.mean())
     assert found.values.value[1, 1] == pytest.approx(two_layers.top1_counts[1].max(axis=-1).sum() / count.sum())
@@ -62,7 +62,7 @@ def test_random_routing_lies_within_the_band_at_the_nominal_rate():
     inside = np.zeros(13)
     for run in range(runs):
         stats = routed([rng.multinomial(rng.geometric(0.3, 2000) + 1, marginal)])  # few different frequencies
-        found = consistency(stats, samples=20, seed=run)
+        found = _consistency(stats, samples=20, seed=run)
         inside += (found.null.low[0] <= found.values.value[0]) & (found.values.value[0] <= found.null.high[0])
     assert np.all(inside >= 0.88 * runs) and inside.mean() == pytest.approx(0.95 * runs, abs=0.03 * runs)
 
@@ -72,13 +72,13 @@ def test_routing_by_document_alone_lies_above_the_null():
     favorite = rng.integers(0, 4, 60)  # of each document
     home = rng.integers(0, 60, (400, 2))  # the documents that an id keeps to
     top1 = np.stack([np.bincount(favorite[rng.choice(two, 20)], minlength=4) for two in home])
-    found = consistency(routed([top1]))
+    found = _consistency(routed([top1]))
     assert found.values.value[0, 0] > found.null.high[0, 0]
 
 
 def test_groups_of_few_ids_have_no_interval():
     top1 = np.random.default_rng(5).multinomial(np.arange(10, 50), [0.5, 0.3, 0.2])  # 40 ids: deciles of 4
-    found = consistency(routed([top1]))
+    found = _consistency(routed([top1]))
     for edge in (found.values.low, found.values.high, found.null.low, found.null.high):
         assert np.isfinite(edge[0, :3]).all() and np.isnan(edge[0, 3:]).all()
     assert np.isfinite(found.values.value).all() and np.isfinite(found.null.value).all()
@@ -91,7 +91,7 @@ def test_a_file_without_first_choices_uses_the_estimated_shares():
     sums = np.full((1, 40, 4), 4 / 3)
     sums[..., 0] = 6
     stats = replace(stats, count=np.full((1, 40), 10), sum_probs=sums)
-    estimated, taken = consistency(stats, first_choices_known=False), consistency(stats)
+    estimated, taken = _consistency(stats, first_choices_known=False), _consistency(stats)
     assert estimated.null.value[0, 0] < taken.null.value[0, 0] == 1
     assert estimated.values.value[0, 0] == pytest.approx(0.6)
 
@@ -103,7 +103,7 @@ def test_unknown_and_too_few_are_said():
     holes = stats.top1_counts.copy()
     holes[0, [3, 8]] = 0
     holes[2, 5:] = 0
-    found = consistency(replace(stats, top1_counts=holes))
+    found = _consistency(replace(stats, top1_counts=holes))
     assert found.used.left_out[0].tolist() == [3, 8] and found.keys[0, 0] == 28
     assert found.used.untestable[0] == "" and "no rows" in found.used.untestable[1]
     assert found.used.untestable[2] == "5 of 30 token ids with a known consistency, at least 10 needed"

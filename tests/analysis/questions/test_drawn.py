@@ -50,14 +50,14 @@ def text(seed: int, documents: int = 40, layers: int = 1) -> Trace:
 def points(trace: Trace) -> dict[str, np.ndarray]:
     """The figures as the questions compute them from statistics."""
     stats = trace_statistics(trace)
-    ids, occurrences = entropy_distribution.entropy_distribution(stats).below
+    ids, occurrences = entropy_distribution._entropy_distribution(stats).below
     return {
-        "zipf": np.array(zipf.zipf(stats).exponent),
-        "rho": frequency_entropy.frequency_entropy(stats).rho.value,
+        "zipf": np.array(zipf._zipf(stats).exponent),
+        "rho": frequency_entropy._frequency_entropy(stats).rho.value,
         "ids": ids.value,
         "occurrences": occurrences.value,
-        "presets": coverage.coverage(stats).presets.value,
-        "consistency": consistency.consistency(stats, samples=1).values.value,
+        "presets": coverage._coverage(stats).presets.value,
+        "consistency": consistency._consistency(stats, samples=1).values.value,
     }
 
 

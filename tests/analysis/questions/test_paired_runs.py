@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from analysis.questions.paired_runs import compare
+from analysis.questions.paired_runs import _compare
 from varjax.stats import Moments, RoutingStats
 
 
@@ -30,7 +30,7 @@ def test_tests_agree_with_scipy_and_find_the_planted_difference():
     moved = entropy + rng.normal([[0.1], [0]], 0.1, (2, 60))
     first = run(np.arange(60), entropy, confidence)
     second = run(np.arange(60)[::-1], moved[:, ::-1], np.round(confidence[:, ::-1] + rng.normal(0, 0.1, (2, 60)), 1))
-    measures = {one.name: one for one in compare(first, second)}
+    measures = {one.name: one for one in _compare(first, second)}
     assert list(measures) == ["entropy", "confidence"]
 
     found = measures["entropy"].figures
@@ -58,7 +58,7 @@ def test_ids_of_one_run_and_unknown_figures_stay_out():
     holes[[2, 7]] = np.nan
     first = run(np.arange(30), entropy, entropy)
     second = run(np.arange(5, 35), holes, holes)
-    found = compare(first, second)[0]
+    found = _compare(first, second)[0]
     assert found.used.number[0] == 25 - 2
     assert first.keys[found.used.left_out[0], -1].tolist() == [7, 12]
 
@@ -69,11 +69,11 @@ def test_ids_of_one_run_and_unknown_figures_stay_out():
 )
 def test_what_cannot_be_tested_says_why(shift, number, reason):
     entropy = np.arange(number) / 8
-    found = compare(run(range(number), entropy, entropy), run(range(number), entropy + shift, entropy))[0]
+    found = _compare(run(range(number), entropy, entropy), run(range(number), entropy + shift, entropy))[0]
     assert reason in found.used.untestable[0] and np.isnan(found.figures["p, t-test"][0])
 
 
 def test_other_models_are_refused():
     one = np.ones(12)
     with pytest.raises(ValueError, match="1 and 2 layers"):
-        compare(run(range(12), one, one), run(range(12), [one, one], [one, one]))
+        _compare(run(range(12), one, one), run(range(12), [one, one], [one, one]))

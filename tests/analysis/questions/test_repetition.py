@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from analysis.questions.data import TraceSettings
-from analysis.questions.repetition import _uniform_repetition, repetition
+from analysis.questions.repetition import _repetition, _uniform_repetition
 from tests.synthetic_traces import make_trace
 from varjax.errors import NotTestableError
 
@@ -24,7 +24,7 @@ def test_chance_is_that_of_mixtrals_paper():
 def test_uniform_routing_repeats_by_chance_and_lies_within_the_band():
     outside = 0
     for seed in range(20):
-        found = repetition(random_trace(seed, top_k=3), TraceSettings(permutations=19, samples=10))
+        found = _repetition(random_trace(seed, top_k=3), TraceSettings(permutations=19, samples=10))
         for name, one in found.measures.items():
             np.testing.assert_allclose(one.value, found.uniform[name], atol=0.04)
             outside += bool(np.any((one.value < one.null_low) | (one.value > one.null_high)))
@@ -42,7 +42,7 @@ def test_shares_are_those_of_a_loop():
                 before, after = trace.experts[i - 1, layer].tolist(), trace.experts[i, layer].tolist()
                 first[layer] += before[0] == after[0]
                 either[layer] += bool({*before} & {*after})
-    found = repetition(trace, TraceSettings(permutations=0, samples=10))
+    found = _repetition(trace, TraceSettings(permutations=0, samples=10))
     assert found.pairs == pairs == 600 - 2 * 12
     np.testing.assert_allclose(found.measures["first_choice"].value, [first / pairs])
     np.testing.assert_allclose(found.measures["first_or_second"].value, [either / pairs])
@@ -52,7 +52,7 @@ def test_shares_are_those_of_a_loop():
 def test_load_alone_repeats_more_than_uniform_routing_but_not_more_than_the_null():
     rng = np.random.default_rng(2)
     first = np.where(rng.random(5000) < 0.5, 0, rng.integers(1, 8, 5000))
-    found = repetition(make_trace(first[:, None, None], 8), TraceSettings(permutations=39, samples=10))
+    found = _repetition(make_trace(first[:, None, None], 8), TraceSettings(permutations=39, samples=10))
     one = found.measures["first_choice"]
     assert list(found.measures) == ["first_choice"]  # K = 1
     assert one.value[0, 0] > 2 * found.uniform["first_choice"]
@@ -63,7 +63,7 @@ def test_persistent_routing_is_found():
     rng = np.random.default_rng(3)
     stays = rng.random(5000) < 0.5
     first = rng.integers(0, 8, 5000)[np.maximum.accumulate(np.where(stays, 0, np.arange(5000)))]
-    found = repetition(make_trace(first[:, None, None], 8), TraceSettings(permutations=39, samples=500))
+    found = _repetition(make_trace(first[:, None, None], 8), TraceSettings(permutations=39, samples=500))
     one = found.measures["first_choice"]
     assert one.low[0, 0] < 0.5 + 0.5 / 8 < one.high[0, 0]  # stays, or is drawn again by chance
     assert one.p[0, 0] == 1 / 40
@@ -72,6 +72,6 @@ def test_persistent_routing_is_found():
 def test_errors():
     trace = random_trace(4, tokens=100)
     with pytest.raises(NotTestableError, match="not ranked"):
-        repetition(replace(trace, ranked=False), TraceSettings())
+        _repetition(replace(trace, ranked=False), TraceSettings())
     with pytest.raises(NotTestableError, match="no two tokens of the trace directly follow each other"):
-        repetition(replace(trace, position=2 * trace.position), TraceSettings())
+        _repetition(replace(trace, position=2 * trace.position), TraceSettings())

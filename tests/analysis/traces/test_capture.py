@@ -7,11 +7,11 @@ import pytest
 
 from analysis.hypothesis_validation import validate
 from analysis.questions.choice_entropy import choice_entropy
-from analysis.questions.co_activation import co_activation
+from analysis.questions.co_activation import _co_activation
 from analysis.questions.data import RoutingData, TraceSettings, trace_source
-from analysis.questions.expert_load import expert_load
+from analysis.questions.expert_load import _expert_load
 from analysis.questions.predictability import predictability
-from analysis.questions.repetition import repetition
+from analysis.questions.repetition import _repetition
 from analysis.replay import report_of
 from analysis.report.report import text
 from analysis.traces import trace as trace_file
@@ -98,13 +98,13 @@ def test_no_figure_knows_of_them(traces):
         for part in ("value", "low", "high", "null", "null_low", "null_high", "p"):
             np.testing.assert_array_equal(getattr(ours[name], part)[:, PLACES], getattr(theirs[name], part))
         assert np.isnan(np.delete(ours[name].value, PLACES, axis=1)).all()
-    ours, theirs = (found.measures["first_choice"].p for found in estimates(repetition))
+    ours, theirs = (found.measures["first_choice"].p for found in estimates(_repetition))
     np.testing.assert_array_equal(ours[:, PLACES], theirs)
     ours, theirs = (found.unconditional.value for found in estimates(choice_entropy))
     np.testing.assert_array_equal(ours[:, PLACES], theirs)
-    ours, theirs = (found.share.value for found in estimates(expert_load))
+    ours, theirs = (found.share.value for found in estimates(_expert_load))
     np.testing.assert_array_equal(ours[:, PLACES], theirs)
-    ours, theirs = (found.share for found in estimates(co_activation))
+    ours, theirs = (found.share for found in estimates(_co_activation))
     np.testing.assert_array_equal(ours[PLACES], theirs)
 
     ours, theirs = (trace_source(trace).stats for trace in reversed(traces))

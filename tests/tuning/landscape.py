@@ -1,6 +1,6 @@
 """The search methods on a landscape whose best point is known.
 
-    python -m tuning.landscape [--seeds 20] [--trials 60] [--methods random tpe bayesian]
+    python -m tests.tuning.landscape [--seeds 20] [--trials 60] [--methods random tpe bayesian]
 
 Speed-up grows with the loss budget b and the entropy threshold e (both scaled to [0, 1]) with diminishing returns, as
 it does where the cheapest experts go first; it falls with the distance of the context window from 4 ids:
@@ -25,6 +25,7 @@ from analysis.resampling import Estimate
 from tuning.points import PREDICTED, Outcome, Point, best
 from tuning.space import Parameter, Space, Values, suggest
 from tuning.study import METHODS, Method, check_method, fill, points, work
+from varjax.config import VARConfig
 from varjax.progress import progress_bar
 
 LIMIT = 0.01
@@ -58,7 +59,7 @@ def search(method: Method, trials: int, seed: int) -> list[Point]:
         values = suggest(SPACE, trial)
         speedup, loss = landscape(values)
         outcome = Outcome(loss, loss, 1, False, 1.0, 0.0, {PREDICTED: Estimate(speedup, speedup, speedup)}, speedup)
-        return Point(trial.number, values, str(values), outcome)
+        return Point(trial.number, values, VARConfig(context_window_size=values["context_window_size"]), outcome)
 
     work(study, method, seed, attempt, LIMIT)
     optuna.logging.set_verbosity(verbosity)
