@@ -1,4 +1,4 @@
-# make demo    the whole idea on the embedded corpus and the reference model
+# make demo    run the whole method on the reference model and the embedded corpus
 # make test    lint, types and tests
 # Both set up .venv by themselves; they need python3 (3.11 to 3.13) and make. PYTHON=... chooses another interpreter.
 
@@ -20,14 +20,14 @@ $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
-	@echo "make slow    the documented commands that take long, in small; the others are in make test"
-	@echo "make lint    ruff, only"
-	@echo "make types   mypy, only"
-	@echo "make format  let ruff format and fix the code"
-	@echo "make docs    the documentation as HTML, into build/site"
-	@echo "make notebooks  run those of the documentation anew"
-	@echo "make reference  the statistics, answers and policy that come with the reference model (20 minutes)"
-	@echo "make clean   remove .venv and every cache"
+	@echo "make slow    the documented commands that take long, on small inputs (make test runs the others)"
+	@echo "make lint    only ruff"
+	@echo "make types   only mypy"
+	@echo "make format  format and fix the code with ruff"
+	@echo "make docs    build the documentation as HTML in build/site"
+	@echo "make notebooks  run the notebooks of the documentation again"
+	@echo "make reference  make the statistics, answers and policy of the reference model again (20 minutes)"
+	@echo "make clean   remove .venv and all caches"
 
 demo: $(BASE)
 	$(BIN)/python -m experiments.demo

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"
     )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the parameters")
     parser.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON (default: the plain model)")
     parser.add_argument("--routing_stats", type=path_argument, help="statistics (default: those that the config names)")
     parser.add_argument("--answers", type=path_argument, help="answers (default: those that the config names)")

@@ -97,19 +97,25 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--input",
         type=path_argument,
-        help=f"routing statistics, a folder with {STATS_FILE}, or a trace; without it, the first of "
-        f"{listed(STATISTICS)} that exists",
+        help=f"routing statistics, a folder with {STATS_FILE}, or a trace (default: the first of "
+        f"{listed(STATISTICS)} that exists)",
     )
     parser.add_argument("--output", type=path_argument, default=Path("results/hypotheses"), help=OUTPUT_HELP)
     parser.add_argument(
-        "--trace", type=path_argument, help=f"a trace; without it, {TRACE_FILE} next to the input if it is there"
+        "--trace", type=path_argument, help=f"routing trace (default: {TRACE_FILE} next to the input, if it exists)"
     )
     parser.add_argument("--compare", type=path_argument, help="statistics, a folder or a trace of a second run")
-    parser.add_argument("--orders", type=int, nargs="+", default=defaults.orders, help="context lengths (trace)")
+    parser.add_argument(
+        "--orders",
+        type=int,
+        nargs="+",
+        default=defaults.orders,
+        help="context lengths, in token ids (only for a trace)",
+    )
     for name, about in {
-        "min_count": "occurrences that a key needs (trace)",
-        "permutations": "permutations of each null; 0: none (trace)",
-        "samples": f"bootstrap draws of documents (trace); at most {SAMPLES} for the tests on statistics",
+        "min_count": "fewest occurrences of a key (only for a trace)",
+        "permutations": "permutations of each null distribution; 0 for none (only for a trace)",
+        "samples": f"bootstrap draws of documents (only for a trace; at most {SAMPLES} for the tests on statistics)",
         "seed": "seed of all random draws",
     }.items():
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help=about)

@@ -44,17 +44,22 @@ def main(arguments: Sequence[str] | None) -> None:
         arguments: of the command line.
     """
     parser = argparse.ArgumentParser(
-        description="Replay a VARConfig against a routing trace.", formatter_class=HelpFormatter
+        description="Replay a VARConfig on a routing trace, without the model.", formatter_class=HelpFormatter
     )
-    parser.add_argument("--trace", type=path_argument, required=True, help="a trace file, or a foreign .npz")
+    parser.add_argument(
+        "--trace", type=path_argument, required=True, help="trace file, or an .npz file of another program"
+    )
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config", type=path_argument, help="JSON of a VARConfig")
-    which.add_argument("--preset", choices=sorted(PRESETS), default="balanced")
+    which.add_argument("--config", type=path_argument, help="VARConfig as a JSON file")
+    which.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds without --config")
     parser.add_argument("--output", type=path_argument, default=Path("results/replay"), help=OUTPUT_HELP)
     parser.add_argument("--build_share", type=float, default=0.7, help="share of the documents that build the table")
-    parser.add_argument("--step", type=int, default=64, help="tokens between a look-up and its commit")
+    parser.add_argument("--step", type=int, default=64, help="tokens between a lookup and its commit")
     parser.add_argument(
-        "--seconds_per_token", type=float, default=SECONDS_PER_TOKEN, help="the clock that ages the cache"
+        "--seconds_per_token",
+        type=float,
+        default=SECONDS_PER_TOKEN,
+        help="seconds per token on the clock that ages the cache",
     )
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "replay")

@@ -50,12 +50,12 @@ class Share:
 def main(arguments: Sequence[str] | None) -> None:
     options = harness.parser(__doc__)
     options.add_argument(
-        "configs", nargs="*", type=path_argument, help="config.json of a model; none: three published ones"
+        "configs", nargs="*", type=path_argument, help="config.json of a model (default: three published models)"
     )
     options.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="devices along `model`")
     options.add_argument("--positions", type=int, default=32768, help="positions of the key/value cache")
     options.add_argument("--compile", action="store_true", help="also compile a decoding step for these devices")
-    options.add_argument("--layers", type=int, default=None, help="layers to compile; none: all")
+    options.add_argument("--layers", type=int, default=None, help="layers to compile (default: all)")
     args = options.parse_args(arguments)
     if args.compile:
         jax.config.update("jax_platforms", "cpu")

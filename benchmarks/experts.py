@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--experts", type=int, default=8, help="E")
     options.add_argument("--top_k", type=int, default=2, help="K")
     options.add_argument("--ffn", type=float, default=3.0, help="F / D; Mixtral has 3.5")
-    options.add_argument("--kept", type=float, nargs="+", help="m, a mean over tokens; none: K, 3/4 K, ..., 0")
+    options.add_argument("--kept", type=float, nargs="+", help="m, a mean over tokens (default: K, 3/4 K, ..., 0)")
     options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    options.add_argument("--engines", nargs="+", choices=sorted(ENGINES), help="engines; none: all that run here")
+    options.add_argument(
+        "--engines", nargs="+", choices=sorted(ENGINES), help="engines to time (default: all that run here)"
+    )
     options.add_argument("--repeats", type=int, default=11, help="rounds")
     args = options.parse_args(arguments)
 

@@ -181,18 +181,19 @@ def _card_text(card: dict[str, Any], config: MoEConfig, title: str) -> str:
 
 A small {kind} for trying varjax without a download: {card["parameters"] / 1e6:.1f} million parameters,
 {config.depth} layers, hidden size {config.hidden_size}, {experts} experts of size {config.intermediate_size},
-{config.top_k} per token, a byte-level BPE of {config.vocab_size} entries, contexts of up to
-{config.max_position_embeddings} tokens. `transformers.{architecture}` opens it as well. It knows the prose of
-Python documentation and nothing else; it is for studying routing, not for use.
+{config.top_k} experts per token, a byte-level BPE tokenizer with {config.vocab_size} entries, contexts of up to
+{config.max_position_embeddings} tokens. `transformers.{architecture}` can load it as well. It knows the prose of
+Python documentation and nothing else. It is meant for studying routing, not for practical use.
 
-- **Data**: the embedded corpus (docstrings of installed packages), its train split: {training["documents"]:,}
+- **Data**: the train split of the embedded corpus (docstrings of installed packages): {training["documents"]:,}
   documents, SHA-256 `{training["data_sha256"]}`.
 - **Training**: `experiments/00_train_reference.py`, {training["steps"]:,} steps of {training["batch_size"]} x
-  {training["length"]} tokens ({training["tokens_seen"] / 1e6:.1f} million in all), AdamW with peak learning rate
+  {training["length"]} tokens ({training["tokens_seen"] / 1e6:.1f} million in total), AdamW with a peak learning rate of
   {training["learning_rate"]:g}, load-balancing weight {training["balance"]:g}, seed {training["seed"]}.
 - **Fingerprint**: `{card["fingerprint"]}`.
 
-Held out (the test split: {test["documents"]:,} documents, {test["tokens"]:,} tokens, windows of {test["max_length"]}):
+Held-out loss on the test split ({test["documents"]:,} documents, {test["tokens"]:,} tokens, windows of
+{test["max_length"]}):
 
 | | nats per token | perplexity per token |
 |---|---|---|
@@ -200,13 +201,14 @@ Held out (the test split: {test["documents"]:,} documents, {test["tokens"]:,} to
 | bigram, absolute discounting | {card["nats_per_token"]["bigram"]:.3f} | {perplexity["bigram"]:.1f} |
 | unigram | {card["nats_per_token"]["unigram"]:.3f} | {perplexity["unigram"]:.1f} |
 
-{test["bits_per_byte"]:.3f} bits per byte. Share of the assignments by layer and expert:
+That is {test["bits_per_byte"]:.3f} bits per byte. Share of the expert assignments in each layer (rows) that each expert
+(columns) receives:
 
 | layer | {" | ".join(map(str, range(experts)))} |
 |---|{"---|" * experts}
 {loads}
 
-Weights and tokenizer: MIT, as varjax. The corpus stays with the packages that it comes from.
+Weights and tokenizer are under the MIT license, like varjax. The corpus remains with the packages it comes from.
 """
 
 

@@ -3,14 +3,14 @@
   --mode baseline                          the plain model
   --mode var --routing_stats S             a preset, a --var_config, or a policy found with --search_policy
   --compare A.json B.json                  two results side by side, with the published criteria
-  --certify A.json B.json [C.json ...]     how much loss B, C, ... cost at most over A, with confidence; results of the
-                                           calibrate split (--split calibrate), the surest first
+  --certify A.json B.json [C.json ...]     bound the loss of B, C, ... relative to A with confidence; results on the
+                                           calibrate split (--split calibrate), the most certain first
   --mode distill --routing_stats S --var_config C --output DIR
                                            train the answers for a policy on the build split
   --mode study --routing_stats S --var_config C --output DIR
-                                           VAR against simple alternatives at equal loss, the size of its table, what
-                                           its error is made of, free generation, throughput by batch size; or some
-                                           of these (--questions)
+                                           VAR against simple alternatives at equal loss, the size of its table, the
+                                           sources of its error, free generation, throughput by batch size, or only
+                                           some of these (--questions)
 
 An evaluation writes NAME.json for --output NAME.json, or MODE.json into a directory, and a Parquet file of
 per-document losses next to it. A comparison and a certificate are reports: NAME.json, NAME.txt and NAME.html, where

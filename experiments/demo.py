@@ -1,4 +1,4 @@
-"""The whole idea in 8 to 12 minutes: statistics and their tests, presets, a policy under a loss budget, a comparison.
+"""Run the whole method in 8 to 12 minutes: statistics and tests, presets, a policy under a loss budget, a comparison.
 
 Runs the phase scripts on the reference model and the embedded corpus, each command printed before it runs. Tables are
 built on the build split, the policy is chosen on the tune split, and everything is reported on the test split.

@@ -5,7 +5,7 @@ against noise but not against selection: the best of many points looks better th
 is measured on other documents (`tuning.validation`).
 
 `best_config.json` is a VARConfig, as `02_evaluate_var.py --var_config` takes it; `best_configs.json` holds the best
-few, the surest first, as a validation tests them. Where no point is feasible, the files are called
+few, the most certain first, as a validation tests them. Where no point is feasible, the files are called
 `least_bad_config.json` and `least_bad_configs.json`.
 """
 

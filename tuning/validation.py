@@ -2,7 +2,7 @@
 
 Two sets of documents, neither of which the search or its tables have seen, answer two questions:
 
-- The calibrate split certifies and chooses. The candidates are tested one after the other, the surest first
+- The calibrate split certifies and chooses. The candidates are tested one after the other, the most certain first
   (`analysis.evaluate.certificate`), so with the stated confidence no certified candidate costs more than the limit.
   The fastest certified one, by timings on these documents, is chosen.
 - The test split judges the chosen one. No measurement that chose takes part, because the best of several measurements
@@ -155,7 +155,7 @@ def validate(
     Args:
         calibrate: model, statistics and answers over documents of the calibrate split.
         test: the same over documents of the test split; its `seed` divides them among the repeats.
-        candidates: configurations by name, the surest first.
+        candidates: configurations by name, the most certain first.
         presets: configurations by name.
         repeats: sets of test documents, at least 2.
         rounds: timed rounds per repeat.

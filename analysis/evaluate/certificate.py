@@ -16,7 +16,8 @@ Three statements, each of which fails in at most alpha of all calibrations:
 - all its group bounds together (each at alpha / G);
 - no certified configuration exceeds `limit` (Learn-then-Test, Angelopoulos et al. 2021, arXiv 2110.01052), which alone
   covers a configuration that was picked by its result. "fixed_sequence" tests at alpha in the given order and stops at
-  the first that fails: the order, surest first, comes from other documents. "holm" needs no order and is less powerful.
+  the first that fails; the order, most certain first, comes from other documents. "holm" needs no order and is less
+  powerful.
 """
 
 from __future__ import annotations

@@ -429,8 +429,10 @@ def main(arguments: Sequence[str] | None) -> None:
     Args:
         arguments: of the command line.
     """
-    parser = argparse.ArgumentParser(description="Turn a foreign routing trace into a trace file.")
-    parser.add_argument("input", type=path_argument, metavar="IN.npz", help="arrays, with IN.json next to them")
+    parser = argparse.ArgumentParser(description="Convert a routing trace of another program into a trace file.")
+    parser.add_argument(
+        "input", type=path_argument, metavar="IN.npz", help="arrays of the trace; IN.json must be next to it"
+    )
     parser.add_argument(
         "output", type=path_argument, metavar="OUT.parquet", help="the trace file to write, or a directory for it"
     )
