@@ -16,6 +16,7 @@ import json
 import math
 import numbers
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -33,17 +34,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"frequency_threshold": 50, "entropy_threshold": 0.5, "confidence_threshold": 0.8},
     "aggressive": {"frequency_threshold": 25, "entropy_threshold": 0.7, "confidence_threshold": 0.7},
 }
-_FORMER = {  # names of fields in files of earlier versions; None: no setting any more
+_RENAMED = {  # names of fields in files of earlier versions
     "kept": "experts_kept",
     "residual": "use_answers",
     "orders": "ngram_orders",
     "renormalise": "renormalize",
     "residual_shrinkage": "answer_shrinkage",
-    "routing_stats": None,
-    "residuals": None,
-    "max_quality_degradation": None,
-    ENTRY: None,
 }
+_REMOVED = {  # what earlier versions had as settings, and where it belongs now
+    "routing_stats": "pass the file to varjax.load_table",
+    "residuals": "pass the file to varjax.load_table",
+    "max_quality_degradation": "give the limit to the evaluation (--limit)",
+}
+_FORMER_LIMIT = 0.01  # the default of max_quality_degradation, and of --limit
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,8 @@ class VARConfig:
     def from_json(cls, text: str) -> VARConfig:
         """The inverse of `to_json`. It reads the names that earlier versions gave to fields, too.
 
+        The limit on quality that earlier versions kept here is left out, with a UserWarning if it is not the default.
+
         Args:
             text: a JSON object; missing fields take their defaults. A checksum is verified; a text that was written by
                 hand needs none.
@@ -238,7 +243,12 @@ class VARConfig:
             data = checksums.without_checksum(data)
         except InputError as error:
             raise InputError(f'it {error}; restore it or, if you edited it, remove its field "checksum"') from error
-        values = _known(cls, _renamed(data))
+        values = {name: value for name, value in data.items() if name not in (ENTRY, *_REMOVED)}
+        limit = data.get("max_quality_degradation", _FORMER_LIMIT)
+        if limit != _FORMER_LIMIT:
+            told = f"is no setting any more and left out; {_REMOVED['max_quality_degradation']}"
+            warnings.warn(f"max_quality_degradation={limit!r} {told}", stacklevel=2)
+        values = _known(cls, _renamed(cls, values))
         if "default" in values:
             values["default"] = _policy_from_json(values["default"], "default")
         if isinstance(values.get("layers"), dict):
@@ -368,10 +378,14 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields under the names of this version, without those that are no settings any more."""
-    names = {name: _FORMER.get(name, name) for name in values}
-    return {new: values[name] for name, new in names.items() if new is not None}
+def _renamed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `cls` under the names of this version. Raises InputError for a field under both names."""
+    names = {field.name for field in fields(cls)}
+    new = {name: _RENAMED[name] for name in values if _RENAMED.get(name) in names}
+    for former, name in new.items():
+        if name in values:
+            raise InputError(f"{cls.__name__}: {former!r} is the former name of {name!r}; remove one of the two")
+    return {new.get(name, name): value for name, value in values.items()}
 
 
 def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -379,8 +393,11 @@ def _known(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     names = [f.name for f in fields(cls)]
     for name in values:
         if name not in names:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise InputError(f"{cls.__name__} has no field {name!r}; did you mean {near!r}?")
+            near = _RENAMED.get(name)
+            if near not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            told = _REMOVED.get(name, f"did you mean {near!r}?")
+            raise InputError(f"{cls.__name__} has no field {name!r}; {told}")
     return dict(values)
 
 
@@ -390,6 +407,6 @@ def _policy_from_json(value: Any, where: str) -> LayerPolicy | None:
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected an object with the fields of LayerPolicy or null, got {value!r}")
     try:
-        return LayerPolicy(**_known(LayerPolicy, _renamed(value)))
+        return LayerPolicy(**_known(LayerPolicy, _renamed(LayerPolicy, value)))
     except InputError as error:
         raise InputError(f"{where}: {error}") from error

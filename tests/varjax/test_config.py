@@ -213,7 +213,7 @@ def test_the_fields_of_earlier_versions_are_read():
         "residual_shrinkage": 3.0,
         "routing_stats": "stats.parquet",
         "residuals": "stats.residuals.safetensors",
-        "max_quality_degradation": 0.02,
+        "max_quality_degradation": 0.01,
     }
     assert VARConfig.from_json(json.dumps(old)) == VARConfig(
         default=LayerPolicy(experts_kept=0, ngram_orders=(1, 2)),
@@ -221,6 +221,27 @@ def test_the_fields_of_earlier_versions_are_read():
         answer_shrinkage=3.0,
     )
     assert named_files(old) == TableFiles("stats.parquet", "stats.residuals.safetensors")
+
+
+def test_a_limit_of_an_earlier_version_is_not_lost_in_silence():
+    with pytest.warns(UserWarning, match=r"max_quality_degradation=0\.002 is no setting any more .* \(--limit\)"):
+        assert VARConfig.from_json('{"cache_size": 7, "max_quality_degradation": 0.002}') == VARConfig(cache_size=7)
+
+
+def test_a_field_under_its_old_name_is_read_only_where_nothing_contradicts_it():
+    with pytest.raises(ValueError, match="default: LayerPolicy: 'kept' is the former name of 'experts_kept'; remove"):
+        VARConfig.from_json('{"default": {"kept": 0, "experts_kept": 1}}')
+    with pytest.raises(ValueError, match="VARConfig has no field 'kept'"):  # as it is called in the file
+        VARConfig.from_json('{"kept": 0}')
+    with pytest.raises(ValueError, match="layers\\[1\\]: LayerPolicy has no field 'routing_stats'"):
+        VARConfig.from_json('{"layers": {"1": {"routing_stats": "stats.parquet"}}}')
+
+
+def test_a_setting_that_was_removed_or_renamed_says_what_takes_its_place():
+    with pytest.raises(ValueError, match=r"no field 'routing_stats'; pass the file to varjax\.load_table"):
+        VARConfig.preset("balanced", routing_stats="stats.parquet")
+    with pytest.raises(ValueError, match="no field 'residual_shrinkage'; did you mean 'answer_shrinkage'"):
+        VARConfig.preset("balanced", residual_shrinkage=1.0)
 
 
 def test_a_config_that_was_saved_is_verified_and_one_by_hand_is_not(tmp_path):
