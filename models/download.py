@@ -234,7 +234,10 @@ def _fill(remote: Remote, directory: Path, partial: Path, progress: bool) -> Non
     try:
         read_config(partial / "config.json")
     except ConfigError as error:
-        shutil.rmtree(partial)
+        if any(partial.glob("*.safetensors")):  # somebody's own, from `directory`
+            partial.rename(directory.resolve())
+        else:
+            shutil.rmtree(partial)
         raise ConfigError(str(error).replace(str(partial), remote.repo)) from None
     _fetch(remote, names, partial)
     if damaged := _damage(partial, remote.files, progress):

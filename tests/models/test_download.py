@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from fnmatch import fnmatch
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -328,6 +329,17 @@ def test_what_cannot_be_run_is_refused_before_its_weights_are_fetched(hub, tmp_p
         download(look_up("owner/name"), tmp_path / "here", progress=False)
     assert not any(name.endswith(".safetensors") for name in hub.fetched)
     assert names(tmp_path) == ["hub"]
+
+
+def test_weights_that_are_there_already_outlive_a_config_that_cannot_be_run(hub, tmp_path):
+    fields = json.loads((hub.folder / "config.json").read_text())
+    (hub.folder / "config.json").write_text(json.dumps(fields | {"model_type": "llama"}))
+    (tmp_path / "here").mkdir()
+    own = Path(shutil.copy(shards(hub.folder)[0], tmp_path / "here"))
+    with pytest.raises(ConfigError, match=r"^owner/name/config\.json: model_type is 'llama'"):
+        download(look_up("owner/name"), tmp_path / "here", progress=False)
+    assert own.read_bytes() == shards(hub.folder)[0].read_bytes()
+    assert names(tmp_path) == ["here", "hub"]
 
 
 def test_a_repository_whose_own_files_do_not_fit_does_not_look_complete(hub, tmp_path):
