@@ -79,11 +79,21 @@ def table_files(routing_stats: Path | None, answers: Path | None = None, var_con
         InputError: no statistics are named, or the answers belong to others.
     """
     saved = None if var_config is None else saved_files(var_config)
-    if routing_stats is None and saved is None:
-        raise InputError(f"{var_config}: it names no routing statistics; give --routing_stats")
-    if answers is None and saved is not None and saved.answers is not None:
-        answers = Path(saved.answers) if routing_stats is None or Path(saved.answers).is_file() else None
-    return TableFiles.find(routing_stats or Path(saved.routing_stats), answers)  # type: ignore[union-attr]
+    if routing_stats is None:
+        if saved is None:
+            raise InputError(f"{var_config}: it names no routing statistics; give --routing_stats")
+        routing_stats = _there(saved.routing_stats, var_config, "--routing_stats")
+        if answers is None and saved.answers is not None:
+            answers = _there(saved.answers, var_config, "--answers")
+    elif answers is None and saved is not None and saved.answers is not None and Path(saved.answers).is_file():
+        answers = Path(saved.answers)
+    return TableFiles.find(routing_stats, answers)
+
+
+def _there(path: str, var_config: Path | None, option: str) -> Path:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{var_config}: it names {path}, which is not there; restore it, or give {option}")
+    return Path(path)
 
 
 def _first(what: str, places: Sequence[Path]) -> Path | None:

@@ -87,20 +87,26 @@ def saved_files(var_config: str | os.PathLike[str]) -> TableFiles | None:
         var_config: a file that `VARConfig.save` wrote, or an earlier version, which kept the paths among the settings.
 
     Returns:
-        The paths; a file that does not exist is looked for in the folder of the config, so that the folder may move.
-        None if the config names no statistics.
+        The paths; a file that does not exist is looked for in the folder of the config, so that the folder may move. A
+        name without a folder is looked for there first. None if the config names no statistics.
 
     Raises:
-        InputError: the file is not JSON, or was damaged.
+        InputError: the file is not JSON, was damaged, or names files by something other than text.
         OSError: it cannot be read.
     """
     fields = checksums.read_json(var_config, "restore it, or save the config again", required=False)
-    named = named_files(fields)
+    try:
+        named = named_files(fields)
+    except InputError as error:
+        raise InputError(f"{var_config}: {error}") from error
     if named is None:
         return None
 
     def located(path: str) -> str:
-        places = (Path(path), Path(var_config).parent / path, Path(var_config).parent / Path(path).name)
+        folder = Path(var_config).parent
+        places = [Path(path), folder / path, folder / Path(path).name]
+        if Path(path).name == path:  # the working directory may hold another file of that name
+            places.reverse()
         return next((str(place) for place in places if place.is_file()), path)
 
     return TableFiles(located(named.routing_stats), named.answers and located(named.answers))
@@ -114,9 +120,13 @@ def named_files(fields: Mapping[str, Any]) -> TableFiles | None:
 
     Returns:
         The paths as they are written there; None if there are none.
+
+    Raises:
+        InputError: they are not text.
     """
-    named = fields.get(ENTRY) or {
-        "routing_stats": fields.get("routing_stats"),
-        "answers": fields.get("residuals"),
-    }
-    return None if named.get("routing_stats") is None else TableFiles(named["routing_stats"], named.get("answers"))
+    former = {"routing_stats": fields.get("routing_stats"), "answers": fields.get("residuals")}
+    named = fields.get(ENTRY) or former
+    if not isinstance(named, Mapping) or not all(isinstance(named.get(name), str | None) for name in former):
+        raise InputError(f"{ENTRY}={named!r}: expected the paths routing_stats and answers; save the config again")
+    stats: str | None = named.get("routing_stats")
+    return None if stats is None else TableFiles(stats, named.get("answers"))

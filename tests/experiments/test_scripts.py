@@ -110,7 +110,7 @@ def test_answers_are_asked_for_with_and_without_a_config_and_statistics(statisti
         if moved:  # the answers that the config names are not there either: those next to the statistics
             assert asked_config(by_itself)[1].answers == str(answers_next_to(statistics))
         else:
-            with pytest.raises(FileNotFoundError, match="gone: no such file; collect the answers first"):
+            with pytest.raises(FileNotFoundError, match=r"config\.json: it names gone, which is not there"):
                 asked_config(by_itself)
 
 

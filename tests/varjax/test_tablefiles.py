@@ -9,6 +9,7 @@ import pytest
 
 from varjax import LayerPolicy, VARConfig, answersfile, checksums, statsfile
 from varjax.answers import Answers
+from varjax.errors import InputError
 from varjax.stats import RoutingStats
 from varjax.tablefiles import TableFiles, answers_next_to, saved_files
 
@@ -96,4 +97,23 @@ def test_a_saved_config_names_its_files(stats, tmp_path):
     assert VARConfig.load(path) == VARConfig() and saved_files(path) == TableFiles(str(stats), "old")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"cache_size": 8}))
     with pytest.raises(ValueError, match=r"config\.json: was damaged"):
+        saved_files(path)
+
+
+def test_a_name_without_a_folder_is_that_of_a_file_next_to_the_config(stats, tmp_path, monkeypatch):
+    path, elsewhere = tmp_path / "config.json", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    (elsewhere / stats.name).write_bytes(stats.read_bytes())
+    VARConfig().save(path, TableFiles(stats.name))
+    assert saved_files(path) == TableFiles(str(stats))
+    stats.unlink()
+    assert saved_files(path) == TableFiles(stats.name)  # of the working directory, as the command that saved it
+
+
+@pytest.mark.parametrize("named", ["stats.parquet", {"routing_stats": 5}, {"routing_stats": "s", "answers": ["a"]}])
+def test_a_config_that_names_its_files_wrongly_is_refused(named, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"table": named}))
+    with pytest.raises(InputError, match=r"config\.json: table=.*: expected the paths routing_stats and answers"):
         saved_files(path)
