@@ -119,8 +119,10 @@ def _command(args: argparse.Namespace, path: Path) -> None:
     model = load_model(args.model, args.dtype)
     config, files, table = VARConfig(enable_var=False), None, None
     if args.var_config:
-        config, files = VARConfig.load(args.var_config), table_files(args.routing_stats, args.answers, args.var_config)
-        table = load_table(model, config, files.routing_stats, files.answers) if config.enable_var else None
+        config = VARConfig.load(args.var_config)
+        if config.enable_var:
+            files = table_files(args.routing_stats, args.answers, args.var_config)
+            table = load_table(model, config, files.routing_stats, files.answers)
     var_model = VARModel(model, config, table)
     lm = HarnessLM(
         var_model,

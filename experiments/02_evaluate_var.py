@@ -232,7 +232,12 @@ def _distill(args: argparse.Namespace, output: Output) -> None:
         note(work / "run.json", run, {})
     saved = Checkpoints(work / "steps")
     done = distill(model, subject.stats, subject.answers, documents, config, settings, checkpoints=saved)
-    made = provenance(seed=args.seed, **origin, config=json.loads(config.to_json()), settings=vars(settings))
+    origin |= {
+        "config": json.loads(config.to_json()),
+        "table": dataclasses.asdict(files),
+        "config_sha256": run["config"],
+    }
+    made = provenance(seed=args.seed, **origin, settings=vars(settings))
     path = output.other("distilled.answers.safetensors")
     about = {"model": model.name, "fingerprint": model.fingerprint, "provenance": made}
     answersfile.write(path, done.answers, about | {"statistics": statsfile.identity(files.routing_stats)})

@@ -198,7 +198,8 @@ def _join(args: argparse.Namespace) -> None:
 def _conclude(args: argparse.Namespace, output: Output, setting: _Setting, found: list[Point]) -> None:
     """Write what the search has found so far."""
     subject = setting.objective.subject
-    made = provenance(seed=args.seed, **setting.origin, about=setting.about, storage=without_password(_storage(args)))
+    origin = setting.origin | {"table": setting.files, "storage": without_password(_storage(args))}
+    made = provenance(seed=args.seed, **origin, about=setting.about)
     facts = (
         ("model", f"{subject.model.name} ({args.dtype})"),
         ("data", f"{args.dataset}, split tune, {len(subject.documents):,} documents"),
@@ -238,7 +239,7 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
         *card.facts(origin["card"]),
     )
     notes = ("Intervals are 95 %, each on its own, over whole documents (speed-ups: over rounds).",)
-    made = provenance(seed=args.seed, **origin, test_data=corpus.about)
+    made = provenance(seed=args.seed, **origin, table=files, test_data=corpus.about)
     beside = {"validation": found, "configs": {name: _fields(config) for name, config in candidates.items()}}
     said = Report("Validation of searched configurations", facts, notes, (section(found),))
     _write(said, output, beside | {"provenance": made})

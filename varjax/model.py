@@ -558,6 +558,8 @@ def load_statistics(model: RoutedModel, files: TableFiles) -> tuple[RoutingStats
 
 
 def _check_table(table: RouteTable, model: RoutedModel) -> None:
+    if not isinstance(table, RouteTable):
+        raise InputError(f"table={table!r}: expected a RouteTable; make one with varjax.load_table")
     theirs = (table.num_layers, table.num_experts, table.top_k)
     ours = (model.config.num_layers, model.config.num_experts, model.config.top_k)
     if theirs != ours:

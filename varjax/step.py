@@ -137,8 +137,14 @@ def timestamp(seconds: float) -> np.int32:
 
     Returns:
         Milliseconds modulo 2^32, a NumPy scalar (see `varjax.transfer.passing_scalars`).
+
+    Raises:
+        InputError: the reading is NaN or infinite.
     """
-    return np.uint32(round(seconds * 1000) & 0xFFFFFFFF).astype(np.int32)
+    try:
+        return np.uint32(round(seconds * 1000) & 0xFFFFFFFF).astype(np.int32)
+    except (OverflowError, ValueError):
+        raise InputError(f"now={seconds!r}: expected finite seconds") from None
 
 
 def _reading(now: Any) -> Any:

@@ -339,6 +339,8 @@ def test_a_table_of_another_model_is_refused(saved_model, stats_path):
 def test_a_missing_table_says_how_to_make_one(saved_model):
     with pytest.raises(InputError, match=r"VAR is on, but there is no table; make one with varjax\.load_table\("):
         VARModel(saved_model, VARConfig())
+    with pytest.raises(InputError, match=r"table='stats\.parquet': expected a RouteTable; make one with .*load_table"):
+        VARModel(saved_model, VARConfig(), "stats.parquet")
 
 
 def test_a_plan_carries_the_answers_of_its_table(saved_model, stats_path, ids):

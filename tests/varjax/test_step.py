@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import varjax
 from varjax.config import LayerPolicy, VARConfig
+from varjax.errors import InputError
 from varjax.keys import NONE
 from varjax.routing import CACHED, FAST, LEARNED, NO_ROW, resolve
 from varjax.step import Counters, Settings, WideCount, begin, commit, init, plan, summary, timestamp
@@ -78,6 +79,12 @@ def test_what_was_learned_with_confidence_is_remembered_with_enough_experts(tabl
 
     third, _, state = run_step(table, begin(state), ids, 10.0)  # a cached decision does not renew itself
     assert (third.tier == LEARNED).all()
+
+
+def test_a_clock_without_a_reading_is_refused():
+    for now in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"now={now}: expected finite seconds"):
+            timestamp(now)
 
 
 def test_milliseconds_wrap_around_and_only_differences_count(table):
