@@ -155,7 +155,7 @@ def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routin
         InputError: `expert_outputs` are of another number of layers.
     """
     if len(expert_outputs) != len(sums.layers):
-        raise InputError(f"need the slot outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
+        raise InputError(f"need the expert outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
     num_answers, hidden_size = sums.mean.shape[1:]
     num_experts = sums.entry.shape[-1]
     mean, mass, m2, count, nonfinite = sums.mean, sums.mass, sums.m2, sums.count, sums.nonfinite

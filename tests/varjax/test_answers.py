@@ -225,7 +225,7 @@ def test_kept_experts_and_answers_are_the_full_output_where_each_pair_occurred_o
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"need the slot outputs of layers \(0, 2\), got 1"):
+    with pytest.raises(ValueError, match=r"need the expert outputs of layers \(0, 2\), got 1"):
         rows, outputs, routing, mask = random_batch(np.random.default_rng(0))
         update(init(EMPTY), rows, outputs[:1], routing, mask)
     for other in (
