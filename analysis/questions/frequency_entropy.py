@@ -89,10 +89,10 @@ def frequency_figure(stats: RoutingStats, experts: int | None = None) -> ReportF
     return ReportFigure(
         "frequency_entropy",
         "Frequency and gate entropy",
-        "Each dot is a token id. A cloud that falls to the right shows that frequent ids are routed with more "
-        "certainty.",
-        "The mean entropy of rare ids is noisy, which widens the cloud on the left. Overlapping dots hide how many "
-        "there are.",
+        "Each dot is a token id, at its frequency and the mean entropy of the gate over its occurrences. A cloud that "
+        "falls to the right shows that frequent ids are routed with more certainty.",
+        "The mean entropy of rare ids is noisy, which widens the cloud on the left. Where dots overlap, their number "
+        "cannot be seen.",
         lambda: _draw(stats, experts or stats.num_experts),
     )
 
