@@ -180,7 +180,7 @@ def _best(points: Sequence[Point], space: Space, limit: float) -> Section:
         )
         words = [
             f"Chosen from {number:,} trials on the very documents that scored them: the best of many looks better than "
-            "it is. What it is worth, only documents that the search never saw can tell (--validate)."
+            "it is. Only documents that the search never saw can show how good it really is (--validate)."
         ]
     else:
         outcome = f"none of {number:,} trials is within {at_most}; the least bad is {said}"
@@ -296,13 +296,13 @@ def _parameters(points: Sequence[Point], space: Space, limit: float, found: Sequ
         "Importance is how far the best quarter of the trials differs from all trials in a parameter (PED-ANOVA), as "
         "shares of 1; shares below what chance gives say little. A positive rank correlation with perplexity means "
         "that more of the parameter costs more.",
-        "A search moves parameters together and looks most where it liked the results, so neither is a cause. Trials "
-        "without a cached tier make its settings look less important.",
+        "A search moves parameters together and tries most trials where results were good, so neither figure shows a "
+        "cause. Trials without a cached tier make its settings look less important.",
     )
     figures = (
         ReportFigure(
             "tuning_parameters",
-            "Importance of parameters, and which way they pull",
+            "Importance of parameters, and the direction of their effect",
             "Left (importance): how much the best quarter of the trials differs from all trials in this parameter, for "
             "speed-up (black) and for perplexity (white). In 95 of 100 random shuffles, even the largest share stays "
             "below the lines. Right: Spearman's rank correlation with 95% bootstrap intervals over trials; right of 0, "

@@ -221,7 +221,7 @@ def _examine(data: RoutingData) -> Section:
     words = [
         "Share of a layer's tokens that chose both experts, against what the experts' loads alone explain. The pairs "
         f"are the strongest ones in {found.build_documents:,} documents, among those expected often enough; all "
-        f"figures are those of {found.held_out_documents:,} other documents. Documents of different load raise the "
+        f"figures are those of {found.held_out_documents:,} other documents. Documents whose loads differ raise the "
         "ratios too.",
     ]
     figure = ReportFigure(

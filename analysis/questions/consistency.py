@@ -140,11 +140,11 @@ def _examine(data: RoutingData) -> Section:
         "Share of a token id's occurrences with its most common first choice, in sample. Null: every occurrence "
         "draws its expert from the layer's own shares. Only the distance between the two says something about "
         "routing. Least and most: occurrences of the rarest and the most frequent id of a group.",
-        "Caution: the null knows no documents. Routing that follows the document alone is above it too, because an id "
-        "occurs in few documents. Held-out predictability excludes that.",
+        "Caution: the null does not account for documents. Routing that depends on the document alone is above it too, "
+        "because an id occurs in few documents. Held-out predictability rules that out.",
         "Intervals of ±1.96 standard errors."
         if data.draws is None
-        else "Intervals are for texts of as many documents; in longer texts consistency is lower: less is by chance.",
+        else "Intervals are for texts with as many documents; longer texts are less consistent by chance alone.",
     ]
     if estimated:
         words.append(

@@ -64,7 +64,8 @@ def _examine(data: RoutingData) -> Section:
     verdict, outcome, verdicts = by_layer.verdict(data, used, rho.value < MAX_RHO, f"rho < {MAX_RHO:g}")
     words = [
         "Spearman's rho of a token id's frequency and its mean gate entropy. The criterion is on rho alone, as "
-        "published; with few ids a rho below the bound can be chance: see p (of rho = 0, ids as if independent).",
+        "published; with few ids, a rho below the bound can be due to chance: see p (for rho = 0, treating ids as "
+        "independent).",
         *(["Intervals of Bonett and Wright (2000)."] if data.draws is None else []),
         *data.entropy.caution,
         *used.words(data, "mean entropy"),

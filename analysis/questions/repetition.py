@@ -94,7 +94,7 @@ def _examine(data: RoutingData) -> Section:
     chance = ", ".join(f"{name} {share:.1%}" for name, share in found.uniform.items())
     words = [
         f"{found.pairs:,} pairs of tokens that directly follow each other. Uniform routing would give {chance}.",
-        f"{nulls.NULL} That keeps each document's favorite experts, so what is above the band is persistent "
+        f"{nulls.NULL} That keeps each document's favorite experts, so a value above the band means persistent "
         "routing, or ids that come in bursts.",
     ]
     figure = ReportFigure(
