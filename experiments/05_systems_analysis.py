@@ -64,11 +64,11 @@ def main(arguments: Sequence[str] | None) -> None:
         options.error("--plain analyzes the plain model; --var_config, --routing_stats and --answers are for VAR")
     output = Output.of(args.output, "systems")
     with output.locked():
-        analyze(args, output)
+        _analyze(args, output)
 
 
-def analyze(args: argparse.Namespace, output: Output) -> None:
-    config, files = chosen_config(args)
+def _analyze(args: argparse.Namespace, output: Output) -> None:
+    config, files = _chosen_config(args)
     model, documents, origin = load(args, args.split, args.num_samples)
     table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
     var_model = VARModel(model, config, table)
@@ -78,19 +78,19 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
     }
     rounds = 5 if args.quick else 15
 
-    step(1, "components: profiler traces")
+    _step(1, "components: profiler traces")
     with tempfile.TemporaryDirectory() as deleted:
         folder = output.other("traces") if args.trace else Path(deleted)
         breakdowns = components.measure_sides(var_model, texts, folder=folder, turns=4 if args.quick else 15)
-    step(2, "costs")
+    _step(2, "costs")
     costs, counted = xla.costs(var_model, texts)
     batch, length = texts["prefill"].shape
     sizes = [] if args.quick else [(1, length), (batch, length // 2), (batch, length), (2 * batch, length)]
     memory, peaks = xla.memory(var_model, sizes)
-    step(3, "performance model: calibration and unseen calls")
+    _step(3, "performance model: calibration and unseen calls")
     study = performance_model.study(model, points.tasks(args.quick), repeats=rounds, seed=args.seed)
     growth, scales = performance_model.scaling(study)
-    step(4, "bottlenecks")
+    _step(4, "bottlenecks")
     worst, evidence, found = bottlenecks.examine(
         *(var_model, texts, breakdowns),
         ceilings=study.ceilings,
@@ -125,7 +125,7 @@ def analyze(args: argparse.Namespace, output: Output) -> None:
     print(f"written to {args.output}")
 
 
-def chosen_config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles | None]:
+def _chosen_config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles | None]:
     """The policy that is named or in a documented place, with its table's files; or VAR switched off."""
     if args.plain:
         return VARConfig(enable_var=False), None
@@ -139,7 +139,7 @@ def chosen_config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles | Non
     return asked_config(args)
 
 
-def step(number: int, what: str) -> None:
+def _step(number: int, what: str) -> None:
     print(f"[{number}/4] {what}", flush=True)
 
 
