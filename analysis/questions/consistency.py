@@ -144,7 +144,7 @@ def _examine(data: RoutingData) -> Section:
         "because an id occurs in few documents. Held-out predictability rules that out.",
         "Intervals of ±1.96 standard errors."
         if data.draws is None
-        else "Intervals are for texts with as many documents; longer texts are less consistent by chance alone.",
+        else "Intervals hold for as many documents; in longer texts, less of the consistency is due to chance.",
     ]
     if estimated:
         words.append(
