@@ -126,7 +126,7 @@ def main(arguments: Sequence[str] | None) -> None:
         ("steps", int, distilling.steps, "number of distillation steps"),
         ("learning_rate", float, distilling.learning_rate, "peak learning rate of distillation"),
         (
-            "distil_min_count",
+            "distill_min_count",
             int,
             distilling.min_count,
             "minimum number of occurrences of a key whose answers are distilled",
@@ -235,7 +235,7 @@ def _distill(args: argparse.Namespace, output: Output) -> None:
     assert files is not None  # the plain model is another mode
     subject = make_subject(args, model, config, files, documents)
     reading = (args.batch_size, args.max_length)
-    settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
+    settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distill_min_count, args.seed)
     work = output.other("distil_checkpoints")
     run = {
         "model": origin["model"],

@@ -305,7 +305,7 @@ def report(certificate: Certificate, facts: Sequence[tuple[str, str]] = ()) -> R
     hashes |= {one.name: one.sha256 for one in tried}
     grouped = [one for one in tried if len(one.groups) > 1]
     rows = [(*_row(one.name, one.overall), one.certified) for one in tried]
-    tables = [Table("Increase of perplexity", _COLUMNS, tuple(rows))]
+    tables = [Table("Increase in perplexity", _COLUMNS, tuple(rows))]
     for one in grouped:
         rows = [_row(name, group) for name, group in one.groups.items()]
         tables.append(Table(f"Groups of {one.name}", _COLUMNS[:-1], tuple(rows)))
