@@ -22,7 +22,7 @@ import importlib.util
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -50,6 +50,19 @@ _STORAGE_ERRORS = (
     *(sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError),
     *(ImportError, OSError, RuntimeError, ValueError),
 )
+
+
+class _Storage(optuna.storages.RDBStorage):
+    """A database in which every running trial has a heartbeat.
+
+    Optuna sends the first one only after the sampler has drawn the trial's values, and never gives up a trial without
+    any: a worker killed before that would leave its trial running for good, and all others waiting for it.
+    """
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        if state is TrialState.RUNNING:
+            self.record_heartbeat(trial_id)
+        return super().set_trial_state_values(trial_id, state, values)
 
 
 class StudyError(InputError):
@@ -110,7 +123,7 @@ def open_study(storage: str, name: str, method: Method, about: Mapping[str, Any]
     directions = ["maximize", "minimize"] if method == "nsga2" else ["maximize"]  # the second is degradation
     try:
         with _quiet():
-            database = optuna.storages.RDBStorage(
+            database = _Storage(
                 storage,
                 engine_kwargs=engine,
                 heartbeat_interval=HEARTBEAT,
