@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -107,7 +108,7 @@ def main(arguments: Sequence[str] | None) -> None:
         options,
         ("tune_samples", int, 120, "documents for --search_policy"),
         ("budget", float, None, "increase of perplexity that --search_policy may spend (default: 0.9 of --limit)"),
-        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase of perplexity"),
+        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase of perplexity, also of --certify"),
         ("split", str, "test", "documents to score; 'all' for every document"),
         ("stride", int, None, "tokens between the beginnings of windows (default: max_length)"),
         ("repeats", int, 15, "timed rounds"),
@@ -132,6 +133,8 @@ def main(arguments: Sequence[str] | None) -> None:
             options.error(f"--mode baseline is the plain model; --{name} is for the other modes")
     if args.certify and len(args.certify) < 2:
         options.error("--certify needs a baseline result and at least one of VAR")
+    if args.limit <= 0:
+        options.error(f"--limit {args.limit}: expected more than 0, such as 0.01 for 1 %")
     if not (args.compare or args.certify or args.mode):
         options.error("say what to do: --mode baseline|var|distill|study, --compare A B or --certify A B ...")
     if args.compare:
@@ -155,7 +158,8 @@ def _compare(args: argparse.Namespace, output: Output) -> None:
 
 def _certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
-    settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
+    settings = {name: getattr(args, name) for name in ("clip", "level", "testing", "seed")}
+    settings["limit"] = math.log1p(args.limit)
     plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
     found = certify_results(plain, candidates, **settings)
     said = certificate.report(found, card.facts(plain.fields["provenance"].get("card")))
