@@ -1,6 +1,6 @@
 """How fast the expert engine and a whole model run on an accelerator, compared with its ceilings and with rivals.
 
-    python -m benchmarks.device --output benchmarks/h200.json            # at most 8 minutes; --quick: 2
+    python -m benchmarks.device --output results/h200.json               # at most 8 minutes; --quick: 2
 
 The parts are, in this order: the model in transformers with grouped products, in a process of its own, where torch has
 a CUDA device; the machine's ceilings; one layer's experts, ours and others', against one plain SwiGLU block of the
