@@ -55,8 +55,8 @@ _STORAGE_ERRORS = (
 class _Storage(optuna.storages.RDBStorage):
     """A database in which every running trial has a heartbeat.
 
-    Optuna sends the first one only after the sampler has drawn the trial's values, and never gives up a trial without
-    any: a worker killed before that would leave its trial running for good, and all others waiting for it.
+    Optuna sends the first one after a worker has taken a trial, and never gives up a trial without any: a worker killed
+    in between would leave its trial running for good, and all others waiting for it.
     """
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:

@@ -106,7 +106,7 @@ def test_a_search_killed_in_a_trial_loses_and_repeats_none_that_was_finished(url
     assert len(tried) == 8 and all(tried.count(one) == 1 for one in grid(SPACE, 2))
 
 
-def test_a_trial_whose_worker_died_while_values_were_drawn_is_tried_again(url, monkeypatch):
+def test_a_trial_whose_worker_died_before_its_first_heartbeat_is_tried_again(url, monkeypatch):
     monkeypatch.setattr("tuning.study.GRACE", 1)
     lost = open_study(url, "s", "random", ABOUT)
     fill(lost, "random", SPACE, 2, 3)
