@@ -220,13 +220,15 @@ def work(
         return point.outcome.speedup
 
     try:
-        while states := [trial.state for trial in study.get_trials(deepcopy=False)]:
+        while trials := study.get_trials(deepcopy=False):
+            states = [trial.state for trial in trials]
             if TrialState.WAITING in states:
                 place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
                 study.sampler = _sampler(method, [seed, place], len(states))
                 study.optimize(objective, n_trials=1)
                 on_point()
-            elif TrialState.RUNNING in states:  # another worker's, or one whose worker is gone
+            elif any(one.state is TrialState.RUNNING and _TICKET in one.user_attrs for one in trials):
+                # Another worker's, or one whose worker is gone; without a ticket it has no work to wait for.
                 time.sleep(1)
                 with _quiet():
                     optuna.storages.fail_stale_trials(study)

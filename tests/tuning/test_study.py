@@ -112,6 +112,7 @@ def test_a_trial_whose_worker_died_before_its_first_heartbeat_is_tried_again(url
     fill(lost, "random", SPACE, 2, 3)
     first = lost.get_trials(deepcopy=False)[0]
     assert lost._storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)  # takes a ticket and does no more
+    lost._storage.create_new_trial(lost._study_id)  # of a worker that found no ticket left
     assert len(searched(url, "random", 2)) == 2
     assert lost.get_trials(deepcopy=False)[0].state is TrialState.FAIL
 
