@@ -2,13 +2,13 @@
 
     python -m analysis.audit_study --routing_stats results/phase1/routing_stats.parquet --output results/audit.json
 
-Calibrates on documents of the split `calibrate`, then lets held-out documents of `test` arrive many times in random
-order: once as they are, then with planted faults. Each document is run once per fault; the repeats only reorder what
-was observed, so they share their documents. The cached tier is off, because what it has learned depends on the order.
-Writes a JSON file, and next to it the report that is printed, as text and as a page with its figure.
-
-Letters: N documents, M streams (`varjax.drift`).
+Calibrates the audit on documents of the `calibrate` split, then lets held-out documents of the `test` split arrive in
+many random orders: first as they are, then with planted faults. Each document is run once per fault; the repeats only
+reorder what was observed, so they share their documents. The cached tier is off, because what it has learned depends on
+the order. Writes a JSON file, and next to it the printed report as text and as an HTML page with its figure.
 """
+
+# Letters: N documents, M streams (`varjax.drift`).
 
 from __future__ import annotations
 
@@ -88,24 +88,33 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--routing_stats",
         type=path_argument,
-        help=f"routing_stats.parquet of phase 1; without it, the first of {listed(STATISTICS)} that exists",
+        help=f"routing_stats.parquet from phase 1 (default: the first of {listed(STATISTICS)} that exists)",
     )
     parser.add_argument(
-        "--var_config", type=path_argument, help="a VARConfig as JSON; without it, one expert runs and answers are used"
+        "--var_config",
+        type=path_argument,
+        help="VARConfig as a JSON file; without it, one expert runs and answers are used",
     )
     parser.add_argument(
-        "--dataset", default="embedded", type=name_argument, help="the dataset of the statistics; other splits are read"
+        "--dataset",
+        default="embedded",
+        type=name_argument,
+        help="dataset that the statistics come from; its calibrate and test splits are read",
     )
     parser.add_argument(
         "--foreign", type=name_argument, nargs="*", default=[], help="texts of another kind, such as a .txt file"
     )
-    parser.add_argument("--num_samples", type=int, default=1000, help="documents to calibrate on, and to monitor")
-    parser.add_argument("--fault_samples", type=int, default=300, help="documents under each planted fault")
+    parser.add_argument(
+        "--num_samples", type=int, default=1000, help="number of documents to calibrate on, and to monitor"
+    )
+    parser.add_argument(
+        "--fault_samples", type=int, default=300, help="number of documents to monitor under each planted fault"
+    )
     parser.add_argument("--share", type=float, default=0.05, help="share of the planned tokens to compute in full")
-    parser.add_argument("--repeats", type=int, default=200, help="random orders of the documents")
+    parser.add_argument("--repeats", type=int, default=200, help="number of random orders of the documents")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
     parser.add_argument("--max_length", type=int, default=256, help="tokens per window")
-    parser.add_argument("--seed", type=int, default=0, help="seed of every draw")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--output", type=path_argument, default=Path("results/audit.json"), help=OUTPUT_HELP)
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "audit")
@@ -339,10 +348,11 @@ def _section(outcomes: Sequence[Outcome], calibration: Calibration, runs: Mappin
     figure = ReportFigure(
         "audit_noticed",
         "What the audit noticed, and how soon",
-        "One row per situation. Bar: the share of the orders of the documents in which drift was declared. Numbers: "
-        "how many documents that took, the median and the most. Dotted line: the promised rate of false alarms.",
-        "Drift is not harm: foreign text is noticed even where VAR loses less on it, and a small fault may cost much "
-        "or nothing. Orders share their documents, so they are not independent.",
+        "One row per situation. Bar: the share of the random orders of the documents in which the audit declared "
+        "drift. Numbers: the median and the largest number of documents until then. Dotted line: the rate of false "
+        "alarms that is promised at most.",
+        "Drift is not harm: text of another kind is noticed even if VAR loses less on it, and a small fault may cost "
+        "much or nothing. The orders share their documents, so they are not independent.",
         partial(_draw, outcomes),
     )
     return Section(

@@ -12,7 +12,7 @@ MIN_LOW_SHARE = 0.3  # more than this share of the token ids has an entropy belo
 MIN_COVERED = 0.4  # the fast path covers more than this share of the occurrences
 
 # Phases 2 and 3: a VAR configuration against the plain model
-MAX_DEGRADATION = 0.01  # relative increase of perplexity stays below this
+MAX_DEGRADATION = 0.01  # relative increase in perplexity stays below this
 EVALUATION_SPEEDUP = 1.2  # phase 2: speed-up in prefill and in decode is at least this
 TUNING_SPEEDUP = 1.3  # phase 3: speed-up of the validated configuration is above this
 MAX_LEARNED = 0.15  # share of tokens and layers that the learned router still decides stays below this

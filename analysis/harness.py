@@ -3,7 +3,7 @@
     python -m analysis.harness --model reference --tasks my_task --include_path tasks --output results/harness.json
 
 Prints the harness's own table and writes a JSON result. A task is one of the harness's (most download data) or your own
-YAML file in --include_path. Needs the extra `eval`. `analysis.evaluate.harness_lm` says how texts are read.
+YAML file in --include_path. Requires the extra `eval`. `analysis.evaluate.harness_lm` explains how texts are read.
 """
 
 from __future__ import annotations
@@ -84,22 +84,31 @@ def main(arguments: Sequence[str] | None) -> None:
     """Run the tasks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
-        "--model", default="reference", type=name_argument, help="directory, hub id, or 'reference' (comes with varjax)"
+        "--model",
+        default="reference",
+        type=name_argument,
+        help="directory, hub id, or 'reference', which comes with varjax",
     )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the parameters")
-    parser.add_argument("--var_config", type=path_argument, help="a VARConfig as JSON (default: the plain model)")
-    parser.add_argument("--routing_stats", type=path_argument, help="statistics (default: those that the config names)")
-    parser.add_argument("--answers", type=path_argument, help="answers (default: those that the config names)")
-    parser.add_argument("--tasks", nargs="+", required=True, help="names of tasks")
-    parser.add_argument("--include_path", type=path_argument, help="a folder with YAML tasks")
-    parser.add_argument("--limit", type=int, help="documents of each task at most (default: all)")
-    parser.add_argument("--num_fewshot", type=int, help="examples before each question (default: those of the task)")
-    parser.add_argument("--batch_size", type=int, default=8, help="requests at a time")
     parser.add_argument(
-        "--max_length", type=int, help="tokens read at most (default: the model's max_position_embeddings)"
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="data type of the parameters"
+    )
+    parser.add_argument("--var_config", type=path_argument, help="VARConfig as a JSON file (default: the plain model)")
+    parser.add_argument(
+        "--routing_stats", type=path_argument, help="routing statistics (default: those that the config names)"
+    )
+    parser.add_argument("--answers", type=path_argument, help="answers (default: those that the config names)")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names of the tasks to run")
+    parser.add_argument("--include_path", type=path_argument, help="folder with task definitions in YAML")
+    parser.add_argument("--limit", type=int, help="maximum number of documents per task (default: all)")
+    parser.add_argument(
+        "--num_fewshot", type=int, help="examples before each question (default: as the task specifies)"
+    )
+    parser.add_argument("--batch_size", type=int, default=8, help="requests per batch")
+    parser.add_argument(
+        "--max_length", type=int, help="maximum number of tokens to read (default: the model's max_position_embeddings)"
     )
     add_caching_arguments(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of tasks that sample")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for tasks that sample")
     parser.add_argument(
         "--output",
         type=path_argument,

@@ -1,11 +1,12 @@
-"""Test phase 1's hypotheses on routing statistics and, where there is one, on a routing trace.
+"""Test the hypotheses of phase 1 on routing statistics and, if there is one, on a routing trace.
 
     python -m analysis.hypothesis_validation --input results/phase1 --output results/hypotheses
 
 Reads routing statistics (`varjax.statsfile`), a routing trace (`analysis.traces.trace`) or a NumPy trace
-(`analysis.traces.importing`). Writes hypotheses.txt, .json and .html and the figures as PNG and PDF into --output (for
-an --output such as NAME.txt: NAME.txt, NAME.json, ...), and prints one line per hypothesis. From a trace the statistics
-are computed too, and their intervals draw its documents. A FAIL is a result, not an error of the program.
+(`analysis.traces.importing`). Writes hypotheses.txt, .json and .html and the figures as PNG and PDF into --output (if
+--output is a file such as NAME.txt: NAME.txt, NAME.json, ...), and prints one line per hypothesis. If the input is a
+trace, the statistics are computed from it, and their intervals resample its documents. A FAIL is a result, not an error
+of the program.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--trace", type=path_argument, help=f"routing trace (default: {TRACE_FILE} next to the input, if it exists)"
     )
-    parser.add_argument("--compare", type=path_argument, help="statistics, a folder or a trace of a second run")
+    parser.add_argument(
+        "--compare", type=path_argument, help="statistics, folder or trace of a second run to compare with"
+    )
     parser.add_argument(
         "--orders",
         type=int,
@@ -113,10 +116,10 @@ def main(arguments: Sequence[str] | None) -> None:
         help="context lengths, in token ids (only for a trace)",
     )
     for name, about in {
-        "min_count": "fewest occurrences of a key (only for a trace)",
+        "min_count": "minimum number of occurrences of a key (only for a trace)",
         "permutations": "permutations of each null distribution; 0 for none (only for a trace)",
         "samples": f"bootstrap draws of documents (only for a trace; at most {SAMPLES} for the tests on statistics)",
-        "seed": "seed of all random draws",
+        "seed": "random seed",
     }.items():
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help=about)
     args = parser.parse_args(arguments)
@@ -224,7 +227,7 @@ def _notes(data: RoutingData) -> tuple[str, ...]:
         "PASS and FAIL follow the published criteria (that of predictability is this project's own); a criterion over "
         "layers passes only if every layer that can be tested passes. FAIL is a finding about the model and the text.",
         "p values of one test are corrected by Holm over layers (of the paired tests, over layers and figures). "
-        f"Bands of the nulls of a trace ({data.settings.permutations} permutations) are family-wise, 95 % for all "
+        f"Bands of the nulls of a trace ({data.settings.permutations} permutations) are family-wise, 95% for all "
         f"layers and orders of a measure, except for figures with fewer than {MIN_DIFFERENT} different permuted "
         "values. Nothing is corrected across tests.",
         f"{intervals} A figure of a trace over fewer than {MIN_DOCUMENTS} documents has no interval.",

@@ -48,19 +48,21 @@ def main(arguments: Sequence[str] | None) -> None:
         description="Replay a VARConfig on a routing trace, without the model.", formatter_class=HelpFormatter
     )
     parser.add_argument(
-        "--trace", type=path_argument, required=True, help="trace file, or an .npz file of another program"
+        "--trace", type=path_argument, required=True, help="trace file, or an .npz file from another program"
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config", type=path_argument, help="VARConfig as a JSON file")
-    which.add_argument("--preset", choices=sorted(PRESETS), default="balanced", help="thresholds without --config")
+    which.add_argument(
+        "--preset", choices=sorted(PRESETS), default="balanced", help="thresholds to use if there is no --config"
+    )
     parser.add_argument("--output", type=path_argument, default=Path("results/replay"), help=OUTPUT_HELP)
-    parser.add_argument("--build_share", type=float, default=0.7, help="share of the documents that build the table")
+    parser.add_argument("--build_share", type=float, default=0.7, help="share of the documents used to build the table")
     parser.add_argument("--step", type=int, default=64, help="tokens between a lookup and its commit")
     parser.add_argument(
         "--seconds_per_token",
         type=float,
         default=SECONDS_PER_TOKEN,
-        help="seconds per token on the clock that ages the cache",
+        help="seconds by which the clock of the cache advances per token",
     )
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "replay")
@@ -127,10 +129,12 @@ def _tiers(found: Replay) -> Section:
             ReportFigure(
                 "replay_tiers",
                 "Which tier decides in each layer, and how well",
-                "Top: shares of the tokens by tier; the short lines are what a cache without bounds would reach on top "
-                "of the fast tier. Bottom: agreement and recall, next to a table that gives all tokens the layer's "
-                "busiest experts.",
-                "A tier is judged at the tokens that it decides, and these are the easier ones.",
+                "Top: share of the tokens that each tier decides: the table (fast), the cache, or the router "
+                "(learned). The short lines show how much the table and a cache without limits on size and age would "
+                "decide. Bottom: agreement (the predicted first expert is the router's) and recall (the share of the "
+                "router's experts that were predicted), next to a constant table that predicts the layer's busiest "
+                "experts for every token.",
+                "Each tier is judged only on the tokens that it decides, and these are the easier ones.",
                 partial(_draw_tiers, found),
             ),
         ),
@@ -179,9 +183,10 @@ def _ages(found: Replay) -> Section:
             ReportFigure(
                 "replay_mispredictions",
                 "Mispredictions of the cached tier by age",
-                "A row is a layer, a column the age of the decision that was used again; darker: more often not the "
-                f"router's. Hatched: fewer than {_FEW} decisions.",
-                "Each column holds other contexts, not one decision as it ages.",
+                "Each row is a layer, and each column is the age of the cached decisions that were used again. The "
+                f"darker a cell, the more often their first expert is not the router's. Hatched: fewer than {_FEW} "
+                "decisions.",
+                "The columns hold different contexts; they do not show one decision as it ages.",
                 partial(_draw_ages, found),
             ),
         ),

@@ -3,8 +3,8 @@
 Letters: N tokens, D documents, S bootstrap draws, P permutations, O rows (context orders, experts, ...), L layers.
 
 Tokens of one document depend on each other and documents do not, so intervals draw documents, never tokens. A
-percentile interval over few documents is too narrow: in simulations at nominal 95 % it covered the truth in 82 % of the
-cases with 5 documents, 88 % with 10, 92 % with 20 and 94 % with 40. A figure over fewer than `MIN_DOCUMENTS`
+percentile interval over few documents is too narrow: in simulations at nominal 95% it covered the truth in 82% of the
+cases with 5 documents, 88% with 10, 92% with 20 and 94% with 40. A figure over fewer than `MIN_DOCUMENTS`
 documents therefore has no interval (NaN).
 
 The permutation null shuffles routing among the tokens *within* each document, all layers together. It keeps every
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LEVEL = 0.95  # of every interval and band
-MIN_PERMUTATIONS = 19  # the fewest whose extremes can bound 95 %
+MIN_PERMUTATIONS = 19  # the fewest whose extremes can bound 95%
 MIN_DOCUMENTS = 10  # a figure over fewer has no interval
 MIN_DIFFERENT = 5  # permuted values of a figure, for a spread that can be trusted
 _DRAWN = 1 << 25  # floats that one block of draws may take
@@ -29,7 +29,7 @@ _DRAWN = 1 << 25  # floats that one block of draws may take
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval; `f"{estimate:+.2%}"` shows both."""
+    """A value and its 95% interval; `f"{estimate:+.2%}"` shows both."""
 
     value: float
     low: float
@@ -46,10 +46,10 @@ class Measure:
     name: str  # "agreement", "recall", "mass", "coverage", "conditional_entropy", ...
     unit: str  # "share", "nats", "ratio"
     value: np.ndarray  # float64 [O, L]
-    low: np.ndarray  # float64 [O, L], 95 % percentile bootstrap over documents; NaN if they are fewer than 10
+    low: np.ndarray  # float64 [O, L], 95% percentile bootstrap over documents; NaN if they are fewer than 10
     high: np.ndarray  # float64 [O, L]
     null: np.ndarray | None = None  # float64 [O, L], mean under the permutation null; None where no null applies
-    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95 % band; see `_against_null`
+    null_low: np.ndarray | None = None  # float64 [O, L], family-wise 95% band; see `_against_null`
     null_high: np.ndarray | None = None
     p: np.ndarray | None = None  # float64 [O, L], family-wise permutation p value (max-T over the family)
 
@@ -96,7 +96,7 @@ def document_sums(values: np.ndarray, document: np.ndarray) -> np.ndarray:
 def bootstrap(
     statistic: Callable[..., np.ndarray], *sums: np.ndarray, samples: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the 95 % percentile interval of `statistic(*sums over documents)`, documents drawn with replacement.
+    """Compute the 95% percentile interval of `statistic(*sums over documents)`, documents drawn with replacement.
 
     Args:
         statistic: takes the total of each of `sums`, with the draws in front, [S, ...]; returns [S, ...]. It may
@@ -155,7 +155,7 @@ def ratio_estimate(
         transform: a monotone function of arrays, such as `np.expm1`.
 
     Returns:
-        The estimate with its 95 % interval, for any number of documents.
+        The estimate with its 95% interval, for any number of documents.
     """
     sums = np.stack([numerator, denominator], axis=1)
     totals = np.concatenate([counts @ sums for counts in _count_blocks(len(sums), samples, seed)])
@@ -172,7 +172,7 @@ def median_estimate(values: np.ndarray, samples: int = 2000, seed: int = 0) -> E
         seed: of the draws.
 
     Returns:
-        The estimate with its 95 % interval.
+        The estimate with its 95% interval.
     """
     rng = np.random.default_rng(seed)
     draws = np.median(values[rng.integers(0, len(values), (samples, len(values)))], axis=1)

@@ -1,13 +1,13 @@
-"""Does the certificate keep its promise? Calibrations simulated from populations whose mean is known.
+"""Does the certificate's bound hold? Simulates calibrations from populations whose mean is known.
 
     python -m benchmarks.certificate_simulation --repeats 2000
 
-Letters: N documents, K configurations.
-
 Coverage: how often the true clipped mean is above the bound, and how far above the sample's mean the bound is, compared
-with the one-sided t-interval of textbooks. Family-wise error: how often any of nine configurations slightly worse than
-the limit is certified together with three good ones.
+with the textbook one-sided t-interval. Family-wise error: how often any of nine configurations slightly worse than the
+limit is certified together with three good ones.
 """
+
+# Letters: N documents, K configurations.
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ class FamilyWise:
 @program
 def main(arguments: Sequence[str] | None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    options.add_argument("--repeats", type=int, default=2000, help="simulated calibrations for each line")
-    options.add_argument("--seed", type=int, default=0, help="seed of every draw")
+    options.add_argument("--repeats", type=int, default=2000, help="number of simulated calibrations per row")
+    options.add_argument("--seed", type=int, default=0, help="random seed")
     args = options.parse_args(arguments)
     rng = np.random.default_rng(args.seed)
 
     print(
         f"{args.repeats:,} calibrations a line at {LEVEL:.0%}, clip {CLIP} nats per token; at most "
-        f"{allowed(args.repeats, 1 - LEVEL):.2%} may fail (5 % and three standard errors)\n"
+        f"{allowed(args.repeats, 1 - LEVEL):.2%} may fail (5% and three standard errors)\n"
     )
     print(f"{'':22}{'failures':^33}{'width, 0.001 nats per token':^33}")
     print(f"{'population':16}{'N':>6}" + "".join(f"{name:>11}" for name in METHODS * 2))
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None) -> None:
             print(f"{name:16}{size:>6}{failures}{widths}", flush=True)
 
     print(
-        f"\nAny of {len(BAD)} bad configurations certified (mean 1 % above the limit), and how many of {len(GOOD)} good"
+        f"\nAny of {len(BAD)} bad configurations certified (mean 1% above the limit), and how many of {len(GOOD)} good"
     )
     print(f"{'procedure':22}" + "".join(f"{f'N = {size}':>20}" for size in SIZES))
     results = [family_wise(size, args.repeats, rng) for size in SIZES]

@@ -1,4 +1,4 @@
-"""What collecting routing statistics costs in addition to the forward pass.
+"""Measure what collecting routing statistics costs in addition to the forward pass.
 
     python -m benchmarks.collection [--model reference]
 
@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--model", default="random", type=name_argument, help="directory, hub id, 'reference' or 'random'"
     )
-    options.add_argument("--num_samples", type=int, default=1500, help="documents that choose the keys")
-    options.add_argument("--repeats", type=int, default=9, help="rounds")
+    options.add_argument(
+        "--num_samples", type=int, default=1500, help="number of documents from which the keys are chosen"
+    )
+    options.add_argument("--repeats", type=int, default=9, help="number of timed rounds")
     args = options.parse_args(arguments)
 
     model = random_model() if args.model == "random" else load_model(args.model)

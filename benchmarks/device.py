@@ -1,12 +1,12 @@
-"""How fast the expert engine and a whole model run on an accelerator, compared with its ceilings and with rivals.
+"""Measure the expert engine and a whole model on an accelerator, next to its ceilings and to other implementations.
 
     python -m benchmarks.device --output results/h200.json               # at most 8 minutes; --quick: 2
 
-The parts are, in this order: the model in transformers with grouped products, in a process of its own, where torch has
-a CUDA device; the machine's ceilings; one layer's experts, ours and others', against one plain SwiGLU block of the
-same operations, at several numbers of tokens of which some keep one expert; and a whole model with the shape of
-Mixtral-8x7B and random bfloat16 weights, with as many layers as fit, plain and under VAR. Nothing is installed. A part
-whose requirements are missing is skipped, and the file says why.
+The parts are, in this order: the model in transformers with grouped products, in a separate process, where torch has a
+CUDA device; the machine's ceilings; one layer's experts, ours and others', compared with one plain SwiGLU block with
+the same number of operations, at several numbers of tokens, some of which keep only one expert; and a whole model with
+the shape of Mixtral-8x7B and random bfloat16 weights, with as many layers as fit, plain and under VAR. Nothing is
+installed. A part whose requirements are missing is skipped, and the file says why.
 
 Our engine and the plain block, and plain and VAR, are timed in the same rounds; transformers is not, because both
 models do not fit on a device together. Weights and text are random, so experts are used evenly, unlike with real
@@ -95,9 +95,12 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--output", type=path_argument, required=True, help="JSON file to write, or a directory for it"
     )
-    options.add_argument("--quick", action="store_true", help="fewer shapes, mixes and rounds")
+    options.add_argument("--quick", action="store_true", help="measure fewer shapes, mixes and rounds")
     options.add_argument(
-        "--model", default="mixtral-8x7b", type=name_argument, help=f"{', '.join(PUBLISHED)}, or a config.json"
+        "--model",
+        default="mixtral-8x7b",
+        type=name_argument,
+        help=f"shape of the model: {', '.join(PUBLISHED)}, or a config.json",
     )
     args = options.parse_args(arguments)
     # The memory is shared with a process of torch, and then all of it is wanted. JAX reads these when it begins.

@@ -1,4 +1,4 @@
-"""What each of several devices holds, and what they exchange: the table of `docs/scaling.md`.
+"""Compute what each of several devices holds, and what they exchange: the tables of `docs/scaling.md`.
 
     python -m benchmarks.device_memory                                   # from shapes alone, in half a minute
     python -m benchmarks.device_memory --compile                         # also what XLA says of a decoding step
@@ -52,10 +52,12 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "configs", nargs="*", type=path_argument, help="config.json of a model (default: three published models)"
     )
-    options.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="devices along `model`")
-    options.add_argument("--positions", type=int, default=32768, help="positions of the key/value cache")
+    options.add_argument(
+        "--devices", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of devices along `model`"
+    )
+    options.add_argument("--positions", type=int, default=32768, help="number of positions in the key/value cache")
     options.add_argument("--compile", action="store_true", help="also compile a decoding step for these devices")
-    options.add_argument("--layers", type=int, default=None, help="layers to compile (default: all)")
+    options.add_argument("--layers", type=int, default=None, help="number of layers to compile (default: all)")
     args = options.parse_args(arguments)
     if args.compile:
         jax.config.update("jax_platforms", "cpu")

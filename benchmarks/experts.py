@@ -1,4 +1,4 @@
-"""Expert engines against a plain SwiGLU block of the same FLOPs, by how many experts a token keeps.
+"""Time expert engines against a plain SwiGLU block with the same FLOPs, by how many experts a token keeps.
 
     python -m benchmarks.experts [--tokens 2048 1] [--hidden 512 1024] [--ffn 3.0]              # like Mixtral
     python -m benchmarks.experts --engines blocks --experts 64 --top_k 8 --hidden 2048 --ffn 0.5    # OLMoE
@@ -6,10 +6,10 @@
 
 Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, m experts that a token keeps.
 
-The plain block has K * F inner units and runs on the same N rows: what an ideal engine costs when every slot is used.
-Several tokens together use more than K experts, whose weights must all be read; the column `hit` has their number.
-Each row has the time over the plain block's in the same round, median and 95 % interval, and in the last column the
-time over the engine's own with all K kept.
+The plain block has K * F inner units and runs on the same N rows, as an ideal engine would when every slot is used.
+Several tokens together use more than K experts, whose weights must all be read; the column `hit` has their number. Each
+row has the time over the plain block's in the same round, median and 95% interval, and in the last column the time
+over the engine's own with all K kept.
 """
 
 from __future__ import annotations
@@ -32,17 +32,27 @@ from varjax.routing import Routing
 @program
 def main(arguments: Sequence[str] | None) -> None:
     options = harness.parser(__doc__)
-    options.add_argument("--tokens", type=int, nargs="+", default=[2048, 1], help="N: prefill, and decode of a batch")
-    options.add_argument("--hidden", type=int, nargs="+", default=[512, 1024], help="D")
-    options.add_argument("--experts", type=int, default=8, help="E")
-    options.add_argument("--top_k", type=int, default=2, help="K")
-    options.add_argument("--ffn", type=float, default=3.0, help="F / D; Mixtral has 3.5")
-    options.add_argument("--kept", type=float, nargs="+", help="m, a mean over tokens (default: K, 3/4 K, ..., 0)")
-    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    options.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        default=[2048, 1],
+        help="N, number of tokens: in a prefill, and in a decoding step of a batch",
+    )
+    options.add_argument("--hidden", type=int, nargs="+", default=[512, 1024], help="D, hidden size")
+    options.add_argument("--experts", type=int, default=8, help="E, number of experts")
+    options.add_argument("--top_k", type=int, default=2, help="K, slots per token")
+    options.add_argument(
+        "--ffn", type=float, default=3.0, help="F / D, expert size relative to the hidden size; Mixtral has 3.5"
+    )
+    options.add_argument(
+        "--kept", type=float, nargs="+", help="m, mean number of experts that a token keeps (default: K, 3/4 K, ..., 0)"
+    )
+    options.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="data type of the weights")
     options.add_argument(
         "--engines", nargs="+", choices=sorted(ENGINES), help="engines to time (default: all that run here)"
     )
-    options.add_argument("--repeats", type=int, default=11, help="rounds")
+    options.add_argument("--repeats", type=int, default=11, help="number of timed rounds")
     args = options.parse_args(arguments)
 
     here = [name for name, engine in sorted(ENGINES.items()) if engine.obstacle(jax.devices()[0]) is None]

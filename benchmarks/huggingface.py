@@ -1,9 +1,9 @@
-"""This decoder against Hugging Face's eager Mixtral: same weights, same batch, interleaved, on the CPU.
+"""Time this decoder against Hugging Face's eager Mixtral: same weights, same batch, interleaved, on the CPU.
 
     python -m benchmarks.huggingface
 
-Needs torch (extra `test` or `gp`). Prefill reads a batch of whole texts; decode continues one text greedily with the
-key/value cache. Prints tokens per second of both and their paired ratio with its interval.
+Requires torch (extra `test` or `gp`). Prefill reads a batch of whole texts; decode continues one text greedily with the
+key/value cache. Prints the tokens per second of both, and their paired ratio with its interval.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ CONFIG = MoEConfig(
 @program
 def main(arguments: Sequence[str] | None) -> None:
     options = harness.parser(__doc__)
-    options.add_argument("--batch", type=int, default=4, help="texts of the prefill")
-    options.add_argument("--length", type=int, default=512, help="tokens of each")
-    options.add_argument("--prompt", type=int, default=32, help="tokens before the decode")
+    options.add_argument("--batch", type=int, default=4, help="number of texts in the prefill")
+    options.add_argument("--length", type=int, default=512, help="tokens per text")
+    options.add_argument("--prompt", type=int, default=32, help="tokens of the prompt before decoding")
     options.add_argument("--new_tokens", type=int, default=32, help="tokens decoded per repeat")
-    options.add_argument("--repeats", type=int, default=11, help="rounds")
+    options.add_argument("--repeats", type=int, default=11, help="number of timed rounds")
     args = options.parse_args(arguments)
 
     rng = np.random.default_rng(0)

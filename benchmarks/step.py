@@ -1,15 +1,15 @@
-"""What VAR adds to one decoding step at batch 1.
+"""Measure what VAR adds to one decoding step at batch 1.
 
     python -m benchmarks.step [--model reference]
 
-Each round times the plain model's own step; VARModel with VAR switched off; VAR on with nothing planned (learned
-only); and VAR on with a table for frequent contexts, one expert kept; the last two with and without the cached tier.
-`plan` and `commit` are also timed alone, jitted together. As a call of their own they include the cost of a call,
-which they do not have as part of a step.
+Each round times the plain model's own step; VARModel with VAR switched off; VAR on with nothing planned (learned only);
+and VAR on with a table for frequent contexts, one expert kept; the last two with and without the cached tier. `plan`
+and `commit` are also timed alone, jitted together. Timed as a separate call, they include the overhead of a call, which
+they do not have as part of a step.
 
-A run feeds a stretch of an embedded document token by token, the same in every round, so the cached tier knows it by
-heart. The learned-only side shows what VAR costs; the table's side runs fewer experts. The table has keys of orders 1
-and 2; its content does not matter for the time, so its statistics are random.
+A run feeds a stretch of an embedded document token by token, the same in every round, so the cached tier has seen all
+of it. The runs with nothing planned show what VAR costs; the runs with a table run fewer experts. The table has keys of
+orders 1 and 2; its content does not matter for the time, so its statistics are random.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from varjax.step import Settings
 def main(arguments: Sequence[str] | None) -> None:
     options = harness.parser(__doc__)
     options.add_argument("--model", default="reference", type=name_argument, help="directory, hub id or 'reference'")
-    options.add_argument("--keys", type=int, default=20_000, help="keys of the table")
+    options.add_argument("--keys", type=int, default=20_000, help="number of keys in the table")
     options.add_argument("--tokens", type=int, default=32, help="tokens per timed run")
-    options.add_argument("--repeats", type=int, default=100, help="rounds")
+    options.add_argument("--repeats", type=int, default=100, help="number of timed rounds")
     args = options.parse_args(arguments)
 
     model = load_model(args.model)

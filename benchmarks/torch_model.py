@@ -1,9 +1,9 @@
-"""A model of random weights in transformers, with torch's grouped matrix products, for `benchmarks.device`.
+"""Time a model with random weights in transformers, with torch's grouped matrix products, for `benchmarks.device`.
 
     python -m benchmarks.torch_model '{"config": ..., "tokens": [1], "length": 8, ...}'
 
-It runs in its own process because its weights and JAX's would not fit on a device together. It prints JSON: seconds of
-every round.
+It runs in its own process because its weights and JAX's would not fit on a device together. It prints the seconds of
+every round as JSON.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Train a small model on the embedded corpus and write its card: the Mixtral-format reference model, or any shape.
+"""Train a small model on the embedded corpus, by default the Mixtral-format reference model, and write its card.
 
---config takes the config.json of any family that the decoder knows (see experiments/configs); for NAME.json the model
-goes to checkpoints/NAME unless --output says otherwise. The tokenizer in --output is used; if there is none, one with
-the config's vocabulary is trained. Rerun the same command to resume a killed run from its last checkpoint.
+--config takes a config.json of any supported model family (see experiments/configs for examples). The model of
+NAME.json is written to checkpoints/NAME unless you give --output. The tokenizer in --output is used; if there is none,
+a tokenizer with the config's vocabulary size is trained. Rerun the same command to resume a killed run from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -64,14 +65,14 @@ def main(arguments: Sequence[str] | None) -> None:
     add_options(
         parser,
         ("config", path_argument, None, "shape of the model as a config.json (default: the reference model's)"),
-        ("output", path_argument, None, "directory of the model (default: models/reference, or checkpoints/NAME)"),
-        ("checkpoints", path_argument, None, "directory of the checkpoints (default: results/train_NAME)"),
-        ("steps", int, defaults.steps, "training steps"),
+        ("output", path_argument, None, "directory for the model (default: models/reference, or checkpoints/NAME)"),
+        ("checkpoints", path_argument, None, "directory for checkpoints (default: results/train_NAME)"),
+        ("steps", int, defaults.steps, "number of training steps"),
         ("batch_size", int, defaults.batch_size, "sequences per step"),
         ("length", int, defaults.length, "tokens per sequence"),
         ("learning_rate", float, defaults.learning_rate, "peak learning rate"),
         ("balance", float, defaults.balance, "weight of the load-balancing loss"),
-        ("seed", int, defaults.seed, "seed of the parameters and of the order of the data"),
+        ("seed", int, defaults.seed, "random seed for the parameters and the order of the data"),
         ("save_every", int, 100, "steps between checkpoints"),
     )
     add_mesh(parser)
@@ -182,8 +183,8 @@ def _card_text(card: dict[str, Any], config: MoEConfig, title: str) -> str:
 A small {kind} for trying varjax without a download: {card["parameters"] / 1e6:.1f} million parameters,
 {config.depth} layers, hidden size {config.hidden_size}, {experts} experts of size {config.intermediate_size},
 {config.top_k} experts per token, a byte-level BPE tokenizer with {config.vocab_size} entries, contexts of up to
-{config.max_position_embeddings} tokens. `transformers.{architecture}` can load it as well. It knows the prose of
-Python documentation and nothing else. It is meant for studying routing, not for practical use.
+{config.max_position_embeddings} tokens. `transformers.{architecture}` can load it as well. It was trained on the
+prose of Python documentation and on nothing else. It is meant for studying routing, not for practical use.
 
 - **Data**: the train split of the embedded corpus (docstrings of installed packages): {training["documents"]:,}
   documents, SHA-256 `{training["data_sha256"]}`.
@@ -201,14 +202,15 @@ Held-out loss on the test split ({test["documents"]:,} documents, {test["tokens"
 | bigram, absolute discounting | {card["nats_per_token"]["bigram"]:.3f} | {perplexity["bigram"]:.1f} |
 | unigram | {card["nats_per_token"]["unigram"]:.3f} | {perplexity["unigram"]:.1f} |
 
-That is {test["bits_per_byte"]:.3f} bits per byte. Share of the expert assignments in each layer (rows) that each expert
-(columns) receives:
+The model's loss equals {test["bits_per_byte"]:.3f} bits per byte. The next table shows, for each layer (rows), the
+share of the assignments that each expert (columns) receives:
 
 | layer | {" | ".join(map(str, range(experts)))} |
 |---|{"---|" * experts}
 {loads}
 
-Weights and tokenizer are under the MIT license, like varjax. The corpus remains with the packages it comes from.
+Weights and tokenizer are under the MIT license, like varjax. The texts of the corpus belong to the
+packages they come from.
 """
 
 

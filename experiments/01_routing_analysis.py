@@ -1,11 +1,12 @@
-"""Phase 1: collect routing statistics of every layer and context key, the answers for phase 2, and a trace.
+"""Phase 1: collect routing statistics for every layer and context key, the answers for phase 2, and a trace.
 
-Writes into --output: routing_stats.parquet, routing_stats.answers.safetensors, routing_trace.parquet, a summary and
-figures; for an --output such as NAME.parquet, that file and NAME.*. Rerun the same command to resume a killed run.
+Writes routing_stats.parquet, routing_stats.answers.safetensors, routing_trace.parquet, a summary and figures into
+--output. If --output is a file such as NAME.parquet, writes that file and NAME.* instead. Rerun the same command to
+resume a killed run.
 
 All devices of the machine are used, each with the whole model unless --mesh divides it. Several machines divide the
 documents: start the script on each, with --num_processes P, --process_id 0 to P - 1 and one --output that all of them
-see. With --coordinator they also divide the model over all their devices.
+can access. With --coordinator, they also divide the model across all their devices.
 """
 
 from __future__ import annotations
@@ -52,14 +53,14 @@ def main(arguments: Sequence[str] | None) -> None:
     )
     add_options(
         options,
-        ("split", str, "build", "documents to learn from; 'all' for every document"),
-        ("min_count", int, keys.min_count, "fewest occurrences of a key"),
-        ("max_keys", int, keys.max_keys, "most keys over all context lengths"),
-        ("answer_min_count", int, defaults.answer_min_count, "fewest occurrences of a key with answers"),
+        ("split", str, "build", "split to collect from; 'all' for every document"),
+        ("min_count", int, keys.min_count, "minimum number of occurrences of a key"),
+        ("max_keys", int, keys.max_keys, "maximum number of keys over all context lengths"),
+        ("answer_min_count", int, defaults.answer_min_count, "minimum number of occurrences of a key with answers"),
         ("trace_tokens", int, 200_000, "tokens in the trace; 0 for no trace"),
         ("save_tokens", int, defaults.save_tokens, "tokens between checkpoints"),
-        ("stats_gib", float, defaults.stats_bytes / GIB, "memory for statistics per device, GiB"),
-        ("answer_gib", float, defaults.answer_bytes / GIB, "memory for the sums of answers per device, GiB"),
+        ("stats_gib", float, defaults.stats_bytes / GIB, "memory for statistics per device, in GiB"),
+        ("answer_gib", float, defaults.answer_bytes / GIB, "memory for the sums of answers per device, in GiB"),
     )
     add_hosts(options)
     options.add_argument(
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None) -> None:
         type=path_argument,
         nargs="+",
         metavar="OUTPUT",
-        help="outputs of finished runs to merge; nothing is collected then",
+        help="merge the outputs of finished runs instead of collecting",
     )
     args = options.parse_args(arguments)
     join(args)

@@ -1,21 +1,23 @@
-"""Phase 2: evaluate the plain model or VAR on held-out documents, compare, certify, distill, study.
+"""Phase 2: evaluate VAR or the plain model on held-out documents, compare, certify, train answers, or run a study.
 
-  --mode baseline                          the plain model
-  --mode var --routing_stats S             a preset, a --var_config, or a policy found with --search_policy
-  --compare A.json B.json                  two results side by side, with the published criteria
-  --certify A.json B.json [C.json ...]     bound the loss of B, C, ... relative to A with confidence; results on the
-                                           calibrate split (--split calibrate), the most certain first
+  --mode baseline                          evaluate the plain model
+  --mode var --routing_stats S             evaluate a preset, a --var_config or a policy found by --search_policy
+  --compare A.json B.json                  compare two results by the published criteria
+  --certify A.json B.json [C.json ...]     bound the loss of B, C, ... relative to A at a confidence level; needs
+                                           results on the calibrate split (--split calibrate), those most likely
+                                           to pass first
   --mode distill --routing_stats S --var_config C --output DIR
                                            train the answers for a policy on the build split
   --mode study --routing_stats S --var_config C --output DIR
-                                           VAR against simple alternatives at equal loss, the size of its table, the
-                                           sources of its error, free generation, throughput by batch size, or only
-                                           some of these (--questions)
+                                           study VAR against simple alternatives at equal loss, the size of its
+                                           table, the sources of its error, free generation and throughput by batch
+                                           size, or only some of these (--questions)
 
-An evaluation writes NAME.json for --output NAME.json, or MODE.json into a directory, and a Parquet file of
-per-document losses next to it. A comparison and a certificate are reports: NAME.json, NAME.txt and NAME.html, where
-NAME is `comparison` or `certificate` in a directory. A study writes study.json, .txt, .html and figures into a
-directory, and the losses of every point as it is scored. Rerun the same command to resume a study or a distillation.
+An evaluation writes NAME.json if --output is NAME.json, or MODE.json if --output is a directory, with a Parquet file of
+per-document losses next to it. A comparison or certificate writes a report as NAME.json, NAME.txt and NAME.html; if
+--output is a directory, NAME is `comparison` or `certificate`. A study writes study.json, .txt, .html and figures into
+a directory, along with the losses of every point as it is scored. Rerun the same command to resume a study or a
+distillation.
 """
 
 from __future__ import annotations
@@ -78,48 +80,61 @@ def main(arguments: Sequence[str] | None) -> None:
     """Run the program."""
     distilling, names = DistillConfig(), [*(question.name for question in STUDY_QUESTIONS), "throughput"]
     options = parser(__doc__, "results/phase2")
-    options.add_argument("--mode", choices=["baseline", "var", "distill", "study"], help="what to do, see above")
+    options.add_argument("--mode", choices=["baseline", "var", "distill", "study"], help="what to do (see above)")
     add_table(options, "the --preset")
     options.add_argument(
-        "--preset", choices=sorted(PRESETS), default="balanced", help="thresholds that are used without a --var_config"
+        "--preset", choices=sorted(PRESETS), default="balanced", help="thresholds to use if there is no --var_config"
     )
     options.add_argument(
         "--search_policy",
         action="store_true",
-        help="search the layers' tolerances under a loss budget on the tune split first; they replace the policies of "
-        "the preset or config, without a cached tier, and are written as *.var_config.json",
+        help="first search the tune split for tolerances of the layers under a loss budget. They replace the policies "
+        "of the preset or config, turn the cached tier off, and are written to *.var_config.json",
     )
-    options.add_argument("--no_throughput", action="store_true", help="skip the timing")
+    options.add_argument("--no_throughput", action="store_true", help="skip the measurement of throughput")
     options.add_argument("--compare", type=path_argument, nargs=2, metavar=("A", "B"), help="two results to compare")
     options.add_argument(
         "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and the results to certify"
     )
     options.add_argument(
-        "--testing", choices=sorted(TESTS), default="fixed_sequence", help="how several results are tested together"
+        "--testing",
+        choices=sorted(TESTS),
+        default="fixed_sequence",
+        help="procedure for testing several results together",
     )
     options.add_argument(
         "--questions",
         nargs="+",
         choices=names,
         metavar="Q",
-        help=f"questions of a study: {', '.join(names)} (default: all)",
+        help=f"parts of a study to run: {', '.join(names)} (default: all)",
     )
     add_options(
         options,
-        ("tune_samples", int, 120, "documents for --search_policy"),
-        ("budget", float, None, "increase of perplexity that --search_policy may spend (default: 0.9 of --limit)"),
-        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase of perplexity, also of --certify"),
-        ("split", str, "test", "documents to score; 'all' for every document"),
-        ("stride", int, None, "tokens between the beginnings of windows (default: max_length)"),
-        ("repeats", int, 15, "timed rounds"),
-        ("clip", float, CLIP, "loss increase at which a certificate clips a document's, nats per token"),
-        ("level", float, 0.95, "confidence of the certificate"),
-        ("steps", int, distilling.steps, "steps of distillation"),
+        ("tune_samples", int, 120, "number of documents for --search_policy"),
+        (
+            "budget",
+            float,
+            None,
+            "relative increase in perplexity that --search_policy may use (default: 0.9 times --limit)",
+        ),
+        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase in perplexity, also for --certify"),
+        ("split", str, "test", "split to score; 'all' for every document"),
+        ("stride", int, None, "tokens between the starts of consecutive windows (default: max_length)"),
+        ("repeats", int, 15, "number of timed rounds"),
+        ("clip", float, CLIP, "value at which a certificate clips each document's loss increase, in nats per token"),
+        ("level", float, 0.95, "confidence level of the certificate"),
+        ("steps", int, distilling.steps, "number of distillation steps"),
         ("learning_rate", float, distilling.learning_rate, "peak learning rate of distillation"),
-        ("distil_min_count", int, distilling.min_count, "fewest occurrences of a key whose answers are distilled"),
-        ("prompts", int, 64, "texts that a study continues"),
-        ("prompt_tokens", int, 32, "tokens at the beginning of each of these texts"),
-        ("new_tokens", int, 64, "tokens of each continuation"),
+        (
+            "distill_min_count",
+            int,
+            distilling.min_count,
+            "minimum number of occurrences of a key whose answers are distilled",
+        ),
+        ("prompts", int, 64, "number of texts that a study lets the model continue"),
+        ("prompt_tokens", int, 32, "tokens of each text that are given as the prompt"),
+        ("new_tokens", int, 64, "tokens to generate for each text"),
     )
     add_caching_arguments(options)
     add_hosts(options)
@@ -224,7 +239,7 @@ def _distill(args: argparse.Namespace, output: Output) -> None:
     assert files is not None  # the plain model is another mode
     subject = make_subject(args, model, config, files, documents)
     reading = (args.batch_size, args.max_length)
-    settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distil_min_count, args.seed)
+    settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distill_min_count, args.seed)
     work = output.other("distil_checkpoints")
     run = {
         "model": origin["model"],

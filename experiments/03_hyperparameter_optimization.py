@@ -1,15 +1,15 @@
-"""Phase 3: search for the configuration that is fastest within a limit on quality, and validate it.
+"""Phase 3: search for the fastest configuration within a quality limit, and validate it.
 
   --routing_stats S --method bayesian --n_calls 50 --output DIR
                                    search on the tune split; S and the answers next to it come from phase 1
   --validate DIR/best_configs.json --output DIR
                                    certify the best few on the calibrate split, choose the fastest there, and judge that
-                                   one on several parts of the test split, next to the presets (a VARConfig works, too)
+                                   one on several parts of the test split, next to the presets (also takes a VARConfig)
 
-A search writes into DIR: study.db (of Optuna; `optuna-dashboard sqlite:///DIR/study.db` shows it), tuning.json, .txt,
-.html and figures, best_config.json, which 02_evaluate_var.py takes as --var_config, and best_configs.json for
---validate. Rerun the same command to resume an interrupted search. More workers may join it: --workers on one machine,
-or the same command on several with one --storage.
+A search writes these files into DIR: study.db (an Optuna study; view it with `optuna-dashboard
+sqlite:///DIR/study.db`), tuning.json, .txt, .html and figures, best_config.json, which 02_evaluate_var.py accepts as
+--var_config, and best_configs.json for --validate. Rerun the same command to resume an interrupted search. To add
+workers, use --workers on one machine, or run the same command on several machines with one --storage.
 """
 
 from __future__ import annotations
@@ -55,36 +55,42 @@ def main(arguments: Sequence[str] | None) -> None:
     """Run the program."""
     options = parser(__doc__, "results/phase3")
     options.set_defaults(num_samples=200)
-    add_table(options, "the defaults; what is not searched keeps its value")
+    add_table(options, "default settings; parameters that are not searched keep these values")
     options.add_argument(
-        "--method", choices=METHODS, default="tpe", help="how points are chosen; bayesian needs torch (varjax[gp])"
+        "--method", choices=METHODS, default="tpe", help="how trials are chosen; bayesian needs torch (varjax[gp])"
     )
     options.add_argument("--parameters", nargs="+", metavar="NAME", help="parameters to search (default: all)")
     options.add_argument(
-        "--range", nargs="+", default=[], dest="ranges", metavar="NAME=LOW:HIGH", help="other ranges to search"
+        "--range",
+        nargs="+",
+        default=[],
+        dest="ranges",
+        metavar="NAME=LOW:HIGH",
+        help="ranges that replace the default ones",
     )
     options.add_argument(
         "--speed",
         choices=["measured", "model"],
         default="measured",
-        help="paired timing, or the prediction from active experts, with which a search repeats exactly",
+        help="measure speed in paired runs, or predict it from the active experts, which makes a search exactly "
+        "repeatable",
     )
-    options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="phases that are timed")
+    options.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="phases to time")
     options.add_argument(
         "--validate", type=path_argument, metavar="FILE", help="best_configs.json or a VARConfig to validate"
     )
     add_options(
         options,
-        ("n_calls", int, 50, "number of trials, those of earlier runs included"),
-        ("grid_points", int, 3, "values of each parameter of a grid"),
-        ("repeats", int, 7, "timed rounds of a trial"),
-        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase of perplexity"),
-        ("confidence", float, 0.95, "confidence of the upper limit and of the certificate"),
-        ("storage", str, None, "URL of a database for workers on several machines (default: OUTPUT/study.db)"),
+        ("n_calls", int, 50, "number of trials, including those of earlier runs"),
+        ("grid_points", int, 3, "number of values per parameter in a grid search"),
+        ("repeats", int, 7, "number of timed rounds per trial"),
+        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase in perplexity"),
+        ("confidence", float, 0.95, "confidence level of the upper limit and the certificate"),
+        ("storage", str, None, "database URL, for workers on several machines (default: OUTPUT/study.db)"),
         ("study_name", str, "varjax", "name of the study in the storage"),
-        ("workers", int, 1, "processes on this machine"),
+        ("workers", int, 1, "number of worker processes on this machine"),
         ("validate_repeats", int, REPEATS, "number of parts of the test split, each timed separately"),
-        ("validate_samples", int, None, "most documents of each split to validate on (default: all)"),
+        ("validate_samples", int, None, "maximum number of documents per split to validate on (default: all)"),
     )
     add_caching_arguments(options)
     args = options.parse_args(arguments)
@@ -237,7 +243,7 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
         ("cached tier", calibrate.caching.words),
         *card.facts(origin["card"]),
     )
-    notes = ("Intervals are 95 %, each on its own, over whole documents (speed-ups: over rounds).",)
+    notes = ("Intervals are 95%, each on its own, over whole documents (speed-ups: over rounds).",)
     made = provenance(seed=args.seed, **origin, test_data=corpus.about)
     beside = {"validation": found, "configs": {name: _fields(config) for name, config in candidates.items()}}
     said = Report("Validation of searched configurations", facts, notes, (section(found),))

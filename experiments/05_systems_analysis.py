@@ -1,16 +1,16 @@
-"""Phase 5: where the time of a call goes, a model that predicts it, and what keeps it from being faster.
+"""Phase 5: measure where the time of a call goes, fit a model that predicts it, and find what limits the speed.
 
-  --var_config C --output DIR           C is a policy of phase 2 or 3; without one, the plain model is analyzed
-  --quick                               fewer rounds and kinds of calls
+  --var_config C --output DIR           C is a policy from phase 2 or 3; without it, one is looked for in results/
+  --quick                               measure fewer rounds and fewer kinds of calls
 
-Writes systems.json, .txt, .html and figures into DIR (for an --output such as NAME.json: NAME.json and NAME.*), and
-profiler traces into DIR/traces with --trace (otherwise they are deleted). `tensorboard --logdir DIR/traces` opens them
-(pip install 'varjax[tensorboard]').
+Writes systems.json, .txt, .html and figures into DIR (if --output is a file such as NAME.json: NAME.json and NAME.*).
+With --trace, the profiler traces are kept in DIR/traces; view them with `tensorboard --logdir DIR/traces` (pip install
+'varjax[tensorboard]').
 
-It answers four questions: what a call costs by component, counted and as XLA reports it; where its time goes, by
-profiler trace; whether a performance model fitted to some calls predicts others; and what keeps VAR from being faster.
-The criteria are a median prediction error under 10 %, no bottleneck of high severity, and time that grows with the
-tokens as expected.
+It answers four questions: what each component of a call costs, as counted here and as reported by XLA; where the time
+goes, according to a profiler trace; whether a performance model fitted to some calls predicts others; and what keeps
+VAR from being faster. The criteria are a median prediction error under 10%, no bottleneck of high severity, and a time
+that grows with the number of tokens as predicted.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument(
         "--var_config",
         type=path_argument,
-        help="VARConfig as JSON; none: the preset balanced if --routing_stats is given, otherwise the first of "
-        f"{listed(CONFIGS)} that exists, otherwise the plain model",
+        help="VARConfig as a JSON file; without it, the balanced preset if --routing_stats is given, otherwise the "
+        f"first of {listed(CONFIGS)} that exists, otherwise the plain model",
     )
-    options.add_argument("--plain", action="store_true", help="analyze the plain model even if there are configs")
+    options.add_argument("--plain", action="store_true", help="analyze the plain model even if a config is found")
     add = options.add_argument
     add("--routing_stats", type=path_argument, help="statistics to use instead of those that the config names")
     add("--answers", type=path_argument, help="answers to use instead of those that the config names")
-    add("--split", default="test", help="split of the dataset whose texts are run")
-    add("--quick", action="store_true", help="measure in fewer rounds and with fewer kinds of calls")
-    add("--trace", action="store_true", help="keep the profiler's traces")
+    add("--split", default="test", help="split of the dataset whose documents are run")
+    add("--quick", action="store_true", help="measure fewer rounds and fewer kinds of calls")
+    add("--trace", action="store_true", help="keep the profiler traces")
     args = options.parse_args(arguments)
     if args.plain and (args.var_config or args.routing_stats or args.answers):
         options.error("--plain analyzes the plain model; --var_config, --routing_stats and --answers are for VAR")

@@ -28,8 +28,9 @@ from varjax.tablefiles import TableFiles
 AUTO = "auto"
 NOTICED_AFTER = 20  # seconds without a sign of life after which a process counts as gone
 DATASET_HELP = (
-    "'embedded', a .txt (lines <|endofdoc|> divide it into documents), .jsonl, .json or .parquet file, compressed "
-    "(.gz, .zst) or not, a directory of such files or of prepare_datasets.py, or a hub dataset name[:config[:split]]"
+    "'embedded'; a .txt file (with <|endofdoc|> lines between documents), .jsonl, .json or .parquet file, which may be "
+    "compressed (.gz, .zst); a directory of such files or one from prepare_datasets.py; or a hub dataset as "
+    "name[:config[:split]]"
 )
 
 
@@ -44,23 +45,23 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
         The parser.
     """
     made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="type of the parameters")
+    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="data type of the parameters")
     add_options(
         made,
-        ("model", name_argument, "reference", "model directory, hub id, or 'reference' (comes with varjax)"),
+        ("model", name_argument, "reference", "model directory, hub id, or 'reference', which comes with varjax"),
         (
             "implementation",
             str,
             None,
-            "engine of the experts, see models.experts (default: chosen for the device)",
+            "expert engine, see models/experts.py (default: chosen for the device)",
         ),
         ("dataset", name_argument, "embedded", f"documents to read: {DATASET_HELP}"),
-        ("text_column", str, "text", "field of the text in JSONL, Parquet and hub datasets"),
-        ("num_samples", int, None, "most documents to read (default: all)"),
-        ("output", path_argument, Path(default_output), "file or directory to write"),
-        ("seed", int, 0, "seed of everything that is drawn"),
+        ("text_column", str, "text", "name of the text field in JSONL, Parquet and hub datasets"),
+        ("num_samples", int, None, "maximum number of documents to read"),
+        ("output", path_argument, Path(default_output), "file or directory to write to"),
+        ("seed", int, 0, "random seed"),
         ("batch_size", int, 8, "sequences of max_length tokens per batch"),
-        ("max_length", int, 256, "tokens per window, the longest context that a token gets"),
+        ("max_length", int, 256, "tokens per window, and thus the longest context of a token"),
     )
     add_mesh(made)
     return made
@@ -79,14 +80,14 @@ def add_table(made: argparse.ArgumentParser, otherwise: str) -> None:
             "routing_stats",
             path_argument,
             None,
-            f"routing_stats.parquet of phase 1 (default: that of the configs, else "
-            f"the first of {listed(STATISTICS)} that exists)",
+            "routing_stats.parquet from phase 1 (default: the file that the config names, or else the first of "
+            f"{listed(STATISTICS)} that exists)",
         ),
         (
             "answers",
             path_argument,
             None,
-            "answers to use, such as distilled ones (default: those next to the statistics)",
+            "answers to use, such as distilled ones (default: the answers next to the statistics)",
         ),
         ("var_config", path_argument, None, f"VARConfig as a JSON file (default: {otherwise})"),
     )
@@ -112,8 +113,8 @@ def add_mesh(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--mesh",
         metavar="data=D,model=M",
-        help="devices: the model is divided over M, a batch over D groups of them, see docs/scaling.md (default: one "
-        "device)",
+        help="devices to use: the model is divided across M devices, and each batch across D such groups; see "
+        "docs/scaling.md (default: one device)",
     )
 
 
@@ -236,13 +237,13 @@ def add_hosts(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="address at which the first of --num_processes processes listens, to run one program over all their "
-        f"devices (docs/scaling.md); {AUTO!r} takes it and the numbers from SLURM, MPI or Kubernetes",
+        help="run one program on the devices of all --num_processes processes (docs/scaling.md): the address at which "
+        f"the first process listens, or {AUTO!r} to take the address and the numbers from SLURM, MPI or Kubernetes",
     )
     add_options(
         made,
         ("num_processes", int, 1, "number of processes"),
-        ("process_id", int, 0, "number of this process, from 0"),
+        ("process_id", int, 0, "number of this process, starting from 0"),
     )
 
 

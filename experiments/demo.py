@@ -1,7 +1,7 @@
 """Run the whole method in 8 to 12 minutes: statistics and tests, presets, a policy under a loss budget, a comparison.
 
-Runs the phase scripts on the reference model and the embedded corpus, each command printed before it runs. Tables are
-built on the build split, the policy is chosen on the tune split, and everything is reported on the test split.
+Runs the phase scripts on the reference model and the embedded corpus, and prints each command before running it. Tables
+are built on the build split, the policy is chosen on the tune split, and everything is reported on the test split.
 """
 
 from __future__ import annotations

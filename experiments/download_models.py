@@ -1,4 +1,4 @@
-"""Download a Mixture-of-Experts checkpoint from the Hugging Face hub, or verify one that was downloaded before.
+"""Download a Mixture-of-Experts checkpoint from the Hugging Face hub, or verify one that is already on disk.
 
 Only safetensors, JSON and tokenizer.model are downloaded. The directory appears once everything in it is verified;
 rerun the same command to resume an interrupted download.
@@ -28,15 +28,15 @@ def main(arguments: Sequence[str] | None) -> None:
         "--verify_only",
         type=path_argument,
         metavar="DIR",
-        help="local directory to verify without network: files, tensors, index, tokenizer, and hashes if this script "
-        "downloaded it",
+        help="local directory to verify without network access: files, tensors, index, tokenizer, and also hashes if "
+        "this script downloaded it",
     )
     parser.add_argument("--revision", help="branch, tag or commit of the repository (default: its main branch)")
     parser.add_argument(
-        "--output", type=path_argument, metavar="DIR", help="directory to write (default: checkpoints/NAME)"
+        "--output", type=path_argument, metavar="DIR", help="directory to write to (default: checkpoints/NAME)"
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="only print what would be downloaded and whether it fits"
+        "--dry_run", action="store_true", help="only print what would be downloaded and whether it fits on the disk"
     )
     args = parser.parse_args(arguments)
 

@@ -1,7 +1,7 @@
 """Tokenize datasets once and keep the token ids on disk for later runs.
 
 Each dataset becomes a folder OUTPUT/NAME-SPLIT; give that folder as --dataset to the other scripts. A folder that
-already holds what is asked for is kept.
+already contains the requested data is kept.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None) -> None:
         type=name_argument,
         nargs="+",
         default=["embedded"],
-        help=f"datasets to tokenize: {DATASET_HELP}, or a short name, which may be followed by :split as in "
+        help=f"datasets to tokenize: {DATASET_HELP}; or a short name, which may be followed by :split, as in "
         f"wikitext2:test ({known})",
     )
     parser.add_argument(
@@ -56,22 +56,23 @@ def main(arguments: Sequence[str] | None) -> None:
         type=name_argument,
         default="reference",
         metavar="DIR",
-        help="model directory with the tokenizer (weights are not needed), or 'reference' (comes with varjax)",
+        help="model directory with the tokenizer (weights are not needed), or 'reference', which comes with varjax",
     )
     parser.add_argument(
         "--split",
         default="all",
         choices=["all", "build", *SPLITS],
-        help="documents to keep; a hash of their text decides, whatever splits the dataset itself has",
+        help="split to keep; a hash of the text assigns each document to a split, regardless of the dataset's own "
+        "splits",
     )
     add_options(
         parser,
-        ("text_column", str, "text", "field of the text in JSONL, Parquet and hub datasets"),
-        ("num_samples", int, None, "most documents to keep of each dataset (default: all)"),
-        ("max_tokens", int, None, "number of tokens after which a dataset is cut (default: never)"),
-        ("output", path_argument, Path("prepared"), "directory for the folders"),
+        ("text_column", str, "text", "name of the text field in JSONL, Parquet and hub datasets"),
+        ("num_samples", int, None, "maximum number of documents to keep per dataset (default: all)"),
+        ("max_tokens", int, None, "number of tokens after which a dataset is cut off (default: never)"),
+        ("output", path_argument, Path("prepared"), "directory in which to create the folders"),
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace folders that exist already")
+    parser.add_argument("--overwrite", action="store_true", help="replace folders that already exist")
     args = parser.parse_args(arguments)
     Output.of(args.output, "prepared", DIRECTORY)  # refuses a file
 

@@ -1,4 +1,4 @@
-"""What could VAR gain on an accelerator, at a batch size and a mix of tiers? Ceilings from published figures.
+"""How much could VAR gain on an accelerator, at a given batch size and mix of tiers? Ceilings from published figures.
 
     python -m profiling.calculator --model mixtral-8x7b --hardware h200 --batch 1 --experts 1.0
 
@@ -179,15 +179,15 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", type=name_argument, required=True, help=f"directory, config.json, or one of {_KNOWN}")
     add("--hardware", help=f"accelerator, one of {', '.join(HARDWARE)}; or describe it with the next four options")
-    add("--tflops", type=_positive, help="rate of dense matrix products, 10^12 operations per second")
-    add("--bandwidth", type=_positive, help="memory bandwidth, TB/s")
-    add("--memory", type=_positive, help="memory, GB")
-    add("--dtype", choices=sorted(_ITEMSIZES), help="type of the parameters, to which --tflops refers")
+    add("--tflops", type=_positive, help="rate of dense matrix products, in 10^12 operations per second")
+    add("--bandwidth", type=_positive, help="memory bandwidth, in TB/s")
+    add("--memory", type=_positive, help="memory size, in GB")
+    add("--dtype", choices=sorted(_ITEMSIZES), help="data type of the parameters, for which --tflops holds")
     add("--experts", type=float, required=True, help="experts per token and layer under VAR, 0 to the model's K")
     add("--batch", type=_count, default=1, help="sequences per call")
-    add("--prompt", type=_count, default=2048, help="tokens of a prompt")
+    add("--prompt", type=_count, default=2048, help="tokens per prompt")
     add("--context", type=_count, default=1024, help="keys that a decoded token attends to")
-    add("--orders", type=_count, default=1, help="context orders that VAR looks up")
+    add("--orders", type=_count, default=1, help="number of context orders that VAR looks up")
     return parser
 
 

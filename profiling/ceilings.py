@@ -1,10 +1,10 @@
-"""What this machine can reach, measured: matrix products, memory bandwidth, and the price of a call.
+"""Measure what this machine can reach: matrix products, memory bandwidth, and the cost of a call.
 
     python -m profiling.ceilings [--full]
 
-The programs are as simple as possible (one product, one copy, one sum), so what they reach is a ceiling for programs
-that do the same among other things. Bandwidth is measured over an array larger than the usual last-level cache and over
-one that fits into it, because the weights of a small model stay there. Everything is timed in the same rounds.
+The programs are as simple as possible (one product, one copy, one sum), so their speed is a ceiling for programs that
+do the same along with other work. Bandwidth is measured on an array larger than the usual last-level cache and on one
+that fits into it, because the weights of a small model stay there. Everything is timed in the same rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _KERNELS = 65  # in the long program; the short one has one
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """One measured figure: median and 95 % bootstrap interval over rounds."""
+    """One measured figure: median and 95% bootstrap interval over rounds."""
 
     kind: str  # "product", "copy", "read" or "overhead"
     name: str  # its shape or size
@@ -99,7 +99,7 @@ class Ceilings:
 
     def __str__(self) -> str:
         units = {"product": (1e-9, "GFLOP/s"), "copy": (1e-9, "GB/s"), "read": (1e-9, "GB/s"), "overhead": (1e6, "µs")}
-        lines = [f"{self.device}, median and 95 % interval over rounds"]
+        lines = [f"{self.device}, median and 95% interval over rounds"]
         for one in self.figures:
             scale, unit = units[one.kind]
             interval = f"[{one.low * scale:,.1f}, {one.high * scale:,.1f}]"
@@ -111,7 +111,7 @@ class Ceilings:
 def main(arguments: Sequence[str] | None) -> None:
     """Measure and print the ceilings, and save them if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--full", action="store_true", help="larger arrays and more rounds, for half a minute")
+    parser.add_argument("--full", action="store_true", help="use larger arrays and more rounds (takes half a minute)")
     parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")
     args = parser.parse_args(arguments)
     if args.output is None:

@@ -255,10 +255,11 @@ def section(found: Sequence[Breakdown]) -> Section:
             ReportFigure(
                 "components",
                 "Where the time of a call goes",
-                "Each bar is one side: the components of a call by trace, from the bottom in the order of the legend. "
-                "The dash across a bar is the untraced call: the nearer to the bar's end, the better it is explained.",
-                "A fused operation is shared among its components by the number of elements, which is an estimate. "
-                "`other` is mostly time in which nothing runs: for short calls, the host's.",
+                "Each bar shows the components of one call, as measured by a profiler trace, from the bottom in the "
+                "order of the legend. The dash across a bar is the time of the untraced call: the nearer it is to the "
+                "top of the bar, the better the components explain the call.",
+                "The time of a fused operation is divided among its components by the number of elements, which is an "
+                "estimate. `other` is mostly time in which nothing runs; in short calls, it is spent on the host.",
                 partial(_figure, found),
             ),
         ),

@@ -7,7 +7,7 @@ Letters: B sequences, T positions of the call, N = B * T tokens, S positions in 
 with experts, D hidden size, F expert size, E experts, K slots per token, V vocabulary.
 
 **Operations.** A multiply-add counts as two. In `projections`, `scores`, `gate`, `experts` and `head` only matrix
-products are counted; activations and softmaxes are under 1 % of a call where D is 512 or more. The other components
+products are counted; activations and softmaxes are under 1% of a call where D is 512 or more. The other components
 have hardly any products, so their elementwise operations are counted, which is an estimate.
 
 **Bytes.** Every array that a component reads from memory or writes to it moves once; intermediate results stay on the

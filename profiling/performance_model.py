@@ -7,8 +7,9 @@
 
 Letters: N tokens of a call, K slots per token, E experts, L layers, R rows of a block of the expert engine.
 
-A call is the sum of its components (`profiling.costs`, as written). Each takes max(FLOPs / rate, bytes / bandwidth),
-plus a price per call, per layer, per block of the experts and per call with a plan:
+The time of a call is the sum over its components, with their costs as the code performs them (`profiling.costs`). Each
+takes max(FLOPs / rate, bytes / bandwidth), plus a fixed cost per call, per layer, per block of the experts and per call
+with a plan:
 
 - A product of R rows runs at `product * R / (R + half_rows)`: its weights are packed for every product, however few
   rows share them. A product of one row packs nothing and is limited by reading its weights, at `weights`.
@@ -17,11 +18,12 @@ plus a price per call, per layer, per block of the experts and per call with a p
 - Everything else moves its bytes at `stream`: attention's scores, which are stored between their two products, and the
   outputs of the slots, as often as the engine reads and writes them.
 
-No number may be better than the machine's measured ceiling allows. They are fitted to the logarithm of time, so that a
-short call counts as much as a long one.
+No parameter may be better than the machine's measured ceiling allows. The parameters are fitted to the logarithm of
+time, so that a short call counts as much as a long one.
 
-Time is not a power of the tokens of a call: overheads weigh on small calls, and attention grows with the square of the
-length. So the measured exponent is compared with the exponent of the predicted times of the same unseen calls.
+The time of a call is not a power of its number of tokens: overheads dominate small calls, and attention grows with the
+square of the length. The measured exponent is therefore compared with the exponent of the predicted times of the same
+unseen calls.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class Errors:
 
     each: tuple[PointError, ...]
     median: float  # of the absolute relative errors
-    low: float  # of its 95 % bootstrap interval over points
+    low: float  # of its 95% bootstrap interval over points
     high: float
     worst: PointError
 
@@ -145,8 +147,8 @@ def main(arguments: Sequence[str] | None) -> None:
     """Calibrate and test the performance model alone, print the result, and save it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="reference", type=name_argument, help="directory, hub id or 'reference'")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the texts and of the order within rounds")
+    parser.add_argument("--repeats", type=int, default=15, help="number of timed rounds")
+    parser.add_argument("--seed", type=int, default=0, help="random seed for the texts and for the order within rounds")
     parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")
     args = parser.parse_args(arguments)
     if args.output is None:
@@ -315,20 +317,22 @@ def section(found: Study, experts: float = 1.0) -> Section:
             ReportFigure(
                 "performance_model",
                 "Predicted against measured time",
-                "Each marker is one kind of call: hollow ones calibrated the model, filled ones are unseen. The line "
-                f"is equality, the dotted lines are {MAX_PREDICTION_ERROR:.0%} off.",
-                "Both axes are logarithmic: an error of a fifth looks small. The points are from one machine and one "
-                "checkpoint.",
+                "Each marker is one kind of call: the model was calibrated on the hollow ones and has not seen the "
+                "filled ones. On the solid line, prediction and measurement are equal; the dotted lines are "
+                f"{MAX_PREDICTION_ERROR:.0%} off.",
+                "Both axes are logarithmic, so an error of a fifth looks small. The points come from one machine and "
+                "one checkpoint.",
                 partial(_figure, found),
             ),
             ReportFigure(
                 "roofline",
                 "Components at their arithmetic intensity",
-                "Each marker is a component of a plain call: its operations over the bytes that it must move, and its "
-                "predicted rate. Black lines are this machine's measured ceilings: the product, and the bandwidths of "
-                "memory (solid) and cache (dashed). Gray: published bfloat16 ceilings of an accelerator.",
-                "Rates are predicted, not timed one by one. Bytes are counted once, whichever cache they come from. A "
-                "component far below its roof may just have small shapes.",
+                "Each marker is a component of a plain call. Horizontal: its operations per byte that it must move; "
+                "vertical: its predicted rate. Black lines are this machine's measured ceilings: matrix products, and "
+                "the bandwidths of memory (solid) and cache (dashed). Gray: published bfloat16 ceilings of an "
+                "accelerator.",
+                "The rates are predicted, not timed one by one. Bytes are counted once, whichever cache they come "
+                "from. A component far below its ceiling may just have small shapes.",
                 partial(_roofline, found),
             ),
         ),
@@ -460,10 +464,11 @@ def _scaling_section(found: Sequence[Scaling]) -> Section:
             ReportFigure(
                 "scaling",
                 "Time of a call by its tokens",
-                "Each marker is one kind of call, measured; lines are the predictions for the same calls. The cost per "
-                "token falls where a line is flatter than the dotted one, which is proportional.",
-                "Calls of one length in several batches and calls of several lengths are drawn together; attention "
-                "makes long ones more expensive.",
+                "Each marker is one kind of call, as measured; the lines are the predictions for the same calls. Along "
+                "the dotted line, time is proportional to the number of tokens; where a line is flatter, the cost per "
+                "token falls.",
+                "Calls that differ in batch size and calls that differ in length are drawn together; attention makes "
+                "long ones more expensive.",
                 partial(_scaling_figure, found),
             ),
         ),

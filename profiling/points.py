@@ -80,7 +80,7 @@ class Point:
     workload: Workload
     mix: Mix
     seconds: float  # of a call, median over rounds
-    low: float  # of its 95 % bootstrap interval
+    low: float  # of its 95% bootstrap interval
     high: float
 
 

@@ -81,7 +81,7 @@ def paired_ratio(numerator: np.ndarray, denominator: np.ndarray) -> Estimate:
         denominator: float64 [repeats], seconds of the same rounds.
 
     Returns:
-        The median with a 95 % bootstrap interval over rounds.
+        The median with a 95% bootstrap interval over rounds.
     """
     return median_estimate(numerator / denominator)
 
@@ -263,11 +263,12 @@ def _section(found: Sequence[Throughput]) -> Section:
             ReportFigure(
                 NAME,
                 "Speed-up by batch size",
-                "Dots show the measured median of paired rounds with 95 % intervals. The dashed line is the number of "
-                "experts of the plain model over those that VAR runs: the gain if experts were all of the work. The "
-                "dotted line (decode) is the ratio of distinct experts, a bound where reading weights takes the time.",
-                "All times are from one machine, and the texts are given, not generated. A ratio of medians hides a "
-                "slow start; tokens per second of two runs cannot be compared.",
+                "Dots: the measured median of paired rounds, with 95% intervals. Dashed line: experts that the plain "
+                "model runs divided by those that VAR runs, which would be the speed-up if experts were all of the "
+                "work. Dotted line (decode): the same ratio for distinct experts, a bound where reading weights takes "
+                "all the time.",
+                "All times come from one machine, and the texts are given, not generated. Medians hide a slow start. "
+                "Tokens per second cannot be compared between runs.",
                 partial(_figure, found),
             ),
         ),

@@ -2,7 +2,7 @@
 
 Letters: N documents.
 
-The loss of quality is the relative increase of perplexity per token, with a one-sided upper confidence limit over
+The loss of quality is the relative increase in perplexity per token, with a one-sided upper confidence limit over
 documents: Student's limit for a ratio of sums (Cochran 1977, chapter 6), since tokens of one document depend on each
 other. That is good enough to search by; a guarantee for every N is the certificate's task, on other documents.
 
@@ -65,7 +65,7 @@ class Objective:
     phases: tuple[str, ...] = PHASES  # phases that are timed
     repeats: int = 7  # timed rounds
     confidence: float = 0.95  # of the upper limit
-    limit: float = MAX_DEGRADATION  # relative increase of perplexity above which a configuration is hopeless
+    limit: float = MAX_DEGRADATION  # relative increase in perplexity above which a configuration is hopeless
 
     def __post_init__(self) -> None:
         if not 0 < self.confidence < 1:
@@ -223,7 +223,7 @@ def timed(
         phases: those of "prefill" and "decode" to time.
 
     Returns:
-        The speed-up by phase, with a 95 % interval over rounds.
+        The speed-up by phase, with a 95% interval over rounds.
     """
     found = measure(
         var_model,
@@ -239,7 +239,7 @@ def timed(
 
 
 def upper_limit(change: np.ndarray, tokens: np.ndarray, confidence: float) -> tuple[float, float]:
-    """Estimate the relative increase of perplexity per token and its one-sided upper confidence limit.
+    """Estimate the relative increase in perplexity per token and its one-sided upper confidence limit.
 
     Args:
         change: float64 [N], added loss of each document, nats.

@@ -34,7 +34,7 @@ MEASURED = "on the tune documents, by the measurements that chose these configur
 class Outcome:
     """One configuration on the tune documents."""
 
-    degradation: float  # relative increase of perplexity per token, over the documents that were scored
+    degradation: float  # relative increase in perplexity per token, over the documents that were scored
     upper: float  # upper confidence limit of the degradation
     documents: int  # number of documents scored
     hopeless: bool  # scoring stopped early because the loss had certainly passed the limit
@@ -47,7 +47,7 @@ class Outcome:
         """Whether the outcome is feasible.
 
         Args:
-            limit: the largest acceptable relative increase of perplexity.
+            limit: the largest acceptable relative increase in perplexity.
 
         Returns:
             True if all documents were scored and the upper confidence limit does not exceed `limit`.
@@ -75,7 +75,7 @@ def best(points: Sequence[Point], limit: float, count: int) -> list[Point]:
 
     Args:
         points: finished trials.
-        limit: the largest acceptable relative increase of perplexity.
+        limit: the largest acceptable relative increase in perplexity.
         count: the most points to return.
 
     Returns:
@@ -106,7 +106,7 @@ def write_chosen(
     Args:
         folder: where the files go.
         points: finished trials.
-        limit: the largest acceptable relative increase of perplexity.
+        limit: the largest acceptable relative increase in perplexity.
         files: of the table that all points share.
         provenance: what `best_configs.json` states about its origin.
     """

@@ -47,7 +47,7 @@ class Effects:
     target: str  # one of TARGETS
     points: int  # number of points with this result
     shares: Mapping[str, float]  # importance by parameter, adding up to 1; empty if the points say nothing
-    by_chance: float  # 95 % quantile of the largest share if the results are shuffled among the points
+    by_chance: float  # 95% quantile of the largest share if the results are shuffled among the points
     correlations: Mapping[str, Estimate]  # Spearman's, by parameter; empty if the points say nothing
 
 
@@ -59,7 +59,7 @@ def report(
     Args:
         points: finished trials; there may be few, or none.
         space: the parameters that were searched.
-        limit: on the relative increase of perplexity.
+        limit: on the relative increase in perplexity.
         facts: names and values about model, data and search.
         seed: of bootstrap and shuffles.
 
@@ -146,7 +146,10 @@ def _spearman(values: np.ndarray, results: np.ndarray) -> np.ndarray:
 
 # --- sections --------------------------------------------------------------------------------------------------------
 
-_MARKS = "Black dots: within the limit. Hollow: beyond it. Crosses: given up before all documents were scored."
+_MARKS = (
+    "Black dots: trials within the limit on quality. Hollow dots: beyond it. Crosses: given up before all documents "
+    "were scored."
+)
 _NOTES = (
     "Perplexity is its relative increase per token on the tune documents over the plain model; the upper limit is "
     "one-sided, over documents, for each trial alone.",
@@ -177,7 +180,7 @@ def _best(points: Sequence[Point], space: Space, limit: float) -> Section:
         )
         words = [
             f"Chosen from {number:,} trials on the very documents that scored them: the best of many looks better than "
-            "it is. What it is worth, only documents that the search never saw can tell (--validate)."
+            "it is. Only documents that the search never saw can show how good it really is (--validate)."
         ]
     else:
         outcome = f"none of {number:,} trials is within {at_most}; the least bad is {said}"
@@ -235,9 +238,9 @@ def _history(points: Sequence[Point], limit: float) -> Section:
     figure = ReportFigure(
         "tuning_history",
         "Speed-up by trial",
-        f"{_MARKS} Line: the fastest within the limit so far.",
-        "The line can only rise, also by luck: the more trials, the more their fastest owes to noise. A flat end means "
-        "that this search found nothing more, not that there is nothing more.",
+        f"{_MARKS} Line: the fastest trial within the limit so far.",
+        "The line can only rise, even if only by luck: the more trials there are, the more the fastest of them owes to "
+        "noise. A flat end means that this search found nothing better, not that there is nothing better.",
         partial(_draw_history, points, limit),
     )
     verdict = "reported" if number else "not measured"
@@ -260,11 +263,11 @@ def _front(points: Sequence[Point], limit: float) -> Section:
     figure = ReportFigure(
         "tuning_front",
         "Speed-up against loss of quality",
-        f"{_MARKS} A line runs from each trial to its upper confidence limit; if that passes the dashed line, "
-        "the limit on quality, the trial is beyond it. Gray steps: the Pareto front. Better is up and to the left. "
-        "The scale is linear up to the dashed line and logarithmic beyond it.",
-        "Noise favors trials on the front. Crosses cover fewer documents, so they do not compare. Limits are "
-        "one-sided, each for its trial alone.",
+        f"{_MARKS} A thin line runs from each trial to its upper confidence limit; if it crosses the dashed line (the "
+        "limit on quality), the trial is beyond the limit. Gray steps: the Pareto front. Better is up and to the "
+        "left. The horizontal scale is linear up to the dashed line and logarithmic beyond it.",
+        "Noise favors the trials on the front. Crosses were scored on fewer documents, so they cannot be compared with "
+        "the others. The confidence limits are one-sided, each for its own trial alone.",
         partial(_draw_front, points, limit),
     )
     tables = (_results("The Pareto front, by rising speed-up", whole),) if whole else ()
@@ -293,27 +296,28 @@ def _parameters(points: Sequence[Point], space: Space, limit: float, found: Sequ
         "Importance is how far the best quarter of the trials differs from all trials in a parameter (PED-ANOVA), as "
         "shares of 1; shares below what chance gives say little. A positive rank correlation with perplexity means "
         "that more of the parameter costs more.",
-        "A search moves parameters together and looks most where it liked the results, so neither is a cause. Trials "
-        "without a cached tier make its settings look less important.",
+        "A search moves parameters together and tries most trials where results were good, so neither figure shows a "
+        "cause. Trials without a cached tier make its settings look less important.",
     )
     figures = (
         ReportFigure(
             "tuning_parameters",
-            "Importance of parameters, and which way they pull",
-            "Left: how far the best quarter in speed-up (black) and in perplexity (white) differs from all trials; the "
-            "largest share stays below the lines in 95 of 100 shuffles. Right: Spearman's rank correlation with 95 % "
-            "bootstrap intervals over trials; right of 0, higher values come with more of it.",
-            "Shares add up to 1 even if no parameter matters, and what a search settled early looks unimportant. "
-            "Trials of a search depend on each other, so intervals are too narrow. A correlation misses what rises and "
-            "falls again.",
+            "Importance of parameters, and the direction of their effect",
+            "Left (importance): how much the best quarter of the trials differs from all trials in this parameter, for "
+            "speed-up (black) and for perplexity (white). In 95 of 100 random shuffles, even the largest share stays "
+            "below the lines. Right: Spearman's rank correlation with 95% bootstrap intervals over trials; right of 0, "
+            "higher values of the parameter go with a higher speed-up or perplexity.",
+            "The shares add up to 1 even if no parameter matters, and a parameter that the search settled early looks "
+            "unimportant. The trials of a search depend on each other, so the intervals are too narrow. A correlation "
+            "misses an effect that rises and falls again.",
             partial(_draw_effects, found),
         ),
         ReportFigure(
             "tuning_slices",
             "Trials by parameter",
-            f"{_MARKS} A panel for each parameter, all trials in each.",
-            "All other parameters move too. Dots are dense where the search liked what it saw. Settings of the cached "
-            "tier mean nothing in trials without one.",
+            f"{_MARKS} One panel per parameter; each shows the speed-up of all trials.",
+            "All other parameters vary as well. Dots are dense where the search found good trials. The settings of the "
+            "cached tier have no effect in trials without one.",
             partial(_draw_slices, points, space, limit),
         ),
     )
@@ -335,7 +339,7 @@ def _table(space: Space, found: Sequence[Effects]) -> Table:
         shares = [one.shares.get(name) for one in found]
         correlations = [dataclasses.astuple(one.correlations.get(name, unknown)) for one in found]
         rows.append((name, *shares, *(value for three in correlations for value in three)))
-    return Table("Importance and rank correlation, with 95 % intervals over trials", columns, tuple(rows))
+    return Table("Importance and rank correlation, with 95% intervals over trials", columns, tuple(rows))
 
 
 def _predicted(points: Sequence[Point]) -> bool:
@@ -376,7 +380,7 @@ def _draw_history(points: Sequence[Point], limit: float) -> Figure:
 
 
 def _draw_front(points: Sequence[Point], limit: float) -> Figure:
-    """Draw speed-up against the increase of perplexity and its upper confidence limit, with the Pareto front."""
+    """Draw speed-up against the increase in perplexity and its upper confidence limit, with the Pareto front."""
     figure, axis = subplots(figsize=(6.4, 4.6), layout="constrained")
     for point in points:
         found = point.outcome
@@ -390,7 +394,7 @@ def _draw_front(points: Sequence[Point], limit: float) -> Figure:
     axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
     axis.set_xscale("symlog", linthresh=100 * limit or 1.0)
     axis.xaxis.set_major_formatter(_PLAIN)
-    axis.set(xlabel="increase of perplexity [%]", ylabel=_speedup(points), title=_size(points, limit))
+    axis.set(xlabel="increase in perplexity [%]", ylabel=_speedup(points), title=_size(points, limit))
     return _finished(figure, axis, points)
 
 

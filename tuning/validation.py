@@ -48,7 +48,7 @@ class Repeat:
     """One configuration on one set of documents."""
 
     documents: int
-    degradation: Estimate  # relative increase of perplexity per token
+    degradation: Estimate  # relative increase in perplexity per token
     speedups: Mapping[str, Estimate]  # by phase, over the plain model in the same rounds
     speedup: float  # their geometric mean
 
@@ -87,7 +87,7 @@ class Validation:
     candidates: tuple[Measured, ...]  # on the calibrate documents: what they were chosen by
     chosen: Measured | None  # on the test documents; None: no candidate is certified, no test document was read
     presets: tuple[Measured, ...]  # on the test documents
-    limit: float  # on the relative increase of perplexity
+    limit: float  # on the relative increase in perplexity
     level: float  # confidence of every limit
 
     @property
@@ -160,7 +160,7 @@ def validate(
         repeats: sets of test documents, at least 2.
         rounds: timed rounds per repeat.
         level: confidence of the certificate and of every limit on the test documents.
-        limit: on the relative increase of perplexity.
+        limit: on the relative increase in perplexity.
         drawn: how the calibrate documents were drawn from their split; None: not recorded.
 
     Returns:

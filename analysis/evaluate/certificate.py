@@ -5,7 +5,7 @@ Letters: N documents, K configurations, G groups of enough documents, alpha = 1 
 A baseline and K configurations score the same calibration documents. A document's increase is its added loss over its
 scored tokens: nats per token, the log of the ratio of its two perplexities. Increases are clipped to [-clip, clip],
 because without a limit no finite sample bounds a mean. The bound (`varjax.bounds.upper_bound`) is on the mean over
-documents, each counted once; exp(mean) - 1 is the increase of perplexity, as a geometric mean over documents. It holds
+documents, each counted once; exp(mean) - 1 is the increase in perplexity, as a geometric mean over documents. It holds
 for every N, provided that documents are independent draws from the population that the certificate is about, and that
 the loss of one does not depend on those before it, as it does with a shared cached tier. Even without any spread a
 bound stays about 1.1 clip log(1 / alpha) / N above the mean: choose a small clip, and choose it before looking.
@@ -42,7 +42,7 @@ from analysis.text.encoding import Drawn
 from varjax.bounds import documents_needed, p_value, upper_bound
 
 LIMIT = math.log1p(MAX_DEGRADATION)  # nats per token
-CLIP = 0.2  # nats per token, of a document's increase: its perplexity rises by 22 %
+CLIP = 0.2  # nats per token, of a document's increase: its perplexity rises by 22%
 HELD_OUT = ("calibrate", "test")  # splits that neither make a table nor choose a policy
 MIN_DOCUMENTS = 20  # a certificate of fewer is refused, and a group of fewer has no bound
 
@@ -55,7 +55,7 @@ TESTS: Mapping[Testing, Callable[[np.ndarray], np.ndarray]] = {  # p values, cor
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The increase of loss over a set of documents."""
+    """The increase in loss over a set of documents."""
 
     documents: int
     tokens: int
@@ -120,7 +120,7 @@ def certify(
     drawn: Drawn | None = None,
     cached: Collection[str] = (),
 ) -> Certificate:
-    """Bound each candidate's increase of loss over the baseline, and certify those that stay within the limit.
+    """Bound each candidate's increase in loss over the baseline, and certify those that stay within the limit.
 
     The order of the documents does not matter. `clip`, `level`, `limit`, `testing`, `seed` and the order of the
     candidates have to be chosen without these losses.
@@ -128,11 +128,11 @@ def certify(
     Args:
         baseline: of the plain model.
         candidates: by name, in the order in which "fixed_sequence" tests them.
-        clip: nats per token, above `limit`; 0.2 is a document whose perplexity rises by 22 %.
+        clip: nats per token, above `limit`; 0.2 is a document whose perplexity rises by 22%.
         model_sha256: of the model.
         config_sha256: of every candidate, as `VARConfig.digest` makes it.
         level: the confidence of each of the three statements above.
-        limit: nats per token; the default is a perplexity 1 % higher.
+        limit: nats per token; the default is a perplexity 1% higher.
         testing: the procedure for several candidates.
         seed: of the order in which the bound takes the documents.
         drawn: how the documents came out of their split; None: that was not recorded.
@@ -305,16 +305,16 @@ def report(certificate: Certificate, facts: Sequence[tuple[str, str]] = ()) -> R
     hashes |= {one.name: one.sha256 for one in tried}
     grouped = [one for one in tried if len(one.groups) > 1]
     rows = [(*_row(one.name, one.overall), one.certified) for one in tried]
-    tables = [Table("Increase of perplexity", _COLUMNS, tuple(rows))]
+    tables = [Table("Increase in perplexity", _COLUMNS, tuple(rows))]
     for one in grouped:
         rows = [_row(name, group) for name, group in one.groups.items()]
         tables.append(Table(f"Groups of {one.name}", _COLUMNS[:-1], tuple(rows)))
     figure = ReportFigure(
         "certificate_bounds",
         "Measured means and certified bounds",
-        "Dots: the mean increase over documents. Bars reach up to the bound that holds with the stated confidence; a "
-        "bar that ends left of the dashed line is within the limit. Groups are those of the first configuration, the "
-        "highest bounds first.",
+        "Dots: the mean increase in perplexity over documents. Bars reach up to the bound that holds with the stated "
+        "confidence; a bar that ends left of the dashed line is within the limit. Below the configurations: groups of "
+        "documents under the first configuration, those with the highest bounds first.",
         f"A wide bar means few documents, not a high loss. Groups of fewer than {MIN_DOCUMENTS} documents have no "
         "bound and are not drawn.",
         partial(_draw, certificate),
@@ -442,12 +442,12 @@ def _draw(certificate: Certificate) -> Figure:
     axis.axvline(100 * math.expm1(certificate.limit), color="0.4", linewidth=0.8, linestyle="--")
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.invert_yaxis()
-    axis.set(xlabel=f"increase of perplexity [%], up to the bound at {certificate.level:.4g} confidence")
+    axis.set(xlabel=f"increase in perplexity [%], up to the bound at {certificate.level:.4g} confidence")
     return drawn
 
 
 def _percent(nats: float | None, sign: str = "") -> str:
-    """An increase of log perplexity as one of perplexity."""
+    """An increase in log perplexity as one of perplexity."""
     return "–" if nats is None else f"{math.expm1(nats):{sign}.2%}"
 
 

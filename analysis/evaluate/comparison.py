@@ -92,7 +92,7 @@ def check_pair(base: Result, other: Result) -> None:
 
 
 def degradation(base: Result, other: Result, samples: int = 2000, seed: int = 0) -> Estimate:
-    """Estimate the relative change of perplexity per token from one evaluation to another.
+    """Estimate the relative change in perplexity per token from one evaluation to another.
 
     Args:
         base: the evaluation that the other is compared with.
@@ -101,7 +101,7 @@ def degradation(base: Result, other: Result, samples: int = 2000, seed: int = 0)
         seed: of the draws.
 
     Returns:
-        The change with its 95 % interval.
+        The change with its 95% interval.
 
     Raises:
         LossesError: as `check_pair` and `analysis.evaluate.losses.paired`.
@@ -137,7 +137,7 @@ def report(base: Result, other: Result) -> tuple[Report, dict[str, Any]]:
             *card.facts(base.fields.get("provenance", {}).get("card")),
         ),
         (
-            "Intervals are 95 %, by bootstrap over documents"
+            "Intervals are 95%, by bootstrap over documents"
             + (
                 f"; {documents} documents are too few for an interval to be trusted."
                 if documents < MIN_DOCUMENTS
@@ -208,9 +208,10 @@ def _side_by_side(base: Result, other: Result, change: Estimate, timed: Mapping[
             ReportFigure(
                 "comparison_documents",
                 "Change of loss by document",
-                "The change of loss of every document, in nats per token, sorted. The line is the change over all "
-                "tokens. A curve that is flat except at the right end: few documents carry the loss.",
-                "Short documents are at both ends because the mean of few tokens is noisy, not because they are "
+                "The change in loss of every document, in nats per token, in sorted order. The line is the change over "
+                "all tokens. If the curve is flat except at the right end, a few documents account for most of the "
+                "loss.",
+                "Short documents are at both ends because a mean over few tokens is noisy, not because they are "
                 "treated worse.",
                 partial(_draw, base, other),
             ),
@@ -232,5 +233,5 @@ def _draw(base: Result, other: Result) -> Figure:
     axis.plot(np.arange(1, len(change) + 1) / len(change), change, ".", color="0.4", markersize=3)
     axis.axhline(pair["added"].sum() / pair["tokens"].sum(), color="0", linewidth=0.9)
     axis.axhline(0, color="0.8", linewidth=0.8)
-    axis.set(xlabel="share of the documents", ylabel="change of loss [nats per token]")
+    axis.set(xlabel="share of the documents", ylabel="change in loss [nats per token]")
     return drawn

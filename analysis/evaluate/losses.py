@@ -159,13 +159,13 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
         "--shared_cache",
         action="store_true",
         help="let all documents share one cached tier, as in a service; a document's loss then depends on the order of "
-        "the documents and on the batch size. By default each document starts with an empty cache of its own",
+        "the documents and on the batch size. By default, each document starts with an empty cache of its own",
     )
     parser.add_argument(
         "--seconds_per_token",
         type=float,
         default=SECONDS_PER_TOKEN,
-        help="seconds per token on the clock that ages the cached tier",
+        help="seconds by which the clock of the cached tier advances per token",
     )
 
 

@@ -112,7 +112,7 @@ class MeasuredPoint:
     dial: float
     experts_per_token: float
     open_share: float
-    degradation: Estimate  # relative change of perplexity per token
+    degradation: Estimate  # relative change in perplexity per token
 
 
 def score_point(
@@ -161,7 +161,7 @@ def _read(path: Path) -> Point:
 
 
 def degradations(plain: Losses, points: Sequence[Losses], counts: np.ndarray) -> np.ndarray:
-    """Compute the relative change of perplexity per token in every bootstrap draw.
+    """Compute the relative change in perplexity per token in every bootstrap draw.
 
     Args:
         plain: of the plain model.
@@ -185,7 +185,7 @@ def measured(dial: float, plain: Losses, point: Point, counts: np.ndarray) -> Me
         counts: float64 [S, N], as in `degradations`.
 
     Returns:
-        The point with a 95 % percentile interval of its degradation.
+        The point with a 95% percentile interval of its degradation.
     """
     (value,) = degradations(plain, [point], np.ones((1, len(plain.nll))))[0]
     low, high = np.quantile(degradations(plain, [point], counts)[0], [0.025, 0.975])

@@ -50,7 +50,7 @@ class Measured:
     """One policy on the tuning documents."""
 
     choices: tuple[Choice, ...]  # at most one per layer; the other layers are left open
-    degradation: float  # relative change of perplexity per token
+    degradation: float  # relative change in perplexity per token
     experts_per_token: float  # mean over layers
 
 
@@ -79,7 +79,7 @@ class Ladder:
         left. Measure what the budget really costs: losses add up only nearly.
 
         Args:
-            budget: relative change of perplexity.
+            budget: relative change in perplexity.
 
         Returns:
             The choices by layer.
@@ -113,7 +113,7 @@ def search(subject: Subject, *, budget: float | None = None, frequency_threshold
     Args:
         subject: the tuning documents, from which the table was not built and on which the result must not be reported;
             the layer policies of its config are replaced, and its cached tier is left out.
-        budget: relative change of perplexity; None: 90 % of the published limit, because the tuning documents flatter
+        budget: relative change in perplexity; None: 90% of the published limit, because the tuning documents flatter
             what was chosen on them.
         frequency_threshold: occurrences that a key needs.
 

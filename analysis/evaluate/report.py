@@ -38,7 +38,7 @@ def report(
         scores: the losses by document.
         facts: what else is known about model, data and policy.
         found: the search that found the policy; None: there was none.
-        limit: the relative change of perplexity that is allowed.
+        limit: the relative change in perplexity that is allowed.
         tuned: documents of the search, at most.
 
     Returns:
@@ -75,11 +75,11 @@ def flattered(result: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def frontier(search: Search, limit: float, caption: str) -> Figure:
-    """Draw what the search measured: change of perplexity over experts per token.
+    """Draw what the search measured: change in perplexity over experts per token.
 
     Args:
         search: the measurements.
-        limit: the relative change of perplexity that is allowed.
+        limit: the relative change in perplexity that is allowed.
         caption: which documents were scored.
 
     Returns:
@@ -137,9 +137,9 @@ def _routing(result: Mapping[str, Any]) -> Section:
             ReportFigure(
                 "layers",
                 "Tiers and experts by layer",
-                "Left: which tier decided, as shares of the tokens. Right: experts that ran per token; dashed: the "
-                "mean over layers.",
-                "A planned token saves nothing by itself: where all of its experts run, it costs as much as before.",
+                "Left: share of the tokens that each tier decided: the table (fast), the cache, or the router "
+                "(learned). Right: experts that ran per token in each layer; dashed: the mean over layers.",
+                "Planning a token saves nothing by itself: if all its experts still run, it costs as much as before.",
                 partial(_draw_layers, result),
             ),
         ),
@@ -175,7 +175,7 @@ def _throughput(found: Mapping[str, Any]) -> Section:
         ]
         words += (
             " A speed-up is the median over rounds of the ratio within a round, which times VAR and the plain model; "
-            "intervals are 95 %."
+            "intervals are 95%."
         )
         said = (
             ", ".join(f"{phase} {ratio['value']:.2f}x" for phase, ratio in ratios.items()) + " the plain model's speed"
@@ -195,9 +195,10 @@ def _search(found: Search, limit: float, caption: str) -> Section:
             ReportFigure(
                 "frontier",
                 "What fewer experts cost on the tuning documents",
-                "Dots: one layer at one tolerance, all others in full. Line: layers together, in the order of the "
-                "search. Dashed: the allowed loss.",
-                "These documents chose the policy, so they flatter it.",
+                "Increase in perplexity against experts run per token. Dots: one layer skips experts at one tolerance, "
+                "and all other layers run in full. Line: the layers together, in the order in which the search tried "
+                "them. Dashed: the allowed loss.",
+                "The policy was chosen on these documents, so it looks better on them than on others.",
                 partial(frontier, found, limit, caption),
             ),
         ),

@@ -98,7 +98,7 @@ class Alternatives:
 
 
 def _evaluate(subject: Subject) -> Alternatives:
-    """Every point of every family, with 95 % percentile bootstraps over documents, the same draws for all points.
+    """Every point of every family, with 95% percentile bootstraps over documents, the same draws for all points.
 
     Experts per token are counted over all documents in every draw: they vary far less from text to text than losses do.
     """
@@ -314,7 +314,7 @@ def _section(found: Alternatives) -> Section:
         f"{found.perplexity:.3f} per token, {ours:.2f} of {found.top_k} experts, {found.var.open_share:.1%} of tokens "
         "left to the learned router.",
         "Experts at VAR's loss are the fewest along an alternative's curve, on straight lines between points; "
-        f"intervals are 95 %, from {found.samples:,} bootstrap draws of the {found.documents:,} documents. The place "
+        f"intervals are 95%, from {found.samples:,} bootstrap draws of the {found.documents:,} documents. The place "
         "on the curve was picked on these documents, which flatters the alternatives; VAR's policy must have been "
         "chosen on others.",
         "Token ids only, one tolerance for all layers, shuffled answers and VAR without answers are VAR without one "
@@ -323,11 +323,11 @@ def _section(found: Alternatives) -> Section:
     figure = ReportFigure(
         QUESTION.name,
         "VAR and its alternatives",
-        "Black dots: VAR, ringed at the given policy; white squares: the alternative, with 95 % intervals. On the "
-        "dotted line, VAR's loss, the curve further to the left runs fewer experts; beyond the thin lines the scale "
-        "is logarithmic.",
-        "Lines between points are straight, losses are not: where the points are far apart, an alternative looks worse "
-        "than it is. All experts count the same here; what they cost in time depends on the batch.",
+        "One panel per alternative: increase in perplexity against experts run. Black dots: VAR, with a ring at the "
+        "given policy. White squares: the alternative, with 95% intervals. The dotted line is VAR's loss; the curve "
+        "that crosses it further to the left runs fewer experts. Beyond the thin lines, the scale is logarithmic.",
+        "The lines between points are straight, but the true curves bend: where points are far apart, an alternative "
+        "looks worse than it is. All experts count the same here; how much time they take depends on the batch.",
         partial(_draw, found),
     )
     verdict = "FAIL" if lost else "PASS"
@@ -398,7 +398,7 @@ def _draw(found: Alternatives) -> Figure:
         axis.set_title(curve.name, fontsize=7.5)
     axes[0].set_ylim(top=min(axes[0].get_ylim()[1], _HIGHEST))  # of all panels
     drawn.supxlabel("experts run per token and layer")
-    drawn.supylabel("change of perplexity [%]")
+    drawn.supylabel("change in perplexity [%]")
     drawn.suptitle(
         f"VAR (black) and its alternatives (white squares) — {found.tokens:,} tokens, {found.documents:,} documents"
     )

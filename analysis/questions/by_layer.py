@@ -1,7 +1,7 @@
 """What the questions about routing statistics share: the token ids of a test, values by layer, verdicts, tables.
 
 Letters: L layers, R rows (keys of order 1, which are token ids), n rows of a test. Intervals and p values are
-two-sided, at 95 %.
+two-sided, at 95%.
 
 A statistics file knows keys, not documents. So intervals treat token ids as independent draws; where shares are of
 occurrences, their effective number (Kish: the square of the summed weights over the sum of squares) is used.
@@ -26,17 +26,17 @@ from varjax.stats import RoutingStats
 
 ALPHA = 0.05  # of p values, after Holm's correction over layers
 MIN_KEYS = 10  # token ids that a test needs
-Z95 = 1.959963984540054  # of the normal distribution, 97.5 %
+Z95 = 1.959963984540054  # of the normal distribution, 97.5%
 SHARE = ".1%"  # how tables print shares
 WILSON = (
     "Wilson intervals; for occurrences with the effective number of ids, too narrow where few ids have most of them."
 )
-NARROW_ENDS = "A share near 0 or 100 % hardly changes between draws, so its interval is too narrow."
+NARROW_ENDS = "A share near 0 or 100% hardly changes between draws, so its interval is too narrow."
 _NAMED = 5  # keys that are named where some were left out
 
 
 class Values(NamedTuple):
-    """A figure of each layer with its 95 % interval; NaN where a layer cannot be tested."""
+    """A figure of each layer with its 95% interval; NaN where a layer cannot be tested."""
 
     value: np.ndarray  # float64 [L, ...]
     low: np.ndarray
@@ -129,7 +129,7 @@ def used_ids(stats: RoutingStats, name: str, least: int = MIN_KEYS) -> UsedIds:
 
 
 def wilson(share: np.ndarray, number: np.ndarray) -> Values:
-    """Compute Wilson's 95 % interval of shares (1927).
+    """Compute Wilson's 95% interval of shares (1927).
 
     `scipy.stats.binomtest` has it for whole counts only, and effective numbers of draws are fractions.
 

@@ -234,10 +234,11 @@ def _examine(data: RoutingData) -> Section:
     figure = ReportFigure(
         "choice_entropy",
         "Entropy of the first choice, given the last ids",
-        "Dots: the entropy that is left once the last n ids are known, with intervals; dashed and grey: the same "
-        "keys with shuffled routing; dotted: without any ids. The further below the grey, the more the ids explain.",
-        "With few occurrences per key even the corrected entropy is biased; so compare with the grey, which has the "
-        "same counts, and not with the dotted line.",
+        "Dots: the entropy of the first choice that is left once the last n ids are known, with intervals. Dashed line "
+        "and gray: the same with shuffled routing. Dotted: without knowing any ids. The further the dots are below the "
+        "gray band, the more the ids explain.",
+        "With few occurrences per key, even the corrected entropy is biased, so compare the dots with the gray band, "
+        "which has the same counts, and not with the dotted line.",
         lambda: _draw(found, settings),
     )
     return QUESTION.section("reported", f"{outcome}; no published bound", words, tables, [figure])
@@ -251,8 +252,8 @@ def _draw(found: ChoiceEntropy, settings: TraceSettings) -> Figure:
         axis.set_title(f"order {order}: {found.measures['coverage'].value[column, 0]:.0%} of tokens", fontsize="medium")
     axes[0, 0].set(ylabel="entropy [nats]", ylim=(0, None))  # of all panels, once all are drawn
     figure.suptitle(
-        f"H(first choice | last n ids) — {found.tokens:,} tokens, {found.documents:,} documents\n"
-        "dots: observed; dashed and grey: shuffled within documents; dotted: no ids"
+        f"H(first choice | last n ids) — {found.tokens:,} tokens, {found.documents:,} documents\ndots: observed; "
+        "dashed and gray: shuffled within documents; dotted: no ids"
     )
     figure.tight_layout()
     return figure

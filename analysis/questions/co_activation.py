@@ -221,16 +221,17 @@ def _examine(data: RoutingData) -> Section:
     words = [
         "Share of a layer's tokens that chose both experts, against what the experts' loads alone explain. The pairs "
         f"are the strongest ones in {found.build_documents:,} documents, among those expected often enough; all "
-        f"figures are those of {found.held_out_documents:,} other documents. Documents of different load raise the "
+        f"figures are those of {found.held_out_documents:,} other documents. Documents whose loads differ raise the "
         "ratios too.",
     ]
     figure = ReportFigure(
         "co_activation",
         "Co-activation of experts",
-        "Each panel is a layer; a cell shows how often two experts are chosen for the same token, over what their "
-        "loads alone explain, as the binary logarithm: +1 is twice as often, -1 half as often. Medium grey is chance.",
-        "A rare expert's cells are noise, and documents of different load raise the ratios by themselves; the table "
-        "lists frequent pairs on held-out documents.",
+        "Each panel is a layer. A cell shows how often two experts are chosen for the same token, relative to what "
+        "their loads alone explain, on a logarithmic scale: +1 is twice as often, -1 half as often. Medium gray is "
+        "chance.",
+        "The cells of rarely chosen experts are noise, and documents whose loads differ raise the ratios by "
+        "themselves. The table lists frequent pairs on held-out documents.",
         lambda: _draw(found),
     )
     table = Table("Strongest pairs", tuple(columns), body)

@@ -43,7 +43,7 @@ class Consistency:
     """Mean consistency of GROUPS; those of fewer than MIN_KEYS ids have neither interval nor band: NaN."""
 
     values: by_layer.Values  # [L, G]
-    null: by_layer.Values  # [L, G]: the mean under the null, and where 95 % of such means are
+    null: by_layer.Values  # [L, G]: the mean under the null, and where 95% of such means are
     keys: np.ndarray  # int64 [L, G]
     frequencies: np.ndarray  # int64 [L, G, 2], of the rarest and of the most frequent id
     used: by_layer.UsedIds
@@ -140,11 +140,11 @@ def _examine(data: RoutingData) -> Section:
         "Share of a token id's occurrences with its most common first choice, in sample. Null: every occurrence "
         "draws its expert from the layer's own shares. Only the distance between the two says something about "
         "routing. Least and most: occurrences of the rarest and the most frequent id of a group.",
-        "Caution: the null knows no documents. Routing that follows the document alone is above it too, because an id "
-        "occurs in few documents. Held-out predictability excludes that.",
+        "Caution: the null does not account for documents. Routing that depends on the document alone is above it too, "
+        "because an id occurs in few documents. Held-out predictability rules that out.",
         "Intervals of ±1.96 standard errors."
         if data.draws is None
-        else "Intervals are for texts of as many documents; in longer texts consistency is lower: less is by chance.",
+        else "Intervals hold for as many documents; in longer texts, less of the consistency is due to chance.",
     ]
     if estimated:
         words.append(
@@ -155,19 +155,20 @@ def _examine(data: RoutingData) -> Section:
         ReportFigure(
             "routing_consistency",
             "Routing consistency by frequency",
-            "Dots: mean consistency of a tenth of the ids, rarest on the left, with intervals. Dashed line and grey: "
-            "what chance alone gives for ids of this frequency. Only the distance between the two says something "
-            "about routing.",
-            "On the left both are high because rare ids are consistent by themselves. See predictability for choices "
-            "on unseen text.",
+            "The consistency of a token id is the share of its occurrences with its most common first choice. Dots: "
+            "mean over a tenth of the ids, the rarest on the left, with intervals. Dashed line and gray: what chance "
+            "alone gives for ids of this frequency. Only the distance between the two says something about routing.",
+            "On the left, both are high because ids with few occurrences look consistent by chance. The section on "
+            "predictability shows how well choices are predicted on unseen text.",
             lambda: _draw(values, null, stats),
         ),
         ReportFigure(
             "token_experts",
             "First choices of the most frequent token ids",
-            "A row is a token id, a column an expert; darker means chosen first more often. A row with one dark cell "
-            "is a token that one expert processes.",
-            "Only the most frequent ids are shown, and they differ from the rest; a dark column is a popular expert, "
+            "Each row is a token id, and each column is an expert. The darker a cell, the more often the expert is the "
+            "id's first choice. A row with a single dark cell is an id whose first choice is almost always the same "
+            "expert.",
+            "Only the most frequent ids are shown, and they differ from the rest. A dark column is a popular expert, "
             "not a rule about tokens.",
             lambda: _token_experts(stats, data.source.strings),
         ),
@@ -194,7 +195,7 @@ def _draw(values: by_layer.Values, null: by_layer.Values, stats: RoutingStats) -
     figure.supxlabel("decile of token ids by frequency, 10: the most frequent")
     figure.supylabel("share of the most common first choice")
     figure.suptitle(
-        f"Routing consistency (in sample) — {by_layer.size(stats)}\ndots: observed; dashed and grey: by chance alone"
+        f"Routing consistency (in sample) — {by_layer.size(stats)}\ndots: observed; dashed and gray: by chance alone"
     )
     figure.tight_layout()
     return figure

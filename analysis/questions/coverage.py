@@ -92,10 +92,11 @@ def _examine(data: RoutingData) -> Section:
     shown = ReportFigure(
         "fast_path_coverage",
         "Fast-path coverage",
+        "Coverage is the share of tokens whose id is frequent enough and routed with low enough entropy for a preset. "
         "Left: the coverage of each preset in each layer, with intervals. Right: the mean over layers for other "
-        "thresholds; where neighbors differ much, the threshold decides the result.",
-        "The frequency threshold is a count in this corpus: in twice the text every id is twice as frequent, and "
-        "coverage rises without a change of routing.",
+        "thresholds; where neighboring cells differ a lot, the choice of the threshold decides the result.",
+        "The frequency threshold is a count in this corpus: in twice as much text, every id is twice as frequent, and "
+        "coverage rises although the routing is the same.",
         lambda: _draw(data.stats, found, presets),
     )
     tables = [by_layer.table("Per layer", columns, used, verdicts), grid]

@@ -40,7 +40,7 @@ class TraceSettings:
         if self.permutations != 0 and self.permutations < MIN_PERMUTATIONS:
             raise InputError(
                 f"permutations is {self.permutations}; give 0 for no null, or at least {MIN_PERMUTATIONS}: "
-                "fewer cannot make a 95 % band"
+                "fewer cannot make a 95% band"
             )
         for name in ("min_count", "samples"):
             if getattr(self, name) < 1:

@@ -7,7 +7,7 @@ entropy sums and first choices per token id are a sparse matrix [ids, documents]
 recomputed from them: ids that a draw does not contain are absent, ranks and deciles are those of the draw.
 
 **The interval is the percentile interval of the draws, shifted so that their mean is the estimate.** Unshifted it
-fails: a draw has the tokens of 63 % of the documents, some of them twice, so rare ids vanish, the others repeat, and
+fails: a draw has the tokens of 63% of the documents, some of them twice, so rare ids vanish, the others repeat, and
 ids are more consistent in *every* draw than in the text. The interval covers the figure that texts of as many documents
 have on average. docs/phase1.md has the coverage that simulations found.
 """
@@ -151,7 +151,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def interval(
     point: np.ndarray, draws: np.ndarray, least: float = -np.inf, most: float = np.inf
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the 95 % percentile interval of draws, shifted so that their mean is the estimate.
+    """Compute the 95% percentile interval of draws, shifted so that their mean is the estimate.
 
     Args:
         point: the estimate, [...].

@@ -121,9 +121,11 @@ def entropy_figure(stats: RoutingStats, experts: int | None = None) -> ReportFig
     return ReportFigure(
         "entropy_distribution",
         "Distribution of gate entropy",
-        "Lines: share of the occurrences whose id has at most this mean entropy; a line that rises early is a certain "
-        "layer. Heat map (many layers): darker where more occurrences are. Dashed: 0.5, 1.0 and 1.5 nats.",
-        "It shows means of ids, not single tokens: an id that is certain half of the time looks mediocre.",
+        "Lines: share of the occurrences whose id has at most this mean gate entropy; the earlier a line rises, the "
+        "more certain the router of this layer is. Heat map (if there are many layers): darker where there are more "
+        "occurrences. Dashed: 0.5, 1.0 and 1.5 nats.",
+        "The figure shows means per id, not single tokens: an id that is routed with certainty only half of the time "
+        "has a medium entropy.",
         lambda: _draw(stats, np.log(experts or stats.num_experts)),
     )
 

@@ -48,7 +48,7 @@ class Change:
 
     @property
     def perplexity(self) -> Estimate:
-        """The relative change of perplexity."""
+        """The relative change in perplexity."""
         return Estimate(*(math.expm1(value) for value in dataclasses.astuple(self.nats)))
 
 
@@ -253,7 +253,7 @@ def _grouped(runs: _Runs, run: TokenLosses, group: np.ndarray, names: Sequence[s
 
 
 def _means(runs: _Runs, values: np.ndarray, counts: np.ndarray) -> list[Estimate]:
-    """Sums of values [M, G] over sums of counts [M, G], with 95 % intervals over documents."""
+    """Sums of values [M, G] over sums of counts [M, G], with 95% intervals over documents."""
     total, count = (runs.plain.per_document(np.asarray(one, np.float64)) for one in (values, counts))
     value, (low, high) = ratio_with_interval(total, count, runs.subject.samples, runs.subject.seed)
     return [Estimate(*map(float, row)) for row in zip(value, low, high, strict=True)]
@@ -281,7 +281,7 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
         part(
             "error_kinds",
             "What the error is made of",
-            f"change of perplexity: {chosen} if the table chooses, {weighed} if it weighs, {both} if it does both, "
+            f"change in perplexity: {chosen} if the table chooses, {weighed} if it weighs, {both} if it does both, "
             f"{policy} under the policy at {found.kinds[-1].experts:.2f} experts",
             (
                 f"{found.documents:,} documents, {found.tokens:,} tokens, perplexity {found.perplexity:.3f} with the "
@@ -293,10 +293,11 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
                 change_table("choice, weights and answers, against the plain model", found.kinds),
                 change_table("with and without answers for what is dropped", found.dropping),
             ),
-            read="Dots with 95 % intervals: the change of perplexity when the planned tokens are treated in one way. "
-            "Above: choice and weights; below: with and without answers. Each panel has its own scale.",
-            misleads="Choice and weight errors save nothing and need not add up: they show where an error comes from. "
-            "Rows run different numbers of experts: see the tables.",
+            read="Dots with 95% intervals: the change in perplexity if the planned tokens are treated as each row "
+            "says. Top: the table chooses the experts or their weights. Bottom: skipped experts with and without "
+            "answers. Each panel has its own scale.",
+            misleads="Letting the table choose or weight experts saves nothing, and the errors need not add up; they "
+            "show where an error comes from. The rows run different numbers of experts (see the tables).",
             draw=partial(_draw_kinds, found),
         ),
         part(
@@ -312,10 +313,10 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
                 change_table("one layer at a time", (*found.layers, found.joint)),
                 _table("do they add up? [nats per token]", nats, both_parts.items()),
             ),
-            read="Dots with 95 % intervals: loss added when one layer alone is planned. The last two rows: their sum, "
-            "and all of them together.",
-            misleads="A layer's change is its price on top of the plain model, not on top of the policy. Layers that "
-            "drop more experts may cost more for that reason only.",
+            read="Dots with 95% intervals: the loss that is added if only one layer is planned. The last two rows: the "
+            "sum of these losses, and the loss of all layers together.",
+            misleads="A layer's loss is relative to the plain model, not to the policy. Layers that drop more experts "
+            "may cost more for that reason alone.",
             draw=partial(_draw_layers, found),
         ),
         part(
@@ -337,10 +338,10 @@ def _sections(found: ErrorSources) -> tuple[Section, ...]:
                 )
                 for title, some in found.groups.items()
             ),
-            read="Dots with 95 % intervals: loss added per token of a group, at the position that made the prediction. "
-            "Dashed: the mean of all tokens.",
-            misleads="Groups differ in how hard their tokens are. Small groups have wide intervals, and none where "
-            "they come from fewer than 10 documents.",
+            read="Dots with 95% intervals: the loss that is added per token of a group, at the position that made the "
+            "prediction. Dashed: the mean over all tokens.",
+            misleads="Groups differ in how hard their tokens are. Small groups have wide intervals, and groups from "
+            "fewer than 10 documents have none.",
             draw=partial(_draw_groups, found),
         ),
     )
@@ -361,7 +362,7 @@ def _draw_kinds(found: ErrorSources) -> Figure:
     for axis, part in zip(axes, parts, strict=True):
         _dot_rows(axis, [(change.name, change.perplexity) for change in part], scale=100)
     axes[0].set(title=_size(found))
-    axes[1].set(xlabel="change of perplexity [%]")
+    axes[1].set(xlabel="change in perplexity [%]")
     figure.tight_layout()
     return figure
 

@@ -100,9 +100,9 @@ def _examine(data: RoutingData) -> Finding:
     figure = ReportFigure(
         "expert_load",
         "Expert load",
-        "A row is a layer, a column an expert; darker means more of the layer's assignments, in multiples of the even "
-        "share.",
-        "Load is that of this corpus: other domains have other busy experts.",
+        "Each row is a layer, and each column is an expert. The darker a cell, the larger the expert's share of the "
+        "layer's assignments, in multiples of an even share (1: as many as every other expert).",
+        "The load depends on the corpus: in other domains, other experts are busy.",
         lambda: _draw(found),
     )
     outcome = (

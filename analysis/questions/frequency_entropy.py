@@ -64,7 +64,8 @@ def _examine(data: RoutingData) -> Section:
     verdict, outcome, verdicts = by_layer.verdict(data, used, rho.value < MAX_RHO, f"rho < {MAX_RHO:g}")
     words = [
         "Spearman's rho of a token id's frequency and its mean gate entropy. The criterion is on rho alone, as "
-        "published; with few ids a rho below the bound can be chance: see p (of rho = 0, ids as if independent).",
+        "published; with few ids, a rho below the bound can be due to chance: see p (for rho = 0, treating ids as "
+        "independent).",
         *(["Intervals of Bonett and Wright (2000)."] if data.draws is None else []),
         *data.entropy.caution,
         *used.words(data, "mean entropy"),
@@ -89,10 +90,10 @@ def frequency_figure(stats: RoutingStats, experts: int | None = None) -> ReportF
     return ReportFigure(
         "frequency_entropy",
         "Frequency and gate entropy",
-        "Each dot is a token id. A cloud that falls to the right shows that frequent ids are routed with more "
-        "certainty.",
-        "The mean entropy of rare ids is noisy, which widens the cloud on the left. Overlapping dots hide how many "
-        "there are.",
+        "Each dot is a token id, at its frequency and the mean entropy of the gate over its occurrences. A cloud that "
+        "falls to the right shows that frequent ids are routed with more certainty.",
+        "The mean entropy of rare ids is noisy, which widens the cloud on the left. Where dots overlap, their number "
+        "cannot be seen.",
         lambda: _draw(stats, experts or stats.num_experts),
     )
 

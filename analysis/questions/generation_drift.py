@@ -34,7 +34,7 @@ NOTHING = -1  # after the end of a text
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """A share of the prompts at each new position, with its 95 % interval over prompts, position by position."""
+    """A share of the prompts at each new position, with its 95% interval over prompts, position by position."""
 
     value: np.ndarray  # float64 [T], NaN where no text goes on
     low: np.ndarray
@@ -228,11 +228,12 @@ def _section(found: Drift) -> Section:
     figure = ReportFigure(
         QUESTION.name,
         "Agreement with the plain model's text",
-        "The share of prompts, with 95 % intervals, whose token is the plain model's (free), that have not diverged "
-        "yet (together), and where the model under VAR would write the same token if fed the plain model's text "
-        "(single step). Only the last shows how good a step is.",
-        "Greedy texts diverge at near-ties, where either token is as good: a low curve is not a loss of quality by "
-        "itself. Later positions have only the prompts whose plain text goes on, so that (together) may even rise.",
+        "Share of the prompts, by position in the generated text, with 95% intervals. Free: the token is the plain "
+        "model's. Together: all tokens so far are the plain model's. Single step: after the plain model's text up to "
+        "here, VAR chooses the plain model's next token. Only the single-step curve shows how good a step is.",
+        "Greedy texts diverge at near-ties, where either token is as good, so a low curve is not a loss of quality by "
+        "itself. Later positions include only the prompts whose plain text goes on, so the curve of those still "
+        "together may even rise.",
         partial(_draw, found),
     )
     return QUESTION.section(

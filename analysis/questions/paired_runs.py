@@ -101,7 +101,7 @@ def _examine(data: RoutingData) -> Section:
     shares = [f"{one.name} {np.sum(one.figures['p, t-test'] < ALPHA)} of {len(one.used.rows)}" for one in found]
     words = [
         f"Second run: {data.other_name}. Pairs are the token ids that both saw in a layer; differences are second "
-        "minus first, with Student's 95 % interval (token ids as if independent). d: mean difference over its standard "
+        "minus first, with Student's 95% interval (token ids as if independent). d: mean difference over its standard "
         "deviation; rank r: rank-biserial correlation. Paired t-test and Wilcoxon's signed-rank test, each corrected "
         "by Holm over all layers and both figures.",
         *(f"{one.name}: {line}" for one in found for line in one.used.words(data, one.name)),

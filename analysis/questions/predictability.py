@@ -213,11 +213,13 @@ def _examine(data: RoutingData) -> Section:
     figure = ReportFigure(
         "predictability",
         "Held-out predictability by layer and order",
-        "One row per figure, one column per context order. Dots with intervals: observed; dashed line and grey: "
-        "shuffled routing; dotted: the shortest order at the same tokens. The higher above the grey, the more the "
-        "ids predict.",
-        "Longer contexts are scored at fewer and easier tokens (the coverage is above each column), so an order that "
-        "is better at its own keys may not be better over all tokens. Intervals hold the tables fixed.",
+        "How well tables of token contexts predict the routing of documents that they were not built on. One row per "
+        "measure, one column per context order. Dots with intervals: observed. Dashed line and gray: with shuffled "
+        "routing. Dotted: the shortest order at the same tokens. The higher the dots are above the gray band, the more "
+        "the ids predict.",
+        "Longer contexts are scored at fewer and easier tokens (the share is given above each column), so an order "
+        "that is better at its own keys may not be better over all tokens. The intervals do not include the "
+        "uncertainty of the tables.",
         lambda: _draw(found, settings),
     )
     verdict = "reported"  # without permutations
@@ -252,9 +254,9 @@ def _draw(found: Predictability, settings: TraceSettings) -> Figure:
             axes[0, column].set_title(f"order {order}: {covered:.0%} of tokens", fontsize="medium")
         axes[row, 0].set_ylabel(f"{name} [{found.measures[name].unit}]")
     figure.suptitle(
-        f"Held-out predictability — {found.held_out_tokens:,} tokens, {found.held_out_documents:,} documents; "
-        f"tables from {found.build_tokens:,} tokens\ndots: observed; dashed and grey: shuffled within documents; "
-        f"dotted: order {settings.orders[0]} at the same tokens"
+        f"Held-out predictability — {found.held_out_tokens:,} tokens, {found.held_out_documents:,} documents; tables "
+        f"from {found.build_tokens:,} tokens\ndots: observed; dashed and gray: shuffled within documents; dotted: "
+        f"order {settings.orders[0]} at the same tokens"
     )
     figure.tight_layout()
     return figure

@@ -9,7 +9,7 @@ Over pairs of tokens that directly follow each other in a document:
 | `first_choice` | both tokens have the same first choice |
 | `first_or_second` | an expert is first or second choice of both; only where K >= 2 |
 
-Uniform routing repeats by chance: 12.5 % and 46 % for Mixtral's 8 experts. Uneven loads and documents with favorite
+Uniform routing repeats by chance: 12.5% and 46% for Mixtral's 8 experts. Uneven loads and documents with favorite
 experts repeat more. The permutation null keeps both and breaks the order of a document's tokens, so what is above its
 band is due to that order: routing persists, or token ids come in bursts.
 """
@@ -94,14 +94,14 @@ def _examine(data: RoutingData) -> Section:
     chance = ", ".join(f"{name} {share:.1%}" for name, share in found.uniform.items())
     words = [
         f"{found.pairs:,} pairs of tokens that directly follow each other. Uniform routing would give {chance}.",
-        f"{nulls.NULL} That keeps each document's favorite experts, so what is above the band is persistent "
+        f"{nulls.NULL} That keeps each document's favorite experts, so a value above the band means persistent "
         "routing, or ids that come in bursts.",
     ]
     figure = ReportFigure(
         "repetition",
         "Repetition of the first choice",
-        "Dots: share of consecutive tokens with the same first choice; dashed and grey: the same with the tokens of "
-        "each document shuffled; dotted: uniform routing.",
+        "Dots: share of consecutive tokens with the same first choice. Dashed line and gray: the same with the tokens "
+        "of each document shuffled. Dotted: uniform routing.",
         "Text that repeats itself repeats its routing: a token id that follows itself counts as well.",
         lambda: _draw(found),
     )
@@ -120,8 +120,8 @@ def _draw(found: Repetition) -> Figure:
         axis.set_title(name.replace("_", " "), fontsize="medium")
     axes[0, 0].set_ylabel("share of consecutive pairs")
     figure.suptitle(
-        f"Repetition — {found.pairs:,} pairs; {found.tokens:,} tokens, {found.documents:,} documents\n"
-        "dots: observed; dashed and grey: shuffled within documents; dotted: uniform"
+        f"Repetition — {found.pairs:,} pairs; {found.tokens:,} tokens, {found.documents:,} documents\ndots: observed; "
+        "dashed and gray: shuffled within documents; dotted: uniform"
     )
     figure.tight_layout()
     return figure

@@ -16,7 +16,7 @@ from analysis.report.output import Output
 from analysis.report.report import Report
 
 _NOTES = (
-    "Perplexity is per token, of text that is given (teacher-forced); intervals are 95 %, each for itself, over whole "
+    "Perplexity is per token, of text that is given (teacher-forced); intervals are 95%, each for itself, over whole "
     "documents. Experts per token are counted where they ran, as a mean over tokens and layers.",
     "FAIL is a finding about this policy, this model and this text, not a fault of the run; nothing here says whether "
     "it transfers to others.",

@@ -132,11 +132,11 @@ def _section(found: TableSizes) -> Section:
     figure = ReportFigure(
         QUESTION.name,
         QUESTION.title,
-        "Each dot is a table under the same policy; from left to right it holds more answers, the most valuable ones "
-        "first. Left: the experts that still run. Right: the loss, with 95 % intervals. Squares and triangles: all "
-        "answers, in fewer bytes.",
-        "The policy was searched for the whole table: a smaller table may cost as much and save less, where the whole "
-        "one under smaller tolerances would cost nothing at the same experts.",
+        "Each marker is a table under the same policy; from left to right, the tables hold more answers, the most "
+        "valuable ones first. Left: the experts that still run. Right: the loss, with 95% intervals. Hollow markers: "
+        "all answers, stored in fewer bytes each.",
+        "The policy was searched for the whole table. A smaller table may lose as much and save less, even where the "
+        "whole table, under smaller tolerances, would run as many experts at almost no loss.",
         partial(_draw, found),
     )
     return QUESTION.section("reported", outcome, words, (Table("Tables", columns, tuple(rows)),), (figure,))
@@ -154,7 +154,7 @@ def _draw(found: TableSizes) -> Figure:
         value, low, high = 100 * np.array([dataclasses.astuple(size.measured.degradation) for size in sizes]).T
         change.errorbar(bytes_, value, np.maximum([value - low, high - value], 0), **style)
     experts.set(xscale="log", ylabel="experts run per token and layer")
-    change.set(ylabel="change of perplexity [%]")
+    change.set(ylabel="change in perplexity [%]")
     change.axhline(0, color="0.8", linewidth=0.8)
     experts.legend(fontsize="small")
     drawn.supxlabel("bytes of the answers [MB]")

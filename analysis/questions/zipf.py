@@ -112,7 +112,8 @@ def _examine(data: RoutingData) -> Section:
     words = [
         f"Least squares of ln frequency on ln rank over the {found.ranks:,} ids seen {ZIPF_FREQUENCY} times or more. "
         "The exponent is the fit on ln(rank - 1/2) (Gabaix and Ibragimov 2011).",
-        "Caution: ranks are sorted by what they explain, so R² is near 1 for many laws that are not Zipf's.",
+        "Caution: ranks are sorted by the very frequency that they explain, so R² is near 1 for many laws that are not "
+        "Zipf's.",
         *(["Interval: exponent · (1 ± 1.96 √(2/ranks))."] if data.draws is None else []),
         as_published,
     ]

@@ -152,10 +152,10 @@ def stacked_tiers(axis: Any, layers: Sequence[Mapping[str, float]]) -> None:
 def quality_against_experts(
     series: Mapping[str, Sequence[tuple[float, float]]], budget: float, caption: str, dots: Collection[str] = ()
 ) -> Figure:
-    """Draw the change of perplexity against the number of experts.
+    """Draw the change in perplexity against the number of experts.
 
     Args:
-        series: name -> points (experts per token and layer, relative change of perplexity).
+        series: name -> points (experts per token and layer, relative change in perplexity).
         budget: the acceptable change, drawn as a line.
         caption: title, which says which documents were scored.
         dots: names of series whose points are not joined by a line.
@@ -171,7 +171,7 @@ def quality_against_experts(
         axis.plot(experts, 100 * change, line, color=gray, marker=MARKERS[index % len(MARKERS)], label=name)
     axis.axhline(100 * budget, color="0.6", linewidth=0.8, linestyle="--")
     axis.axhline(0, color="0.8", linewidth=0.8)
-    axis.set(xlabel="experts run per token and layer", ylabel="change of perplexity [%]", title=caption)
+    axis.set(xlabel="experts run per token and layer", ylabel="change in perplexity [%]", title=caption)
     axis.legend(fontsize="small")
     return figure
 

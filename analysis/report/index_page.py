@@ -1,8 +1,8 @@
-"""Write the page of all runs below a folder (`analysis.report.html`).
+"""Write an index page of all reports in and below a folder (`analysis.report.html`).
 
     python -m analysis.report.index_page results     # writes results/index.html
 
-A run that writes a directory updates the page of that directory, and no page above it.
+A run updates the index page of the directory that it writes to, but no page above it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None) -> None:
         arguments: of the command line.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("folder", type=path_argument, help="directory whose reports, also those below it, are listed")
+    parser.add_argument(
+        "folder", type=path_argument, help="directory whose reports are listed, including those in its subdirectories"
+    )
     folder = parser.parse_args(arguments).folder
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory; give one that holds reports")

@@ -30,7 +30,7 @@ ENDINGS = (".parquet", ".json", ".txt", ".html")
 REPORT = (".txt", ".json", ".html")  # the files of a report
 DIRECTORY = ()  # for a program that writes a directory only
 
-OUTPUT_HELP = "directory to write, or a file such as NAME.json, with the other files next to it under the same stem"
+OUTPUT_HELP = "directory to write to, or a file such as NAME.json, next to which the other files get the same stem"
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}  # a file system without locks
 

@@ -429,12 +429,15 @@ def main(arguments: Sequence[str] | None) -> None:
     Args:
         arguments: of the command line.
     """
-    parser = argparse.ArgumentParser(description="Convert a routing trace of another program into a trace file.")
+    parser = argparse.ArgumentParser(description="Convert a routing trace from another program into a trace file.")
     parser.add_argument(
-        "input", type=path_argument, metavar="IN.npz", help="arrays of the trace; IN.json must be next to it"
+        "input",
+        type=path_argument,
+        metavar="IN.npz",
+        help="file with the arrays of the trace; IN.json must be next to it",
     )
     parser.add_argument(
-        "output", type=path_argument, metavar="OUT.parquet", help="the trace file to write, or a directory for it"
+        "output", type=path_argument, metavar="OUT.parquet", help="trace file to write, or a directory for it"
     )
     args = parser.parse_args(arguments)
     output = Output.of(args.output, "routing_trace", (".parquet",))
