@@ -32,7 +32,8 @@ from varjax.checksums import digest_of_file
 from varjax.config import PRESETS, VARConfig
 from varjax.step import TIERS
 
-_MEASURES = ("agreement", "recall", "experts_kept", "mass")  # of a tier that plans
+# Of a tier that plans: the name in the results and that of the column.
+_MEASURES = {"agreement": "agreement", "recall": "recall", "experts_kept": "kept", "mass": "mass"}
 _FEW = 20  # decisions; a rate over fewer is not drawn
 
 
@@ -148,7 +149,7 @@ _SHARES = (
 )
 _PREDICTED = (
     Column("layer"),
-    *(Column(f"{tier}: {measure}", ".1%") for tier in TIERS[:2] for measure in _MEASURES),
+    *(Column(f"{tier}: {measure}", ".1%") for tier in TIERS[:2] for measure in _MEASURES.values()),
 )
 
 

@@ -1,6 +1,6 @@
 """Measure the expert engine and a whole model on an accelerator, next to its ceilings and to other implementations.
 
-    python -m benchmarks.device --output benchmarks/h200.json            # at most 8 minutes; --quick: 2
+    python -m benchmarks.device --output results/h200.json               # at most 8 minutes; --quick: 2
 
 The parts are, in this order: the model in transformers with grouped products, in a separate process, where torch has a
 CUDA device; the machine's ceilings; one layer's experts, ours and others', compared with one plain SwiGLU block with

@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -117,7 +118,7 @@ def main(arguments: Sequence[str] | None) -> None:
             None,
             "relative increase in perplexity that --search_policy may use (default: 0.9 times --limit)",
         ),
-        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase in perplexity"),
+        ("limit", float, MAX_DEGRADATION, "largest acceptable relative increase in perplexity, also for --certify"),
         ("split", str, "test", "split to score; 'all' for every document"),
         ("stride", int, None, "tokens between the starts of consecutive windows (default: max_length)"),
         ("repeats", int, 15, "number of timed rounds"),
@@ -147,6 +148,8 @@ def main(arguments: Sequence[str] | None) -> None:
             options.error(f"--mode baseline is the plain model; --{name} is for the other modes")
     if args.certify and len(args.certify) < 2:
         options.error("--certify needs a baseline result and at least one of VAR")
+    if args.limit <= 0:
+        options.error(f"--limit {args.limit}: expected more than 0, such as 0.01 for 1 %")
     if not (args.compare or args.certify or args.mode):
         options.error("say what to do: --mode baseline|var|distill|study, --compare A B or --certify A B ...")
     if args.compare:
@@ -170,7 +173,8 @@ def _compare(args: argparse.Namespace, output: Output) -> None:
 
 def _certify(args: argparse.Namespace, output: Output) -> None:
     base, *others = args.certify
-    settings = {"clip": args.clip, "level": args.level, "testing": args.testing, "seed": args.seed}
+    settings = {name: getattr(args, name) for name in ("clip", "level", "testing", "seed")}
+    settings["limit"] = math.log1p(args.limit)
     plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
     found = certify_results(plain, candidates, **settings)
     said = certificate.report(found, card.facts(plain.fields["provenance"].get("card")))

@@ -255,8 +255,8 @@ def _section(found: Sequence[Throughput]) -> Section:
             "Each round times both sides once in random order; the speed-up is the median of the ratios within rounds.",
             f"A decoding step at batch {last.batch} reads {last.distinct[0]:.1f} distinct experts of a layer in the "
             f"plain model and {last.distinct[1]:.1f} under VAR; at batch {alone.batch}, {alone.distinct[0]:.1f} and "
-            f"{alone.distinct[1]:.1f}. A machine limited by reading weights gains at most {_ratio(last.distinct):.2f}x "
-            f"on the experts at batch {last.batch}; this one measured {last.speedup.value:.2f}x.",
+            f"{alone.distinct[1]:.1f}. A machine limited by reading weights {_most(last.distinct)} on the experts at "
+            f"batch {last.batch}; this one measured {last.speedup.value:.2f}x.",
         ),
         (Table("Tokens per second", columns, rows),),
         (
@@ -298,6 +298,11 @@ def _figure(found: Sequence[Throughput]) -> Figure:
 def _ratio(both: Sequence[float]) -> float:
     """Plain over VAR; infinite where VAR runs nothing."""
     return both[0] / both[1] if both[1] else math.inf
+
+
+def _most(distinct: Sequence[float]) -> str:
+    ratio = _ratio(distinct)
+    return f"gains at most {ratio:.2f}x" if math.isfinite(ratio) else "has no bound (VAR reads no expert)"
 
 
 def _time(

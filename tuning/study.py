@@ -22,7 +22,7 @@ import importlib.util
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -50,6 +50,19 @@ _STORAGE_ERRORS = (
     *(sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError),
     *(ImportError, OSError, RuntimeError, ValueError),
 )
+
+
+class _Storage(optuna.storages.RDBStorage):
+    """A database in which every running trial has a heartbeat.
+
+    Optuna sends the first one after a worker has taken a trial, and never gives up a trial without any: a worker killed
+    in between would leave its trial running for good, and all others waiting for it.
+    """
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        if state is TrialState.RUNNING:
+            self.record_heartbeat(trial_id)
+        return super().set_trial_state_values(trial_id, state, values)
 
 
 class StudyError(InputError):
@@ -110,7 +123,7 @@ def open_study(storage: str, name: str, method: Method, about: Mapping[str, Any]
     directions = ["maximize", "minimize"] if method == "nsga2" else ["maximize"]  # the second is degradation
     try:
         with _quiet():
-            database = optuna.storages.RDBStorage(
+            database = _Storage(
                 storage,
                 engine_kwargs=engine,
                 heartbeat_interval=HEARTBEAT,
@@ -207,13 +220,15 @@ def work(
         return point.outcome.speedup
 
     try:
-        while states := [trial.state for trial in study.get_trials(deepcopy=False)]:
+        while trials := study.get_trials(deepcopy=False):
+            states = [trial.state for trial in trials]
             if TrialState.WAITING in states:
                 place = sum(state not in (TrialState.WAITING, TrialState.FAIL) for state in states)
                 study.sampler = _sampler(method, [seed, place], len(states))
                 study.optimize(objective, n_trials=1)
                 on_point()
-            elif TrialState.RUNNING in states:  # another worker's, or one whose worker is gone
+            elif any(one.state is TrialState.RUNNING and _TICKET in one.user_attrs for one in trials):
+                # Another worker's, or one whose worker is gone; without a ticket it has no work to wait for.
                 time.sleep(1)
                 with _quiet():
                     optuna.storages.fail_stale_trials(study)

@@ -165,15 +165,16 @@ def _paired(base: Result, other: Result) -> pd.DataFrame:
 def _criteria(change: Estimate, result: Result) -> list[Criterion]:
     """The published criteria of phase 2."""
 
-    def judged(name: str, bound: str, value: float | None, form: str, passed: bool) -> Criterion:
-        return Criterion(name, bound, shown(value, form), None if value is None else passed, value)
+    def judged(name: str, bound: str, value: float | None, form: str, passed: bool, unit: str = "") -> Criterion:
+        known = value is not None
+        return Criterion(name, bound, shown(value, form) + unit * known, passed if known else None, value)
 
     loss, learned = change.value, result.fields.get("tiers", {}).get("learned")
     rows = [judged("perplexity degradation", f"< {MAX_DEGRADATION:.0%}", loss, "+.2%", loss < MAX_DEGRADATION)]
     for phase in ("prefill", "decode"):
         value = result.fields.get("throughput", {}).get("speedup", {}).get(phase, {}).get("value")
         passed = (value or 0) >= EVALUATION_SPEEDUP
-        rows.append(judged(f"speed-up, {phase}", f">= {EVALUATION_SPEEDUP}x", value, ".2f", passed))
+        rows.append(judged(f"speed-up, {phase}", f">= {EVALUATION_SPEEDUP}x", value, ".2f", passed, "x"))
     rows.append(judged("learned tier", f"< {MAX_LEARNED:.0%}", learned, ".2%", (learned or 0) < MAX_LEARNED))
     return rows
 

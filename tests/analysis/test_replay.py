@@ -185,7 +185,9 @@ def test_without_a_cached_tier_there_is_no_unlimited_one():
     assert hits.tolist() == agreements.tolist() == [0, 0]
     found = replay(trace, config, step=8)
     assert not found.sums.tokens[:, CACHED].any() and found.rates()["mispredictions_by_age"] == []
-    assert [section.name for section in report_of(found).sections] == ["tiers"]
+    (section,) = report_of(found).sections
+    names = [column.name for column in section.tables[1].columns]
+    assert (section.name, names[1:5]) == ("tiers", [f"fast: {one}" for one in ("agreement", "recall", "kept", "mass")])
 
 
 def settled_trace(kind: str) -> Trace:

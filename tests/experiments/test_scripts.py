@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from analysis.command import run
 from experiments.arguments import asked_config
 from models.parameters import init_params
 from models.weights import save_params
+from tests.analysis.evaluate.test_comparison import write_result
 from tuning.objective import upper_limit
 from varjax import VARConfig
+from varjax.checksums import read_json
 from varjax.routing import top_k
 from varjax.tablefiles import TableFiles, answers_next_to, saved_files
 
@@ -85,6 +88,18 @@ def test_bad_input_ends_in_one_message(script, model_directory, corpus_file, tmp
         script("02_evaluate_var.py", *defaults, *arguments)
     assert message in str(stop.value) and str(stop.value).startswith("error: ")
     assert not list(tmp_path.iterdir())  # nothing half written
+
+
+def test_the_limit_is_that_of_a_certificate_too(script, tmp_path):
+    nll, made = np.full(100, 300.0), {"model": {"fingerprint": "m"}, "config_sha256": "c", "data": {"split": "test"}}
+    sides = [write_result(tmp_path, name, nll + 2 * (name == "var"), provenance=made) for name in ("baseline", "var")]
+    for limit, verdict in ((0.01, "FAIL"), (0.05, "PASS")):
+        script("02_evaluate_var.py", "--certify", *sides, "--limit", limit, "--output", tmp_path / "c.json")
+        found = read_json(tmp_path / "c.json", "certify again")
+        assert math.expm1(found["certificate"]["limit"]) == pytest.approx(limit)
+        assert found["sections"]["certificate"]["verdict"] == verdict
+    with pytest.raises(SystemExit):
+        script("02_evaluate_var.py", "--certify", *sides, "--limit", -1)
 
 
 def test_only_what_is_refused_is_said_in_short():

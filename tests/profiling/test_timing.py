@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from profiling.timing import by_batch, measure
+from analysis.resampling import Estimate
+from profiling.timing import Throughput, _section, by_batch, measure
 
 
 def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, documents):
@@ -21,6 +22,14 @@ def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, do
     np.testing.assert_allclose(alone.distinct[1], alone.experts[1])
 
     assert len(said.tables[0].rows) == 4 and "distinct experts" in said.words[1]
+    assert said.figures[0].draw() is not None
+
+
+def test_where_var_reads_no_expert_there_is_no_bound():
+    ratio = Estimate(1.5, 1.4, 1.6)
+    found = [Throughput(phase, 1, 8, 10.0, 15.0, ratio, (2.0, 0.0), (2.0, 0.0)) for phase in ("prefill", "decode")]
+    said = _section(found)
+    assert "has no bound (VAR reads no expert) on the experts at batch 1" in said.words[1]
     assert said.figures[0].draw() is not None
 
 

@@ -106,6 +106,17 @@ def test_a_search_killed_in_a_trial_loses_and_repeats_none_that_was_finished(url
     assert len(tried) == 8 and all(tried.count(one) == 1 for one in grid(SPACE, 2))
 
 
+def test_a_trial_whose_worker_died_before_its_first_heartbeat_is_tried_again(url, monkeypatch):
+    monkeypatch.setattr("tuning.study.GRACE", 1)
+    lost = open_study(url, "s", "random", ABOUT)
+    fill(lost, "random", SPACE, 2, 3)
+    first = lost.get_trials(deepcopy=False)[0]
+    assert lost._storage.set_trial_state_values(first._trial_id, TrialState.RUNNING)  # takes a ticket and does no more
+    lost._storage.create_new_trial(lost._study_id)  # of a worker that found no ticket left
+    assert len(searched(url, "random", 2)) == 2
+    assert lost.get_trials(deepcopy=False)[0].state is TrialState.FAIL
+
+
 @pytest.mark.parametrize("method", ["random", "tpe", "nsga2"])
 def test_a_resumed_search_is_an_unbroken_one(tmp_path, method):
     whole = searched(f"sqlite:///{tmp_path}/whole.db", method, 12, seed=3)

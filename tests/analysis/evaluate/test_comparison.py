@@ -74,6 +74,7 @@ def test_report_says_pass_fail_and_not_measured(pair):
     }
     assert [section.verdict for section in said.sections] == ["reported", "PASS", "PASS", "not measured", "FAIL"]
     assert "at 1.10 of 2.00 experts" in said.sections[0].outcome
+    assert [section.outcome for section in said.sections[2:]] == [">= 1.2x: 1.30x", ">= 1.2x: –", "< 15%: 20.00%"]
 
 
 def row_of(said, name):
