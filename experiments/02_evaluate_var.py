@@ -148,6 +148,13 @@ def main(arguments: Sequence[str] | None) -> None:
             options.error(f"--mode baseline is the plain model; --{name} is for the other modes")
     if args.certify and len(args.certify) < 2:
         options.error("--certify needs a baseline result and at least one of VAR")
+    if args.questions and args.mode != "study":
+        options.error("--questions is for --mode study")
+    if args.questions == ["throughput"] and args.no_throughput:
+        options.error("--questions throughput and --no_throughput contradict each other")
+    for name in ("prompts", "prompt_tokens", "new_tokens"):
+        if getattr(args, name) < 1:
+            options.error(f"--{name} {getattr(args, name)}: expected at least 1")
     if args.limit <= 0:
         options.error(f"--limit {args.limit}: expected more than 0, such as 0.01 for 1 %")
     if not (args.compare or args.certify or args.mode):

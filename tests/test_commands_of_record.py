@@ -13,7 +13,7 @@ import pytest
 from analysis.evaluate.comparison import read_result
 from tests.documented import ROOT
 from tests.of_record import COMMANDS
-from varjax import VARConfig, statsfile
+from varjax import statsfile
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +64,19 @@ def test_the_next_command_finds_its_input(finished):
     sides = [read_result(results / "phase2" / f"{name}.json") for name in ("baseline", "var")]
     comparison = json.loads((results / "phase2" / "comparison.json").read_text())
     assert comparison["documents"] == len(sides[0].losses.ids) == len(sides[1].losses.ids) > 0
-    assert VARConfig.load(results / "phase3" / "best_config.json").routing_stats == "results/routing_stats.parquet"
+    best = json.loads((results / "phase3" / "best_config.json").read_text())
+    assert best["table"]["routing_stats"] == "results/routing_stats.parquet"
     names = [
         one["name"]
         for one in json.loads((results / "phase3" / "validation.json").read_text())["validation"]["candidates"]
     ]
     assert names[0] == "best_config"
     assert "best_config.json" in json.loads((results / "phase5" / "systems.json").read_text())["facts"]["policy"]
+    written = {path.name for path in (results / "phase5").iterdir()}
+    assert {"systems.html", "systems.txt", "roofline.png", "components.pdf"} <= written and "traces" not in written
+    found = json.loads((results / "phase5" / "systems.json").read_text())["results"]
+    assert {one["side"] for one in found["components"]} == {"plain", "VAR"}
+    assert {one["phase"] for one in found["evidence"]} == {"prefill", "decode"}
     (search,) = (said for command, said in printed.items() if "bayesian" in command)
     (quick,) = (said for command, said in printed.items() if "--quick" in command)
     assert "statistics: results/routing_stats.parquet, since none is named" in search

@@ -135,3 +135,18 @@ def test_help(script, name, capsys):
         script(name, "--help")
     assert stop.value.code == 0
     assert "--output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--mode", "var", "--questions", "alternatives"), "--questions is for --mode study"),
+        (("--mode", "study", "--questions", "throughput", "--no_throughput"), "contradict each other"),
+        (("--mode", "study", "--prompts", 0), "--prompts 0: expected at least 1"),
+        (("--mode", "baseline", "--search_policy"), "--mode baseline is the plain model; --search_policy"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(script, capsys, words, said):
+    with pytest.raises(SystemExit):
+        script("02_evaluate_var.py", *words)
+    assert said in capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_wrong_questions_are_told_the_fix(monkeypatch, capsys, tmp_path):
     assert "config.json; give a directory" in nowhere
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     strange = refused(monkeypatch, capsys, "--model", str(tmp_path), *h200, "--experts", "1")
-    assert "runs 'mixtral', 'olmoe' and 'qwen3_moe' checkpoints only" in strange
+    assert "only checkpoints of 'mixtral', 'olmoe', 'qwen3_moe' are supported" in strange
     given = ("--bandwidth", "fast", "--experts", "1")
     assert "fast: expected a positive number" in refused(monkeypatch, capsys, *mixtral, *given)
     assert "0: expected a positive integer" in refused(
