@@ -109,7 +109,7 @@ def others_file(tmp_path) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch):
     """Drawing takes most of the time."""
-    monkeypatch.setattr(files, "save", lambda *_: None)
+    monkeypatch.setattr(files, "save", lambda figure, folder, name: (folder / f"{name}.png").write_bytes(b""))
 
 
 def test_the_command_writes_everything_and_prints_the_overview(trace_file, tmp_path, capsys):
