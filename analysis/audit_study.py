@@ -147,7 +147,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     runs = {"var": same.experts_per_token, "audit": float(model.config.top_k * same.tally.audited.sum() / pairs)}
     known_facts = (("calibration", f"{calibration.texts:,} documents"), *card.facts(checked))
     said = Report("Study of the audit", known_facts, (), (_section(outcomes, calibration, runs),))
-    beside = {
+    extra = {
         "outcomes": outcomes,
         "expert_runs_per_token_and_layer": runs,
         "false_alarm_probability": ALPHA,
@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
             config_sha256=var_model.digest,
         ),
     }
-    write_report(said, output, beside=beside)
+    write_report(said, output, extra=extra)
     print(text(said))
 
 
@@ -211,7 +211,7 @@ def _renumbered(table: RouteTable, rng: np.random.Generator) -> RouteTable:
     """The table of the same model with its experts in another order, in which every id moves."""
     ids = rng.permutation(table.num_experts)
     moved = np.empty(table.num_experts + 1, np.int32)
-    moved[ids], moved[-1] = np.roll(ids, 1), table.num_experts  # the last stands for no expert
+    moved[ids], moved[-1] = np.roll(ids, 1), table.num_experts  # the last entry means "no expert"
     return dataclasses.replace(table, routing=Routing(jnp.asarray(moved)[table.routing.experts], table.routing.weights))
 
 

@@ -35,7 +35,7 @@ def resumed(path: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
         run: what decides the result: model, data, settings; JSON values.
 
     Returns:
-        What a resumed run has to know; None: there is no note.
+        What a resumed run has to know; None: nothing was saved.
 
     Raises:
         CheckpointMismatchError: it is the note of another run.

@@ -119,7 +119,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def _absent_platform() -> str | None:
-    """Why there is no device to run on, if JAX_PLATFORMS rules out all that exist."""
+    """Explain that JAX found no device, if JAX_PLATFORMS excludes every device of this machine."""
     asked = os.environ.get("JAX_PLATFORMS")
     if not asked:
         return None

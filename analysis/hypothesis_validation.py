@@ -54,7 +54,7 @@ def open_source(path: Path) -> Source:
         Its contents.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         InputError: the file is neither; names file, column and fix.
     """
     trace = _read_trace(path)
@@ -154,7 +154,7 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     files = {name: {"path": path, "sha256": digest_of_file(path)} for name, path in used.items()}
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
-    write_report(report, output, beside={"provenance": about} | fields)
+    write_report(report, output, extra={"provenance": about} | fields)
     print(_overview(report))
     print(f"\nEverything behind these lines: {output.main('.txt')} (also .html with the figures, and .json)")
 

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None) -> None:
         applied = json.loads(found.config.to_json())
         hashes: dict[str, Any] = {"trace_sha256": digest_of_file(args.trace), "config_sha256": hash_json(applied)}
         origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
-        write_report(report, output, beside={**found.fields(), "provenance": origin})
+        write_report(report, output, extra={**found.fields(), "provenance": origin})
         print(f"\nwritten to {args.output}")
 
 

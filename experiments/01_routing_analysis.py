@@ -147,8 +147,8 @@ def _present(args: argparse.Namespace, output: Output, stats: RoutingStats, fact
     answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
     facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
     said = Report("Routing statistics", facts, (), answer.sections)
-    beside = {**answer.result, "provenance": provenance(seed=args.seed)}
-    write_report(said, output, f"{output.prefix}routing_summary", beside=beside)
+    extra = {**answer.result, "provenance": provenance(seed=args.seed)}
+    write_report(said, output, f"{output.prefix}routing_summary", extra=extra)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))
     print(shlex.join(["python", "-m", "analysis.hypothesis_validation", *map(str, asked)]))

@@ -174,7 +174,7 @@ def _compare(args: argparse.Namespace, output: Output) -> None:
     base, other = args.compare
     sides = read_result(base), read_result(other)
     said, fields = comparison.report(*sides)
-    write_report(said, output, beside=fields | {"provenance": provenance()})
+    write_report(said, output, extra=fields | {"provenance": provenance()})
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
@@ -185,7 +185,7 @@ def _certify(args: argparse.Namespace, output: Output) -> None:
     plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
     found = certify_results(plain, candidates, **settings)
     said = certificate.report(found, card.facts(plain.fields["provenance"].get("card")))
-    write_report(said, output, beside={"certificate": found, "provenance": provenance(seed=args.seed)})
+    write_report(said, output, extra={"certificate": found, "provenance": provenance(seed=args.seed)})
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
@@ -230,7 +230,7 @@ def _evaluate(args: argparse.Namespace, output: Output) -> None:
     facts += [*caching.facts(config), *card.facts(origin["card"])]
     searched = {"found": found, "limit": args.limit, "tuned": args.tune_samples}
     said = evaluation.report(result, scores, facts, **searched)
-    write_report(said, output, beside=result)
+    write_report(said, output, extra=result)
 
     print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
     if state is not None:

@@ -246,9 +246,9 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
     )
     notes = ("Intervals are 95%, each on its own, over whole documents (speed-ups: over rounds).",)
     made = provenance(seed=args.seed, **origin, table=files, test_data=corpus.about)
-    beside = {"validation": found, "configs": {name: _fields(config) for name, config in candidates.items()}}
+    extra = {"validation": found, "configs": {name: _fields(config) for name, config in candidates.items()}}
     said = Report("Validation of searched configurations", facts, notes, (section(found),))
-    _write(said, output, beside | {"provenance": made})
+    _write(said, output, extra | {"provenance": made})
 
 
 def _name_files(args: argparse.Namespace, saved: TableFiles | None = None) -> None:
@@ -282,8 +282,8 @@ def _subject(
     return make_subject(args, model, config, files, documents, **kept), files, origin
 
 
-def _write(said: Report, output: Output, beside: dict[str, Any]) -> None:
-    write_report(said, output, beside=beside)
+def _write(said: Report, output: Output, extra: dict[str, Any]) -> None:
+    write_report(said, output, extra=extra)
     print("\n".join(summary(said)))
     print(f"written to {output.folder}")
 

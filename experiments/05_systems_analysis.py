@@ -120,7 +120,7 @@ def _analyze(args: argparse.Namespace, output: Output) -> None:
     made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest)
     measured = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales, "memory": peaks}
     measured |= {"evidence": evidence, "bottlenecks": [dataclasses.asdict(one) for one in found]}
-    write_report(report, output, beside={"results": measured, "provenance": made})
+    write_report(report, output, extra={"results": measured, "provenance": made})
     print("\n".join(summary(report)))
     print(f"written to {args.output}")
 

@@ -143,7 +143,7 @@ def read_chosen(path: Path) -> tuple[dict[str, VARConfig], TableFiles | None]:
 
     Raises:
         InputError: the file is neither of the two, or is damaged.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     try:
         saved = json.loads(path.read_bytes())

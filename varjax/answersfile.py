@@ -67,7 +67,7 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
         The answers (means float32) and the caller's metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         InputError: naming the file and what is wrong with it.
     """
     if not Path(path).is_file():

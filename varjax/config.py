@@ -57,9 +57,7 @@ class LayerPolicy:
         InputError: naming every field that is out of range, its value and what is allowed.
     """
 
-    experts_kept: int | None = (
-        1  # experts to run, 0 = look-up only; None = all with a tolerance, else by mass_threshold
-    )
+    experts_kept: int | None = 1  # experts to run, 0 = none; None = all with a tolerance, else by mass_threshold
     use_answers: bool = True  # the answers of the experts that are left out stand in for them
     ngram_orders: tuple[int, ...] = (1,)  # lengths of the contexts to look up, the longest known wins; 0 = every token
     choice_from: Source = "gate"  # who names the experts

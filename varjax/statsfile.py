@@ -131,7 +131,7 @@ def read(path: str | os.PathLike[str]) -> tuple[RoutingStats, dict[str, Any]]:
         The statistics, and the file's metadata with `filled` and `rows_with_nan` added.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         InputError: not such a file; the message names the file, the column, the first bad row and the fix.
     """
     file = _File(path)
@@ -186,7 +186,7 @@ def identity(path: str | os.PathLike[str]) -> str:
         A SHA-256.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         InputError: not a Parquet file of statistics.
     """
     if not os.path.isfile(path):

@@ -47,8 +47,8 @@ class TableFiles:
             if file.read(4) != b"PAR1":
                 raise InputError(f"{stats}: not a Parquet file; expected what the collection of statistics wrote")
         if answers is None:
-            beside = answers_next_to(stats)
-            answers = beside if beside.is_file() else None
+            neighbor = answers_next_to(stats)
+            answers = neighbor if neighbor.is_file() else None
         if answers is not None:
             answersfile.check_statistics(Path(answers), stats)
         return cls(str(stats), None if answers is None else os.fspath(answers))

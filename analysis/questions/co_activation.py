@@ -43,7 +43,7 @@ class CoActivation:
     share: np.ndarray  # float64 [L, E, E], share of all tokens that chose both; on the diagonal, that chose the one
     expected: np.ndarray  # float64 [L, E, E], the same if only the loads and K were given
     strongest: np.ndarray  # int64 [L, P, 2], pairs of largest ratio in the build documents; -1: fewer
-    pair_share: np.ndarray  # float64 [L, P], their share of the held-out tokens; NaN where there is no pair
+    pair_share: np.ndarray  # float64 [L, P], their share of the held-out tokens; NaN for missing pairs
     pair_expected: np.ndarray  # float64 [L, P], the same if only the held-out loads and K were given
     strength: Measure  # ratio of the two, one row per rank
     build_documents: int
@@ -120,7 +120,7 @@ def _shares(trace: Trace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _of_pairs(matrix: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    """Cells of a matrix [L, E, E] at pairs [L, P, 2], float64 [L, P]; NaN where there is no pair."""
+    """Cells of a matrix [L, E, E] at pairs [L, P, 2], float64 [L, P]; NaN for missing pairs."""
     first, second = pairs[..., 0], pairs[..., 1]
     return np.where(first < 0, np.nan, matrix[np.arange(len(matrix))[:, None], first, second])
 
@@ -175,7 +175,7 @@ def _strongest(share: np.ndarray, expected: np.ndarray, pairs: int, least: float
 def _strength(
     trace: Trace, share: np.ndarray, expected: np.ndarray, pairs: np.ndarray, settings: TraceSettings
 ) -> Measure:
-    """Ratios of the listed pairs in a trace, [P, L], with their intervals; NaN where there is no pair or no token."""
+    """Ratios of the listed pairs in a trace, [P, L], with their intervals; NaN for missing pairs or tokens."""
     a, b = pairs[..., 0], pairs[..., 1]  # [L, P]
     if len(trace.token_id) == 0:
         none = np.full(a.T.shape, np.nan)

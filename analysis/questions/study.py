@@ -49,5 +49,5 @@ def study(
         found = question.answer(subject)
         results[question.name] = found.result
         report = dataclasses.replace(report, sections=(*report.sections, *found.sections))
-        report = write_report(report, output, "study", beside={"results": results, "provenance": provenance})
+        report = write_report(report, output, "study", extra={"results": results, "provenance": provenance})
     return report

@@ -15,7 +15,7 @@ from varjax.files import replacing
 
 
 def write_report(
-    report: Report, output: Output, name: str | None = None, *, beside: Mapping[str, Any] | None = None
+    report: Report, output: Output, name: str | None = None, *, extra: Mapping[str, Any] | None = None
 ) -> Report:
     """Write a report as text, JSON and a page, and its figures, each file whole or not at all.
 
@@ -26,7 +26,7 @@ def write_report(
         report: the report.
         output: where the program writes.
         name: stem of the files of a report that is not the program's main one; None: `output.stem`.
-        beside: more fields of the JSON file, such as provenance.
+        extra: more fields of the JSON file, such as provenance.
 
     Returns:
         The report with its figures marked as saved, so that it can be written again with more sections.
@@ -39,7 +39,7 @@ def write_report(
     named = _with_figures(report, lambda one: dataclasses.replace(one, name=f"{prefix}{one.name}"))
     with replacing(folder / f"{stem}.txt") as temporary:
         temporary.write_text(text(report), encoding="utf-8")
-    write_json(folder / f"{stem}.json", fields(named) | dict(beside or {}))
+    write_json(folder / f"{stem}.json", fields(named) | dict(extra or {}))
     listed = (not output.named or (folder / INDEX).is_file()) and not is_foreign(folder)
     names = [one.name for section in named.sections for one in section.figures]
     images = {name: (folder / f"{name}.png").read_bytes() for name in names}

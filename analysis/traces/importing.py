@@ -87,7 +87,7 @@ def load(path: str | Path) -> Trace:
         The trace.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         TraceError: it cannot be read.
     """
     return READERS.get(Path(path).suffix, trace_file.read)(path)

@@ -235,7 +235,7 @@ def read(path: str | Path) -> Trace:
         The trace.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         TraceError: not a trace, another version, or impossible figures; the message names the file and the column.
     """
     if not Path(path).is_file():

@@ -278,7 +278,7 @@ def test_every_search_can_be_drawn(said, name):
 
 
 def test_the_report_is_written_with_every_figure_that_it_names(said, tmp_path):
-    write_report(said["many"], Output.of(tmp_path / "out", "tuning", DIRECTORY), beside={"provenance": {"seed": 1}})
+    write_report(said["many"], Output.of(tmp_path / "out", "tuning", DIRECTORY), extra={"provenance": {"seed": 1}})
     saved = json.loads((tmp_path / "out" / "tuning.json").read_text())
     assert saved["provenance"] == {"seed": 1} and set(saved["sections"]) == {"best", "history", "front", "parameters"}
     assert (tmp_path / "out" / "tuning.html").read_text().count("data:image/png;base64,") == 4

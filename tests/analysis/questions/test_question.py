@@ -39,7 +39,7 @@ def data() -> RoutingData:
 def test_a_new_question_takes_one_file_and_one_place_in_a_list(data, tmp_path):
     report, fields = validate(data, (ROUTING_QUESTIONS[0], RAREST))
     assert [one.name for one in report.sections] == ["zipf", "rarest"] and report.sections[1].outcome == "200 times"
-    write_report(report, Output.of(tmp_path, "hypotheses"), beside=fields)
+    write_report(report, Output.of(tmp_path, "hypotheses"), extra=fields)
     saved = json.loads((tmp_path / "hypotheses.json").read_text())
     assert saved["rarest_count"] == 200 and saved["sections"]["rarest"]["tables"][0]["rows"] == [{"occurrences": 200}]
     assert "How rare is the rarest id?" in (tmp_path / "hypotheses.txt").read_text()

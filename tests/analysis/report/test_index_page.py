@@ -30,7 +30,7 @@ def written(folder, name, time, verdict="PASS", headline=""):
     figure = ReportFigure(f"{name}_curve", "A curve", "Up is more.", "Never.", Figure)
     section = Section("a", "A question", verdict, "the outcome", figures=(figure,), headline=headline)
     said = Report(f"Run <{name}>", (("model", "tiny & small"),), (), (section,))
-    write_report(said, Output.of(folder, name), beside={"provenance": {"time_utc": time}})
+    write_report(said, Output.of(folder, name), extra={"provenance": {"time_utc": time}})
 
 
 def test_the_page_of_all_runs_lists_what_is_below_its_folder(tmp_path, monkeypatch, capsys):
