@@ -15,7 +15,7 @@ from it (`varjax.shrinkage`).
 
     sums = init(answers)                                       # on the device, float32
     sums = update(sums, rows, expert_outputs, routing, mask)   # one batch; jitted, the old sums are donated
-    answers = absorb(sums, answers)                            # into the host's float64, about every 2**16 tokens
+    answers = absorb(sums, answers)                            # into the host's float64, about every 2**18 tokens
     estimate = shrunk(answers, layer, shrinkage)               # the rows to look up, and their expected error
 
 The device updates means instead of sums of outputs, and squared distances from them, so neither the length of a window
@@ -36,6 +36,8 @@ from jax import Array
 from varjax.errors import InputError
 from varjax.keys import ANY, distinct
 from varjax.routing import NO_ANSWER, Routing
+
+_JOINED = 64  # answers that the host joins at a time: few enough for its caches, which takes a third of the time
 
 
 @jax.tree_util.register_dataclass
@@ -123,28 +125,28 @@ def init(answers: Answers) -> AnswerSums:
         answers: what the window will be absorbed into.
 
     Returns:
-        Sums on the device, all zero.
+        Sums, all zero. They are arrays of the host, which the first `update` moves to the device.
     """
     shape = answers.count.shape
     return AnswerSums(
-        entry=jnp.asarray(answers.entry),
-        mean=jnp.zeros(answers.mean.shape, jnp.float32),
-        mass=jnp.zeros(shape, jnp.float32),
-        m2=jnp.zeros(shape, jnp.float32),
-        count=jnp.zeros(shape, jnp.int32),
-        nonfinite=jnp.zeros(len(answers.layers), jnp.int32),
+        entry=answers.entry,
+        mean=np.zeros(answers.mean.shape, np.float32),
+        mass=np.zeros(shape, np.float32),
+        m2=np.zeros(shape, np.float32),
+        count=np.zeros(shape, np.int32),
+        nonfinite=np.zeros(len(answers.layers), np.int32),
         layers=answers.layers,
     )
 
 
 @partial(jax.jit, donate_argnums=0)
-def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routing, mask: Array) -> AnswerSums:
+def update(sums: AnswerSums, rows: Array, expert_outputs: Sequence[Array], routing: Routing, mask: Array) -> AnswerSums:
     """Add one batch, run with all experts.
 
     Args:
         sums: donated, not to be used again.
         rows: int32 [O, B, T], from `keys.find_orders`; negative for none. An occurrence counts at each key.
-        expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
+        expert_outputs: A arrays [B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
 
@@ -156,32 +158,43 @@ def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routin
     """
     if len(expert_outputs) != len(sums.layers):
         raise InputError(f"need the expert outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
-    num_answers, hidden_size = sums.mean.shape[1:]
-    num_experts = sums.entry.shape[-1]
-    mean, mass, m2, count, nonfinite = sums.mean, sums.mass, sums.m2, sums.count, sums.nonfinite
+    hidden_size, num_experts = sums.mean.shape[-1], sums.entry.shape[-1]
     with jax.named_scope("answers_update"):
         for a, layer in enumerate(sums.layers):
             outputs = expert_outputs[a].astype(jnp.float32)  # [B, T, K, D]
             experts = routing.experts[layer]
             used = mask[..., None] & (experts < num_experts)
             sound = jnp.all(jnp.isfinite(outputs), axis=-1)
-            nonfinite = nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
+            nonfinite = sums.nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
             outputs = jnp.where(sound[..., None], outputs, 0.0).reshape(-1, hidden_size)
             weights = routing.weights[layer].astype(jnp.float32).reshape(-1, 1)
-            for row in rows:
-                found = sums.entry.at[a, row[..., None], experts].get(mode="clip")
-                counts = used & sound & (row >= 0)[..., None] & (found != NO_ANSWER)
-                place = jnp.where(counts, found, num_answers).reshape(-1)  # N: written nowhere
-                count = count.at[a, place].add(1, mode="drop")
-                known = mass.at[a, place].get(mode="clip")[:, None] > 0
-                mass = mass.at[a, place].add(jnp.square(weights[:, 0]), mode="drop")
-                divisor = mass.at[a, place].get(mode="clip")[:, None]
-                before = outputs - weights * mean.at[a, place].get(mode="clip")  # weight times distance from the mean
-                mean = mean.at[a, place].add(weights * before / jnp.where(divisor > 0, divisor, 1.0), mode="drop")
-                after = outputs - weights * mean.at[a, place].get(mode="clip")
-                before = jnp.where(known, before, after)  # equal in sum, but the first mean was 0: far off
-                m2 = m2.at[a, place].add(jnp.sum(before * after, axis=-1), mode="drop")
-    return replace(sums, mean=mean, mass=mass, m2=m2, count=count, nonfinite=nonfinite)
+            add = partial(_with_order, a, used & sound, experts, outputs, weights)
+            # A loop, because XLA updates what a loop carries in place. Unrolled, it copies all means at every step.
+            sums, _ = jax.lax.scan(add, replace(sums, nonfinite=nonfinite), rows)
+    return sums
+
+
+def _with_order(
+    a: int, used: Array, experts: Array, outputs: Array, weights: Array, sums: AnswerSums, row: Array
+) -> tuple[AnswerSums, None]:
+    """Add the slots of a layer at the keys of one order, `row` int32 [B, T]: the body of a `jax.lax.scan`.
+
+    `used` and `experts` are [B, T, K], `outputs` float32 [B * T * K, D] and `weights` float32 [B * T * K, 1].
+    """
+    mean, mass, m2, count = sums.mean, sums.mass, sums.m2, sums.count
+    found = sums.entry.at[a, row[..., None], experts].get(mode="clip")
+    counts = used & (row >= 0)[..., None] & (found != NO_ANSWER)
+    place = jnp.where(counts, found, mean.shape[1]).reshape(-1)  # N: written nowhere
+    count = count.at[a, place].add(1, mode="drop")
+    known = mass.at[a, place].get(mode="clip")[:, None] > 0
+    mass = mass.at[a, place].add(jnp.square(weights[:, 0]), mode="drop")
+    divisor = mass.at[a, place].get(mode="clip")[:, None]
+    before = outputs - weights * mean.at[a, place].get(mode="clip")  # weight times distance from the mean
+    mean = mean.at[a, place].add(weights * before / jnp.where(divisor > 0, divisor, 1.0), mode="drop")
+    after = outputs - weights * mean.at[a, place].get(mode="clip")
+    before = jnp.where(known, before, after)  # equal in sum, but the first mean was 0: far off
+    m2 = m2.at[a, place].add(jnp.sum(before * after, axis=-1), mode="drop")
+    return replace(sums, mean=mean, mass=mass, m2=m2, count=count), None
 
 
 def absorb(sums: AnswerSums, answers: Answers) -> Answers:
@@ -189,26 +202,24 @@ def absorb(sums: AnswerSums, answers: Answers) -> Answers:
 
     Args:
         sums: the window; begin the next one with `init`.
-        answers: the means so far, for the same pairs.
+        answers: the means so far, for the same pairs. The window is added to these arrays: they may fill half of the
+            memory, so there are no second ones.
 
     Returns:
-        The means of both.
+        The means of both, in the arrays of `answers`.
     """
     mass = np.asarray(sums.mass, np.float64)
     m2 = np.maximum(np.asarray(sums.m2, np.float64), 0)  # rounding may leave a little less than nothing
-    window = np.asarray(sums.mean)
-    mean, spread = np.empty(answers.mean.shape), np.empty(mass.shape)
-    for a in range(len(mass)):  # layer by layer: all at once would fill the memory with temporaries
-        ours = answers.mass[a], answers.mean[a], answers.m2[a]
-        mean[a], spread[a] = _joined(*ours, mass[a], window[a], m2[a])
-    return replace(
-        answers,
-        mean=mean,
-        mass=answers.mass + mass,
-        m2=spread,
-        count=answers.count + np.asarray(sums.count, np.int64),
-        nonfinite=answers.nonfinite + np.asarray(sums.nonfinite, np.int64),
-    )
+    window, count = np.asarray(sums.mean), np.asarray(sums.count)
+    for a in range(len(mass)):
+        occurred = np.flatnonzero(count[a])
+        for some in np.split(occurred, range(_JOINED, len(occurred), _JOINED)):
+            ours = answers.mass[a, some], answers.mean[a, some], answers.m2[a, some]
+            answers.mean[a, some], answers.m2[a, some] = _joined(*ours, mass[a, some], window[a, some], m2[a, some])
+    answers.mass[:] += mass
+    answers.count[:] += count
+    answers.nonfinite[:] += np.asarray(sums.nonfinite)
+    return answers
 
 
 def merge(a: Answers, b: Answers) -> Answers:

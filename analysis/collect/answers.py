@@ -36,7 +36,7 @@ def collect_answers(
         keys: int32 [R, C], of order 1 and more.
         layers: the layers to collect, ascending.
         pairs: bool [A, R, E], which experts are collected at which keys; None: all. With N pairs in a layer, those of
-            order 0 included, memory is `A * (N * D + R * E)` float32 on each device, and five times that on the host
+            order 0 included, memory is `A * (N * D + R * E)` float32 on each device, and three times that on the host
             while a window is absorbed.
         reading: see `analysis.collect.passes.Reading`.
 

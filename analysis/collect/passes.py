@@ -190,9 +190,12 @@ def _step(
     mesh: Mesh,
 ) -> Window:
     """One batch [G * B, T] through the model and into the windows [G, ...]."""
-    options: dict[str, Any] = {"expert_outputs_of": sums.layers} if sums.expert_outputs else {}
+    options: dict[str, Any] = {"recorded_layers": sums.layers} if sums.expert_outputs else {}
     out = network.forward(params, ids, attention_mask=mask, **options)
-    figures: tuple[Any, ...] = (out.expert_outputs, out.routing) if sums.expert_outputs else (out.router_probs,)
+    figures: tuple[Any, ...] = (out.router_probs,)
+    over: tuple[Any, ...] = (_SPLIT_LAYERS,)
+    if sums.expert_outputs:
+        figures, over = (tuple(one.outputs for one in out.recorded), out.routing), (_SPLIT, _SPLIT_LAYERS)
 
     def add(
         windows: Window, shared: tuple[KeyIndex, jax.Array], ids: jax.Array, mask: jax.Array, *figures: Any
@@ -204,7 +207,7 @@ def _step(
         window = sums.update(window, rows, *figures, mask & ~jnp.isin(ids, special))
         return jax.tree.map(lambda leaf: leaf[None], window)
 
-    specs = (_SPLIT, _WHOLE, _SPLIT, _SPLIT, *[_SPLIT_LAYERS] * len(figures))
+    specs = (_SPLIT, _WHOLE, _SPLIT, _SPLIT, *over)
     run = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)
     return run(windows, shared, ids, mask, *figures)
 
