@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,15 +129,15 @@ def init(answers: Answers) -> AnswerSums:
         Sums, all zero. They are arrays of the host, which the first `update` moves to the device.
     """
     shape = answers.count.shape
-    return AnswerSums(
-        entry=answers.entry,
-        mean=np.zeros(answers.mean.shape, np.float32),
-        mass=np.zeros(shape, np.float32),
-        m2=np.zeros(shape, np.float32),
-        count=np.zeros(shape, np.int32),
-        nonfinite=np.zeros(len(answers.layers), np.int32),
-        layers=answers.layers,
-    )
+    window: dict[str, Any] = {
+        "entry": answers.entry,
+        "mean": np.zeros(answers.mean.shape, np.float32),
+        "mass": np.zeros(shape, np.float32),
+        "m2": np.zeros(shape, np.float32),
+        "count": np.zeros(shape, np.int32),
+        "nonfinite": np.zeros(len(answers.layers), np.int32),
+    }
+    return AnswerSums(layers=answers.layers, **window)
 
 
 @partial(jax.jit, donate_argnums=0)
