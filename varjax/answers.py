@@ -111,6 +111,11 @@ class Answers:
         return self.inputs.shape[-1] > 0
 
     @property
+    def useful_orders(self) -> tuple[int, ...]:
+        """The orders that a search lets answer: an answer for every token (order 0) is of use only if it is affine."""
+        return tuple(order for order in self.ngram_orders if order > 0 or self.maps is not None)
+
+    @property
     def ngram_orders(self) -> tuple[int, ...]:
         """The orders of the keys, 0 included, ascending."""
         return tuple(np.unique((self.keys != ANY).sum(axis=1)).tolist())

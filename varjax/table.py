@@ -113,7 +113,8 @@ def build_table(
     A row is eligible in a layer if the layer's policy looks at its order, it was seen often enough there, the
     gate was certain enough on average, and, where the policy uses answers, some expert has an answer there. Where a key
     has no answer for an expert, the longest shorter key's answer stands in; but an expert's mean output over all
-    tokens (order 0) answers for a policy of order 0 alone: tokens that are not known stay with the router.
+    tokens (order 0), unless it is affine, answers for a policy of order 0 alone: tokens that are not known stay with
+    the router.
 
     Args:
         config: the policies.
@@ -294,6 +295,8 @@ def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_exp
         known[place[: len(entry)]] = entry
         found = inherit(every, np.where(unconditional[:, None], NO_ANSWER, known))
         found[unconditional] = known[unconditional]
+        if answers.maps is not None:
+            found = np.where(found == NO_ANSWER, known[unconditional], found)
         entries[layer] = found[place[len(entry) :]]
     return entries
 
