@@ -125,7 +125,7 @@ def forward(
             index_only = None if known is None else dataclasses.replace(known, answers=known.answers[:0])
             routing, dropped = placement.by_rows(
                 partial(_resolved, config),
-                rows={"probs": layer_probs, "plan": settled},
+                rows={"probs": layer_probs, "plan": settled, "inputs": normed},
                 whole={"answers": index_only},
             )
             # Padding runs no expert, because nobody reads the result.
@@ -206,11 +206,11 @@ def _visible(
 
 
 def _resolved(
-    config: MoEConfig, probs: jax.Array, plan: Plan | None, answers: LayerAnswers | None
+    config: MoEConfig, probs: jax.Array, plan: Plan | None, inputs: jax.Array, answers: LayerAnswers | None
 ) -> tuple[Routing, Dropped]:
     """`resolve` of one layer; the answers may come without their rows."""
     plan = None if plan is None else dataclasses.replace(plan, answers=answers)
-    return resolve(probs, config.top_k, plan, config.normalize_top_k)
+    return resolve(probs, config.top_k, plan, config.normalize_top_k, inputs)
 
 
 def _audit_error(

@@ -33,6 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from varjax.affine import Maps
 from varjax.errors import InputError
 from varjax.keys import ANY, distinct
 from varjax.routing import NO_ANSWER, Routing
@@ -51,6 +52,8 @@ class Answers:
     m2: np.ndarray  # float64 [A, N], squared distance from the mean, times the squared gate weight, summed
     count: np.ndarray  # int64 [A, N], occurrences
     nonfinite: np.ndarray  # int64 [A], slots left out because an expert gave NaN or infinity
+    inputs: np.ndarray  # float64 or float32 [A, N, X], mean input of the expert by the same weights; X is D or 0
+    maps: Maps | None = None  # what makes answers affine (`varjax.fitting`); None: they are constant
     # The means were trained: they are used as they are, not shrunk, and m2 is mass times the deviation squared.
     distilled: bool = field(default=False, metadata={"static": True})
 
@@ -62,6 +65,7 @@ class Answers:
         num_experts: int,
         hidden_size: int,
         pairs: np.ndarray | None = None,
+        inputs: bool = False,
     ) -> Answers:
         """Answers without any occurrence. All experts have room at the key of order 0, which comes first.
 
@@ -71,6 +75,7 @@ class Answers:
             num_experts: E.
             hidden_size: D.
             pairs: bool [A, R, E], which experts have room at which keys (`varjax.shrinkage.likeliest`); None: all.
+            inputs: whether the experts' mean inputs are collected too, which affine answers need.
 
         Returns:
             Answers with R + 1 keys.
@@ -80,7 +85,27 @@ class Answers:
         if pairs is not None:
             there[:, 1:] = pairs
         keys = np.concatenate([np.full((1, keys.shape[1]), ANY, np.int32), np.asarray(keys, np.int32)])
-        return _nothing(keys, tuple(layers), _numbered(there), hidden_size)
+        return _nothing(keys, tuple(layers), _numbered(there), hidden_size, hidden_size if inputs else 0)
+
+    def experts(self, layer: int) -> np.ndarray:
+        """Whose answers those of a layer are.
+
+        Args:
+            layer: one of `layers`.
+
+        Returns:
+            int32 [N]; 0 for those that only fill up the layer.
+        """
+        entry = self.entry[self.layers.index(layer)]
+        found = np.zeros(self.count.shape[1], np.int32)
+        row, expert = np.nonzero(entry != NO_ANSWER)
+        found[entry[row, expert]] = expert
+        return found
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the experts' mean inputs were collected, so that maps can be fitted."""
+        return self.inputs.shape[-1] > 0
 
     @property
     def ngram_orders(self) -> tuple[int, ...]:
@@ -99,21 +124,23 @@ class AnswerSums:
     m2: Array  # float32 [A, N]
     count: Array  # int32 [A, N]
     nonfinite: Array  # int32 [A]
+    inputs: Array  # float32 [A, N, X]
     layers: tuple[int, ...] = field(metadata={"static": True})
 
 
-def bytes_a_pair(num_layers: int, num_experts: int, hidden_size: int) -> int:
+def bytes_a_pair(num_layers: int, num_experts: int, hidden_size: int, inputs: bool = False) -> int:
     """Device memory of a pair of key and expert, in all layers together.
 
     Args:
         num_layers: A.
         num_experts: E.
         hidden_size: D.
+        inputs: whether mean inputs are collected too.
 
     Returns:
         Bytes of its sums and of a row of `entry`, for there are no more keys than pairs.
     """
-    return 4 * num_layers * (hidden_size + 3 + num_experts)
+    return 4 * num_layers * (hidden_size * (1 + inputs) + 3 + num_experts)
 
 
 def init(answers: Answers) -> AnswerSums:
@@ -133,12 +160,20 @@ def init(answers: Answers) -> AnswerSums:
         m2=jnp.zeros(shape, jnp.float32),
         count=jnp.zeros(shape, jnp.int32),
         nonfinite=jnp.zeros(len(answers.layers), jnp.int32),
+        inputs=jnp.zeros(answers.inputs.shape, jnp.float32),
         layers=answers.layers,
     )
 
 
 @partial(jax.jit, donate_argnums=0)
-def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routing, mask: Array) -> AnswerSums:
+def update(
+    sums: AnswerSums,
+    rows: Array,
+    expert_outputs: Array,
+    routing: Routing,
+    mask: Array,
+    expert_inputs: Array | None = None,
+) -> AnswerSums:
     """Add one batch, run with all experts.
 
     Args:
@@ -147,18 +182,22 @@ def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routin
         expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
+        expert_inputs: [A, B, T, D], what the experts read, where mean inputs are collected.
 
     Returns:
         The sums with the batch.
 
     Raises:
-        InputError: `expert_outputs` are of another number of layers.
+        InputError: `expert_outputs` are of another number of layers, or `expert_inputs` are missing.
     """
+    if sums.inputs.shape[-1] and expert_inputs is None:
+        raise InputError("mean inputs are collected: pass expert_inputs, [layers, B, T, hidden size]")
     if len(expert_outputs) != len(sums.layers):
         raise InputError(f"need the expert outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
     num_answers, hidden_size = sums.mean.shape[1:]
     num_experts = sums.entry.shape[-1]
     mean, mass, m2, count, nonfinite = sums.mean, sums.mass, sums.m2, sums.count, sums.nonfinite
+    inputs = sums.inputs
     with jax.named_scope("answers_update"):
         for a, layer in enumerate(sums.layers):
             outputs = expert_outputs[a].astype(jnp.float32)  # [B, T, K, D]
@@ -168,6 +207,8 @@ def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routin
             nonfinite = nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
             outputs = jnp.where(sound[..., None], outputs, 0.0).reshape(-1, hidden_size)
             weights = routing.weights[layer].astype(jnp.float32).reshape(-1, 1)
+            if expert_inputs is not None:
+                read = jnp.repeat(expert_inputs[a].astype(jnp.float32).reshape(-1, hidden_size), experts.shape[-1], 0)
             for row in rows:
                 found = sums.entry.at[a, row[..., None], experts].get(mode="clip")
                 counts = used & sound & (row >= 0)[..., None] & (found != NO_ANSWER)
@@ -176,12 +217,15 @@ def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routin
                 known = mass.at[a, place].get(mode="clip")[:, None] > 0
                 mass = mass.at[a, place].add(jnp.square(weights[:, 0]), mode="drop")
                 divisor = mass.at[a, place].get(mode="clip")[:, None]
+                if expert_inputs is not None:
+                    step = (read - inputs.at[a, place].get(mode="clip")) / jnp.where(divisor > 0, divisor, 1.0)
+                    inputs = inputs.at[a, place].add(jnp.square(weights) * step, mode="drop")
                 before = outputs - weights * mean.at[a, place].get(mode="clip")  # weight times distance from the mean
                 mean = mean.at[a, place].add(weights * before / jnp.where(divisor > 0, divisor, 1.0), mode="drop")
                 after = outputs - weights * mean.at[a, place].get(mode="clip")
                 before = jnp.where(known, before, after)  # equal in sum, but the first mean was 0: far off
                 m2 = m2.at[a, place].add(jnp.sum(before * after, axis=-1), mode="drop")
-    return replace(sums, mean=mean, mass=mass, m2=m2, count=count, nonfinite=nonfinite)
+    return replace(sums, mean=mean, mass=mass, m2=m2, count=count, nonfinite=nonfinite, inputs=inputs)
 
 
 def absorb(sums: AnswerSums, answers: Answers) -> Answers:
@@ -197,10 +241,12 @@ def absorb(sums: AnswerSums, answers: Answers) -> Answers:
     mass = np.asarray(sums.mass, np.float64)
     m2 = np.maximum(np.asarray(sums.m2, np.float64), 0)  # rounding may leave a little less than nothing
     window = np.asarray(sums.mean)
-    mean, spread = np.empty(answers.mean.shape), np.empty(mass.shape)
+    read = np.asarray(sums.inputs)
+    mean, inputs, spread = np.empty(answers.mean.shape), np.empty(answers.inputs.shape), np.empty(mass.shape)
     for a in range(len(mass)):  # layer by layer: all at once would fill the memory with temporaries
         ours = answers.mass[a], answers.mean[a], answers.m2[a]
         mean[a], spread[a] = _joined(*ours, mass[a], window[a], m2[a])
+        inputs[a] = _mean_of_both(answers.mass[a], answers.inputs[a], mass[a], read[a])
     return replace(
         answers,
         mean=mean,
@@ -208,6 +254,7 @@ def absorb(sums: AnswerSums, answers: Answers) -> Answers:
         m2=spread,
         count=answers.count + np.asarray(sums.count, np.int64),
         nonfinite=answers.nonfinite + np.asarray(sums.nonfinite, np.int64),
+        inputs=inputs,
     )
 
 
@@ -222,13 +269,18 @@ def merge(a: Answers, b: Answers) -> Answers:
         The means of both together.
 
     Raises:
-        InputError: different layers, experts or hidden sizes, or answers that were distilled.
+        InputError: different layers, experts or hidden sizes, mean inputs in only one of the two, or answers that
+            were distilled or have maps.
     """
-    kind, other = ((one.layers, one.entry.shape[-1], one.mean.shape[-1], one.distilled) for one in (a, b))
-    if kind != other or a.distilled:
+    kind, other = (
+        (one.layers, one.entry.shape[-1], one.mean.shape[-1], one.inputs.shape[-1], one.maps is not None, one.distilled)
+        for one in (a, b)
+    )
+    if kind != other or a.maps is not None or a.distilled:
         raise InputError(
-            "answers merge only over the same layers, experts and hidden size, and not when distilled; "
-            f"these have (layers, experts, hidden size, distilled) {kind} and {other}"
+            "answers merge only over the same layers, experts and hidden size, with mean inputs in both or in neither, "
+            "before maps are fitted and before they are distilled; these have (layers, experts, hidden size, "
+            f"input size, maps, distilled) {kind} and {other}"
         )
     keys, place = distinct(np.concatenate([a.keys, b.keys]))
     parts = [(a, place[: len(a.keys)]), (b, place[len(a.keys) :])]
@@ -237,7 +289,7 @@ def merge(a: Answers, b: Answers) -> Answers:
     for part, rows in parts:
         there[:, rows] |= part.entry != NO_ANSWER
     entry = _numbered(there)
-    whole = _nothing(keys, a.layers, entry, a.mean.shape[-1])
+    whole = _nothing(keys, a.layers, entry, a.mean.shape[-1], a.inputs.shape[-1])
     for part, rows in parts:
         for layer in range(num_layers):
             pairs = part.entry[layer] != NO_ANSWER
@@ -245,6 +297,8 @@ def merge(a: Answers, b: Answers) -> Answers:
             ours = whole.mass[layer, target], whole.mean[layer, target], whole.m2[layer, target]
             theirs = part.mass[layer, source], part.mean[layer, source], part.m2[layer, source]
             whole.mean[layer, target], whole.m2[layer, target] = _joined(*ours, *theirs)
+            read = whole.inputs[layer, target], part.inputs[layer, source]
+            whole.inputs[layer, target] = _mean_of_both(ours[0], read[0], theirs[0], read[1])
             whole.mass[layer, target] += part.mass[layer, source]
             whole.count[layer, target] += part.count[layer, source]
     return replace(whole, nonfinite=a.nonfinite + b.nonfinite)
@@ -263,14 +317,14 @@ def pruned(answers: Answers) -> Answers:
     kept = [np.sort(pairs[answers.count[a, pairs] > 0]) for a, pairs in enumerate(there)]
     size = max(map(len, kept))
     entry = np.full_like(answers.entry, NO_ANSWER)
-    parts = _nothing(answers.keys, answers.layers, entry, answers.mean.shape[-1], size)
+    parts = _nothing(answers.keys, answers.layers, entry, answers.mean.shape[-1], answers.inputs.shape[-1], size)
     for a, pairs in enumerate(kept):
         place = np.full(answers.count.shape[1] + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
         place[pairs] = np.arange(len(pairs))
         entry[a] = place[answers.entry[a]]
-        for name in ("mean", "mass", "m2", "count"):
+        for name in ("mean", "mass", "m2", "count", "inputs"):
             getattr(parts, name)[a, : len(pairs)] = getattr(answers, name)[a, pairs]
-    return replace(parts, entry=entry, nonfinite=answers.nonfinite, distilled=answers.distilled)
+    return replace(parts, entry=entry, nonfinite=answers.nonfinite, maps=answers.maps, distilled=answers.distilled)
 
 
 def _numbered(there: np.ndarray) -> np.ndarray:
@@ -280,7 +334,12 @@ def _numbered(there: np.ndarray) -> np.ndarray:
 
 
 def _nothing(
-    keys: np.ndarray, layers: tuple[int, ...], entry: np.ndarray, hidden_size: int, size: int | None = None
+    keys: np.ndarray,
+    layers: tuple[int, ...],
+    entry: np.ndarray,
+    hidden_size: int,
+    input_size: int,
+    size: int | None = None,
 ) -> Answers:
     """No occurrence of any pair; room for as many answers as `entry` names, or `size`, but for one at least."""
     named = int(entry.max(initial=NO_ANSWER)) + 1 if size is None else size
@@ -294,6 +353,7 @@ def _nothing(
         m2=np.zeros(shape),
         count=np.zeros(shape, np.int64),
         nonfinite=np.zeros(len(layers), np.int64),
+        inputs=np.zeros((*shape, input_size)),
     )
 
 
@@ -304,3 +364,9 @@ def _joined(
     share = more / np.where(mass + more > 0, mass + more, 1.0)
     step = its_mean - mean
     return mean + share[:, None] * step, m2 + its_m2 + mass * share * np.einsum("nd,nd->n", step, step)
+
+
+def _mean_of_both(mass: np.ndarray, mean: np.ndarray, more: np.ndarray, its_mean: np.ndarray) -> np.ndarray:
+    """The mean [n, D] of two sets of occurrences together, given mass [n] and mean of each."""
+    share = more / np.where(mass + more > 0, mass + more, 1.0)
+    return mean + share[:, None] * (its_mean - mean)
