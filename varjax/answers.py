@@ -15,7 +15,7 @@ from it (`varjax.shrinkage`).
 
     sums = init(answers)                                       # on the device, float32
     sums = update(sums, rows, expert_outputs, routing, mask)   # one batch; jitted, the old sums are donated
-    answers = absorb(sums, answers)                            # into the host's float64, about every 2**16 tokens
+    answers = absorb(sums, answers)                            # into the host's float64, about every 2**18 tokens
     estimate = shrunk(answers, layer, shrinkage)               # the rows to look up, and their expected error
 
 The device updates means instead of sums of outputs, and squared distances from them, so neither the length of a window
@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,8 @@ from varjax.affine import Maps
 from varjax.errors import InputError
 from varjax.keys import ANY, distinct
 from varjax.routing import NO_ANSWER, Routing
+
+_JOINED = 64  # answers that the host joins at a time: few enough for its caches, which takes half of the time
 
 
 @jax.tree_util.register_dataclass
@@ -150,39 +153,39 @@ def init(answers: Answers) -> AnswerSums:
         answers: what the window will be absorbed into.
 
     Returns:
-        Sums on the device, all zero.
+        Sums, all zero. They are arrays of the host, which the first `update` moves to the device.
     """
     shape = answers.count.shape
-    return AnswerSums(
-        entry=jnp.asarray(answers.entry),
-        mean=jnp.zeros(answers.mean.shape, jnp.float32),
-        mass=jnp.zeros(shape, jnp.float32),
-        m2=jnp.zeros(shape, jnp.float32),
-        count=jnp.zeros(shape, jnp.int32),
-        nonfinite=jnp.zeros(len(answers.layers), jnp.int32),
-        inputs=jnp.zeros(answers.inputs.shape, jnp.float32),
-        layers=answers.layers,
-    )
+    window: dict[str, Any] = {
+        "entry": answers.entry,
+        "mean": np.zeros(answers.mean.shape, np.float32),
+        "mass": np.zeros(shape, np.float32),
+        "m2": np.zeros(shape, np.float32),
+        "count": np.zeros(shape, np.int32),
+        "nonfinite": np.zeros(len(answers.layers), np.int32),
+        "inputs": np.zeros(answers.inputs.shape, np.float32),
+    }
+    return AnswerSums(layers=answers.layers, **window)
 
 
 @partial(jax.jit, donate_argnums=0)
 def update(
     sums: AnswerSums,
     rows: Array,
-    expert_outputs: Array,
+    expert_outputs: Sequence[Array],
     routing: Routing,
     mask: Array,
-    expert_inputs: Array | None = None,
+    expert_inputs: Sequence[Array] | None = None,
 ) -> AnswerSums:
     """Add one batch, run with all experts.
 
     Args:
         sums: donated, not to be used again.
         rows: int32 [O, B, T], from `keys.find_orders`; negative for none. An occurrence counts at each key.
-        expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
+        expert_outputs: A arrays [B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
-        expert_inputs: [A, B, T, D], what the experts read, where mean inputs are collected.
+        expert_inputs: A arrays [B, T, D], what the experts read, where mean inputs are collected.
 
     Returns:
         The sums with the batch.
@@ -191,71 +194,90 @@ def update(
         InputError: `expert_outputs` are of another number of layers, or `expert_inputs` are missing.
     """
     if sums.inputs.shape[-1] and expert_inputs is None:
-        raise InputError("mean inputs are collected: pass expert_inputs, [layers, B, T, hidden size]")
+        raise InputError("mean inputs are collected: pass expert_inputs, an array [B, T, hidden size] for each layer")
     if len(expert_outputs) != len(sums.layers):
         raise InputError(f"need the expert outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
-    num_answers, hidden_size = sums.mean.shape[1:]
-    num_experts = sums.entry.shape[-1]
-    mean, mass, m2, count, nonfinite = sums.mean, sums.mass, sums.m2, sums.count, sums.nonfinite
-    inputs = sums.inputs
+    hidden_size, num_experts = sums.mean.shape[-1], sums.entry.shape[-1]
     with jax.named_scope("answers_update"):
         for a, layer in enumerate(sums.layers):
             outputs = expert_outputs[a].astype(jnp.float32)  # [B, T, K, D]
             experts = routing.experts[layer]
             used = mask[..., None] & (experts < num_experts)
             sound = jnp.all(jnp.isfinite(outputs), axis=-1)
-            nonfinite = nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
+            nonfinite = sums.nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
             outputs = jnp.where(sound[..., None], outputs, 0.0).reshape(-1, hidden_size)
             weights = routing.weights[layer].astype(jnp.float32).reshape(-1, 1)
-            if expert_inputs is not None:
-                read = jnp.repeat(expert_inputs[a].astype(jnp.float32).reshape(-1, hidden_size), experts.shape[-1], 0)
-            for row in rows:
-                found = sums.entry.at[a, row[..., None], experts].get(mode="clip")
-                counts = used & sound & (row >= 0)[..., None] & (found != NO_ANSWER)
-                place = jnp.where(counts, found, num_answers).reshape(-1)  # N: written nowhere
-                count = count.at[a, place].add(1, mode="drop")
-                known = mass.at[a, place].get(mode="clip")[:, None] > 0
-                mass = mass.at[a, place].add(jnp.square(weights[:, 0]), mode="drop")
-                divisor = mass.at[a, place].get(mode="clip")[:, None]
-                if expert_inputs is not None:
-                    step = (read - inputs.at[a, place].get(mode="clip")) / jnp.where(divisor > 0, divisor, 1.0)
-                    inputs = inputs.at[a, place].add(jnp.square(weights) * step, mode="drop")
-                before = outputs - weights * mean.at[a, place].get(mode="clip")  # weight times distance from the mean
-                mean = mean.at[a, place].add(weights * before / jnp.where(divisor > 0, divisor, 1.0), mode="drop")
-                after = outputs - weights * mean.at[a, place].get(mode="clip")
-                before = jnp.where(known, before, after)  # equal in sum, but the first mean was 0: far off
-                m2 = m2.at[a, place].add(jnp.sum(before * after, axis=-1), mode="drop")
-    return replace(sums, mean=mean, mass=mass, m2=m2, count=count, nonfinite=nonfinite, inputs=inputs)
+            read = None
+            if sums.inputs.shape[-1] and expert_inputs is not None:
+                slots = experts.shape[-1]
+                read = jnp.repeat(expert_inputs[a].astype(jnp.float32).reshape(-1, hidden_size), slots, axis=0)
+            add = partial(_with_order, a, used & sound, experts, outputs, weights, read)
+            # A loop, because XLA updates what a loop carries in place. Unrolled, it copies all means at every step.
+            sums, _ = jax.lax.scan(add, replace(sums, nonfinite=nonfinite), rows)
+    return sums
 
 
-def absorb(sums: AnswerSums, answers: Answers) -> Answers:
+def _with_order(
+    a: int,
+    used: Array,
+    experts: Array,
+    outputs: Array,
+    weights: Array,
+    read: Array | None,
+    sums: AnswerSums,
+    row: Array,
+) -> tuple[AnswerSums, None]:
+    """Add the slots of a layer at the keys of one order, `row` int32 [B, T]: the body of a `jax.lax.scan`.
+
+    `used` and `experts` are [B, T, K], `outputs` float32 [B * T * K, D], `weights` float32 [B * T * K, 1], and `read`
+    float32 [B * T * K, D] where mean inputs are collected.
+    """
+    mean, inputs, mass, m2, count = sums.mean, sums.inputs, sums.mass, sums.m2, sums.count
+    found = sums.entry.at[a, row[..., None], experts].get(mode="clip")
+    counts = used & (row >= 0)[..., None] & (found != NO_ANSWER)
+    place = jnp.where(counts, found, mean.shape[1]).reshape(-1)  # N: written nowhere
+    count = count.at[a, place].add(1, mode="drop")
+    known = mass.at[a, place].get(mode="clip")[:, None] > 0
+    mass = mass.at[a, place].add(jnp.square(weights[:, 0]), mode="drop")
+    divisor = mass.at[a, place].get(mode="clip")[:, None]
+    divisor = jnp.where(divisor > 0, divisor, 1.0)
+    if read is not None:
+        step = jnp.square(weights) * (read - inputs.at[a, place].get(mode="clip"))
+        inputs = inputs.at[a, place].add(step / divisor, mode="drop")
+    before = outputs - weights * mean.at[a, place].get(mode="clip")  # weight times distance from the mean
+    mean = mean.at[a, place].add(weights * before / divisor, mode="drop")
+    after = outputs - weights * mean.at[a, place].get(mode="clip")
+    before = jnp.where(known, before, after)  # equal in sum, but the first mean was 0: far off
+    m2 = m2.at[a, place].add(jnp.sum(before * after, axis=-1), mode="drop")
+    return replace(sums, mean=mean, inputs=inputs, mass=mass, m2=m2, count=count), None
+
+
+def absorb(sums: AnswerSums, answers: Answers, *, donate: bool = False) -> Answers:
     """Add a window to the host's means. Windows of several devices are absorbed one after the other.
 
     Args:
         sums: the window; begin the next one with `init`.
         answers: the means so far, for the same pairs.
+        donate: give up `answers`, whose arrays the result takes over: they may fill half of the memory.
 
     Returns:
         The means of both.
     """
+    answers = answers if donate else jax.tree.map(np.copy, answers)
     mass = np.asarray(sums.mass, np.float64)
     m2 = np.maximum(np.asarray(sums.m2, np.float64), 0)  # rounding may leave a little less than nothing
-    window = np.asarray(sums.mean)
+    window, count = np.asarray(sums.mean), np.asarray(sums.count)
     read = np.asarray(sums.inputs)
-    mean, inputs, spread = np.empty(answers.mean.shape), np.empty(answers.inputs.shape), np.empty(mass.shape)
-    for a in range(len(mass)):  # layer by layer: all at once would fill the memory with temporaries
-        ours = answers.mass[a], answers.mean[a], answers.m2[a]
-        mean[a], spread[a] = _joined(*ours, mass[a], window[a], m2[a])
-        inputs[a] = _mean_of_both(answers.mass[a], answers.inputs[a], mass[a], read[a])
-    return replace(
-        answers,
-        mean=mean,
-        mass=answers.mass + mass,
-        m2=spread,
-        count=answers.count + np.asarray(sums.count, np.int64),
-        nonfinite=answers.nonfinite + np.asarray(sums.nonfinite, np.int64),
-        inputs=inputs,
-    )
+    for a in range(len(mass)):
+        occurred = np.flatnonzero(count[a])
+        for some in np.split(occurred, range(_JOINED, len(occurred), _JOINED)):
+            ours = answers.mass[a, some], answers.mean[a, some], answers.m2[a, some]
+            answers.inputs[a, some] = _mean_of_both(ours[0], answers.inputs[a, some], mass[a, some], read[a, some])
+            answers.mean[a, some], answers.m2[a, some] = _joined(*ours, mass[a, some], window[a, some], m2[a, some])
+    answers.mass[:] += mass
+    answers.count[:] += count
+    answers.nonfinite[:] += np.asarray(sums.nonfinite)
+    return answers
 
 
 def merge(a: Answers, b: Answers) -> Answers:
@@ -317,7 +339,8 @@ def pruned(answers: Answers) -> Answers:
     kept = [np.sort(pairs[answers.count[a, pairs] > 0]) for a, pairs in enumerate(there)]
     size = max(map(len, kept))
     entry = np.full_like(answers.entry, NO_ANSWER)
-    parts = _nothing(answers.keys, answers.layers, entry, answers.mean.shape[-1], answers.inputs.shape[-1], size)
+    widths = answers.mean.shape[-1], answers.inputs.shape[-1]
+    parts = _nothing(answers.keys, answers.layers, entry, *widths, size)
     for a, pairs in enumerate(kept):
         place = np.full(answers.count.shape[1] + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
         place[pairs] = np.arange(len(pairs))

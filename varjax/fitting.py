@@ -13,9 +13,9 @@ Means that were taken over the same text know its tokens: a key that was seen on
 (M + P) / (M + P - w^2) times the one from the shrunk mean, and that is what is summed up. (The parent's mean, which has
 more occurrences, is not corrected.)
 
-    sums = init(moments)                                               # on the device, float32
-    sums = update(sums, targets, rows, outputs, inputs, routing, mask)   # one batch; jitted
-    moments = absorb(sums, moments)                                      # into the host's float64
+    window = init(moments, targets(answers, shrinkage, own_text=True), answers.layers)   # on the device, float32
+    window = update(window, rows, expert_outputs, routing, mask, expert_inputs)          # one batch; jitted
+    moments = absorb(window, moments)                                                    # into the host's float64
     maps = fit(moments, held_out, rank=64)
 
 Reduced rank follows Izenman (1975): the directions written are the leading ones of what the full maps predict. The
@@ -24,6 +24,7 @@ directions read are the leading ones of all experts' maps together, in units of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -60,22 +61,18 @@ class Targets:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Moments:
-    """Sums over slots, by layer and expert. Host arrays in float64, or one window on the device in float32."""
+    """Sums over the slots of one layer, by expert. Host arrays in float64, or a part of a window in float32."""
 
-    gram: Any  # [A, E, Q, Q], dx dx'
-    cross: Any  # [A, E, Q, D], dx dy'
-    power: Any  # [A, E], |dy|^2
-    count: Any  # [A, E], slots
-    layers: tuple[int, ...] = field(metadata={"static": True})  # [A], ascending
+    gram: Any  # [E, Q, Q], dx dx'
+    cross: Any  # [E, Q, D], dx dy'
+    power: Any  # [E], |dy|^2
+    count: Any  # [E], slots
 
     @classmethod
-    def empty(
-        cls, layers: tuple[int, ...], num_experts: int, hidden_size: int, directions: int | None = None
-    ) -> Moments:
+    def empty(cls, num_experts: int, hidden_size: int, directions: int | None = None) -> Moments:
         """Sums of no slot.
 
         Args:
-            layers: that are collected.
             num_experts: E.
             hidden_size: D.
             directions: Q; None: D, all of them.
@@ -83,14 +80,19 @@ class Moments:
         Returns:
             Host arrays.
         """
-        shape, seen = (len(layers), num_experts), directions or hidden_size
-        return cls(
-            gram=np.zeros((*shape, seen, seen)),
-            cross=np.zeros((*shape, seen, hidden_size)),
-            power=np.zeros(shape),
-            count=np.zeros(shape),
-            layers=layers,
-        )
+        seen = directions or hidden_size
+        shapes = ((num_experts, seen, seen), (num_experts, seen, hidden_size), (num_experts,), (num_experts,))
+        return cls(*map(np.zeros, shapes))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Window:
+    """The sums of some batches on the device."""
+
+    moments: tuple[Moments, ...]  # [A]
+    targets: tuple[Targets, ...]  # [A]
+    layers: tuple[int, ...] = field(metadata={"static": True})  # [A], ascending
 
 
 def targets(
@@ -126,57 +128,53 @@ def targets(
     return tuple(found)
 
 
-def init(moments: Moments) -> Moments:
+def init(moments: Sequence[Moments], targets: Sequence[Targets], layers: Sequence[int]) -> Window:
     """An empty window.
 
     Args:
-        moments: what the window will be absorbed into.
+        moments: what the window will be absorbed into, of each layer [A].
+        targets: of the same layers.
+        layers: their numbers, ascending.
 
     Returns:
-        Sums on the device, all zero.
+        Sums, all zero. They are arrays of the host, which the first `update` moves to the device.
     """
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), moments)
+    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tuple(moments))
+    return Window(nothing, tuple(targets), tuple(layers))
 
 
 @partial(jax.jit, donate_argnums=0)
 def update(
-    sums: Moments,
-    targets: tuple[Targets, ...],
+    window: Window,
     rows: Array,
-    expert_outputs: Array,
-    expert_inputs: Array,
+    expert_outputs: Sequence[Array],
     routing: Routing,
     mask: Array,
-) -> Moments:
+    expert_inputs: Sequence[Array],
+) -> Window:
     """Add one batch.
 
     Args:
-        sums: a window; donated, not to be used again.
-        targets: of the layers `sums.layers`.
+        window: donated, not to be used again.
         rows: int32 [O, B, T], from `keys.find_orders`, the longest order last; negative for none.
-        expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output.
-        expert_inputs: [A, B, T, D], what the experts read.
+        expert_outputs: A arrays [B, T, K, D], each slot's gate-weighted expert output in the layers `window.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
+        expert_inputs: A arrays [B, T, D], what the experts read.
 
     Returns:
-        The sums with the batch.
+        The window with the batch.
     """
     longest = rows[0]
     for row in rows[1:]:
         longest = jnp.where(row >= 0, row, longest)
+    added = []
     with jax.named_scope("moments_update"):
-        for a, (layer, target) in enumerate(zip(sums.layers, targets, strict=True)):
+        for a, layer in enumerate(window.layers):
             own = Routing(routing.experts[layer], routing.weights[layer])
-            dx, dy, expert = _deviations(target, longest, expert_outputs[a], expert_inputs[a], own, mask)
-            sums = replace(
-                sums,
-                power=sums.power.at[a, expert].add(jnp.sum(dy * dy, axis=-1), mode="drop"),
-                count=sums.count.at[a, expert].add(1.0, mode="drop"),
-            )
-            gram, cross = _products(dx, dy, expert, (sums.gram[a], sums.cross[a]))
-            sums = replace(sums, gram=sums.gram.at[a].set(gram), cross=sums.cross.at[a].set(cross))
-    return sums
+            slots = _deviations(window.targets[a], longest, expert_outputs[a], expert_inputs[a], own, mask)
+            added.append(_with_slots(window.moments[a], *slots))
+    return replace(window, moments=tuple(added))
 
 
 def _deviations(
@@ -199,10 +197,9 @@ def _deviations(
     return dx.reshape(-1, dx.shape[-1]), dy.reshape(-1, hidden_size), expert.reshape(-1)
 
 
-def _products(dx: Array, dy: Array, expert: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Adds dx dx' [E, Q, Q] and dx dy' [E, Q, D] of the slots. They are sorted by expert and multiplied in blocks."""
-    gram, cross = totals
-    slots, num_experts = len(expert), len(gram)
+def _with_slots(moments: Moments, dx: Array, dy: Array, expert: Array) -> Moments:
+    """Adds the slots, sorted by expert and multiplied in blocks."""
+    slots, num_experts = len(expert), len(moments.count)
     order = jnp.argsort(expert, stable=True).astype(jnp.int32)
     ends = jnp.cumsum(jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop"), dtype=jnp.int32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:-1]])
@@ -217,27 +214,42 @@ def _products(dx: Array, dy: Array, expert: Array, totals: tuple[Array, Array]) 
         x, y = (one.at[slot].get(mode="fill", fill_value=0) for one in (dx, dy))
         return gram.at[index].add(x.T @ x), cross.at[index].add(x.T @ y)
 
-    return lax.fori_loop(0, last_block[-1], add, (gram, cross))
+    gram, cross = lax.fori_loop(0, last_block[-1], add, (moments.gram, moments.cross))
+    power = moments.power.at[expert].add(jnp.sum(dy * dy, axis=-1), mode="drop")
+    return Moments(gram, cross, power, moments.count.at[expert].add(1.0, mode="drop"))
 
 
-def absorb(sums: Moments, moments: Moments) -> Moments:
-    """Add a window, or the sums over other text, to the host's sums.
+def absorb(window: Window, moments: Sequence[Moments]) -> tuple[Moments, ...]:
+    """Add a window to the host's sums.
 
     Args:
-        sums: of the same layers and experts.
-        moments: the sums so far.
+        window: of the same layers and experts.
+        moments: the sums so far, of each layer.
 
     Returns:
         Both together.
     """
-    return jax.tree.map(lambda more, total: total + np.asarray(more, np.float64), sums, moments)
+    return merge(window.moments, moments)
 
 
-def fit(moments: Moments, held_out: Moments, rank: int, basis: np.ndarray | None = None) -> Maps:
+def merge(a: Sequence[Moments], b: Sequence[Moments]) -> tuple[Moments, ...]:
+    """The sums over two texts.
+
+    Args:
+        a: of each layer.
+        b: of the same layers, from deviations from the same means.
+
+    Returns:
+        Their sums in float64.
+    """
+    return jax.tree.map(lambda one, other: np.asarray(one, np.float64) + np.asarray(other), tuple(a), tuple(b))
+
+
+def fit(moments: Sequence[Moments], held_out: Sequence[Moments], rank: int, basis: np.ndarray | None = None) -> Maps:
     """The maps that explain most of `moments`, with the ridge that does best on `held_out`.
 
     Args:
-        moments: of the text that the maps are fitted to.
+        moments: of the text that the maps are fitted to, of each layer.
         held_out: of other text, which chooses the ridge and says how much the maps leave unexplained.
         rank: r, at most Q.
         basis: float32 [A, D, Q], as given to `targets`; None: all directions.
@@ -248,12 +260,12 @@ def fit(moments: Moments, held_out: Moments, rank: int, basis: np.ndarray | None
     Raises:
         InputError: `rank` is out of range.
     """
-    seen = moments.gram.shape[-1]
+    seen = moments[0].gram.shape[-1]
     if not 1 <= rank <= seen:
         raise InputError(f"rank={rank}: expected an integer from 1 to {seen}")
     found = []
-    for a in range(len(moments.layers)):
-        ours, theirs = ((m.gram[a], m.cross[a], m.power[a]) for m in (moments, held_out))
+    for a, layers in enumerate(zip(moments, held_out, strict=True)):
+        ours, theirs = ((one.gram, one.cross, one.power) for one in layers)
         full, ridge = _ridge(ours, theirs)
         read, mix, write = _reduced(ours, full, ridge, rank)
         left = np.array([_missed(read @ m @ write, *held) for m, *held in zip(mix, *theirs, strict=True)])

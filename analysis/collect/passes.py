@@ -97,11 +97,11 @@ class PassSums(NamedTuple, Generic[Window, Total]):
 
     name: str  # for the progress bar
     begin: Callable[[Total], Window]  # an empty window of one device
-    update: Callable[..., Window]  # (window, rows of keys, figures of the model, mask) -> window
+    update: Callable[..., Window]  # (window, rows of keys, figures of the model, mask, experts' inputs) -> window
     absorb: Callable[[Window, Total], Total]
     orders: tuple[int, ...]  # [O], of the keys
     layers: tuple[int, ...]
-    expert_outputs: bool = False  # False: `update` gets gate probabilities; True: expert outputs and routing
+    experts: bool = False  # False: `update` gets gate probabilities; True: experts' outputs, routing and inputs
 
 
 def mesh_of(model: Model) -> Mesh:
@@ -190,21 +190,28 @@ def _step(
     mesh: Mesh,
 ) -> Window:
     """One batch [G * B, T] through the model and into the windows [G, ...]."""
-    options: dict[str, Any] = {"expert_outputs_of": sums.layers} if sums.expert_outputs else {}
+    options: dict[str, Any] = {"recorded_layers": sums.layers} if sums.experts else {}
     out = network.forward(params, ids, attention_mask=mask, **options)
-    figures: tuple[Any, ...] = (out.expert_outputs, out.routing) if sums.expert_outputs else (out.router_probs,)
+    figures: tuple[Any, ...] = (out.router_probs,)
+    over: tuple[Any, ...] = (_SPLIT_LAYERS,)
+    if sums.experts:
+        outputs, inputs = (tuple(getattr(one, name) for one in out.recorded) for name in ("outputs", "inputs"))
+        figures, over = (outputs, out.routing, inputs), (_SPLIT, _SPLIT_LAYERS, _SPLIT)
 
     def add(
         windows: Window, shared: tuple[KeyIndex, jax.Array], ids: jax.Array, mask: jax.Array, *figures: Any
     ) -> Window:
         (index, special), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
-        if not sums.expert_outputs:
-            figures = (figures[0][jnp.array(sums.layers)],)
+        counted = mask & ~jnp.isin(ids, special)
         rows = find_rows(index, ids, sums.orders, mask)
-        window = sums.update(window, rows, *figures, mask & ~jnp.isin(ids, special))
+        if sums.experts:
+            outputs, routing, inputs = figures
+            window = sums.update(window, rows, outputs, routing, counted, inputs)
+        else:
+            window = sums.update(window, rows, figures[0][jnp.array(sums.layers)], counted)
         return jax.tree.map(lambda leaf: leaf[None], window)
 
-    specs = (_SPLIT, _WHOLE, _SPLIT, _SPLIT, *[_SPLIT_LAYERS] * len(figures))
+    specs = (_SPLIT, _WHOLE, _SPLIT, _SPLIT, *over)
     run = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)
     return run(windows, shared, ids, mask, *figures)
 

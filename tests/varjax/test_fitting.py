@@ -47,7 +47,7 @@ def batches(one, size=10):
         part = slice(start, start + size)
         rows = find_rows(KeyIndex.build(EMPTY.keys), jnp.asarray(one.ids[part]), EMPTY.ngram_orders)
         routing = jax.tree.map(lambda leaf, part=part: leaf[:, part], one.routing)
-        yield rows, one.outputs[:, part], one.inputs[:, part], routing, jnp.ones(one.ids[part].shape, bool)
+        yield rows, one.outputs[:, part], routing, jnp.ones(one.ids[part].shape, bool), one.inputs[:, part]
 
 
 EMPTY = Answers.empty(KEYS, (0,), EXPERTS, HIDDEN, inputs=True)
@@ -55,20 +55,20 @@ EMPTY = Answers.empty(KEYS, (0,), EXPERTS, HIDDEN, inputs=True)
 
 def collected(one):
     sums = answering.init(EMPTY)
-    for rows, outputs, inputs, routing, mask in batches(one):
-        sums = answering.update(sums, rows, outputs, routing, mask, inputs)
+    for batch in batches(one):
+        sums = answering.update(sums, *batch)
     return answering.absorb(sums, EMPTY)
 
 
 def summed(one, answers, own_text, basis=None, windows=1):
     target = fitting.targets(answers, SHRINKAGE, own_text=own_text, basis=basis)
-    moments = Moments.empty((0,), EXPERTS, HIDDEN, None if basis is None else basis.shape[-1])
+    moments = (Moments.empty(EXPERTS, HIDDEN, None if basis is None else basis.shape[-1]),)
     parts = list(batches(one))
-    for window in range(windows):
-        sums = fitting.init(moments)
-        for batch in parts[window::windows]:
-            sums = fitting.update(sums, target, *batch)
-        moments = fitting.absorb(sums, moments)
+    for number in range(windows):
+        window = fitting.init(moments, target, answers.layers)
+        for batch in parts[number::windows]:
+            window = fitting.update(window, *batch)
+        moments = fitting.absorb(window, moments)
     return moments
 
 
@@ -106,11 +106,12 @@ def plain_deviations(one, answers, own_text):
 def test_moments_are_those_of_the_deviations_from_the_other_occurrences(own_text):
     one = text(4, planted)
     answers = collected(one)
-    moments = summed(one, answers, own_text)
+    (moments,) = summed(one, answers, own_text)
     for expert, (dx, dy) in plain_deviations(one, answers, own_text).items():
-        assert moments.count[0, expert] == len(dx)
-        for found, expected in ((moments.gram, dx.T @ dx), (moments.cross, dx.T @ dy), (moments.power, (dy**2).sum())):
-            np.testing.assert_allclose(found[0, expert], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        assert moments.count[expert] == len(dx)
+        sums = moments.gram[expert], moments.cross[expert], moments.power[expert]
+        for found, expected in zip(sums, (dx.T @ dx, dx.T @ dy, (dy**2).sum()), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
 def test_full_maps_are_least_squares(monkeypatch):
@@ -121,7 +122,7 @@ def test_full_maps_are_least_squares(monkeypatch):
     monkeypatch.setattr(fitting, "RIDGES", (ridge,))
     moments = summed(one, answers, True)
     maps = fitting.fit(moments, moments, rank=HIDDEN)
-    unit = np.trace(moments.gram[0], axis1=1, axis2=2).sum() / (EXPERTS * HIDDEN)
+    unit = np.trace(moments[0].gram, axis1=1, axis2=2).sum() / (EXPERTS * HIDDEN)
     for expert, (dx, dy) in plain_deviations(one, answers, True).items():
         padded = np.concatenate([dx, np.sqrt(ridge * unit) * np.eye(HIDDEN)])
         expected = np.linalg.lstsq(padded, np.concatenate([dy, np.zeros((HIDDEN, HIDDEN))]), rcond=None)[0]
@@ -164,8 +165,8 @@ def test_a_key_seen_once_does_not_explain_itself():
     sums = answering.update(answering.init(empty), rows, first.outputs, first.routing, mask, first.inputs)
     answers = answering.absorb(sums, empty)
     target = fitting.targets(answers, SHRINKAGE, own_text=True)
-    moments = Moments.empty((0,), EXPERTS, HIDDEN)
-    found = fitting.update(fitting.init(moments), target, rows, first.outputs, first.inputs, first.routing, mask)
+    window = fitting.init((Moments.empty(EXPERTS, HIDDEN),), target, (0,))
+    (found,) = fitting.update(window, rows, first.outputs, first.routing, mask, first.inputs).moments
     weights, experts = np.asarray(first.routing.weights)[0], np.asarray(first.routing.experts)[0]
     # Alone, the estimate is the prior's: the mean over all tokens.
     root = answers.mean[0][answers.entry[0, 0]]
@@ -174,7 +175,7 @@ def test_a_key_seen_once_does_not_explain_itself():
         expected[experts[b, t, k]] += np.sum(
             (first.outputs[0, b, t, k] - weights[b, t, k] * root[experts[b, t, k]]) ** 2
         )
-    np.testing.assert_allclose(found.power[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(found.power, expected, rtol=1e-4)
 
 
 def test_windows_and_parts_add_up():
@@ -209,19 +210,16 @@ def test_errors():
     with pytest.raises(InputError, match="no mean inputs"):
         fitting.targets(dataclasses.replace(answers, inputs=answers.inputs[..., :0]), SHRINKAGE, own_text=True)
     with pytest.raises(InputError, match="pass expert_inputs"):
-        rows, outputs, _, routing, mask = next(batches(one))
-        answering.update(answering.init(EMPTY), rows, outputs, routing, mask)
+        answering.update(answering.init(EMPTY), *next(batches(one))[:-1])
 
 
 def test_the_second_batch_compiles_nothing():
     one = text(15, planted)
     answers = collected(one)
-    target, sums = (
-        fitting.targets(answers, SHRINKAGE, own_text=True),
-        fitting.init(Moments.empty((0,), EXPERTS, HIDDEN)),
-    )
+    target = fitting.targets(answers, SHRINKAGE, own_text=True)
+    window = fitting.init((Moments.empty(EXPERTS, HIDDEN),), target, (0,))
     every = list(batches(one))
-    sums = fitting.update(sums, target, *every[0])
+    window = fitting.update(window, *every[0])
     before = fitting.update._cache_size()
-    fitting.update(sums, target, *every[1])
+    fitting.update(window, *every[1])
     assert fitting.update._cache_size() == before
