@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
 from models import MoEConfig
 from models.decoder import Network
-from models.experts import Engine, get_engine
+from models.experts import get_engine
 from models.parameters import Params, prepare
 from varjax.errors import InputError
-from varjax.routing import Routing
 
 _ROUNDS = 50  # of k-means at most; it stops much earlier
 
@@ -45,21 +42,13 @@ def expert_inputs(
     Returns:
         float32 [L, N, D].
     """
-    blocks, seen = get_engine("blocks"), []
-
-    def apply(x: jax.Array, routing: Routing, experts: Any) -> jax.Array:
-        io_callback(lambda inputs: seen.append(np.asarray(inputs)), None, x, ordered=True)
-        return blocks.apply(x, routing, experts)
-
-    network = Network(config, Engine("recording", blocks.prepare, apply))
-    prepared, kept, number = prepare(params, blocks), [], 0
+    engine = get_engine("blocks")
+    network, prepared = Network(config, engine), prepare(params, engine)
+    layers, kept, number = tuple(range(config.num_layers)), [], 0
     for batch in batches(documents, batch_size, length):
-        seen.clear()
-        jax.block_until_ready(
-            network.forward(prepared, jnp.asarray(batch.ids), attention_mask=jnp.asarray(batch.mask)).router_probs
-        )
-        jax.effects_barrier()
-        kept.append(np.stack(seen)[:, batch.mask.ravel()])
+        ids, mask = jnp.asarray(batch.ids), jnp.asarray(batch.mask)
+        out = network.forward(prepared, ids, attention_mask=mask, last_logits_only=True, recorded_layers=layers)
+        kept.append(np.stack([np.asarray(record.inputs)[batch.mask] for record in out.recorded]))
         number += kept[-1].shape[1]
         if number >= tokens:
             break

@@ -128,12 +128,12 @@ def test_inputs_of_experts_are_those_that_the_experts_read(small_gguf):
     x = expert_inputs(source.config, source.params, documents, 150, batch_size=2, length=32)
     assert x.shape == (LAYERS, 150, HIDDEN)
     ids = documents[0].ids[None]
-    out = model_of(source).network.forward(prepare(source.params, get_engine("blocks")), ids, expert_outputs_of=(0, 1))
+    out = model_of(source).network.forward(prepare(source.params, get_engine("blocks")), ids, recorded_layers=(0, 1))
     size = min(ids.shape[1], 32)
     for layer in range(LAYERS):  # the only expert has weight 1
         expert = source.params["experts"][layer][0]
         y = hidden_activations(x[layer, :size], expert) @ expert["down"]
-        np.testing.assert_allclose(y, out.expert_outputs[layer, 0, :size, 0], atol=1e-4)
+        np.testing.assert_allclose(y, out.recorded[layer].outputs[0, :size, 0], atol=1e-4)
 
 
 def model_tokenizer(source: smollm2.Source):
