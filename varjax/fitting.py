@@ -13,9 +13,10 @@ Means that were taken over the same text know its tokens: a key that was seen on
 (M + P) / (M + P - w^2) times the one from the shrunk mean, and that is what is summed up. (The parent's mean, which has
 more occurrences, is not corrected.)
 
-    window = init(moments, targets(answers, shrinkage, own_text=True), answers.layers)   # on the device, float32
-    window = update(window, rows, expert_outputs, routing, mask, expert_inputs)          # one batch; jitted
-    moments = absorb(window, moments)                                                    # into the host's float64
+    known = targets(answers, shrinkage, own_text=True)
+    sums = init(moments)                                                        # on the device, float32
+    sums = update(sums, rows, expert_outputs, routing, mask, expert_inputs, known)  # one batch; jitted
+    moments = merge(sums, moments)                                              # into the host's float64
     maps = fit(moments, held_out, rank=64)
 
 Reduced rank follows Izenman (1975): the directions written are the leading ones of what the full maps predict. The
@@ -25,7 +26,7 @@ directions read are the leading ones of all experts' maps together, in units of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -56,6 +57,7 @@ class Targets:
     inputs: Any  # float32 [N, D], shrunk mean input
     per_mass: Any  # float32 [N], 1 / (mass of an answer and of its prior); 0 for a text that is not in the means
     basis: Any  # float32 [D, Q], the directions of the inputs that are looked at; None: all
+    layer: int = field(metadata={"static": True})  # its number
 
 
 @jax.tree_util.register_dataclass
@@ -83,16 +85,6 @@ class Moments:
         seen = directions or hidden_size
         shapes = ((num_experts, seen, seen), (num_experts, seen, hidden_size), (num_experts,), (num_experts,))
         return cls(*map(np.zeros, shapes))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Window:
-    """The sums of some batches on the device."""
-
-    moments: tuple[Moments, ...]  # [A]
-    targets: tuple[Targets, ...]  # [A]
-    layers: tuple[int, ...] = field(metadata={"static": True})  # [A], ascending
 
 
 def targets(
@@ -123,44 +115,43 @@ def targets(
         root = (answers.keys == ANY).all(axis=1)
         entry = inherit(answers.keys, answers.entry[a])
         entry = np.where(entry == NO_ANSWER, answers.entry[a][root], entry)
-        one = Targets(entry, estimate.answers, estimate.inputs, per_mass, None if basis is None else basis[a])
-        found.append(jax.tree.map(jnp.asarray, one))
+        rows = entry, estimate.answers, estimate.inputs, per_mass
+        found.append(Targets(*rows, None if basis is None else basis[a], layer))
     return tuple(found)
 
 
-def init(moments: Sequence[Moments], targets: Sequence[Targets], layers: Sequence[int]) -> Window:
+def init(moments: Sequence[Moments]) -> tuple[Moments, ...]:
     """An empty window.
 
     Args:
-        moments: what the window will be absorbed into, of each layer [A].
-        targets: of the same layers.
-        layers: their numbers, ascending.
+        moments: what the window will be added to, of each layer [A].
 
     Returns:
         Sums, all zero. They are arrays of the host, which the first `update` moves to the device.
     """
-    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tuple(moments))
-    return Window(nothing, tuple(targets), tuple(layers))
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tuple(moments))
 
 
 @partial(jax.jit, donate_argnums=0)
 def update(
-    window: Window,
+    sums: tuple[Moments, ...],
     rows: Array,
     expert_outputs: Sequence[Array],
     routing: Routing,
     mask: Array,
     expert_inputs: Sequence[Array],
-) -> Window:
+    targets: tuple[Targets, ...],
+) -> tuple[Moments, ...]:
     """Add one batch.
 
     Args:
-        window: donated, not to be used again.
+        sums: a window; donated, not to be used again.
         rows: int32 [O, B, T], from `keys.find_orders`, the longest order last; negative for none.
-        expert_outputs: A arrays [B, T, K, D], each slot's gate-weighted expert output in the layers `window.layers`.
+        expert_outputs: A arrays [B, T, K, D], each slot's gate-weighted expert output in the layers of `targets`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
         expert_inputs: A arrays [B, T, D], what the experts read.
+        targets: of the layers [A].
 
     Returns:
         The window with the batch.
@@ -170,11 +161,10 @@ def update(
         longest = jnp.where(row >= 0, row, longest)
     added = []
     with jax.named_scope("moments_update"):
-        for a, layer in enumerate(window.layers):
-            own = Routing(routing.experts[layer], routing.weights[layer])
-            slots = _deviations(window.targets[a], longest, expert_outputs[a], expert_inputs[a], own, mask)
-            added.append(_with_slots(window.moments[a], *slots))
-    return replace(window, moments=tuple(added))
+        for own, target, outputs, inputs in zip(sums, targets, expert_outputs, expert_inputs, strict=True):
+            decided = Routing(routing.experts[target.layer], routing.weights[target.layer])
+            added.append(_with_slots(own, *_deviations(target, longest, outputs, inputs, decided, mask)))
+    return tuple(added)
 
 
 def _deviations(
@@ -219,21 +209,8 @@ def _with_slots(moments: Moments, dx: Array, dy: Array, expert: Array) -> Moment
     return Moments(gram, cross, power, moments.count.at[expert].add(1.0, mode="drop"))
 
 
-def absorb(window: Window, moments: Sequence[Moments]) -> tuple[Moments, ...]:
-    """Add a window to the host's sums.
-
-    Args:
-        window: of the same layers and experts.
-        moments: the sums so far, of each layer.
-
-    Returns:
-        Both together.
-    """
-    return merge(window.moments, moments)
-
-
 def merge(a: Sequence[Moments], b: Sequence[Moments]) -> tuple[Moments, ...]:
-    """The sums over two texts.
+    """The sums over two texts, or of a window and those so far.
 
     Args:
         a: of each layer.

@@ -93,15 +93,17 @@ class _Part:
 
 
 class PassSums(NamedTuple, Generic[Window, Total]):
-    """What a pass sums up: three functions of `varjax.stats` or `varjax.answers`, and what they need from the model."""
+    """What a pass sums up: three functions of a file of `varjax`, and what they need from the model."""
 
     name: str  # for the progress bar
     begin: Callable[[Total], Window]  # an empty window of one device
-    update: Callable[..., Window]  # (window, rows of keys, figures of the model, mask, experts' inputs) -> window
+    # (window, rows of keys, gate probabilities, mask) -> window; where `experts`, (window, rows of keys, experts'
+    # outputs, routing, mask, experts' inputs, *constants) -> window.
+    update: Callable[..., Window]
     absorb: Callable[[Window, Total], Total]
     orders: tuple[int, ...]  # [O], of the keys
     layers: tuple[int, ...]
-    experts: bool = False  # False: `update` gets gate probabilities; True: experts' outputs, routing and inputs
+    experts: bool = False
 
 
 def mesh_of(model: Model) -> Mesh:
@@ -119,19 +121,20 @@ def mesh_of(model: Model) -> Mesh:
 class Devices(Generic[Window, Total]):
     """The devices' part of a pass: the model, the index of the keys, and a window of sums on each of G devices."""
 
-    def __init__(self, model: Model, keys: np.ndarray, sums: PassSums[Window, Total]):
+    def __init__(self, model: Model, keys: np.ndarray, sums: PassSums[Window, Total], constants: tuple[Any, ...] = ()):
         """Move everything that batches share to the devices, whole on each unless the model is divided already.
 
         Args:
             model: the model.
             keys: int32 [R, C].
             sums: what is summed up.
+            constants: arrays that every `update` reads.
         """
         self.mesh, self._sums = mesh_of(model), sums
         if self.mesh.size > 1 and model.placement.mesh is None:
             placement = Placement.of(model.config, self.mesh)
             model = replace(model, params=placement.place(model.params), placement=placement)
-        shared = KeyIndex.build(keys), jnp.asarray(model.special_token_ids, jnp.int32)
+        shared = KeyIndex.build(keys), jnp.asarray(model.special_token_ids, jnp.int32), constants
         self._model, self._shared = model, jax.device_put(shared, NamedSharding(self.mesh, _WHOLE))
         self._split = partial(jax.device_put, device=NamedSharding(self.mesh, _SPLIT))
         self._windows: Any = None
@@ -180,7 +183,7 @@ class Devices(Generic[Window, Total]):
 @partial(jax.jit, static_argnames=("sums", "network", "mesh"), donate_argnums=0)
 def _step(
     windows: Window,
-    shared: tuple[KeyIndex, jax.Array],
+    shared: tuple[KeyIndex, jax.Array, tuple[Any, ...]],
     params: Params,
     ids: jax.Array,
     mask: jax.Array,
@@ -199,14 +202,18 @@ def _step(
         figures, over = (outputs, out.routing, inputs), (_SPLIT, _SPLIT_LAYERS, _SPLIT)
 
     def add(
-        windows: Window, shared: tuple[KeyIndex, jax.Array], ids: jax.Array, mask: jax.Array, *figures: Any
+        windows: Window,
+        shared: tuple[KeyIndex, jax.Array, tuple[Any, ...]],
+        ids: jax.Array,
+        mask: jax.Array,
+        *figures: Any,
     ) -> Window:
-        (index, special), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
+        (index, special, constants), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
         counted = mask & ~jnp.isin(ids, special)
         rows = find_rows(index, ids, sums.orders, mask)
         if sums.experts:
             outputs, routing, inputs = figures
-            window = sums.update(window, rows, outputs, routing, counted, inputs)
+            window = sums.update(window, rows, outputs, routing, counted, inputs, *constants)
         else:
             window = sums.update(window, rows, figures[0][jnp.array(sums.layers)], counted)
         return jax.tree.map(lambda leaf: leaf[None], window)
@@ -222,6 +229,7 @@ def run_pass(
     keys: np.ndarray,
     total: Total,
     sums: PassSums[Any, Total],
+    constants: tuple[Any, ...] = (),
     *,
     batch_size: int = 8,
     max_length: int = 256,
@@ -237,13 +245,14 @@ def run_pass(
         keys: int32 [R, C].
         total: nothing counted yet.
         sums: what is summed up.
+        constants: see `Devices`.
         batch_size, max_length, checkpoints, save_tokens, progress: see `Reading`.
 
     Returns:
         The total, and how many documents are in it.
     """
     done, total = (checkpoints and checkpoints.newest(total)) or (0, total)
-    devices = Devices(model, keys, sums)
+    devices = Devices(model, keys, sums, constants)
     devices.begin(total)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)

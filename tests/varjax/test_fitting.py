@@ -65,10 +65,10 @@ def summed(one, answers, own_text, basis=None, windows=1):
     moments = (Moments.empty(EXPERTS, HIDDEN, None if basis is None else basis.shape[-1]),)
     parts = list(batches(one))
     for number in range(windows):
-        window = fitting.init(moments, target, answers.layers)
+        window = fitting.init(moments)
         for batch in parts[number::windows]:
-            window = fitting.update(window, *batch)
-        moments = fitting.absorb(window, moments)
+            window = fitting.update(window, *batch, target)
+        moments = fitting.merge(window, moments)
     return moments
 
 
@@ -165,8 +165,8 @@ def test_a_key_seen_once_does_not_explain_itself():
     sums = answering.update(answering.init(empty), rows, first.outputs, first.routing, mask, first.inputs)
     answers = answering.absorb(sums, empty)
     target = fitting.targets(answers, SHRINKAGE, own_text=True)
-    window = fitting.init((Moments.empty(EXPERTS, HIDDEN),), target, (0,))
-    (found,) = fitting.update(window, rows, first.outputs, first.routing, mask, first.inputs).moments
+    window = fitting.init((Moments.empty(EXPERTS, HIDDEN),))
+    (found,) = fitting.update(window, rows, first.outputs, first.routing, mask, first.inputs, target)
     weights, experts = np.asarray(first.routing.weights)[0], np.asarray(first.routing.experts)[0]
     # Alone, the estimate is the prior's: the mean over all tokens.
     root = answers.mean[0][answers.entry[0, 0]]
@@ -217,9 +217,9 @@ def test_the_second_batch_compiles_nothing():
     one = text(15, planted)
     answers = collected(one)
     target = fitting.targets(answers, SHRINKAGE, own_text=True)
-    window = fitting.init((Moments.empty(EXPERTS, HIDDEN),), target, (0,))
+    window = fitting.init((Moments.empty(EXPERTS, HIDDEN),))
     every = list(batches(one))
-    window = fitting.update(window, *every[0])
+    window = fitting.update(window, *every[0], target)
     before = fitting.update._cache_size()
-    fitting.update(window, *every[1])
+    fitting.update(window, *every[1], target)
     assert fitting.update._cache_size() == before
