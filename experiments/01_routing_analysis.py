@@ -113,8 +113,8 @@ def _collect(args: argparse.Namespace, output: Output) -> None:
     )
     if settings.answer_rank and (args.split == "all" or args.held_out_split in (args.split, "all")):
         raise InputError(
-            f"--held_out_split {args.held_out_split} with --split {args.split}: maps need documents that the answers have "
-            "not seen; give two different splits"
+            f"--held_out_split {args.held_out_split} with --split {args.split}: maps need documents that the "
+            "answers have not seen; give two different splits"
         )
     share = EVERY_DOCUMENT if args.coordinator else Share(args.process_id, args.num_processes)
     model = open_model(args)

@@ -145,7 +145,7 @@ def _search(args: argparse.Namespace, output: Output) -> None:
         print(f"not searched: {reasons(setting.unsearched)}")
     study = open_study(_storage(args), args.study_name, args.method, setting.about)
     total = fill(study, args.method, objective.space, args.n_calls, args.grid_points)
-    _ = objective.ladder  # measured, or read back, before there are workers that would all measure it
+    _ = objective.prices  # measured, or read back, before there are workers that would all measure it
     if args.workers > 1 and args.speed == "measured":
         print("several workers on one machine disturb each other's timing: give each a device, or take --speed model")
     bar = progress_bar(total=total, initial=len(points(study)), unit="trial", desc=args.method)

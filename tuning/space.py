@@ -2,8 +2,8 @@
 
 A space is a tuple of `Parameter`s. Most of them are fields of `VARConfig` under their own names. Three are not:
 
-- `loss_budget`: all layers' tolerances at once, by the ladder of policies (`analysis.evaluate.policy_search`). The
-  budget is the sum of the losses of single layers; the real loss of a point is measured.
+- `loss_budget`: all layers' tolerances at once, by the price of an error (`analysis.evaluate.prices`). The budget is
+  the expected divergence from the plain model; the real loss of a point is measured.
 - `longest_context`: layers use the context orders from 1 to this one.
 - `cached_tier`: whether there is a cached tier. Without one its settings (`CACHED`) have no effect; they are drawn
   nevertheless, because samplers model a space of fixed shape better.
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import optuna
 
-from analysis.evaluate.policy_search import Ladder
+from analysis.evaluate.prices import Prices
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 
@@ -181,13 +181,13 @@ def grid(space: Space, number: int) -> list[dict[str, Value]]:
     return [dict(zip(names, one, strict=True)) for one in itertools.product(*(_spaced(p, number) for p in space))]
 
 
-def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[int]) -> VARConfig:
+def config_at(values: Values, base: VARConfig, prices: Prices, orders: Sequence[int]) -> VARConfig:
     """Build the config that a point of the space stands for.
 
     Args:
         values: by parameter; settings without a value stay as in `base`.
         base: the config of the search.
-        ladder: measured on the tune documents; used where there is a `loss_budget`.
+        prices: measured on the tune documents; used where there is a `loss_budget`.
         orders: context orders above 0 that a policy may use.
 
     Returns:
@@ -203,7 +203,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
     if budget is not None:
         policies = {
             choice.layer: LayerPolicy(experts_kept=None, tolerance=choice.tolerance, ngram_orders=tuple(orders))
-            for choice in ladder.within(float(budget))
+            for choice in prices.within(float(budget))
         }
         config = dataclasses.replace(config, default=None, layers=policies)
     if longest is not None:
