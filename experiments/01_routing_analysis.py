@@ -147,7 +147,7 @@ def _present(args: argparse.Namespace, output: Output, stats: RoutingStats, fact
     answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
     facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
     said = Report("Routing statistics", facts, (), answer.sections)
-    extra = {**answer.result, "provenance": provenance(seed=args.seed)}
+    extra = {**(answer.result or {}), "provenance": provenance(seed=args.seed)}
     write_report(said, output, f"{output.prefix}routing_summary", extra=extra)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))

@@ -39,6 +39,7 @@ class Question(Generic[Data]):
     name: str  # of the section, and of the result in the JSON file
     title: str  # the claim or the topic, as the heading of the section
     examine: Callable[[Data], Section | Finding]  # may raise NotTestableError, NotMeasuredError
+    needs: Callable[[Data], None] = lambda _: None  # raises one of them where nothing is worth estimating
 
     def answer(self, data: Data) -> Finding:
         """Answer the question, or say why the data cannot answer it.
@@ -50,6 +51,7 @@ class Question(Generic[Data]):
             The sections, at least one.
         """
         try:
+            self.needs(data)
             found = self.examine(data)
         except NotTestableError as error:
             verdict = "not measured" if isinstance(error, NotMeasuredError) else "not testable"
