@@ -23,6 +23,7 @@ from analysis.collect.passes import EVERY_DOCUMENT, SAVE_TOKENS, Reading, Share,
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
+from analysis.steps import Steps
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.sources import CorpusError
 from models import Model, MoEConfig
@@ -190,6 +191,18 @@ def analyze(
         merge_files([path / STATS for path in works], at.main(".parquet"), origin)
     together, _ = statsfile.read(at.main(".parquet"))
     return Analysis(together, keys, len(frequent), int(answerable.sum()), pairs)
+
+
+def later_steps(output: Path) -> Steps:
+    """Keep what a run does after `analyze` until `finish` is called.
+
+    Args:
+        output: see `analyze`.
+
+    Returns:
+        The steps, next to the checkpoints.
+    """
+    return Steps(place(output).other(_WORK) / "later")
 
 
 def finish(output: Path) -> None:

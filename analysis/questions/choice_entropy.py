@@ -259,4 +259,6 @@ def _draw(found: ChoiceEntropy, settings: TraceSettings) -> Figure:
     return figure
 
 
-QUESTION = Question("choice_entropy", "What the last ids leave open: H(first choice | last n ids)", _examine, needs_routing)
+QUESTION = Question(
+    "choice_entropy", "What the last ids leave open: H(first choice | last n ids)", _examine, needs_routing
+)

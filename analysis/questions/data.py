@@ -15,13 +15,12 @@ from analysis.questions.question import NotMeasuredError
 from analysis.resampling import MIN_PERMUTATIONS, Measure
 from analysis.traces.capture import on_all_layers
 from analysis.traces.statistics import trace_statistics
-from analysis.traces.trace import Trace
+from analysis.traces.trace import NO_ROUTING, Trace
 from varjax.errors import InputError, NotTestableError
 from varjax.stats import RoutingStats
 
 Found = TypeVar("Found")
 
-NO_ROUTING = "there is no routing in this model"
 _GUESSED = "experts up to the largest id in the file"
 
 
