@@ -56,14 +56,12 @@ class Steps:
         """
         path = self._folder / f"{name}.json"
         if path.is_file():
-            saved = checksums.read_json(path, f"delete {self._folder} to start over", required=True)
             print(f"{name}: read back from {path}")
-            found = restored(kind, saved["found"])
         else:
-            found = work()
-            checksums.write_json(path, {"found": plain(found, exact=True)})
+            checksums.write_json(path, {"found": plain(work(), exact=True)})
         self.finished.append(name)
-        return found
+        saved = checksums.read_json(path, f"delete {self._folder} to start over", required=True)
+        return restored(kind, saved["found"])  # always, so that it makes no difference whether a run was interrupted
 
 
 @contextlib.contextmanager
@@ -115,8 +113,10 @@ def restored(kind: Any, saved: Any) -> Any:
             return {name: restored(Any, value) for name, value in saved.items()}
         return [restored(Any, value) for value in saved] if isinstance(saved, list) else saved
     if origin in (typing.Union, types.UnionType):
-        (kind,) = (one for one in given if one is not type(None))
-        return restored(kind, saved)
+        kinds = [one for one in given if one is not type(None)]
+        if len(kinds) > 1:  # such as a number or several
+            kinds = [one for one in kinds if (typing.get_origin(one) is not None) == isinstance(saved, list)]
+        return restored(kinds[0], saved) if len(kinds) == 1 else saved
     if kind is VARConfig:
         return VARConfig.from_json(saved)
     if kind is np.ndarray:

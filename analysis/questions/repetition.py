@@ -7,7 +7,7 @@ Over pairs of tokens that directly follow each other in a document:
 | measure | share of the pairs in which |
 |---|---|
 | `first_choice` | both tokens have the same first choice |
-| `first_or_second` | an expert is first or second choice of both; only where K >= 2 and E > 2 |
+| `first_or_second` | an expert is first or second choice of both; only where K >= 2 |
 
 Uniform routing repeats by chance: 12.5% and 46% for Mixtral's 8 experts. Uneven loads and documents with favorite
 experts repeat more. The permutation null keeps both and breaks the order of a document's tokens, so what is above its
@@ -48,8 +48,7 @@ def _repetition(trace: Trace, settings: TraceSettings, progress: bool = False) -
     pair = ~trace.begins()
     if not pair.any():
         raise NotTestableError("no two tokens of the trace directly follow each other; give a trace of running text")
-    slots = 2 if trace.num_experts > 2 else 1  # the first and second of two experts are both of them
-    best = np.ascontiguousarray(trace.experts[:, :, :slots].transpose(2, 1, 0))  # [2 or 1, L, N]
+    best = np.ascontiguousarray(trace.experts[:, :, :2].transpose(2, 1, 0))  # [2 or 1, L, N]
     pairs = np.repeat(document_sums(pair, trace.document)[:, None, None], trace.num_layers, axis=-1)
     uniform = _uniform_repetition(trace.num_experts, trace.top_k)
 
@@ -69,7 +68,7 @@ def _repetition(trace: Trace, settings: TraceSettings, progress: bool = False) -
 def _uniform_repetition(num_experts: int, top_k: int) -> dict[str, float]:
     """The same shares where every choice of experts is equally likely and tokens are independent."""
     e, shares = num_experts, {"first_choice": 1 / num_experts}
-    if top_k >= 2 and e > 2:
+    if top_k >= 2:
         shares["first_or_second"] = 1 - (e - 2) * (e - 3) / (e * (e - 1))
     return shares
 

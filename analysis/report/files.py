@@ -74,13 +74,13 @@ def after_results(path: Path) -> Iterator[None]:
 
 def _write(report: Report, output: Output, stem: str, extra: dict[str, Any]) -> Report:
     folder, prefix = output.folder, output.prefix
-    for figure in (one for section in report.sections for one in section.figures):
-        if figure.draw is not None:
-            save(figure.draw(), folder, f"{prefix}{figure.name}")
     named = _with_figures(report, lambda one: dataclasses.replace(one, name=f"{prefix}{one.name}"))
     with replacing(folder / f"{stem}.txt") as temporary:
         temporary.write_text(text(report), encoding="utf-8")
     write_json(folder / f"{stem}.json", fields(named) | extra)
+    for figure in (one for section in report.sections for one in section.figures):
+        if figure.draw is not None:
+            save(figure.draw(), folder, f"{prefix}{figure.name}")
     listed = (not output.named or (folder / INDEX).is_file()) and not is_foreign(folder)
     names = [one.name for section in named.sections for one in section.figures]
     images = {name: (folder / f"{name}.png").read_bytes() for name in names}

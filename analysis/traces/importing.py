@@ -324,7 +324,7 @@ def _probabilities(experts: np.ndarray, values: np.ndarray | None, fields: dict[
         if declared not in (None, "none"):
             raise TraceError(f"scores is {declared!r} but there is no array probs; add it, or remove the field")
         return _Found(experts)
-    of_all, all_chosen = values.shape[-1] != fields["top_k"], fields["top_k"] == fields["num_experts"]
+    of_all = values.shape[-1] != fields["top_k"]
     if of_all and over == "chosen":
         raise TraceError(f"probs_over is 'chosen' but probs has the scores of all {values.shape[-1]} experts")
     if not values.size:
@@ -335,15 +335,15 @@ def _probabilities(experts: np.ndarray, values: np.ndarray | None, fields: dict[
     if declared == "none":
         sorted_experts, _ = _best_first(experts, _of_chosen(values, experts) if of_all else values)
         return _Found(sorted_experts, notes=("The trace's scores are not probabilities: only their order was used.",))
-    probs, over, notes = _CONVERSIONS[declared or "softmax"](values, fields, of_all)
+    probs, whose, notes = _CONVERSIONS[declared or "softmax"](values, fields, of_all)
     entropy = None
-    if of_all or all_chosen:
-        over = "all"
+    if of_all or fields["top_k"] == fields["num_experts"]:  # then the chosen experts are all
+        whose = "all"
         entropy = np.maximum(entr(probs, dtype=np.float64).sum(axis=-1), 0).astype(np.float32)
     if of_all:
         probs = _of_chosen(probs, experts)
     experts, probs = _best_first(experts, probs)
-    return _Found(experts, probs, over, entropy, declared or "softmax", notes)
+    return _Found(experts, probs, whose, entropy, declared or "softmax", notes)
 
 
 _Converted = tuple[np.ndarray, Any, tuple[str, ...]]  # probabilities shaped as the values, what they are over, notes
