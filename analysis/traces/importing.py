@@ -215,7 +215,7 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
         document_ids=document_ids,
         groups=groups,
         num_experts=num_experts,
-        ranked=scores is not None or fields.get("ranked", False),
+        ranked=scores is not None or fields.get("ranked", False) or fields["top_k"] == 1,
         probs_over=found.over,
         scores=found.scores,
         entropy=None if found.entropy is None else on_all_layers(found.entropy, captured, np.nan, axis=1),

@@ -6,6 +6,7 @@ The reports of the first one all fail at first. The same commands then make them
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import tuning.report
 from models import MoEConfig
 from models.parameters import init_params
 from models.weights import save_params
-from profiling import bottlenecks, components, performance_model, points, xla
+from profiling import bottlenecks, ceilings, components, performance_model, points, xla
 from profiling.points import Task
 from tests.running import run_python
 
@@ -105,6 +106,7 @@ def one_expert(script, model_directory, even_corpus, tmp_path_factory) -> Phases
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(points, "tasks", lambda quick: TASKS)
         patch.setattr(components, "TURN", 0.001)
+        patch.setattr(ceilings, "measure", partial(ceilings.measure, repeats=2))
         few = ("--quick", "--split", "all", "--num_samples", 20, "--output", phases.output / "systems.json")
         policy = ("--var_config", phases.output / "var.var_config.json")
         phases.run("05_systems_analysis.py", (*few, *policy), (components, "section"), measured)
