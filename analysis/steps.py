@@ -34,10 +34,19 @@ _STARTED = "run.json"  # in the folder of the steps
 
 
 class Steps:
-    """The steps of one run, in a folder."""
+    """The steps of one run.
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    Args:
+        folder: for their files.
+        run: everything that decides what the steps find, such as arguments, model and data.
+
+    Raises:
+        CheckpointMismatchError: the folder holds the steps of another run.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]):
+        self._folder, self._run = folder, plain(run, exact=True)
+        self._noted = resumed(folder / _STARTED, self._run) is not None
         self.finished: list[str] = []  # names
 
     def do(self, name: str, kind: Any, work: Callable[[], Found]) -> Found:
@@ -58,7 +67,11 @@ class Steps:
         if path.is_file():
             print(f"{name}: read back from {path}")
         else:
-            checksums.write_json(path, {"found": plain(work(), exact=True)})
+            found = work()
+            if not self._noted:
+                note(self._folder / _STARTED, self._run, {})
+                self._noted = True
+            checksums.write_json(path, {"found": plain(found, exact=True)})
         self.finished.append(name)
         saved = checksums.read_json(path, f"delete {self._folder} to start over", required=True)
         return restored(kind, saved["found"])  # always, so that it makes no difference whether a run was interrupted
@@ -70,7 +83,7 @@ def finished_steps(output: Output, run: Mapping[str, Any]) -> Iterator[Steps]:
 
     Args:
         output: where the command writes; steps are in its folder `STEM_steps`.
-        run: everything that decides what the steps find, such as arguments, model and data.
+        run: as of `Steps`.
 
     Yields:
         The steps.
@@ -79,10 +92,7 @@ def finished_steps(output: Output, run: Mapping[str, Any]) -> Iterator[Steps]:
         CheckpointMismatchError: the folder holds the steps of another run.
     """
     folder = output.folder / f"{output.stem}_steps"
-    run = plain(run, exact=True)
-    if resumed(folder / _STARTED, run) is None:
-        note(folder / _STARTED, run, {})
-    steps = Steps(folder)
+    steps = Steps(folder, run)
     try:
         yield steps
     except Exception as error:
@@ -90,7 +100,8 @@ def finished_steps(output: Output, run: Mapping[str, Any]) -> Iterator[Steps]:
             finished = ", ".join(steps.finished)
             error.add_note(f"What is finished ({finished}) is kept in {folder}: the same command goes on from there.")
         raise
-    remove(folder)
+    if steps.finished:
+        remove(folder)
 
 
 def restored(kind: Any, saved: Any) -> Any:

@@ -116,7 +116,7 @@ def _collect(args: argparse.Namespace, output: Output) -> None:
     if args.trace_tokens:
         reading = {"batch_size": args.batch_size, "max_length": args.max_length}
         trace = partial(record, model, corpus, output.other(TRACE), max_tokens=args.trace_tokens, **reading)
-        unsound = later_steps(args.output).do(f"trace of {args.trace_tokens} tokens", int, trace)
+        unsound = later_steps(args.output, {"trace_tokens": args.trace_tokens}).do("trace", int, trace)
         if unsound:
             print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
     _print_keys(found.keys)

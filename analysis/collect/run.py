@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -193,16 +193,17 @@ def analyze(
     return Analysis(together, keys, len(frequent), int(answerable.sum()), pairs)
 
 
-def later_steps(output: Path) -> Steps:
+def later_steps(output: Path, run: Mapping[str, Any]) -> Steps:
     """Keep what a run does after `analyze` until `finish` is called.
 
     Args:
         output: see `analyze`.
+        run: what decides it, besides what decides the rest of the run.
 
     Returns:
         The steps, next to the checkpoints.
     """
-    return Steps(place(output).other(_WORK) / "later")
+    return Steps(place(output).other(_WORK) / "later", run)
 
 
 def finish(output: Path) -> None:

@@ -102,6 +102,15 @@ def test_a_report_that_fails_leaves_the_results_and_measures_nothing_again(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.txt", "out.html"}  # no step is left
 
 
+def test_without_a_finished_step_nothing_is_left(tmp_path):
+    output = Output.of(tmp_path / "out.json", "out")
+    with pytest.raises(ZeroDivisionError) as error:
+        command(output, fails, made, seed=1)
+    assert not hasattr(error.value, "__notes__") and not list(tmp_path.iterdir())
+    with finished_steps(output, {}):
+        pass
+
+
 def test_a_step_that_fails_says_what_is_finished(tmp_path):
     def work() -> None:
         with finished_steps(Output.of(tmp_path / "out.json", "out"), {}) as steps:
