@@ -70,9 +70,10 @@ def main(arguments: Sequence[str] | None) -> None:
     with output.locked():
         config = VARConfig.load(args.config) if args.config else VARConfig.preset(args.preset)
         settings = {name: getattr(args, name) for name in ("build_share", "step", "seconds_per_token")}
+        trace = importing.load(args.trace)
         trace_sha256 = digest_of_file(args.trace)
         with finished_steps(output, {"trace": trace_sha256, "config": config.digest(), **settings}) as steps:
-            found = steps.do("replay", Replay, lambda: replay(importing.load(args.trace), config, **settings))
+            found = steps.do("replay", Replay, lambda: replay(trace, config, **settings))
             applied = json.loads(found.config.to_json())
             hashes: dict[str, Any] = {"trace_sha256": trace_sha256, "config_sha256": hash_json(applied)}
             origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
