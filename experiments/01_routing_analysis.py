@@ -30,6 +30,7 @@ from analysis.report.report import Report, text
 from analysis.text import card
 from analysis.traces.recording import record
 from experiments.arguments import add_hosts, add_options, join, open_corpus, open_model, parser
+from varjax.errors import InputError
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
 
@@ -58,6 +59,9 @@ def main(arguments: Sequence[str] | None) -> None:
         ("min_count", int, keys.min_count, "minimum number of occurrences of a key"),
         ("max_keys", int, keys.max_keys, "maximum number of keys over all context lengths"),
         ("answer_min_count", int, defaults.answer_min_count, "minimum number of occurrences of a key with answers"),
+        ("answer_rank", int, defaults.answer_rank, "rank of the maps that make answers affine; 0 for constant answers"),
+        ("map_tokens", int, defaults.map_tokens, "tokens of the documents from which the maps are fitted"),
+        ("held_out_split", str, "tune", "split that chooses how far the maps are trusted; do not report results on it"),
         ("trace_tokens", int, 200_000, "tokens in the trace; 0 for no trace"),
         ("save_tokens", int, defaults.save_tokens, "tokens between checkpoints"),
         ("stats_gib", float, defaults.stats_bytes / GIB, "memory for statistics per device, in GiB"),
@@ -102,15 +106,23 @@ def _collect(args: argparse.Namespace, output: Output) -> None:
         answer_min_count=args.answer_min_count,
         stats_bytes=int(args.stats_gib * GIB),
         answer_bytes=int(args.answer_gib * GIB),
+        answer_rank=args.answer_rank if args.answers else 0,
+        map_tokens=args.map_tokens,
         batch_size=args.batch_size,
         max_length=args.max_length,
         save_tokens=args.save_tokens,
     )
+    if settings.answer_rank and (args.split == "all" or args.held_out_split in (args.split, "all")):
+        raise InputError(
+            f"--held_out_split {args.held_out_split} with --split {args.split}: maps need documents that the answers "
+            "have not seen; give two different splits"
+        )
     share = EVERY_DOCUMENT if args.coordinator else Share(args.process_id, args.num_processes)
     model = open_model(args)
     checked = card.announced(model, args.dataset)
     corpus = open_corpus(model, args, args.split, args.num_samples)
-    found = analyze(model, corpus, args.output, settings, share=share, seed=args.seed)
+    held_out = open_corpus(model, args, args.held_out_split, None)
+    found = analyze(model, corpus, args.output, settings, held_out=held_out, share=share, seed=args.seed)
     if found is None:
         return
     if args.trace_tokens:

@@ -130,7 +130,7 @@ class _Setting:
     @classmethod
     def of(cls, args: argparse.Namespace, progress: bool = True) -> _Setting:
         subject, files, origin = _subject(args, "tune", args.num_samples, progress)
-        orders = tuple(order for order in subject.answers.ngram_orders if order > 0)
+        orders = subject.answers.useful_orders
         span = subject.caching.span(subject.documents, subject.max_length, subject.stride)
         experts, names = subject.stats.num_experts, args.parameters
         space, unsearched = search_space(orders, experts, ranges=args.ranges, names=names, span=span)

@@ -30,6 +30,15 @@ from varjax.routing import Dropped, LayerAnswers, Plan, Routing, resolve, top_k
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class ExpertRecord:
+    """What the experts of one layer read and gave."""
+
+    inputs: jax.Array  # [B, T, D], the normalized hidden state
+    outputs: jax.Array  # [B, T, K, D], each slot's gate-weighted expert output, 0 in an unused slot
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Output:
     """The results of one call of the decoder."""
 
@@ -37,11 +46,11 @@ class Output:
     router_probs: jax.Array  # float32[L, B, T, E], softmax of the gate
     routing: Routing  # [L, B, T, K], the experts that ran; E = unused slot
     kv: KVCache | None  # the cache with this call's positions added, if a cache was passed
-    expert_outputs: jax.Array | None  # [len(expert_outputs_of), B, T, K, D], each slot's gate-weighted expert output
+    recorded: tuple[ExpertRecord, ...] = ()  # of the layers `recorded_layers`
     audit: jax.Array | None = None  # float32[L, Q], error |y - full| / |full| of each layer's output; see `forward`
 
 
-@partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "expert_outputs_of"))
+@partial(jax.jit, static_argnames=("config", "engine", "placement", "last_logits_only", "recorded_layers"))
 def forward(
     params: Params,
     token_ids: jax.Array,
@@ -53,7 +62,7 @@ def forward(
     kv: KVCache | None = None,
     plan: Plan | None = None,
     last_logits_only: bool = False,
-    expert_outputs_of: tuple[int, ...] = (),
+    recorded_layers: tuple[int, ...] = (),
     audit: jax.Array | None = None,
 ) -> Output:
     """Run the decoder on token ids.
@@ -71,7 +80,8 @@ def forward(
         plan: what is decided before layer 0 (`varjax.plan`), with its answers; None: the learned router decides
             everything.
         last_logits_only: compute the logits of the last position only.
-        expert_outputs_of: layers (0 to L - 1) whose slots' outputs are returned. Their experts run a second time.
+        recorded_layers: layers (0 to L - 1), ascending, whose `ExpertRecord` is returned. Their output is the sum of
+            the slots' outputs, so it may differ from that of the engine by rounding.
         audit: int32[Q], tokens b * T + t whose experts are also run as the learned router chooses, to measure the error
             of the layer's output y against this full output; negative entries are skipped and give 0.
 
@@ -97,7 +107,7 @@ def forward(
     with jax.named_scope("norms"):
         x = placement.constrain(model.embed(token_ids), "batch", None, None)
         rotation = rotary_angles(positions, config, x.dtype)
-    probs, wanted, audited = [], [], []
+    probs, recorded, audited = [], [], []
     routings: list[Routing] = []
     for place, layer in enumerate(model.layers):
         with jax.named_scope("attention"):
@@ -125,7 +135,7 @@ def forward(
             index_only = None if known is None else dataclasses.replace(known, answers=known.answers[:0])
             routing, dropped = placement.by_rows(
                 partial(_resolved, config),
-                rows={"probs": layer_probs, "plan": settled},
+                rows={"probs": layer_probs, "plan": settled, "inputs": normed},
                 whole={"answers": index_only},
             )
             # Padding runs no expert, because nobody reads the result.
@@ -133,13 +143,16 @@ def forward(
             routing = Routing(jnp.where(real, routing.experts, config.num_experts), jnp.where(real, routing.weights, 0))
         flat_routing = jax.tree.map(lambda leaf: leaf.reshape(-1, config.top_k), routing)
         with jax.named_scope("experts"):
-            y = engine.apply(flat, flat_routing, params["experts"][index]).reshape(x.shape)
+            if index in recorded_layers:
+                slots = expert_outputs(engine, flat, flat_routing, params["experts"][index])
+                slots = placement.constrain(slots.reshape(*x.shape[:2], *slots.shape[1:]), "batch", None, None, None)
+                recorded.append(ExpertRecord(normed, slots))
+                y = slots.sum(2, dtype=jnp.float32).astype(x.dtype)
+            else:
+                y = engine.apply(flat, flat_routing, params["experts"][index]).reshape(x.shape)
         if known is not None:
             with jax.named_scope("answers"):
                 y = y + known.total(dropped).astype(y.dtype)
-        if index in expert_outputs_of:
-            slots = expert_outputs(engine, flat, flat_routing, params["experts"][index])
-            wanted.append(slots.reshape(*token_ids.shape, config.top_k, -1))
         if audit is not None:
             with jax.named_scope("audit"):
                 audited.append(_audit_error(audit, flat, layer_probs, y, config, engine, params["experts"][index]))
@@ -163,7 +176,7 @@ def forward(
         router_probs=router_probs,
         routing=routing,
         kv=None if kv is None else kv.constrain(placement),
-        expert_outputs=placement.constrain(jnp.stack(wanted), None, "batch", None, None, None) if wanted else None,
+        recorded=tuple(recorded),
         audit=placement.whole(jnp.stack(audited)) if audited else None,
     )
 
@@ -206,11 +219,11 @@ def _visible(
 
 
 def _resolved(
-    config: MoEConfig, probs: jax.Array, plan: Plan | None, answers: LayerAnswers | None
+    config: MoEConfig, probs: jax.Array, plan: Plan | None, inputs: jax.Array, answers: LayerAnswers | None
 ) -> tuple[Routing, Dropped]:
     """`resolve` of one layer; the answers may come without their rows."""
     plan = None if plan is None else dataclasses.replace(plan, answers=answers)
-    return resolve(probs, config.top_k, plan, config.normalize_top_k)
+    return resolve(probs, config.top_k, plan, config.normalize_top_k, inputs)
 
 
 def _audit_error(

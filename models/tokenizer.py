@@ -58,20 +58,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: str | Path, max_length: int | None = None) -> None:
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    directory: str | Path,
+    max_length: int | None = None,
+    special_tokens: tuple[str, str, str] = SPECIAL_TOKENS,
+) -> None:
     """Write a tokenizer so that `transformers.AutoTokenizer` opens it.
 
     Args:
-        tokenizer: from `train_bpe`.
+        tokenizer: a byte-level BPE, such as one from `train_bpe`.
         directory: the folder of the model.
         max_length: the longest text, in tokens, that the model takes; None: not stated.
+        special_tokens: the tokens for unknown text, begin and end.
     """
     folder = Path(directory)
+    unknown, begin, end = special_tokens
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": UNK,
-        "bos_token": BOS,
-        "eos_token": EOS,
+        "unk_token": unknown,
+        "bos_token": begin,
+        "eos_token": end,
         "clean_up_tokenization_spaces": False,
     }
     if max_length is not None:

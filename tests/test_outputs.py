@@ -24,6 +24,7 @@ PROGRAMS = {
     "analysis.replay": (("--trace", "none.parquet"), "replay"),
     "profiling.ceilings": ((), "ceilings"),
     "benchmarks.device": ((), "device"),
+    "benchmarks.smollm2": ((), "model"),
     "profiling.performance_model": ((), "performance"),
 }
 NOT_WRITTEN = {  # an ending that the program does not write

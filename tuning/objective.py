@@ -129,7 +129,7 @@ class Objective:
     @property
     def orders(self) -> tuple[int, ...]:
         """Context orders above 0 that have answers."""
-        return tuple(order for order in self.subject.answers.ngram_orders if order > 0)
+        return self.subject.answers.useful_orders
 
     @cached_property
     def ladder(self) -> Ladder:

@@ -15,7 +15,7 @@ from it (`varjax.shrinkage`).
 
     sums = init(answers)                                       # on the device, float32
     sums = update(sums, rows, expert_outputs, routing, mask)   # one batch; jitted, the old sums are donated
-    answers = absorb(sums, answers)                            # into the host's float64, about every 2**16 tokens
+    answers = absorb(sums, answers)                            # into the host's float64, about every 2**18 tokens
     estimate = shrunk(answers, layer, shrinkage)               # the rows to look up, and their expected error
 
 The device updates means instead of sums of outputs, and squared distances from them, so neither the length of a window
@@ -27,15 +27,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from varjax.affine import Maps
 from varjax.errors import InputError
 from varjax.keys import ANY, distinct
 from varjax.routing import NO_ANSWER, Routing
+
+_JOINED = 64  # answers that the host joins at a time: few enough for its caches, which takes half of the time
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +55,8 @@ class Answers:
     m2: np.ndarray  # float64 [A, N], squared distance from the mean, times the squared gate weight, summed
     count: np.ndarray  # int64 [A, N], occurrences
     nonfinite: np.ndarray  # int64 [A], slots left out because an expert gave NaN or infinity
+    inputs: np.ndarray  # float64 or float32 [A, N, X], mean input of the expert by the same weights; X is D or 0
+    maps: Maps | None = None  # what makes answers affine (`varjax.fitting`); None: they are constant
     # The means were trained: they are used as they are, not shrunk, and m2 is mass times the deviation squared.
     distilled: bool = field(default=False, metadata={"static": True})
 
@@ -62,6 +68,7 @@ class Answers:
         num_experts: int,
         hidden_size: int,
         pairs: np.ndarray | None = None,
+        inputs: bool = False,
     ) -> Answers:
         """Answers without any occurrence. All experts have room at the key of order 0, which comes first.
 
@@ -71,6 +78,7 @@ class Answers:
             num_experts: E.
             hidden_size: D.
             pairs: bool [A, R, E], which experts have room at which keys (`varjax.shrinkage.likeliest`); None: all.
+            inputs: whether the experts' mean inputs are collected too, which affine answers need.
 
         Returns:
             Answers with R + 1 keys.
@@ -80,7 +88,32 @@ class Answers:
         if pairs is not None:
             there[:, 1:] = pairs
         keys = np.concatenate([np.full((1, keys.shape[1]), ANY, np.int32), np.asarray(keys, np.int32)])
-        return _nothing(keys, tuple(layers), _numbered(there), hidden_size)
+        return _nothing(keys, tuple(layers), _numbered(there), hidden_size, hidden_size if inputs else 0)
+
+    def experts(self, layer: int) -> np.ndarray:
+        """Whose answers those of a layer are.
+
+        Args:
+            layer: one of `layers`.
+
+        Returns:
+            int32 [N]; 0 for those that only fill up the layer.
+        """
+        entry = self.entry[self.layers.index(layer)]
+        found = np.zeros(self.count.shape[1], np.int32)
+        row, expert = np.nonzero(entry != NO_ANSWER)
+        found[entry[row, expert]] = expert
+        return found
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether the experts' mean inputs were collected, so that maps can be fitted."""
+        return self.inputs.shape[-1] > 0
+
+    @property
+    def useful_orders(self) -> tuple[int, ...]:
+        """The orders that a search lets answer: an answer for every token (order 0) is of use only if it is affine."""
+        return tuple(order for order in self.ngram_orders if order > 0 or self.maps is not None)
 
     @property
     def ngram_orders(self) -> tuple[int, ...]:
@@ -99,21 +132,23 @@ class AnswerSums:
     m2: Array  # float32 [A, N]
     count: Array  # int32 [A, N]
     nonfinite: Array  # int32 [A]
+    inputs: Array  # float32 [A, N, X]
     layers: tuple[int, ...] = field(metadata={"static": True})
 
 
-def bytes_a_pair(num_layers: int, num_experts: int, hidden_size: int) -> int:
+def bytes_a_pair(num_layers: int, num_experts: int, hidden_size: int, inputs: bool = False) -> int:
     """Device memory of a pair of key and expert, in all layers together.
 
     Args:
         num_layers: A.
         num_experts: E.
         hidden_size: D.
+        inputs: whether mean inputs are collected too.
 
     Returns:
         Bytes of its sums and of a row of `entry`, for there are no more keys than pairs.
     """
-    return 4 * num_layers * (hidden_size + 3 + num_experts)
+    return 4 * num_layers * (hidden_size * (1 + inputs) + 3 + num_experts)
 
 
 def init(answers: Answers) -> AnswerSums:
@@ -123,92 +158,131 @@ def init(answers: Answers) -> AnswerSums:
         answers: what the window will be absorbed into.
 
     Returns:
-        Sums on the device, all zero.
+        Sums, all zero. They are arrays of the host, which the first `update` moves to the device.
     """
     shape = answers.count.shape
-    return AnswerSums(
-        entry=jnp.asarray(answers.entry),
-        mean=jnp.zeros(answers.mean.shape, jnp.float32),
-        mass=jnp.zeros(shape, jnp.float32),
-        m2=jnp.zeros(shape, jnp.float32),
-        count=jnp.zeros(shape, jnp.int32),
-        nonfinite=jnp.zeros(len(answers.layers), jnp.int32),
-        layers=answers.layers,
-    )
+    window: dict[str, Any] = {
+        "entry": answers.entry,
+        "mean": np.zeros(answers.mean.shape, np.float32),
+        "mass": np.zeros(shape, np.float32),
+        "m2": np.zeros(shape, np.float32),
+        "count": np.zeros(shape, np.int32),
+        "nonfinite": np.zeros(len(answers.layers), np.int32),
+        "inputs": np.zeros(answers.inputs.shape, np.float32),
+    }
+    return AnswerSums(layers=answers.layers, **window)
 
 
 @partial(jax.jit, donate_argnums=0)
-def update(sums: AnswerSums, rows: Array, expert_outputs: Array, routing: Routing, mask: Array) -> AnswerSums:
+def update(
+    sums: AnswerSums,
+    rows: Array,
+    expert_outputs: Sequence[Array],
+    routing: Routing,
+    mask: Array,
+    expert_inputs: Sequence[Array] | None = None,
+) -> AnswerSums:
     """Add one batch, run with all experts.
 
     Args:
         sums: donated, not to be used again.
         rows: int32 [O, B, T], from `keys.find_orders`; negative for none. An occurrence counts at each key.
-        expert_outputs: [A, B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
+        expert_outputs: A arrays [B, T, K, D], each slot's gate-weighted expert output in the layers `sums.layers`.
         routing: [L, B, T, K], the learned routers' decisions in all layers.
         mask: bool [B, T], False at padding and at tokens to leave out.
+        expert_inputs: A arrays [B, T, D], what the experts read, where mean inputs are collected.
 
     Returns:
         The sums with the batch.
 
     Raises:
-        InputError: `expert_outputs` are of another number of layers.
+        InputError: `expert_outputs` are of another number of layers, or `expert_inputs` are missing.
     """
+    if sums.inputs.shape[-1] and expert_inputs is None:
+        raise InputError("mean inputs are collected: pass expert_inputs, an array [B, T, hidden size] for each layer")
     if len(expert_outputs) != len(sums.layers):
         raise InputError(f"need the expert outputs of layers {sums.layers}, got {len(expert_outputs)} layers")
-    num_answers, hidden_size = sums.mean.shape[1:]
-    num_experts = sums.entry.shape[-1]
-    mean, mass, m2, count, nonfinite = sums.mean, sums.mass, sums.m2, sums.count, sums.nonfinite
+    hidden_size, num_experts = sums.mean.shape[-1], sums.entry.shape[-1]
     with jax.named_scope("answers_update"):
         for a, layer in enumerate(sums.layers):
             outputs = expert_outputs[a].astype(jnp.float32)  # [B, T, K, D]
             experts = routing.experts[layer]
             used = mask[..., None] & (experts < num_experts)
             sound = jnp.all(jnp.isfinite(outputs), axis=-1)
-            nonfinite = nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
+            nonfinite = sums.nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
             outputs = jnp.where(sound[..., None], outputs, 0.0).reshape(-1, hidden_size)
             weights = routing.weights[layer].astype(jnp.float32).reshape(-1, 1)
-            for row in rows:
-                found = sums.entry.at[a, row[..., None], experts].get(mode="clip")
-                counts = used & sound & (row >= 0)[..., None] & (found != NO_ANSWER)
-                place = jnp.where(counts, found, num_answers).reshape(-1)  # N: written nowhere
-                count = count.at[a, place].add(1, mode="drop")
-                known = mass.at[a, place].get(mode="clip")[:, None] > 0
-                mass = mass.at[a, place].add(jnp.square(weights[:, 0]), mode="drop")
-                divisor = mass.at[a, place].get(mode="clip")[:, None]
-                before = outputs - weights * mean.at[a, place].get(mode="clip")  # weight times distance from the mean
-                mean = mean.at[a, place].add(weights * before / jnp.where(divisor > 0, divisor, 1.0), mode="drop")
-                after = outputs - weights * mean.at[a, place].get(mode="clip")
-                before = jnp.where(known, before, after)  # equal in sum, but the first mean was 0: far off
-                m2 = m2.at[a, place].add(jnp.sum(before * after, axis=-1), mode="drop")
-    return replace(sums, mean=mean, mass=mass, m2=m2, count=count, nonfinite=nonfinite)
+            read = None
+            if sums.inputs.shape[-1] and expert_inputs is not None:
+                slots = experts.shape[-1]
+                read = jnp.repeat(expert_inputs[a].astype(jnp.float32).reshape(-1, hidden_size), slots, axis=0)
+            add = partial(_with_order, a, used & sound, experts, outputs, weights, read)
+            # A loop, because XLA updates what a loop carries in place. Unrolled, it copies all means at every step.
+            sums, _ = jax.lax.scan(add, replace(sums, nonfinite=nonfinite), rows)
+    return sums
 
 
-def absorb(sums: AnswerSums, answers: Answers) -> Answers:
+def _with_order(
+    a: int,
+    used: Array,
+    experts: Array,
+    outputs: Array,
+    weights: Array,
+    read: Array | None,
+    sums: AnswerSums,
+    row: Array,
+) -> tuple[AnswerSums, None]:
+    """Add the slots of a layer at the keys of one order, `row` int32 [B, T]: the body of a `jax.lax.scan`.
+
+    `used` and `experts` are [B, T, K], `outputs` float32 [B * T * K, D], `weights` float32 [B * T * K, 1], and `read`
+    float32 [B * T * K, D] where mean inputs are collected.
+    """
+    mean, inputs, mass, m2, count = sums.mean, sums.inputs, sums.mass, sums.m2, sums.count
+    found = sums.entry.at[a, row[..., None], experts].get(mode="clip")
+    counts = used & (row >= 0)[..., None] & (found != NO_ANSWER)
+    place = jnp.where(counts, found, mean.shape[1]).reshape(-1)  # N: written nowhere
+    count = count.at[a, place].add(1, mode="drop")
+    known = mass.at[a, place].get(mode="clip")[:, None] > 0
+    mass = mass.at[a, place].add(jnp.square(weights[:, 0]), mode="drop")
+    divisor = mass.at[a, place].get(mode="clip")[:, None]
+    divisor = jnp.where(divisor > 0, divisor, 1.0)
+    if read is not None:
+        step = jnp.square(weights) * (read - inputs.at[a, place].get(mode="clip"))
+        inputs = inputs.at[a, place].add(step / divisor, mode="drop")
+    before = outputs - weights * mean.at[a, place].get(mode="clip")  # weight times distance from the mean
+    mean = mean.at[a, place].add(weights * before / divisor, mode="drop")
+    after = outputs - weights * mean.at[a, place].get(mode="clip")
+    before = jnp.where(known, before, after)  # equal in sum, but the first mean was 0: far off
+    m2 = m2.at[a, place].add(jnp.sum(before * after, axis=-1), mode="drop")
+    return replace(sums, mean=mean, inputs=inputs, mass=mass, m2=m2, count=count), None
+
+
+def absorb(sums: AnswerSums, answers: Answers, *, donate: bool = False) -> Answers:
     """Add a window to the host's means. Windows of several devices are absorbed one after the other.
 
     Args:
         sums: the window; begin the next one with `init`.
         answers: the means so far, for the same pairs.
+        donate: give up `answers`, whose arrays the result takes over: they may fill half of the memory.
 
     Returns:
         The means of both.
     """
+    answers = answers if donate else jax.tree.map(np.copy, answers)
     mass = np.asarray(sums.mass, np.float64)
     m2 = np.maximum(np.asarray(sums.m2, np.float64), 0)  # rounding may leave a little less than nothing
-    window = np.asarray(sums.mean)
-    mean, spread = np.empty(answers.mean.shape), np.empty(mass.shape)
-    for a in range(len(mass)):  # layer by layer: all at once would fill the memory with temporaries
-        ours = answers.mass[a], answers.mean[a], answers.m2[a]
-        mean[a], spread[a] = _joined(*ours, mass[a], window[a], m2[a])
-    return replace(
-        answers,
-        mean=mean,
-        mass=answers.mass + mass,
-        m2=spread,
-        count=answers.count + np.asarray(sums.count, np.int64),
-        nonfinite=answers.nonfinite + np.asarray(sums.nonfinite, np.int64),
-    )
+    window, count = np.asarray(sums.mean), np.asarray(sums.count)
+    read = np.asarray(sums.inputs)
+    for a in range(len(mass)):
+        occurred = np.flatnonzero(count[a])
+        for some in np.split(occurred, range(_JOINED, len(occurred), _JOINED)):
+            ours = answers.mass[a, some], answers.mean[a, some], answers.m2[a, some]
+            answers.inputs[a, some] = _mean_of_both(ours[0], answers.inputs[a, some], mass[a, some], read[a, some])
+            answers.mean[a, some], answers.m2[a, some] = _joined(*ours, mass[a, some], window[a, some], m2[a, some])
+    answers.mass[:] += mass
+    answers.count[:] += count
+    answers.nonfinite[:] += np.asarray(sums.nonfinite)
+    return answers
 
 
 def merge(a: Answers, b: Answers) -> Answers:
@@ -222,13 +296,18 @@ def merge(a: Answers, b: Answers) -> Answers:
         The means of both together.
 
     Raises:
-        InputError: different layers, experts or hidden sizes, or answers that were distilled.
+        InputError: different layers, experts or hidden sizes, mean inputs in only one of the two, or answers that
+            were distilled or have maps.
     """
-    kind, other = ((one.layers, one.entry.shape[-1], one.mean.shape[-1], one.distilled) for one in (a, b))
-    if kind != other or a.distilled:
+    kind, other = (
+        (one.layers, one.entry.shape[-1], one.mean.shape[-1], one.inputs.shape[-1], one.maps is not None, one.distilled)
+        for one in (a, b)
+    )
+    if kind != other or a.maps is not None or a.distilled:
         raise InputError(
-            "answers merge only over the same layers, experts and hidden size, and not when distilled; "
-            f"these have (layers, experts, hidden size, distilled) {kind} and {other}"
+            "answers merge only over the same layers, experts and hidden size, with mean inputs in both or in neither, "
+            "before maps are fitted and before they are distilled; these have (layers, experts, hidden size, "
+            f"input size, maps, distilled) {kind} and {other}"
         )
     keys, place = distinct(np.concatenate([a.keys, b.keys]))
     parts = [(a, place[: len(a.keys)]), (b, place[len(a.keys) :])]
@@ -237,7 +316,7 @@ def merge(a: Answers, b: Answers) -> Answers:
     for part, rows in parts:
         there[:, rows] |= part.entry != NO_ANSWER
     entry = _numbered(there)
-    whole = _nothing(keys, a.layers, entry, a.mean.shape[-1])
+    whole = _nothing(keys, a.layers, entry, a.mean.shape[-1], a.inputs.shape[-1])
     for part, rows in parts:
         for layer in range(num_layers):
             pairs = part.entry[layer] != NO_ANSWER
@@ -245,6 +324,8 @@ def merge(a: Answers, b: Answers) -> Answers:
             ours = whole.mass[layer, target], whole.mean[layer, target], whole.m2[layer, target]
             theirs = part.mass[layer, source], part.mean[layer, source], part.m2[layer, source]
             whole.mean[layer, target], whole.m2[layer, target] = _joined(*ours, *theirs)
+            read = whole.inputs[layer, target], part.inputs[layer, source]
+            whole.inputs[layer, target] = _mean_of_both(ours[0], read[0], theirs[0], read[1])
             whole.mass[layer, target] += part.mass[layer, source]
             whole.count[layer, target] += part.count[layer, source]
     return replace(whole, nonfinite=a.nonfinite + b.nonfinite)
@@ -263,14 +344,15 @@ def pruned(answers: Answers) -> Answers:
     kept = [np.sort(pairs[answers.count[a, pairs] > 0]) for a, pairs in enumerate(there)]
     size = max(map(len, kept))
     entry = np.full_like(answers.entry, NO_ANSWER)
-    parts = _nothing(answers.keys, answers.layers, entry, answers.mean.shape[-1], size)
+    widths = answers.mean.shape[-1], answers.inputs.shape[-1]
+    parts = _nothing(answers.keys, answers.layers, entry, *widths, size)
     for a, pairs in enumerate(kept):
         place = np.full(answers.count.shape[1] + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
         place[pairs] = np.arange(len(pairs))
         entry[a] = place[answers.entry[a]]
-        for name in ("mean", "mass", "m2", "count"):
+        for name in ("mean", "mass", "m2", "count", "inputs"):
             getattr(parts, name)[a, : len(pairs)] = getattr(answers, name)[a, pairs]
-    return replace(parts, entry=entry, nonfinite=answers.nonfinite, distilled=answers.distilled)
+    return replace(parts, entry=entry, nonfinite=answers.nonfinite, maps=answers.maps, distilled=answers.distilled)
 
 
 def _numbered(there: np.ndarray) -> np.ndarray:
@@ -280,7 +362,12 @@ def _numbered(there: np.ndarray) -> np.ndarray:
 
 
 def _nothing(
-    keys: np.ndarray, layers: tuple[int, ...], entry: np.ndarray, hidden_size: int, size: int | None = None
+    keys: np.ndarray,
+    layers: tuple[int, ...],
+    entry: np.ndarray,
+    hidden_size: int,
+    input_size: int,
+    size: int | None = None,
 ) -> Answers:
     """No occurrence of any pair; room for as many answers as `entry` names, or `size`, but for one at least."""
     named = int(entry.max(initial=NO_ANSWER)) + 1 if size is None else size
@@ -294,6 +381,7 @@ def _nothing(
         m2=np.zeros(shape),
         count=np.zeros(shape, np.int64),
         nonfinite=np.zeros(len(layers), np.int64),
+        inputs=np.zeros((*shape, input_size)),
     )
 
 
@@ -304,3 +392,9 @@ def _joined(
     share = more / np.where(mass + more > 0, mass + more, 1.0)
     step = its_mean - mean
     return mean + share[:, None] * step, m2 + its_m2 + mass * share * np.einsum("nd,nd->n", step, step)
+
+
+def _mean_of_both(mass: np.ndarray, mean: np.ndarray, more: np.ndarray, its_mean: np.ndarray) -> np.ndarray:
+    """The mean [n, D] of two sets of occurrences together, given mass [n] and mean of each."""
+    share = more / np.where(mass + more > 0, mass + more, 1.0)
+    return mean + share[:, None] * (its_mean - mean)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from varjax import checksums, statsfile
+from varjax.affine import Maps
 from varjax.answers import Answers
 from varjax.errors import InputError, Library
 from varjax.files import replacing
@@ -22,7 +23,8 @@ from varjax.routing import NO_ANSWER
 
 safetensors = Library("safetensors")
 
-FORMAT = 3  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics
+FORMAT = 4  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics; 3 no mean inputs
+_WITHOUT_INPUTS = 3  # is read as well: answers that are constant
 _OWN = ("format", "answer_layers", "distilled")
 _FIX = "restore the file, or collect the answers again"
 _TENSORS = {  # dtype, and the letters of its axes
@@ -33,6 +35,13 @@ _TENSORS = {  # dtype, and the letters of its axes
     "m2": (np.float64, "AN"),
     "count": (np.int64, "AN"),
     "nonfinite": (np.int64, "A"),
+    "inputs": (np.float32, "ANX"),
+}
+_MAPS = {  # X is D in a file that has them
+    "read": (np.float32, "AXr"),
+    "mix": (np.float32, "AErr"),
+    "write": (np.float32, "ArD"),
+    "unexplained": (np.float64, "AE"),
 }
 
 
@@ -53,6 +62,8 @@ def write(path: str | Path, answers: Answers, meta: dict[str, Any]) -> None:
         raise InputError(f"the file itself says {', '.join(taken)}: leave that out of the metadata")
     header = {"format": FORMAT, "answer_layers": answers.layers, "distilled": answers.distilled, **meta}
     tensors = {name: np.ascontiguousarray(getattr(answers, name), dtype) for name, (dtype, _) in _TENSORS.items()}
+    if answers.maps is not None:
+        tensors |= {name: np.ascontiguousarray(getattr(answers.maps, name), kind) for name, (kind, _) in _MAPS.items()}
     with replacing(Path(path)) as part:
         checksums.write_safetensors(part, tensors, {"varjax": json.dumps(header)})
 
@@ -75,15 +86,18 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
     sealed = checksums.verify(path, _FIX)
     header = _header(path)
     with safetensors.safe_open(path, framework="numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in _TENSORS if name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in (_TENSORS | _MAPS) if name in file.keys()}  # noqa: SIM118
     try:
         layers, distilled = tuple(int(layer) for layer in header["answer_layers"]), bool(header["distilled"])
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the header lacks its layers ({error!r}); collect the answers again") from error
+    if header["format"] == _WITHOUT_INPUTS and "count" in tensors:
+        tensors["inputs"] = np.zeros((*tensors["count"].shape, 0), np.float32)
     _check_shapes(path, tensors, len(layers))
     if not sealed:
         raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {_FIX}")
-    answers = Answers(layers=layers, distilled=distilled, **tensors)
+    parts = {name: tensors.pop(name) for name in _MAPS if name in tensors}
+    answers = Answers(layers=layers, distilled=distilled, maps=Maps(**parts) if parts else None, **tensors)
     return answers, {name: value for name, value in header.items() if name not in _OWN}
 
 
@@ -116,18 +130,19 @@ def _header(path: str | Path) -> dict[str, Any]:
             header = json.loads((file.metadata() or {}).get("varjax", "null"))
     except (safetensors.SafetensorError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a readable safetensors file ({error}); collect the answers again") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") not in (_WITHOUT_INPUTS, FORMAT):
         found = header.get("format") if isinstance(header, dict) else None
         raise InputError(f"{path}: expected answers of format {FORMAT}, found {found}; collect them again")
     return header
 
 
 def _check_shapes(path: str | Path, tensors: dict[str, np.ndarray], num_layers: int) -> None:
-    missing = sorted(set(_TENSORS) - set(tensors))
+    wanted = _TENSORS | (_MAPS if set(_MAPS) & set(tensors) else {})
+    missing = sorted(set(wanted) - set(tensors))
     if missing:
         raise InputError(f"{path}: the tensors {', '.join(missing)} are missing; collect the answers again")
     sizes = {"A": num_layers}
-    for name, (dtype, axes) in _TENSORS.items():
+    for name, (dtype, axes) in wanted.items():
         tensor = tensors[name]
         for axis, size in zip(axes, tensor.shape, strict=False):
             sizes.setdefault(axis, size)  # the first tensor with an axis says how long it is

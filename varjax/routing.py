@@ -16,6 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from varjax.affine import AffineMap
+from varjax.errors import InputError
+
 FAST, CACHED, LEARNED = 0, 1, 2  # tiers, in order of precedence; LEARNED: the plan leaves the token open
 NO_ROW = -1  # the table row of a token that the table says nothing of
 NO_ANSWER = -1  # the answer of an expert that is not known at a row, or that none stands in for
@@ -79,6 +82,7 @@ class LayerAnswers:
     deviation: Array  # float32 [N], root mean square distance of an expert's output from its answer
     answers: Array  # [N, D], mean outputs, not weighted by the gate; float32, bfloat16 or int8
     scale: Array | None  # float32 [N], what int8 answers are multiplied by
+    affine: AffineMap | None = None  # what an answer adds for the input at hand; None: answers are constant
 
     def find(self, row: Array, experts: Array) -> Array:
         """Look up the answers of experts.
@@ -108,7 +112,10 @@ class LayerAnswers:
         weight = jnp.where(dropped.answer == NO_ANSWER, 0.0, dropped.weights)
         if self.scale is not None:
             weight = weight * self.scale[dropped.answer]
-        return jnp.sum(rows * weight[..., None], axis=-2)
+        total = jnp.sum(rows * weight[..., None], axis=-2)
+        if self.affine is None or dropped.moved is None:
+            return total
+        return total + self.affine.output(dropped.moved)
 
 
 @jax.tree_util.register_dataclass
@@ -118,6 +125,7 @@ class Dropped:
 
     answer: Array  # int32 [..., K], the answer that stands in for a slot, NO_ANSWER where none does
     weights: Array  # float32 [..., K], the gate weights of the slots that were dropped, 0 elsewhere
+    moved: Array | None = None  # float32 [..., r], by how much their inputs move affine answers; None: constant ones
 
 
 @jax.tree_util.register_dataclass
@@ -182,7 +190,9 @@ def top_k(probs: Array, k: int, normalize: bool = True) -> Routing:
     return _weighted(*_best(probs, k), normalize)
 
 
-def resolve(probs: Array, k: int, plan: Plan | None, normalize: bool = True) -> tuple[Routing, Dropped]:
+def resolve(
+    probs: Array, k: int, plan: Plan | None, normalize: bool = True, inputs: Array | None = None
+) -> tuple[Routing, Dropped]:
     """What really runs in one layer, given its gate and its plan, and what stands in for the rest.
 
     1. Candidate: the table's experts where the layer lets the table choose and it predicts something, else
@@ -190,8 +200,8 @@ def resolve(probs: Array, k: int, plan: Plan | None, normalize: bool = True) -> 
        weights from the table and it predicts something, the table's: slot j the j-th one.
     2. In a planned token, slot j is dropped if j >= experts_kept; or if j >= 1 and its weight is below gate_ratio times
        slot 0's, or the gate's probabilities of the slots before it reach gate_mass; or if its weight times the
-       deviation of its answer is below the tolerance. But where the layer uses answers and the token has a row, a slot
-       is only dropped if there is an answer: an expert whose output is not known runs.
+       expected error of its answer is below the tolerance. But where the layer uses answers and the token has a row, a
+       slot is only dropped if there is an answer: an expert whose output is not known runs.
     3. A dropped slot becomes unused. The others keep their weights, or are rescaled if the layer renormalizes. The
        answers of the dropped slots, by their gate weights, stand in for them.
 
@@ -202,9 +212,13 @@ def resolve(probs: Array, k: int, plan: Plan | None, normalize: bool = True) -> 
         k: experts per token.
         plan: one layer's plan (`Plan.layer`) with fields [...] and [..., K]; None leaves every token open.
         normalize: as in `top_k`.
+        inputs: [..., D], what the experts read; needed where the answers are affine.
 
     Returns:
         Routing [..., K], and what it lacks, [..., K].
+
+    Raises:
+        InputError: the answers are affine and there are no `inputs`.
     """
     experts, gate = _best(probs, k)
     if plan is None:
@@ -223,19 +237,31 @@ def resolve(probs: Array, k: int, plan: Plan | None, normalize: bool = True) -> 
     used = candidate.experts < probs.shape[-1]
     answer = jnp.full(candidate.experts.shape, NO_ANSWER, jnp.int32)
     row = jnp.where(plan.rules.use_answers, plan.row, NO_ROW)
+    error = deviations = None
     if plan.answers is not None:
         answer = plan.answers.find(row, candidate.experts)
+        error = plan.answers.deviation[answer]
+        if plan.answers.affine is not None:
+            if inputs is None:
+                raise InputError("the answers are affine: pass resolve the inputs of the experts, [..., hidden size]")
+            deviations = plan.answers.affine.deviations(inputs, candidate.experts, answer)
+            error = plan.answers.affine.error(error, candidate.experts, deviations)
 
     gone = planned & used & _superfluous(candidate.weights, gate, plan)
-    if plan.answers is not None:
-        predictable = candidate.weights * plan.answers.deviation[answer] < plan.rules.tolerance
+    if error is not None:
+        predictable = candidate.weights * error < plan.rules.tolerance
         gone |= planned & used & predictable & (answer != NO_ANSWER)
     gone &= (row == NO_ROW)[..., None] | (answer != NO_ANSWER)
     lost = jnp.any(gone, axis=-1, keepdims=True)
 
     experts = jnp.where(gone, probs.shape[-1], candidate.experts)
     weights = jnp.where(gone, 0.0, candidate.weights)
-    dropped = Dropped(jnp.where(gone, answer, NO_ANSWER), jnp.where(gone, candidate.weights, 0.0))
+    left = jnp.where(gone, candidate.weights, 0.0)
+    answered = jnp.where(gone, answer, NO_ANSWER)
+    moved = None
+    if deviations is not None:
+        moved = jnp.sum(jnp.where(answered == NO_ANSWER, 0.0, left)[..., None] * deviations, axis=-2)
+    dropped = Dropped(answered, left, moved)
     rest = jnp.sum(weights, axis=-1, keepdims=True)
     rescale = plan.rules.renormalize & lost & (rest > 0.0)
     scale = jnp.sum(candidate.weights, axis=-1, keepdims=True) / jnp.where(rescale, rest, 1.0)

@@ -31,6 +31,7 @@ class Estimate(NamedTuple):
     answers: np.ndarray  # float32 [N, D]
     deviation: np.ndarray  # float32 [N], root mean square distance of an output from its answer, on other text
     parent: np.ndarray  # int32 [N], the answer that each one shrank toward, NO_ANSWER for those of order 0
+    inputs: np.ndarray  # float32 [N, X], the experts' mean inputs, shrunk alike
 
 
 def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
@@ -57,25 +58,27 @@ def shrunk(answers: Answers, layer: int, shrinkage: float) -> Estimate:
     if layer not in answers.layers:
         raise InputError(f"there are no answers of layer {layer}; collected were the layers {list(answers.layers)}")
     a = answers.layers.index(layer)
-    mean, mass, m2, count = (getattr(answers, name)[a] for name in ("mean", "mass", "m2", "count"))
+    mean, inputs, mass, m2, count = (getattr(answers, name)[a] for name in ("mean", "inputs", "mass", "m2", "count"))
     parent, depth = lineage(answers.keys, answers.entry[a], len(mass))
     if answers.distilled:
-        return Estimate(np.asarray(mean, np.float32), np.sqrt(m2 / _divisor(mass)).astype(np.float32), parent)
+        rows, read = np.asarray(mean, np.float32), np.asarray(inputs, np.float32)
+        return Estimate(rows, np.sqrt(m2 / _divisor(mass)).astype(np.float32), parent, read)
     prior = shrinkage * mass.sum() / max(count.sum(), 1)
     freedom = np.maximum(count - 1, 0)
     silent = np.sum(m2 + mass * _squared(mean)) / _divisor(mass.sum())  # variance of an answer that says nothing
 
-    rows, variance = np.array(mean, np.float32), np.zeros(len(mass))
+    rows, read, variance = np.array(mean, np.float32), np.array(inputs, np.float32), np.zeros(len(mass))
     for level in range(depth.max(initial=0) + 1):  # every parent before its children
         here = np.flatnonzero(depth == level)
         root = parent[here] == NO_ANSWER
         share = np.where(root, 1.0, mass[here] / _divisor(mass[here] + prior))
-        rows[here] = share[:, None] * mean[here] + (1 - share)[:, None] * rows[parent[here]]
+        for shrinking, own in ((rows, mean), (read, inputs)):
+            shrinking[here] = share[:, None] * own[here] + (1 - share)[:, None] * shrinking[parent[here]]
         fitted = (freedom[here] + 2 * share) / np.maximum(freedom[here], 1)
-        own = fitted * m2[here] / _divisor(mass[here]) + _squared(mean[here] - rows[here])
+        scatter = fitted * m2[here] / _divisor(mass[here]) + _squared(mean[here] - rows[here])
         trust = np.where(root, freedom[here] > 0, freedom[here] / (freedom[here] + shrinkage + 1))
-        variance[here] = trust * own + (1 - trust) * np.where(root, silent, variance[parent[here]])
-    return Estimate(rows, np.sqrt(variance).astype(np.float32), parent)
+        variance[here] = trust * scatter + (1 - trust) * np.where(root, silent, variance[parent[here]])
+    return Estimate(rows, np.sqrt(variance).astype(np.float32), parent, read)
 
 
 def lineage(keys: np.ndarray, entry: np.ndarray, num_answers: int) -> tuple[np.ndarray, np.ndarray]:

@@ -113,7 +113,8 @@ def build_table(
     A row is eligible in a layer if the layer's policy looks at its order, it was seen often enough there, the
     gate was certain enough on average, and, where the policy uses answers, some expert has an answer there. Where a key
     has no answer for an expert, the longest shorter key's answer stands in; but an expert's mean output over all
-    tokens (order 0) answers for a policy of order 0 alone: tokens that are not known stay with the router.
+    tokens (order 0), unless it is affine, answers for a policy of order 0 alone: tokens that are not known stay with
+    the router.
 
     Args:
         config: the policies.
@@ -294,6 +295,8 @@ def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_exp
         known[place[: len(entry)]] = entry
         found = inherit(every, np.where(unconditional[:, None], NO_ANSWER, known))
         found[unconditional] = known[unconditional]
+        if answers.maps is not None:
+            found = np.where(found == NO_ANSWER, known[unconditional], found)
         entries[layer] = found[place[len(entry) :]]
     return entries
 
@@ -351,14 +354,21 @@ def _answers(
         wanted = layer in answers.layers and (keep_shapes or (policy is not None and policy.use_answers))
         entry = entries[layer] if wanted else np.full_like(entries[layer, :1], NO_ANSWER)
         rows, deviation = np.zeros((1, answers.mean.shape[-1]), np.float32), np.zeros(1, np.float32)
+        affine = None
         if wanted and (keep_shapes or (entry != NO_ANSWER).any()):
-            rows, deviation, _ = shrunk(answers, layer, config.answer_shrinkage)
+            rows, deviation, _, inputs = shrunk(answers, layer, config.answer_shrinkage)
             used = np.arange(len(rows)) if keep_shapes else np.unique(entry[entry != NO_ANSWER])
+            if answers.maps is not None:
+                of_layer = answers.layers.index(layer), inputs, answers.experts(layer), deviation
+                affine, deviation = answers.maps.of_layer(*of_layer)
+                affine = affine and replace(affine, center=affine.center[used])
             place = np.full(len(rows) + 1, NO_ANSWER, np.int32)  # the last: NO_ANSWER itself
             place[used] = np.arange(len(used))
             entry, rows, deviation = place[entry], rows[used], deviation[used]
-        encoded = _encoded(to_device(rows), config.answer_dtype)
-        built.append(LayerAnswers(*to_device((entry, deviation)), *encoded))
+        encoded, scale = _encoded(to_device(rows), config.answer_dtype)
+        affine = affine and affine.stored("float32" if config.answer_dtype == "float32" else "bfloat16")
+        found, left = to_device((entry, deviation))
+        built.append(LayerAnswers(found, left, encoded, scale, affine))
     return tuple(built)
 
 

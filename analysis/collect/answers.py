@@ -8,6 +8,7 @@ The layers run in full, so the means are those of the plain model.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Unpack
 
 import numpy as np
@@ -26,6 +27,7 @@ def collect_answers(
     layers: Sequence[int],
     *,
     pairs: np.ndarray | None = None,
+    inputs: bool = False,
     **reading: Unpack[Reading],
 ) -> Answers:
     """Average the outputs of each expert at each key, and at all tokens.
@@ -36,14 +38,16 @@ def collect_answers(
         keys: int32 [R, C], of order 1 and more.
         layers: the layers to collect, ascending.
         pairs: bool [A, R, E], which experts are collected at which keys; None: all. With N pairs in a layer, those of
-            order 0 included, memory is `A * (N * D + R * E)` float32 on each device, and five times that on the host
+            order 0 included, memory is `A * (N * D + R * E)` float32 on each device, and three times that on the host
             while a window is absorbed.
+        inputs: whether the experts' mean inputs are averaged too, which takes about as much memory again.
         reading: see `analysis.collect.passes.Reading`.
 
     Returns:
         The answers, without pairs that never occurred.
     """
-    empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size, pairs)
-    sums = PassSums("answers", answers.init, answers.update, answers.absorb, empty.ngram_orders, empty.layers, True)
+    empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size, pairs, inputs)
+    absorb = partial(answers.absorb, donate=True)
+    sums = PassSums("answers", answers.init, answers.update, absorb, empty.ngram_orders, empty.layers, True)
     found, _ = run_pass(model, documents, empty.keys, empty, sums, **reading)
     return answers.pruned(found)

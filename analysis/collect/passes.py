@@ -93,15 +93,17 @@ class _Part:
 
 
 class PassSums(NamedTuple, Generic[Window, Total]):
-    """What a pass sums up: three functions of `varjax.stats` or `varjax.answers`, and what they need from the model."""
+    """What a pass sums up: three functions of a file of `varjax`, and what they need from the model."""
 
     name: str  # for the progress bar
     begin: Callable[[Total], Window]  # an empty window of one device
-    update: Callable[..., Window]  # (window, rows of keys, figures of the model, mask) -> window
+    # (window, rows of keys, gate probabilities, mask) -> window; where `experts`, (window, rows of keys, experts'
+    # outputs, routing, mask, experts' inputs, *constants) -> window.
+    update: Callable[..., Window]
     absorb: Callable[[Window, Total], Total]
     orders: tuple[int, ...]  # [O], of the keys
     layers: tuple[int, ...]
-    expert_outputs: bool = False  # False: `update` gets gate probabilities; True: expert outputs and routing
+    experts: bool = False
 
 
 def mesh_of(model: Model) -> Mesh:
@@ -119,19 +121,20 @@ def mesh_of(model: Model) -> Mesh:
 class Devices(Generic[Window, Total]):
     """The devices' part of a pass: the model, the index of the keys, and a window of sums on each of G devices."""
 
-    def __init__(self, model: Model, keys: np.ndarray, sums: PassSums[Window, Total]):
+    def __init__(self, model: Model, keys: np.ndarray, sums: PassSums[Window, Total], constants: tuple[Any, ...] = ()):
         """Move everything that batches share to the devices, whole on each unless the model is divided already.
 
         Args:
             model: the model.
             keys: int32 [R, C].
             sums: what is summed up.
+            constants: arrays that every `update` reads.
         """
         self.mesh, self._sums = mesh_of(model), sums
         if self.mesh.size > 1 and model.placement.mesh is None:
             placement = Placement.of(model.config, self.mesh)
             model = replace(model, params=placement.place(model.params), placement=placement)
-        shared = KeyIndex.build(keys), jnp.asarray(model.special_token_ids, jnp.int32)
+        shared = KeyIndex.build(keys), jnp.asarray(model.special_token_ids, jnp.int32), constants
         self._model, self._shared = model, jax.device_put(shared, NamedSharding(self.mesh, _WHOLE))
         self._split = partial(jax.device_put, device=NamedSharding(self.mesh, _SPLIT))
         self._windows: Any = None
@@ -180,7 +183,7 @@ class Devices(Generic[Window, Total]):
 @partial(jax.jit, static_argnames=("sums", "network", "mesh"), donate_argnums=0)
 def _step(
     windows: Window,
-    shared: tuple[KeyIndex, jax.Array],
+    shared: tuple[KeyIndex, jax.Array, tuple[Any, ...]],
     params: Params,
     ids: jax.Array,
     mask: jax.Array,
@@ -190,21 +193,32 @@ def _step(
     mesh: Mesh,
 ) -> Window:
     """One batch [G * B, T] through the model and into the windows [G, ...]."""
-    options: dict[str, Any] = {"expert_outputs_of": sums.layers} if sums.expert_outputs else {}
+    options: dict[str, Any] = {"recorded_layers": sums.layers} if sums.experts else {}
     out = network.forward(params, ids, attention_mask=mask, **options)
-    figures: tuple[Any, ...] = (out.expert_outputs, out.routing) if sums.expert_outputs else (out.router_probs,)
+    figures: tuple[Any, ...] = (out.router_probs,)
+    over: tuple[Any, ...] = (_SPLIT_LAYERS,)
+    if sums.experts:
+        outputs, inputs = (tuple(getattr(one, name) for one in out.recorded) for name in ("outputs", "inputs"))
+        figures, over = (outputs, out.routing, inputs), (_SPLIT, _SPLIT_LAYERS, _SPLIT)
 
     def add(
-        windows: Window, shared: tuple[KeyIndex, jax.Array], ids: jax.Array, mask: jax.Array, *figures: Any
+        windows: Window,
+        shared: tuple[KeyIndex, jax.Array, tuple[Any, ...]],
+        ids: jax.Array,
+        mask: jax.Array,
+        *figures: Any,
     ) -> Window:
-        (index, special), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
-        if not sums.expert_outputs:
-            figures = (figures[0][jnp.array(sums.layers)],)
+        (index, special, constants), window = shared, jax.tree.map(lambda leaf: leaf[0], windows)
+        counted = mask & ~jnp.isin(ids, special)
         rows = find_rows(index, ids, sums.orders, mask)
-        window = sums.update(window, rows, *figures, mask & ~jnp.isin(ids, special))
+        if sums.experts:
+            outputs, routing, inputs = figures
+            window = sums.update(window, rows, outputs, routing, counted, inputs, *constants)
+        else:
+            window = sums.update(window, rows, figures[0][jnp.array(sums.layers)], counted)
         return jax.tree.map(lambda leaf: leaf[None], window)
 
-    specs = (_SPLIT, _WHOLE, _SPLIT, _SPLIT, *[_SPLIT_LAYERS] * len(figures))
+    specs = (_SPLIT, _WHOLE, _SPLIT, _SPLIT, *over)
     run = jax.shard_map(add, mesh=mesh, in_specs=specs, out_specs=_SPLIT, check_vma=False)
     return run(windows, shared, ids, mask, *figures)
 
@@ -215,6 +229,7 @@ def run_pass(
     keys: np.ndarray,
     total: Total,
     sums: PassSums[Any, Total],
+    constants: tuple[Any, ...] = (),
     *,
     batch_size: int = 8,
     max_length: int = 256,
@@ -230,13 +245,14 @@ def run_pass(
         keys: int32 [R, C].
         total: nothing counted yet.
         sums: what is summed up.
+        constants: see `Devices`.
         batch_size, max_length, checkpoints, save_tokens, progress: see `Reading`.
 
     Returns:
         The total, and how many documents are in it.
     """
     done, total = (checkpoints and checkpoints.newest(total)) or (0, total)
-    devices = Devices(model, keys, sums)
+    devices = Devices(model, keys, sums, constants)
     devices.begin(total)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)

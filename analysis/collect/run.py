@@ -19,6 +19,7 @@ import numpy as np
 
 from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.collect.answers import collect_answers
+from analysis.collect.maps import first_tokens, with_maps
 from analysis.collect.passes import EVERY_DOCUMENT, SAVE_TOKENS, Reading, Share, mesh_of
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.report.output import Output
@@ -28,6 +29,7 @@ from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.sources import CorpusError
 from models import Model, MoEConfig
 from varjax import answers, answersfile, stats, statsfile
+from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.files import remove
 from varjax.keys import ContextCounts, OrderCount
@@ -51,12 +53,14 @@ class CollectSettings:
     answer_min_count: int = 10  # occurrences that a key with answers needs
     stats_bytes: int = 1 << 32  # for statistics on each device; fewer keys are admitted where they would not fit
     answer_bytes: int = 1 << 32  # for the answers' sums on each device; only the likeliest are taken if need be
+    answer_rank: int = 0  # of the maps that make answers affine; 0: answers are constant
+    map_tokens: int = 1 << 18  # of the documents, from which the maps are fitted; an eighth as many are held out
     batch_size: int = 8  # rows per device and batch at `max_length`
     max_length: int = 256  # tokens per window
     save_tokens: int = SAVE_TOKENS  # tokens between checkpoints
 
     def __post_init__(self) -> None:
-        least = {"answer_min_count": 1, "stats_bytes": 0, "answer_bytes": 0}
+        least = {"answer_min_count": 1, "stats_bytes": 0, "answer_bytes": 0, "answer_rank": 0, "map_tokens": 1}
         least |= {"batch_size": 1, "max_length": 2, "save_tokens": 1}
         faults = [
             f"{name}={getattr(self, name)}: expected at least {bound}"
@@ -88,7 +92,7 @@ class CollectSettings:
 
     def _pairs_of(self, config: MoEConfig, num_layers: int) -> int:
         """The pairs of a key and an expert in each layer that there is memory for, besides those of order 0."""
-        one = answers.bytes_a_pair(num_layers, config.num_experts, config.hidden_size)
+        one = answers.bytes_a_pair(num_layers, config.num_experts, config.hidden_size, self.answer_rank > 0)
         return max(self.answer_bytes // one - config.num_experts, 0)
 
 
@@ -109,6 +113,7 @@ def analyze(
     output: Path,
     settings: CollectSettings,
     *,
+    held_out: EncodedCorpus | None = None,
     share: Share = EVERY_DOCUMENT,
     seed: int = 0,
     progress: bool = True,
@@ -122,6 +127,8 @@ def analyze(
         corpus: the documents.
         output: a directory, or the file of the statistics; see `place`.
         settings: what to collect.
+        held_out: other documents, which say how far the maps of affine answers may be trusted; needed with
+            `settings.answer_rank`. Results must not be reported on them.
         share: of the documents, where several processes divide them; the first one waits for the others' parts.
         seed: noted in the provenance; nothing here is drawn.
         progress: show bars on standard error.
@@ -134,6 +141,8 @@ def analyze(
         CorpusError: the documents are not those that a resumed run began with.
     """
     layers = settings._layers_of(model)
+    if settings.answer_rank and held_out is None:
+        raise InputError(f"answer_rank={settings.answer_rank}: fitting maps needs held_out documents, of another split")
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}
     run = {
         "model": about | {"implementation": model.engine.name},
@@ -179,7 +188,8 @@ def analyze(
         chosen, wanted = keys.keys[frequent], None
         if pairs < len(frequent) * num_experts:
             wanted = likeliest(statsfile.read(own)[0], chosen, layers, pairs)
-        averaged = collect_answers(model, documents, chosen, layers, pairs=wanted, **reading("answers"))
+        inputs = settings.answer_rank > 0
+        averaged = collect_answers(model, documents, chosen, layers, pairs=wanted, inputs=inputs, **reading("answers"))
         _check_same(corpus.about, noted, work)
         answersfile.write(answers_next_to(own), averaged, meta | {"statistics": statsfile.identity(own)})
         done.touch()
@@ -189,6 +199,11 @@ def analyze(
     if not alone:
         _wait([path / "part.done" for path in works], progress)
         merge_files([path / STATS for path in works], at.main(".parquet"), origin)
+    path, done = answers_next_to(at.main(".parquet")), work / "maps.done"
+    if settings.answer_rank and path.is_file() and not done.exists():
+        assert held_out is not None
+        _fit_maps(model, path, corpus, held_out, settings, reading("maps"))
+        done.touch()
     together, _ = statsfile.read(at.main(".parquet"))
     return Analysis(together, keys, len(frequent), int(answerable.sum()), pairs)
 
@@ -204,6 +219,22 @@ def later_steps(output: Path, run: Mapping[str, Any]) -> Steps:
         The steps, next to the checkpoints.
     """
     return Steps(place(output).other(_WORK) / "later", run)
+
+
+def _fit_maps(
+    model: Model,
+    path: Path,
+    corpus: EncodedCorpus,
+    held_out: EncodedCorpus,
+    settings: CollectSettings,
+    reading: Reading,
+) -> None:
+    """Make the answers in a file affine. The processes' parts were merged before, so one process does this."""
+    constant, meta = answersfile.read(path)
+    texts = first_tokens(corpus, settings.map_tokens), first_tokens(held_out, max(settings.map_tokens // 8, 1))
+    shrinkage = VARConfig().answer_shrinkage
+    affine = with_maps(model, constant, *texts, settings.answer_rank, shrinkage, **reading)
+    answersfile.write(path, affine, meta | {"maps": {"held_out": held_out.request, "tokens": settings.map_tokens}})
 
 
 def finish(output: Path) -> None:

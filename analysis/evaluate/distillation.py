@@ -80,7 +80,7 @@ class Distilled:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Corrected(LayerAnswers):
     """Answers with the corrections along their lines of descent."""
 

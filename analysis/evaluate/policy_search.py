@@ -124,7 +124,7 @@ def search(subject: Subject, *, budget: float | None = None, frequency_threshold
     model, answers, base = subject.model, subject.answers, subject.config
     plain, _ = score(plain_runner(model), None, subject.documents, progress=False, **subject.windows)
     bar = progress_bar(unit=" policies", show=subject.progress, desc="search")
-    orders = tuple(order for order in answers.ngram_orders if order > 0)
+    orders = answers.useful_orders
 
     def config_of(choices: Sequence[Choice]) -> VARConfig:
         layers = policies(choices, model.config.num_experts, orders, frequency_threshold)
@@ -219,6 +219,8 @@ def _candidate_tolerances(answers: Answers, layer: int, shrinkage: float) -> tup
     a = answers.layers.index(layer)
     count, mass = answers.count[a], answers.mass[a]
     deviation = shrunk(answers, layer, shrinkage).deviation
+    if answers.maps is not None:
+        deviation = deviation * np.sqrt(answers.maps.unexplained[a][answers.experts(layer)])
     error = np.sqrt(mass / np.maximum(count, 1)) * deviation
     order = np.argsort(error)
     reached = np.cumsum(count[order]) / max(count.sum(), 1)

@@ -297,8 +297,8 @@ def test_slots_and_audits(texts):
     for model in (random_model(None), random_model("data=2,model=4")):
         ids, real = model.check_inputs(texts[:, :LENGTH], mask)
         audit = jnp.array([3, 40, -1], jnp.int32)
-        out = model.network.forward(model.params, ids, attention_mask=real, expert_outputs_of=(0,), audit=audit)
-        found.append((out.expert_outputs, out.routing, out.audit))
+        out = model.network.forward(model.params, ids, attention_mask=real, recorded_layers=(0,), audit=audit)
+        found.append((out.recorded, out.routing, out.audit))
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **CLOSE), *found)
 
 

@@ -166,22 +166,47 @@ def test_a_plan_does_what_it_says(planned):
     model, ids, plan, answers = planned
     wanted = (0, 2)
     out = model.network.forward(
-        model.params, jnp.asarray(ids), plan=dataclasses.replace(plan, answers=answers), expert_outputs_of=wanted
+        model.params, jnp.asarray(ids), plan=dataclasses.replace(plan, answers=answers), recorded_layers=wanted
     )
     for row in range(len(ids)):
         of_row = jax.tree.map(lambda leaf, row=row: leaf[:, row] if leaf.ndim > 1 else leaf, plan)
         logits, experts, weights, slots = slow_forward(model, ids[row], of_row, answers)
         np.testing.assert_array_equal(out.routing.experts[:, row], experts)
         np.testing.assert_allclose(out.routing.weights[:, row], weights, **CLOSE)
-        np.testing.assert_allclose(out.expert_outputs[:, row], slots[list(wanted)], rtol=0, atol=1e-4)
+        for layer, record in zip(wanted, out.recorded, strict=True):
+            np.testing.assert_allclose(record.outputs[row], slots[layer], rtol=0, atol=1e-4)
         np.testing.assert_allclose(out.logits[row], logits, rtol=0, atol=2e-4)
     active = np.asarray(out.routing.experts) < model.config.num_experts
     assert 0 < active.sum() < active.size  # something was dropped, something was not
     silent = tuple(dataclasses.replace(one, answers=jnp.zeros_like(one.answers)) for one in answers)
     without = model.network.forward(
-        model.params, jnp.asarray(ids), plan=dataclasses.replace(plan, answers=silent), expert_outputs_of=wanted
+        model.params, jnp.asarray(ids), plan=dataclasses.replace(plan, answers=silent), recorded_layers=wanted
     )
     assert np.abs(out.logits - without.logits).max() > 0.1  # answers made a difference
+
+
+def test_the_experts_of_a_recorded_layer_run_once_and_their_record_is_what_the_layer_did(planned):
+    model, ids, _, _ = planned
+    calls, recorded = [], (0, 2)
+
+    def apply(x, routing, params):
+        calls.append(x.shape)
+        return model.engine.apply(x, routing, params)
+
+    engine = dataclasses.replace(model.engine, apply=apply)
+    network = dataclasses.replace(model.network, engine=engine)
+    out = network.forward(model.params, jnp.asarray(ids), recorded_layers=recorded)
+    assert len(calls) == model.config.num_layers == len(recorded) + 1
+    plain = model.network.forward(model.params, jnp.asarray(ids))
+    assert plain.recorded == ()
+    np.testing.assert_allclose(out.logits, plain.logits, **CLOSE)
+    for layer, record in zip(recorded, out.recorded, strict=True):
+        probs = jax.nn.softmax(record.inputs @ model.params["decoder"]["layers"][layer]["gate"]["kernel"], axis=-1)
+        np.testing.assert_allclose(probs, out.router_probs[layer], **CLOSE)
+        flat = jax.tree.map(lambda leaf, layer=layer: leaf[layer].reshape(-1, leaf.shape[-1]), out.routing)
+        inputs = record.inputs.reshape(len(flat.experts), -1)
+        whole = model.engine.apply(inputs, flat, model.params["experts"][layer])
+        np.testing.assert_allclose(record.outputs.sum(2).reshape(whole.shape), whole, **CLOSE)
 
 
 def slow_forward(model, ids, plan, answers):

@@ -62,15 +62,15 @@ def test_errors_equal_a_full_computation_of_each_layer(small_var_model, ids):
     def run(plan, **options):
         return model.network.forward(model.params, ids, plan=plan, **options)
 
-    out = run(plan, expert_outputs_of=(0, 1), audit=tokens)
+    out = run(plan, recorded_layers=(0, 1), audit=tokens)
     for layer in range(2):
         # The same past, but this layer is left to its router.
         opened = dataclasses.replace(plan, tier=plan.tier.at[layer].set(LEARNED))
-        full = np.asarray(run(opened, expert_outputs_of=(0, 1)).expert_outputs[layer].sum(-2))
+        full = np.asarray(run(opened, recorded_layers=(0, 1)).recorded[layer].outputs.sum(-2))
         known = table.answers[layer]
         _, dropped = resolve(out.router_probs[layer], 2, dataclasses.replace(plan.layer(layer), answers=known))
         added = known.total(dropped)
-        under_var = np.asarray(out.expert_outputs[layer].sum(-2)) + added
+        under_var = np.asarray(out.recorded[layer].outputs.sum(-2)) + added
         wanted = np.linalg.norm(under_var - full, axis=-1) / np.linalg.norm(full, axis=-1)
         expected = np.where(tokens >= 0, wanted.reshape(-1)[tokens], 0)
         assert (expected > 0.05).sum() >= 2

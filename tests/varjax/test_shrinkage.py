@@ -51,6 +51,7 @@ def answers_of(keys, entry, mean, mass, m2, count, **more) -> Answers:
     columns = {"mean": (mean, float), "mass": (mass, float), "m2": (m2, float), "count": (count, np.int64)}
     arrays = {name: np.asarray(values, dtype)[None] for name, (values, dtype) in columns.items()}
     entry = np.asarray(entry, np.int32)[None]
+    arrays["inputs"] = 2 * arrays["mean"] + 1
     return Answers(np.asarray(keys, np.int32), (4,), entry, nonfinite=np.zeros(1, np.int64), **arrays, **more)
 
 

@@ -95,11 +95,11 @@ def test_answers_equal_a_recount(saved_model, documents, whole, answers):
     outputs, weights, experts, ids, before = [], [], [], [], []
     for batch in batches(documents, 4, 16):
         out = saved_model.network.forward(
-            saved_model.params, batch.ids, attention_mask=batch.mask, expert_outputs_of=(1,)
+            saved_model.params, batch.ids, attention_mask=batch.mask, recorded_layers=(1,)
         )
         real = batch.mask & ~np.isin(batch.ids, saved_model.config.special_token_ids)
         past = np.pad(np.where(batch.mask, batch.ids, -9)[:, :-1], ((0, 0), (1, 0)), constant_values=-9)
-        parts = (out.expert_outputs[0], out.routing.weights[1], out.routing.experts[1], batch.ids, past)
+        parts = (out.recorded[0].outputs, out.routing.weights[1], out.routing.experts[1], batch.ids, past)
         for column, part in zip((outputs, weights, experts, ids, before), parts, strict=True):
             column.append(np.asarray(part)[real])
     outputs, weights, experts, ids, before = map(np.concatenate, (outputs, weights, experts, ids, before))

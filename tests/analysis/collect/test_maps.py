@@ -1,0 +1,135 @@
+"""Affine answers of a model, from the pass to the model under VAR."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from analysis.checkpoints import Checkpoints
+from analysis.collect.answers import collect_answers
+from analysis.collect.maps import first_tokens, with_maps
+from varjax import InputError, LayerPolicy, VARConfig, VARModel, answersfile
+from varjax.checksums import write_safetensors
+from varjax.model import build_for
+
+READING = {"batch_size": 20, "max_length": 16, "progress": False}
+RANK = 12
+
+
+@pytest.fixture(scope="module")
+def constant(saved_model, collected, known):
+    return collect_answers(saved_model, known, collected.stats.keys, range(2), inputs=True, **READING)
+
+
+@pytest.fixture(scope="module")
+def known(even_documents):
+    """The documents that the statistics were collected from."""
+    return even_documents[:-40]
+
+
+@pytest.fixture(scope="module")
+def affine(saved_model, constant, known, collected):
+    return with_maps(saved_model, constant, known, collected.held_out[:20], RANK, 1.0, **READING)
+
+
+def test_mean_inputs_change_no_mean_output(collected, constant):
+    for name in ("keys", "entry", "mean", "mass", "m2", "count"):
+        np.testing.assert_array_equal(getattr(constant, name), getattr(collected.answers, name))
+    assert constant.inputs.shape == constant.mean.shape and constant.inputs.any()
+
+
+def errors(model, collected, answers):
+    """The relative error of every layer's output at tokens that the table knows, without any expert running."""
+    policy = LayerPolicy(experts_kept=0, ngram_orders=(1, 2), entropy_threshold=10.0)
+    config = VARConfig(frequency_threshold=1, cache_size=0, default=policy)
+    table = build_for(model, config, collected.stats, answers)
+    var_model = VARModel(model, config, table)
+    ids = np.stack([document.ids[:16] for document in collected.held_out[20:]])
+    plan = var_model(ids, var_model.init(len(ids)))[0].plan
+    audit = np.flatnonzero(np.asarray(plan.tier[0]).ravel() == 0).astype(np.int32)
+    out = model.network.forward(var_model.model.params, jax.numpy.asarray(ids), plan=plan, audit=audit)
+    return np.asarray(out.audit)
+
+
+def test_affine_answers_are_nearer_to_unseen_outputs(saved_model, collected, constant, affine):
+    """A random model with small weights is nearly linear."""
+    assert affine.maps.unexplained.mean() < 0.8
+    before, after = (errors(saved_model, collected, answers) for answers in (constant, affine))
+    assert (np.median(after, axis=1) < 0.95 * np.median(before, axis=1)).all()
+
+
+def test_a_resumed_fit_is_bit_for_bit_that_of_one_run(saved_model, constant, affine, known, collected, tmp_path):
+    def broken_off():
+        yield from known[:100]
+        raise KeyboardInterrupt
+
+    reading = {**READING, "save_tokens": 700}
+    given = (collected.held_out[:20], RANK, 1.0)
+    whole = with_maps(saved_model, constant, known, *given, **reading)
+    with pytest.raises(KeyboardInterrupt):
+        with_maps(saved_model, constant, broken_off(), *given, checkpoints=Checkpoints(tmp_path), **reading)
+    assert (tmp_path / "checkpoint.safetensors").is_file()
+    resumed = with_maps(saved_model, constant, known, *given, checkpoints=Checkpoints(tmp_path), **reading)
+    jax.tree.map(np.testing.assert_array_equal, resumed.maps, whole.maps)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), resumed.maps.unexplained, affine.maps.unexplained
+    )
+
+
+def test_affine_answers_are_read_as_they_were_written(affine, constant, tmp_path):
+    path = tmp_path / "some.answers.safetensors"
+    for one in (affine, constant):
+        answersfile.write(path, one, {})
+        again, _ = answersfile.read(path)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), again, one)
+        assert (again.maps is None) == (one.maps is None)
+
+
+def test_a_file_that_lacks_a_part_of_the_maps_is_refused(affine, tmp_path):
+    path = tmp_path / "some.answers.safetensors"
+    answersfile.write(path, affine, {})
+    with safe_open(path, framework="numpy") as file:
+        meta = file.metadata()
+    tensors = load_file(path)
+    del tensors["mix"]
+    write_safetensors(path, tensors, {"varjax": meta["varjax"]})
+    with pytest.raises(InputError, match="the tensors mix are missing"):
+        answersfile.read(path)
+
+
+def test_the_first_tokens_of_a_text(known):
+    taken = list(first_tokens(known, 40))
+    assert sum(len(one.ids) for one in taken) >= 40 > sum(len(one.ids) for one in taken[:-1])
+
+
+def test_tables_of_any_policy_have_the_same_shapes(saved_model, collected, affine):
+    shapes = []
+    for tolerance in (0.1, 0.4):
+        policy = LayerPolicy(experts_kept=None, tolerance=tolerance, ngram_orders=(0, 1), entropy_threshold=10.0)
+        config = VARConfig(frequency_threshold=1, default=policy, answer_dtype="int8")
+        table = build_for(saved_model, config, collected.stats, affine, keep_shapes=True)
+        shapes.append(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), table))
+        known = table.answers[0]
+        assert known.affine.center.shape == (len(known.answers), RANK)
+        assert known.affine.read.dtype == "bfloat16" and known.answers.dtype == "int8"
+    assert shapes[0] == shapes[1]
+
+
+def test_order_0_answers_every_token_with_affine_answers(saved_model, collected, affine):
+    """No key of order 1 or 2 lacks an answer, because that of order 0 stands in."""
+    policy = LayerPolicy(experts_kept=0, ngram_orders=(0, 1, 2), entropy_threshold=10.0)
+    config = VARConfig(frequency_threshold=1, cache_size=0, default=policy)
+    var_model = VARModel(saved_model, config, build_for(saved_model, config, collected.stats, affine))
+    out, _ = var_model(np.stack([one.ids[:16] for one in collected.held_out]), var_model.init(40))
+    assert affine.useful_orders == (0, 1, 2) and collected.answers.useful_orders == (1, 2)
+    assert (np.asarray(out.routing.experts) == saved_model.config.num_experts).all()
+
+
+def test_a_maps_layer_that_adds_nothing_has_none(saved_model, collected, affine):
+    silent = dataclasses.replace(affine.maps, mix=affine.maps.mix * np.array([0, 1], np.float32)[:, None, None, None])
+    answers = dataclasses.replace(affine, maps=silent)
+    table = build_for(saved_model, VARConfig(frequency_threshold=1), collected.stats, answers)
+    assert [known.affine is None for known in table.answers] == [True, False]
