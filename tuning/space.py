@@ -98,7 +98,7 @@ def search_space(
     Args:
         orders: context orders above 0 that a policy may use.
         num_experts: number of experts E. The entropy of a gate is at most ln E, so its range is scaled by
-            ln E / ln 8.
+            ln E / ln 8. With one expert, it is always 0, and its threshold is not searched.
         ranges: ranges to replace, as "name=low:high".
         names: the parameters to search; None: all.
         span: the greatest age of a cached decision on the documents of the search, seconds
@@ -110,7 +110,7 @@ def search_space(
     Raises:
         InputError: a name is unknown, a range is malformed, or nothing is left to search.
     """
-    stretch = math.log(num_experts) / math.log(PUBLISHED_FOR)
+    stretch = math.log(max(num_experts, 2)) / math.log(PUBLISHED_FOR)
     thresholds = [
         dataclasses.replace(one, low=stretch * one.low, high=stretch * one.high) if one.unit == "nats" else one
         for one in THRESHOLDS
@@ -122,7 +122,7 @@ def search_space(
         old = _named(space, text.partition("=")[0])
         space[old.name] = _with_range(old, text)
     wanted = {_named(space, name).name for name in (space if names is None else names)}
-    unsearched = {name: why for name, why in _without_effect(space, span).items() if name in wanted}
+    unsearched = {name: why for name, why in _without_effect(space, num_experts, span).items() if name in wanted}
     found = tuple(one for one in space.values() if one.name in wanted and one.name not in unsearched)
     if not found:
         raise InputError(
@@ -239,14 +239,19 @@ def _with_range(parameter: Parameter, text: str) -> Parameter:
     return dataclasses.replace(parameter, low=low, high=high)
 
 
-def _without_effect(space: Mapping[str, Parameter], span: float) -> dict[str, str]:
+def _without_effect(space: Mapping[str, Parameter], num_experts: int, span: float) -> dict[str, str]:
     """Parameters that cannot change anything, and why."""
+    found = {}
+    if num_experts == 1:
+        always = "every layer has one expert, whose gate has no entropy and full confidence"
+        found = dict.fromkeys(("entropy_threshold", "confidence_threshold"), always)
     if span == 0:
         why = "each document is read in one window with a cached tier of its own, which decides nothing then"
-        return {name: why for name in space if name in (*CACHED, CACHED_TIER)}
-    if space["cache_ttl_seconds"].low >= span:
-        return {"cache_ttl_seconds": f"no decision of the cached tier gets older than {span:,.2f} s on these documents"}
-    return {}
+        found |= {name: why for name in space if name in (*CACHED, CACHED_TIER)}
+    elif space["cache_ttl_seconds"].low >= span:
+        why = f"no decision of the cached tier gets older than {span:,.2f} s on these documents"
+        found["cache_ttl_seconds"] = why
+    return found
 
 
 def _named(space: Mapping[str, Parameter], name: str) -> Parameter:

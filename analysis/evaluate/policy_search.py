@@ -127,7 +127,7 @@ def policies(
             tolerance=choice.tolerance,
             ngram_orders=orders,
             frequency_threshold=frequency_threshold,
-            entropy_threshold=math.log(num_experts) * 1.001,  # every key is below: the deviation decides instead
+            entropy_threshold=max(math.log(num_experts), 1.0) * 1.001,  # no key is above: the deviation decides
         )
         for choice in choices
     }

@@ -5,7 +5,8 @@ import pytest
 
 from analysis.evaluate.losses import plain_runner, score, var_runner
 from analysis.evaluate.points import Subject
-from analysis.evaluate.policy_search import Measured, search
+from analysis.evaluate.policy_search import Measured, policies, search
+from analysis.evaluate.prices import Choice
 from varjax.config import VARConfig
 from varjax.model import VARModel
 from varjax.step import summary
@@ -61,3 +62,9 @@ def test_the_config_that_was_chosen_does_what_was_measured(subject, found):
     experts = summary(state.counters, 2)["experts_per_token"]
     assert experts == pytest.approx(result.chosen.experts_per_token, abs=1e-2)
     assert 0 < experts < 2
+
+
+@pytest.mark.parametrize("experts", [1, 2, 8])
+def test_no_key_has_too_much_entropy_for_a_policy(experts):
+    (policy,) = policies([Choice(0, 0.5)], experts, (1,)).values()
+    assert policy.entropy_threshold > np.log(experts) + 1e-6  # that of a gate may be rounded up
