@@ -575,8 +575,8 @@ def _check_table(table: RouteTable, model: RoutedModel) -> None:
         wrong = [f"{what} {size}" for what, size in sizes.items() if size != hidden]
         if wrong:
             raise InputError(
-                f"the table has, in layer {layer}, {', '.join(wrong)} numbers, but the model's hidden size is {hidden}; "
-                "build it from answers that were collected with this model"
+                f"the table has, in layer {layer}, {', '.join(wrong)} numbers, but the model's hidden size is "
+                f"{hidden}; build it from answers that were collected with this model"
             )
 
 

@@ -123,10 +123,10 @@ def _section(found: TableSizes) -> Section:
         "saves half was read off these.",
     ]
     if full.affine_bytes:
+        part, answers = full.affine_bytes / _MB, full.answer_bytes / _MB
         words.append(
-            f"The answers are affine: their maps and centers take {full.affine_bytes / _MB:.1f} of the "
-            f"{full.answer_bytes / _MB:.1f} MB of {full.answer_dtype} answers ({full.affine_bytes / full.answer_bytes:.0%}). "
-            "A smaller table keeps the maps whole; stored answers of two bytes or one have maps and centers of two."
+            f"The answers are affine: their maps and centers take {part:.1f} of the {answers:.1f} MB ({part / answers:.0%}) "
+            "in float32. A smaller table keeps the maps whole; answers in bfloat16 and int8 have both in bfloat16."
         )
     columns = (
         *(Column("bound per layer", ","), Column("type"), Column("answers", ","), Column("answers [MB]", ".2f")),
