@@ -305,7 +305,7 @@ def _prepared(
         middle = task.cached + (calls - 1) // 2
         workload = Workload(task.batch, 1, middle, task.cached + calls, last_logits_only=True, itemsize=itemsize)
     else:
-        run = _prefilling(var_model, ids)
+        run = prefilling(var_model, ids)
         workload = Workload(task.batch, task.length, itemsize=itemsize)
     jax.block_until_ready(run())
     return run, workload, _mix(var_model, task, ids, calls)
@@ -367,8 +367,18 @@ def _draw(stream: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) 
     return stream[starts[..., None] + np.arange(length)].astype(np.int32)
 
 
-def _prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
-    """A run that reads texts int32 [calls, B, T] one after the other."""
+def prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
+    """A run that reads texts one after the other.
+
+    VAR's state continues from run to run.
+
+    Args:
+        var_model: the model, VAR on or off.
+        texts: int32 [calls, B, T].
+
+    Returns:
+        The run, which returns the last logits.
+    """
     batches = [jnp.asarray(ids) for ids in texts]
     mask = jnp.ones(texts.shape[1:], bool)
     held = [var_model.init(texts.shape[1])]

@@ -69,8 +69,9 @@ def _table_sizes(subject: Subject) -> TableSizes:
     found = []
     for config in progress_bar(configs, unit="table", desc="table sizes", show=subject.progress):
         table = subject.build(config)
-        answers, *sizes = _shipped(table)
+        answers, in_answers, in_maps, in_all = _shipped(table)
         point = measured(sum(answers), plain, score_point(subject, config, table), counts)
+        sizes = (in_answers, in_maps, in_all)
         found.append(Size(config.answers_per_layer, config.answer_dtype, sum(answers), *sizes, point))
     tokens = int(plain.tokens.sum())
     return TableSizes(tuple(found), subject.model.config.top_k, len(plain.nll), tokens, subject.samples)
@@ -125,8 +126,8 @@ def _section(found: TableSizes) -> Section:
     if full.affine_bytes:
         part, answers = full.affine_bytes / _MB, full.answer_bytes / _MB
         words.append(
-            f"The answers are affine: their maps and centers take {part:.1f} of the {answers:.1f} MB ({part / answers:.0%}) "
-            "in float32. A smaller table keeps the maps whole; answers in bfloat16 and int8 have both in bfloat16."
+            f"The answers are affine: their maps and centers take {part:.1f} of the {answers:.1f} MB "
+            f"({part / answers:.0%}) in float32. A smaller table keeps the maps whole; answers in bfloat16 and int8 have both in bfloat16."
         )
     columns = (
         *(Column("bound per layer", ","), Column("type"), Column("answers", ","), Column("answers [MB]", ".2f")),
