@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.evaluate.points import MeasuredPoint, Subject, measured, score_point
-from analysis.questions.question import Finding, Question
+from analysis.questions.question import Question
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import document_counts
@@ -127,7 +127,8 @@ def _section(found: TableSizes) -> Section:
         part, answers = full.affine_bytes / _MB, full.answer_bytes / _MB
         words.append(
             f"The answers are affine: their maps and centers take {part:.1f} of the {answers:.1f} MB "
-            f"({part / answers:.0%}) in float32. A smaller table keeps the maps whole; answers in bfloat16 and int8 have both in bfloat16."
+            f"({part / answers:.0%}) in float32. A smaller table keeps the maps whole; answers in bfloat16 or int8 "
+            "have both in bfloat16."
         )
     columns = (
         *(Column("bound per layer", ","), Column("type"), Column("answers", ","), Column("answers [MB]", ".2f")),
@@ -178,9 +179,10 @@ def _draw(found: TableSizes) -> Figure:
     return drawn
 
 
-def _examine(subject: Subject) -> Finding:
-    found = _table_sizes(subject)
-    return Finding((_section(found),), found)
-
-
-QUESTION = Question("table_size", "Size of the table against what it saves", _examine)
+QUESTION = Question(
+    "table_size",
+    "Size of the table against what it saves",
+    _table_sizes,
+    kind=TableSizes,
+    present=lambda found: [_section(found)],
+)
