@@ -181,8 +181,9 @@ def with_policies(
         A table of the same shapes.
 
     Raises:
-        InputError: as `build_table`; the table does not hold all rows of `stats`; or its answers were made under
-            another `answer_dtype`, `answer_shrinkage` or `answers_per_layer` than those of `config`.
+        InputError: as `build_table`; the table does not hold all rows of `stats`; its answers were made under
+            another `answer_dtype`, `answer_shrinkage` or `answers_per_layer` than those of `config`; or they have
+            other maps than `answers`.
     """
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
@@ -213,6 +214,13 @@ def _check_answers(table: RouteTable, config: VARConfig, answers: Answers | None
         raise InputError(f"answers: {there}; give those that the table was built from")
     if table.answers is None or answers is None or not answers.layers:
         return
+    ours = answers.maps.rank if answers.maps is not None and answers.maps.mix.any() else 0
+    theirs = max((known.affine.read.shape[1] for known in table.answers if known.affine is not None), default=0)
+    if ours != theirs:
+        raise InputError(
+            f"answers: the table's have maps of rank {theirs}, those given of rank {ours} (0: constant answers); give "
+            "those that the table was built from"
+        )
     names = ("answer_dtype", "answer_shrinkage", "answers_per_layer")
     dtype = str(table.answers[answers.layers[0]].answers.dtype)
     made = (dtype, *np.asarray(table.made_with).tolist())

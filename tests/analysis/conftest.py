@@ -5,6 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from analysis.collect.answers import collect_answers
+from analysis.collect.maps import with_maps
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.encoding import Encoded
 from analysis.traces.importing import import_npz
@@ -32,3 +33,13 @@ def collected(saved_model, even_documents) -> Collected:
     keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
     stats = collect(saved_model, known, keys, **reading)
     return Collected(stats, collect_answers(saved_model, known, stats.keys, range(2), **reading), held_out)
+
+
+@pytest.fixture(scope="session")
+def affine_collected(saved_model, even_documents, collected) -> Collected:
+    """The same with mean inputs and maps of rank 12, whose ridge the first 20 held-out documents chose."""
+    known, reading = even_documents[:-40], {"batch_size": 20, "max_length": 16, "progress": False}
+    constant = collect_answers(saved_model, known, collected.stats.keys, range(2), inputs=True, **reading)
+    return collected._replace(
+        answers=with_maps(saved_model, constant, known, collected.held_out[:20], 12, 1.0, **reading)
+    )

@@ -14,6 +14,7 @@ from analysis.collect.maps import first_tokens, with_maps
 from varjax import InputError, LayerPolicy, VARConfig, VARModel, answersfile
 from varjax.checksums import write_safetensors
 from varjax.model import build_for
+from varjax.table import with_policies
 
 READING = {"batch_size": 20, "max_length": 16, "progress": False}
 RANK = 12
@@ -31,8 +32,8 @@ def known(even_documents):
 
 
 @pytest.fixture(scope="module")
-def affine(saved_model, constant, known, collected):
-    return with_maps(saved_model, constant, known, collected.held_out[:20], RANK, 1.0, **READING)
+def affine(affine_collected):
+    return affine_collected.answers
 
 
 def test_mean_inputs_change_no_mean_output(collected, constant):
@@ -116,6 +117,21 @@ def test_tables_of_any_policy_have_the_same_shapes(saved_model, collected, affin
         assert known.affine.center.shape == (len(known.answers), RANK)
         assert known.affine.read.dtype == "bfloat16" and known.answers.dtype == "int8"
     assert shapes[0] == shapes[1]
+
+
+def test_other_policies_change_a_table_as_if_it_were_built_for_them(saved_model, collected, affine, constant):
+    configs = []
+    for order, tolerance in ((0, 0.1), (1, 0.4)):
+        policy = LayerPolicy(experts_kept=None, tolerance=tolerance, ngram_orders=(order,), entropy_threshold=10.0)
+        configs.append(VARConfig(frequency_threshold=1, default=policy))
+    tables = [build_for(saved_model, config, collected.stats, affine, keep_shapes=True) for config in configs]
+    changed = with_policies(tables[0], configs[1], collected.stats, affine)
+    jax.tree.map(np.testing.assert_array_equal, changed, tables[1])
+    assert not np.array_equal(tables[0].eligible, tables[1].eligible)
+    without = build_for(saved_model, configs[0], collected.stats, constant, keep_shapes=True)
+    for table, given, said in ((tables[0], constant, "12, those given of rank 0"), (without, affine, "0, those given")):
+        with pytest.raises(InputError, match=f"the table's have maps of rank {said}"):
+            with_policies(table, configs[1], collected.stats, given)
 
 
 def test_order_0_answers_every_token_with_affine_answers(saved_model, collected, affine):
