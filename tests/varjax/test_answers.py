@@ -306,7 +306,9 @@ def test_a_bad_file_is_named_with_its_fault(some, tmp_path):
     answersfile.write(path, some, {})
     good, header = load_file(path), {"varjax": '{"format": 3, "answer_layers": [0, 2], "distilled": false}'}
     save_file({"keys": KEYS}, path, metadata=header)
-    with pytest.raises(ValueError, match="count, entry, m2, mass, mean, nonfinite are missing"):
+    with pytest.raises(
+        ValueError, match="count, entry, inputs, m2, mass, mean, nonfinite, outliers, typical are missing"
+    ):
         answersfile.read(path)
     for name, tensor, fault in (
         ("mass", good["mass"][:1], r"tensor mass is float64 \[1, "),

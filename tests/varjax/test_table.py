@@ -318,7 +318,8 @@ def test_layers_with_outliers_leave_the_first_token_open(random_stats, random_an
     rng = np.random.default_rng(5)
     stats = random_stats(rng, LAYERS, EXPERTS)
     answers = random_answers(rng, stats, COLLECTED, HIDDEN)
-    everywhere = VARConfig(frequency_threshold=1, entropy_threshold=10.0, cache_size=0, layers={1: None, 2: None})
+    policy = LayerPolicy(experts_kept=1, ngram_orders=(0, 1))
+    everywhere = VARConfig(cache_size=0, default=policy, layers={1: None, 2: None})
     usual = build_table(everywhere, stats, answers, top_k=TOP_K)
     outliers = answers.outliers.copy()
     outliers[1, 0] = 3
