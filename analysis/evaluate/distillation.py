@@ -208,8 +208,9 @@ def distill(
     changes = [_unchanged(one, number) for one, number in zip(known, trained, strict=True)]
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     state: Any = (changes, optimizer.init(changes), jnp.zeros(settings.steps, jnp.float32))
-    done, state = (checkpoints and checkpoints.newest(state)) or (0, state)
-    state = model.place(jax.tree.map(jnp.asarray, state))
+    done, begun = (checkpoints and checkpoints.newest(state)) or (0, state)
+    # The dtypes are named because a checkpoint gives numbers of Python, for which JAX would compile the step again.
+    state = model.place(jax.tree.map(lambda like, leaf: jnp.asarray(leaf, like.dtype), state, begun))
     update = _make_step(model.network, optimizer, config, answers.layers)
     on_device = model.place(jax.tree.map(jnp.asarray, layers))
 
