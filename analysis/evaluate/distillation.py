@@ -60,7 +60,7 @@ class DistillConfig:
     steps: int = 300
     batch_size: int = 16  # windows of a batch at `max_length`
     max_length: int = 256  # tokens
-    learning_rate: float = 3e-3  # at the start; falls to 0 as a cosine
+    learning_rate: float = 3e-3  # at the start, relative to what is trained; falls to 0 as a cosine
     min_count: int = 50  # occurrences that an answer needs for a correction of its own
     seed: int = 0
 
