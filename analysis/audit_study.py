@@ -37,6 +37,7 @@ from analysis.report.output import OUTPUT_HELP, Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Column, Report, ReportFigure, Section, Table, text
 from analysis.resampling import allowed
+from analysis.steps import finished_steps
 from analysis.text import card
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.encoding import Encoded
@@ -80,6 +81,15 @@ class Outcome:
     first: Mapping[str, int]  # in how many repeats the first drift was in this signal
 
 
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """Everything that was measured."""
+
+    outcomes: list[Outcome]
+    calibration: Calibration
+    runs: dict[str, float]  # expert runs per token and layer, of VAR and of the audit in addition
+
+
 @program
 def main(arguments: Sequence[str] | None) -> None:
     """Run the study."""
@@ -93,7 +103,8 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--var_config",
         type=path_argument,
-        help="VARConfig as a JSON file; without it, one expert runs and answers are used",
+        help="VARConfig as a JSON file; without it, one expert runs (none, where the model runs one) and answers are "
+        "used",
     )
     parser.add_argument(
         "--dataset",
@@ -126,51 +137,61 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     files = table_files(find_statistics(args.routing_stats), var_config=args.var_config)
     model = load_model(args.model)
     checked = card.announced(model, args.dataset)
-    config = _config(args)
+    config = _config(args, model.config.top_k)
     var_model = VARModel(model, config, load_table(model, config, files.routing_stats, files.answers))
     reading = {"batch_size": args.batch_size, "max_length": args.max_length}
 
-    print("calibration", file=sys.stderr)
     known = _documents(model, args.dataset, "calibrate", args.num_samples)
-    sums, _ = tally_documents(var_model, known, args.share, seed=args.seed, **reading)
-    calibration = calibrate_from(observe(sums, streams_of(var_model)), var_model, args.share)
-    saved = output.main(".calibration.json")
-    calibration.save(saved)
-    seen = {}
-    for name, situation in _situations(args, model, var_model).items():
-        print(name, file=sys.stderr)
-        seen[name] = _look_at(*situation, args.share, args.seed, **reading)
 
-    outcomes = _judge(seen, calibration, sums, var_model, args)
-    same = seen[_SAME]
-    pairs = model.config.num_layers * same.tally.tokens.sum()
-    runs = {"var": same.experts_per_token, "audit": float(model.config.top_k * same.tally.audited.sum() / pairs)}
-    known_facts = (("calibration", f"{calibration.texts:,} documents"), *card.facts(checked))
-    said = Report("Study of the audit", known_facts, (), (_section(outcomes, calibration, runs),))
-    extra = {
-        "outcomes": outcomes,
-        "expert_runs_per_token_and_layer": runs,
-        "false_alarm_probability": ALPHA,
-        "calibration_file": saved.name,
-        "provenance": provenance(
-            seed=args.seed,
-            model={"name": model.name, "fingerprint": model.fingerprint},
-            card=checked,
-            data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
-            config=config,
-            table=files,
-            config_sha256=var_model.digest,
-        ),
-    }
-    write_report(said, output, extra=extra)
+    def studied() -> _Found:
+        print("calibration", file=sys.stderr)
+        sums, _ = tally_documents(var_model, known, args.share, seed=args.seed, **reading)
+        calibration = calibrate_from(observe(sums, streams_of(var_model)), var_model, args.share)
+        seen = {}
+        for name, situation in _situations(args, model, var_model).items():
+            print(name, file=sys.stderr)
+            seen[name] = _look_at(*situation, args.share, args.seed, **reading)
+        outcomes = _judge(seen, calibration, sums, var_model, args)
+        same = seen[_SAME]
+        pairs = model.config.num_layers * same.tally.tokens.sum()
+        runs = {"var": same.experts_per_token, "audit": float(model.config.top_k * same.tally.audited.sum() / pairs)}
+        return _Found(outcomes, calibration, runs)
+
+    made_from = {"fingerprint": model.fingerprint, "config_sha256": var_model.digest, "texts": [d.id for d in known]}
+    arguments = {name: str(value) for name, value in vars(args).items()}
+    with finished_steps(output, {"arguments": arguments, **made_from}) as steps:
+        found = steps.do("situations", _Found, studied)
+        saved = output.main(".calibration.json")
+        found.calibration.save(saved)
+        known_facts = (("calibration", f"{found.calibration.texts:,} documents"), *card.facts(checked))
+        extra = {
+            "outcomes": found.outcomes,
+            "expert_runs_per_token_and_layer": found.runs,
+            "false_alarm_probability": ALPHA,
+            "calibration_file": saved.name,
+            "provenance": provenance(
+                seed=args.seed,
+                model={"name": model.name, "fingerprint": model.fingerprint},
+                card=checked,
+                data={"dataset": args.dataset, "calibrate": len(known), "foreign": args.foreign},
+                config=config,
+                table=files,
+                config_sha256=var_model.digest,
+            ),
+        }
+        said = write_report(
+            lambda: Report("Study of the audit", known_facts, (), (_section(*vars(found).values()),)),
+            output,
+            extra=extra,
+        )
     print(text(said))
 
 
-def _config(args: argparse.Namespace) -> VARConfig:
+def _config(args: argparse.Namespace, top_k: int) -> VARConfig:
     """--var_config, or a policy under which nearly every key answers; no cached tier."""
     if args.var_config:
         return dataclasses.replace(VARConfig.load(args.var_config), cache_size=0)
-    policy = LayerPolicy(experts_kept=1, use_answers=True, ngram_orders=(1, 2))
+    policy = LayerPolicy(experts_kept=min(1, top_k - 1), use_answers=True, ngram_orders=(1, 2))
     return VARConfig(frequency_threshold=5, entropy_threshold=3.0, cache_size=0, default=policy)
 
 
@@ -189,8 +210,9 @@ def _situations(
     rng = np.random.default_rng(args.seed)
     faulty = {
         _SHUFFLED: VARModel(model, config, table=shuffled_answers(table, rng)),
-        "experts renumbered": VARModel(model, config, table=_renumbered(table, rng)),
     }
+    if model.config.num_experts > 1:  # one has no other number
+        faulty["experts renumbered"] = VARModel(model, config, table=_renumbered(table, rng))
     for scale in NOISE:
         other = _perturbed(model, scale, jax.random.key(args.seed))
         faulty[f"weights + {scale:.0%} noise"] = VARModel(other, config, table=table)

@@ -92,9 +92,9 @@ def run(work: Callable[[], None]) -> None:
     try:
         work()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(_with_notes(f"error: {error}", error))
     except OSError as error:
-        sys.exit(f"error: {_of_the_system(error)}")
+        sys.exit(_with_notes(f"error: {_of_the_system(error)}", error))
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except jax.errors.JaxRuntimeError as error:
@@ -108,6 +108,11 @@ def run(work: Callable[[], None]) -> None:
         raise
     finally:
         sys.stdout, sys.stderr = streams
+
+
+def _with_notes(message: str, error: BaseException) -> str:
+    """The message, then what was added to the error on its way, such as that the results are complete."""
+    return "\n".join([message, *getattr(error, "__notes__", ())])
 
 
 def _of_the_system(error: OSError) -> str:

@@ -142,9 +142,6 @@ def _command(args: argparse.Namespace, path: Path) -> None:
     )
     asked = {"include_path": args.include_path, "limit": args.limit, "num_fewshot": args.num_fewshot}
     found = evaluate(lm, args.tasks, **asked)
-    print(make_table(found))
-    if found.get("groups"):
-        print(make_table(found, "groups"))
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
     origin = {
         "model": about,
@@ -159,6 +156,9 @@ def _command(args: argparse.Namespace, path: Path) -> None:
         result |= {name: shares[name] for name in _SHARES}
     result |= {"settings": {**lm.settings, **asked}, "units": UNITS}
     write_json(path, result | {"provenance": provenance(seed=args.seed, **origin)})
+    print(make_table(found))
+    if found.get("groups"):
+        print(make_table(found, "groups"))
     print(f"written to {path}")
 
 

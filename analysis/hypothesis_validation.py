@@ -12,7 +12,8 @@ of the program.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,16 @@ def open_source(path: Path) -> Source:
 
 
 def validate(
-    data: RoutingData, questions: Sequence[Question[RoutingData]] = ROUTING_QUESTIONS
+    data: RoutingData,
+    questions: Sequence[Question[RoutingData]] = ROUTING_QUESTIONS,
+    each: Callable[[Report, dict[str, Any]], Report] = lambda report, _: report,
 ) -> tuple[Report, dict[str, Any]]:
     """Answer every question that the data allow, and say why the others cannot be answered.
 
     Args:
         data: statistics, and a trace or a second run if there are any.
         questions: in the order of the report.
+        each: takes the report and its fields after each question, to write them; returns the report.
 
     Returns:
         The report, and more fields of its JSON file.
@@ -79,11 +83,14 @@ def validate(
     Raises:
         InputError: the second run has another number of layers.
     """
-    answers = [question.answer(data) for question in questions]
-    fields = {name: value for answer in answers for name, value in (answer.result or {}).items()}
     remarks = () if data.trace is None else data.trace.remarks()
-    sections = tuple(section for answer in answers for section in answer.sections)
-    return Report("Routing hypotheses", tuple(_facts(data)), (*remarks, *_notes(data)), sections), fields
+    report = Report("Routing hypotheses", tuple(_facts(data)), (*remarks, *_notes(data)), ())
+    fields: dict[str, Any] = {}
+    for question in questions:
+        answer = question.answer(data)
+        fields |= answer.result or {}
+        report = each(dataclasses.replace(report, sections=(*report.sections, *answer.sections)), fields)
+    return report, fields
 
 
 @program
@@ -150,11 +157,15 @@ def _run(args: argparse.Namespace, output: Output) -> None:
     if args.compare is not None:
         used["compare"] = _statistics_of(args.compare)
         other = open_source(used["compare"]).stats
-    report, fields = validate(RoutingData(source, trace, other, str(args.compare), settings, progress=True))
     files = {name: {"path": path, "sha256": digest_of_file(path)} for name, path in used.items()}
     made = source.meta.get("provenance")
     about = provenance(seed=args.seed, files=files, settings=asdict(settings), input_provenance=made)
-    write_report(report, output, extra={"provenance": about} | fields)
+
+    def written(report: Report, fields: dict[str, Any]) -> Report:
+        return write_report(report, output, extra={"provenance": about} | fields)
+
+    data = RoutingData(source, trace, other, str(args.compare), settings, progress=True)
+    report, _ = validate(data, each=written)
     print(_overview(report))
     print(f"\nEverything behind these lines: {output.main('.txt')} (also .html with the figures, and .json)")
 

@@ -26,6 +26,7 @@ from analysis.report.files import write_report
 from analysis.report.output import OUTPUT_HELP, Output
 from analysis.report.provenance import hash_json, provenance
 from analysis.report.report import Column, Report, ReportFigure, Section, Table, text
+from analysis.steps import finished_steps
 from analysis.traces import importing
 from analysis.traces.replaying import Replay, replay
 from varjax.checksums import digest_of_file
@@ -69,14 +70,16 @@ def main(arguments: Sequence[str] | None) -> None:
     with output.locked():
         config = VARConfig.load(args.config) if args.config else VARConfig.preset(args.preset)
         settings = {name: getattr(args, name) for name in ("build_share", "step", "seconds_per_token")}
-        found = replay(importing.load(args.trace), config, **settings)
-        report = report_of(found)
-        print(text(report))
-        applied = json.loads(found.config.to_json())
-        hashes: dict[str, Any] = {"trace_sha256": digest_of_file(args.trace), "config_sha256": hash_json(applied)}
-        origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
-        write_report(report, output, extra={**found.fields(), "provenance": origin})
-        print(f"\nwritten to {args.output}")
+        trace = importing.load(args.trace)
+        trace_sha256 = digest_of_file(args.trace)
+        with finished_steps(output, {"trace": trace_sha256, "config": config.digest(), **settings}) as steps:
+            found = steps.do("replay", Replay, lambda: replay(trace, config, **settings))
+            applied = json.loads(found.config.to_json())
+            hashes: dict[str, Any] = {"trace_sha256": trace_sha256, "config_sha256": hash_json(applied)}
+            origin = provenance(trace=str(args.trace), config=applied, **hashes, **settings)
+            extra = {**found.fields(), "provenance": origin}
+            report = write_report(lambda: report_of(found), output, extra=extra)
+        print(f"{text(report)}\nwritten to {args.output}")
 
 
 def report_of(found: Replay) -> Report:

@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from functools import partial
 
 from analysis.collect.passes import EVERY_DOCUMENT, Share
-from analysis.collect.run import STATS, TRACE, CollectSettings, analyze, finish, merge_files, place
+from analysis.collect.run import STATS, TRACE, CollectSettings, analyze, finish, later_steps, merge_files, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
 from analysis.questions import routers
 from analysis.questions.by_layer import size
 from analysis.questions.data import RoutingData, Source
-from analysis.report.files import write_report
+from analysis.report.files import after_results, write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Report, text
@@ -113,8 +114,8 @@ def _collect(args: argparse.Namespace, output: Output) -> None:
     )
     if settings.answer_rank and (args.split == "all" or args.held_out_split in (args.split, "all")):
         raise InputError(
-            f"--held_out_split {args.held_out_split} with --split {args.split}: maps need documents that the answers have "
-            "not seen; give two different splits"
+            f"--held_out_split {args.held_out_split} with --split {args.split}: maps need documents that the answers "
+            "have not seen; give two different splits"
         )
     share = EVERY_DOCUMENT if args.coordinator else Share(args.process_id, args.num_processes)
     model = open_model(args)
@@ -126,7 +127,8 @@ def _collect(args: argparse.Namespace, output: Output) -> None:
         return
     if args.trace_tokens:
         reading = {"batch_size": args.batch_size, "max_length": args.max_length}
-        unsound = record(model, corpus, output.other(TRACE), max_tokens=args.trace_tokens, **reading)
+        trace = partial(record, model, corpus, output.other(TRACE), max_tokens=args.trace_tokens, **reading)
+        unsound = later_steps(args.output, {"trace_tokens": args.trace_tokens}).do("trace", int, trace)
         if unsound:
             print(f"{unsound:,} tokens are not in the trace: a router gave NaN or infinity")
     _print_keys(found.keys)
@@ -156,11 +158,12 @@ def _print_keys(keys: ContextCounts) -> None:
 
 def _present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """Print and write the summary with its figures."""
-    answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
-    facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
-    said = Report("Routing statistics", facts, (), answer.sections)
-    extra = {**answer.result, "provenance": provenance(seed=args.seed)}
-    write_report(said, output, f"{output.prefix}routing_summary", extra=extra)
+    with after_results(output.main(".parquet")):
+        answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
+        facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
+        said = Report("Routing statistics", facts, (), answer.sections)
+        extra = {**(answer.result or {}), "provenance": provenance(seed=args.seed)}
+        write_report(said, output, f"{output.prefix}routing_summary", extra=extra)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))
     print(shlex.join(["python", "-m", "analysis.hypothesis_validation", *map(str, asked)]))

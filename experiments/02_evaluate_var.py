@@ -27,7 +27,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -39,12 +39,12 @@ from analysis.evaluate import report as evaluation
 from analysis.evaluate.certificate import CLIP, TESTS, certify_results
 from analysis.evaluate.comparison import read_result
 from analysis.evaluate.distillation import DistillConfig, distill
-from analysis.evaluate.losses import Caching, add_caching_arguments, score, var_runner
+from analysis.evaluate.losses import Caching, Scores, add_caching_arguments, score, var_runner
 from analysis.evaluate.points import Subject
 from analysis.evaluate.policy_search import Search, search
 from analysis.inputs import CONFIGS, find_config, find_statistics, listed
 from analysis.questions import generation_drift
-from analysis.questions.question import Finding, Question
+from analysis.questions.question import Question
 from analysis.questions.registry import STUDY_QUESTIONS
 from analysis.questions.study import study
 from analysis.report.files import write_report
@@ -53,11 +53,14 @@ from analysis.report.provenance import provenance, write_json
 from analysis.report.report import summary as overview
 from analysis.report.report import text
 from analysis.resampling import MIN_DOCUMENTS
+from analysis.steps import Steps, finished_steps
 from analysis.text import card
+from analysis.text.encoding import Encoded
 from experiments.arguments import (
     add_hosts,
     add_options,
     add_table,
+    arguments_of,
     asked_config,
     join,
     load,
@@ -66,7 +69,7 @@ from experiments.arguments import (
     parser,
 )
 from models import Model
-from profiling.timing import by_batch, measure
+from profiling.timing import Throughput, by_batch, by_batch_section, measure
 from varjax import VARConfig, VARModel, answersfile, checksums, statsfile
 from varjax.config import PRESETS
 from varjax.errors import InputError
@@ -190,8 +193,8 @@ def _certify(args: argparse.Namespace, output: Output) -> None:
     settings["limit"] = math.log1p(args.limit)
     plain, candidates = read_result(base), {str(path): read_result(path) for path in others}
     found = certify_results(plain, candidates, **settings)
-    said = certificate.report(found, card.facts(plain.fields["provenance"].get("card")))
-    write_report(said, output, extra={"certificate": found, "provenance": provenance(seed=args.seed)})
+    make = partial(certificate.report, found, card.facts(plain.fields["provenance"].get("card")))
+    said = write_report(make, output, extra={"certificate": found, "provenance": provenance(seed=args.seed)})
     print(f"{text(said)}\nwritten to {output.main('.json')}")
 
 
@@ -199,31 +202,62 @@ def _evaluate(args: argparse.Namespace, output: Output) -> None:
     if args.mode == "var" and args.var_config is None:
         args.routing_stats = find_statistics(args.routing_stats)
     model, documents, origin = load(args, args.split, args.num_samples)
-    config, files, found = _config(args, model)
+    config, files = _config(args)
+    with finished_steps(output, _run(args, origin, config, files)) as steps:
+        _evaluate_on(args, output, steps, model, documents, origin, config, files)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+    """A pass over the documents."""
+
+    scores: Scores
+    shares: dict[str, Any] | None  # of the tiers and experts; None: VAR is switched off
+    words: str  # the same for people
+
+
+def _evaluate_on(
+    args: argparse.Namespace,
+    output: Output,
+    steps: Steps,
+    model: Model,
+    documents: list[Encoded],
+    origin: dict[str, Any],
+    config: VARConfig,
+    files: TableFiles | None,
+) -> None:
+    config, found = _searched(args, steps, model, config, files)
     caching = Caching.of(args)
     table = None if files is None else load_table(model, config, files.routing_stats, files.answers)
     var_model = VARModel(model, config, table)
-    reading = {"batch_size": args.batch_size, "max_length": args.max_length}
-    start = caching.init(var_model, args.batch_size)
-    scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
+    reading: dict[str, Any] = {"batch_size": args.batch_size, "max_length": args.max_length}
 
+    def scored() -> _Scored:
+        start = caching.init(var_model, args.batch_size)
+        scores, state = score(var_runner(var_model, caching), start, documents, stride=args.stride, **reading)
+        if state is None:
+            return _Scored(scores, None, "")
+        return _Scored(scores, summary(state.counters, model.config.top_k), var_model.summary(state))
+
+    done = steps.do("scores", _Scored, scored)
     kept = output.main(".documents.parquet")
-    scores.save(kept)
+    done.scores.save(kept)
     result: dict[str, Any] = {
         "mode": args.mode,
-        **scores.summary(),
+        **done.scores.summary(),
         "documents_file": kept.name,
         "documents_sha256": checksums.digest_of_file(kept),
         "experts_per_token": float(model.config.top_k),
     }
-    if state is not None:
-        shares = summary(state.counters, model.config.top_k)
-        result |= {key: shares[key] for key in ("tiers", "hit_rate", "mispredictions", "experts_per_token", "layers")}
+    if done.shares is not None:
+        shown = ("tiers", "hit_rate", "mispredictions", "experts_per_token", "layers")
+        result |= {key: done.shares[key] for key in shown}
         result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
         config.save(output.main(".var_config.json"), files)
     if not args.no_throughput:
-        pace = caching.seconds_per_token
-        result["throughput"] = measure(var_model, documents, repeats=args.repeats, seconds_per_token=pace, **reading)
+        timing = {"repeats": args.repeats, "seconds_per_token": caching.seconds_per_token}
+        timed = partial(measure, var_model, documents, **timing, **reading)
+        result["throughput"] = steps.do("throughput", dict[str, Any], timed)
     if found is not None:
         result["policy_search"] = dataclasses.asdict(found) | {"config": None}
     result["provenance"] = provenance(
@@ -235,12 +269,12 @@ def _evaluate(args: argparse.Namespace, output: Output) -> None:
         facts.append(("policy", "found under a loss budget" if found else given))
     facts += [*caching.facts(config), *card.facts(origin["card"])]
     searched = {"found": found, "limit": args.limit, "tuned": args.tune_samples}
-    said = evaluation.report(result, scores, facts, **searched)
-    write_report(said, output, extra=result)
+    said = write_report(partial(evaluation.report, result, done.scores, facts, **searched), output, extra=result)
 
-    print(f"{args.mode}: perplexity {scores.perplexity:.3f} per token, {scores.bits_per_byte:.4f} bits per byte")
-    if state is not None:
-        print(var_model.summary(state))
+    perplexity, bits = done.scores.perplexity, done.scores.bits_per_byte
+    print(f"{args.mode}: perplexity {perplexity:.3f} per token, {bits:.4f} bits per byte")
+    if done.words:
+        print(done.words)
     print(*said.notes, sep="\n", end="\n" if said.notes else "")
     print(f"written to {output.main('.json')}")
 
@@ -248,8 +282,22 @@ def _evaluate(args: argparse.Namespace, output: Output) -> None:
 def _distill(args: argparse.Namespace, output: Output) -> None:
     _find_policy(args)
     model, documents, origin = load(args, "build", args.num_samples)
-    config, files, _ = _config(args, model)
+    config, files = _config(args)
     assert files is not None  # the plain model is another mode
+    with finished_steps(output, _run(args, origin, config, files)) as steps:
+        config, _ = _searched(args, steps, model, config, files)
+        _distill_for(args, output, model, documents, origin, config, files)
+
+
+def _distill_for(
+    args: argparse.Namespace,
+    output: Output,
+    model: Model,
+    documents: list[Encoded],
+    origin: dict[str, Any],
+    config: VARConfig,
+    files: TableFiles,
+) -> None:
     subject = make_subject(args, model, config, files, documents)
     reading = (args.batch_size, args.max_length)
     settings = DistillConfig(args.steps, *reading, args.learning_rate, args.distill_min_count, args.seed)
@@ -286,8 +334,23 @@ def _distill(args: argparse.Namespace, output: Output) -> None:
 def _study(args: argparse.Namespace, output: Output) -> None:
     _find_policy(args)
     model, documents, origin = load(args, args.split, args.num_samples)
-    config, files, _ = _config(args, model)
+    config, files = _config(args)
     assert files is not None  # the plain model is another mode
+    with finished_steps(output, _run(args, origin, config, files)) as steps:
+        config, _ = _searched(args, steps, model, config, files)
+        _study_of(args, output, steps, model, documents, origin, config, files)
+
+
+def _study_of(
+    args: argparse.Namespace,
+    output: Output,
+    steps: Steps,
+    model: Model,
+    documents: list[Encoded],
+    origin: dict[str, Any],
+    config: VARConfig,
+    files: TableFiles,
+) -> None:
     kept = {"stride": args.stride, "folder": output.other("losses")}
     subject = make_subject(args, model, config, files, documents, **kept)
     facts = [
@@ -300,38 +363,56 @@ def _study(args: argparse.Namespace, output: Output) -> None:
     made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=config.digest(files.digest()))
     sizes = {name: getattr(args, name) for name in ("prompts", "prompt_tokens", "new_tokens")}
     timed = Question(
-        "throughput", "How much faster, and where must the gain vanish?", partial(_throughput, args.repeats)
+        "throughput",
+        "How much faster, and where must the gain vanish?",
+        partial(_throughput, args.repeats),
+        kind=list[Throughput],
+        present=lambda found: [by_batch_section(found)],
     )
     known = {question.name: question for question in (*STUDY_QUESTIONS, generation_drift.question(**sizes), timed)}
     asked = [known[name] for name in args.questions or known if not (args.no_throughput and name == timed.name)]
     facts += [("note", warning) for warning in evaluation.flattered({"mode": args.mode, "provenance": made})]
-    said = study(subject, asked, output, facts=facts, provenance=made)
     config.save(output.other("var_config.json"), files)
+    said = study(subject, asked, output, steps, facts=facts, provenance=made)
     print("\n".join(overview(said)))
     print(f"written to {args.output}")
 
 
-def _throughput(repeats: int, subject: Subject) -> Finding:
+def _throughput(repeats: int, subject: Subject) -> list[Throughput]:
     var_model = VARModel(subject.model, subject.config, subject.build(keep_shapes=False))
     reading: dict[str, Any] = {"max_length": subject.max_length, "seed": subject.seed}
     pace = subject.caching.seconds_per_token
-    section, found = by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
-    return Finding((section,), found)
+    return by_batch(var_model, subject.documents, repeats=repeats, seconds_per_token=pace, **reading)
 
 
-def _config(args: argparse.Namespace, model: Model) -> tuple[VARConfig, TableFiles | None, Search | None]:
-    """Make, load or search the config; returns its table's files and the search, too."""
+def _config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles | None]:
+    """Make or load the config that is evaluated or that a search starts from, and its table's files."""
     if args.mode == "baseline":
-        return VARConfig(enable_var=False), None, None
-    config, files = asked_config(args, **PRESETS[args.preset])
-    if not args.search_policy:
-        return config, files, None
+        return VARConfig(enable_var=False), None
+    return asked_config(args, **PRESETS[args.preset])
+
+
+def _run(
+    args: argparse.Namespace, origin: Mapping[str, Any], config: VARConfig, files: TableFiles | None
+) -> dict[str, Any]:
+    """Everything that decides what the steps of a command find."""
+    table = None if files is None else files.digest()
+    return {"arguments": arguments_of(args), **origin, "config": config.digest(), "table": table}
+
+
+def _searched(
+    args: argparse.Namespace, steps: Steps, model: Model, config: VARConfig, files: TableFiles | None
+) -> tuple[VARConfig, Search | None]:
+    """The config that a search finds if one is asked for, and the search."""
+    if files is None or not args.search_policy:
+        return config, None
     tuning = list(open_corpus(model, args, "tune", args.tune_samples))
     if len(tuning) < MIN_DOCUMENTS:
         print(f"only {len(tuning)} tune documents: on other documents the policy may lose far more than its budget")
     budget = 0.9 * args.limit if args.budget is None else args.budget
-    found = search(make_subject(args, model, config, files, tuning), budget=budget)
-    return found.config, files, found
+    subject = make_subject(args, model, config, files, tuning)
+    found = steps.do("search", Search, lambda: search(subject, budget=budget))
+    return found.config, found
 
 
 def _find_policy(args: argparse.Namespace) -> None:

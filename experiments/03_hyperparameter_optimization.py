@@ -22,6 +22,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,26 @@ from analysis.report.files import write_report
 from analysis.report.output import DIRECTORY, Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
+from analysis.steps import finished_steps
 from analysis.text import card
 from analysis.text.encoding import Drawn
-from experiments.arguments import add_options, add_table, asked_config, load, make_subject, open_corpus, parser
+from experiments.arguments import (
+    add_options,
+    add_table,
+    arguments_of,
+    asked_config,
+    load,
+    make_subject,
+    open_corpus,
+    parser,
+)
 from profiling.calls import PHASES
 from tuning.objective import Objective
 from tuning.points import Point, best, read_chosen, write_chosen
 from tuning.report import report
 from tuning.space import CACHED_TIER, reasons, search_space
 from tuning.study import METHODS, StudyError, check_method, fill, open_study, points, without_password, work
-from tuning.validation import REPEATS, section, validate
+from tuning.validation import REPEATS, Validation, section, validate
 from varjax.config import PRESETS, VARConfig
 from varjax.errors import InputError
 from varjax.progress import progress_bar
@@ -145,7 +156,7 @@ def _search(args: argparse.Namespace, output: Output) -> None:
         print(f"not searched: {reasons(setting.unsearched)}")
     study = open_study(_storage(args), args.study_name, args.method, setting.about)
     total = fill(study, args.method, objective.space, args.n_calls, args.grid_points)
-    _ = objective.ladder  # measured, or read back, before there are workers that would all measure it
+    _ = objective.prices  # measured, or read back, before there are workers that would all measure it
     if args.workers > 1 and args.speed == "measured":
         print("several workers on one machine disturb each other's timing: give each a device, or take --speed model")
     bar = progress_bar(total=total, initial=len(points(study)), unit="trial", desc=args.method)
@@ -215,9 +226,9 @@ def _conclude(args: argparse.Namespace, output: Output, setting: _Setting, found
         *card.facts(setting.origin["card"]),
     )
     trials = [vars(one) | {"config": _fields(one.config)} for one in found]
-    said = report(found, setting.objective.space, args.limit, facts, seed=args.seed)
-    _write(said, output, {"points": trials, "provenance": made})
     write_chosen(args.output, found, args.limit, setting.files, made)
+    said = partial(report, found, setting.objective.space, args.limit, facts, seed=args.seed)
+    _write(said, output, {"points": trials, "provenance": made})
 
 
 def _validate(args: argparse.Namespace, output: Output) -> None:
@@ -227,28 +238,35 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
     corpus = open_corpus(calibrate.model, args, "test", args.validate_samples)
     documents = list(corpus)
     table = (files.routing_stats, files.answers)
-    found = validate(
-        calibrate,
-        dataclasses.replace(calibrate, documents=documents),
-        candidates,
-        {f"preset {name}": VARConfig.from_routing_stats(*table, **fields) for name, fields in PRESETS.items()},
-        repeats=args.validate_repeats,
-        level=args.confidence,
-        limit=args.limit,
-        drawn=Drawn.of(origin["data"]),
-    )
-    facts = (
-        ("model", f"{calibrate.model.name} ({args.dtype})"),
-        ("data", f"{args.dataset}: calibrate {len(calibrate.documents):,} documents, test {len(documents):,}"),
-        ("configurations", str(args.validate)),
-        ("cached tier", calibrate.caching.words),
-        *card.facts(origin["card"]),
-    )
-    notes = ("Intervals are 95%, each on its own, over whole documents (speed-ups: over rounds).",)
-    made = provenance(seed=args.seed, **origin, table=files, test_data=corpus.about)
-    extra = {"validation": found, "configs": {name: _fields(config) for name, config in candidates.items()}}
-    said = Report("Validation of searched configurations", facts, notes, (section(found),))
-    _write(said, output, extra | {"provenance": made})
+    configs = {name: _fields(config) for name, config in candidates.items()}
+    run = {"arguments": arguments_of(args), "subject": calibrate.digest, "test_data": corpus.about, "configs": configs}
+    with finished_steps(output, run) as steps:
+        found = steps.do(
+            "validation",
+            Validation,
+            lambda: validate(
+                calibrate,
+                dataclasses.replace(calibrate, documents=documents),
+                candidates,
+                {f"preset {name}": VARConfig.from_routing_stats(*table, **fields) for name, fields in PRESETS.items()},
+                repeats=args.validate_repeats,
+                level=args.confidence,
+                limit=args.limit,
+                drawn=Drawn.of(origin["data"]),
+            ),
+        )
+        facts = (
+            ("model", f"{calibrate.model.name} ({args.dtype})"),
+            ("data", f"{args.dataset}: calibrate {len(calibrate.documents):,} documents, test {len(documents):,}"),
+            ("configurations", str(args.validate)),
+            ("cached tier", calibrate.caching.words),
+            *card.facts(origin["card"]),
+        )
+        notes = ("Intervals are 95%, each on its own, over whole documents (speed-ups: over rounds).",)
+        made = provenance(seed=args.seed, **origin, table=files, test_data=corpus.about)
+        extra = {"validation": found, "configs": configs}
+        title = "Validation of searched configurations"
+        _write(lambda: Report(title, facts, notes, (section(found),)), output, extra | {"provenance": made})
 
 
 def _name_files(args: argparse.Namespace, saved: TableFiles | None = None) -> None:
@@ -282,8 +300,8 @@ def _subject(
     return make_subject(args, model, config, files, documents, **kept), files, origin
 
 
-def _write(said: Report, output: Output, extra: dict[str, Any]) -> None:
-    write_report(said, output, extra=extra)
+def _write(make: Callable[[], Report], output: Output, extra: dict[str, Any]) -> None:
+    said = write_report(make, output, extra=extra)
     print("\n".join(summary(said)))
     print(f"written to {output.folder}")
 

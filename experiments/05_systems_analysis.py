@@ -18,8 +18,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from analysis.command import path_argument, program
 from analysis.inputs import CONFIGS, find_config, listed
@@ -27,8 +31,10 @@ from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Report, summary
+from analysis.steps import Steps, finished_steps
 from analysis.text import card
-from experiments.arguments import asked_config, load, parser
+from experiments.arguments import arguments_of, asked_config, load, parser
+from models import Model
 from profiling import bottlenecks, components, performance_model, points, xla
 from profiling.timing import drawn_texts
 from varjax import VARConfig, VARModel, load_table
@@ -76,53 +82,82 @@ def _analyze(args: argparse.Namespace, output: Output) -> None:
         "prefill": drawn_texts(documents, args.batch_size, args.max_length, args.seed),
         "decode": drawn_texts(documents, 1, DECODED, args.seed),
     }
-    rounds = 5 if args.quick else 15
+    with finished_steps(output, {"arguments": arguments_of(args), **origin, "config": var_model.digest}) as steps:
+        found = _measure(args, output, steps, model, var_model, texts)
+        made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest)
+        worst, named = bottlenecks.examine(found.evidence)
+        measured = vars(found) | {"bottlenecks": [dataclasses.asdict(one) for one in named]}
+        experts = found.evidence[0].experts[1]
+        policy = args.var_config or ("preset balanced" if config.enable_var else "none, the plain model")
+        facts = (
+            ("model", f"{model.name} ({args.dtype})"),
+            ("policy", f"{policy}: {experts:.2f} of {model.config.top_k} experts per token"),
+            ("calls", ", ".join(f"{name} {ids.shape[0]} x {ids.shape[1]}" for name, ids in texts.items())),
+            ("device", found.performance.ceilings.device),
+            *card.facts(origin["card"]),
+        )
+
+        def report() -> Report:
+            sections = (
+                worst,
+                components.section(found.components),
+                xla.costs_section(found.costs),
+                performance_model.section(found.performance, experts=experts),
+                performance_model.scaling_section(found.scaling),
+                xla.memory_section(found.memory),
+            )
+            return Report("Systems analysis", facts, NOTES, sections)
+
+        said = write_report(report, output, extra={"results": measured, "provenance": made})
+    print("\n".join(summary(said)))
+    print(f"written to {args.output}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Everything that was measured, by the names of the result file."""
+
+    components: list[components.Breakdown]
+    costs: list[xla.CallCosts]
+    performance: performance_model.Study
+    scaling: list[performance_model.Scaling]
+    memory: list[xla.Peak]
+    evidence: list[bottlenecks.Evidence]
+
+
+def _measure(
+    args: argparse.Namespace,
+    output: Output,
+    steps: Steps,
+    model: Model,
+    var_model: VARModel,
+    texts: Mapping[str, np.ndarray],
+) -> _Measured:
+    def traced() -> list[components.Breakdown]:
+        with tempfile.TemporaryDirectory() as deleted:
+            folder = output.other("traces") if args.trace else Path(deleted)
+            return components.measure_sides(var_model, texts, folder=folder, turns=4 if args.quick else 15)
+
+    def gathered() -> list[bottlenecks.Evidence]:
+        rounds = 5 if args.quick else 11
+        known: dict[str, Any] = {"ceilings": study.ceilings, "scalings": scales, "rounds": rounds}
+        return bottlenecks.gather(var_model, texts, breakdowns, seed=args.seed, **known)
 
     _step(1, "components: profiler traces")
-    with tempfile.TemporaryDirectory() as deleted:
-        folder = output.other("traces") if args.trace else Path(deleted)
-        breakdowns = components.measure_sides(var_model, texts, folder=folder, turns=4 if args.quick else 15)
+    breakdowns = steps.do("components", list[components.Breakdown], traced)
     _step(2, "costs")
-    costs, counted = xla.costs(var_model, texts)
+    costs = steps.do("costs", list[xla.CallCosts], partial(xla.costs, var_model, texts))
     batch, length = texts["prefill"].shape
     sizes = [] if args.quick else [(1, length), (batch, length // 2), (batch, length), (2 * batch, length)]
-    memory, peaks = xla.memory(var_model, sizes)
+    peaks = steps.do("memory", list[xla.Peak], partial(xla.memory, var_model, sizes))
     _step(3, "performance model: calibration and unseen calls")
-    study = performance_model.study(model, points.tasks(args.quick), repeats=rounds, seed=args.seed)
-    growth, scales = performance_model.scaling(study)
+    timing = {"repeats": 5 if args.quick else 15, "seed": args.seed}
+    calls = partial(performance_model.study, model, points.tasks(args.quick), **timing)
+    study = steps.do("performance model", performance_model.Study, calls)
+    scales = performance_model.scaling(study)
     _step(4, "bottlenecks")
-    worst, evidence, found = bottlenecks.examine(
-        *(var_model, texts, breakdowns),
-        ceilings=study.ceilings,
-        scalings=scales,
-        rounds=5 if args.quick else 11,
-        seed=args.seed,
-    )
-
-    experts = evidence[0].experts[1]
-    policy = args.var_config or ("preset balanced" if config.enable_var else "none, the plain model")
-    facts = (
-        ("model", f"{model.name} ({args.dtype})"),
-        ("policy", f"{policy}: {experts:.2f} of {model.config.top_k} experts per token"),
-        ("calls", ", ".join(f"{name} {ids.shape[0]} x {ids.shape[1]}" for name, ids in texts.items())),
-        ("device", study.ceilings.device),
-        *card.facts(origin["card"]),
-    )
-    sections = (
-        worst,
-        components.section(breakdowns),
-        costs,
-        performance_model.section(study, experts=experts),
-        growth,
-        memory,
-    )
-    report = Report("Systems analysis", facts, NOTES, sections)
-    made = provenance(seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest)
-    measured = {"components": breakdowns, "costs": counted, "performance": study, "scaling": scales, "memory": peaks}
-    measured |= {"evidence": evidence, "bottlenecks": [dataclasses.asdict(one) for one in found]}
-    write_report(report, output, extra={"results": measured, "provenance": made})
-    print("\n".join(summary(report)))
-    print(f"written to {args.output}")
+    evidence = steps.do("bottlenecks", list[bottlenecks.Evidence], gathered)
+    return _Measured(breakdowns, costs, study, scales, peaks, evidence)
 
 
 def _chosen_config(args: argparse.Namespace) -> tuple[VARConfig, TableFiles | None]:

@@ -104,6 +104,18 @@ def add_options(made: argparse.ArgumentParser, *options: tuple[str, Any, Any, st
         made.add_argument(f"--{name}", type=kind, default=default, help=text)
 
 
+def arguments_of(args: argparse.Namespace) -> dict[str, str]:
+    """List the arguments that decide what a command finds.
+
+    Args:
+        args: the options of any program.
+
+    Returns:
+        All of them by name, but for the number of the process, as text.
+    """
+    return {name: str(value) for name, value in sorted(vars(args).items()) if name != "process_id"}
+
+
 def add_mesh(made: argparse.ArgumentParser) -> None:
     """Add `--mesh`.
 

@@ -83,7 +83,7 @@ class Bottleneck:
     advice: str
 
 
-def examine(
+def gather(
     var_model: VARModel,
     texts: Mapping[str, np.ndarray],
     breakdowns: Sequence[Breakdown],
@@ -92,8 +92,8 @@ def examine(
     scalings: Sequence[Scaling] = (),
     rounds: int = 11,
     seed: int = 0,
-) -> tuple[Section, list[Evidence], list[Bottleneck]]:
-    """Measure what the rules need, apply them, and report the bottlenecks.
+) -> list[Evidence]:
+    """Measure what the rules need.
 
     Args:
         var_model: the model; where VAR is switched off, the evidence is about the plain model alone.
@@ -105,12 +105,22 @@ def examine(
         seed: of the order within rounds.
 
     Returns:
-        The section, whose criterion is that no bottleneck has high severity; the evidence of each phase; and the
-        bottlenecks.
+        The evidence of each phase.
     """
-    evidence = [
+    return [
         _gather(var_model, ids, phase, breakdowns, ceilings, scalings, rounds, seed) for phase, ids in texts.items()
     ]
+
+
+def examine(evidence: Sequence[Evidence]) -> tuple[Section, list[Bottleneck]]:
+    """Apply the rules, and report the bottlenecks.
+
+    Args:
+        evidence: from `gather`.
+
+    Returns:
+        The section, whose criterion is that no bottleneck has high severity; and the bottlenecks.
+    """
     found = [one for seen in evidence for one in _bottlenecks(seen)]
     ordered = sorted(found, key=lambda one: ("high", "medium", "low").index(one.severity))
     high = [f"{one.name} ({one.where})" for one in ordered if one.severity == "high"]
@@ -128,7 +138,7 @@ def examine(
         ),
         (Table("Bottlenecks", columns, rows),) if rows else (),
     )
-    return section, evidence, found
+    return section, found
 
 
 def _gather(

@@ -120,8 +120,8 @@ def main(arguments: Sequence[str] | None) -> None:
     output = Output.of(args.output, "ceilings", (".json",))
     with output.locked():
         found = measure(quick=not args.full)
-        print(found)
         write_json(output.main(".json"), found)
+        print(found)
 
 
 def measure(quick: bool = True, repeats: int | None = None, seed: int = 0, size: int | None = None) -> Ceilings:

@@ -33,6 +33,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,11 +153,11 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument("--output", type=path_argument, help="JSON file to write, or a directory for it")
     args = parser.parse_args(arguments)
     if args.output is None:
-        _measure_and_print(args)
+        _measure_and_print(args, None)
         return
     output = Output.of(args.output, "performance", (".json",))
     with output.locked():
-        write_json(output.main(".json"), _measure_and_print(args))
+        _measure_and_print(args, output.main(".json"))
 
 
 def fit(points: Sequence[Point], config: MoEConfig, ceilings: Ceilings) -> PerformanceModel:
@@ -230,15 +231,14 @@ def study(
     return Study(model.config, ceilings, fitted, *(_errors(fitted, model.config, each) for each in (known, unseen)))
 
 
-def scaling(found: Study) -> tuple[Section, list[Scaling]]:
+def scaling(found: Study) -> list[Scaling]:
     """Fit exponents to the unseen calls of every phase and policy with enough sizes.
 
     Args:
         found: from `study`.
 
     Returns:
-        The section, whose criterion is that time grows no faster than the performance model expects; and the exponents
-        by phase, those of the plain model first.
+        The exponents by phase, those of the plain model first.
     """
     groups: dict[tuple[str, str], list[PointError]] = {}
     for one in found.unseen.each:
@@ -255,7 +255,7 @@ def scaling(found: Study) -> tuple[Section, list[Scaling]]:
             exponent = float(line.slope), float(line.stderr), expected
             fitted.append(Scaling(phase, policy, tokens, measured, predicted, *exponent))
     fitted.sort(key=lambda one: (one.phase, one.policy != "plain"))
-    return _scaling_section(fitted), fitted
+    return fitted
 
 
 def section(found: Study, experts: float = 1.0) -> Section:
@@ -434,7 +434,15 @@ def _errors(model: PerformanceModel, config: MoEConfig, points: Sequence[Point])
     return Errors(each, median.value, median.low, median.high, each[int(absolute.argmax())])
 
 
-def _scaling_section(found: Sequence[Scaling]) -> Section:
+def scaling_section(found: Sequence[Scaling]) -> Section:
+    """Report how time grows; the criterion is that it grows no faster than the performance model expects.
+
+    Args:
+        found: from `scaling`.
+
+    Returns:
+        The section.
+    """
     title = "How does time grow with the tokens?"
     if not found:
         return Section("scaling", title, "not measured", f"no kind of call was timed at {FEWEST} sizes")
@@ -475,12 +483,13 @@ def _scaling_section(found: Sequence[Scaling]) -> Section:
     )
 
 
-def _measure_and_print(args: argparse.Namespace) -> dict[str, Any]:
+def _measure_and_print(args: argparse.Namespace, path: Path | None) -> None:
     model = load_model(args.model)
     found = study(model, repeats=args.repeats, seed=args.seed)
+    if path is not None:
+        write_json(path, {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found})
     facts = (("model", model.name), ("device", found.ceilings.device))
     print(text(Report("Performance model", facts, (), (section(found),))))
-    return {"provenance": provenance(seed=args.seed, model=model.fingerprint), "study": found}
 
 
 def _gains(found: Study, experts: float) -> Iterator[tuple[str, int, float | None, float]]:

@@ -123,7 +123,7 @@ def by_batch(
     repeats: int = 11,
     seed: int = 0,
     seconds_per_token: float = SECONDS_PER_TOKEN,
-) -> tuple[Section, list[Throughput]]:
+) -> list[Throughput]:
     """Throughput of prefill and decode by batch size, under VAR and without.
 
     Args:
@@ -133,8 +133,7 @@ def by_batch(
         max_length, decode_tokens, repeats, seed, seconds_per_token: as in `measure`.
 
     Returns:
-        The section, whose criterion is decode at the smallest batch and prefill at the largest; and per batch size,
-        prefill and then decode.
+        Per batch size, prefill and then decode.
     """
     compared = {"plain": var_model.disabled(), "var": var_model}
     found = []
@@ -158,7 +157,7 @@ def by_batch(
                     distinct=tuple(float(one.any(axis=axes).sum(-1).mean()) for one in used),
                 )
             )
-    return _section(found), found
+    return found
 
 
 def measure(
@@ -232,7 +231,15 @@ def drawn_texts(documents: Sequence[Encoded], number: int, max_length: int, seed
     return np.stack([document.ids[:length] for document in chosen])
 
 
-def _section(found: Sequence[Throughput]) -> Section:
+def by_batch_section(found: Sequence[Throughput]) -> Section:
+    """Report throughput by batch size; the criterion is decode at the smallest batch and prefill at the largest.
+
+    Args:
+        found: from `by_batch`.
+
+    Returns:
+        The section.
+    """
     prefill, decode = ([one for one in found if one.phase == phase] for phase in PHASES)
     alone, last, many = decode[0], decode[-1], prefill[-1]
     passed = min(alone.speedup.value, many.speedup.value) >= EVALUATION_SPEEDUP

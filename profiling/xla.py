@@ -137,7 +137,7 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
                     yield from _equations(inner)
 
 
-def costs(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> tuple[Section, list[CallCosts]]:
+def costs(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> list[CallCosts]:
     """Count what the calls of every side and phase cost, from their shapes and by XLA, in total and by component.
 
     Args:
@@ -145,10 +145,21 @@ def costs(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> tuple[Section
         texts: phase -> int32 [B, T].
 
     Returns:
-        The section, which has no criterion, and one entry per phase and side.
+        One entry per phase and side.
     """
     compared = sides(var_model).items()
-    found = at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in compared)
+    return at_once(partial(_count, *side, phase, ids) for phase, ids in texts.items() for side in compared)
+
+
+def costs_section(found: Sequence[CallCosts]) -> Section:
+    """Report what calls cost.
+
+    Args:
+        found: from `costs`.
+
+    Returns:
+        The section, which has no criterion.
+    """
     columns = (
         *(Column("call"), Column("MFLOP", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f")),
         *(Column("MB", ",.2f"), Column("as written", ",.2f"), Column("XLA", ",.2f"), Column("peak memory, MB", ",.1f")),
@@ -167,7 +178,7 @@ def costs(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> tuple[Section
         )
         tables.append(Table(f"{name}, by component", parts, rows))
     doubts = sum((Counter(one.xla.doubts) for one in found), Counter())
-    section = Section(
+    return Section(
         "costs",
         "What does a call cost?",
         "reported",
@@ -181,7 +192,6 @@ def costs(var_model: VARModel, texts: Mapping[str, np.ndarray]) -> tuple[Section
         ),
         (Table("Totals of one call", columns, tuple(totals)), *tables),
     )
-    return section, found
 
 
 def _peak_memory(config: MoEConfig, workload: Workload, *, held: int = 0, answers: bool = False) -> float:
@@ -204,7 +214,7 @@ def _peak_memory(config: MoEConfig, workload: Workload, *, held: int = 0, answer
     return held + workload.itemsize * (parameters(config) + cache) + FLOAT32 * (logits + between)
 
 
-def memory(var_model: VARModel, shapes: Iterable[tuple[int, int]]) -> tuple[Section, list[Peak]]:
+def memory(var_model: VARModel, shapes: Iterable[tuple[int, int]]) -> list[Peak]:
     """Predict the peak memory of prefills and compare it with XLA's layout; nothing is run.
 
     Args:
@@ -212,14 +222,21 @@ def memory(var_model: VARModel, shapes: Iterable[tuple[int, int]]) -> tuple[Sect
         shapes: (B, T) of each prefill; repeated ones count once; empty: not measured.
 
     Returns:
-        The section, which has no criterion, and one entry per shape and side.
+        One entry per shape and side.
     """
     compared = sides(var_model).items()
-    found = at_once(partial(_peak, *side, *shape) for shape in dict.fromkeys(shapes) for side in compared)
-    return _memory_section(found), found
+    return at_once(partial(_peak, *side, *shape) for shape in dict.fromkeys(shapes) for side in compared)
 
 
-def _memory_section(found: Sequence[Peak]) -> Section:
+def memory_section(found: Sequence[Peak]) -> Section:
+    """Report peak memory.
+
+    Args:
+        found: from `memory`.
+
+    Returns:
+        The section, which has no criterion.
+    """
     rows = [(one.side, one.batch, one.length, one.predicted / 1e6, one.allocated / 1e6, one.relative) for one in found]
     title = "How much memory does a call need?"
     if not rows:

@@ -29,7 +29,8 @@ from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.certificate import CLIP
 from analysis.evaluate.losses import Losses, score, var_runner
 from analysis.evaluate.points import Subject, score_point
-from analysis.evaluate.policy_search import Choice, Ladder, Measured, climb, policies
+from analysis.evaluate.policy_search import policies
+from analysis.evaluate.prices import Choice, Prices, measure_prices
 from analysis.resampling import Estimate
 from analysis.text.encoding import Encoded
 from models import MoEConfig
@@ -42,7 +43,6 @@ from varjax import bounds
 from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.model import VARModel
-from varjax.progress import progress_bar
 from varjax.step import TIERS, summary
 from varjax.table import RouteTable, asked_orders, with_policies
 
@@ -91,7 +91,7 @@ class Objective:
             The trial's values, the config that they stand for, and its outcome.
         """
         values = suggest(self.space, trial)
-        config = config_at(values, self.subject.config, self.ladder, self.orders)
+        config = config_at(values, self.subject.config, self.prices, self.orders)
         return Point(trial.number, values, config, self.evaluate(config))
 
     def evaluate(self, config: VARConfig) -> Outcome:
@@ -132,22 +132,13 @@ class Objective:
         return self.subject.answers.useful_orders
 
     @cached_property
-    def ladder(self) -> Ladder:
-        """Each layer measured alone at several tolerances; kept on disk if the subject has a folder."""
-        subject, top_k = self.subject, self.subject.model.config.top_k
-        bar = progress_bar(unit=" policies", show=subject.progress, desc="layers alone")
-
-        def measured(choices: Sequence[Choice]) -> Measured:
-            layers = policies(choices, subject.model.config.num_experts, self.orders)
-            config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
-            table = with_policies(self._table, config, subject.stats, subject.answers)
-            found = score_point(subject, config, table)
-            bar.update()
-            change = (found.nll - self._plain.nll).sum() / self._plain.tokens.sum()
-            return Measured(tuple(choices), math.expm1(change), found.experts_per_token)
-
-        with bar:
-            return climb(measured, subject.answers, subject.config.answer_shrinkage, top_k)
+    def prices(self) -> Prices:
+        """What errors cost on the tune documents."""
+        subject = self.subject
+        everywhere = [Choice(layer, 1.0) for layer in subject.answers.layers]
+        layers = policies(everywhere, subject.model.config.num_experts, self.orders)
+        config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
+        return measure_prices(subject, config, with_policies(self._table, config, subject.stats, subject.answers))
 
     @cached_property
     def _table(self) -> RouteTable:

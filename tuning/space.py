@@ -2,8 +2,8 @@
 
 A space is a tuple of `Parameter`s. Most of them are fields of `VARConfig` under their own names. Three are not:
 
-- `loss_budget`: all layers' tolerances at once, by the ladder of policies (`analysis.evaluate.policy_search`). The
-  budget is the sum of the losses of single layers; the real loss of a point is measured.
+- `loss_budget`: all layers' tolerances at once, by the price of an error (`analysis.evaluate.prices`). The budget is
+  the expected divergence from the plain model; the real loss of a point is measured.
 - `longest_context`: layers use the context orders from 1 to this one.
 - `cached_tier`: whether there is a cached tier. Without one its settings (`CACHED`) have no effect; they are drawn
   nevertheless, because samplers model a space of fixed shape better.
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import optuna
 
-from analysis.evaluate.policy_search import Ladder
+from analysis.evaluate.prices import Prices
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 
@@ -98,7 +98,7 @@ def search_space(
     Args:
         orders: context orders above 0 that a policy may use.
         num_experts: number of experts E. The entropy of a gate is at most ln E, so its range is scaled by
-            ln E / ln 8.
+            ln E / ln 8. With one expert, it is always 0, and its threshold is not searched.
         ranges: ranges to replace, as "name=low:high".
         names: the parameters to search; None: all.
         span: the greatest age of a cached decision on the documents of the search, seconds
@@ -110,7 +110,7 @@ def search_space(
     Raises:
         InputError: a name is unknown, a range is malformed, or nothing is left to search.
     """
-    stretch = math.log(num_experts) / math.log(PUBLISHED_FOR)
+    stretch = math.log(max(num_experts, 2)) / math.log(PUBLISHED_FOR)
     thresholds = [
         dataclasses.replace(one, low=stretch * one.low, high=stretch * one.high) if one.unit == "nats" else one
         for one in THRESHOLDS
@@ -122,7 +122,7 @@ def search_space(
         old = _named(space, text.partition("=")[0])
         space[old.name] = _with_range(old, text)
     wanted = {_named(space, name).name for name in (space if names is None else names)}
-    unsearched = {name: why for name, why in _without_effect(space, span).items() if name in wanted}
+    unsearched = {name: why for name, why in _without_effect(space, num_experts, span).items() if name in wanted}
     found = tuple(one for one in space.values() if one.name in wanted and one.name not in unsearched)
     if not found:
         raise InputError(
@@ -181,13 +181,13 @@ def grid(space: Space, number: int) -> list[dict[str, Value]]:
     return [dict(zip(names, one, strict=True)) for one in itertools.product(*(_spaced(p, number) for p in space))]
 
 
-def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[int]) -> VARConfig:
+def config_at(values: Values, base: VARConfig, prices: Prices, orders: Sequence[int]) -> VARConfig:
     """Build the config that a point of the space stands for.
 
     Args:
         values: by parameter; settings without a value stay as in `base`.
         base: the config of the search.
-        ladder: measured on the tune documents; used where there is a `loss_budget`.
+        prices: measured on the tune documents; used where there is a `loss_budget`.
         orders: context orders above 0 that a policy may use.
 
     Returns:
@@ -203,7 +203,7 @@ def config_at(values: Values, base: VARConfig, ladder: Ladder, orders: Sequence[
     if budget is not None:
         policies = {
             choice.layer: LayerPolicy(experts_kept=None, tolerance=choice.tolerance, ngram_orders=tuple(orders))
-            for choice in ladder.within(float(budget))
+            for choice in prices.within(float(budget))
         }
         config = dataclasses.replace(config, default=None, layers=policies)
     if longest is not None:
@@ -239,14 +239,19 @@ def _with_range(parameter: Parameter, text: str) -> Parameter:
     return dataclasses.replace(parameter, low=low, high=high)
 
 
-def _without_effect(space: Mapping[str, Parameter], span: float) -> dict[str, str]:
+def _without_effect(space: Mapping[str, Parameter], num_experts: int, span: float) -> dict[str, str]:
     """Parameters that cannot change anything, and why."""
+    found = {}
+    if num_experts == 1:
+        always = "every layer has one expert, whose gate has no entropy and full confidence"
+        found = dict.fromkeys(("entropy_threshold", "confidence_threshold"), always)
     if span == 0:
         why = "each document is read in one window with a cached tier of its own, which decides nothing then"
-        return {name: why for name in space if name in (*CACHED, CACHED_TIER)}
-    if space["cache_ttl_seconds"].low >= span:
-        return {"cache_ttl_seconds": f"no decision of the cached tier gets older than {span:,.2f} s on these documents"}
-    return {}
+        found |= {name: why for name in space if name in (*CACHED, CACHED_TIER)}
+    elif space["cache_ttl_seconds"].low >= span:
+        why = f"no decision of the cached tier gets older than {span:,.2f} s on these documents"
+        found["cache_ttl_seconds"] = why
+    return found
 
 
 def _named(space: Mapping[str, Parameter], name: str) -> Parameter:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from analysis.collect.passes import EVERY_DOCUMENT, SAVE_TOKENS, Reading, Share,
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
+from analysis.steps import Steps
 from analysis.text.encoded_corpus import EncodedCorpus
 from analysis.text.sources import CorpusError
 from models import Model, MoEConfig
@@ -205,6 +206,19 @@ def analyze(
         done.touch()
     together, _ = statsfile.read(at.main(".parquet"))
     return Analysis(together, keys, len(frequent), int(answerable.sum()), pairs)
+
+
+def later_steps(output: Path, run: Mapping[str, Any]) -> Steps:
+    """Keep what a run does after `analyze` until `finish` is called.
+
+    Args:
+        output: see `analyze`.
+        run: what decides it, besides what decides the rest of the run.
+
+    Returns:
+        The steps, next to the checkpoints.
+    """
+    return Steps(place(output).other(_WORK) / "later", run)
 
 
 def _fit_maps(

@@ -85,12 +85,11 @@ def frontier(search: Search, limit: float, caption: str) -> Figure:
     Returns:
         The figure.
     """
-    alone = "one layer, one tolerance"
-    measured = {alone: search.single, "layers together": search.path, "chosen": (search.chosen,)}
+    measured = {"tried": search.path, "chosen": (search.chosen,)}
     series = {
         name: [(point.experts_per_token, point.degradation) for point in points] for name, points in measured.items()
     }
-    return quality_against_experts(series, limit, caption, dots=(alone,))
+    return quality_against_experts(series, limit, caption)
 
 
 def _quality(result: Mapping[str, Any], scores: Scores) -> Section:

@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter
 
 from analysis.evaluate.losses import Losses
 from analysis.evaluate.points import MeasuredPoint, Point, Subject, degradations, measured, score_point
-from analysis.questions.question import Finding, Question
+from analysis.questions.question import Question
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Estimate, document_counts
@@ -416,9 +416,10 @@ def _draw_curve(axis: Any, curve: Curve, top_k: int, **style: Any) -> None:
     axis.errorbar(experts, value, bars, linewidth=0.9, **({"markersize": 4} | style))
 
 
-def _examine(subject: Subject) -> Finding:
-    found = _evaluate(subject)
-    return Finding((_section(found),), found)
-
-
-QUESTION = Question("alternatives", "VAR against the simple alternatives at equal loss", _examine)
+QUESTION = Question(
+    "alternatives",
+    "VAR against the simple alternatives at equal loss",
+    _evaluate,
+    kind=Alternatives,
+    present=lambda found: [_section(found)],
+)

@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from scipy.special import digamma
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, TraceSettings
+from analysis.questions.data import RoutingData, TraceSettings, needs_routing
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums, measure, ratio, ratio_with_interval
@@ -259,4 +259,6 @@ def _draw(found: ChoiceEntropy, settings: TraceSettings) -> Figure:
     return figure
 
 
-QUESTION = Question("choice_entropy", "What the last ids leave open: H(first choice | last n ids)", _examine)
+QUESTION = Question(
+    "choice_entropy", "What the last ids leave open: H(first choice | last n ids)", _examine, needs_routing
+)

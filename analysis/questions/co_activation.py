@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.sparse import csr_array
 
-from analysis.questions.data import RoutingData, TraceSettings
+from analysis.questions.data import RoutingData, TraceSettings, needs_selection
 from analysis.questions.nulls import mean
 from analysis.questions.question import Question
 from analysis.report.figures import heat_map, over_the_depth, subplots
@@ -256,4 +256,4 @@ def _draw(found: CoActivation, layers: int = 4) -> Figure:
     return figure
 
 
-QUESTION = Question("co_activation", "Experts are chosen together", _examine)
+QUESTION = Question("co_activation", "Experts are chosen together", _examine, needs_selection)

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions import by_layer
-from analysis.questions.data import RoutingData
+from analysis.questions.data import RoutingData, needs_routing
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
 from analysis.report.figures import heat_map, over_the_depth, panels, subplots
@@ -230,4 +230,4 @@ def _readable(text: str) -> str:
     return "".join(known).replace(" ", "·")
 
 
-QUESTION = Question("consistency", "Routing is consistent", _examine)
+QUESTION = Question("consistency", "Routing is consistent", _examine, needs_routing)

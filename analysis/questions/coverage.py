@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis.criteria import MIN_COVERED
 from analysis.questions import by_layer
-from analysis.questions.data import RoutingData
+from analysis.questions.data import RoutingData, needs_routing
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
 from analysis.report.figures import MARKERS, heat_map, shade, subplots
@@ -144,4 +144,4 @@ def _draw(stats: RoutingStats, found: Coverage, presets: by_layer.Values) -> Fig
     return figure
 
 
-QUESTION = Question("coverage", "A fast path covers many occurrences", _examine)
+QUESTION = Question("coverage", "A fast path covers many occurrences", _examine, needs_routing)

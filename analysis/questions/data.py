@@ -15,11 +15,13 @@ from analysis.questions.question import NotMeasuredError
 from analysis.resampling import MIN_PERMUTATIONS, Measure
 from analysis.traces.capture import on_all_layers
 from analysis.traces.statistics import trace_statistics
-from analysis.traces.trace import Trace
-from varjax.errors import InputError
+from analysis.traces.trace import NO_ROUTING, Trace
+from varjax.errors import InputError, NotTestableError
 from varjax.stats import RoutingStats
 
 Found = TypeVar("Found")
+
+_GUESSED = "experts up to the largest id in the file"
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,47 @@ class RoutingData:
         return found if captured.all() else _on_all_layers(found, captured)
 
 
+def needs_routing(data: RoutingData) -> None:
+    """Check that there is routing to ask about, as the `needs` of a question.
+
+    Args:
+        data: statistics.
+
+    Raises:
+        NotTestableError: there is one expert per layer.
+    """
+    if data.stats.num_experts == 1:
+        guessed = f" ({_GUESSED})" if "num_experts" in data.source.meta.get("filled", {}) else ""
+        raise NotTestableError(f"every layer has one expert, which every token runs{guessed}: {NO_ROUTING}")
+
+
+def needs_selection(data: RoutingData) -> None:
+    """Check that the router selects some experts of many, as the `needs` of a question about which ones run.
+
+    Args:
+        data: statistics, and a trace if there is one.
+
+    Raises:
+        NotTestableError: every token runs all experts.
+    """
+    needs_routing(data)
+    if data.trace is not None:
+        check_selection(data.trace)
+
+
+def check_selection(trace: Trace) -> None:
+    """Check that the router selects some experts of many.
+
+    Args:
+        trace: the trace.
+
+    Raises:
+        NotTestableError: every token runs all experts.
+    """
+    if trace.top_k == trace.num_experts:
+        raise NotTestableError(f"every token runs all {trace.num_experts} experts of a layer: the router selects none")
+
+
 def trace_source(trace: Trace) -> Source:
     """Compute the statistics of a trace on all token ids.
 
@@ -171,7 +214,7 @@ def _entropy_kind(source: Source) -> EntropyKind:
         why = "gate entropy is known as a lower bound only"
     words = f"ln {experts} = {math.log(experts):.3f} nats"
     if "num_experts" in meta.get("filled", {}):
-        words += " (experts up to the largest id in the file)"
+        words += f" ({_GUESSED})"
     caution = []
     if why:
         caution.append(

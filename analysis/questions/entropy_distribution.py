@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis.criteria import LOW_ENTROPY, MIN_LOW_SHARE
 from analysis.questions import by_layer
-from analysis.questions.data import RoutingData
+from analysis.questions.data import RoutingData, needs_routing
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
 from analysis.report.figures import MARKERS, heat_map, shade, subplots
@@ -161,4 +161,4 @@ def _draw(stats: RoutingStats, most: float) -> Figure:
     return figure
 
 
-QUESTION = Question("entropy", "Many tokens are routed with low entropy", _examine)
+QUESTION = Question("entropy", "Many tokens are routed with low entropy", _examine, needs_routing)

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from analysis.evaluate.losses import BY_CACHE, BY_ROUTER, TokenLosses, token_losses
 from analysis.evaluate.points import Subject
-from analysis.questions.question import Finding, Question
+from analysis.questions.question import Question
 from analysis.report.figures import panels, subplots
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Estimate, ratio_with_interval
@@ -404,9 +404,4 @@ def _size(found: ErrorSources) -> str:
     return f"{found.documents:,} documents, {found.tokens:,} tokens"
 
 
-def _examine(subject: Subject) -> Finding:
-    found = examine(subject)
-    return Finding(_sections(found), found)
-
-
-QUESTION = Question("error_sources", "What VAR's error is made of", _examine)
+QUESTION = Question("error_sources", "What VAR's error is made of", examine, kind=ErrorSources, present=_sections)

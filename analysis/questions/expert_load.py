@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.questions.data import RoutingData, TraceSettings
+from analysis.questions.data import RoutingData, TraceSettings, needs_selection
 from analysis.questions.nulls import mean
 from analysis.questions.question import Finding, Question
 from analysis.report.figures import heat_map, subplots
@@ -126,4 +126,4 @@ def _draw(found: Load) -> Figure:
     return figure
 
 
-QUESTION = Question("load", "Experts share the load", _examine)
+QUESTION = Question("load", "Experts share the load", _examine, needs_selection)

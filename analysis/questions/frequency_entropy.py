@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 
 from analysis.criteria import LOW_ENTROPY, MAX_RHO
 from analysis.questions import by_layer
-from analysis.questions.data import RoutingData
+from analysis.questions.data import RoutingData, needs_routing
 from analysis.questions.drawn import LayerDraws
 from analysis.questions.question import Question
 from analysis.report.figures import panels
@@ -117,4 +117,4 @@ def _draw(stats: RoutingStats, experts: int) -> Figure:
     return figure
 
 
-QUESTION = Question("frequency_entropy", "Frequent token ids are routed with more certainty", _examine)
+QUESTION = Question("frequency_entropy", "Frequent token ids are routed with more certainty", _examine, needs_routing)

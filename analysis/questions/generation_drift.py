@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from analysis.evaluate.losses import INDEPENDENT, Caching, token_nll
 from analysis.evaluate.points import Subject
-from analysis.questions.question import Finding, Question
+from analysis.questions.question import Question
 from analysis.report.figures import subplots
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Estimate, bootstrap, ratio_with_interval
@@ -263,10 +263,9 @@ def _draw(found: Drift) -> Figure:
     return figure
 
 
-def _examine(sizes: Mapping[str, int], subject: Subject) -> Finding:
+def _measure(sizes: Mapping[str, int], subject: Subject) -> Drift:
     var_model = VARModel(subject.model, subject.config, table=subject.build(keep_shapes=False))
-    found = drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching, **sizes)  # type: ignore[arg-type]
-    return Finding((_section(found),), found)
+    return drift(var_model, subject.documents, seed=subject.seed, caching=subject.caching, **sizes)  # type: ignore[arg-type]
 
 
 def question(**sizes: int) -> Question[Subject]:
@@ -278,7 +277,8 @@ def question(**sizes: int) -> Question[Subject]:
     Returns:
         The question.
     """
-    return Question("generation_drift", "Drift in free generation", partial(_examine, sizes))
+    title, measure = "Drift in free generation", partial(_measure, sizes)
+    return Question("generation_drift", title, measure, kind=Drift, present=lambda found: [_section(found)])
 
 
 QUESTION = question()

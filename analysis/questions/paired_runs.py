@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import rankdata, ttest_1samp, wilcoxon
 
 from analysis.questions.by_layer import ALPHA, MIN_KEYS, UsedIds, figure_of, table
-from analysis.questions.data import RoutingData
+from analysis.questions.data import RoutingData, needs_routing
 from analysis.questions.question import NotMeasuredError, Question
 from analysis.report.report import Section
 from analysis.resampling import holm
@@ -118,4 +118,4 @@ def _examine(data: RoutingData) -> Section:
     )
 
 
-QUESTION = Question("paired", "Two runs route the same token ids alike", _examine)
+QUESTION = Question("paired", "Two runs route the same token ids alike", _examine, needs_routing)

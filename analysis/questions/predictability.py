@@ -12,8 +12,8 @@ times or more in the build part.
 | `coverage` | share of all held-out tokens that have a known key; the same in every layer, no null |
 | `agreement` | share of tokens whose first choice is the predicted one; only where the experts are ranked |
 | `agreement_of_shortest` | the same by the shortest order's table, at the keys of the longer order |
-| `recall` | share of the chosen experts that are among the K predicted |
-| `mass` | share of the chosen experts' probability that the K predicted have; only where probabilities are known |
+| `recall` | share of the chosen experts that are among the K predicted; only where K < E |
+| `mass` | share of the chosen experts' probability that the K predicted have; only where that is known, and K < E |
 
 A long context that is frequent is an easy one, so `agreement` rises with the order even where the added ids say
 nothing. What they add is its distance from `agreement_of_shortest`, at the same tokens (of unranked experts
@@ -35,13 +35,18 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, TraceSettings
+from analysis.questions.data import RoutingData, TraceSettings, check_selection, needs_routing
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums, measure, ratio_with_interval
 from analysis.traces.trace import Trace
 from varjax.errors import NotTestableError
 
+_MEANINGS = {
+    "agreement": "agreement: the first choice is the predicted one",
+    "recall": "recall: share of the chosen experts that were predicted",
+    "mass": "mass: share of their probability",
+}
 _OF_SHORTEST = "_of_shortest"  # ends the name of what the shortest order gets at another order's tokens
 
 
@@ -71,8 +76,11 @@ def predictability(trace: Trace, settings: TraceSettings, progress: bool = False
         The figures.
 
     Raises:
-        NotTestableError: all documents are on one side of the split, or no key has enough evidence.
+        NotTestableError: all documents are on one side of the split, no key has enough evidence, or every token runs
+            all experts and these are not ranked.
     """
+    if not trace.ranked:
+        check_selection(trace)
     build = trace.build_documents()[trace.document]
     if build.all() or not build.any():
         raise NotTestableError(
@@ -118,7 +126,8 @@ class _Scored:
         self.num_experts = trace.num_experts
         self.shares = None if trace.probs is None else np.ascontiguousarray(_shares(trace.probs).transpose(1, 2, 0))
         ranked = trace.ranked or trace.top_k == 1
-        self.scores = ["agreement"] * ranked + ["recall"] + ["mass"] * (self.shares is not None)
+        selects = trace.top_k < trace.num_experts  # else every expert is chosen, and so are those predicted
+        self.scores = ["agreement"] * ranked + ["recall"] * selects + ["mass"] * (selects and self.shares is not None)
         self.names = [*self.scores, f"{self.scores[0]}{_OF_SHORTEST}"]
 
     def known(self, keys: Sequence[np.ndarray]) -> np.ndarray:
@@ -202,8 +211,7 @@ def _examine(data: RoutingData) -> Section:
         f"Tables of the last n ids (order n) are built on {found.build_documents:,} documents "
         f"({found.build_tokens:,} tokens) and scored on {found.held_out_documents:,} others "
         f"({found.held_out_tokens:,} tokens), at keys seen {settings.min_count} times or more; coverage is the share "
-        "of tokens with such a key. agreement: the first choice is the predicted one; recall: share of the chosen "
-        f"experts that were predicted; mass: share of their probability.{unranked}",
+        f"of tokens with such a key. {'; '.join(_MEANINGS[name] for name in rows if name in _MEANINGS)}.{unranked}",
         f"Longer orders are scored at fewer and easier tokens. {there}: {judged} of the shortest order at the same "
         "tokens; the distance from it is what the further ids add.",
         f"{nulls.NULL} PASS: above the band. The verdict is that of {judged} over all orders; this criterion is "
@@ -262,4 +270,4 @@ def _draw(found: Predictability, settings: TraceSettings) -> Figure:
     return figure
 
 
-QUESTION = Question("predictability", "Token ids predict routing on unseen documents", _examine)
+QUESTION = Question("predictability", "Token ids predict routing on unseen documents", _examine, needs_routing)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from analysis.report.report import ReportFigure, Section, Table
+from analysis.steps import Steps
 from varjax.errors import NotTestableError
 
 Data = TypeVar("Data")
@@ -38,22 +39,32 @@ class Question(Generic[Data]):
 
     name: str  # of the section, and of the result in the JSON file
     title: str  # the claim or the topic, as the heading of the section
-    examine: Callable[[Data], Section | Finding]  # may raise NotTestableError, NotMeasuredError
+    examine: Callable[[Data], Any]  # a Section or Finding, or what `present` takes; may raise NotTestableError
+    needs: Callable[[Data], None] = lambda _: None  # raises it where there is nothing to ask about
+    kind: Any = None  # the declared type of what is found, where that takes long and is kept
+    present: Callable[[Any], Sequence[Section]] | None = None  # makes the sections from that
 
-    def answer(self, data: Data) -> Finding:
+    def answer(self, data: Data, steps: Steps | None = None) -> Finding:
         """Answer the question, or say why the data cannot answer it.
 
         Args:
             data: what the question is asked about.
+            steps: of the command, which keep what takes long; None: nothing is kept.
 
         Returns:
             The sections, at least one.
         """
         try:
-            found = self.examine(data)
+            self.needs(data)
+            if steps is None or self.kind is None:
+                found = self.examine(data)
+            else:
+                found = steps.do(self.name, self.kind, lambda: self.examine(data))
         except NotTestableError as error:
             verdict = "not measured" if isinstance(error, NotMeasuredError) else "not testable"
-            found = self.section(verdict, str(error))
+            return Finding((self.section(verdict, str(error)),))
+        if self.present is not None:
+            return Finding(tuple(self.present(found)), found)
         return found if isinstance(found, Finding) else Finding((found,))
 
     def section(

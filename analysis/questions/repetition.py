@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.questions import nulls
-from analysis.questions.data import RoutingData, TraceSettings
+from analysis.questions.data import RoutingData, TraceSettings, needs_routing
 from analysis.questions.question import Question
 from analysis.report.report import ReportFigure, Section
 from analysis.resampling import Measure, document_sums
@@ -127,4 +127,4 @@ def _draw(found: Repetition) -> Figure:
     return figure
 
 
-QUESTION = Question("repetition", "Consecutive tokens repeat their first choice", _examine)
+QUESTION = Question("repetition", "Consecutive tokens repeat their first choice", _examine, needs_routing)

@@ -9,7 +9,7 @@ import numpy as np
 
 from analysis.criteria import LOW_ENTROPY
 from analysis.questions.by_layer import SHARE
-from analysis.questions.data import RoutingData
+from analysis.questions.data import RoutingData, needs_routing
 from analysis.questions.entropy_distribution import entropy_figure
 from analysis.questions.frequency_entropy import frequency_figure
 from analysis.questions.question import Finding, Question
@@ -58,4 +58,4 @@ def _examine(data: RoutingData) -> Finding:
     return Finding((QUESTION.section("reported", outcome, words, [table], shown, headline),), {"layers": layers})
 
 
-QUESTION = Question("routers", "How sure the routers are", _examine)
+QUESTION = Question("routers", "How sure the routers are", _examine, needs_routing)

@@ -14,6 +14,7 @@ from analysis.questions.question import Question
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.report import Report
+from analysis.steps import Steps
 
 _NOTES = (
     "Perplexity is per token, of text that is given (teacher-forced); intervals are 95%, each for itself, over whole "
@@ -27,6 +28,7 @@ def study(
     subject: Subject,
     questions: Sequence[Question[Subject]],
     output: Output,
+    steps: Steps | None = None,
     *,
     facts: Sequence[tuple[str, str]] = (),
     provenance: Mapping[str, Any] | None = None,
@@ -37,6 +39,7 @@ def study(
         subject: the policy and the documents.
         questions: in the order of the report, such as `analysis.questions.registry.STUDY_QUESTIONS`.
         output: the directory to write.
+        steps: of the command, which keep what the questions found; None: nothing is kept.
         facts: about model, data and policy, for people.
         provenance: of the results, for the JSON file.
 
@@ -46,7 +49,7 @@ def study(
     results: dict[str, Any] = {}
     report = Report("Study of an adaptive routing policy", tuple(facts), _NOTES, ())
     for question in questions:
-        found = question.answer(subject)
+        found = question.answer(subject, steps)
         results[question.name] = found.result
         report = dataclasses.replace(report, sections=(*report.sections, *found.sections))
         report = write_report(report, output, "study", extra={"results": results, "provenance": provenance})

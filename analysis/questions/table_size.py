@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis.evaluate.points import MeasuredPoint, Subject, measured, score_point
-from analysis.questions.question import Finding, Question
+from analysis.questions.question import Question
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import document_counts
@@ -163,9 +163,10 @@ def _draw(found: TableSizes) -> Figure:
     return drawn
 
 
-def _examine(subject: Subject) -> Finding:
-    found = _table_sizes(subject)
-    return Finding((_section(found),), found)
-
-
-QUESTION = Question("table_size", "Size of the table against what it saves", _examine)
+QUESTION = Question(
+    "table_size",
+    "Size of the table against what it saves",
+    _table_sizes,
+    kind=TableSizes,
+    present=lambda found: [_section(found)],
+)

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 
 from varjax import checksums
+from varjax.config import VARConfig
 
+NOT_FINITE = "not finite"  # the only field of an exact infinity or NaN
 _DISTRIBUTIONS = ("varjax", "jax", "jaxlib", "flax", "numpy", "transformers")
 
 
@@ -56,7 +58,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     Raises:
         TypeError: `obj` holds something else; the message names where.
     """
-    checksums.write_json(path, _plain(obj))
+    checksums.write_json(path, plain(obj))
 
 
 def hash_json(obj: Any) -> str:
@@ -68,7 +70,7 @@ def hash_json(obj: Any) -> str:
     Returns:
         SHA-256, which does not depend on the order of keys.
     """
-    return checksums.digest_of(_plain(obj))
+    return checksums.digest_of(plain(obj))
 
 
 def version_of(distribution: str) -> str | None:
@@ -86,21 +88,39 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
-def _plain(obj: Any, where: str = "$") -> Any:
-    """Convert `obj` to dicts, lists, strings, finite numbers, booleans and None; `where` is its JSON path."""
+def plain(obj: Any, exact: bool = False, where: str = "$") -> Any:
+    """Convert a value to what JSON holds.
+
+    Args:
+        obj: a dataclass, named tuple, container, array, path, number, string, or None.
+        exact: convert it so that `analysis.steps.restored` can read it back; otherwise infinities and NaN become None.
+        where: the JSON path of the value, for error messages.
+
+    Returns:
+        Dicts, lists, strings, finite numbers, booleans and None.
+
+    Raises:
+        TypeError: a value has no JSON form; the message names where.
+    """
     if obj is None or isinstance(obj, str | bool | int):
         return obj
     if isinstance(obj, float):
-        return obj if math.isfinite(obj) else None
+        return obj if math.isfinite(obj) else {NOT_FINITE: str(obj)} if exact else None
     if isinstance(obj, Path):
         return str(obj)
+    if exact and isinstance(obj, VARConfig):
+        return obj.to_json()
+    if exact and isinstance(obj, np.ndarray):
+        values = plain(obj.ravel().tolist(), exact, f"{where}.values")
+        return {"dtype": obj.dtype.str, "shape": list(obj.shape), "values": values}
     if isinstance(obj, np.generic | np.ndarray | jax.Array):
-        return _plain(np.asarray(obj).tolist(), where)
+        return plain(np.asarray(obj).tolist(), exact, where)
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
-        fields = ((field.name, getattr(obj, field.name)) for field in dataclasses.fields(obj))
-        return {name: _plain(value, f"{where}.{name}") for name, value in fields}
+        obj = {field.name: getattr(obj, field.name) for field in dataclasses.fields(obj) if field.init or not exact}
+    if exact and hasattr(obj, "_asdict"):
+        obj = obj._asdict()
     if isinstance(obj, Mapping):
-        return {str(key): _plain(value, f"{where}.{key}") for key, value in obj.items()}
+        return {str(key): plain(value, exact, f"{where}.{key}") for key, value in obj.items()}
     if isinstance(obj, list | tuple):
-        return [_plain(value, f"{where}[{i}]") for i, value in enumerate(obj)]
+        return [plain(value, exact, f"{where}[{i}]") for i, value in enumerate(obj)]
     raise TypeError(f"{where}: {type(obj).__name__} has no JSON form; give numbers, strings, lists or dicts")

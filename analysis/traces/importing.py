@@ -215,7 +215,7 @@ def _trace(arrays: dict[str, np.ndarray], fields: dict[str, Any], name: str) -> 
         document_ids=document_ids,
         groups=groups,
         num_experts=num_experts,
-        ranked=scores is not None or fields.get("ranked", False),
+        ranked=scores is not None or fields.get("ranked", False) or fields["top_k"] == 1,
         probs_over=found.over,
         scores=found.scores,
         entropy=None if found.entropy is None else on_all_layers(found.entropy, captured, np.nan, axis=1),
@@ -335,13 +335,15 @@ def _probabilities(experts: np.ndarray, values: np.ndarray | None, fields: dict[
     if declared == "none":
         sorted_experts, _ = _best_first(experts, _of_chosen(values, experts) if of_all else values)
         return _Found(sorted_experts, notes=("The trace's scores are not probabilities: only their order was used.",))
-    probs, over, notes = _CONVERSIONS[declared or "softmax"](values, fields, of_all)
+    probs, whose, notes = _CONVERSIONS[declared or "softmax"](values, fields, of_all)
     entropy = None
-    if of_all:
+    if of_all or fields["top_k"] == fields["num_experts"]:  # then the chosen experts are all
+        whose = "all"
         entropy = np.maximum(entr(probs, dtype=np.float64).sum(axis=-1), 0).astype(np.float32)
+    if of_all:
         probs = _of_chosen(probs, experts)
     experts, probs = _best_first(experts, probs)
-    return _Found(experts, probs, over, entropy, declared or "softmax", notes)
+    return _Found(experts, probs, whose, entropy, declared or "softmax", notes)
 
 
 _Converted = tuple[np.ndarray, Any, tuple[str, ...]]  # probabilities shaped as the values, what they are over, notes

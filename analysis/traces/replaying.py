@@ -26,7 +26,7 @@ import numpy as np
 from analysis.traces.capture import on_all_layers
 from analysis.traces.replay_steps import run_steps, unlimited_cache
 from analysis.traces.statistics import trace_statistics
-from analysis.traces.trace import Trace, TraceError
+from analysis.traces.trace import NO_ROUTING, Trace, TraceError
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
 from varjax.routing import CACHED, FAST
@@ -233,6 +233,8 @@ def _applicable(config: VARConfig, trace: Trace) -> tuple[VARConfig, list[str]]:
             f"the trace has the {trace.top_k} chosen experts' probabilities: confidence is exact, entropy is the least "
             "that they allow; entropy thresholds pass more than they would on the whole gate"
         )
+    if trace.num_experts == 1:
+        notes.append(f"every layer has one expert: {NO_ROUTING}, and nothing to predict")
     if not trace.ranked:
         notes.append("the experts are not ranked: there is no agreement, and no misprediction, only recall")
     return config, notes

@@ -53,6 +53,7 @@ TOLERANCE = 0.01  # by which a sum of probabilities may miss 1: float16 is good 
 ORIGIN = ("model", "revision", "dtype", "tokenizer", "phase")
 _VERSION = 1
 _HEADER = b"varjax_trace"
+NO_ROUTING = "there is no routing in this model"  # where every layer has one expert
 _LAYOUT = ("version", "num_layers", "num_experts", "top_k", "ranked", "probs_over", "scores", "entropy", "notes")
 _SEALED = "sealed"
 _FIX = "restore the file, or record or import the trace again"

@@ -11,7 +11,7 @@ import profiling.bottlenecks
 from analysis.resampling import Estimate
 from models import load_model
 from profiling import components
-from profiling.bottlenecks import Evidence, _bottlenecks, examine
+from profiling.bottlenecks import Evidence, _bottlenecks, examine, gather
 from profiling.calls import workload_and_mix
 from profiling.components import OTHER, Breakdown, measure_sides
 from profiling.points import embedded_texts, policies, random_stats
@@ -153,7 +153,8 @@ def short_turns(monkeypatch):
 
 def found(var_model, ids, phase, folder):
     breakdowns = measure_sides(var_model, {phase: ids}, folder=folder, **MEASURING)
-    section, (seen,), named = examine(var_model, {phase: ids}, breakdowns, rounds=3)
+    (seen,) = gather(var_model, {phase: ids}, breakdowns, rounds=3)
+    section, named = examine([seen])
     assert section.verdict == ("FAIL" if any(one.severity == "high" for one in named) else "PASS")
     return seen, {one.name: one for one in named}
 
@@ -191,7 +192,8 @@ def test_a_cache_of_one_entry_is_found_and_a_useful_one_is_not(saved_model, docu
         sized = dataclasses.replace(config, cache_size=size)
         sized = dataclasses.replace(sized, default=dataclasses.replace(sized.default, use_answers=False))
         var_model = VARModel(saved_model, sized, table=build_table(sized, stats, top_k=saved_model.config.top_k))
-        _, (seen,), named = examine(var_model, {"decode": text}, traced, rounds=1)
+        (seen,) = gather(var_model, {"decode": text}, traced, rounds=1)
+        _, named = examine([seen])
         assert ("cache use" in {one.name for one in named}) == (seen.tiers["cached"] < 0.01)
         assert (seen.tiers["cached"] < 0.5) == useless
         assert "cache use" in seen.tried

@@ -19,12 +19,12 @@ from profiling.performance_model import (
     _break_even,
     _errors,
     _expert_blocks,
-    _scaling_section,
     _seconds_by_part,
     _speedup,
     fit,
     predict,
     scaling,
+    scaling_section,
     section,
     study,
 )
@@ -228,19 +228,19 @@ def calls(phase, policy, exponent, expected, tokens=(64, 128, 256, 512)):
 
 def test_exponents_are_those_of_the_times():
     made = Made(calls("prefill", "one", 1.1, 1.05) + calls("prefill", "plain", 1.2, 1.0))
-    first, second = scaling(made)[1]  # and none of the calls that calibrated
+    first, second = scaling(made)  # and none of the calls that calibrated
     assert (first.policy, second.policy) == ("plain", "one")
     assert (first.exponent, first.expected) == (pytest.approx(1.2), pytest.approx(1.0))
     assert second.tokens == (64, 128, 256, 512) and second.consistent and not first.consistent
     assert (
-        _scaling_section([first, second]).verdict == "FAIL"
-        and "1.20 against 1.00" in _scaling_section([first, second]).outcome
+        scaling_section([first, second]).verdict == "FAIL"
+        and "1.20 against 1.00" in scaling_section([first, second]).outcome
     )
-    assert _scaling_section([second]).verdict == "PASS"
+    assert scaling_section([second]).verdict == "PASS"
 
 
 def test_a_call_that_grows_more_slowly_than_expected_is_no_fault():
-    (one,) = scaling(Made(calls("decode", "plain", 0.4, 0.9)))[1]
+    (one,) = scaling(Made(calls("decode", "plain", 0.4, 0.9)))
     assert one.consistent
 
 
@@ -251,12 +251,12 @@ def test_a_quick_study_times_unseen_calls_of_three_sizes_in_both_phases():
 
 
 def test_too_few_sizes_are_not_fitted_and_that_is_said():
-    assert scaling(Made(calls("prefill", "plain", 1.0, 1.0, tokens=(64, 128))))[1] == []
-    assert _scaling_section([]).verdict == "not measured"
+    assert scaling(Made(calls("prefill", "plain", 1.0, 1.0, tokens=(64, 128)))) == []
+    assert scaling_section([]).verdict == "not measured"
 
 
 def test_the_figure_shows_what_was_measured():
-    made = scaling(Made(calls("prefill", "plain", 1.1, 1.0) + calls("decode", "plain", 0.5, 0.5)))[1]
-    drawn = _scaling_section(made).figures[0].draw()
+    made = scaling(Made(calls("prefill", "plain", 1.1, 1.0) + calls("decode", "plain", 0.5, 0.5)))
+    drawn = scaling_section(made).figures[0].draw()
     np.testing.assert_allclose(drawn.axes[0].lines[0].get_ydata(), np.multiply(1e3, made[0].measured))
     assert dataclasses.astuple(made[0])[0] == "decode"

@@ -3,13 +3,11 @@
 import numpy as np
 
 from analysis.resampling import Estimate
-from profiling.timing import Throughput, _section, by_batch, measure
+from profiling.timing import Throughput, by_batch, by_batch_section, measure
 
 
 def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, documents):
-    said, found = by_batch(
-        small_var_model, documents, batch_sizes=(1, 3), max_length=24, decode_tokens=8, repeats=2, seed=0
-    )
+    found = by_batch(small_var_model, documents, batch_sizes=(1, 3), max_length=24, decode_tokens=8, repeats=2, seed=0)
     assert [(one.phase, one.batch) for one in found] == [("prefill", 1), ("decode", 1), ("prefill", 3), ("decode", 3)]
     for one in found:
         plain, var = one.experts
@@ -21,6 +19,7 @@ def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, do
     assert many.distinct[0] > 2
     np.testing.assert_allclose(alone.distinct[1], alone.experts[1])
 
+    said = by_batch_section(found)
     assert len(said.tables[0].rows) == 4 and "distinct experts" in said.words[1]
     assert said.figures[0].draw() is not None
 
@@ -28,7 +27,7 @@ def test_every_phase_at_every_batch_size_and_what_runs_in_it(small_var_model, do
 def test_where_var_reads_no_expert_there_is_no_bound():
     ratio = Estimate(1.5, 1.4, 1.6)
     found = [Throughput(phase, 1, 8, 10.0, 15.0, ratio, (2.0, 0.0), (2.0, 0.0)) for phase in ("prefill", "decode")]
-    said = _section(found)
+    said = by_batch_section(found)
     assert "has no bound (VAR reads no expert) on the experts at batch 1" in said.words[1]
     assert said.figures[0].draw() is not None
 

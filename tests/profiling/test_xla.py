@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from profiling.xla import KNOWN_ERRORS, Peak, _constructs, _explain, _memory_section, analyze, memory
+from profiling.xla import KNOWN_ERRORS, Peak, _constructs, _explain, analyze, memory, memory_section
 
 N = 64
 SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -109,7 +109,7 @@ def test_names_that_only_sound_like_constructs_are_no_doubts():
 
 def test_the_prediction_is_near_what_xla_lays_out(small_var_model):
     """A model so small that its activations are most of it; they are what the prediction overstates."""
-    _, found = memory(small_var_model, [(1, 32), (8, 64), (8, 64)])
+    found = memory(small_var_model, [(1, 32), (8, 64), (8, 64)])
     assert [(one.side, one.batch, one.length) for one in found] == [
         *(("plain", 1, 32), ("VAR", 1, 32), ("plain", 8, 64), ("VAR", 8, 64))
     ]
@@ -118,6 +118,6 @@ def test_the_prediction_is_near_what_xla_lays_out(small_var_model):
 
 
 def test_the_section_names_the_farthest():
-    said = _memory_section([Peak("plain", 1, 32, 1.1e6, 1_000_000), Peak("VAR", 8, 64, 0.8e6, 1_000_000)])
+    said = memory_section([Peak("plain", 1, 32, 1.1e6, 1_000_000), Peak("VAR", 8, 64, 0.8e6, 1_000_000)])
     assert "-20.0%, VAR, 8 x 64" in said.outcome
-    assert _memory_section([]).verdict == "not measured"
+    assert memory_section([]).verdict == "not measured"

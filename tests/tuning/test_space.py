@@ -223,3 +223,10 @@ def test_what_can_change_nothing_is_named_with_its_reason():
     assert search_space(ORDERS, names=["loss_budget"], span=0.0) == ((SPACE[0],), {})
     with pytest.raises(ValueError, match=r"nothing is left to search: cache_size: each document .*--shared_cache"):
         search_space(ORDERS, names=["cache_size"], span=0.0)
+
+
+def test_with_one_expert_the_thresholds_on_the_gate_are_not_searched():
+    space, unsearched = search_space(ORDERS, 1)
+    assert set(unsearched) == {"entropy_threshold", "confidence_threshold"}
+    assert "every layer has one expert" in reasons(unsearched)
+    assert {one.name for one in space} == {one.name for one in SPACE} - set(unsearched)

@@ -8,6 +8,7 @@ import pytest
 from analysis import command
 from analysis.hypothesis_validation import validate
 from analysis.questions.data import RoutingData, TraceSettings, trace_source
+from analysis.questions.predictability import predictability
 from analysis.questions.question import Finding, NotMeasuredError, Question
 from analysis.questions.registry import ROUTING_QUESTIONS
 from analysis.report.figures import subplots
@@ -80,3 +81,29 @@ def test_settings_that_nothing_can_be_estimated_with_are_refused():
     with pytest.raises(InputError, match="give 0 for no null, or at least"):
         TraceSettings(permutations=3)
     assert TraceSettings(orders=(2, 1, 2)).orders == (1, 2)
+
+
+def of(experts: np.ndarray, num_experts: int, **fields) -> RoutingData:
+    trace = make_trace(experts, num_experts, **fields)
+    return RoutingData(trace_source(trace), trace, settings=TraceSettings((1,), permutations=0, samples=10))
+
+
+def test_with_one_expert_there_is_no_routing():
+    report, _ = validate(of(np.zeros((200, 2, 1)), 1, ranked=True))
+    said = {one.name: one for one in report.sections if one.name != "zipf"}
+    assert {one.verdict for one in said.values()} == {"not testable"}
+    assert {one.outcome for one in said.values()} == {
+        "every layer has one expert, which every token runs: there is no routing in this model"
+    }
+
+
+def test_where_all_experts_run_there_is_a_first_choice_but_no_selection():
+    experts = np.random.default_rng(0).permuted(np.tile(np.arange(3), (400, 2, 1)), axis=-1)
+    report, _ = validate(of(experts, 3, ranked=True))
+    said = {one.name: one for one in report.sections}
+    for name in ("load", "co_activation"):
+        assert said[name].outcome == "every token runs all 3 experts of a layer: the router selects none"
+    assert said["repetition"].verdict == "reported"
+    assert [table.title.split()[0] for table in said["predictability"].tables] == ["coverage", "agreement"]
+    with pytest.raises(NotTestableError, match="every token runs all 3 experts"):
+        predictability(make_trace(experts, 3, ranked=False), TraceSettings((1,), permutations=0, samples=10))

@@ -81,6 +81,25 @@ def test_without_probabilities_the_order_is_kept(tmp_path, said, ranked):
     assert (trace.probs, trace.probs_over, trace.ranked) == (None, None, ranked)
 
 
+@pytest.mark.parametrize("experts", [1, 3])
+def test_where_all_experts_are_chosen_their_probabilities_are_those_of_the_whole_gate(tmp_path, experts):
+    rng = np.random.default_rng(0)
+    values = arrays() | {
+        "experts": np.tile(np.arange(experts, dtype=np.uint8), (TOKENS, LAYERS, 1)),
+        "probs": rng.dirichlet(np.ones(experts), (TOKENS, LAYERS)),
+    }
+    trace = import_npz(stored(tmp_path, values, num_experts=experts, top_k=experts))
+    assert trace.probs_over == "all" and trace.captured.all()
+    expected = -np.sum(values["probs"] * np.log(values["probs"]), axis=-1)
+    np.testing.assert_allclose(trace.entropy, expected, atol=1e-5)
+
+
+def test_one_expert_per_token_is_ranked(tmp_path):
+    values = {**arrays(), "experts": arrays()["experts"][..., :1]}
+    del values["probs"]
+    assert import_npz(stored(tmp_path, values, top_k=1)).ranked
+
+
 def test_tokens_may_come_in_any_order(tmp_path):
     values = arrays()
     tidy = import_npz(stored(tmp_path, values))
