@@ -7,7 +7,8 @@
                                            results on the calibrate split (--split calibrate), those most likely
                                            to pass first
   --mode distill --routing_stats S --var_config C --output DIR
-                                           train the answers for a policy on the build split
+                                           train the answers for a policy, and the maps of affine answers, on the
+                                           build split
   --mode study --routing_stats S --var_config C --output DIR
                                            study VAR against simple alternatives at equal loss, the size of its
                                            table, the sources of its error, free generation and throughput by batch
@@ -134,7 +135,12 @@ def main(arguments: Sequence[str] | None) -> None:
         ("clip", float, CLIP, "value at which a certificate clips each document's loss increase, in nats per token"),
         ("level", float, 0.95, "confidence level of the certificate"),
         ("steps", int, distilling.steps, "number of distillation steps"),
-        ("learning_rate", float, distilling.learning_rate, "peak learning rate of distillation"),
+        (
+            "learning_rate",
+            float,
+            distilling.learning_rate,
+            "peak learning rate of distillation, relative to the answers and to the maps",
+        ),
         (
             "distill_min_count",
             int,
