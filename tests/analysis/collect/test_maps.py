@@ -118,7 +118,10 @@ def test_other_policies_change_a_table_as_if_it_were_built_for_them(saved_model,
     jax.tree.map(np.testing.assert_array_equal, changed, tables[1])
     assert not np.array_equal(tables[0].eligible, tables[1].eligible)
     without = build_for(saved_model, configs[0], collected.stats, with_inputs, keep_shapes=True)
-    for table, given, said in ((tables[0], with_inputs, "12, those given of rank 0"), (without, affine, "0, those given")):
+    for table, given, said in (
+        (tables[0], with_inputs, "12, those given of rank 0"),
+        (without, affine, "0, those given"),
+    ):
         with pytest.raises(InputError, match=f"the table's have maps of rank {said}"):
             with_policies(table, configs[1], collected.stats, given)
 
@@ -138,3 +141,15 @@ def test_a_maps_layer_that_adds_nothing_has_none(saved_model, collected, affine)
     answers = dataclasses.replace(affine, maps=silent)
     table = build_for(saved_model, VARConfig(frequency_threshold=1), collected.stats, answers)
     assert [known.affine is None for known in table.answers] == [True, False]
+
+
+def test_maps_fit_the_memory(saved_model, with_inputs, affine, known, collected):
+    """Half of the directions: nearly as much is explained; too little memory for the rank is an error."""
+    hidden, experts = saved_model.config.hidden_size, saved_model.config.num_experts
+    memory = 4 * 2 * experts * (hidden // 2) * (hidden // 2 + hidden)
+    given = (saved_model, with_inputs, known, collected.held_out[:20], 6, 1.0)
+    few = with_maps(*given, memory, **READING)
+    assert few.maps.read.shape == (2, hidden, 6)
+    assert affine.maps.unexplained.mean() < few.maps.unexplained.mean() < 0.95
+    with pytest.raises(InputError, match=r"rank=6: the memory of 0\.00 GiB holds maps of rank 1 at most"):
+        with_maps(*given, 1, **READING)
