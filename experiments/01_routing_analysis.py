@@ -20,7 +20,7 @@ from analysis.collect.passes import EVERY_DOCUMENT, Share
 from analysis.collect.run import STATS, TRACE, CollectSettings, analyze, finish, later_steps, merge_files, place
 from analysis.collect.statistics import KeySettings
 from analysis.command import path_argument, program
-from analysis.questions import routers
+from analysis.questions import answer_quality, routers
 from analysis.questions.by_layer import size
 from analysis.questions.data import RoutingData, Source
 from analysis.report.files import after_results, write_report
@@ -30,9 +30,11 @@ from analysis.report.report import Report, text
 from analysis.text import card
 from analysis.traces.recording import record
 from experiments.arguments import add_hosts, add_options, join, open_corpus, open_model, parser
+from varjax import answersfile
 from varjax.errors import InputError
 from varjax.keys import ContextCounts
 from varjax.stats import RoutingStats
+from varjax.tablefiles import answers_next_to
 
 GIB = 1 << 30
 
@@ -159,10 +161,15 @@ def _print_keys(keys: ContextCounts) -> None:
 def _present(args: argparse.Namespace, output: Output, stats: RoutingStats, facts: Sequence[tuple[str, str]]) -> None:
     """Print and write the summary with its figures."""
     with after_results(output.main(".parquet")):
-        answer = routers.QUESTION.answer(RoutingData(Source(stats, {})))
+        said_by = [routers.QUESTION.answer(RoutingData(Source(stats, {})))]
+        path = answers_next_to(output.main(".parquet"))
+        if path.is_file():
+            said_by.append(answer_quality.QUESTION.answer(answersfile.read(path)[0]))
         facts = (*facts, ("statistics", f"{size(stats)}, {len(stats.keys):,} keys"))
-        said = Report("Routing statistics", facts, (), answer.sections)
-        extra = {**(answer.result or {}), "provenance": provenance(seed=args.seed)}
+        sections = tuple(section for one in said_by for section in one.sections)
+        said = Report("Routing statistics", facts, (), sections)
+        results = {name: value for one in said_by for name, value in (one.result or {}).items()}
+        extra = {**results, "provenance": provenance(seed=args.seed)}
         write_report(said, output, f"{output.prefix}routing_summary", extra=extra)
     print(f"\n{text(said)}\nwritten to {args.output}; next:")
     asked = ("--input", output.main(".parquet"), "--output", output.other("hypotheses"))
