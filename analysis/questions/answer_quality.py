@@ -78,9 +78,9 @@ def _examine(answers: Answers) -> Finding:
         for one in found
     ]
     words = [
-        "Order n: the share of the experts' squared output, weighted by the gate, that the mean at the last n token ids "
-        "leaves unexplained on other text, as estimated from these documents, at tokens that have such a key. Order "
-        "0: one mean per expert.",
+        "Order n: the share of the experts' squared output, weighted by the gate, that the mean at the last n token "
+        "ids leaves unexplained on other text, as estimated from these documents, at tokens that have such a key. "
+        "Order 0: one mean per expert.",
     ]
     best = [min((share for share in one.unexplained if share is not None), default=np.nan) for one in found]
     outcome = f"the best order leaves {np.nanmean(best):.0%} of the squared output unexplained, mean over layers"
