@@ -105,13 +105,20 @@ def main(arguments: Sequence[str] | None) -> None:
     print(f"Python loop         {loop.value:9.0f}x the update's time per token {harness.interval(loop, 0)}")
 
 
-def random_model() -> Model:
-    """A Mixtral of 100 million random parameters with the reference model's tokenizer."""
+def random_model(intermediate_size: int = 960) -> Model:
+    """A Mixtral of random parameters with the reference model's tokenizer.
+
+    Args:
+        intermediate_size: F. With 960 it has 100 million parameters, with 1,536 it has 160 million.
+
+    Returns:
+        The model.
+    """
     reference = load_model("reference")
     config = MoEConfig(
         vocab_size=reference.config.vocab_size,
         hidden_size=512,
-        intermediate_size=960,
+        intermediate_size=intermediate_size,
         num_layers=8,
         num_heads=8,
         num_kv_heads=2,

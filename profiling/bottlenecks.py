@@ -26,7 +26,7 @@ from analysis.criteria import MAX_LEARNED
 from analysis.evaluate.losses import SECONDS_PER_TOKEN
 from analysis.report.report import Column, Section, Table
 from analysis.resampling import Estimate
-from profiling.calls import prepare, sides, workload_and_mix
+from profiling.calls import answer_rank, prepare, sides, workload_and_mix
 from profiling.ceilings import Ceilings
 from profiling.components import OTHER, Breakdown
 from profiling.costs import component_costs
@@ -55,6 +55,7 @@ class Evidence:
     experts: tuple[float, float]  # that run per token and layer: plain and VAR
     tiers: Mapping[str, float] | None = None  # share of tokens and layers by tier
     cached_tier: bool = False  # whether there is one
+    answer_rank: int = 0  # of the maps of affine answers
     overhead: float | None = None  # s per call that no component accounts for: dispatch, small kernels
     waiting: Mapping[str, bool] | None = None  # by component, whether it waits for memory rather than arithmetic
     exponent: tuple[float, float] | None = None  # of time over tokens: measured, expected
@@ -169,6 +170,7 @@ def _gather(
             "experts": (float(top_k), decided["experts_per_token"]),
             "tiers": decided["tiers"],
             "cached_tier": config.cache_size > 0,
+            "answer_rank": answer_rank(var_model.table),
         }
         if config.cache_size > 0:
             about["tried"] = {"cache use": paired_ratio(seconds["VAR"], seconds["no cache"]).value}
@@ -241,6 +243,20 @@ def _cache_use(seen: Evidence) -> Bottleneck | None:
     return _named("cache use", seen, cost, said, advice)
 
 
+def _answering(seen: Evidence) -> Bottleneck | None:
+    """Answers take a notable share of the call."""
+    seconds = seen.var.get("answers", 0.0)
+    share = seconds / seen.total
+    if share < MEDIUM:
+        return None
+    maps = f", with maps of rank {seen.answer_rank}" if seen.answer_rank else ""
+    said = f"answers take {_time(seconds)}{maps}: {share:.0%} of the call"
+    advice = "answers in fewer bytes (answer_dtype); a larger model is slowed down less"
+    if seen.answer_rank:
+        advice = "maps of a smaller rank (--answer_rank of phase 1), or constant answers (0)"
+    return _named("answers", seen, share, said, advice)
+
+
 def _padding(seen: Evidence) -> Bottleneck | None:
     """The time of the experts does not fall with the experts that run."""
     plain, var = seen.plain.get("experts", 0.0), seen.var.get("experts", 0.0)
@@ -290,7 +306,7 @@ def _poor_scaling(seen: Evidence) -> Bottleneck | None:
 
 
 RULES: tuple[Callable[[Evidence], Bottleneck | None], ...] = (
-    *(_slow_down, _look_up, _learned_share, _cache_use, _padding),
+    *(_slow_down, _look_up, _learned_share, _cache_use, _answering, _padding),
     *(_dispatch_bound, _memory_bound, _poor_scaling),
 )
 

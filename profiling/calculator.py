@@ -56,15 +56,21 @@ def main(arguments: Sequence[str] | None) -> None:
     """Print the ceilings that the command line asks for."""
     args = _parser().parse_args(arguments)
     config, hardware = _model(args.model), _hardware(args)
-    asked = {name: getattr(args, name) for name in ("experts", "batch", "prompt", "context", "orders")}
+    names = ("experts", "batch", "prompt", "context", "orders", "answer_rank")
+    asked = {name: getattr(args, name) for name in names}
     print(_report(config, hardware, name=args.model, **asked))
 
 
-def _estimate(config: MoEConfig, hardware: Hardware, workload: Workload, experts: float, orders: int = 1) -> Ceiling:
+def _estimate(
+    config: MoEConfig, hardware: Hardware, workload: Workload, experts: float, orders: int = 1, answer_rank: int = 0
+) -> Ceiling:
     """The ceilings of a call, with experts drawn evenly."""
     if not 0 <= experts <= config.top_k:
         raise InputError(f"experts={experts}: this model runs {config.top_k} per token; give 0 to {config.top_k}")
-    mixes = Mix.plain(config, workload.tokens), Mix.even(config, workload.tokens, experts, orders)
+    if not 0 <= answer_rank <= config.hidden_size:
+        raise InputError(f"answer_rank={answer_rank}: expected 0 to this model's hidden size, {config.hidden_size}")
+    plain_mix = Mix.plain(config, workload.tokens)
+    mixes = plain_mix, Mix.even(config, workload.tokens, experts, orders, answer_rank=answer_rank)
     plain, var = (workload.tokens / ceiling(component_costs(config, workload, mix), hardware) for mix in mixes)
     return Ceiling(workload, plain, var, distinct=(mixes[0].distinct, mixes[1].distinct))
 
@@ -86,21 +92,25 @@ def _report(
     prompt: int,
     context: int,
     orders: int,
+    answer_rank: int,
 ) -> str:
     """The answer in words and tables; the arguments are those of the command line."""
     itemsize = _ITEMSIZES[hardware.dtype]
 
     def decoding(size: int) -> Ceiling:
-        return _estimate(config, hardware, Workload(size, 1, context - 1, itemsize=itemsize), experts, orders)
+        workload = Workload(size, 1, context - 1, itemsize=itemsize)
+        return _estimate(config, hardware, workload, experts, orders, answer_rank)
 
     def row(what: str, one: Ceiling) -> str:
         return f"{what:<34}{one.plain:>12,.0f}{one.var:>12,.0f}{one.speedup:>9.2f}x"
 
     by_batch = [decoding(size) for size in sorted({*_BATCHES, batch})]
-    prefill = _estimate(config, hardware, Workload(batch, prompt, itemsize=itemsize), experts, orders)
+    whole = Workload(batch, prompt, itemsize=itemsize)
+    prefill = _estimate(config, hardware, whole, experts, orders, answer_rank)
+    maps = f", with maps of rank {answer_rank}" if answer_rank else ""
     lines = [
         f"{name}: {parameters(config) / 1e9:.3g} billion parameters in {hardware.dtype}, {config.top_k} of "
-        f"{config.num_experts} experts per token; VAR runs {experts:.2f} and looks up the rest",
+        f"{config.num_experts} experts per token; VAR runs {experts:.2f} and looks up the rest{maps}",
         f"{hardware.name}: {hardware.flops / 1e12:,.4g} TFLOP/s, {hardware.bandwidth / 1e12:.4g} TB/s "
         f"({'measured' if hardware.measured else 'published'}: {hardware.source})",
         "",
@@ -188,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", type=_count, default=2048, help="tokens per prompt")
     add("--context", type=_count, default=1024, help="keys that a decoded token attends to")
     add("--orders", type=_count, default=1, help="number of context orders that VAR looks up")
+    add("--answer_rank", type=_count_or_none, default=0, help="rank of the maps of affine answers; 0: constant answers")
     return parser
 
 
@@ -195,6 +206,10 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a positive integer")
     return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _positive(text: str) -> float:

@@ -25,10 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.stages import Traced
 
+from models.config import MoEConfig
 from profiling.costs import Mix, Workload, table_bytes
 from varjax.errors import InputError
 from varjax.model import VARModel, routed_forward
 from varjax.step import VARState, timestamp
+from varjax.table import RouteTable
 
 T = TypeVar("T")
 
@@ -176,20 +178,56 @@ def workload_and_mix(var_model: VARModel, ids: np.ndarray, phase: str) -> tuple[
     Returns:
         The shapes of the call, and its mix of experts and answers.
     """
-    table, config, (batch, length) = var_model.table, var_model.model.config, ids.shape
+    config, (batch, length) = var_model.model.config, ids.shape
     decodes = phase == "decode"
     # Text by text: one program for any batch size.
     used = np.concatenate([used_experts(var_model, text[None]) for text in ids], axis=1)  # [L, B, T, E]
     experts = float(used.sum(-1).mean())
     mix = Mix(min(experts, config.top_k), float(used.any(axis=1 if decodes else (1, 2)).sum(-1).mean()))
-    if table is not None:
-        answered = config.top_k - experts if table.answers is not None else 0.0
-        read = table_bytes(config, batch * (1 if decodes else length), orders=len(table.ngram_orders))
-        mix = dataclasses.replace(mix, answers=max(answered, 0.0), planned=True, table_bytes=read)
+    if var_model.table is not None:
+        tokens = batch * (1 if decodes else length)
+        mix = planned(mix, config, var_model.table, tokens, orders=len(var_model.table.ngram_orders))
     itemsize = jax.tree.leaves(var_model.model.params)[0].dtype.itemsize
     if decodes:
         return Workload(batch, 1, length // 2, length, last_logits_only=True, itemsize=itemsize), mix
     return Workload(batch, length, itemsize=itemsize), mix
+
+
+def planned(mix: Mix, config: MoEConfig, table: RouteTable, tokens: int, orders: int) -> Mix:
+    """Add to a mix what a table does: its plan, and the answers that replace the experts left out.
+
+    Args:
+        mix: what runs.
+        config: the model.
+        table: what is looked up.
+        tokens: N of the call.
+        orders: context orders looked up per token.
+
+    Returns:
+        The mix of a call under VAR.
+    """
+    rank = answer_rank(table)
+    return dataclasses.replace(
+        mix,
+        answers=max(config.top_k - mix.experts, 0.0) if table.answers else 0.0,
+        planned=True,
+        table_bytes=table_bytes(config, tokens, orders),
+        answer_rank=rank,
+        mapped=float(np.mean([known.affine is not None for known in table.answers or ()])) if rank else 1.0,
+    )
+
+
+def answer_rank(table: RouteTable) -> int:
+    """The rank of the maps of a table's answers, the same in all layers that have one.
+
+    Args:
+        table: what is looked up.
+
+    Returns:
+        r; 0 where no layer has a map.
+    """
+    maps = [known.affine for known in table.answers or () if known.affine is not None]
+    return maps[0].read.shape[1] if maps else 0
 
 
 @cache

@@ -4,7 +4,8 @@
     total = sum(costs.values(), Cost())
 
 Letters: B sequences, T positions of the call, N = B * T tokens, S positions in the key/value cache before it, L layers
-with experts, D hidden size, F expert size, E experts, K slots per token, V vocabulary.
+with experts, D hidden size, F expert size, E experts, K slots per token, V vocabulary, r rank of the maps of affine
+answers (`varjax.affine`).
 
 **Operations.** A multiply-add counts as two. In `projections`, `scores`, `gate`, `experts` and `head` only matrix
 products are counted; activations and softmaxes are under 1% of a call where D is 512 or more. The other components
@@ -12,11 +13,12 @@ have hardly any products, so their elementwise operations are counted, which is 
 
 **Bytes.** Every array that a component reads from memory or writes to it moves once; intermediate results stay on the
 chip. Experts read the weights of the *distinct* experts that the tokens of the call use: with many tokens these are all
-experts, however few each token runs.
+experts, however few each token runs. Answers and their maps are counted in float32; other types take fewer bytes.
 
 **As written.** By default a component does only what is needed. With `as_written=True` the extra work of
-`models.decoder` is included: attention computes scores that the mask discards and keeps them in memory, and a layer
-with answers always gathers K of them per token. Padding and copies inside an expert engine are never included.
+`models.decoder` is included: attention computes scores that the mask discards and keeps them in memory, a layer with
+answers always gathers K of them per token, and a layer with affine answers applies its map to every token and the mixes
+of all experts, whose results it keeps in memory. Padding and copies inside an expert engine are never included.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ COMPONENTS = (
     "gate",  # its matrix and its probabilities
     "dispatch",  # sorting assignments by expert, summing the outputs of the slots
     "experts",  # the SwiGLU blocks that run, including those of layers without experts
-    "answers",  # table rows gathered and added
+    "answers",  # table rows gathered and added, and the maps that move them
     "norms",  # also the embedding look-up, rotary angles and residual sums
     "head",
     "commit",  # counters and the cached tier
@@ -82,6 +84,8 @@ class Mix:
     planned: bool = False  # the call has a plan and a commit
     table_bytes: float = 0.0  # that the plan reads from table and cache in all layers
     spread: float = 0.0  # of the rows per expert: coefficient of variation beyond chance
+    answer_rank: int = 0  # r; 0: answers are constant
+    mapped: float = 1.0  # share of the layers whose answers have maps, where there are any
 
     @classmethod
     def plain(cls, config: MoEConfig, tokens: int) -> Mix:
@@ -97,7 +101,15 @@ class Mix:
         return cls(config.top_k, _distinct_experts(config.num_experts, config.top_k, tokens))
 
     @classmethod
-    def even(cls, config: MoEConfig, tokens: int, experts: float, orders: int = 1, answered: bool = True) -> Mix:
+    def even(
+        cls,
+        config: MoEConfig,
+        tokens: int,
+        experts: float,
+        orders: int = 1,
+        answered: bool = True,
+        answer_rank: int = 0,
+    ) -> Mix:
         """The mix with VAR at the same number of experts in every layer.
 
         Args:
@@ -106,6 +118,7 @@ class Mix:
             experts: per token and layer.
             orders: context orders looked up per token.
             answered: an answer is added for each expert that is left out.
+            answer_rank: r of the maps of these answers; 0: they are constant.
 
         Returns:
             The mix.
@@ -116,6 +129,7 @@ class Mix:
             answers=config.top_k - experts if answered else 0.0,
             planned=True,
             table_bytes=table_bytes(config, tokens, orders),
+            answer_rank=answer_rank if answered else 0,
         )
 
 
@@ -129,7 +143,7 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
 
-    def __mul__(self, times: int) -> Cost:
+    def __mul__(self, times: float) -> Cost:
         return Cost(times * self.flops, times * self.bytes)
 
 
@@ -180,12 +194,17 @@ def component_costs(config: MoEConfig, workload: Workload, mix: Mix, *, as_writt
     for name, most in (("experts", config.top_k), ("distinct", config.num_experts), ("answers", config.top_k)):
         if not 0 <= getattr(mix, name) <= most:
             raise InputError(f"mix.{name}={getattr(mix, name)}: expected 0 to {most} in this model")
+    if not 0 <= mix.answer_rank <= config.hidden_size or not 0 <= mix.mapped <= 1:
+        raise InputError(
+            f"mix.answer_rank={mix.answer_rank}, mix.mapped={mix.mapped}: expected 0 to {config.hidden_size} in this "
+            "model, and 0 to 1"
+        )
     n, size, rows = workload.tokens, workload.itemsize, workload.logit_rows
     d, k, experts, layers = config.hidden_size, config.top_k, config.num_experts, config.num_layers
     heads = (config.num_heads + config.num_kv_heads) * config.head_dim
     square, block, dense = 2 * d * heads, 3 * d * config.intermediate_size, 3 * d * (config.dense_size or 0)
     assigned = n * mix.experts  # of one layer
-    gathered = n * (k if as_written else mix.answers) if mix.answers else 0.0
+    gathered = float(n * k) if as_written and (mix.answers or mix.answer_rank) else n * mix.answers
     entry = 1 + 1 + 4 + 8 * k  # bytes of a plan for one layer and token: tier, kept, row, experts, weights
     per_query = 3.0 if config.query_key_norm is None else 7.0  # operations of the rotation, and of a norm before it
     found = {
@@ -208,24 +227,57 @@ def component_costs(config: MoEConfig, workload: Workload, mix: Mix, *, as_writt
     }
     if gathered:  # each slot says which answer it has and its deviation; the sum of the slots moves no second time
         found["answers"] = Cost(2.0 * gathered * d, 2 * 4 * n * k + gathered * FLOAT32 * d) * layers
+    if gathered and mix.answer_rank:  # centers are subtracted, squares summed, deviations summed by their weights
+        r, mapped = mix.answer_rank, layers * mix.mapped
+        found["answers"] += Cost(5.0 * gathered * r, gathered * FLOAT32 * r) * mapped
+        found["answers"] += map_products(config, workload, mix, as_written=as_written)
     if mix.planned:  # the plan does a few integer operations; the commit takes one maximum of the gate probabilities
         found["plan"] = Cost(bytes=mix.table_bytes + layers * n * entry)
         found["commit"] = Cost(2.0 * layers * n * experts, layers * n * (entry + 8 * k + FLOAT32 * experts))
     return {name: found.get(name, Cost()) for name in COMPONENTS}
 
 
-def flops_per_token(config: MoEConfig, context: int, experts: float) -> dict[str, float]:
+def map_products(config: MoEConfig, workload: Workload, mix: Mix, *, as_written: bool = False) -> Cost:
+    """The cost of the products of affine answers, all layers together: a part of the component `answers`.
+
+    A token that is given an answer is read and written once, and each of its answers needs the mix of its expert. As
+    far as `mix` says, no token is given a second answer before every token has one.
+
+    Args:
+        config: the model.
+        workload: the shapes of the call.
+        mix: what runs in it.
+        as_written: every token is read, mixed for all experts and written.
+
+    Returns:
+        The cost; nothing where answers are constant.
+    """
+    n, d, r, experts = workload.tokens, config.hidden_size, mix.answer_rank, config.num_experts
+    moved, answers, mixes = n * min(mix.answers, 1.0), n * mix.answers, 0.0
+    if as_written:
+        moved, answers, mixes = float(n), float(n * experts), float(experts)
+    elif r:
+        mixes = _distinct_experts(experts, mix.answers, n)
+    maps = 2 * d * r + mixes * r * r if moved else 0.0
+    kept = 2 * answers * r if as_written else 0.0  # written by one kernel and read by the next
+    one = Cost(4.0 * moved * d * r + 2.0 * answers * r * r, FLOAT32 * (maps + kept) + workload.itemsize * moved * d)
+    return one * (config.num_layers * mix.mapped if r else 0.0)
+
+
+def flops_per_token(config: MoEConfig, context: int, experts: float, answer_rank: int = 0) -> dict[str, float]:
     """Operations of each component for one token.
 
     Args:
         config: the model.
         context: keys that the token attends to, including itself; the mean over a text of T tokens is (T + 1) / 2.
         experts: that run per token and layer; K is the plain model, fewer is VAR with its plan, answers and commit.
+        answer_rank: r of the maps of the answers; 0: they are constant.
 
     Returns:
         Component -> operations.
     """
-    mix = Mix.plain(config, 1) if experts == config.top_k else Mix.even(config, 1, experts)
+    even = Mix.even(config, 1, experts, answer_rank=answer_rank)
+    mix = Mix.plain(config, 1) if experts == config.top_k else even
     costs = component_costs(config, Workload(batch=1, length=1, cached=context - 1), mix)
     return {name: cost.flops for name, cost in costs.items()}
 

@@ -53,7 +53,7 @@ from models.config import MoEConfig
 from models.experts_blocks import block_sizes, cut
 from profiling import ceilings as ceilings_module
 from profiling.ceilings import Ceilings
-from profiling.costs import FLOAT32, Cost, Mix, Workload, component_costs
+from profiling.costs import FLOAT32, Cost, Mix, Workload, component_costs, map_products
 from profiling.points import Point, Task, measure, tasks
 from profiling.published import HARDWARE
 from varjax.errors import InputError
@@ -349,6 +349,8 @@ def _seconds_by_part(model: PerformanceModel, config: MoEConfig, workload: Workl
     parts["scores"] = max(costs["scores"].flops / model.product, parts["scores"])
     slots = config.num_layers * workload.tokens * config.top_k
     parts["dispatch"] = (costs["dispatch"].bytes + _MOVES * slots * config.hidden_size * FLOAT32) / model.stream
+    moving = map_products(config, workload, mix, as_written=True)
+    parts["answers"] += _product(model, moving, workload.tokens) - moving.bytes / model.stream
     weights = 3 * config.hidden_size * config.intermediate_size
     parts["experts"] = 0.0
     for size, number in _expert_blocks(config, workload, mix):

@@ -10,7 +10,7 @@ ones a call read, comes from the routing of these tokens.
 
 The mixes need no statistics of a corpus. A policy of order 0 plans every token; one of orders 1 and 2 plans the tokens
 that the table knows and leaves the rest to the router. What the table predicts, and the answers that replace experts,
-are random: looking them up and adding them takes as long as for any others.
+with or without maps, are random: looking them up and adding them takes as long as for any others.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from analysis.text.encoding import iter_encode
 from models import Model
 from models.kv_cache import KVCache
 from models.model import plain_step
-from profiling.calls import at_once, used_experts
-from profiling.costs import Mix, Workload, table_bytes
+from profiling.calls import at_once, planned, used_experts
+from profiling.costs import Mix, Workload
 from profiling.timing import compare
 from varjax import LayerPolicy, VARConfig, VARModel
+from varjax.affine import Maps
 from varjax.answers import Answers
 from varjax.errors import InputError
 from varjax.keys import count_contexts
@@ -44,6 +45,7 @@ from varjax.table import RouteTable, with_policies
 
 ORDERS = (1, 2)  # of the contexts that the table knows
 NEVER = 10**9  # a frequency threshold that no key reaches
+RANK = 64  # of the maps of affine answers, at most the hidden size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,8 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
         num_layers: L.
 
     Returns:
-        Name -> config; names that start with "answers" add answers for the experts left out.
+        Name -> config; names that start with "answers" add answers for the experts left out, those that start with
+        "affine" affine ones.
     """
 
     def config(kept: Sequence[int], *, answers: bool, orders: tuple[int, ...], often: int = 1) -> VARConfig:
@@ -114,11 +117,12 @@ def policies(num_layers: int) -> Mapping[str, VARConfig]:
         "answers, none": config(none, answers=True, orders=every),
         "answers, one": config(one, answers=True, orders=every),
         "answers, rising": config(rising, answers=True, orders=every),
+        "affine, one": config(one, answers=True, orders=every),
     }
 
 
 def tasks(quick: bool = False) -> list[Task]:
-    """The calls that the reference model is calibrated on (13) and tested on (41; 9 if `quick`), in different shapes.
+    """The calls that the reference model is calibrated on (13) and tested on (43; 9 if `quick`), in different shapes.
 
     The form of the performance model was chosen on other shapes than the test, so the test covers form and numbers.
 
@@ -146,6 +150,7 @@ def tasks(quick: bool = False) -> list[Task]:
         "open": [(3, 1, 64), (12, 1, 192)],
         "answers, one": [(2, 96), (8, 64), (1, 1, 96), (6, 1, 128), (20, 1, 64)],
         "answers, rising": [(1, 192), (4, 192), (3, 1, 64), (12, 1, 192)],
+        "affine, one": [(4, 96), (6, 1, 128)],
     }
     if quick:
         sizes = [testing["plain"][at] for at in (0, 3, 6, 8, 10, 12)]  # three of each phase, to show how time grows
@@ -300,7 +305,7 @@ def _prepared(
         middle = task.cached + (calls - 1) // 2
         workload = Workload(task.batch, 1, middle, task.cached + calls, last_logits_only=True, itemsize=itemsize)
     else:
-        run = _prefilling(var_model, ids)
+        run = prefilling(var_model, ids)
         workload = Workload(task.batch, task.length, itemsize=itemsize)
     jax.block_until_ready(run())
     return run, workload, _mix(var_model, task, ids, calls)
@@ -309,28 +314,48 @@ def _prepared(
 def _var_models(
     model: Model, configs: Mapping[str, VARConfig], texts: Sequence[np.ndarray], keys: int
 ) -> dict[str, VARModel]:
-    """All policies share one table with answers and one without, so that other policies compile nothing new."""
+    """Policies with answers of one kind share a table, so that another policy compiles nothing new."""
     stats = random_stats(model, texts, keys)
-    tables: dict[bool, tuple[RouteTable, Answers | None]] = {}
+    ranks = {"answers": 0, "affine": min(RANK, model.config.hidden_size)}
+    tables: dict[str, tuple[RouteTable, Answers | None]] = {}
     found = {}
     for name, config in configs.items():
         table = None
         if config.enable_var:
-            answered = name.startswith("answers")
-            if answered not in tables:
-                answers = _random_answers(model, stats.keys) if answered else None
-                tables[answered] = build_for(model, config, stats, answers, keep_shapes=True), answers
-            shared, answers = tables[answered]
+            kind = name.partition(",")[0]
+            kind = kind if kind in ranks else "none"
+            if kind not in tables:
+                answers = random_answers(model, stats.keys, ranks[kind]) if kind in ranks else None
+                tables[kind] = build_for(model, config, stats, answers, keep_shapes=True), answers
+            shared, answers = tables[kind]
             table = with_policies(shared, config, stats, answers)
         found[name] = VARModel(model, config, table=table)
     return found
 
 
-def _random_answers(model: Model, keys: np.ndarray) -> Answers:
-    """One for every expert of every layer at every key int32 [R, C]: small, so that the text continues as before."""
-    empty = Answers.empty(keys, range(model.config.num_layers), model.config.num_experts, model.config.hidden_size)
-    mean = np.random.default_rng(0).standard_normal(empty.mean.shape, np.float32) * np.float32(1e-3)
-    return dataclasses.replace(empty, mean=mean, mass=np.ones(empty.mass.shape), count=np.ones_like(empty.count))
+def random_answers(model: Model, keys: np.ndarray, rank: int = 0) -> Answers:
+    """An answer for every expert of every layer at every key: small, so that the text continues as before.
+
+    Args:
+        model: whose layers and experts they describe.
+        keys: int32 [R, C].
+        rank: r of random maps, at most the hidden size; 0: the answers are constant.
+
+    Returns:
+        The answers; their means are the same with maps and without.
+    """
+    config, rng = model.config, np.random.default_rng(0)
+    layers, experts, width = range(config.num_layers), config.num_experts, config.hidden_size
+    empty = Answers.empty(keys, layers, experts, width, inputs=rank > 0)
+    mean = rng.standard_normal(empty.mean.shape, np.float32) * np.float32(1e-3)
+    maps = None
+    if rank:
+        read, write = rng.standard_normal((2, len(layers), width, rank), np.float32)
+        mix = rng.standard_normal((len(layers), experts, rank, rank), np.float32) * np.float32(1e-3 / width)
+        write = np.linalg.qr(write)[0].swapaxes(1, 2)
+        maps = Maps(read, mix, write, np.full((len(layers), experts), 0.5))
+    ones = np.ones(empty.mass.shape)
+    return dataclasses.replace(empty, mean=mean, mass=ones, count=np.ones_like(empty.count), maps=maps)
 
 
 def _draw(stream: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -342,8 +367,18 @@ def _draw(stream: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) 
     return stream[starts[..., None] + np.arange(length)].astype(np.int32)
 
 
-def _prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
-    """A run that reads texts int32 [calls, B, T] one after the other."""
+def prefilling(var_model: VARModel, texts: np.ndarray) -> Callable[[], Any]:
+    """A run that reads texts one after the other.
+
+    VAR's state continues from run to run.
+
+    Args:
+        var_model: the model, VAR on or off.
+        texts: int32 [calls, B, T].
+
+    Returns:
+        The run, which returns the last logits.
+    """
     batches = [jnp.asarray(ids) for ids in texts]
     mask = jnp.ones(texts.shape[1:], bool)
     held = [var_model.init(texts.shape[1])]
@@ -368,14 +403,7 @@ def _mix(var_model: VARModel, task: Task, ids: np.ndarray, calls: int) -> Mix:
         rows = used.sum(axis=(2, 3))
     experts = float(rows.sum(-1).mean()) / (task.batch * task.length)
     mix = Mix(experts, distinct=float((rows > 0).sum(-1).mean()), spread=_spread(rows))
-    if table is None:
-        return mix
-    return dataclasses.replace(
-        mix,
-        answers=config.top_k - experts if table.answers is not None else 0.0,
-        planned=True,
-        table_bytes=table_bytes(config, task.batch * task.length, orders=len(ORDERS)),
-    )
+    return mix if table is None else planned(mix, config, table, task.batch * task.length, orders=len(ORDERS))
 
 
 def _spread(rows: np.ndarray) -> float:

@@ -23,8 +23,8 @@ from jax.stages import Traced
 
 from analysis.report.report import Column, Section, Table
 from models.config import MoEConfig
-from profiling.calls import at_once, prepare, sides, workload_and_mix
-from profiling.costs import FLOAT32, Cost, Workload, component_costs, computed_scores, parameters
+from profiling.calls import at_once, planned, prepare, sides, workload_and_mix
+from profiling.costs import FLOAT32, Cost, Mix, Workload, component_costs, computed_scores, parameters
 from varjax.model import VARModel
 
 KNOWN_ERRORS = {
@@ -194,21 +194,23 @@ def costs_section(found: Sequence[CallCosts]) -> Section:
     )
 
 
-def _peak_memory(config: MoEConfig, workload: Workload, *, held: int = 0, answers: bool = False) -> float:
+def _peak_memory(
+    config: MoEConfig, workload: Workload, *, held: int = 0, answers: bool = False, answer_rank: int = 0
+) -> float:
     """Predict the peak memory of a call: its arguments, its results, and the intermediate arrays of attention.
 
     These are the scores of a layer and their softmax for all blocks of queries; the layer's keys and values in the
-    order that products need; a few arrays [N, D]; and the gathered answers [N, K, D]. A donated cache is updated in
-    place.
+    order that products need; a few arrays [N, D]; and the gathered answers [N, K, D]. What the mixes of affine answers
+    give, [N, E, r], is needed before the answers are gathered. A donated cache is updated in place.
     """
     pairs, _ = computed_scores(workload)
     slots, key_values = workload.capacity or 0, 2 * config.num_kv_heads * config.head_dim
     cache = config.depth * workload.batch * slots * key_values
-    rows = _STREAMS + (config.top_k if answers else 0)
+    width = max(config.top_k * config.hidden_size, config.num_experts * answer_rank) if answers else 0
     between = (
         2 * workload.batch * config.num_heads * pairs
         + workload.batch * (slots or workload.length) * key_values
-        + rows * workload.tokens * config.hidden_size
+        + (_STREAMS * config.hidden_size + width) * workload.tokens
     )
     logits = workload.logit_rows * config.vocab_size
     return held + workload.itemsize * (parameters(config) + cache) + FLOAT32 * (logits + between)
@@ -262,6 +264,9 @@ def _peak(side: str, var_model: VARModel, batch: int, length: int) -> Peak:
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((calls.fixed.table, calls.carry.state)))
     table = var_model.table
     workload = Workload(batch, length, itemsize=jax.tree.leaves(calls.fixed.params)[0].dtype.itemsize)
+    config = var_model.model.config
+    mix = Mix.plain(config, workload.tokens)
+    mix = mix if table is None else planned(mix, config, table, workload.tokens, orders=len(table.ngram_orders))
     answers = table is not None and table.answers is not None
-    predicted = _peak_memory(var_model.model.config, workload, held=held, answers=answers)
+    predicted = _peak_memory(config, workload, held=held, answers=answers, answer_rank=mix.answer_rank)
     return Peak(side, batch, length, predicted, analyze(calls.traced()).peak_bytes)

@@ -109,7 +109,9 @@ class Objective:
         seen = self._order[: len(nll)]
         degradation, upper = upper_limit(nll - self._plain.nll[seen], self._plain.tokens[seen], self.confidence)
         if self.speed == "model":
-            value = _predicted_speedup(self.subject.model.config, self.subject.max_length, experts)
+            maps = self.subject.answers.maps
+            rank = 0 if maps is None else maps.rank
+            value = _predicted_speedup(self.subject.model.config, self.subject.max_length, experts, rank)
             speedups = {PREDICTED: Estimate(value, value, value)}
         else:  # a table of its own would look up these orders only; scoring shares one compiled program instead
             asked = asked_orders(config, table.num_layers) or table.ngram_orders[:1]
@@ -248,8 +250,8 @@ def upper_limit(change: np.ndarray, tokens: np.ndarray, confidence: float) -> tu
     return math.expm1(value), math.expm1(value + quantile * spread)
 
 
-def _predicted_speedup(model: MoEConfig, length: int, experts: float) -> float:
+def _predicted_speedup(model: MoEConfig, length: int, experts: float, answer_rank: int = 0) -> float:
     """Of prefill, by the remaining operations: a ceiling, and the same in every run."""
     context = (length + 1) // 2
-    plain, var = (sum(flops_per_token(model, context, k).values()) for k in (float(model.top_k), experts))
+    plain, var = (sum(flops_per_token(model, context, k, answer_rank).values()) for k in (float(model.top_k), experts))
     return plain / var

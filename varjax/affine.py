@@ -120,6 +120,26 @@ class Maps:
         """r."""
         return self.read.shape[-1]
 
+    def outputs(self, a: int, inputs: np.ndarray, expert: np.ndarray) -> np.ndarray:
+        """What the maps of one layer make of deviations from mean inputs.
+
+        Args:
+            a: the layer's place among those that are collected.
+            inputs: float32 [N, D], deviations.
+            expert: int32 [N], whose maps are applied.
+
+        Returns:
+            float32 [N, D].
+        """
+        return self._mixed(a, inputs, expert) @ self.write[a]
+
+    def _mixed(self, a: int, inputs: np.ndarray, expert: np.ndarray) -> np.ndarray:
+        """float32 [N, r]: inputs [N, D] behind `read` and the `mix` of their experts int32 [N]."""
+        mixed = inputs @ self.read[a]
+        for e, mix in enumerate(self.mix[a]):
+            mixed[expert == e] = mixed[expert == e] @ mix
+        return mixed
+
     def of_layer(
         self, a: int, inputs: np.ndarray, expert: np.ndarray, deviation: np.ndarray
     ) -> tuple[AffineMap | None, np.ndarray]:
@@ -143,9 +163,7 @@ class Maps:
         share = self.unexplained[a]
         slope = np.minimum(share / np.maximum(2 * (1 - share), _TINY), 1)
         constant = share - slope * (1 - share)
-        center = inputs @ self.read[a]
-        for e, mix in enumerate(self.mix[a]):
-            center[expert == e] = center[expert == e] @ mix
+        center = self._mixed(a, inputs, expert)
         mix, slope = self.mix[a].transpose(1, 0, 2), np.asarray(slope, np.float32)
         left = deviation * np.sqrt(constant[expert])
         return AffineMap(self.read[a], mix, self.write[a], center, slope), np.asarray(left, np.float32)

@@ -36,7 +36,7 @@ import numpy as np
 from jax import Array, lax
 
 from varjax.affine import Maps
-from varjax.answers import Answers
+from varjax.answers import OUTLIER, Answers
 from varjax.errors import InputError
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER, Routing
@@ -55,6 +55,7 @@ class Targets:
     entry: Any  # int32 [R, E], the answer at a key, or that of the longest shorter key, order 0 included
     mean: Any  # float32 [N, D], shrunk mean output
     inputs: Any  # float32 [N, D], shrunk mean input
+    limit: Any  # float32 [], norm of an output above which it is an outlier and left out
     per_mass: Any  # float32 [N], 1 / (mass of an answer and of its prior); 0 for a text that is not in the means
     basis: Any  # float32 [D, Q], the directions of the inputs that are looked at; None: all
     layer: int = field(metadata={"static": True})  # its number
@@ -115,7 +116,8 @@ def targets(
         root = (answers.keys == ANY).all(axis=1)
         entry = inherit(answers.keys, answers.entry[a])
         entry = np.where(entry == NO_ANSWER, answers.entry[a][root], entry)
-        rows = entry, estimate.answers, estimate.inputs, per_mass
+        limit = np.float32(OUTLIER * answers.typical[a] if answers.typical[a] > 0 else np.inf)
+        rows = entry, estimate.answers, estimate.inputs, limit, per_mass
         found.append(Targets(*rows, None if basis is None else basis[a], layer))
     return tuple(found)
 
@@ -177,7 +179,8 @@ def _deviations(
     weights = routing.weights.astype(jnp.float32)
     others = 1 - jnp.square(weights) * target.per_mass[answer]  # the share of the mass that is not the slot's own
     counts = mask[..., None] & (row >= 0)[..., None] & (routing.experts < num_experts) & (answer != NO_ANSWER)
-    counts &= (others > 1e-6) & jnp.all(jnp.isfinite(outputs), axis=-1)
+    # An output that is not finite is not below the limit either.
+    counts &= (others > 1e-6) & (jnp.linalg.norm(outputs, axis=-1) <= weights * target.limit)
     dx = (inputs.astype(jnp.float32)[..., None, :] - target.inputs[answer]) * weights[..., None]
     dy = outputs - weights[..., None] * target.mean[answer]
     if target.basis is not None:

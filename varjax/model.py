@@ -67,7 +67,7 @@ class RoutedModel(Protocol):
 
     @property
     def config(self) -> Any:
-        """With `num_layers` (L, those with experts), `num_experts`, `top_k` and `normalize_top_k`."""
+        """With `num_layers` (L, those with experts), `num_experts`, `top_k`, `hidden_size` and `normalize_top_k`."""
 
     @property
     def params(self) -> Any:
@@ -567,6 +567,17 @@ def _check_table(table: RouteTable, model: RoutedModel) -> None:
             f"the table has (layers, experts, experts per token) {theirs}, the model {ours}; build it for this model "
             "(varjax.load_table)"
         )
+    hidden = model.config.hidden_size
+    for layer, known in enumerate(table.answers or ()):
+        sizes = {"answers": known.answers.shape[1]}
+        if known.affine is not None:
+            sizes |= {"maps that read": known.affine.read.shape[0], "maps that write": known.affine.write.shape[1]}
+        wrong = [f"{what} {size}" for what, size in sizes.items() if size != hidden]
+        if wrong:
+            raise InputError(
+                f"the table has, in layer {layer}, {', '.join(wrong)} numbers, but the model's hidden size is "
+                f"{hidden}; build it from answers that were collected with this model"
+            )
 
 
 def _check_origin(path: str, meta: dict[str, Any], model: RoutedModel) -> None:

@@ -250,13 +250,16 @@ def resolve(
     row = jnp.where(plan.rules.use_answers, plan.row, NO_ROW)
     error = deviations = None
     if plan.answers is not None:
-        answer = plan.answers.find(row, candidate.experts)
-        error = plan.answers.deviation[answer]
-        if plan.answers.affine is not None:
-            if inputs is None:
-                raise InputError("the answers are affine: pass resolve the inputs of the experts, [..., hidden size]")
-            deviations = plan.answers.affine.deviations(inputs, candidate.experts, answer)
-            error = plan.answers.affine.error(error, candidate.experts, deviations)
+        with jax.named_scope("answers"):
+            answer = plan.answers.find(row, candidate.experts)
+            error = plan.answers.deviation[answer]
+            if plan.answers.affine is not None:
+                if inputs is None:
+                    raise InputError(
+                        "the answers are affine: pass resolve the inputs of the experts, [..., hidden size]"
+                    )
+                deviations = plan.answers.affine.deviations(inputs, candidate.experts, answer)
+                error = plan.answers.affine.error(error, candidate.experts, deviations)
 
     gone = planned & used & _superfluous(candidate.weights, gate, plan)
     if error is not None:
@@ -271,7 +274,8 @@ def resolve(
     answered = jnp.where(gone, answer, NO_ANSWER)
     moved = None
     if deviations is not None:
-        moved = jnp.sum(jnp.where(answered == NO_ANSWER, 0.0, left)[..., None] * deviations, axis=-2)
+        with jax.named_scope("answers"):
+            moved = jnp.sum(jnp.where(answered == NO_ANSWER, 0.0, left)[..., None] * deviations, axis=-2)
     dropped = Dropped(answered, left, moved)
     rest = jnp.sum(weights, axis=-1, keepdims=True)
     rescale = plan.rules.renormalize & lost & (rest > 0.0)

@@ -174,7 +174,8 @@ def likeliest(stats: RoutingStats, keys: np.ndarray, layers: Sequence[int], boun
 def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, shrinkage: float) -> Answers:
     """The same answers, but in every layer at most `bound` have pairs that they belong to.
 
-    Answers of order 0 stand in for no key: where they are not in use, they stay and do not count.
+    Constant answers of order 0 stand in for no key: where they are not in use, they stay and do not count. Affine ones
+    stand in for whatever is left out, so they count.
 
     Args:
         answers: as collected.
@@ -188,6 +189,8 @@ def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, 
     entry = answers.entry.copy()
     for a, layer in enumerate(answers.layers):
         candidates = used[layer][used[layer] != NO_ANSWER]
+        if answers.maps is not None:
+            candidates = np.union1d(candidates, np.setdiff1d(_unconditional(answers, a), [NO_ANSWER]))
         if len(candidates) <= bound:
             continue
         best = np.argsort(-_worth(answers, layer, shrinkage)[candidates], kind="stable")[:bound]
@@ -203,13 +206,18 @@ def _worth(answers: Answers, layer: int, shrinkage: float) -> np.ndarray:
     """float64 [N]: how much squared error each answer removes, over all occurrences and weighted by the gate.
 
     It is mass |answer - stand-in|^2, where the stand-in is what would be used without it: the same expert's answer at
-    the longest shorter key, or nothing. Answers of order 0 stand in for no key.
+    the longest shorter key, or nothing. Constant answers of order 0 stand in for no key. Two affine answers of an
+    expert have the same map, so that they differ by the same vector for every input.
     """
     a = answers.layers.index(layer)
     estimate = shrunk(answers, layer, shrinkage)
-    silent = (estimate.parent == NO_ANSWER) | np.isin(estimate.parent, _unconditional(answers, a))
-    instead = np.where(silent[:, None], np.float32(0), estimate.answers[estimate.parent])
-    away = estimate.answers - instead
+    silent = estimate.parent == NO_ANSWER
+    if answers.maps is None:
+        silent |= np.isin(estimate.parent, _unconditional(answers, a))
+    away = estimate.answers - np.where(silent[:, None], np.float32(0), estimate.answers[estimate.parent])
+    if answers.maps is not None:
+        moved = estimate.inputs - np.where(silent[:, None], estimate.inputs, estimate.inputs[estimate.parent])
+        away -= answers.maps.outputs(a, moved, answers.experts(layer))
     return answers.mass[a] * np.einsum("nd,nd->n", away, away, dtype=np.float64)
 
 

@@ -19,6 +19,42 @@ from varjax.answers import Answers
 from varjax.fitting import Moments
 
 
+def collect_moments(
+    model: Model,
+    answers: Answers,
+    documents: Iterable[Encoded],
+    held_out: Iterable[Encoded],
+    shrinkage: float,
+    **reading: Unpack[Reading],
+) -> tuple[tuple[Moments, ...], tuple[Moments, ...]]:
+    """Sum up what the fit of maps needs (`varjax.fitting.fit`).
+
+    Args:
+        model: the model.
+        answers: of this model, with the experts' mean inputs.
+        documents: those that the means were taken over, or some of them.
+        held_out: others, which the means have not seen; results must not be reported on them.
+        shrinkage: of the answers, as in `varjax.shrinkage.shrunk`.
+        reading: see `analysis.collect.passes.Reading`; checkpoints are those of `documents`.
+
+    Returns:
+        The moments of each layer over `documents` and over `held_out`.
+
+    Raises:
+        InputError: the answers hold no mean inputs.
+    """
+    num_experts, hidden_size = answers.entry.shape[2], answers.mean.shape[2]
+    empty = (Moments.empty(num_experts, hidden_size),) * len(answers.layers)
+
+    def summed(name: str, text: Iterable[Encoded], own_text: bool, how: Reading) -> tuple[Moments, ...]:
+        known = fitting.targets(answers, shrinkage, own_text=own_text)
+        sums = PassSums(name, fitting.init, fitting.update, fitting.merge, answers.ngram_orders, answers.layers, True)
+        return run_pass(model, text, answers.keys, empty, sums, (known,), **how)[0]
+
+    own = summed("maps", documents, True, reading)
+    return own, summed("maps, held out", held_out, False, {**reading, "checkpoints": None})
+
+
 def with_maps(
     model: Model,
     answers: Answers,
@@ -31,13 +67,8 @@ def with_maps(
     """Fit a map to every layer of some answers.
 
     Args:
-        model: the model.
-        answers: of this model, with the experts' mean inputs.
-        documents: those that the means were taken over, or some of them.
-        held_out: others, which the means have not seen; results must not be reported on them.
+        model, answers, documents, held_out, shrinkage, reading: see `collect_moments`.
         rank: r of the maps.
-        shrinkage: of the answers, as in `varjax.shrinkage.shrunk`.
-        reading: see `analysis.collect.passes.Reading`; checkpoints are those of `documents`.
 
     Returns:
         The answers with their maps.
@@ -45,16 +76,8 @@ def with_maps(
     Raises:
         InputError: the answers hold no mean inputs, or `rank` is out of range.
     """
-    num_experts, hidden_size = answers.entry.shape[2], answers.mean.shape[2]
-    empty = (Moments.empty(num_experts, hidden_size),) * len(answers.layers)
-    found = []
-    for own_text, text in ((True, documents), (False, held_out)):
-        name = "maps" if own_text else "maps, held out"
-        sums = PassSums(name, fitting.init, fitting.update, fitting.merge, answers.ngram_orders, answers.layers, True)
-        known = fitting.targets(answers, shrinkage, own_text=own_text)
-        how: Reading = reading if own_text else {**reading, "checkpoints": None}
-        found.append(run_pass(model, text, answers.keys, empty, sums, (known,), **how)[0])
-    return replace(answers, maps=fitting.fit(found[0], found[1], rank))
+    moments = collect_moments(model, answers, documents, held_out, shrinkage, **reading)
+    return replace(answers, maps=fitting.fit(*moments, rank))
 
 
 def first_tokens(documents: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:

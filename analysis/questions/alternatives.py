@@ -8,6 +8,9 @@ engine over the table of the given policy, built once with fixed shapes, so a di
 between the rules. Alternatives that look at no token are policies of order 0, whose key every token has. The cached
 tier is off in all of them, VAR's own included, except in "cache only". What counts is the number of experts at equal
 loss: the loss of the given policy.
+
+Where the answers are affine, the mean of an expert over all tokens, which others propose, stays constant: its table is
+built without maps. Its affine counterpart is an alternative of its own, which looks at no token id either.
 """
 
 from __future__ import annotations
@@ -30,12 +33,15 @@ from analysis.questions.question import Question
 from analysis.report.figures import panels
 from analysis.report.report import Column, ReportFigure, Section, Table
 from analysis.resampling import Estimate, document_counts
+from varjax.answers import pruned
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import NotTestableError
+from varjax.keys import ANY
 from varjax.progress import progress_bar
 from varjax.table import RouteTable, with_policies
 
 VAR = "VAR"
+_ONE_MAP = "one affine answer per expert"
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of the first expert's weight
 MASSES = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the gate's probability; many experts share it
 CACHES = ((0.9, 0.9), (0.7, 0.8), (0.5, 0.7), (0.3, 0.6), (0.0, 0.5))  # confidence to remember, weight to keep
@@ -58,7 +64,8 @@ class Family:
     source: str  # who proposed it, or what it takes away from VAR
     points: Points
     from_plain: bool = True  # the dial's timid end is the plain model
-    change: Literal["", "shuffled", "same keys"] = ""  # of the table; "same keys": those that the given policy uses
+    # Of the table; "same keys": those that the given policy uses; "constant": answers of order 0 alone, without maps.
+    change: Literal["", "shuffled", "same keys", "constant"] = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +187,17 @@ def _families(subject: Subject) -> tuple[Family, ...]:
     answered = points(fewer, lambda m: each(experts_kept=m, tolerance=None))
     scale, ratio, number = "scale of the tolerances", "weight ratio", "m, experts that run"
     mone, best = "MoNE, arXiv 2507.00390", f"{ratio}; last: top-1"
+    kind: Literal["", "constant"] = "" if subject.answers.maps is None else "constant"
+    one_map = () if subject.answers.maps is None else one_mean
     found = (
         Family(VAR, scale, "the given policy", points(SCALES, each)),
         Family("top-m for all, renormalized", number, "a smaller K", renormalized, from_plain=False),
         Family("top-m for all, own weights", number, "a smaller K", top_m, from_plain=False),
         Family("weight ratio", ratio, "NAEE, arXiv 2402.14800", by_ratio),
         Family("top-p", "probability to reach", "Huang et al. 2024, arXiv 2403.07652", by_mass),
-        Family("one mean per expert, by ratio", best, mone, (*means, top_one)),
-        Family("one mean per expert, by tolerance", scale, mone, one_mean),
+        Family("one mean per expert, by ratio", best, mone, (*means, top_one), change=kind),
+        Family("one mean per expert, by tolerance", scale, mone, one_mean, change=kind),
+        Family(_ONE_MAP, scale, "affine answers of order 0 alone", one_map),
         Family("VAR without answers", ratio, "the same keys, by weight ratio", unanswered, change="same keys"),
         Family("token ids only", scale, "answers of order 1 alone", by_id),
         Family("cache only", "confidence to remember, weight to keep with it", "nothing known beforehand", caches),
@@ -195,11 +205,16 @@ def _families(subject: Subject) -> tuple[Family, ...]:
         Family("one tolerance for all layers", "tolerance", "no search by layer", uniform),
         Family("m experts and answers", number, "no tolerance: as many at every key", answered, from_plain=False),
     )
-    return tuple(one for one in found if one.points)  # no m is between 0 and K where K = 1
+    return tuple(one for one in found if one.points)  # no m is between 0 and K where K = 1, no map without maps
 
 
 def _table_of(subject: Subject, table: RouteTable, family: Family, config: VARConfig) -> RouteTable:
     """The table, which was built with `keep_shapes`, under the policies of one point of a family."""
+    if family.change == "constant":
+        answers, root = subject.answers, (subject.answers.keys == ANY).all(axis=1)
+        means = dataclasses.replace(answers, keys=answers.keys[root], entry=answers.entry[:, root], maps=None)
+        unbounded = dataclasses.replace(config, answers_per_layer=None)
+        return dataclasses.replace(subject, answers=pruned(means)).build(unbounded, keep_shapes=False)
     changed = with_policies(table, config, subject.stats, subject.answers)
     if family.change == "shuffled":
         return shuffled_answers(changed, np.random.default_rng(subject.seed))
@@ -211,6 +226,10 @@ def _table_of(subject: Subject, table: RouteTable, family: Family, config: VARCo
 
 def shuffled_answers(table: RouteTable, rng: np.random.Generator) -> RouteTable:
     """Let each layer's answers change places, while keys and deviations stay: a null, and a fault to plant.
+
+    Of affine answers, the mean outputs change places; maps and centers stay. A center says how far a token is from the
+    mean input of its own key and expert, which also decides what is dropped, so that the same experts run as under the
+    right answers. With the center of another expert, the map would be applied far from where it was fitted.
 
     Args:
         table: with answers.
@@ -320,6 +339,11 @@ def _section(found: Alternatives) -> Section:
         "Token ids only, one tolerance for all layers, shuffled answers and VAR without answers are VAR without one "
         "thing: where they need no more experts, that thing earns nothing.",
     ]
+    if any(curve.name == _ONE_MAP for curve in found.curves):
+        words.append(
+            "The answers are affine. One affine answer per expert is VAR without token ids; one mean per expert has no "
+            "maps, as it was proposed; shuffled answers are moved by the right maps from the wrong mean outputs."
+        )
     figure = ReportFigure(
         QUESTION.name,
         "VAR and its alternatives",

@@ -30,7 +30,7 @@ from analysis.resampling import Estimate, ratio_with_interval
 from varjax.config import VARConfig
 from varjax.model import VARModel
 from varjax.progress import progress_bar
-from varjax.routing import LayerRules
+from varjax.routing import LayerAnswers, LayerRules
 from varjax.stats import RoutingStats
 from varjax.table import RouteTable
 
@@ -151,7 +151,7 @@ def _dropping(runs: _Runs) -> dict[str, Any]:
     table, rules = runs.table, runs.table.rules
     silent = None
     if table.answers is not None:
-        silent = tuple(dataclasses.replace(one, answers=jnp.zeros_like(one.answers)) for one in table.answers)
+        silent = tuple(map(_silent, table.answers))
     quiet = dataclasses.replace(table, answers=silent)
     neutral = LayerRules.neutral(table.num_layers)
     first = dataclasses.replace(table, experts_kept=jnp.ones_like(table.experts_kept), rules=neutral)
@@ -165,6 +165,12 @@ def _dropping(runs: _Runs) -> dict[str, Any]:
         ruled = dataclasses.replace(base.rules, renormalize=jnp.full_like(rules.renormalize, rescale))
         changes.append(_change(runs, name, runs.under(dataclasses.replace(base, rules=ruled))))
     return {"dropping": tuple(changes)}
+
+
+def _silent(known: LayerAnswers) -> LayerAnswers:
+    """Answers that add nothing, whose expected errors, and so what they let be dropped, stay as they are."""
+    affine = known.affine and dataclasses.replace(known.affine, write=jnp.zeros_like(known.affine.write))
+    return dataclasses.replace(known, answers=jnp.zeros_like(known.answers), affine=affine)
 
 
 def _layers_alone(runs: _Runs) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Letters: L layers, N answers of a layer.
 
 A bound on the answers of a layer keeps the most valuable ones (`varjax.shrinkage`); the policy stays the same. Sizes
 are those of the tables as they would be shipped, including keys; losses are measured in tables of one shape, in which
-an answer that is not kept cannot be found.
+an answer that is not kept cannot be found. Affine answers have a map in every layer, whatever the number of answers,
+and a center each.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Size:
     answers_per_layer: int | None  # the bound; None: every answer
     answer_dtype: AnswerType
     answers: int  # that the table holds, in all layers
-    answer_bytes: int  # with their deviations and scales
+    answer_bytes: int  # with their deviations and scales, maps and centers
+    affine_bytes: int  # of these, maps and centers; 0 where answers are constant
     bytes: int  # of the whole table: answers, keys, predicted routing
     measured: MeasuredPoint  # its dial: answers
 
@@ -67,15 +69,16 @@ def _table_sizes(subject: Subject) -> TableSizes:
     found = []
     for config in progress_bar(configs, unit="table", desc="table sizes", show=subject.progress):
         table = subject.build(config)
-        answers, in_answers, in_all = _shipped(table)
+        answers, in_answers, in_maps, in_all = _shipped(table)
         point = measured(sum(answers), plain, score_point(subject, config, table), counts)
-        found.append(Size(config.answers_per_layer, config.answer_dtype, sum(answers), in_answers, in_all, point))
+        sizes = (in_answers, in_maps, in_all)
+        found.append(Size(config.answers_per_layer, config.answer_dtype, sum(answers), *sizes, point))
     tokens = int(plain.tokens.sum())
     return TableSizes(tuple(found), subject.model.config.top_k, len(plain.nll), tokens, subject.samples)
 
 
-def _shipped(table: RouteTable) -> tuple[list[int], int, int]:
-    """The answers of each layer, their bytes with deviations and scales, and the bytes of the whole table.
+def _shipped(table: RouteTable) -> tuple[list[int], int, int, int]:
+    """The answers of each layer, all their bytes, those of maps and centers among them, and those of the whole table.
 
     All as if the table, which was built with `keep_shapes`, had been built without; no second build is needed.
     """
@@ -84,14 +87,18 @@ def _shipped(table: RouteTable) -> tuple[list[int], int, int]:
     keys = KeyIndex.build(np.asarray(table.index.keys)[rows])
     per_row = (table.eligible, table.experts_kept, table.routing)  # [L, R, ...]
     total = _bytes((keys, table.rules, table.made_with)) + _bytes(per_row) * len(rows) // table.eligible.shape[1]
-    answers, answer_bytes = [], 0
+    answers, answer_bytes, affine_bytes = [], 0, 0
     for layer, wanted in zip(table.answers or (), np.asarray(table.rules.use_answers), strict=False):
         entry = np.asarray(layer.entry)[rows] if wanted else np.full((1, table.num_experts), NO_ANSWER, np.int32)
         answers.append(len(np.unique(entry[entry != NO_ANSWER])))
         per_answer = _bytes((layer.answers, layer.deviation, layer.scale)) // len(layer.answers)
         answer_bytes += per_answer * max(answers[-1], 1)
         total += (entry if answers[-1] else entry[:1]).nbytes
-    return answers, answer_bytes, total + answer_bytes
+        if answers[-1] and layer.affine is not None:
+            maps = _bytes(dataclasses.replace(layer.affine, center=None))
+            affine_bytes += maps + answers[-1] * _bytes(layer.affine.center) // len(layer.answers)
+    answer_bytes += affine_bytes
+    return answers, answer_bytes, affine_bytes, total + answer_bytes
 
 
 def _bytes(tree: object) -> int:
@@ -110,21 +117,30 @@ def _section(found: TableSizes) -> Section:
         f"experts at {full_loss:+.2%}; half of that takes {half.answers:,} and costs {half_loss:+.2%}; as "
         f"{smallest.answer_dtype} they take {smallest.answer_bytes / _MB:.1f} MB at {small_loss:+.2%}"
     )
-    words = (
+    words = [
         "A bound on the answers of a layer keeps those that remove the most squared error, weighted by the gate; the "
         "shorter key's answer, or else the expert, replaces one that is not kept. The policy is the same for every "
         "size, so these tables are at different losses and experts. Choose a size on other documents: which table "
         "saves half was read off these.",
-    )
+    ]
+    if full.affine_bytes:
+        part, answers = full.affine_bytes / _MB, full.answer_bytes / _MB
+        words.append(
+            f"The answers are affine: their maps and centers take {part:.1f} of the {answers:.1f} MB "
+            f"({part / answers:.0%}) in float32. A smaller table keeps the maps whole; answers in bfloat16 or int8 "
+            "have both in bfloat16."
+        )
     columns = (
         *(Column("bound per layer", ","), Column("type"), Column("answers", ","), Column("answers [MB]", ".2f")),
-        *(Column("table [MB]", ".2f"), Column("experts", ".3f"), Column("left open", ".1%")),
+        *(Column("maps and centers", ".1%"), Column("table [MB]", ".2f")),
+        *(Column("experts", ".3f"), Column("left open", ".1%")),
         *(Column(name, "+.2%") for name in ("perplexity", "low", "high")),
     )
     rows = [
         (
             *("none" if size.answers_per_layer is None else size.answers_per_layer, size.answer_dtype, size.answers),
-            *(size.answer_bytes / _MB, size.bytes / _MB, size.measured.experts_per_token, size.measured.open_share),
+            *(size.answer_bytes / _MB, size.affine_bytes / max(size.answer_bytes, 1), size.bytes / _MB),
+            *(size.measured.experts_per_token, size.measured.open_share),
             *dataclasses.astuple(size.measured.degradation),
         )
         for size in found.sizes

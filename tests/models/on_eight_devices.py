@@ -30,6 +30,7 @@ from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
 from varjax import LayerPolicy, VARConfig, VARModel
+from varjax.affine import Maps
 from varjax.model import build_for, routed_forward
 from varjax.routing import Routing
 
@@ -300,6 +301,46 @@ def test_slots_and_audits(texts):
         out = model.network.forward(model.params, ids, attention_mask=real, recorded_layers=(0,), audit=audit)
         found.append((out.recorded, out.routing, out.audit))
     jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **CLOSE), *found)
+
+
+@pytest.fixture(scope="module")
+def affine(collected) -> tuple:
+    """The statistics and answers of one device, with maps of rank 3."""
+    (stats, answers), rng = collected, np.random.default_rng(4)
+    layers, experts, width, rank = CONFIG.num_layers, CONFIG.num_experts, CONFIG.hidden_size, 3
+    maps = Maps(
+        read=rng.normal(size=(layers, width, rank)).astype(np.float32),
+        mix=rng.normal(0, 0.05, (layers, experts, rank, rank)).astype(np.float32),
+        write=np.stack([np.linalg.qr(rng.normal(size=(width, rank)))[0].T for _ in range(layers)]).astype(np.float32),
+        unexplained=np.full((layers, experts), 0.5),
+    )
+    inputs = rng.normal(size=answers.mean.shape).astype(np.float32)
+    return stats, dataclasses.replace(answers, inputs=inputs, maps=maps)
+
+
+@pytest.mark.parametrize("divided_answers", [False, True])
+def test_affine_answers_are_those_of_one_device(
+    load, alone, texts, collected, affine, runs_alone, divided_answers, monkeypatch
+):
+    """The maps are whole on every device, also next to answers of which a device has a part."""
+    if divided_answers:
+        monkeypatch.setattr(placement, "REPLICATED_ANSWERS", 100)
+    model = load("data=2,model=4")
+    var_model, constant = with_var(model, affine), with_var(model, collected)
+    known = var_model.table.answers[0]
+    assert known.answers.sharding.is_fully_replicated != divided_answers
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(known.affine))
+    found, expected = run(model, texts, var_model), run(alone, texts, with_var(alone, affine))
+    np.testing.assert_allclose(found.prefill, expected.prefill, **CLOSE)
+    np.testing.assert_allclose(found.decode, expected.decode, **CLOSE)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, **CLOSE), found.state, expected.state)
+    assert np.abs(expected.prefill - runs_alone[1].prefill).max() > 1e-3  # the maps do something
+    ids, mask = model.check_inputs(texts[:, :LENGTH])
+    sums = []
+    for one in (constant, var_model):
+        arguments = (model.params, one.table, one.init(BATCH), ids, mask, np.int32(0), one.settings)
+        sums.append(exchanged(routed_forward.lower(*arguments, kv=None, network=model.network).compile()))
+    assert sums[0] == sums[1]
 
 
 def test_a_large_table_is_divided(load, texts, collected, runs_alone, monkeypatch):

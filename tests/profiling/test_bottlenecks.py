@@ -60,6 +60,8 @@ def test_where_all_is_well_nothing_is_found():
         ({"var": {**WELL.var, "plan": 5e-3}}, "look-up", "high", "plan 5.00 ms, commit 100 µs"),
         ({"tiers": {"fast": 0.4, "cached": 0.0, "learned": 0.6}}, "learned share", "high", "60% of tokens and layers"),
         ({"cached_tier": True}, "cache use", "low", "decides 0.00%"),
+        ({"var": {**WELL.var, "answers": 4e-4}}, "answers", "medium", "answers take 400 µs: 6% of the call"),
+        ({"var": {**WELL.var, "answers": 2e-3}, "answer_rank": 64}, "answers", "high", "2.00 ms, with maps of rank 64"),
         ({"var": {**WELL.var, "experts": 6e-3}}, "padding waste", "high", "0.40 of the plain model's expert runs"),
         ({"overhead": 3e-3}, "dispatch-bound", "high", "3.00 ms of 6.60 ms"),
         ({"waiting": {"experts": True, "projections": True}}, "memory-bound", "low", "82% of the call waits"),
@@ -78,6 +80,7 @@ def test_each_bottleneck_is_named_alone_with_its_severity_and_numbers(changes, n
         {"speedup": Estimate(0.98, 0.9, 1.02)},  # the interval reaches 1
         {"cached_tier": True, "tiers": {"fast": 0.8, "cached": 0.15, "learned": 0.05}},
         {"overhead": None, "waiting": None, "exponent": None},  # not measured
+        {"var": {**WELL.var, "answers": 1e-4}, "answer_rank": 64},
         {"experts": (2.0, 2.0), "var": {**WELL.plain, "plan": 1e-4}, "speedup": Estimate(1.0, 0.99, 1.01)},
     ],
 )

@@ -57,6 +57,21 @@ def test_an_accelerator_that_is_not_in_the_table_can_be_described(monkeypatch, c
     assert by_name.replace(known.source, "the command line").replace(known.name, "as given") == by_figures
 
 
+def test_maps_of_answers_are_taken_off_the_gain(monkeypatch, capsys):
+    given = ("--model", "mixtral-8x7b", "--hardware", "h200", "--experts", "1.0")
+    said = {rank: run(monkeypatch, capsys, *given, "--answer_rank", rank) for rank in ("0", "64", "4096")}
+    assert said["0"] == run(monkeypatch, capsys, *given)
+    assert "looks up the rest, with maps of rank 64" in said["64"] and "maps" not in said["0"]
+    workload = Workload(1, 1, 1023, itemsize=2)
+    gains = [_estimate(MIXTRAL_8X7B, HARDWARE["h200"], workload, 1.0, answer_rank=rank) for rank in (0, 64, 4096)]
+    assert gains[0].plain == gains[1].plain == gains[2].plain
+    assert 0.97 * gains[0].speedup < gains[1].speedup < gains[0].speedup
+    assert gains[2].speedup < 0.9 * gains[0].speedup
+    assert "answer_rank=4097: expected 0 to this model's hidden size, 4096" in refused(
+        monkeypatch, capsys, *given, "--answer_rank", "4097"
+    )
+
+
 def test_wrong_questions_are_told_the_fix(monkeypatch, capsys, tmp_path):
     mixtral, h200 = ("--model", "mixtral-8x7b"), ("--hardware", "h200")
     assert "this model runs 2 per token; give 0 to 2" in refused(monkeypatch, capsys, *mixtral, *h200, "--experts", "3")

@@ -23,13 +23,15 @@ from profiling.costs import (
     _distinct_experts,
     component_costs,
     flops_per_token,
+    map_products,
     parameters,
     table_bytes,
 )
 from profiling.published import PUBLISHED
 from profiling.xla import _equations, analyze
 from varjax import LayerPolicy, VARConfig
-from varjax.routing import Plan, Routing
+from varjax.affine import AffineMap
+from varjax.routing import LayerAnswers, Plan, Routing
 from varjax.stats import RoutingStats
 from varjax.table import build_table
 
@@ -111,26 +113,109 @@ def test_gate_head_and_expert_agree_with_xla():
     check(jax.jit(get_engine("reference").apply).trace(x, routing, (expert,)), costs["experts"].flops)
 
 
+def _first_experts(x, routing, experts):
+    first = Routing(jnp.broadcast_to(jnp.arange(CONFIG.top_k), routing.experts.shape), routing.weights)
+    return get_engine("reference").apply(x, first, experts[: CONFIG.top_k])
+
+
+FIRST = Engine("first experts", get_engine("reference").prepare, _first_experts)
+"""Runs as many experts on every token as a router would choose, but always the first ones."""
+
+
 @pytest.mark.parametrize("cached", [0, 30])
 @pytest.mark.parametrize("last_logits_only", [False, True])
 def test_a_whole_plain_forward_agrees_with_xla(cached, last_logits_only):
-    """With an engine that runs as many experts on every token as a router would choose, but always the first ones."""
-
-    def first_experts(x, routing, experts):
-        first = Routing(jnp.broadcast_to(jnp.arange(CONFIG.top_k), routing.experts.shape), routing.weights)
-        return get_engine("reference").apply(x, first, experts[: CONFIG.top_k])
-
-    engine = Engine("first experts", get_engine("reference").prepare, first_experts)
-    params = jax.eval_shape(lambda: _prepared(engine))
+    params = jax.eval_shape(lambda: _prepared(FIRST))
     kv = jax.eval_shape(lambda: KVCache.empty(CONFIG, 2, 120, jnp.float32)) if cached else None
     ids = jax.ShapeDtypeStruct((2, 80), jnp.int32)
-    traced = forward.trace(params, ids, config=CONFIG, engine=engine, kv=kv, last_logits_only=last_logits_only)
+    traced = forward.trace(params, ids, config=CONFIG, engine=FIRST, kv=kv, last_logits_only=last_logits_only)
     workload = Workload(2, 80, cached=cached, capacity=120 if cached else None, last_logits_only=last_logits_only)
     costs = component_costs(CONFIG, workload, Mix.plain(CONFIG, 160), as_written=True)
     assert products(traced) == sum(costs[name].flops for name in PRODUCTS)
     xla = analyze(traced)
     assert "loop" not in xla.doubts and "conditional" not in xla.doubts
     assert xla.flops == pytest.approx(sum(costs.values(), Cost()).flops, rel=0.01)
+
+
+RANK, ANSWERS = 64, 300
+MAPPED = AffineMap(
+    *(SHAPE(shape) for shape in ((512, RANK), (RANK, 8, RANK), (RANK, 512), (ANSWERS, RANK), (8,))),
+)
+
+
+def _answers(affine: AffineMap | None) -> LayerAnswers:
+    return LayerAnswers(
+        jax.ShapeDtypeStruct((90, 8), jnp.int32), SHAPE((ANSWERS,)), SHAPE((ANSWERS, 512)), None, affine
+    )
+
+
+def test_a_map_agrees_with_xla():
+    """What a layer's map computes for 40 tokens, without the look-up of the centers."""
+
+    def run(affine, x, experts, answer, deviation, weights):
+        deviations = affine.deviations(x, experts, answer)
+        moved = jnp.sum(weights[..., None] * deviations, axis=-2)
+        return affine.output(moved), affine.error(deviation, experts, deviations)
+
+    slots = jax.ShapeDtypeStruct((40, 2), jnp.int32), jax.ShapeDtypeStruct((40, 2), jnp.int32)
+    traced = jax.jit(run).trace(MAPPED, SHAPE((40, 512)), *slots, SHAPE((40, 2)), SHAPE((40, 2)))
+    mix = Mix(experts=1, distinct=1, answers=1.0, planned=True, answer_rank=RANK)
+    workload = Workload(1, 40)
+    found = map_products(ONE_LAYER, workload, mix, as_written=True)
+    assert products(traced) == found.flops == 40 * (4 * 512 * RANK + 2 * 8 * RANK * RANK)
+    affine, constant = (
+        component_costs(ONE_LAYER, workload, one, as_written=True)["answers"].flops
+        for one in (mix, dataclasses.replace(mix, answer_rank=0))
+    )
+    assert affine - constant == found.flops + 40 * 2 * 5 * RANK
+    assert analyze(traced).flops == pytest.approx(affine - constant, rel=0.01)
+
+
+@pytest.mark.parametrize("rank", [0, RANK])
+def test_a_whole_forward_with_answers_agrees_with_xla(rank):
+    """One layer has a map, the other only answers."""
+    params = jax.eval_shape(lambda: _prepared(FIRST))
+    opened = jax.eval_shape(lambda: Plan.open(2, 2, 80, CONFIG.top_k, CONFIG.num_experts))
+    plan = dataclasses.replace(opened, answers=(_answers(MAPPED if rank else None), _answers(None)))
+    ids = jax.ShapeDtypeStruct((2, 80), jnp.int32)
+    traced = forward.trace(params, ids, config=CONFIG, engine=FIRST, plan=plan)
+    mix = dataclasses.replace(Mix.plain(CONFIG, 160), answers=0.5, answer_rank=rank, mapped=0.5)
+    costs = component_costs(CONFIG, Workload(2, 80), mix, as_written=True)
+    moving = map_products(CONFIG, Workload(2, 80), mix, as_written=True).flops
+    assert (moving > 0) == (rank > 0)
+    assert products(traced) == sum(costs[name].flops for name in PRODUCTS) + moving
+    assert analyze(traced).flops == pytest.approx(sum(costs.values(), Cost()).flops, rel=0.01)
+
+
+def test_what_a_map_needs_is_that_of_its_tokens_and_answers():
+    """In one layer; a token is read and written once, however many of its experts are replaced."""
+    unit, token = 2 * RANK * RANK, 4 * 512 * RANK
+    for answers, tokens in ((0.0, 0.0), (0.25, 0.25), (1.0, 1.0), (1.5, 1.0)):
+        mix = Mix(experts=2 - answers, distinct=8, answers=answers, planned=True, answer_rank=RANK)
+        found = map_products(ONE_LAYER, Workload(1, 64), mix)
+        assert found.flops == pytest.approx(64 * (tokens * token + answers * unit))
+        mixes = _distinct_experts(8, answers, 64)
+        arrays = 4 * (2 * 512 * RANK + mixes * RANK * RANK + 64 * tokens * 512)
+        assert found.bytes == pytest.approx(arrays if answers else 0.0)
+    constant = Mix.even(ONE_LAYER, 64, 1.0)
+    assert map_products(ONE_LAYER, Workload(1, 64), constant) == Cost()
+    affine = Mix.even(ONE_LAYER, 64, 1.0, answer_rank=RANK)
+    more = component_costs(ONE_LAYER, Workload(1, 64), affine)["answers"]
+    less = component_costs(ONE_LAYER, Workload(1, 64), constant)["answers"]
+    moving = map_products(ONE_LAYER, Workload(1, 64), affine)
+    assert more == less + moving + Cost(64 * 5.0 * RANK, 64 * 4.0 * RANK)
+
+
+def test_the_bytes_of_maps_are_those_of_their_arrays():
+    mix = Mix(experts=1, distinct=8, answers=1.0, planned=True, answer_rank=RANK)
+    found = map_products(CONFIG, Workload(1, 3), mix, as_written=True)
+    maps = 4 * sum(int(np.prod(leaf.shape)) for leaf in (MAPPED.read, MAPPED.mix, MAPPED.write))
+    assert found.bytes == 2 * (maps + 4 * 3 * (512 + 2 * 8 * RANK))
+
+
+def test_a_rank_beyond_the_hidden_size_is_refused():
+    with pytest.raises(ValueError, match=r"mix\.answer_rank=513, mix\.mapped=1\.0: expected 0 to 512"):
+        component_costs(CONFIG, Workload(1, 1), Mix(experts=2, distinct=2, answer_rank=513))
 
 
 def _prepared(engine):
@@ -152,7 +237,7 @@ def test_needed_scores_are_those_that_the_mask_lets_through(cached, length, wind
 
 
 def test_what_is_written_is_never_less_than_what_is_needed():
-    mix = Mix.even(CONFIG, 1, 1.25)
+    mix = Mix.even(CONFIG, 1, 1.25, answer_rank=RANK)
     for workload in (Workload(2, 700), Workload(2, 1, cached=9, capacity=64), Workload(1, 1)):
         needed = component_costs(CONFIG, workload, mix)
         written = component_costs(CONFIG, workload, mix, as_written=True)

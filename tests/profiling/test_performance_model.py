@@ -59,7 +59,9 @@ def made(wanted, noise=0.0, seed=0, slower=lambda task: 1.0) -> list[Point]:
         workload = Workload(task.batch, task.length, cached=task.cached, last_logits_only=task.decodes)
         kept = {"plain": 2.0, "open": 2.0, "none": 0.0, "one": 1.0, "one if known": 1.1}
         experts = kept.get(task.policy.removeprefix("answers, "), 0.5)
-        mix = Mix.even(CONFIG, workload.tokens, experts, orders=2, answered=task.policy.startswith("answers"))
+        kind = task.policy.partition(",")[0]
+        rank = 64 if kind == "affine" else 0
+        mix = Mix.even(CONFIG, workload.tokens, experts, 2, kind in ("answers", "affine"), answer_rank=rank)
         mix = Mix.plain(CONFIG, workload.tokens) if task.policy == "plain" else mix
         seconds = predict(TRUE, CONFIG, workload, mix) * slower(task) * float(np.exp(noise * rng.standard_normal()))
         found.append(Point(task.name, workload, mix, seconds, seconds, seconds))
@@ -137,6 +139,9 @@ def test_parts_sum_to_the_prediction():
     workload = Workload(4, 128)
     mix = Mix.even(CONFIG, workload.tokens, 1.0, orders=2, answered=True)
     parts = _seconds_by_part(TRUE, CONFIG, workload, mix)
+    affine = _seconds_by_part(TRUE, CONFIG, workload, dataclasses.replace(mix, answer_rank=64))
+    assert affine.pop("answers") > 1.1 * parts["answers"]
+    assert affine == {name: seconds for name, seconds in parts.items() if name != "answers"}
     assert sum(parts.values()) == predict(TRUE, CONFIG, workload, mix)
     assert all(seconds > 0 for seconds in parts.values())
     plain = _seconds_by_part(TRUE, CONFIG, workload, Mix.plain(CONFIG, workload.tokens))
@@ -191,16 +196,18 @@ def test_a_tiny_model_is_measured_fitted_and_predicted(saved_model, documents):
         for policy in ("plain", "none", "one")
     ]
     wanted += [Task(2, 12, policy="answers, one", calibrates=True), Task(1, 1, 8, policy="answers, rising")]
+    wanted += [Task(2, 12, policy="affine, one")]
     found = study(saved_model, wanted, ceilings=CEILINGS, texts=texts, keys=40, repeats=2, run_tokens=24)
     by_name = {one.point.name: one.point for one in (*found.calibrated.each, *found.unseen.each)}
     points = [by_name[task.name] for task in wanted]
-    assert len(found.unseen.each) == sum(not task.calibrates for task in wanted) == 5
+    assert len(found.unseen.each) == sum(not task.calibrates for task in wanted) == 6
     assert np.isfinite(found.unseen.median)
     for point, task in zip(points, wanted, strict=True):
         assert 0 < point.low <= point.seconds <= point.high
         assert point.mix.planned == (task.policy != "plain")
-        expected = {"plain": 2.0, "none": 0.0, "one": 1.0, "answers, one": 1.0, "answers, rising": 0.5}[task.policy]
+        expected = {"plain": 2.0, "none": 0.0, "answers, rising": 0.5}.get(task.policy, 1.0)
         assert point.mix.experts == expected
+        assert point.mix.answer_rank == (24 if task.policy == "affine, one" else 0)
         assert point.mix.distinct >= point.mix.experts
     assert by_name["prefill 2 x 24, plain"].mix.distinct > by_name["decode 1 x 1 after 8, plain"].mix.distinct == 2
     assert by_name["decode 1 x 1 after 8, answers, rising"].mix.answers == 1.5

@@ -1,13 +1,21 @@
 """What XLA counts wrongly, each error in a program of its own, as jaxlib 0.10.2 has them on a CPU. A failure here means
 that a version counts differently, and `KNOWN_ERRORS` must follow. And peak memory against XLA's layout."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
-from profiling.xla import KNOWN_ERRORS, Peak, _constructs, _explain, analyze, memory, memory_section
+from models import Model, MoEConfig
+from models.experts import get_engine
+from models.parameters import init_params, prepare
+from profiling.points import policies, random_answers, random_stats
+from profiling.xla import KNOWN_ERRORS, Peak, _constructs, _explain, analyze, costs, memory, memory_section
+from varjax import VARModel
+from varjax.model import build_for
 
 N = 64
 SQUARE = jax.ShapeDtypeStruct((N, N), jnp.float32)
@@ -115,6 +123,44 @@ def test_the_prediction_is_near_what_xla_lays_out(small_var_model):
     ]
     assert [one.relative for one in found] == pytest.approx([0.0] * 4, abs=0.25)
     assert found[2].allocated > 1.5 * found[0].allocated  # activations count, not only parameters
+
+
+@pytest.fixture(scope="module")
+def affine() -> VARModel:
+    """Many experts and a hidden size that is small next to the rank, so that the mixes of all experts are large."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_heads": 2, "num_kv_heads": 1, "head_dim": 16}
+    config = MoEConfig(vocab_size=64, num_layers=2, num_experts=32, top_k=2, **sizes)
+    engine = get_engine("blocks")
+    params = prepare(init_params(config, jax.random.key(0)), engine)
+    model = Model(config, params, engine, "random", "none")
+    stats = random_stats(model, [np.random.default_rng(0).integers(3, 64, 400).astype(np.int32)], 20)
+    rule = policies(2)["affine, one"]
+    return VARModel(model, rule, build_for(model, rule, stats, random_answers(model, stats.keys, rank=32)))
+
+
+def test_the_memory_of_affine_answers_is_predicted(affine):
+    """And would not be without what the mixes of all experts give."""
+    (_, found), (_, other) = (memory(one, [(8, 128)])[1] for one in (affine, without_maps(affine)))
+    assert found.relative == pytest.approx(0, abs=0.25)
+    assert found.allocated - other.allocated > 0.5 * 4 * 8 * 128 * 32 * 32
+
+
+def test_affine_answers_are_counted_and_xla_sees_them_too(affine):
+    texts = {"prefill": np.zeros((2, 16), np.int32), "decode": np.zeros((2, 16), np.int32)}
+    _, found = costs(affine, texts)
+    _, other = costs(without_maps(affine), texts)
+    for ours, theirs in zip(found, other, strict=True):
+        more = ours.written["answers"].flops - theirs.written["answers"].flops
+        if ours.side == "plain":
+            assert more == 0
+            continue
+        assert 0 < ours.needed["answers"].flops < ours.written["answers"].flops
+        assert ours.xla.flops - theirs.xla.flops == pytest.approx(more, rel=0.05)
+
+
+def without_maps(var_model: VARModel) -> VARModel:
+    answers = tuple(dataclasses.replace(known, affine=None) for known in var_model.table.answers)
+    return VARModel(var_model.model, var_model.config, dataclasses.replace(var_model.table, answers=answers))
 
 
 def test_the_section_names_the_farthest():

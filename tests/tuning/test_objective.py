@@ -94,6 +94,7 @@ def test_the_upper_limit_covers_the_truth_as_often_as_it_says():
 def test_predicted_speed_grows_with_every_expert_that_is_saved(saved_model):
     speeds = [_predicted_speedup(saved_model.config, 64, experts) for experts in (2.0, 1.5, 1.0, 0.0)]
     assert speeds[0] == 1.0 and speeds == sorted(speeds) and speeds[-1] > 1
+    assert speeds[1] > _predicted_speedup(saved_model.config, 64, 1.5, answer_rank=8)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from analysis.collect.statistics import KeySettings, choose_keys, collect
 from models import Sampling
 from models.generation import GenerationDefaults
 from varjax import LayerPolicy, VARConfig, VARModel, answersfile, build_table, load_table, statsfile
+from varjax.affine import AffineMap
 from varjax.errors import InputError
 from varjax.model import load_statistics, routed_forward
 from varjax.routing import CACHED
@@ -334,6 +335,23 @@ def test_a_table_of_another_model_is_refused(saved_model, stats_path):
         other = dataclasses.replace(saved_model, config=dataclasses.replace(saved_model.config, **changes))
         with pytest.raises(ValueError, match=r"the table has \(layers, .*\) \(2, .*, the model \(.*; build"):
             VARModel(other, wanted, table=table)
+
+
+def test_a_table_of_another_hidden_size_is_refused(small_var_model):
+    """By its answers or by their maps, whose layer is named."""
+    model, config, table = small_var_model.model, small_var_model.config, small_var_model.table
+
+    def refused(said, **changes):
+        answers = (table.answers[0], dataclasses.replace(table.answers[1], **changes))
+        with pytest.raises(InputError, match=said):
+            VARModel(model, config, dataclasses.replace(table, answers=answers))
+
+    wide = np.zeros((len(table.answers[1].answers), 30), np.float32)
+    refused(r"in layer 1, answers 30 numbers, but the model's hidden size is 24; build it", answers=wide)
+    center, mix = np.zeros((len(wide), 5)), np.zeros((5, 4, 5))
+    for read, write, said in ((26, 24, "maps that read 26 numbers"), (24, 25, "maps that write 25 numbers")):
+        maps = AffineMap(np.zeros((read, 5)), mix, np.zeros((5, write)), center, np.zeros(4))
+        refused(f"in layer 1, {said}, but", affine=maps)
 
 
 def test_a_missing_table_says_how_to_make_one(saved_model):

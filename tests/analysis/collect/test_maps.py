@@ -9,13 +9,20 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from analysis.checkpoints import Checkpoints
+from analysis.collect.answers import collect_answers
 from analysis.collect.maps import first_tokens, with_maps
 from varjax import InputError, LayerPolicy, VARConfig, VARModel, answersfile
 from varjax.checksums import write_safetensors
 from varjax.model import build_for
+from varjax.table import with_policies
 
 READING = {"batch_size": 20, "max_length": 16, "progress": False}
 RANK = 12
+
+
+@pytest.fixture(scope="module")
+def constant(saved_model, collected, known):
+    return collect_answers(saved_model, known, collected.stats.keys, range(2), inputs=True, **READING)
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +31,15 @@ def known(even_documents):
     return even_documents[:-40]
 
 
-def test_mean_inputs_change_no_mean_output(collected, with_inputs):
+@pytest.fixture(scope="module")
+def affine(affine_collected):
+    return affine_collected.answers
+
+
+def test_mean_inputs_change_no_mean_output(collected, constant):
     for name in ("keys", "entry", "mean", "mass", "m2", "count"):
-        np.testing.assert_array_equal(getattr(with_inputs, name), getattr(collected.answers, name))
-    assert with_inputs.inputs.shape == with_inputs.mean.shape and with_inputs.inputs.any()
+        np.testing.assert_array_equal(getattr(constant, name), getattr(collected.answers, name))
+    assert constant.inputs.shape == constant.mean.shape and constant.inputs.any()
 
 
 def errors(model, collected, answers):
@@ -43,34 +55,34 @@ def errors(model, collected, answers):
     return np.asarray(out.audit)
 
 
-def test_affine_answers_are_nearer_to_unseen_outputs(saved_model, collected, with_inputs, affine):
+def test_affine_answers_are_nearer_to_unseen_outputs(saved_model, collected, constant, affine):
     """A random model with small weights is nearly linear."""
     assert affine.maps.unexplained.mean() < 0.8
-    before, after = (errors(saved_model, collected, answers) for answers in (with_inputs, affine))
+    before, after = (errors(saved_model, collected, answers) for answers in (constant, affine))
     assert (np.median(after, axis=1) < 0.95 * np.median(before, axis=1)).all()
 
 
-def test_a_resumed_fit_is_bit_for_bit_that_of_one_run(saved_model, with_inputs, affine, known, collected, tmp_path):
+def test_a_resumed_fit_is_bit_for_bit_that_of_one_run(saved_model, constant, affine, known, collected, tmp_path):
     def broken_off():
         yield from known[:100]
         raise KeyboardInterrupt
 
     reading = {**READING, "save_tokens": 700}
     given = (collected.held_out[:20], RANK, 1.0)
-    whole = with_maps(saved_model, with_inputs, known, *given, **reading)
+    whole = with_maps(saved_model, constant, known, *given, **reading)
     with pytest.raises(KeyboardInterrupt):
-        with_maps(saved_model, with_inputs, broken_off(), *given, checkpoints=Checkpoints(tmp_path), **reading)
+        with_maps(saved_model, constant, broken_off(), *given, checkpoints=Checkpoints(tmp_path), **reading)
     assert (tmp_path / "checkpoint.safetensors").is_file()
-    resumed = with_maps(saved_model, with_inputs, known, *given, checkpoints=Checkpoints(tmp_path), **reading)
+    resumed = with_maps(saved_model, constant, known, *given, checkpoints=Checkpoints(tmp_path), **reading)
     jax.tree.map(np.testing.assert_array_equal, resumed.maps, whole.maps)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), resumed.maps.unexplained, affine.maps.unexplained
     )
 
 
-def test_affine_answers_are_read_as_they_were_written(affine, with_inputs, tmp_path):
+def test_affine_answers_are_read_as_they_were_written(affine, constant, tmp_path):
     path = tmp_path / "some.answers.safetensors"
-    for one in (affine, with_inputs):
+    for one in (affine, constant):
         answersfile.write(path, one, {})
         again, _ = answersfile.read(path)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), again, one)
@@ -105,6 +117,21 @@ def test_tables_of_any_policy_have_the_same_shapes(saved_model, collected, affin
         assert known.affine.center.shape == (len(known.answers), RANK)
         assert known.affine.read.dtype == "bfloat16" and known.answers.dtype == "int8"
     assert shapes[0] == shapes[1]
+
+
+def test_other_policies_change_a_table_as_if_it_were_built_for_them(saved_model, collected, affine, constant):
+    configs = []
+    for order, tolerance in ((0, 0.1), (1, 0.4)):
+        policy = LayerPolicy(experts_kept=None, tolerance=tolerance, ngram_orders=(order,), entropy_threshold=10.0)
+        configs.append(VARConfig(frequency_threshold=1, default=policy))
+    tables = [build_for(saved_model, config, collected.stats, affine, keep_shapes=True) for config in configs]
+    changed = with_policies(tables[0], configs[1], collected.stats, affine)
+    jax.tree.map(np.testing.assert_array_equal, changed, tables[1])
+    assert not np.array_equal(tables[0].eligible, tables[1].eligible)
+    without = build_for(saved_model, configs[0], collected.stats, constant, keep_shapes=True)
+    for table, given, said in ((tables[0], constant, "12, those given of rank 0"), (without, affine, "0, those given")):
+        with pytest.raises(InputError, match=f"the table's have maps of rank {said}"):
+            with_policies(table, configs[1], collected.stats, given)
 
 
 def test_order_0_answers_every_token_with_affine_answers(saved_model, collected, affine):

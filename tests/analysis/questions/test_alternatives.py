@@ -22,6 +22,7 @@ from analysis.questions.alternatives import (
     _fewest_experts,
     _section,
     _table_of,
+    shuffled_answers,
 )
 from analysis.resampling import Estimate, document_counts
 from varjax.config import LayerPolicy, VARConfig
@@ -34,8 +35,7 @@ READING = {"batch_size": 20, "max_length": 16}
 LAYERS = 2
 
 
-@pytest.fixture(scope="module")
-def subject(saved_model, collected) -> Subject:
+def of(saved_model, collected) -> Subject:
     """A policy that drops some and keeps some, in both layers."""
     policies = {
         layer: LayerPolicy(
@@ -49,6 +49,16 @@ def subject(saved_model, collected) -> Subject:
     }
     config = VARConfig(default=None, layers=policies, cache_size=0)
     return Subject(saved_model, *collected[:2], config, collected.held_out, samples=200, progress=False, **READING)
+
+
+@pytest.fixture(scope="module")
+def subject(saved_model, collected) -> Subject:
+    return of(saved_model, collected)
+
+
+@pytest.fixture(scope="module")
+def affine(saved_model, affine_collected) -> Subject:
+    return of(saved_model, affine_collected)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +230,44 @@ def test_shuffled_answers_stand_in_for_the_same_slots(subject, table, family, ru
     assert its["tiers"] == counted["tiers"]
     assert its["layers"][0]["experts_per_token"] == counted["layers"][0]["experts_per_token"]
     assert (nll != mine).mean() > 0.9
+
+
+def test_shuffled_affine_answers_let_the_same_be_dropped_in_the_first_layer(affine):
+    """Maps and centers stay, so the expected errors do too; what is said is wrong."""
+    table = affine.build()
+    changed = shuffled_answers(table, np.random.default_rng(0))
+    for ours, theirs in zip(table.answers, changed.answers, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours.affine, theirs.affine)
+        assert (np.asarray(ours.answers) != np.asarray(theirs.answers)).any()
+    ids = np.stack([one.ids for one in affine.documents[:4]])
+    outputs = []
+    for one in (table, changed):
+        var_model = VARModel(affine.model, affine.config, one)
+        outputs.append(var_model(ids, var_model.init(4))[0])
+    np.testing.assert_array_equal(outputs[0].routing.experts[0], outputs[1].routing.experts[0])
+    assert (np.asarray(outputs[0].routing.experts) == 4).any()
+    assert np.abs(outputs[0].logits - outputs[1].logits).max() > 1e-3
+
+
+def test_where_answers_are_affine_the_means_of_others_stay_constant(subject, affine):
+    """And an affine answer of order 0 is an alternative of its own."""
+    ours, theirs = ({one.name: one for one in _families(each)} for each in (affine, subject))
+    assert set(ours) - set(theirs) == {"one affine answer per expert"}
+    table = affine.build()
+    alone = ours["one affine answer per expert"]
+    changed = _table_of(affine, table, alone, alone.points[0][1])
+    assert np.asarray(changed.eligible).sum(axis=1).tolist() == [1, 1] and changed.answers[0].affine is not None
+    means, constant = ours["one mean per expert, by ratio"], theirs["one mean per expert, by ratio"]
+    for given in (affine, dataclasses.replace(affine, config=dataclasses.replace(affine.config, answers_per_layer=1))):
+        _, config = means.points[-1]
+        config = dataclasses.replace(config, answers_per_layer=given.config.answers_per_layer)
+        small = _table_of(given, table, means, config)
+        assert small.index.keys.shape[0] == 1 and all(known.affine is None for known in small.answers)
+        found = score_point(affine, config, small, means.change)
+        own = _table_of(subject, subject.build(), constant, constant.points[-1][1])
+        expected = score_point(subject, constant.points[-1][1], own)
+        np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-5)
+        assert found.experts_per_token == expected.experts_per_token == 1
 
 
 def test_one_tolerance_is_that_of_all_layers(subject, table, family):

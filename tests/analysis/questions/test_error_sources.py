@@ -21,12 +21,14 @@ from analysis.questions.error_sources import (
     _layers_alone,
     _Runs,
     _sections,
+    _silent,
     examine,
 )
 from analysis.report.report import Report, fields, text
 from analysis.resampling import Estimate
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, routed_forward
+from varjax.routing import Dropped
 from varjax.table import build_table
 
 READING = {"batch_size": 20, "max_length": 16}
@@ -142,6 +144,26 @@ def test_dropping_without_answers_is_a_policy_without_answers(runs_of, run_of):
         assert change.nats.value == pytest.approx(run.added_to(runs.plain).mean())
         assert same.experts == 1.0 and same.nats.value == pytest.approx(change.nats.value)
     assert nothing.nats != rescaled.nats
+
+
+def test_silent_answers_let_the_same_be_dropped_and_add_nothing(saved_model, affine_collected):
+    """Affine ones, under a tolerance: what they expect to miss is the same, and no map speaks for them."""
+    policy = dataclasses.replace(POLICY, experts_kept=None, tolerance=0.3)
+    config = VARConfig(cache_size=0, default=policy)
+    table = build_table(config, *affine_collected[:2], top_k=2, keep_shapes=True)
+    quiet = dataclasses.replace(table, answers=tuple(map(_silent, table.answers)))
+    ids = np.stack([one.ids for one in affine_collected.held_out[:4]])
+    outputs = []
+    for one in (table, quiet):
+        var_model = VARModel(saved_model, config, one)
+        outputs.append(var_model(ids, var_model.init(4))[0])
+    first, second = (np.asarray(out.routing.experts[0]) for out in outputs)
+    np.testing.assert_array_equal(first, second)  # the first layer's inputs are the same
+    assert 0 < (first == 4).sum() < first.size
+    assert np.abs(outputs[0].logits - outputs[1].logits).max() > 1e-3
+    moved = np.random.default_rng(0).normal(size=(5, 12)).astype(np.float32)
+    dropped = Dropped(np.zeros((5, 2), np.int32), np.ones((5, 2), np.float32), moved)
+    assert np.any(table.answers[0].total(dropped)) and not np.any(quiet.answers[0].total(dropped))
 
 
 def test_groups_add_up_to_the_whole(found):

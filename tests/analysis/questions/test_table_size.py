@@ -11,18 +11,29 @@ from analysis.questions.table_size import QUESTION, SHARES, _shipped
 from varjax.config import LayerPolicy, VARConfig
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
-from varjax.shrinkage import _worth
+from varjax.shrinkage import _worth, shrunk
 from varjax.table import build_table
 
 READING = {"batch_size": 20, "max_length": 16}
 
 
+POLICY = LayerPolicy(experts_kept=0, ngram_orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
+"""Everything that is known may be dropped, whatever the error: bounds alone decide what runs."""
+
+
+def of(model, collected) -> Subject:
+    config = VARConfig(default=POLICY, cache_size=0)
+    return Subject(model, *collected[:2], config, collected.held_out, samples=100, progress=False, **READING)
+
+
 @pytest.fixture(scope="module")
 def subject(saved_model, collected) -> Subject:
-    """Everything that is known may be dropped, whatever the error: bounds alone decide what runs."""
-    policy = LayerPolicy(experts_kept=0, ngram_orders=(1, 2), frequency_threshold=4, entropy_threshold=2.0)
-    config = VARConfig(default=policy, cache_size=0)
-    return Subject(saved_model, *collected[:2], config, collected.held_out, samples=100, progress=False, **READING)
+    return of(saved_model, collected)
+
+
+@pytest.fixture(scope="module")
+def affine(saved_model, affine_collected) -> Subject:
+    return of(saved_model, affine_collected)
 
 
 def bounded(subject, bound: int | None, **options):
@@ -78,18 +89,66 @@ def test_shipped_and_fixed_shapes_give_the_same_losses(subject):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("threshold", [4, 12, 10**6])
-def test_the_size_is_that_of_the_table_built_without_what_is_never_looked_up(subject, dtype, threshold):
+@pytest.mark.parametrize("kind", ["subject", "affine"])
+def test_the_size_is_that_of_the_table_built_without_what_is_never_looked_up(request, kind, dtype, threshold):
     """Some keys, fewer, and none; one layer left open."""
+    subject = request.getfixturevalue(kind)
     policy = dataclasses.replace(subject.config.default, frequency_threshold=threshold)
     config = dataclasses.replace(subject.config, default=policy, answer_dtype=dtype, answers_per_layer=30)
     for given in (config, dataclasses.replace(config, layers={0: None})):
         fixed, small = (
             build_table(given, subject.stats, subject.answers, top_k=2, keep_shapes=same) for same in (True, False)
         )
-        _, answer_bytes, whole = _shipped(fixed)
-        assert whole == sum(leaf.nbytes for leaf in jax.tree.leaves(small))
+        _, answer_bytes, affine_bytes, whole = _shipped(fixed)
+        assert whole == nbytes(small)
+        maps = [layer.affine for layer in small.answers]
         in_answers = [(layer.answers, layer.deviation, layer.scale) for layer in small.answers]
-        assert answer_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(in_answers))
+        assert affine_bytes == nbytes(maps) and answer_bytes == nbytes((in_answers, maps))
+        assert (affine_bytes > 0) == (kind == "affine")
+
+
+def nbytes(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_a_bound_keeps_the_affine_answers_that_remove_the_most_error(affine):
+    """What an answer is worth, against all tokens: by how much its output differs from the shorter key's answer."""
+    answers, width = affine.answers, affine.model.config.hidden_size
+    x = np.random.default_rng(0).normal(size=(3, width))
+    for layer in range(2):
+        estimate, expert = shrunk(answers, layer, 1.0), answers.experts(layer)
+        value, maps = _worth(answers, layer, 1.0), answers.maps
+        for n in np.flatnonzero(answers.mass[layer] > 0)[::7]:
+            one_map = maps.read[layer] @ maps.mix[layer, expert[n]] @ maps.write[layer]
+
+            def said(m, one_map=one_map, estimate=estimate):
+                return estimate.answers[m] + (x - estimate.inputs[m]) @ one_map
+
+            away = said(n) - said(estimate.parent[n]) if estimate.parent[n] != NO_ANSWER else estimate.answers[n]
+            squared = np.sum(np.square(away), axis=-1)
+            np.testing.assert_allclose(answers.mass[layer, n] * squared, value[n], rtol=1e-3, atol=1e-6)
+    small, whole = bounded(affine, 30), bounded(affine, None, keep_shapes=True)  # with those of order 0
+    assert [len(layer.answers) for layer in small.answers] == [30, 30]
+    for ours, theirs in zip(small.answers, whole.answers, strict=True):
+        some, every = ({row.tobytes() for row in np.asarray(one.affine.center)} for one in (ours, theirs))
+        assert ours.affine.center.shape == (30, 12) and some <= every
+        np.testing.assert_array_equal(ours.affine.mix, theirs.affine.mix)
+
+
+def test_smaller_tables_of_affine_answers_are_measured_and_their_maps_reported(affine):
+    (said,) = (answer := QUESTION.answer(affine)).sections
+    sizes = answer.result.sizes
+    full = {size.answer_dtype: size for size in sizes if size.answers_per_layer is None}
+    maps = {"float32": 4, "bfloat16": 2, "int8": 2}  # bytes of a number
+    numbers = 2 * (2 * 24 * 12 + 4 * 12 * 12) + 12 * full["float32"].answers
+    assert {name: size.affine_bytes for name, size in full.items()} == {
+        name: bytes_ * numbers + 2 * 4 * 4 for name, bytes_ in maps.items()
+    }
+    assert sizes[0].affine_bytes < full["float32"].affine_bytes < full["float32"].answer_bytes
+    share = full["float32"].affine_bytes / full["float32"].answer_bytes
+    assert any(f"maps and centers take {full['float32'].affine_bytes / 1e6:.1f} of" in one for one in said.words)
+    assert share in [row[4] for row in said.tables[0].rows]
+    assert abs(full["int8"].measured.degradation.value - full["float32"].measured.degradation.value) < 0.01
 
 
 def test_a_bound_must_be_a_number_of_answers():
