@@ -25,6 +25,7 @@ directions read are the leading ones of all experts' maps together, in units of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,6 +87,44 @@ class Moments:
         seen = directions or hidden_size
         shapes = ((num_experts, seen, seen), (num_experts, seen, hidden_size), (num_experts,), (num_experts,))
         return cls(*map(np.zeros, shapes))
+
+
+def directions_within(num_bytes: int, num_layers: int, num_experts: int, hidden_size: int) -> int:
+    """How many directions of the inputs can be looked at in a given memory.
+
+    Args:
+        num_bytes: for the sums on each device.
+        num_layers: A.
+        num_experts: E.
+        hidden_size: D.
+
+    Returns:
+        Q, from 1 to D.
+    """
+    each = num_bytes / (4 * num_layers * num_experts)  # Q^2 + Q D
+    most = (math.sqrt(hidden_size**2 + 4 * each) - hidden_size) / 2
+    return max(1, min(hidden_size, int(most)))
+
+
+def leading_directions(answers: Answers, directions: int) -> np.ndarray | None:
+    """The directions in which the mean inputs of the answers differ most, which stand for those of single inputs.
+
+    Args:
+        answers: with the experts' mean inputs.
+        directions: Q.
+
+    Returns:
+        float32 [A, D, Q], orthonormal columns; None for all of them.
+    """
+    hidden_size = answers.inputs.shape[-1]
+    if directions >= hidden_size:
+        return None
+    found = []
+    for mass, inputs in zip(answers.mass, answers.inputs, strict=True):
+        center = mass @ inputs / max(mass.sum(), _TINY)
+        spread = (inputs - center).T @ (mass[:, None] * (inputs - center))
+        found.append(np.linalg.eigh(spread)[1][:, : -directions - 1 : -1])
+    return np.stack(found).astype(np.float32)
 
 
 def targets(

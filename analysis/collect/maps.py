@@ -11,11 +11,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Unpack
 
+import numpy as np
+
 from analysis.collect.passes import PassSums, Reading, run_pass
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax import fitting
 from varjax.answers import Answers
+from varjax.errors import InputError
 from varjax.fitting import Moments
 
 
@@ -25,6 +28,7 @@ def collect_moments(
     documents: Iterable[Encoded],
     held_out: Iterable[Encoded],
     shrinkage: float,
+    basis: np.ndarray | None = None,
     **reading: Unpack[Reading],
 ) -> tuple[tuple[Moments, ...], tuple[Moments, ...]]:
     """Sum up what the fit of maps needs (`varjax.fitting.fit`).
@@ -35,6 +39,7 @@ def collect_moments(
         documents: those that the means were taken over, or some of them.
         held_out: others, which the means have not seen; results must not be reported on them.
         shrinkage: of the answers, as in `varjax.shrinkage.shrunk`.
+        basis: float32 [A, D, Q], the directions of the inputs that are looked at; None: all.
         reading: see `analysis.collect.passes.Reading`; checkpoints are those of `documents`.
 
     Returns:
@@ -44,10 +49,11 @@ def collect_moments(
         InputError: the answers hold no mean inputs.
     """
     num_experts, hidden_size = answers.entry.shape[2], answers.mean.shape[2]
-    empty = (Moments.empty(num_experts, hidden_size),) * len(answers.layers)
+    seen = None if basis is None else basis.shape[-1]
+    empty = (Moments.empty(num_experts, hidden_size, seen),) * len(answers.layers)
 
     def summed(name: str, text: Iterable[Encoded], own_text: bool, how: Reading) -> tuple[Moments, ...]:
-        known = fitting.targets(answers, shrinkage, own_text=own_text)
+        known = fitting.targets(answers, shrinkage, own_text=own_text, basis=basis)
         sums = PassSums(name, fitting.init, fitting.update, fitting.merge, answers.ngram_orders, answers.layers, True)
         return run_pass(model, text, answers.keys, empty, sums, (known,), **how)[0]
 
@@ -62,6 +68,7 @@ def with_maps(
     held_out: Iterable[Encoded],
     rank: int,
     shrinkage: float,
+    memory: int = 1 << 32,
     **reading: Unpack[Reading],
 ) -> Answers:
     """Fit a map to every layer of some answers.
@@ -69,15 +76,25 @@ def with_maps(
     Args:
         model, answers, documents, held_out, shrinkage, reading: see `collect_moments`.
         rank: r of the maps.
+        memory: bytes for the sums on each device. Where all directions of the inputs do not fit, only those are looked
+            at in which the mean inputs differ most.
 
     Returns:
         The answers with their maps.
 
     Raises:
-        InputError: the answers hold no mean inputs, or `rank` is out of range.
+        InputError: the answers hold no mean inputs, or `rank` is out of range or too large for the memory.
     """
-    moments = collect_moments(model, answers, documents, held_out, shrinkage, **reading)
-    return replace(answers, maps=fitting.fit(*moments, rank))
+    sizes = len(answers.layers), answers.entry.shape[2], answers.mean.shape[2]
+    seen = fitting.directions_within(memory, *sizes)
+    if rank > seen:
+        raise InputError(
+            f"rank={rank}: the memory of {memory / (1 << 30):.2f} GiB holds maps of rank {seen} at most; allow more, "
+            "or fewer layers"
+        )
+    basis = fitting.leading_directions(answers, seen)
+    moments = collect_moments(model, answers, documents, held_out, shrinkage, basis, **reading)
+    return replace(answers, maps=fitting.fit(*moments, rank, basis))
 
 
 def first_tokens(documents: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:
