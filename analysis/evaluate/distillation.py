@@ -11,8 +11,9 @@ descent (the same expert at the token alone, at the bigram, ...), and only those
 correction of their own. Where answers are affine (`varjax.affine`), their maps are trained as well. The policy, the
 gate and the experts do not change.
 
-What is trained is relative: corrections are in units of a layer's answers, changes of a map in units of its entries.
-Adam moves every number by about the learning rate, whatever its gradient, so one rate suits outputs of any size.
+What is trained is relative: corrections are in units of the typical answer, changes of a map in units of its entries.
+Adam moves every number by about the learning rate, whatever its gradient, so one rate suits models with outputs of any
+size. All layers have the same unit, because they add to the same hidden states.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class DistillConfig:
     steps: int = 300
     batch_size: int = 16  # windows of a batch at `max_length`
     max_length: int = 256  # tokens
-    learning_rate: float = 3e-3  # at the start, relative to what is trained; falls to 0 as a cosine
+    learning_rate: float = 0.01  # at the start, relative to what is trained; falls to 0 as a cosine
     min_count: int = 50  # occurrences that an answer needs for a correction of its own
     seed: int = 0
 
@@ -90,7 +91,7 @@ class Distilled:
 class _Changes:
     """What is trained in one layer; 0 at first."""
 
-    means: Array  # float32 [M, D], corrections in units of the layer's answers
+    means: Array  # float32 [M, D], corrections in units of `_unit`
     maps: tuple[Array, ...]  # float32, of read, mix and write, in units of their entries; () if answers are constant
 
 
@@ -204,7 +205,15 @@ def distill(
             f"layer {answers.layers[trained.index(0)]} has no answer of min_count={settings.min_count} occurrences to "
             "train; collect over more text, or lower min_count"
         )
-    layers = [_layer(answers, a, config, settings.min_count, one) for a, one in enumerate(known)]
+    unit = _unit([to_host(one.answers) for one in known], answers.mass)
+    layers = [
+        _Layer(
+            line=_lines(answers, layer, settings.min_count),
+            unit=unit,
+            inputs=None if one.affine is None else shrunk(answers, layer, config.answer_shrinkage).inputs,
+        )
+        for layer, one in zip(answers.layers, known, strict=True)
+    ]
     changes = [_unchanged(one, number) for one, number in zip(known, trained, strict=True)]
     optimizer = optax.adam(optax.cosine_decay_schedule(settings.learning_rate, settings.steps))
     state: Any = (changes, optimizer.init(changes), jnp.zeros(settings.steps, jnp.float32))
@@ -248,18 +257,14 @@ def _with_changes(
     return dataclasses.replace(answers, mean=mean, inputs=inputs, m2=m2, maps=maps, distilled=True)
 
 
-def _layer(answers: Answers, a: int, config: VARConfig, min_count: int, known: LayerAnswers) -> _Layer:
-    """What the changes of the layer `answers.layers[a]`, with the answers `known`, refer to; on the host."""
-    layer = answers.layers[a]
-    estimate = shrunk(answers, layer, config.answer_shrinkage)
-    inputs = None if known.affine is None else estimate.inputs
-    return _Layer(_lines(answers, layer, min_count), _unit(estimate.answers, answers.mass[a]), inputs)
+def _unit(rows: Sequence[np.ndarray], mass: np.ndarray) -> np.ndarray:
+    """float32 []: the root mean square of the answers in the median layer, weighted by the mass [A, N].
 
-
-def _unit(rows: np.ndarray, mass: np.ndarray) -> np.ndarray:
-    """float32 []: the root mean square of a layer's answers [N, D], each weighted by its mass [N]."""
-    total = np.einsum("n,nd,nd->", mass, rows, rows, dtype=np.float64, optimize=True)
-    return np.asarray(np.sqrt(total / (mass.sum() * rows.shape[1])), np.float32)
+    `rows` are the answers of each layer, [N, D].
+    """
+    pairs = list(zip(mass, rows, strict=True))
+    squares = [np.einsum("n,nd,nd->", own, row, row, dtype=np.float64) / own.sum() for own, row in pairs]
+    return np.asarray(np.sqrt(np.median(squares) / rows[0].shape[1]), np.float32)
 
 
 def _unchanged(known: LayerAnswers, trained: int) -> _Changes:

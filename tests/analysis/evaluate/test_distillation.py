@@ -161,24 +161,24 @@ def test_the_first_gradient_step_moves_only_what_was_looked_up(saved_model, even
     assert all(0 < one.sum() < len(one) for one in moved)
 
 
-def test_corrections_are_relative_to_the_answers_of_a_layer(saved_model, even_documents, collected):
+def test_corrections_are_relative_to_the_typical_answer(saved_model, even_documents, collected):
     """The first step of Adam moves every number by the learning rate, and an answer by as much for each correction."""
     stats, answers, _ = collected
     settings = dataclasses.replace(SETTINGS, steps=1)
     found = distill(saved_model, stats, answers, even_documents[:8], CONFIG, settings, progress=False).answers
+    before = [shrunk(answers, layer, CONFIG.answer_shrinkage).answers for layer in range(2)]
+    unit = _unit(before, answers.mass)
     for layer in range(2):
-        rows = shrunk(answers, layer, CONFIG.answer_shrinkage).answers
-        unit = _unit(rows, answers.mass[layer])
         line = _lines(answers, layer, SETTINGS.min_count)
         alone = (line < line.max()).sum(axis=1) == 1
-        moved = np.abs(found.mean[layer] - rows)[alone]
+        moved = np.abs(found.mean[layer] - before[layer])[alone]
         moved = moved[moved > 0]
         assert np.median(moved) == pytest.approx(SETTINGS.learning_rate * unit, rel=0.01)
 
 
-def test_a_unit_is_the_typical_entry_of_the_answers_that_weigh_much():
+def test_the_unit_is_the_typical_entry_in_a_typical_layer_of_the_answers_that_weigh_much():
     rows = np.array([[3.0, -3.0], [100.0, 100.0], [3.0, 3.0]], np.float32)
-    assert _unit(rows, np.array([2.0, 0.0, 5.0])) == pytest.approx(3)
+    assert _unit([rows, 0 * rows, 10 * rows], np.array([[2.0, 0.0, 5.0]] * 3)) == pytest.approx(3)
 
 
 def test_errors(saved_model, even_documents, collected, distilled):
