@@ -7,7 +7,8 @@
                                            results on the calibrate split (--split calibrate), those most likely
                                            to pass first
   --mode distill --routing_stats S --var_config C --output DIR
-                                           train the answers for a policy on the build split
+                                           train the answers for a policy, and the maps of affine answers, on the
+                                           build split
   --mode study --routing_stats S --var_config C --output DIR
                                            study VAR against simple alternatives at equal loss, the size of its
                                            table, the sources of its error, free generation and throughput by batch
@@ -39,6 +40,7 @@ from analysis.evaluate.certificate import CLIP, TESTS, certify_results
 from analysis.evaluate.comparison import read_result
 from analysis.evaluate.distillation import DistillConfig, distill
 from analysis.evaluate.losses import Caching, Scores, add_caching_arguments, score, var_runner
+from analysis.evaluate.nearness import nearness
 from analysis.evaluate.points import Subject
 from analysis.evaluate.policy_search import Search, search
 from analysis.inputs import CONFIGS, find_config, find_statistics, listed
@@ -95,6 +97,11 @@ def main(arguments: Sequence[str] | None) -> None:
         "of the preset or config, turn the cached tier off, and are written to *.var_config.json",
     )
     options.add_argument("--no_throughput", action="store_true", help="skip the measurement of throughput")
+    options.add_argument(
+        "--nearness",
+        action="store_true",
+        help="also measure the divergence from the plain model, and how often both would write the same token",
+    )
     options.add_argument("--compare", type=path_argument, nargs=2, metavar=("A", "B"), help="two results to compare")
     options.add_argument(
         "--certify", type=path_argument, nargs="+", metavar="A", help="a baseline result and the results to certify"
@@ -128,7 +135,12 @@ def main(arguments: Sequence[str] | None) -> None:
         ("clip", float, CLIP, "value at which a certificate clips each document's loss increase, in nats per token"),
         ("level", float, 0.95, "confidence level of the certificate"),
         ("steps", int, distilling.steps, "number of distillation steps"),
-        ("learning_rate", float, distilling.learning_rate, "peak learning rate of distillation"),
+        (
+            "learning_rate",
+            float,
+            distilling.learning_rate,
+            "peak learning rate of distillation, relative to the answers and to the maps",
+        ),
         (
             "distill_min_count",
             int,
@@ -248,6 +260,9 @@ def _evaluate_on(
         result |= {key: done.shares[key] for key in shown}
         result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
         config.save(output.main(".var_config.json"), files)
+    if args.nearness and var_model.table is not None:
+        near = partial(nearness, model, var_model, documents, caching, stride=args.stride, **reading)
+        result["nearness"] = steps.do("nearness", dict[str, Any], lambda: near().summary(seed=args.seed))
     if not args.no_throughput:
         timing = {"repeats": args.repeats, "seconds_per_token": caching.seconds_per_token}
         timed = partial(measure, var_model, documents, **timing, **reading)

@@ -65,7 +65,19 @@ class AffineMap:
         read = jnp.dot(x, self.read.astype(dtype), preferred_element_type=jnp.float32).astype(dtype)
         every = jnp.einsum("...r,res->...es", read, self.mix.astype(dtype), preferred_element_type=jnp.float32)
         own = jnp.take_along_axis(every, experts[..., None], axis=-2, mode="clip")
-        return own - self.center.at[answer].get(mode="clip").astype(jnp.float32)
+        return own - self.centers(experts, answer)
+
+    def centers(self, experts: Array, answer: Array) -> Array:
+        """What the deviations of answers are measured from.
+
+        Args:
+            experts: int32 [..., K]; E for an unused slot.
+            answer: int32 [..., K], the answers of these experts; where there is none, the result means nothing.
+
+        Returns:
+            float32 [..., K, r], the answers' mean inputs behind `read` and their experts' `mix`.
+        """
+        return self.center.at[answer].get(mode="clip").astype(jnp.float32)
 
     def error(self, deviation: Array, experts: Array, deviations: Array) -> Array:
         """The expected distance of each expert's output from its affine answer.

@@ -18,6 +18,10 @@ from it (`varjax.shrinkage`).
     answers = absorb(sums, answers)                            # into the host's float64, about every 2**18 tokens
     estimate = shrunk(answers, layer, shrinkage)               # the rows to look up, and their expected error
 
+Some tokens, mostly the first of a text, have outputs a hundred times larger than all others in a few layers (massive
+activations, Sun et al. 2024, arXiv 2402.17762). A mean with one of them says nothing about the others, so outputs of
+more than `OUTLIER` times the typical norm are left out and counted.
+
 The device updates means instead of sums of outputs, and squared distances from them, so neither the length of a window
 nor outputs that hardly differ cost digits. The host joins windows by the formula of Chan, Golub and LeVeque.
 """
@@ -39,6 +43,7 @@ from varjax.errors import InputError
 from varjax.keys import ANY, distinct
 from varjax.routing import NO_ANSWER, Routing
 
+OUTLIER = 8.0  # outputs that are larger, in units of the layer's median norm, are left out
 _JOINED = 64  # answers that the host joins at a time: few enough for its caches, which takes half of the time
 
 
@@ -55,6 +60,8 @@ class Answers:
     m2: np.ndarray  # float64 [A, N], squared distance from the mean, times the squared gate weight, summed
     count: np.ndarray  # int64 [A, N], occurrences
     nonfinite: np.ndarray  # int64 [A], slots left out because an expert gave NaN or infinity
+    typical: np.ndarray  # float64 [A], median norm of an expert's output, in the first batch; 0: nothing was read yet
+    outliers: np.ndarray  # int64 [A, 2], slots left out as outliers: at the first token of a window, at other tokens
     inputs: np.ndarray  # float64 or float32 [A, N, X], mean input of the expert by the same weights; X is D or 0
     maps: Maps | None = None  # what makes answers affine (`varjax.fitting`); None: they are constant
     # The means were trained: they are used as they are, not shrunk, and m2 is mass times the deviation squared.
@@ -132,6 +139,8 @@ class AnswerSums:
     m2: Array  # float32 [A, N]
     count: Array  # int32 [A, N]
     nonfinite: Array  # int32 [A]
+    typical: Array  # float32 [A]
+    outliers: Array  # int32 [A, 2]
     inputs: Array  # float32 [A, N, X]
     layers: tuple[int, ...] = field(metadata={"static": True})
 
@@ -168,6 +177,8 @@ def init(answers: Answers) -> AnswerSums:
         "m2": np.zeros(shape, np.float32),
         "count": np.zeros(shape, np.int32),
         "nonfinite": np.zeros(len(answers.layers), np.int32),
+        "typical": answers.typical.astype(np.float32),
+        "outliers": np.zeros((len(answers.layers), 2), np.int32),
         "inputs": np.zeros(answers.inputs.shape, np.float32),
     }
     return AnswerSums(layers=answers.layers, **window)
@@ -210,15 +221,28 @@ def update(
             used = mask[..., None] & (experts < num_experts)
             sound = jnp.all(jnp.isfinite(outputs), axis=-1)
             nonfinite = sums.nonfinite.at[a].add(jnp.sum(used & ~sound, dtype=jnp.int32))
-            outputs = jnp.where(sound[..., None], outputs, 0.0).reshape(-1, hidden_size)
+            outputs = jnp.where(sound[..., None], outputs, 0.0)
+            norm = jnp.linalg.norm(outputs, axis=-1) / jnp.where(used, routing.weights[layer], 1.0)
+            median = jnp.nan_to_num(jnp.nanmedian(jnp.where(used & sound, norm, jnp.nan)))
+            typical = jnp.where(sums.typical[a] > 0, sums.typical[a], median)
+            far = used & sound & (typical > 0) & (norm > OUTLIER * typical)
+            first = jnp.arange(mask.shape[1], dtype=jnp.int32) == 0
+            outliers = jnp.stack([jnp.sum(far & where[:, None], dtype=jnp.int32) for where in (first, ~first)])
+            outputs = outputs.reshape(-1, hidden_size)
             weights = routing.weights[layer].astype(jnp.float32).reshape(-1, 1)
             read = None
             if sums.inputs.shape[-1] and expert_inputs is not None:
                 slots = experts.shape[-1]
                 read = jnp.repeat(expert_inputs[a].astype(jnp.float32).reshape(-1, hidden_size), slots, axis=0)
-            add = partial(_with_order, a, used & sound, experts, outputs, weights, read)
+            add = partial(_with_order, a, used & sound & ~far, experts, outputs, weights, read)
+            sums = replace(
+                sums,
+                nonfinite=nonfinite,
+                typical=sums.typical.at[a].set(typical),
+                outliers=sums.outliers.at[a].add(outliers),
+            )
             # A loop, because XLA updates what a loop carries in place. Unrolled, it copies all means at every step.
-            sums, _ = jax.lax.scan(add, replace(sums, nonfinite=nonfinite), rows)
+            sums, _ = jax.lax.scan(add, sums, rows)
     return sums
 
 
@@ -282,6 +306,8 @@ def absorb(sums: AnswerSums, answers: Answers, *, donate: bool = False) -> Answe
     answers.mass[:] += mass
     answers.count[:] += count
     answers.nonfinite[:] += np.asarray(sums.nonfinite)
+    answers.outliers[:] += np.asarray(sums.outliers)
+    answers.typical[:] = np.where(answers.typical > 0, answers.typical, np.asarray(sums.typical))
     return answers
 
 
@@ -328,7 +354,8 @@ def merge(a: Answers, b: Answers) -> Answers:
             whole.inputs[layer, target] = _mean_of_both(ours[0], read[0], theirs[0], read[1])
             whole.mass[layer, target] += part.mass[layer, source]
             whole.count[layer, target] += part.count[layer, source]
-    return replace(whole, nonfinite=a.nonfinite + b.nonfinite)
+    more = {name: getattr(a, name) + getattr(b, name) for name in ("nonfinite", "outliers")}
+    return replace(whole, typical=np.where(a.typical > 0, a.typical, b.typical), **more)
 
 
 def pruned(answers: Answers) -> Answers:
@@ -352,7 +379,8 @@ def pruned(answers: Answers) -> Answers:
         entry[a] = place[answers.entry[a]]
         for name in ("mean", "mass", "m2", "count", "inputs"):
             getattr(parts, name)[a, : len(pairs)] = getattr(answers, name)[a, pairs]
-    return replace(parts, entry=entry, nonfinite=answers.nonfinite, maps=answers.maps, distilled=answers.distilled)
+    same = {name: getattr(answers, name) for name in ("nonfinite", "typical", "outliers", "maps", "distilled")}
+    return replace(parts, entry=entry, **same)
 
 
 def _numbered(there: np.ndarray) -> np.ndarray:
@@ -381,6 +409,8 @@ def _nothing(
         m2=np.zeros(shape),
         count=np.zeros(shape, np.int64),
         nonfinite=np.zeros(len(layers), np.int64),
+        typical=np.zeros(len(layers)),
+        outliers=np.zeros((len(layers), 2), np.int64),
         inputs=np.zeros((*shape, input_size)),
     )
 

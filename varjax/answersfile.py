@@ -23,7 +23,7 @@ from varjax.routing import NO_ANSWER
 
 safetensors = Library("safetensors")
 
-FORMAT = 4  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics; 3 no mean inputs
+FORMAT = 4  # 1 held one mean per key and rule; 2 had no checksum and did not name its statistics; 3 no inputs
 _WITHOUT_INPUTS = 3  # is read as well: answers that are constant
 _OWN = ("format", "answer_layers", "distilled")
 _FIX = "restore the file, or collect the answers again"
@@ -35,6 +35,8 @@ _TENSORS = {  # dtype, and the letters of its axes
     "m2": (np.float64, "AN"),
     "count": (np.int64, "AN"),
     "nonfinite": (np.int64, "A"),
+    "typical": (np.float64, "A"),
+    "outliers": (np.int64, "A2"),
     "inputs": (np.float32, "ANX"),
 }
 _MAPS = {  # X is D in a file that has them
@@ -92,7 +94,9 @@ def read(path: str | Path) -> tuple[Answers, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: the header lacks its layers ({error!r}); collect the answers again") from error
     if header["format"] == _WITHOUT_INPUTS and "count" in tensors:
-        tensors["inputs"] = np.zeros((*tensors["count"].shape, 0), np.float32)
+        layers_read, count = len(tensors["count"]), tensors["count"].shape
+        tensors["inputs"], tensors["typical"] = np.zeros((*count, 0), np.float32), np.zeros(layers_read)
+        tensors["outliers"] = np.zeros((layers_read, 2), np.int64)
     _check_shapes(path, tensors, len(layers))
     if not sealed:
         raise InputError(f"{path}: its checksum is missing or unreadable, so the file was damaged; {_FIX}")
@@ -141,7 +145,7 @@ def _check_shapes(path: str | Path, tensors: dict[str, np.ndarray], num_layers: 
     missing = sorted(set(wanted) - set(tensors))
     if missing:
         raise InputError(f"{path}: the tensors {', '.join(missing)} are missing; collect the answers again")
-    sizes = {"A": num_layers}
+    sizes = {"A": num_layers, "2": 2}
     for name, (dtype, axes) in wanted.items():
         tensor = tensors[name]
         for axis, size in zip(axes, tensor.shape, strict=False):

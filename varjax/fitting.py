@@ -25,6 +25,7 @@ directions read are the leading ones of all experts' maps together, in units of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,7 +37,7 @@ import numpy as np
 from jax import Array, lax
 
 from varjax.affine import Maps
-from varjax.answers import Answers
+from varjax.answers import OUTLIER, Answers
 from varjax.errors import InputError
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER, Routing
@@ -55,6 +56,7 @@ class Targets:
     entry: Any  # int32 [R, E], the answer at a key, or that of the longest shorter key, order 0 included
     mean: Any  # float32 [N, D], shrunk mean output
     inputs: Any  # float32 [N, D], shrunk mean input
+    limit: Any  # float32 [], norm of an output above which it is an outlier and left out
     per_mass: Any  # float32 [N], 1 / (mass of an answer and of its prior); 0 for a text that is not in the means
     basis: Any  # float32 [D, Q], the directions of the inputs that are looked at; None: all
     layer: int = field(metadata={"static": True})  # its number
@@ -87,6 +89,44 @@ class Moments:
         return cls(*map(np.zeros, shapes))
 
 
+def directions_within(num_bytes: int, num_layers: int, num_experts: int, hidden_size: int) -> int:
+    """How many directions of the inputs can be looked at in a given memory.
+
+    Args:
+        num_bytes: for the sums on each device.
+        num_layers: A.
+        num_experts: E.
+        hidden_size: D.
+
+    Returns:
+        Q, from 1 to D.
+    """
+    each = num_bytes / (4 * num_layers * num_experts)  # Q^2 + Q D
+    most = (math.sqrt(hidden_size**2 + 4 * each) - hidden_size) / 2
+    return max(1, min(hidden_size, int(most)))
+
+
+def leading_directions(answers: Answers, directions: int) -> np.ndarray | None:
+    """The directions in which the mean inputs of the answers differ most, which stand for those of single inputs.
+
+    Args:
+        answers: with the experts' mean inputs.
+        directions: Q.
+
+    Returns:
+        float32 [A, D, Q], orthonormal columns; None for all of them.
+    """
+    hidden_size = answers.inputs.shape[-1]
+    if directions >= hidden_size:
+        return None
+    found = []
+    for mass, inputs in zip(answers.mass, answers.inputs, strict=True):
+        center = mass @ inputs / max(mass.sum(), _TINY)
+        spread = (inputs - center).T @ (mass[:, None] * (inputs - center))
+        found.append(np.linalg.eigh(spread)[1][:, : -directions - 1 : -1])
+    return np.stack(found).astype(np.float32)
+
+
 def targets(
     answers: Answers, shrinkage: float, *, own_text: bool, basis: np.ndarray | None = None
 ) -> tuple[Targets, ...]:
@@ -115,7 +155,8 @@ def targets(
         root = (answers.keys == ANY).all(axis=1)
         entry = inherit(answers.keys, answers.entry[a])
         entry = np.where(entry == NO_ANSWER, answers.entry[a][root], entry)
-        rows = entry, estimate.answers, estimate.inputs, per_mass
+        limit = np.float32(OUTLIER * answers.typical[a] if answers.typical[a] > 0 else np.inf)
+        rows = entry, estimate.answers, estimate.inputs, limit, per_mass
         found.append(Targets(*rows, None if basis is None else basis[a], layer))
     return tuple(found)
 
@@ -177,7 +218,8 @@ def _deviations(
     weights = routing.weights.astype(jnp.float32)
     others = 1 - jnp.square(weights) * target.per_mass[answer]  # the share of the mass that is not the slot's own
     counts = mask[..., None] & (row >= 0)[..., None] & (routing.experts < num_experts) & (answer != NO_ANSWER)
-    counts &= (others > 1e-6) & jnp.all(jnp.isfinite(outputs), axis=-1)
+    # An output that is not finite is not below the limit either.
+    counts &= (others > 1e-6) & (jnp.linalg.norm(outputs, axis=-1) <= weights * target.limit)
     dx = (inputs.astype(jnp.float32)[..., None, :] - target.inputs[answer]) * weights[..., None]
     dy = outputs - weights[..., None] * target.mean[answer]
     if target.basis is not None:

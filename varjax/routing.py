@@ -108,7 +108,7 @@ class LayerAnswers:
         Returns:
             float32 [..., D], the sum of the answers by their gate weights.
         """
-        rows = self.answers[dropped.answer].astype(jnp.float32)  # NO_ANSWER reads the last row, with weight 0
+        rows = self.rows(dropped.answer)
         weight = jnp.where(dropped.answer == NO_ANSWER, 0.0, dropped.weights)
         if self.scale is not None:
             weight = weight * self.scale[dropped.answer]
@@ -116,6 +116,17 @@ class LayerAnswers:
         if self.affine is None or dropped.moved is None:
             return total
         return total + self.affine.output(dropped.moved)
+
+    def rows(self, answer: Array) -> Array:
+        """The mean outputs of some answers, before int8 ones are multiplied by their scale.
+
+        Args:
+            answer: int32 [...]; NO_ANSWER reads the last row.
+
+        Returns:
+            float32 [..., D].
+        """
+        return self.answers[answer].astype(jnp.float32)
 
 
 @jax.tree_util.register_dataclass

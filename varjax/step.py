@@ -171,7 +171,7 @@ def init(table: RouteTable, config: VARConfig, batch_size: int, shared_cache: bo
     Returns:
         The state.
     """
-    cache, longest = None, max(table.ngram_orders[-1], 1)
+    cache, longest = None, table.context_width
     if config.cache_size > 0:
         window = config.context_window_size
         cache = context_cache.init(config.cache_size, window, table.num_layers, table.top_k)

@@ -26,7 +26,7 @@ from varjax import routing as routings
 from varjax.answers import Answers
 from varjax.config import LayerPolicy, VARConfig
 from varjax.errors import InputError
-from varjax.keys import ABSENT, ANY, KeyIndex, distinct, find_orders
+from varjax.keys import ABSENT, ANY, NONE, KeyIndex, distinct, find_orders
 from varjax.routing import FAST, LEARNED, NO_ANSWER, LayerAnswers, LayerRules, Plan, Routing, slots_for_mass
 from varjax.shrinkage import inherit, most_valuable, shrunk
 from varjax.stats import RoutingStats
@@ -52,12 +52,19 @@ class RouteTable:
     made_with: Array  # float32 [2]
     num_experts: int = field(metadata={"static": True})
     ngram_orders: tuple[int, ...] = field(metadata={"static": True})  # ascending
+    # Layers that leave the first token of a text open, because there its output is an outlier (`varjax.answers`).
+    first_open: tuple[int, ...] = field(default=(), metadata={"static": True})
     files_sha256: str = field(default="", metadata={"static": True})  # `TableFiles.digest`; "": built in memory
 
     @property
     def num_layers(self) -> int:
         """L."""
         return self.eligible.shape[0]
+
+    @property
+    def context_width(self) -> int:
+        """The ids of a context that a look-up needs; the one before tells the first token of a text."""
+        return max(self.ngram_orders[-1], 2 if self.first_open else 1)
 
     @property
     def top_k(self) -> int:
@@ -70,6 +77,10 @@ def _lookup(table: RouteTable, contexts: Array) -> Array:
     row = jnp.full((table.num_layers, *contexts.shape[:-1]), ABSENT, jnp.int32)
     for found in find_orders(table.index, contexts, table.ngram_orders):
         row = jnp.where((found != ABSENT)[None] & table.eligible[:, found], found[None], row)
+    if table.first_open:
+        first = contexts[..., -2] == NONE
+        spared = jnp.isin(jnp.arange(table.num_layers), jnp.array(table.first_open))
+        row = jnp.where(spared[:, None, None] & first, ABSENT, row)
     return row
 
 
@@ -78,7 +89,7 @@ def fast_plan(table: RouteTable, contexts: Array) -> Plan:
 
     Args:
         table: L layers.
-        contexts: int32 [B, T, >= max(ngram_orders)], from `keys.contexts`.
+        contexts: int32 [B, T, >= context_width], from `keys.contexts`.
 
     Returns:
         A plan [L, B, T].
@@ -160,6 +171,7 @@ def build_table(
         made_with=to_device(_made_with(config)),
         num_experts=stats.num_experts,
         ngram_orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.ngram_orders})),
+        first_open=() if answers is None else tuple(np.array(answers.layers)[answers.outliers[:, 0] > 0].tolist()),
     )
 
 

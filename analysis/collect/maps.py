@@ -11,12 +11,54 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Unpack
 
+import numpy as np
+
 from analysis.collect.passes import PassSums, Reading, run_pass
 from analysis.text.encoding import Encoded
 from models import Model
 from varjax import fitting
 from varjax.answers import Answers
+from varjax.errors import InputError
 from varjax.fitting import Moments
+
+
+def collect_moments(
+    model: Model,
+    answers: Answers,
+    documents: Iterable[Encoded],
+    held_out: Iterable[Encoded],
+    shrinkage: float,
+    basis: np.ndarray | None = None,
+    **reading: Unpack[Reading],
+) -> tuple[tuple[Moments, ...], tuple[Moments, ...]]:
+    """Sum up what the fit of maps needs (`varjax.fitting.fit`).
+
+    Args:
+        model: the model.
+        answers: of this model, with the experts' mean inputs.
+        documents: those that the means were taken over, or some of them.
+        held_out: others, which the means have not seen; results must not be reported on them.
+        shrinkage: of the answers, as in `varjax.shrinkage.shrunk`.
+        basis: float32 [A, D, Q], the directions of the inputs that are looked at; None: all.
+        reading: see `analysis.collect.passes.Reading`; checkpoints are those of `documents`.
+
+    Returns:
+        The moments of each layer over `documents` and over `held_out`.
+
+    Raises:
+        InputError: the answers hold no mean inputs.
+    """
+    num_experts, hidden_size = answers.entry.shape[2], answers.mean.shape[2]
+    seen = None if basis is None else basis.shape[-1]
+    empty = (Moments.empty(num_experts, hidden_size, seen),) * len(answers.layers)
+
+    def summed(name: str, text: Iterable[Encoded], own_text: bool, how: Reading) -> tuple[Moments, ...]:
+        known = fitting.targets(answers, shrinkage, own_text=own_text, basis=basis)
+        sums = PassSums(name, fitting.init, fitting.update, fitting.merge, answers.ngram_orders, answers.layers, True)
+        return run_pass(model, text, answers.keys, empty, sums, (known,), **how)[0]
+
+    own = summed("maps", documents, True, reading)
+    return own, summed("maps, held out", held_out, False, {**reading, "checkpoints": None})
 
 
 def with_maps(
@@ -26,35 +68,33 @@ def with_maps(
     held_out: Iterable[Encoded],
     rank: int,
     shrinkage: float,
+    memory: int = 1 << 32,
     **reading: Unpack[Reading],
 ) -> Answers:
     """Fit a map to every layer of some answers.
 
     Args:
-        model: the model.
-        answers: of this model, with the experts' mean inputs.
-        documents: those that the means were taken over, or some of them.
-        held_out: others, which the means have not seen; results must not be reported on them.
+        model, answers, documents, held_out, shrinkage, reading: see `collect_moments`.
         rank: r of the maps.
-        shrinkage: of the answers, as in `varjax.shrinkage.shrunk`.
-        reading: see `analysis.collect.passes.Reading`; checkpoints are those of `documents`.
+        memory: bytes for the sums on each device. Where all directions of the inputs do not fit, only those are looked
+            at in which the mean inputs differ most.
 
     Returns:
         The answers with their maps.
 
     Raises:
-        InputError: the answers hold no mean inputs, or `rank` is out of range.
+        InputError: the answers hold no mean inputs, or `rank` is out of range or too large for the memory.
     """
-    num_experts, hidden_size = answers.entry.shape[2], answers.mean.shape[2]
-    empty = (Moments.empty(num_experts, hidden_size),) * len(answers.layers)
-    found = []
-    for own_text, text in ((True, documents), (False, held_out)):
-        name = "maps" if own_text else "maps, held out"
-        sums = PassSums(name, fitting.init, fitting.update, fitting.merge, answers.ngram_orders, answers.layers, True)
-        known = fitting.targets(answers, shrinkage, own_text=own_text)
-        how: Reading = reading if own_text else {**reading, "checkpoints": None}
-        found.append(run_pass(model, text, answers.keys, empty, sums, (known,), **how)[0])
-    return replace(answers, maps=fitting.fit(found[0], found[1], rank))
+    sizes = len(answers.layers), answers.entry.shape[2], answers.mean.shape[2]
+    seen = fitting.directions_within(memory, *sizes)
+    if rank > seen:
+        raise InputError(
+            f"rank={rank}: the memory of {memory / (1 << 30):.2f} GiB holds maps of rank {seen} at most; allow more, "
+            "or fewer layers"
+        )
+    basis = fitting.leading_directions(answers, seen)
+    moments = collect_moments(model, answers, documents, held_out, shrinkage, basis, **reading)
+    return replace(answers, maps=fitting.fit(*moments, rank, basis))
 
 
 def first_tokens(documents: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:

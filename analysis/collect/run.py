@@ -233,7 +233,8 @@ def _fit_maps(
     constant, meta = answersfile.read(path)
     texts = first_tokens(corpus, settings.map_tokens), first_tokens(held_out, max(settings.map_tokens // 8, 1))
     shrinkage = VARConfig().answer_shrinkage
-    affine = with_maps(model, constant, *texts, settings.answer_rank, shrinkage, **reading)
+    rank, memory = settings.answer_rank, settings.answer_bytes
+    affine = with_maps(model, constant, *texts, rank, shrinkage, memory, **reading)
     answersfile.write(path, affine, meta | {"maps": {"held_out": held_out.request, "tokens": settings.map_tokens}})
 
 

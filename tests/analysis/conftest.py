@@ -20,6 +20,9 @@ def real_trace(shared_data) -> Trace:
     return import_npz(shared_data / "traces" / "gpt_oss_20b.npz")
 
 
+READING = {"batch_size": 20, "max_length": 16, "progress": False}
+
+
 class Collected(NamedTuple):
     stats: RoutingStats  # orders 1 and 2
     answers: Answers  # of both layers
@@ -29,17 +32,24 @@ class Collected(NamedTuple):
 @pytest.fixture(scope="session")
 def collected(saved_model, even_documents) -> Collected:
     known, held_out = even_documents[:-40], even_documents[-40:]
-    reading = {"batch_size": 20, "max_length": 16, "progress": False}
     keys = choose_keys(saved_model, known, 16, KeySettings(orders=(1, 2), min_count=3))
-    stats = collect(saved_model, known, keys, **reading)
-    return Collected(stats, collect_answers(saved_model, known, stats.keys, range(2), **reading), held_out)
+    stats = collect(saved_model, known, keys, **READING)
+    return Collected(stats, collect_answers(saved_model, known, stats.keys, range(2), **READING), held_out)
 
 
 @pytest.fixture(scope="session")
-def affine_collected(saved_model, even_documents, collected) -> Collected:
-    """The same with mean inputs and maps of rank 12, whose ridge the first 20 held-out documents chose."""
-    known, reading = even_documents[:-40], {"batch_size": 20, "max_length": 16, "progress": False}
-    constant = collect_answers(saved_model, known, collected.stats.keys, range(2), inputs=True, **reading)
-    return collected._replace(
-        answers=with_maps(saved_model, constant, known, collected.held_out[:20], 12, 1.0, **reading)
-    )
+def with_inputs(saved_model, collected, even_documents) -> Answers:
+    """Those of `collected`, with the experts' mean inputs."""
+    return collect_answers(saved_model, even_documents[:-40], collected.stats.keys, range(2), inputs=True, **READING)
+
+
+@pytest.fixture(scope="session")
+def affine(saved_model, collected, with_inputs, even_documents) -> Answers:
+    """`with_inputs` with maps of rank 12, for which the first 20 held-out documents chose the ridge."""
+    return with_maps(saved_model, with_inputs, even_documents[:-40], collected.held_out[:20], 12, 1.0, **READING)
+
+
+@pytest.fixture(scope="session")
+def affine_collected(collected, affine) -> Collected:
+    """`collected` with affine answers."""
+    return collected._replace(answers=affine)

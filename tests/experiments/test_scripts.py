@@ -18,7 +18,7 @@ from models.parameters import init_params
 from models.weights import save_params
 from tests.analysis.evaluate.test_comparison import write_result
 from tuning.objective import upper_limit
-from varjax import VARConfig
+from varjax import VARConfig, answersfile
 from varjax.checksums import read_json
 from varjax.routing import top_k
 from varjax.tablefiles import TableFiles, answers_next_to, saved_files
@@ -41,7 +41,8 @@ def many_experts(model_directory, saved_model, tmp_path_factory) -> Path:
 def test_phases_one_and_two(script, many_experts, even_corpus, tmp_path, capsys):
     """The other tests of scripts run on a Mixtral."""
     common = ("--model", many_experts, "--dataset", even_corpus, "--max_length", 32, "--batch_size", 4)
-    script("01_routing_analysis.py", *common, "--output", tmp_path, "--min_count", 3)
+    script("01_routing_analysis.py", *common, "--output", tmp_path, "--min_count", 3, "--answer_rank", 4)
+    assert answersfile.read(tmp_path / "routing_stats.answers.safetensors")[0].maps.rank == 4
     stats = tmp_path / "routing_stats.parquet"
     written = {path.name for path in tmp_path.iterdir()}
     assert {"routing_stats.parquet", "routing_stats.answers.safetensors", "frequency_entropy.pdf"} <= written
@@ -51,13 +52,14 @@ def test_phases_one_and_two(script, many_experts, even_corpus, tmp_path, capsys)
     script("02_evaluate_var.py", *evaluate, "--mode", "baseline", "--output", tmp_path / "baseline.json")
     script(
         "02_evaluate_var.py",
-        *(*evaluate, "--mode", "var", "--routing_stats", stats, "--search_policy"),
+        *(*evaluate, "--mode", "var", "--routing_stats", stats, "--search_policy", "--nearness"),
         *("--output", tmp_path / "var.json"),
     )
     baseline, var = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("baseline", "var"))
     assert sum(var["tiers"].values()) == pytest.approx(1)
     assert 0 <= var["experts_per_token"] < baseline["experts_per_token"] == 4
     assert len(var["layers"]) == 2
+    assert var["nearness"]["divergence"]["value"] > 0 and var["nearness"]["tokens"] == var["tokens"]
     assert var["tokens"] == baseline["tokens"]
     for phase in ("prefill", "decode"):
         assert var["throughput"][f"{phase}_tokens_per_second"] > 0

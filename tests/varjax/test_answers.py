@@ -136,8 +136,11 @@ def test_a_window_is_joined_in_the_same_arrays(monkeypatch):
     rng = np.random.default_rng(9)
     answers, batches = Answers.empty(KEYS, COLLECTED, EXPERTS, HIDDEN), [random_batch(rng) for _ in range(3)]
     for batch in batches:
-        found = absorb(update(init(answers), *batch), answers)
+        kept = absorb(update(init(answers), *batch), answers)
+        assert kept.mean is not answers.mean  # only where they are given up
+        found = absorb(update(init(answers), *batch), answers, donate=True)
         assert found.mean is answers.mean
+        np.testing.assert_array_equal(found.mean, kept.mean)
     assert_answers(answers, slow_answers(batches)[0])
 
 
@@ -294,7 +297,7 @@ def test_a_bad_file_is_named_with_its_fault(some, tmp_path):
     with pytest.raises(ValueError, match=r"bad\.safetensors: expected answers of format 4, found None"):
         answersfile.read(path)
     save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 1, "rules": [[0, 1, 0.0]]}'})
-    with pytest.raises(ValueError, match="expected answers of format 3, found 1"):
+    with pytest.raises(ValueError, match="expected answers of format 4, found 1"):
         answersfile.read(path)
     save_file({"keys": KEYS}, path, metadata={"varjax": '{"format": 3}'})
     with pytest.raises(ValueError, match="the header lacks its layers"):
@@ -303,7 +306,9 @@ def test_a_bad_file_is_named_with_its_fault(some, tmp_path):
     answersfile.write(path, some, {})
     good, header = load_file(path), {"varjax": '{"format": 3, "answer_layers": [0, 2], "distilled": false}'}
     save_file({"keys": KEYS}, path, metadata=header)
-    with pytest.raises(ValueError, match="count, entry, m2, mass, mean, nonfinite are missing"):
+    with pytest.raises(
+        ValueError, match="count, entry, inputs, m2, mass, mean, nonfinite, outliers, typical are missing"
+    ):
         answersfile.read(path)
     for name, tensor, fault in (
         ("mass", good["mass"][:1], r"tensor mass is float64 \[1, "),
@@ -323,7 +328,42 @@ def test_a_bad_file_is_named_with_its_fault(some, tmp_path):
 
 def test_the_second_batch_compiles_nothing():
     rng = np.random.default_rng(5)
-    sums = update(init(EMPTY), *random_batch(rng))
+    sums = update(update(init(EMPTY), *random_batch(rng)), *random_batch(rng))  # of the host first, then of the device
     before = update._cache_size()
     update(sums, *random_batch(rng))
     assert update._cache_size() == before
+
+
+def test_outliers_are_left_out_and_counted():
+    """Outputs a hundred times larger, at the first token and at another one, leave the means as if they had not run."""
+    rng = np.random.default_rng(8)
+    rows, outputs, routing, mask = random_batch(rng)
+    mask[:] = True
+    outputs = np.nan_to_num(outputs)
+    experts = np.array(routing.experts)
+    experts[experts == EXPERTS] = 0
+    routing = Routing(jnp.asarray(experts), routing.weights)
+    massive, places = outputs.copy(), ([0, 0], [0, 3])  # of the first collected layer
+    massive[0][places] *= 1000
+    without = experts.copy()
+    without[COLLECTED[0]][places] = EXPERTS
+    expected = collected([(rows, outputs, Routing(jnp.asarray(without), routing.weights), mask)])
+    found = collected([(rows, massive, routing, mask)])
+    assert found.outliers.tolist() == [[TOP_K, TOP_K], [0, 0]] and not expected.outliers.any()
+    for name in ("count", "mass", "m2", "mean"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-12)
+    norms = np.linalg.norm(massive[0], axis=-1) / np.asarray(routing.weights)[COLLECTED[0]]
+    assert found.typical[0] == pytest.approx(np.median(norms), rel=1e-5)
+    both = merge(found, expected)
+    np.testing.assert_array_equal(both.outliers, found.outliers)
+    np.testing.assert_array_equal(both.typical, found.typical)
+
+
+def test_what_is_typical_is_settled_by_the_first_batch():
+    rng = np.random.default_rng(9)
+    first, second = random_batch(rng), random_batch(rng)
+    second = (second[0], second[1] * 3, *second[2:])
+    alone, both = collected([first]), collected([first, second])
+    np.testing.assert_array_equal(alone.typical, both.typical)
+    again = absorb(update(init(alone), *second), alone)
+    np.testing.assert_array_equal(again.typical, alone.typical)

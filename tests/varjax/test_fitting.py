@@ -201,6 +201,29 @@ def test_a_basis_looks_at_some_directions_only():
     assert few.unexplained.mean() > full.unexplained.mean()
 
 
+def test_leading_directions_are_those_in_which_mean_inputs_differ():
+    rng = np.random.default_rng(3)
+    plane = np.linalg.qr(rng.normal(size=(HIDDEN, 2)))[0]
+    answers = dataclasses.replace(collected(text(16, planted)))
+    inputs = 5 + rng.normal(size=(*answers.count.shape, 2)) @ plane.T + 1e-3 * rng.normal(size=answers.inputs.shape)
+    (basis,) = fitting.leading_directions(dataclasses.replace(answers, inputs=inputs), 2)
+    np.testing.assert_allclose(basis @ basis.T, plane @ plane.T, atol=1e-2)
+    assert fitting.leading_directions(answers, HIDDEN) is None
+
+
+@pytest.mark.parametrize("num_bytes", [0, 10_000, 5_000_000, 1 << 40])
+def test_directions_fill_the_memory(num_bytes):
+    layers, experts, hidden = 3, 4, 128
+    seen = fitting.directions_within(num_bytes, layers, experts, hidden)
+    sums = [
+        jax.eval_shape(lambda q=q: jax.tree.map(jnp.asarray, Moments.empty(experts, hidden, q)))
+        for q in (seen, seen + 1)
+    ]
+    size, more = (4 * layers * (one.gram.size + one.cross.size) for one in sums)
+    assert 1 <= seen <= hidden
+    assert (size <= num_bytes or seen == 1) and (more > num_bytes or seen == hidden)
+
+
 def test_errors():
     one = text(14, planted, batch=10)
     answers = collected(one)
@@ -219,7 +242,8 @@ def test_the_second_batch_compiles_nothing():
     target = fitting.targets(answers, SHRINKAGE, own_text=True)
     window = fitting.init((Moments.empty(EXPERTS, HIDDEN),))
     every = list(batches(one))
-    window = fitting.update(window, *every[0], target)
+    for batch in every[:2]:  # the window is on the host first, then on the device
+        window = fitting.update(window, *batch, target)
     before = fitting.update._cache_size()
-    fitting.update(window, *every[1], target)
+    fitting.update(window, *every[2], target)
     assert fitting.update._cache_size() == before

@@ -52,7 +52,8 @@ def answers_of(keys, entry, mean, mass, m2, count, **more) -> Answers:
     arrays = {name: np.asarray(values, dtype)[None] for name, (values, dtype) in columns.items()}
     entry = np.asarray(entry, np.int32)[None]
     arrays["inputs"] = 2 * arrays["mean"] + 1
-    return Answers(np.asarray(keys, np.int32), (4,), entry, nonfinite=np.zeros(1, np.int64), **arrays, **more)
+    figures = {"nonfinite": np.zeros(1, np.int64), "typical": np.zeros(1), "outliers": np.zeros((1, 2), np.int64)}
+    return Answers(np.asarray(keys, np.int32), (4,), entry, **figures, **arrays, **more)
 
 
 def test_an_answer_shrinks_toward_the_same_experts_at_the_longest_shorter_key():

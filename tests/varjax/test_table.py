@@ -15,6 +15,7 @@ from varjax.keys import ANY, NONE, contexts
 from varjax.routing import FAST, LEARNED, NO_ANSWER, NO_ROW, Dropped
 from varjax.shrinkage import shrunk
 from varjax.stats import RoutingStats
+from varjax.step import Settings, follow, init, plan
 from varjax.table import build_table, fast_plan, with_policies
 
 LAYERS, EXPERTS, TOP_K, HIDDEN = 4, 5, 3, 2
@@ -311,3 +312,28 @@ def test_smaller_answers_are_within_their_rounding(random_stats, random_answers,
         largest = np.abs(wanted).max(axis=-1, keepdims=True) if dtype == "int8" else np.abs(wanted)
         assert (np.abs(got - wanted) <= 1.0001 * bound * largest).all()
     assert any(np.asarray(exact.answers).any() for exact in full)
+
+
+def test_layers_with_outliers_leave_the_first_token_open(random_stats, random_answers):
+    rng = np.random.default_rng(5)
+    stats = random_stats(rng, LAYERS, EXPERTS)
+    answers = random_answers(rng, stats, COLLECTED, HIDDEN)
+    policy = LayerPolicy(experts_kept=1, ngram_orders=(0, 1))
+    everywhere = VARConfig(cache_size=0, default=policy, layers={1: None, 2: None})
+    usual = build_table(everywhere, stats, answers, top_k=TOP_K)
+    outliers = answers.outliers.copy()
+    outliers[1, 0] = 3
+    spared = build_table(everywhere, stats, replace(answers, outliers=outliers), top_k=TOP_K)
+    assert usual.first_open == () and spared.first_open == (3,)
+    ids = jnp.arange(6, dtype=jnp.int32)[None]
+    how, tiers = Settings.of(everywhere, LAYERS), []
+    for table in (usual, spared):
+        state = init(table, everywhere, 1)
+        tiers.append(np.array(plan(table, state, ids, 0.0, how).tier))
+        # A text that goes on has no first token any more.
+        tiers.append(np.array(plan(table, follow(state, ids), ids, 0.0, how).tier))
+    fresh, going_on, fresh_spared, going_on_spared = tiers
+    assert fresh[3, 0, 0] == FAST
+    fresh[3, 0, 0] = LEARNED
+    np.testing.assert_array_equal(fresh_spared, fresh)
+    np.testing.assert_array_equal(going_on_spared, going_on)

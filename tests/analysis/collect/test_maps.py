@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from analysis.checkpoints import Checkpoints
-from analysis.collect.answers import collect_answers
 from analysis.collect.maps import first_tokens, with_maps
 from varjax import InputError, LayerPolicy, VARConfig, VARModel, answersfile
 from varjax.checksums import write_safetensors
@@ -21,25 +20,15 @@ RANK = 12
 
 
 @pytest.fixture(scope="module")
-def constant(saved_model, collected, known):
-    return collect_answers(saved_model, known, collected.stats.keys, range(2), inputs=True, **READING)
-
-
-@pytest.fixture(scope="module")
 def known(even_documents):
     """The documents that the statistics were collected from."""
     return even_documents[:-40]
 
 
-@pytest.fixture(scope="module")
-def affine(affine_collected):
-    return affine_collected.answers
-
-
-def test_mean_inputs_change_no_mean_output(collected, constant):
+def test_mean_inputs_change_no_mean_output(collected, with_inputs):
     for name in ("keys", "entry", "mean", "mass", "m2", "count"):
-        np.testing.assert_array_equal(getattr(constant, name), getattr(collected.answers, name))
-    assert constant.inputs.shape == constant.mean.shape and constant.inputs.any()
+        np.testing.assert_array_equal(getattr(with_inputs, name), getattr(collected.answers, name))
+    assert with_inputs.inputs.shape == with_inputs.mean.shape and with_inputs.inputs.any()
 
 
 def errors(model, collected, answers):
@@ -55,34 +44,34 @@ def errors(model, collected, answers):
     return np.asarray(out.audit)
 
 
-def test_affine_answers_are_nearer_to_unseen_outputs(saved_model, collected, constant, affine):
+def test_affine_answers_are_nearer_to_unseen_outputs(saved_model, collected, with_inputs, affine):
     """A random model with small weights is nearly linear."""
     assert affine.maps.unexplained.mean() < 0.8
-    before, after = (errors(saved_model, collected, answers) for answers in (constant, affine))
+    before, after = (errors(saved_model, collected, answers) for answers in (with_inputs, affine))
     assert (np.median(after, axis=1) < 0.95 * np.median(before, axis=1)).all()
 
 
-def test_a_resumed_fit_is_bit_for_bit_that_of_one_run(saved_model, constant, affine, known, collected, tmp_path):
+def test_a_resumed_fit_is_bit_for_bit_that_of_one_run(saved_model, with_inputs, affine, known, collected, tmp_path):
     def broken_off():
         yield from known[:100]
         raise KeyboardInterrupt
 
     reading = {**READING, "save_tokens": 700}
     given = (collected.held_out[:20], RANK, 1.0)
-    whole = with_maps(saved_model, constant, known, *given, **reading)
+    whole = with_maps(saved_model, with_inputs, known, *given, **reading)
     with pytest.raises(KeyboardInterrupt):
-        with_maps(saved_model, constant, broken_off(), *given, checkpoints=Checkpoints(tmp_path), **reading)
+        with_maps(saved_model, with_inputs, broken_off(), *given, checkpoints=Checkpoints(tmp_path), **reading)
     assert (tmp_path / "checkpoint.safetensors").is_file()
-    resumed = with_maps(saved_model, constant, known, *given, checkpoints=Checkpoints(tmp_path), **reading)
+    resumed = with_maps(saved_model, with_inputs, known, *given, checkpoints=Checkpoints(tmp_path), **reading)
     jax.tree.map(np.testing.assert_array_equal, resumed.maps, whole.maps)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), resumed.maps.unexplained, affine.maps.unexplained
     )
 
 
-def test_affine_answers_are_read_as_they_were_written(affine, constant, tmp_path):
+def test_affine_answers_are_read_as_they_were_written(affine, with_inputs, tmp_path):
     path = tmp_path / "some.answers.safetensors"
-    for one in (affine, constant):
+    for one in (affine, with_inputs):
         answersfile.write(path, one, {})
         again, _ = answersfile.read(path)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), again, one)
@@ -119,7 +108,7 @@ def test_tables_of_any_policy_have_the_same_shapes(saved_model, collected, affin
     assert shapes[0] == shapes[1]
 
 
-def test_other_policies_change_a_table_as_if_it_were_built_for_them(saved_model, collected, affine, constant):
+def test_other_policies_change_a_table_as_if_it_were_built_for_them(saved_model, collected, affine, with_inputs):
     configs = []
     for order, tolerance in ((0, 0.1), (1, 0.4)):
         policy = LayerPolicy(experts_kept=None, tolerance=tolerance, ngram_orders=(order,), entropy_threshold=10.0)
@@ -128,8 +117,11 @@ def test_other_policies_change_a_table_as_if_it_were_built_for_them(saved_model,
     changed = with_policies(tables[0], configs[1], collected.stats, affine)
     jax.tree.map(np.testing.assert_array_equal, changed, tables[1])
     assert not np.array_equal(tables[0].eligible, tables[1].eligible)
-    without = build_for(saved_model, configs[0], collected.stats, constant, keep_shapes=True)
-    for table, given, said in ((tables[0], constant, "12, those given of rank 0"), (without, affine, "0, those given")):
+    without = build_for(saved_model, configs[0], collected.stats, with_inputs, keep_shapes=True)
+    for table, given, said in (
+        (tables[0], with_inputs, "12, those given of rank 0"),
+        (without, affine, "0, those given"),
+    ):
         with pytest.raises(InputError, match=f"the table's have maps of rank {said}"):
             with_policies(table, configs[1], collected.stats, given)
 
@@ -149,3 +141,15 @@ def test_a_maps_layer_that_adds_nothing_has_none(saved_model, collected, affine)
     answers = dataclasses.replace(affine, maps=silent)
     table = build_for(saved_model, VARConfig(frequency_threshold=1), collected.stats, answers)
     assert [known.affine is None for known in table.answers] == [True, False]
+
+
+def test_maps_fit_the_memory(saved_model, with_inputs, affine, known, collected):
+    """Half of the directions: nearly as much is explained; too little memory for the rank is an error."""
+    hidden, experts = saved_model.config.hidden_size, saved_model.config.num_experts
+    memory = 4 * 2 * experts * (hidden // 2) * (hidden // 2 + hidden)
+    given = (saved_model, with_inputs, known, collected.held_out[:20], 6, 1.0)
+    few = with_maps(*given, memory, **READING)
+    assert few.maps.read.shape == (2, hidden, 6)
+    assert affine.maps.unexplained.mean() < few.maps.unexplained.mean() < 0.95
+    with pytest.raises(InputError, match=r"rank=6: the memory of 0\.00 GiB holds maps of rank 1 at most"):
+        with_maps(*given, 1, **READING)

@@ -72,6 +72,8 @@ def test_the_published_sizes_stay_within_the_bounds(shared_data, name):
         mean=jax.ShapeDtypeStruct((*shape, config.hidden_size), np.float32),  # float64 on the host: JAX asks which
         **{field: jax.ShapeDtypeStruct(shape, np.float32) for field in ("mass", "m2", "count")},
         nonfinite=np.zeros(config.num_layers, np.int64),
+        typical=np.zeros(config.num_layers),
+        outliers=np.zeros((config.num_layers, 2), np.int64),
         inputs=jax.ShapeDtypeStruct((*shape, 0), np.float32),
     )
     sums = jax.tree.leaves(jax.eval_shape(init, answers))
