@@ -1,10 +1,10 @@
 """Measure what answers cost, and what the maps of affine answers add to that.
 
-    python -m benchmarks.answers [--rank 64] [--batches 1 8]
+    python -m benchmarks.answers [--model reference] [--rank 64] [--batches 1 8]
 
-The model has 160 million random parameters (8 layers, hidden size 512, 8 experts, top 2), because the time does not
-depend on their values. In all runs one expert of two is kept at every token; nothing, constant answers or affine
-answers stand in for the other one. Prefills and decoding steps of each kind are timed in the same rounds, so that the
+By default the model has 160 million random parameters (8 layers, hidden size 512, 8 experts, top 2), because the time
+does not depend on their values. In all runs one expert is kept at every token; nothing, constant answers or affine
+answers stand in for the others. Prefills and decoding steps of each kind are timed in the same rounds, so that the
 share of the maps is paired: the time with affine answers over that with constant ones, less 1.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from analysis.command import program
+from analysis.command import name_argument, program
 from analysis.resampling import Estimate
 from benchmarks import harness
 from benchmarks.collection import random_model
-from models import Model
+from models import Model, load_model
 from profiling.points import decoding, embedded_texts, policies, prefilling, random_answers, random_stats
 from profiling.timing import compare, paired_ratio
 from varjax import VARModel
@@ -30,6 +30,9 @@ KINDS = {"no answers": "one", "constant": "answers, one", "affine": "affine, one
 @program
 def main(arguments: Sequence[str] | None) -> None:
     options = harness.parser(__doc__)
+    options.add_argument(
+        "--model", default="random", type=name_argument, help="directory, hub id, 'reference' or 'random'"
+    )
     options.add_argument("--rank", type=int, default=64, help="rank of the maps")
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="sequences per call")
     options.add_argument("--length", type=int, default=256, help="tokens of each text of a prefill")
@@ -38,15 +41,13 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--keys", type=int, default=500, help="number of keys in the table")
     options.add_argument("--repeats", type=int, default=31, help="number of timed rounds")
     args = options.parse_args(arguments)
-    small = [f"--{name} {getattr(args, name)}" for name in ("rank", "length", "steps") if getattr(args, name) < 1]
-    if small:
-        options.error(f"{', '.join(small)}: expected at least 1")
-
-    model = random_model(intermediate_size=1536)
+    model = random_model(intermediate_size=1536) if args.model == "random" else load_model(args.model)
+    if not 1 <= args.rank <= model.config.hidden_size:
+        options.error(f"--rank {args.rank}: expected 1 to the hidden size of the model, {model.config.hidden_size}")
     documents = embedded_texts(model)
     stream = np.concatenate(documents)
     sides = var_models(model, documents, args.keys, args.rank)
-    print(f"{harness.machine()}; {args.keys} keys, maps of rank {args.rank}, one expert of two kept")
+    print(f"{harness.machine()}; {args.keys} keys, maps of rank {args.rank}, 1 of {model.config.top_k} experts kept")
     print(f"{'':26}{'constant answers':>20}{'constant / none':>26}{'share of the maps':>26}")
     for batch in args.batches:
         length = max(args.length, args.cached + args.steps)

@@ -60,7 +60,7 @@ def program(words: tuple[str, ...]) -> str:
 PYTHON = [one for one in COMMANDS if python_words(one)]
 SLOW = (
     *("olmoe", "--mode study", "results/phase3", "results/phase5", "--hidden 2048", "analysis.harness"),
-    *("benchmarks.step", "performance_model", "benchmarks.device", "results/roadmap"),
+    *("benchmarks.step", "benchmarks.answers", "performance_model", "benchmarks.device", "results/roadmap"),
 )
 """Words by which a command is known that takes half a minute even here."""
 
@@ -318,6 +318,7 @@ def regrouped(reader: Reader) -> None:
 
 FACTS: dict[str, Callable[[Reader], None]] = {
     "analysis.audit_study": audited,
+    "benchmarks.answers": told(r"^(?:prefill|decode), .* ms +\d+\.\d{3} \[.*\] +[+-]\d+\.\d%", 4),
     "benchmarks.certificate_simulation": told(r"^[a-z -]+ +(?:50|200|1000)(?: +\d+\.\d\d%){3}(?: +\d+\.\d\d){3}$", 15),
     "analysis.harness": harnessed,
     "analysis.hypothesis_validation": validated,

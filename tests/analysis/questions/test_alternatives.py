@@ -11,7 +11,6 @@ import pytest
 from analysis.evaluate import points
 from analysis.evaluate.losses import score, var_runner
 from analysis.evaluate.points import Subject, score_point
-from analysis.evaluate.policy_search import _candidate_tolerances
 from analysis.questions.alternatives import (
     QUESTION,
     RATIOS,
@@ -28,6 +27,7 @@ from analysis.resampling import Estimate, document_counts
 from varjax.config import LayerPolicy, VARConfig
 from varjax.model import VARModel, routed_forward
 from varjax.routing import NO_ANSWER
+from varjax.shrinkage import shrunk
 from varjax.step import summary
 from varjax.table import build_table, with_policies
 
@@ -35,12 +35,21 @@ READING = {"batch_size": 20, "max_length": 16}
 LAYERS = 2
 
 
+def tolerance(answers, layer: int) -> float:
+    """What 40% of the occurrences stay under: an answer's deviation times its expert's usual weight."""
+    count, mass, deviation = answers.count[layer], answers.mass[layer], shrunk(answers, layer, 1.0).deviation
+    if answers.maps is not None:
+        deviation = deviation * np.sqrt(answers.maps.unexplained[layer, answers.experts(layer)])
+    error = np.sqrt(mass / np.maximum(count, 1)) * deviation
+    return float(np.quantile(np.repeat(error, count), 0.4))
+
+
 def of(saved_model, collected) -> Subject:
     """A policy that drops some and keeps some, in both layers."""
     policies = {
         layer: LayerPolicy(
             experts_kept=None,
-            tolerance=_candidate_tolerances(collected.answers, layer, 1.0)[1],
+            tolerance=tolerance(collected.answers, layer),
             ngram_orders=(1, 2),
             frequency_threshold=5,
             entropy_threshold=2.0,
@@ -57,7 +66,7 @@ def subject(saved_model, collected) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def affine(saved_model, affine_collected) -> Subject:
+def affine_subject(saved_model, affine_collected) -> Subject:
     return of(saved_model, affine_collected)
 
 
@@ -232,38 +241,37 @@ def test_shuffled_answers_stand_in_for_the_same_slots(subject, table, family, ru
     assert (nll != mine).mean() > 0.9
 
 
-def test_shuffled_affine_answers_let_the_same_be_dropped_in_the_first_layer(affine):
+def test_shuffled_affine_answers_let_the_same_be_dropped_in_the_first_layer(affine_subject):
     """Maps and centers stay, so the expected errors do too; what is said is wrong."""
-    table = affine.build()
+    table = affine_subject.build()
     changed = shuffled_answers(table, np.random.default_rng(0))
     for ours, theirs in zip(table.answers, changed.answers, strict=True):
         jax.tree.map(np.testing.assert_array_equal, ours.affine, theirs.affine)
         assert (np.asarray(ours.answers) != np.asarray(theirs.answers)).any()
-    ids = np.stack([one.ids for one in affine.documents[:4]])
+    ids = np.stack([one.ids for one in affine_subject.documents[:4]])
     outputs = []
     for one in (table, changed):
-        var_model = VARModel(affine.model, affine.config, one)
+        var_model = VARModel(affine_subject.model, affine_subject.config, one)
         outputs.append(var_model(ids, var_model.init(4))[0])
     np.testing.assert_array_equal(outputs[0].routing.experts[0], outputs[1].routing.experts[0])
     assert (np.asarray(outputs[0].routing.experts) == 4).any()
     assert np.abs(outputs[0].logits - outputs[1].logits).max() > 1e-3
 
 
-def test_where_answers_are_affine_the_means_of_others_stay_constant(subject, affine):
+def test_where_answers_are_affine_the_means_of_others_stay_constant(subject, affine_subject):
     """And an affine answer of order 0 is an alternative of its own."""
-    ours, theirs = ({one.name: one for one in _families(each)} for each in (affine, subject))
+    ours, theirs = ({one.name: one for one in _families(each)} for each in (affine_subject, subject))
     assert set(ours) - set(theirs) == {"one affine answer per expert"}
-    table = affine.build()
+    table = affine_subject.build()
     alone = ours["one affine answer per expert"]
-    changed = _table_of(affine, table, alone, alone.points[0][1])
+    changed = _table_of(affine_subject, table, alone, alone.points[0][1])
     assert np.asarray(changed.eligible).sum(axis=1).tolist() == [1, 1] and changed.answers[0].affine is not None
     means, constant = ours["one mean per expert, by ratio"], theirs["one mean per expert, by ratio"]
-    for given in (affine, dataclasses.replace(affine, config=dataclasses.replace(affine.config, answers_per_layer=1))):
-        _, config = means.points[-1]
-        config = dataclasses.replace(config, answers_per_layer=given.config.answers_per_layer)
-        small = _table_of(given, table, means, config)
+    for bound in (None, 1):  # which holds for VAR's table alone
+        config = dataclasses.replace(means.points[-1][1], answers_per_layer=bound)
+        small = _table_of(affine_subject, table, means, config)
         assert small.index.keys.shape[0] == 1 and all(known.affine is None for known in small.answers)
-        found = score_point(affine, config, small, means.change)
+        found = score_point(affine_subject, config, small, means.change)
         own = _table_of(subject, subject.build(), constant, constant.points[-1][1])
         expected = score_point(subject, constant.points[-1][1], own)
         np.testing.assert_allclose(found.nll, expected.nll, rtol=1e-5)

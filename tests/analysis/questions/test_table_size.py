@@ -32,7 +32,7 @@ def subject(saved_model, collected) -> Subject:
 
 
 @pytest.fixture(scope="module")
-def affine(saved_model, affine_collected) -> Subject:
+def affine_subject(saved_model, affine_collected) -> Subject:
     return of(saved_model, affine_collected)
 
 
@@ -89,7 +89,7 @@ def test_shipped_and_fixed_shapes_give_the_same_losses(subject):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("threshold", [4, 12, 10**6])
-@pytest.mark.parametrize("kind", ["subject", "affine"])
+@pytest.mark.parametrize("kind", ["subject", "affine_subject"])
 def test_the_size_is_that_of_the_table_built_without_what_is_never_looked_up(request, kind, dtype, threshold):
     """Some keys, fewer, and none; one layer left open."""
     subject = request.getfixturevalue(kind)
@@ -104,16 +104,16 @@ def test_the_size_is_that_of_the_table_built_without_what_is_never_looked_up(req
         maps = [layer.affine for layer in small.answers]
         in_answers = [(layer.answers, layer.deviation, layer.scale) for layer in small.answers]
         assert affine_bytes == nbytes(maps) and answer_bytes == nbytes((in_answers, maps))
-        assert (affine_bytes > 0) == (kind == "affine")
+        assert (affine_bytes > 0) == (kind == "affine_subject")
 
 
 def nbytes(tree) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_a_bound_keeps_the_affine_answers_that_remove_the_most_error(affine):
+def test_a_bound_keeps_the_affine_answers_that_remove_the_most_error(affine_subject):
     """What an answer is worth, against all tokens: by how much its output differs from the shorter key's answer."""
-    answers, width = affine.answers, affine.model.config.hidden_size
+    answers, width = affine_subject.answers, affine_subject.model.config.hidden_size
     x = np.random.default_rng(0).normal(size=(3, width))
     for layer in range(2):
         estimate, expert = shrunk(answers, layer, 1.0), answers.experts(layer)
@@ -127,7 +127,8 @@ def test_a_bound_keeps_the_affine_answers_that_remove_the_most_error(affine):
             away = said(n) - said(estimate.parent[n]) if estimate.parent[n] != NO_ANSWER else estimate.answers[n]
             squared = np.sum(np.square(away), axis=-1)
             np.testing.assert_allclose(answers.mass[layer, n] * squared, value[n], rtol=1e-3, atol=1e-6)
-    small, whole = bounded(affine, 30), bounded(affine, None, keep_shapes=True)  # with those of order 0
+    small = bounded(affine_subject, 30)
+    whole = bounded(affine_subject, None, keep_shapes=True)  # with the answers of order 0
     assert [len(layer.answers) for layer in small.answers] == [30, 30]
     for ours, theirs in zip(small.answers, whole.answers, strict=True):
         some, every = ({row.tobytes() for row in np.asarray(one.affine.center)} for one in (ours, theirs))
@@ -135,8 +136,8 @@ def test_a_bound_keeps_the_affine_answers_that_remove_the_most_error(affine):
         np.testing.assert_array_equal(ours.affine.mix, theirs.affine.mix)
 
 
-def test_smaller_tables_of_affine_answers_are_measured_and_their_maps_reported(affine):
-    (said,) = (answer := QUESTION.answer(affine)).sections
+def test_smaller_tables_of_affine_answers_are_measured_and_their_maps_reported(affine_subject):
+    (said,) = (answer := QUESTION.answer(affine_subject)).sections
     sizes = answer.result.sizes
     full = {size.answer_dtype: size for size in sizes if size.answers_per_layer is None}
     maps = {"float32": 4, "bfloat16": 2, "int8": 2}  # bytes of a number
