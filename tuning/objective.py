@@ -130,7 +130,7 @@ class Objective:
 
     @property
     def orders(self) -> tuple[int, ...]:
-        """Context orders above 0 that have answers."""
+        """Context orders whose answers are of use."""
         return self.subject.answers.useful_orders
 
     @cached_property

@@ -96,7 +96,7 @@ def search_space(
     """The six thresholds in their published ranges, the loss budget, the cached tier and the context orders.
 
     Args:
-        orders: context orders above 0 that a policy may use.
+        orders: context orders that a policy may use; order 0 is among them where answers are affine.
         num_experts: number of experts E. The entropy of a gate is at most ln E, so its range is scaled by
             ln E / ln 8. With one expert, it is always 0, and its threshold is not searched.
         ranges: ranges to replace, as "name=low:high".
@@ -115,7 +115,7 @@ def search_space(
         dataclasses.replace(one, low=stretch * one.low, high=stretch * one.high) if one.unit == "nats" else one
         for one in THRESHOLDS
     ]
-    budget = Parameter("loss_budget", "float", 0.001, 0.03, log=True, unit="relative change of perplexity")
+    budget = Parameter("loss_budget", "float", 0.001, 0.03, log=True, unit="nats of expected divergence")
     longest = [Parameter("longest_context", "int", min(orders), max(orders), unit="ids")] if len(orders) > 1 else []
     space = {one.name: one for one in (budget, *thresholds, *longest, Parameter(CACHED_TIER, "bool"))}
     for text in ranges:
@@ -188,7 +188,7 @@ def config_at(values: Values, base: VARConfig, prices: Prices, orders: Sequence[
         values: by parameter; settings without a value stay as in `base`.
         base: the config of the search.
         prices: measured on the tune documents; used where there is a `loss_budget`.
-        orders: context orders above 0 that a policy may use.
+        orders: context orders that a policy may use; order 0 is among them where answers are affine.
 
     Returns:
         The config.

@@ -14,7 +14,7 @@ import optuna
 import pytest
 
 from analysis.evaluate.losses import Caching
-from analysis.evaluate.policy_search import Choice, Ladder, Step
+from analysis.evaluate.prices import Prices
 from tuning import objective, study
 from tuning.space import grid
 from varjax import VARConfig
@@ -79,11 +79,12 @@ def test_the_space_and_its_points_look_at_the_same_orders(monkeypatch):
     """Phase 1 may collect answers of fewer orders than statistics."""
     module = importlib.import_module("experiments.03_hyperparameter_optimization")
     document = SimpleNamespace(ids=np.zeros(2000, np.int32))
-    stats, answers = SimpleNamespace(ngram_orders=(1, 2, 3), num_experts=8), SimpleNamespace(ngram_orders=(0, 2, 3))
+    stats, answers = SimpleNamespace(ngram_orders=(1, 2, 3), num_experts=8), SimpleNamespace(useful_orders=(2, 3))
     subject = SimpleNamespace(stats=stats, answers=answers, config=VARConfig(), digest="", documents=[document])
     vars(subject).update(caching=Caching(), max_length=16, stride=None, table_sha256="")
     monkeypatch.setattr(module, "_subject", lambda *_: (subject, TableFiles("s.parquet"), {}))
-    monkeypatch.setattr(module.Objective, "ladder", Ladder((), (Step(Choice(0, 0.1), 0.001),)))
+    prices = Prices((0,), np.ones(1), np.linspace(0.001, 1, 100)[None], np.ones(1))
+    monkeypatch.setattr(module.Objective, "prices", prices)
     monkeypatch.setattr(module.Objective, "evaluate", lambda _, config: config)
     judged = {"speed": "model", "phases": ["prefill"], "repeats": 1, "confidence": 0.9, "limit": 0.1}
     asked = {"num_samples": 1, "ranges": [], "parameters": None, "method": "tpe", "seed": 0}

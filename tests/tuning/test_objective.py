@@ -69,14 +69,15 @@ def test_measured_speeds_are_paired_by_phase(subject):
     assert list(found.speedups) == ["prefill"] and found.speedup == found.speedups["prefill"].value > 0
 
 
-def test_the_ladder_is_of_every_layer_with_answers_and_is_kept_on_disk(subject, tmp_path):
+def test_prices_are_of_every_layer_with_answers_and_are_kept_on_disk(subject, tmp_path):
     kept_on_disk = dataclasses.replace(subject, folder=tmp_path)
-    ladder = Objective(kept_on_disk, speed="model").ladder
-    assert {point.choices[0].layer for point in ladder.single} == {0, 1}
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    assert len(files) == len(ladder.single) + 1  # and the plain model
-    again = Objective(dataclasses.replace(kept_on_disk), speed="model").ladder
-    assert again == ladder and files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    prices = Objective(kept_on_disk, speed="model").prices
+    assert prices.layers == (0, 1) and (prices.cost > 0).all()
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("prices-*.json")}
+    assert len(files) == 1
+    again = Objective(dataclasses.replace(kept_on_disk), speed="model").prices
+    np.testing.assert_array_equal(again.cost, prices.cost)
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("prices-*.json")}
 
 
 def test_the_upper_limit_covers_the_truth_as_often_as_it_says():

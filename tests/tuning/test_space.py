@@ -6,7 +6,7 @@ import numpy as np
 import optuna
 import pytest
 
-from analysis.evaluate.policy_search import Choice, Ladder, Step
+from analysis.evaluate.prices import Prices
 from tuning.space import (
     CACHED,
     THRESHOLDS,
@@ -20,7 +20,7 @@ from tuning.space import (
 )
 from varjax.config import LayerPolicy, VARConfig
 
-LADDER = Ladder((), (Step(Choice(0, 0.1), 0.01), Step(Choice(1, 0.4), 0.02)))
+PRICES = Prices((0, 1), np.array([4.0, 1.0]), np.tile(np.linspace(0.01, 1, 100), (2, 1)), np.ones(2))
 ORDERS = (1, 2, 3)
 
 
@@ -158,33 +158,34 @@ def test_a_trial_tries_a_point_of_the_space():
 
 def test_values_that_are_not_given_stay_the_bases():
     base = VARConfig(cache_size=77, entropy_threshold=1.1, layers={1: LayerPolicy(experts_kept=0)})
-    assert config_at({}, base, LADDER, ORDERS) == base
-    changed = config_at({"frequency_threshold": 12, "cache_ttl_seconds": 5.0}, base, LADDER, ORDERS)
+    assert config_at({}, base, PRICES, ORDERS) == base
+    changed = config_at({"frequency_threshold": 12, "cache_ttl_seconds": 5.0}, base, PRICES, ORDERS)
     assert (changed.frequency_threshold, changed.cache_ttl_seconds) == (12, 5.0)
     assert (changed.cache_size, changed.entropy_threshold, changed.layers) == (77, 1.1, base.layers)
 
 
-def test_a_budget_climbs_the_ladder_and_leaves_the_other_layers_open():
-    config = config_at({"loss_budget": 0.02}, VARConfig(), LADDER, ORDERS)
+def test_a_budget_sets_one_price_and_leaves_the_other_layers_open():
+    config = config_at({"loss_budget": 0.02}, VARConfig(), PRICES, ORDERS)
     assert config.default is None and config.policy(2) is None
     assert dict(config.layers) == {
         layer: LayerPolicy(experts_kept=None, tolerance=tolerance, ngram_orders=ORDERS)
-        for layer, tolerance in LADDER.within(0.02)
+        for layer, tolerance in PRICES.within(0.02)
     }
-    assert [dict(config.layers)[layer].tolerance for layer in (0, 1)] == pytest.approx([0.1, 0.2])
+    first, second = (dict(config.layers)[layer].tolerance for layer in (0, 1))
+    assert second == pytest.approx(2 * first)  # an error costs a quarter there
 
 
 def test_a_budget_of_nothing_leaves_all_layers_open():
-    config = config_at({"loss_budget": 0.0}, VARConfig(layers={0: LayerPolicy()}), LADDER, ORDERS)
+    config = config_at({"loss_budget": 0.0}, VARConfig(layers={0: LayerPolicy()}), PRICES, ORDERS)
     assert all(config.policy(layer) is None for layer in range(4))
 
 
 @pytest.mark.parametrize(("longest", "orders"), [(1, (1,)), (2, (1, 2)), (3, (1, 2, 3))])
 def test_the_longest_context_limits_the_orders_of_all_layers(longest, orders):
-    config = config_at({"loss_budget": 0.03, "longest_context": longest}, VARConfig(), LADDER, ORDERS)
+    config = config_at({"loss_budget": 0.03, "longest_context": longest}, VARConfig(), PRICES, ORDERS)
     assert [config.policy(layer).ngram_orders for layer in (0, 1)] == [orders, orders]
     own = VARConfig(default=LayerPolicy(ngram_orders=(1,)), layers={1: LayerPolicy(experts_kept=0), 2: None})
-    kept = config_at({"longest_context": longest}, own, LADDER, ORDERS)
+    kept = config_at({"longest_context": longest}, own, PRICES, ORDERS)
     assert (
         kept.policy(0).ngram_orders == orders
         and kept.policy(1).ngram_orders == orders
@@ -195,20 +196,20 @@ def test_the_longest_context_limits_the_orders_of_all_layers(longest, orders):
 
 def test_without_a_cached_tier_nothing_is_cached():
     values = {"cache_size": 500, "cached_tier": False}
-    assert config_at(values, VARConfig(), LADDER, ORDERS).cache_size == 0
-    assert config_at(values | {"cached_tier": True}, VARConfig(), LADDER, ORDERS).cache_size == 500
+    assert config_at(values, VARConfig(), PRICES, ORDERS).cache_size == 0
+    assert config_at(values | {"cached_tier": True}, VARConfig(), PRICES, ORDERS).cache_size == 500
     assert values == {"cache_size": 500, "cached_tier": False}
 
 
 def test_every_corner_of_the_default_space_is_a_config_that_survives_json():
     for values in grid(SPACE, 2)[::7]:
-        config = config_at(values, VARConfig(), LADDER, ORDERS)
+        config = config_at(values, VARConfig(), PRICES, ORDERS)
         assert VARConfig.from_json(config.to_json()) == config
 
 
 def test_a_value_that_the_config_refuses_is_named():
     with pytest.raises(ValueError, match="confidence_threshold=2"):
-        config_at({"confidence_threshold": 2.0}, VARConfig(), LADDER, ORDERS)
+        config_at({"confidence_threshold": 2.0}, VARConfig(), PRICES, ORDERS)
 
 
 def test_what_can_change_nothing_is_named_with_its_reason():
