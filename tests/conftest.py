@@ -34,6 +34,7 @@ import numpy as np
 import pytest
 
 from analysis.collect.answers import collect_answers
+from analysis.collect.maps import with_maps
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import Encoded, encode
@@ -148,11 +149,25 @@ def even_documents(documents) -> list[Encoded]:
 
 
 @pytest.fixture(scope="session")
-def small_var_model(saved_model, even_documents) -> VARModel:
-    """`saved_model`, one expert kept and the answers at the first 60 documents' frequent tokens added."""
+def small_var_models(saved_model, even_documents) -> dict[str, VARModel]:
+    """`saved_model`, one expert kept and the answers at the first 60 documents' frequent tokens added.
+
+    The answers are constant or affine; with affine ones, layer 1 leaves the first token of a text open.
+    """
     reading = {"batch_size": 4, "max_length": 16, "progress": False}
-    some = even_documents[:60]
+    some, others = even_documents[:60], even_documents[60:80]
     stats = collect(saved_model, some, choose_keys(saved_model, some, 16, KeySettings((1,), min_count=3)), **reading)
-    answers = collect_answers(saved_model, some, stats.keys, range(2), **reading)
+    constant = collect_answers(saved_model, some, stats.keys, range(2), inputs=True, **reading)
+    affine = with_maps(saved_model, constant, some, others, 4, 1.0, **reading)
+    affine = dataclasses.replace(affine, outliers=np.array([[0, 0], [1, 0]]))
     config = VARConfig(frequency_threshold=3, entropy_threshold=5.0, default=LayerPolicy(experts_kept=1), cache_size=0)
-    return VARModel(saved_model, config, table=build_table(config, stats, answers, top_k=saved_model.config.top_k))
+    return {
+        name: VARModel(saved_model, config, table=build_table(config, stats, answers, top_k=saved_model.config.top_k))
+        for name, answers in (("constant", constant), ("affine", affine))
+    }
+
+
+@pytest.fixture(scope="session")
+def small_var_model(small_var_models) -> VARModel:
+    """The one with constant answers."""
+    return small_var_models["constant"]

@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from varjax.transfer import to_device
+
 _TINY = 1e-30
 
 
@@ -47,8 +49,9 @@ class AffineMap:
         Returns:
             The map; `slope` stays in float32.
         """
-        read, mix, write, center = (jnp.asarray(one, dtype) for one in (self.read, self.mix, self.write, self.center))
-        return AffineMap(read, mix, write, center, jnp.asarray(self.slope))
+        kind = jnp.dtype(dtype)
+        arrays = (np.asarray(one, kind) for one in (self.read, self.mix, self.write, self.center))
+        return AffineMap(*to_device((*arrays, self.slope)))
 
     def deviations(self, x: Array, experts: Array, answer: Array) -> Array:
         """How far each expert's output is predicted to be from its answer, in the space that `write` reads.

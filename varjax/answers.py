@@ -226,8 +226,7 @@ def update(
             median = jnp.nan_to_num(jnp.nanmedian(jnp.where(used & sound, norm, jnp.nan)))
             typical = jnp.where(sums.typical[a] > 0, sums.typical[a], median)
             far = used & sound & (typical > 0) & (norm > OUTLIER * typical)
-            first = jnp.arange(mask.shape[1], dtype=jnp.int32) == 0
-            outliers = jnp.stack([jnp.sum(far & where[:, None], dtype=jnp.int32) for where in (first, ~first)])
+            outliers = jnp.stack([jnp.sum(some, dtype=jnp.int32) for some in (far[:, :1], far[:, 1:])])
             outputs = outputs.reshape(-1, hidden_size)
             weights = routing.weights[layer].astype(jnp.float32).reshape(-1, 1)
             read = None

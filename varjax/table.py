@@ -80,7 +80,7 @@ def _lookup(table: RouteTable, contexts: Array) -> Array:
     if table.first_open:
         first = contexts[..., -2] == NONE
         spared = jnp.isin(jnp.arange(table.num_layers), jnp.array(table.first_open))
-        row = jnp.where(spared[:, None, None] & first, ABSENT, row)
+        row = jnp.where(spared[:, None, None] & first[None], ABSENT, row)
     return row
 
 

@@ -276,5 +276,7 @@ def run_pass(
 
 def _window(leaf: jax.Array, device: int) -> np.ndarray:
     """Row `device` of [G, ...]; what another process holds comes over the network, one array at a time."""
+    if leaf.size == 0:
+        return np.zeros(leaf.shape[1:], leaf.dtype)  # JAX does not say who holds what of nothing
     own = (shard for shard in leaf.addressable_shards if (shard.index[0].start or 0) == device)
     return np.asarray(next(own).data)[0] if leaf.is_fully_addressable else np.asarray(leaf[device])

@@ -90,7 +90,7 @@ def test_a_policy_is_found(model, known, stats, answers):
     found = search(Subject(model, stats, answers, VARConfig(), known[-40:], **READING), budget=0.5)
     assert found.chosen.degradation <= 0.5
     assert found.chosen.experts_per_token < model.config.top_k
-    assert {choice.layer for one in found.single for choice in one.choices} == {0, 1}
+    assert {choice.layer for one in found.path for choice in one.choices} == {0, 1}
 
 
 def test_a_trace_has_the_layers_with_experts(model, known, tmp_path):
