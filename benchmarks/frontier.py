@@ -1,0 +1,166 @@
+"""The frontier of a model: how much of its experts' work answers save, against what that costs, on several texts.
+
+    python -m benchmarks.frontier --model checkpoints/smollm2 --routing_stats S.parquet --answers A.safetensors \\
+        B.safetensors --texts books=books.txt wiki=wiki.txt --output results/frontier
+
+For every file of answers and every budget, the policy is searched on the tune split of the embedded corpus. It is
+judged on the test split, from the same kind of text, and on the given files, which are of other kinds. Perplexity on
+text like that of the tables flatters them; the divergence from the plain model does not. What is measured is kept until
+the table is written, so the same command resumes a run that was killed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from analysis.command import path_argument, program
+from analysis.evaluate.nearness import nearness
+from analysis.evaluate.points import MeasuredPoint, Subject, measured, score_point
+from analysis.evaluate.policy_search import Search, search
+from analysis.report.files import write_report
+from analysis.report.output import Output
+from analysis.report.provenance import provenance
+from analysis.report.report import Column, Report, Section, Table, text
+from analysis.resampling import document_counts
+from analysis.steps import Steps, finished_steps
+from analysis.text.corpus import load_documents
+from analysis.text.encoding import Encoded, encode
+from benchmarks import harness
+from models import Model, load_model
+from varjax import VARConfig, VARModel
+from varjax.errors import InputError
+from varjax.model import load_statistics
+from varjax.tablefiles import TableFiles
+
+BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One policy on one text."""
+
+    answers: str  # name of the file
+    budget: float  # relative change in perplexity that the search was allowed on the tune documents
+    text: str
+    saved: float  # share of the experts' runs
+    point: MeasuredPoint  # its dial: the budget
+    divergence: float  # nats per token
+    agreement: float  # share of positions at which both models would write the same token
+
+
+@program
+def main(arguments: Sequence[str] | None) -> None:
+    options = harness.parser(__doc__)
+    options.add_argument("--model", required=True, help="checkpoint directory, or reference")
+    options.add_argument("--routing_stats", type=path_argument, required=True, help="statistics of the model")
+    options.add_argument("--answers", type=path_argument, nargs="+", required=True, help="files of answers to compare")
+    options.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="budgets of the search")
+    options.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="texts of other kinds")
+    options.add_argument("--tune_samples", type=int, default=60, help="documents of the search")
+    options.add_argument("--num_samples", type=int, default=60, help="documents of each text that judges")
+    options.add_argument("--batch_size", type=int, default=8, help="windows of a batch")
+    options.add_argument("--max_length", type=int, default=256, help="tokens of a window")
+    options.add_argument("--output", type=path_argument, default=Path("results/frontier"), help="where to write")
+    args = options.parse_args(arguments)
+    output = Output.of(args.output, "frontier")
+    asked = {name: value for name, value in vars(args).items() if name != "output"}
+    with output.locked(), finished_steps(output, {name: str(value) for name, value in asked.items()}) as steps:
+        model = load_model(args.model)
+        read = partial(_documents, model)
+        tune = read("embedded", "tune", args.tune_samples)
+        texts = {"test": read("embedded", "test", args.num_samples)}
+        for one in args.texts:
+            name, found, path = one.partition("=")
+            if not found or name in texts:
+                raise InputError(f"--texts {one}: expected NAME=FILE, with a name of its own")
+            texts[name] = read(path, None, args.num_samples)
+        folder = output.other("frontier_losses")
+        reading = {"batch_size": args.batch_size, "max_length": args.max_length, "folder": folder}
+        rows: list[Row] = []
+        for path in args.answers:
+            files = TableFiles.find(args.routing_stats, path)
+            stats, answers = load_statistics(model, files)
+            assert answers is not None
+            subject = Subject(model, stats, answers, VARConfig(cache_size=0), tune, **reading)
+            rows += _rows(steps, subject, path.name.split(".")[0], args.budgets, texts)
+        said = write_report(
+            lambda: _report(model, rows, texts), output, extra={"rows": rows, "provenance": provenance(seed=0)}
+        )
+    print(text(said))
+
+
+def _documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:
+    return encode(load_documents(dataset, split=split, limit=limit), model.tokenizer, model.config)
+
+
+def _rows(
+    steps: Steps, subject: Subject, name: str, budgets: Sequence[float], texts: dict[str, list[Encoded]]
+) -> list[Row]:
+    """Every budget on every text, with one file of answers."""
+    rows = []
+    for budget in budgets:
+        found = steps.do(f"search-{name}-{budget}", Search, partial(search, subject, budget=budget))
+        for kind, documents in texts.items():
+            judged = dataclasses.replace(subject, documents=documents)
+            row = partial(_row, judged, found.config, name, budget, kind)
+            rows.append(steps.do(f"row-{name}-{budget}-{kind}", Row, row))
+    return rows
+
+
+def _row(judged: Subject, config: VARConfig, name: str, budget: float, kind: str) -> Row:
+    """One policy on the documents of a subject."""
+    model, table = judged.model, judged.build(config)
+    plain = score_point(judged)
+    counts = document_counts(len(plain.nll), judged.samples, judged.seed)
+    point = measured(budget, plain, score_point(judged, config, table), counts)
+    var_model = VARModel(model, config, table)
+    near = nearness(
+        model, var_model, judged.documents, batch_size=judged.batch_size, max_length=judged.max_length
+    ).summary()
+    saved = 1 - point.experts_per_token / model.config.top_k
+    return Row(name, budget, kind, saved, point, near["divergence"]["value"], near["agreement"]["value"])
+
+
+def _report(model: Model, rows: Sequence[Row], texts: dict[str, list[Encoded]]) -> Report:
+    columns = (
+        *(Column("answers"), Column("budget", ".2%"), Column("text"), Column("work saved", ".1%")),
+        *(Column("perplexity", "+.2%"), Column("low", "+.2%"), Column("high", "+.2%")),
+        *(Column("divergence [nats]", ".4f"), Column("agreement", ".1%")),
+    )
+    body = [
+        (
+            row.answers,
+            row.budget,
+            row.text,
+            row.saved,
+            change.value,
+            change.low,
+            change.high,
+            row.divergence,
+            row.agreement,
+        )
+        for row in rows
+        for change in (row.point.degradation,)
+    ]
+    sizes = ", ".join(f"{name}: {sum(len(one.ids) for one in documents):,}" for name, documents in texts.items())
+    words = (
+        "Work saved: the share of the experts' runs that are left out, maps of affine answers not counted. Perplexity: "
+        "relative change, with a 95% interval over documents. Divergence and agreement: from the plain model.",
+    )
+    section = Section(
+        "frontier",
+        "Work saved against quality",
+        "reported",
+        f"{len(rows)} points",
+        words,
+        (Table("Policies", columns, tuple(body)),),
+    )
+    facts = (("model", model.name), ("tokens", sizes))
+    return Report("The frontier of answers", facts, (), (section,))
+
+
+if __name__ == "__main__":
+    main()
