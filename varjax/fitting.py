@@ -20,7 +20,8 @@ more occurrences, is not corrected.)
     maps = fit(moments, held_out, rank=64)
 
 Reduced rank follows Izenman (1975): the directions written are the leading ones of what the full maps predict. The
-directions read are the leading ones of all experts' maps together, in units of the inputs' spread.
+directions read are the leading ones of all experts' maps together, in units of the inputs' spread. Where D^2 sums per
+expert do not fit the memory, only Q directions of the inputs are looked at, a basis given beforehand.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_divergences_are_those_of_small_errors(subject, everything):
     ids = jnp.asarray(np.stack([one.ids[:16] for one in subject.documents]))
     mask = jnp.ones(ids.shape, bool)
     given = {"network": model.network, "config": everything, "layers": layers}
-    draws = [_errors(model.params, table, ids, mask, jax.random.key(seed), **given) for seed in range(150)]
+    draws = [_errors(model.params, table, ids, mask, jax.random.key(seed), **given) for seed in range(80)]
     valid = np.asarray(draws[0][2])[..., -1, 0]  # [A, B], of the best slot
     predicted = np.mean([np.asarray(divergence) for _, divergence, _ in draws], axis=0)[..., -1, 0]
 
@@ -83,7 +83,7 @@ def test_divergences_are_those_of_small_errors(subject, everything):
         divergence = jnp.sum(jnp.exp(target) * (target - jax.nn.log_softmax(out.logits[:, -1])), axis=-1) / factor**2
         real, expected = np.asarray(divergence)[valid[layer]], predicted[layer][valid[layer]]
         assert len(real) > 10
-        assert expected.sum() == pytest.approx(real.sum(), rel=0.15)
+        assert expected.sum() == pytest.approx(real.sum(), rel=0.2)
 
 
 def test_prices_are_those_of_the_cheaper_half(subject, everything):
