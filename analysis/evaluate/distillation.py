@@ -131,19 +131,15 @@ class _Changed(LayerAnswers):
     @classmethod
     def of(cls, known: LayerAnswers, layer: _Layer, changes: _Changes) -> Self:
         """The answers of a table under the changes."""
-        own = _fields(known)
+        own = dict(vars(known))
         if known.affine is not None:
-            own["affine"] = _ChangedMap(**_fields(_moved(known.affine, changes.maps)), inputs=layer.inputs)
+            own["affine"] = _ChangedMap(**vars(_moved(known.affine, changes.maps)), inputs=layer.inputs)
         return cls(**own, correction=changes.means, unit=layer.unit, line=layer.line)
 
     def rows(self, answer: Array) -> Array:
         """float32 [..., D]: the means of some answers, corrected."""
         found = self.correction.at[self.line[answer]].get(mode="fill", fill_value=0)  # [..., C, D]
         return super().rows(answer) + self.unit * jnp.sum(found, axis=-2)
-
-
-def _fields(node: Any) -> dict[str, Any]:
-    return {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
 
 
 @jax.jit

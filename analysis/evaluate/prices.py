@@ -199,8 +199,7 @@ def _errors(
     def likelihood(added: tuple[Array, ...]) -> tuple[Array, Any]:
         known = list(table.answers or ())
         for a, layer in enumerate(layers):
-            own = {field.name: getattr(known[layer], field.name) for field in dataclasses.fields(LayerAnswers)}
-            known[layer] = _Probe(**own, added=added[a])
+            known[layer] = _Probe(**vars(known[layer]), added=added[a])
         changed = dataclasses.replace(plan, answers=tuple(known))
         out = network.forward(params, ids, attention_mask=mask, plan=changed, recorded_layers=layers)
         drawn = jax.random.categorical(key, jax.lax.stop_gradient(out.logits))

@@ -6,7 +6,7 @@ Letters: L layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,16 +149,13 @@ def stacked_tiers(axis: Any, layers: Sequence[Mapping[str, float]]) -> None:
     axis.yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def quality_against_experts(
-    series: Mapping[str, Sequence[tuple[float, float]]], budget: float, caption: str, dots: Collection[str] = ()
-) -> Figure:
+def quality_against_experts(series: Mapping[str, Sequence[tuple[float, float]]], budget: float, caption: str) -> Figure:
     """Draw the change in perplexity against the number of experts.
 
     Args:
         series: name -> points (experts per token and layer, relative change in perplexity).
         budget: the acceptable change, drawn as a line.
         caption: title, which says which documents were scored.
-        dots: names of series whose points are not joined by a line.
 
     Returns:
         The figure.
@@ -167,7 +164,7 @@ def quality_against_experts(
     for index, (name, points) in enumerate(series.items()):
         experts, change = np.array(sorted(points)).T
         gray = str(0.6 * index / max(len(series) - 1, 1))
-        line = "-" if len(points) > 1 and name not in dots else ""
+        line = "-" if len(points) > 1 else ""
         axis.plot(experts, 100 * change, line, color=gray, marker=MARKERS[index % len(MARKERS)], label=name)
     axis.axhline(100 * budget, color="0.6", linewidth=0.8, linestyle="--")
     axis.axhline(0, color="0.8", linewidth=0.8)
