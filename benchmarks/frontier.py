@@ -66,8 +66,8 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--output", type=path_argument, default=Path("results/frontier"), help="where to write")
     args = options.parse_args(arguments)
     output = Output.of(args.output, "frontier")
-    asked = {name: value for name, value in vars(args).items() if name != "output"}
-    with output.locked(), finished_steps(output, {name: str(value) for name, value in asked.items()}) as steps:
+    run = {name: str(value) for name, value in vars(args).items() if name != "output"}
+    with output.locked(), finished_steps(output, run) as steps:
         model = load_model(args.model)
         read = partial(_documents, model)
         tune = read("embedded", "tune", args.tune_samples)
