@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from analysis.command import path_argument, program
+from analysis.command import name_argument, path_argument, program
 from analysis.evaluate.nearness import nearness
 from analysis.evaluate.points import MeasuredPoint, Subject, measured, score_point
 from analysis.evaluate.policy_search import Search, search
@@ -54,7 +54,7 @@ class Row:
 @program
 def main(arguments: Sequence[str] | None) -> None:
     options = harness.parser(__doc__)
-    options.add_argument("--model", required=True, help="checkpoint directory, or reference")
+    options.add_argument("--model", type=name_argument, required=True, help="checkpoint directory, or reference")
     options.add_argument("--routing_stats", type=path_argument, required=True, help="statistics of the model")
     options.add_argument("--answers", type=path_argument, nargs="+", required=True, help="files of answers to compare")
     options.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="budgets of the search")
