@@ -15,16 +15,17 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from analysis.command import name_argument, path_argument, program
 from analysis.evaluate.nearness import nearness
-from analysis.evaluate.points import MeasuredPoint, Subject, measured, score_point
+from analysis.evaluate.points import Subject
 from analysis.evaluate.policy_search import Search, search
 from analysis.report.files import write_report
 from analysis.report.output import Output
 from analysis.report.provenance import provenance
 from analysis.report.report import Column, Report, Section, Table, text
-from analysis.resampling import document_counts
+from analysis.resampling import Estimate
 from analysis.steps import Steps, finished_steps
 from analysis.text.corpus import load_documents
 from analysis.text.encoding import Encoded, encode
@@ -33,6 +34,7 @@ from models import Model, load_model
 from varjax import VARConfig, VARModel
 from varjax.errors import InputError
 from varjax.model import load_statistics
+from varjax.table import with_policies
 from varjax.tablefiles import TableFiles
 
 BUDGETS = (0.0025, 0.005, 0.01, 0.02, 0.04)
@@ -46,7 +48,7 @@ class Row:
     budget: float  # relative change in perplexity that the search was allowed on the tune documents
     text: str
     saved: float  # share of the experts' runs
-    point: MeasuredPoint  # its dial: the budget
+    degradation: Estimate  # relative change in perplexity per token
     divergence: float  # nats per token
     agreement: float  # share of positions at which both models would write the same token
 
@@ -100,28 +102,37 @@ def _rows(
     steps: Steps, subject: Subject, name: str, budgets: Sequence[float], texts: dict[str, list[Encoded]]
 ) -> list[Row]:
     """Every budget on every text, with one file of answers."""
+    configs = [
+        steps.do(f"search-{name}-{budget}", Search, partial(search, subject, budget=budget)).config
+        for budget in budgets
+    ]
+    table = subject.build(configs[0])
+    under = partial(with_policies, table, stats=subject.stats, answers=subject.answers)
+    var_models = [VARModel(subject.model, config, under(config=config)) for config in configs]
     rows = []
-    for budget in budgets:
-        found = steps.do(f"search-{name}-{budget}", Search, partial(search, subject, budget=budget))
-        for kind, documents in texts.items():
-            judged = dataclasses.replace(subject, documents=documents)
-            row = partial(_row, judged, found.config, name, budget, kind)
-            rows.append(steps.do(f"row-{name}-{budget}-{kind}", Row, row))
+    for kind, documents in texts.items():
+        judge = partial(_judged, var_models, documents, subject, name, budgets, kind)
+        rows += steps.do(f"rows-{name}-{kind}", list[Row], judge)
     return rows
 
 
-def _row(judged: Subject, config: VARConfig, name: str, budget: float, kind: str) -> Row:
-    """One policy on the documents of a subject."""
-    model, table = judged.model, judged.build(config)
-    plain = score_point(judged)
-    counts = document_counts(len(plain.nll), judged.samples, judged.seed)
-    point = measured(budget, plain, score_point(judged, config, table), counts)
-    var_model = VARModel(model, config, table)
-    near = nearness(
-        model, var_model, judged.documents, batch_size=judged.batch_size, max_length=judged.max_length
-    ).summary()
-    saved = 1 - point.experts_per_token / model.config.top_k
-    return Row(name, budget, kind, saved, point, near["divergence"]["value"], near["agreement"]["value"])
+def _judged(
+    var_models: Sequence[VARModel],
+    documents: Sequence[Encoded],
+    subject: Subject,
+    name: str,
+    budgets: Sequence[float],
+    kind: str,
+) -> list[Row]:
+    """Every policy on the documents of a text."""
+    reading: dict[str, Any] = {"batch_size": subject.batch_size, "max_length": subject.max_length}
+    rows = []
+    for budget, near in zip(budgets, nearness(subject.model, var_models, documents, **reading), strict=True):
+        saved = 1 - near.experts_per_token / subject.model.config.top_k
+        said = near.summary()
+        also = said["divergence"]["value"], said["agreement"]["value"]
+        rows.append(Row(name, budget, kind, saved, near.degradation(), *also))
+    return rows
 
 
 def _report(model: Model, rows: Sequence[Row], texts: dict[str, list[Encoded]]) -> Report:
@@ -143,7 +154,7 @@ def _report(model: Model, rows: Sequence[Row], texts: dict[str, list[Encoded]]) 
             row.agreement,
         )
         for row in rows
-        for change in (row.point.degradation,)
+        for change in (row.degradation,)
     ]
     sizes = ", ".join(f"{name}: {sum(len(one.ids) for one in documents):,}" for name, documents in texts.items())
     words = (

@@ -261,8 +261,8 @@ def _evaluate_on(
         result["cached_tier"] = {**vars(caching), "unit": "seconds"} if config.cache_size > 0 else None
         config.save(output.main(".var_config.json"), files)
     if args.nearness and var_model.table is not None:
-        near = partial(nearness, model, var_model, documents, caching, stride=args.stride, **reading)
-        result["nearness"] = steps.do("nearness", dict[str, Any], lambda: near().summary(seed=args.seed))
+        near = partial(nearness, model, [var_model], documents, caching, stride=args.stride, **reading)
+        result["nearness"] = steps.do("nearness", dict[str, Any], lambda: near()[0].summary(seed=args.seed))
     if not args.no_throughput:
         timing = {"repeats": args.repeats, "seconds_per_token": caching.seconds_per_token}
         timed = partial(measure, var_model, documents, **timing, **reading)

@@ -11,6 +11,7 @@ model under VAR drafted and the plain model verified, that is how often a greedy
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.evaluate.losses import INDEPENDENT, Caching, plain_runner, var_runner
+from analysis.evaluate.losses import INDEPENDENT, Caching, plain_runner, token_nll, var_runner
 from analysis.resampling import Estimate, document_counts
 from analysis.text.batches import batches
 from analysis.text.encoding import Encoded
@@ -26,6 +27,7 @@ from models import Model
 from models.placement import to_host
 from varjax.model import VARModel
 from varjax.progress import progress_bar
+from varjax.step import summary
 from varjax.transfer import to_device
 
 
@@ -35,7 +37,26 @@ class Nearness:
 
     divergence: np.ndarray  # float64 [N], summed over the document's scored positions, nats
     agreements: np.ndarray  # int64 [N], positions at which both would write the same token
+    added: np.ndarray  # float64 [N], by how much the document's loss is higher under VAR, nats
     tokens: np.ndarray  # int64 [N], scored positions
+    experts_per_token: float  # mean over tokens and layers
+
+    def degradation(self, samples: int = 2000, seed: int = 0) -> Estimate:
+        """The relative change in perplexity per token, with a 95% percentile interval over documents.
+
+        Args:
+            samples: bootstrap draws.
+            seed: of the draws.
+
+        Returns:
+            The estimate.
+        """
+        return Estimate(*map(math.expm1, dataclasses.astuple(self._mean(self.added, samples, seed))))
+
+    def _mean(self, of: np.ndarray, samples: int, seed: int) -> Estimate:
+        counts = document_counts(len(self.tokens), samples, seed)
+        low, high = np.quantile(counts @ of / (counts @ self.tokens), [0.025, 0.975])
+        return Estimate(float(of.sum() / self.tokens.sum()), float(low), float(high))
 
     def summary(self, samples: int = 2000, seed: int = 0) -> dict[str, Any]:
         """The mean over all positions, with 95% percentile intervals over documents.
@@ -47,18 +68,15 @@ class Nearness:
         Returns:
             `divergence`, nats per token, and `agreement`, each with `value`, `low` and `high`, and `tokens`.
         """
-        counts = document_counts(len(self.tokens), samples, seed)
         found: dict[str, Any] = {"tokens": int(self.tokens.sum())}
         for name, of in (("divergence", self.divergence), ("agreement", self.agreements)):
-            low, high = np.quantile(counts @ of / (counts @ self.tokens), [0.025, 0.975])
-            value = float(of.sum() / self.tokens.sum())
-            found[name] = dataclasses.asdict(Estimate(value, float(low), float(high)))
+            found[name] = dataclasses.asdict(self._mean(of, samples, seed))
         return found
 
 
 def nearness(
     model: Model,
-    var_model: VARModel,
+    var_models: Sequence[VARModel],
     documents: Sequence[Encoded],
     caching: Caching = INDEPENDENT,
     *,
@@ -66,39 +84,50 @@ def nearness(
     max_length: int = 256,
     stride: int | None = None,
     progress: bool = True,
-) -> Nearness:
+) -> list[Nearness]:
     """Compare the model under VAR with the plain model on given texts.
 
     Args:
-        model: the plain model.
-        var_model: the same model under VAR.
+        model: the plain model, which reads the texts once.
+        var_models: the same model under VAR, with one policy or several.
         documents: in token ids.
         caching: which documents share a cached tier.
         batch_size, max_length, stride: as in `analysis.evaluate.losses.score`.
         progress: show a bar on standard error.
 
     Returns:
-        Divergence and agreement of every document.
+        What became of every document, for each of `var_models`.
     """
-    divergence, agreements, tokens = np.zeros(len(documents)), *np.zeros((2, len(documents)), np.int64)
-    plain, changed = plain_runner(model), var_runner(var_model, caching)
-    state = caching.init(var_model, batch_size)
-    one_by_one = state is not None and state.own_caches
+    plain, changed = plain_runner(model), [var_runner(one, caching) for one in var_models]
+    states = [caching.init(one, batch_size) for one in var_models]
+    sums, tokens = np.zeros((len(var_models), 3, len(documents))), np.zeros(len(documents), np.int64)
+    one_by_one = any(state is not None and state.own_caches for state in states)
     read = progress_bar(documents, unit="document", desc="nearness", show=progress)
     for batch in batches(read, batch_size, max_length, stride, one_by_one=one_by_one):
         teacher, _ = plain(None, batch)
-        logits, state = changed(state, batch)
-        apart, same = map(to_host, _compared(teacher, logits, to_device(batch.scored)))
+        targets, scored = to_device((batch.targets, batch.scored))
         owned = batch.documents >= 0
-        for total, values in ((divergence, apart.astype(np.float64)), (agreements, same), (tokens, batch.scored)):
-            np.add.at(total, batch.documents[owned], values.sum(axis=1)[owned])
-    return Nearness(divergence, agreements, tokens)
+        np.add.at(tokens, batch.documents[owned], batch.scored.sum(axis=1)[owned])
+        for number, run in enumerate(changed):
+            logits, states[number] = run(states[number], batch)
+            for total, values in zip(sums[number], _compared(teacher, logits, targets, scored), strict=True):
+                each = to_host(values).astype(np.float64).sum(axis=1)
+                np.add.at(total, batch.documents[owned], each[owned])
+    most = model.config.top_k
+    ran = [float(most) if one is None else summary(one.counters, most)["experts_per_token"] for one in states]
+    return [
+        Nearness(apart, same.astype(np.int64), added, tokens, experts)
+        for (apart, same, added), experts in zip(sums, ran, strict=True)
+    ]
 
 
 @jax.jit
-def _compared(teacher: jax.Array, logits: jax.Array, scored: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """float32 [B, T], nats, and bool [B, T]: divergence and agreement of logits [B, T, V]; 0 where not scored."""
+def _compared(
+    teacher: jax.Array, logits: jax.Array, targets: jax.Array, scored: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Divergence in nats, agreement, and added loss of logits [B, T, V], each [B, T]; 0 where not scored."""
     target, other = jax.nn.log_softmax(teacher), jax.nn.log_softmax(logits)
     divergence = jnp.sum(jnp.exp(target) * (target - other), axis=-1)
     same = jnp.argmax(teacher, axis=-1) == jnp.argmax(logits, axis=-1)
-    return jnp.where(scored, divergence, 0), same & scored
+    added = token_nll(logits, targets, scored) - token_nll(teacher, targets, scored)
+    return jnp.where(scored, divergence, 0), same & scored, added

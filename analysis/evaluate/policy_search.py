@@ -7,8 +7,8 @@ weight times that of its answer) reaches the tolerance. So the least error is sp
 token, and 0 to K experts run. The layers differ in what an error costs; one backward pass measures that
 (`analysis.evaluate.prices`), and then a single price for all layers determines every tolerance.
 
-How high the price may be is not predicted but measured: bisection finds the highest one at which the loss on the tuning
-documents stays within the budget.
+How high the price may be is not predicted but measured: interpolation finds the highest one at which the loss on the
+tuning documents stays within the budget.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from varjax.table import with_policies
 
 FREQUENT = 5  # occurrences that a key needs before its answers are used
 _FINEST = 1.05  # ratio of two prices between which nothing is tried
+_NEAR = 0.97  # share of the budget that is near enough
 _STRIDE = 8.0  # the largest ratio of two prices that are tried one after the other
 _MOST = 14  # prices that are tried
 
@@ -85,26 +86,37 @@ def search(subject: Subject, *, budget: float | None = None, frequency_threshold
 
     chosen = Measured((), 0.0, most)
     tried = [chosen]
-    low, high = 0.0, math.inf  # prices: `low` is within the budget, `high` is not
+    within, beyond = (
+        (0.0, 0.0),
+        (math.inf, math.inf),
+    )  # the nearest prices on both sides of the budget, and their losses
     price = prices.at(budget) or prices.highest / 1000
-    while budget >= 0 and len(tried) <= _MOST and high > low * _FINEST:
+    while budget >= 0 and len(tried) <= _MOST and beyond[0] > within[0] * _FINEST:
         tried.append(measured(prices.choices(price)))
         loss = tried[-1].degradation
         if loss <= budget:
-            low, chosen = price, tried[-1]
-            if price >= prices.highest:
+            within, chosen = (price, loss), tried[-1]
+            if price >= prices.highest or loss >= _NEAR * budget:
                 break
         else:
-            high = price
-        if low > 0 and high < math.inf:
-            price = math.sqrt(low * high)
-        else:
-            factor = budget / loss if loss > 0 else math.inf  # losses grow about as prices do
-            price *= min(max(factor, 1 / _STRIDE), _STRIDE) * (1.1 if loss <= budget else 0.9)
-            price = min(price, prices.highest)
+            beyond = price, loss
+        price = min(_next_price(within, beyond, price, loss, budget), prices.highest)
     bar.close()
     ordered = tuple(sorted(tried, key=lambda point: -point.experts_per_token))
     return Search(config_of(chosen.choices), chosen, prices, ordered)
+
+
+def _next_price(
+    within: tuple[float, float], beyond: tuple[float, float], price: float, loss: float, budget: float
+) -> float:
+    """The price to try after `price`, whose loss is known: losses grow about as a power of the price."""
+    aim = budget * (1 + _NEAR) / 2
+    if within[0] > 0 and beyond[0] < math.inf:
+        known = 0 < within[1] < aim
+        share = math.log(aim / within[1]) / math.log(beyond[1] / within[1]) if known else 0.5
+        return within[0] * (beyond[0] / within[0]) ** min(max(share, 0.1), 0.9)
+    factor = aim / loss if loss > 0 else math.inf
+    return price * min(max(factor, 1 / _STRIDE), _STRIDE) * (1.1 if loss <= budget else 0.9)
 
 
 def policies(

@@ -48,7 +48,7 @@ def test_the_frontier_on_two_texts(files, model_directory, tmp_path, monkeypatch
         patch.setattr(frontier, "_report", None)  # a fault in the report
         with pytest.raises(TypeError):
             frontier.main(asked)
-    for name in ("_row", "search"):
+    for name in ("_judged", "search"):
         monkeypatch.setattr(frontier, name, lambda *_, **__: pytest.fail("it was measured already"))
     frontier.main(asked)
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
