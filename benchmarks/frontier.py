@@ -5,20 +5,20 @@
 
 For every file of answers and every budget, the policy is searched on the tune split of the embedded corpus. It is
 judged on the test split, from the same kind of text, and on the given files, which are of other kinds. Perplexity on
-text like that of the tables flatters them; the divergence from the plain model does not. What is measured is kept until
-the table is written, so the same command resumes a run that was killed.
+text like that of the tables flatters them; the divergence from the plain model does not. The policies are written too,
+for experiments/02_evaluate_var.py. What is measured is kept until the table is written, so the same command resumes a
+run that was killed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from analysis.command import name_argument, path_argument, program
-from analysis.evaluate.nearness import nearness
+from analysis.evaluate.nearness import Nearness, nearness
 from analysis.evaluate.points import Subject
 from analysis.evaluate.policy_search import Search, search
 from analysis.report.files import write_report
@@ -87,7 +87,11 @@ def main(arguments: Sequence[str] | None) -> None:
             stats, answers = load_statistics(model, files)
             assert answers is not None
             subject = Subject(model, stats, answers, VARConfig(cache_size=0), tune, **reading)
-            rows += _rows(steps, subject, path.name.split(".")[0], args.budgets, texts)
+            name = path.name.split(".")[0]
+            configs = {budget: _found(steps, subject, name, budget) for budget in args.budgets}
+            for budget, config in configs.items():
+                config.save(output.other(f"{name}-{budget}.var_config.json"), files)
+            rows += _rows(steps, subject, name, configs, texts)
         said = write_report(
             lambda: _report(model, rows, texts), output, extra={"rows": rows, "provenance": provenance(seed=0)}
         )
@@ -98,40 +102,26 @@ def _documents(model: Model, dataset: str, split: str | None, limit: int) -> lis
     return encode(load_documents(dataset, split=split, limit=limit), model.tokenizer, model.config)
 
 
+def _found(steps: Steps, subject: Subject, name: str, budget: float) -> VARConfig:
+    """The policy that is found within a budget."""
+    return steps.do(f"search-{name}-{budget}", Search, partial(search, subject, budget=budget)).config
+
+
 def _rows(
-    steps: Steps, subject: Subject, name: str, budgets: Sequence[float], texts: dict[str, list[Encoded]]
+    steps: Steps, subject: Subject, name: str, configs: Mapping[float, VARConfig], texts: Mapping[str, list[Encoded]]
 ) -> list[Row]:
-    """Every budget on every text, with one file of answers."""
-    configs = [
-        steps.do(f"search-{name}-{budget}", Search, partial(search, subject, budget=budget)).config
-        for budget in budgets
-    ]
-    table = subject.build(configs[0])
+    """The policies of every budget on every text, with one file of answers."""
+    table = subject.build(next(iter(configs.values())))
     under = partial(with_policies, table, stats=subject.stats, answers=subject.answers)
-    var_models = [VARModel(subject.model, config, under(config=config)) for config in configs]
+    var_models = [VARModel(subject.model, config, under(config=config)) for config in configs.values()]
     rows = []
     for kind, documents in texts.items():
-        judge = partial(_judged, var_models, documents, subject, name, budgets, kind)
-        rows += steps.do(f"rows-{name}-{kind}", list[Row], judge)
-    return rows
-
-
-def _judged(
-    var_models: Sequence[VARModel],
-    documents: Sequence[Encoded],
-    subject: Subject,
-    name: str,
-    budgets: Sequence[float],
-    kind: str,
-) -> list[Row]:
-    """Every policy on the documents of a text."""
-    reading: dict[str, Any] = {"batch_size": subject.batch_size, "max_length": subject.max_length}
-    rows = []
-    for budget, near in zip(budgets, nearness(subject.model, var_models, documents, **reading), strict=True):
-        saved = 1 - near.experts_per_token / subject.model.config.top_k
-        said = near.summary()
-        also = said["divergence"]["value"], said["agreement"]["value"]
-        rows.append(Row(name, budget, kind, saved, near.degradation(), *also))
+        judge = partial(nearness, subject.model, var_models, documents, batch_size=subject.batch_size)
+        judge = partial(judge, max_length=subject.max_length)
+        for budget, near in zip(configs, steps.do(f"judge-{name}-{kind}", list[Nearness], judge), strict=True):
+            saved, said = 1 - near.experts_per_token / subject.model.config.top_k, near.summary()
+            also = said["divergence"]["value"], said["agreement"]["value"]
+            rows.append(Row(name, budget, kind, saved, near.degradation(), *also))
     return rows
 
 

@@ -8,7 +8,7 @@ from analysis.collect.answers import collect_answers
 from analysis.collect.maps import with_maps
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from benchmarks import frontier
-from varjax import answersfile, statsfile
+from varjax import VARConfig, answersfile, statsfile
 
 READING = {"batch_size": 20, "max_length": 16, "progress": False}
 
@@ -48,9 +48,10 @@ def test_the_frontier_on_two_texts(files, model_directory, tmp_path, monkeypatch
         patch.setattr(frontier, "_report", None)  # a fault in the report
         with pytest.raises(TypeError):
             frontier.main(asked)
-    for name in ("_judged", "search"):
+    for name in ("nearness", "search"):
         monkeypatch.setattr(frontier, name, lambda *_, **__: pytest.fail("it was measured already"))
     frontier.main(asked)
+    assert VARConfig.load(tmp_path / "out" / "affine-0.02.var_config.json").policy(0) is not None
     rows = json.loads((tmp_path / "out" / "frontier.json").read_text())["rows"]
     assert [(row["answers"], row["text"]) for row in rows] == [("affine", "test"), ("affine", "own")]
     assert all(0 <= row["saved"] <= 1 and row["divergence"] >= 0 and 0 <= row["agreement"] <= 1 for row in rows)
