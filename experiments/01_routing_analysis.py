@@ -63,7 +63,12 @@ def main(arguments: Sequence[str] | None) -> None:
         ("answer_min_count", int, defaults.answer_min_count, "minimum number of occurrences of a key with answers"),
         ("answer_rank", int, defaults.answer_rank, "rank of the maps that make answers affine; 0 for constant answers"),
         ("map_tokens", int, defaults.map_tokens, "tokens of the documents from which the maps are fitted"),
-        ("held_out_split", str, "tune", "split that chooses how far the maps are trusted; do not report results on it"),
+        (
+            "held_out_split",
+            str,
+            "tune",
+            "split that chooses the ridge of the maps and measures their error; do not report results on it",
+        ),
         ("trace_tokens", int, 200_000, "tokens in the trace; 0 for no trace"),
         ("save_tokens", int, defaults.save_tokens, "tokens between checkpoints"),
         ("stats_gib", float, defaults.stats_bytes / GIB, "memory for statistics per device, in GiB"),

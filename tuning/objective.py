@@ -29,7 +29,7 @@ from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.certificate import CLIP
 from analysis.evaluate.losses import Losses, score, var_runner
 from analysis.evaluate.points import Subject, score_point
-from analysis.evaluate.policy_search import policies
+from analysis.evaluate.policy_search import config_with
 from analysis.evaluate.prices import Choice, Prices, measure_prices
 from analysis.resampling import Estimate
 from analysis.text.encoding import Encoded
@@ -137,9 +137,7 @@ class Objective:
     def prices(self) -> Prices:
         """What errors cost on the tune documents."""
         subject = self.subject
-        everywhere = [Choice(layer, 1.0) for layer in subject.answers.layers]
-        layers = policies(everywhere, subject.model.config.num_experts, self.orders)
-        config = dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
+        config = config_with(subject, [Choice(layer, 1.0) for layer in subject.answers.layers])
         return measure_prices(subject, config, with_policies(self._table, config, subject.stats, subject.answers))
 
     @cached_property

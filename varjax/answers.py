@@ -118,9 +118,16 @@ class Answers:
         return self.inputs.shape[-1] > 0
 
     @property
+    def affine(self) -> np.ndarray:
+        """bool [A], the layers whose answers read the hidden state: those with a map that adds something."""
+        if self.maps is None:
+            return np.zeros(len(self.layers), bool)
+        return np.asarray(self.maps.mix.any(axis=(1, 2, 3)))
+
+    @property
     def useful_orders(self) -> tuple[int, ...]:
         """The orders that a search lets answer: an answer for every token (order 0) is of use only if it is affine."""
-        return tuple(order for order in self.ngram_orders if order > 0 or self.maps is not None)
+        return tuple(order for order in self.ngram_orders if order > 0 or self.affine.any())
 
     @property
     def ngram_orders(self) -> tuple[int, ...]:

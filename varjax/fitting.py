@@ -40,11 +40,10 @@ from jax import Array, lax
 from varjax.affine import Maps
 from varjax.answers import OUTLIER, Answers
 from varjax.errors import InputError
-from varjax.keys import ANY
 from varjax.routing import NO_ANSWER, Routing
 from varjax.shrinkage import inherit, shrunk
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in units of the mean squared input deviation of a dimension
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # in units of the mean diagonal entry of the experts' `gram`
 _TINY = 1e-30
 _BLOCK = 256  # slots of one expert that are multiplied at a time
 
@@ -153,9 +152,7 @@ def targets(
         prior = shrinkage * answers.mass[a].sum() / max(answers.count[a].sum(), 1)
         mass = answers.mass[a] + np.where(estimate.parent == NO_ANSWER, 0, prior)
         per_mass = (own_text / np.where(mass > 0, mass, 1)).astype(np.float32)
-        root = (answers.keys == ANY).all(axis=1)
         entry = inherit(answers.keys, answers.entry[a])
-        entry = np.where(entry == NO_ANSWER, answers.entry[a][root], entry)
         limit = np.float32(OUTLIER * answers.typical[a] if answers.typical[a] > 0 else np.inf)
         rows = entry, estimate.answers, estimate.inputs, limit, per_mass
         found.append(Targets(*rows, None if basis is None else basis[a], layer))
@@ -275,7 +272,7 @@ def fit(moments: Sequence[Moments], held_out: Sequence[Moments], rank: int, basi
         basis: float32 [A, D, Q], as given to `targets`; None: all directions.
 
     Returns:
-        The maps. A layer in which no map explains anything of `held_out` has one that adds nothing.
+        The maps. An expert whose map explains nothing of `held_out` has one that adds nothing.
 
     Raises:
         InputError: `rank` is out of range.
@@ -289,10 +286,9 @@ def fit(moments: Sequence[Moments], held_out: Sequence[Moments], rank: int, basi
         full, ridge = _ridge(ours, theirs)
         read, mix, write = _reduced(ours, full, ridge, rank)
         left = np.array([_missed(read @ m @ write, *held) for m, *held in zip(mix, *theirs, strict=True)])
-        if left.sum() >= theirs[2].sum():
-            read, mix, write, left = np.zeros_like(read), np.zeros_like(mix), write, theirs[2]
-        share = np.clip(left / np.where(theirs[2] > 0, theirs[2], 1), 0, 1)
-        share = np.where(theirs[2] > 0, share, np.clip(left.sum() / max(theirs[2].sum(), _TINY), 0, 1))
+        useless = left >= theirs[2]  # also where the other text has nothing of an expert
+        mix[useless] = 0
+        share = np.where(useless, 1, np.maximum(left, 0) / np.where(useless, 1, theirs[2]))
         found.append((read if basis is None else basis[a] @ read, mix, write, share))
     read, mix, write, share = (np.stack(column) for column in zip(*found, strict=True))
     kind = np.float32
@@ -308,13 +304,13 @@ def _ridge(
     values, vectors = np.linalg.eigh(gram)  # once for all ridges
     turned = vectors.swapaxes(1, 2) @ cross
     best, least = np.zeros_like(cross), np.inf
-    chosen = RIDGES[-1] * unit
+    chosen = RIDGES[-1] * unit + _TINY
     for ridge in RIDGES:
-        divisor = np.maximum(values, 0) + max(ridge * unit, _TINY)
+        divisor = np.maximum(values, 0) + ridge * unit + _TINY
         maps = vectors @ (turned / divisor[..., None])
         missed = sum(_missed(one, *held) for one, *held in zip(maps, *theirs, strict=True))
         if missed < least:
-            best, least, chosen = maps, missed, ridge * unit
+            best, least, chosen = maps, missed, ridge * unit + _TINY
     return best, chosen
 
 

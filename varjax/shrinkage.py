@@ -189,7 +189,7 @@ def most_valuable(answers: Answers, used: Mapping[int, np.ndarray], bound: int, 
     entry = answers.entry.copy()
     for a, layer in enumerate(answers.layers):
         candidates = used[layer][used[layer] != NO_ANSWER]
-        if answers.maps is not None:
+        if answers.affine[a]:
             candidates = np.union1d(candidates, np.setdiff1d(_unconditional(answers, a), [NO_ANSWER]))
         if len(candidates) <= bound:
             continue
@@ -212,10 +212,10 @@ def _worth(answers: Answers, layer: int, shrinkage: float) -> np.ndarray:
     a = answers.layers.index(layer)
     estimate = shrunk(answers, layer, shrinkage)
     silent = estimate.parent == NO_ANSWER
-    if answers.maps is None:
+    if not answers.affine[a]:
         silent |= np.isin(estimate.parent, _unconditional(answers, a))
     away = estimate.answers - np.where(silent[:, None], np.float32(0), estimate.answers[estimate.parent])
-    if answers.maps is not None:
+    if answers.maps is not None and answers.affine[a]:
         moved = estimate.inputs - np.where(silent[:, None], estimate.inputs, estimate.inputs[estimate.parent])
         away -= answers.maps.outputs(a, moved, answers.experts(layer))
     return answers.mass[a] * np.einsum("nd,nd->n", away, away, dtype=np.float64)

@@ -52,7 +52,8 @@ class RouteTable:
     made_with: Array  # float32 [2]
     num_experts: int = field(metadata={"static": True})
     ngram_orders: tuple[int, ...] = field(metadata={"static": True})  # ascending
-    # Layers that leave the first token of a text open, because there its output is an outlier (`varjax.answers`).
+    # Layers that leave the first token of a text open: those in which its output was an outlier (`varjax.answers`), and
+    # those with affine answers of order 0, because no statistics cover a begin token.
     first_open: tuple[int, ...] = field(default=(), metadata={"static": True})
     files_sha256: str = field(default="", metadata={"static": True})  # `TableFiles.digest`; "": built in memory
 
@@ -171,7 +172,7 @@ def build_table(
         made_with=to_device(_made_with(config)),
         num_experts=stats.num_experts,
         ngram_orders=asked if asked and not keep_shapes else tuple(sorted({0, *stats.ngram_orders})),
-        first_open=() if answers is None else tuple(np.array(answers.layers)[answers.outliers[:, 0] > 0].tolist()),
+        first_open=_first_open(answers),
     )
 
 
@@ -194,8 +195,8 @@ def with_policies(
 
     Raises:
         InputError: as `build_table`; the table does not hold all rows of `stats`; its answers were made under
-            another `answer_dtype`, `answer_shrinkage` or `answers_per_layer` than those of `config`; or they have
-            other maps than `answers`.
+            another `answer_dtype`, `answer_shrinkage` or `answers_per_layer` than those of `config`; or their maps
+            have another rank than those of `answers`.
     """
     rows = table.index.keys.shape[0]
     if rows != len(stats.keys) + 1:
@@ -226,7 +227,7 @@ def _check_answers(table: RouteTable, config: VARConfig, answers: Answers | None
         raise InputError(f"answers: {there}; give those that the table was built from")
     if table.answers is None or answers is None or not answers.layers:
         return
-    ours = answers.maps.rank if answers.maps is not None and answers.maps.mix.any() else 0
+    ours = answers.maps.rank if answers.maps is not None and answers.affine.any() else 0
     theirs = max((known.affine.read.shape[1] for known in table.answers if known.affine is not None), default=0)
     if ours != theirs:
         raise InputError(
@@ -310,15 +311,20 @@ def _entries(keys: np.ndarray, answers: Answers | None, num_layers: int, num_exp
         return entries
     every, place = distinct(np.concatenate([answers.keys, keys]))
     unconditional = (every == ANY).all(axis=1)
-    for layer, entry in zip(answers.layers, answers.entry, strict=True):
+    for layer, entry, affine in zip(answers.layers, answers.entry, answers.affine, strict=True):
         known = np.full((len(every), num_experts), NO_ANSWER, np.int32)
         known[place[: len(entry)]] = entry
-        found = inherit(every, np.where(unconditional[:, None], NO_ANSWER, known))
+        found = inherit(every, known if affine else np.where(unconditional[:, None], NO_ANSWER, known))
         found[unconditional] = known[unconditional]
-        if answers.maps is not None:
-            found = np.where(found == NO_ANSWER, known[unconditional], found)
         entries[layer] = found[place[len(entry) :]]
     return entries
+
+
+def _first_open(answers: Answers | None) -> tuple[int, ...]:
+    """The layers that leave the first token of a text to the router."""
+    if answers is None:
+        return ()
+    return tuple(np.array(answers.layers)[(answers.outliers[:, 0] > 0) | answers.affine].tolist())
 
 
 def _eligible(layer: int, policy: LayerPolicy | None, stats: RoutingStats, entry: np.ndarray) -> np.ndarray:

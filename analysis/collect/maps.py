@@ -76,8 +76,8 @@ def with_maps(
     Args:
         model, answers, documents, held_out, shrinkage, reading: see `collect_moments`.
         rank: r of the maps.
-        memory: bytes for the sums on each device. Where all directions of the inputs do not fit, only those are looked
-            at in which the mean inputs differ most.
+        memory: bytes for the sums on each device, which also holds the means. Where all directions of the inputs do
+            not fit, only those are looked at in which the mean inputs differ most.
 
     Returns:
         The answers with their maps.

@@ -32,6 +32,7 @@ from varjax import answers, answersfile, stats, statsfile
 from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.files import remove
+from varjax.fitting import directions_within
 from varjax.keys import ContextCounts, OrderCount
 from varjax.progress import progress_bar
 from varjax.shrinkage import likeliest
@@ -52,7 +53,8 @@ class CollectSettings:
     answer_orders: tuple[int, ...] = (1, 2, 3)  # context orders that get answers; (): none
     answer_min_count: int = 10  # occurrences that a key with answers needs
     stats_bytes: int = 1 << 32  # for statistics on each device; fewer keys are admitted where they would not fit
-    answer_bytes: int = 1 << 32  # for the answers' sums on each device; only the likeliest are taken if need be
+    # For the answers' sums on each device: only the likeliest are taken if need be. Fitting maps takes as much again.
+    answer_bytes: int = 1 << 32
     answer_rank: int = 0  # of the maps that make answers affine; 0: answers are constant
     map_tokens: int = 1 << 18  # of the documents, from which the maps are fitted; an eighth as many are held out
     batch_size: int = 8  # rows per device and batch at `max_length`
@@ -94,6 +96,17 @@ class CollectSettings:
         """The pairs of a key and an expert in each layer that there is memory for, besides those of order 0."""
         one = answers.bytes_a_pair(num_layers, config.num_experts, config.hidden_size, self.answer_rank > 0)
         return max(self.answer_bytes // one - config.num_experts, 0)
+
+    def _check_rank(self, config: MoEConfig, num_layers: int) -> None:
+        """Raises InputError if maps of this rank are impossible, before anything is collected for them."""
+        if self.answer_rank > config.hidden_size:
+            raise InputError(f"answer_rank={self.answer_rank}: expected at most the hidden size, {config.hidden_size}")
+        seen = directions_within(self.answer_bytes, num_layers, config.num_experts, config.hidden_size)
+        if self.answer_rank > seen:
+            raise InputError(
+                f"answer_rank={self.answer_rank}: answer_bytes={self.answer_bytes} hold the sums for rank {seen} at "
+                "most; allow more, or fewer layers"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +154,16 @@ def analyze(
         CorpusError: the documents are not those that a resumed run began with.
     """
     layers = settings._layers_of(model)
-    if settings.answer_rank and held_out is None:
-        raise InputError(f"answer_rank={settings.answer_rank}: fitting maps needs held_out documents, of another split")
+    if settings.answer_rank:
+        settings._check_rank(model.config, len(layers))
+        if held_out is None:
+            raise InputError(f"answer_rank={settings.answer_rank}: maps need held_out documents, of another split")
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}
     run = {
         "model": about | {"implementation": model.engine.name},
         "data": corpus.request,
         "settings": dataclasses.asdict(settings),
+        "held_out": held_out.request if settings.answer_rank and held_out is not None else None,
         "processes": share.of,
         "devices": dict(mesh_of(model).shape),
     }
@@ -196,9 +212,11 @@ def analyze(
     (work / "part.done").touch()
     if share.index > 0:
         return None
-    if not alone:
+    merged = work / "merged.done"
+    if not alone and not merged.exists():
         _wait([path / "part.done" for path in works], progress)
         merge_files([path / STATS for path in works], at.main(".parquet"), origin)
+        merged.touch()  # from here on, the answers may become affine
     path, done = answers_next_to(at.main(".parquet")), work / "maps.done"
     if settings.answer_rank and path.is_file() and not done.exists():
         assert held_out is not None

@@ -115,8 +115,10 @@ class _ChangedMap(AffineMap):
     def centers(self, experts: Array, answer: Array) -> Array:
         """float32 [..., K, r]: the answers' mean inputs behind `read` and their experts' `mix`."""
         read = self.inputs.at[answer].get(mode="clip") @ self.read
-        every = jnp.einsum("...kr,res->...kes", read, self.mix)
-        return jnp.take_along_axis(every, experts[..., None, None], axis=-2, mode="clip")[..., 0, :]
+        # A token's experts are distinct, so each has a place of its own: K times smaller than every slot by every mix.
+        placed = jnp.einsum("...ke,...kr->...er", jax.nn.one_hot(experts, self.mix.shape[1]), read)
+        every = jnp.einsum("...er,res->...es", placed, self.mix)
+        return jnp.take_along_axis(every, experts[..., None], axis=-2, mode="clip")
 
 
 @jax.tree_util.register_dataclass

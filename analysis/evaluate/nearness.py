@@ -5,7 +5,7 @@ Letters: B sequences, T positions, V vocabulary, N documents.
 Perplexity on the kind of text that the tables were built from flatters them: an answer that knows the text better than
 the model lowers it. The Kullback-Leibler divergence from the plain model's next-token distribution counts every change,
 for better or worse. The agreement is the share of positions at which both models would write the same token: if the
-model under VAR drafted and the plain model verified, that is how often a greedy draft would be accepted.
+model under VAR drafted and the plain model verified, about that share of a greedy draft would be accepted.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def nearness(
         progress: show a bar on standard error.
 
     Returns:
-        What became of every document, for each of `var_models`.
+        The comparison of every document, for each of `var_models`.
     """
     plain, changed = plain_runner(model), [var_runner(one, caching) for one in var_models]
     states = [caching.init(one, batch_size) for one in var_models]

@@ -16,11 +16,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from analysis.criteria import MAX_DEGRADATION
 from analysis.evaluate.points import Subject, score_point
 from analysis.evaluate.prices import Choice, Prices, measure_prices
 from varjax.config import LayerPolicy, VARConfig
+from varjax.errors import InputError
 from varjax.progress import progress_bar
 from varjax.table import with_policies
 
@@ -62,16 +64,13 @@ def search(subject: Subject, *, budget: float | None = None, frequency_threshold
 
     Returns:
         The measurements and the chosen config.
+
+    Raises:
+        InputError: a loss is not finite.
     """
     budget = 0.9 * MAX_DEGRADATION if budget is None else budget
-    model, base = subject.model, subject.config
-    plain, most = score_point(subject), float(model.config.top_k)
-    orders = subject.answers.useful_orders
-
-    def config_of(choices: Sequence[Choice]) -> VARConfig:
-        layers = policies(choices, model.config.num_experts, orders, frequency_threshold)
-        return dataclasses.replace(base, default=None, layers=layers, cache_size=0)
-
+    plain, most = score_point(subject), float(subject.model.config.top_k)
+    config_of = partial(config_with, subject, frequency_threshold=frequency_threshold)
     everywhere = config_of([Choice(layer, 1.0) for layer in subject.answers.layers])
     table = subject.build(everywhere)
     prices = measure_prices(subject, everywhere, table)
@@ -82,16 +81,19 @@ def search(subject: Subject, *, budget: float | None = None, frequency_threshold
         found = score_point(subject, config, with_policies(table, config, subject.stats, subject.answers))
         bar.update()
         change = math.expm1(found.nll_per_token - plain.nll_per_token)
+        if not math.isfinite(change):
+            raise InputError(
+                f"the perplexity is {plain.perplexity} plain and {found.perplexity} under VAR: no policy can be found "
+                "on losses that are not finite"
+            )
         return Measured(tuple(choices), change, found.experts_per_token)
 
     chosen = Measured((), 0.0, most)
     tried = [chosen]
-    within, beyond = (
-        (0.0, 0.0),
-        (math.inf, math.inf),
-    )  # the nearest prices on both sides of the budget, and their losses
+    # The nearest prices on both sides of the budget, and their losses.
+    within, beyond = (0.0, 0.0), (math.inf, math.inf)
     price = prices.at(budget) or prices.highest / 1000
-    while budget >= 0 and len(tried) <= _MOST and beyond[0] > within[0] * _FINEST:
+    while budget >= 0 and price > 0 and len(tried) <= _MOST and beyond[0] > within[0] * _FINEST:
         tried.append(measured(prices.choices(price)))
         loss = tried[-1].degradation
         if loss <= budget:
@@ -117,6 +119,22 @@ def _next_price(
         return within[0] * (beyond[0] / within[0]) ** min(max(share, 0.1), 0.9)
     factor = aim / loss if loss > 0 else math.inf
     return price * min(max(factor, 1 / _STRIDE), _STRIDE) * (1.1 if loss <= budget else 0.9)
+
+
+def config_with(subject: Subject, choices: Sequence[Choice], frequency_threshold: int = FREQUENT) -> VARConfig:
+    """Make a config of choices.
+
+    Args:
+        subject: its config has the other settings; the cached tier is left out.
+        choices: at most one per layer; the other layers are left to the router.
+        frequency_threshold: occurrences that a key needs.
+
+    Returns:
+        The config.
+    """
+    orders, experts = subject.answers.useful_orders, subject.model.config.num_experts
+    layers = policies(choices, experts, orders, frequency_threshold)
+    return dataclasses.replace(subject.config, default=None, layers=layers, cache_size=0)
 
 
 def policies(

@@ -38,6 +38,7 @@ from varjax.table import RouteTable
 
 _QUANTILES = 256
 _SAVED = ("cost", "errors", "slots")
+_FORMAT = 1  # of the files of prices; raised whenever the way they are measured changes
 
 
 class Choice(NamedTuple):
@@ -63,9 +64,15 @@ class Prices:
             price: nats per slot.
 
         Returns:
-            The tolerances of the layers that have answers.
+            The tolerances of the layers in which an answer was of use on the documents.
         """
-        return list(map(Choice, self.layers, self._tolerances(price).tolist()))
+        if not price > 0:
+            return []
+        return [
+            Choice(layer, tolerance)
+            for layer, tolerance, slots in zip(self.layers, self._tolerances(price).tolist(), self.slots, strict=True)
+            if slots > 0
+        ]
 
     def expected(self, price: float) -> float:
         """The divergence that is to be expected at a price, if the layers' divergences add up.
@@ -82,7 +89,7 @@ class Prices:
 
     @property
     def highest(self) -> float:
-        """A price at which everything is dropped that is not an outlier: one that costs more than all others do."""
+        """A price at which every slot is dropped, except extreme outliers."""
         return float(np.max(self.cost * np.square(2 * self.errors[:, -1]), initial=0.0))
 
     def at(self, budget: float) -> float:
@@ -139,7 +146,10 @@ def measure_prices(subject: Subject, everything: VARConfig, table: RouteTable) -
     Returns:
         The prices; kept on disk if the subject has a folder.
     """
-    path = subject.folder and subject.folder / f"prices-{hash_json([subject.digest, everything])[:32]}.json"
+    path = (
+        subject.folder
+        and subject.folder / f"prices-{hash_json([_FORMAT, subject.digest, subject.seed, everything])[:32]}.json"
+    )
     if path is not None and path.is_file():
         saved = checksums.read_json(path, "delete it, and the prices are measured again")
         return Prices(subject.answers.layers, *(np.asarray(saved[name]) for name in _SAVED))

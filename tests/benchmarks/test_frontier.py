@@ -65,3 +65,11 @@ def test_a_text_needs_a_name_of_its_own(files, model_directory, tmp_path, capsys
     with pytest.raises(SystemExit) as stop:
         frontier.main(asked)
     assert "--texts test=x: expected NAME=FILE" in str(stop.value)
+
+
+def test_files_of_answers_need_names_of_their_own(tmp_path, capsys):
+    paths = [str(tmp_path / folder / "routing_stats.answers.safetensors") for folder in "ab"]
+    asked = ["--model", "reference", "--routing_stats", "s.parquet", "--answers", *paths]
+    with pytest.raises(SystemExit):
+        frontier.main(asked)
+    assert "two files have the same name" in capsys.readouterr().err

@@ -247,3 +247,29 @@ def test_the_second_batch_compiles_nothing():
     before = fitting.update._cache_size()
     fitting.update(window, *every[2], target)
     assert fitting.update._cache_size() == before
+
+
+def test_an_expert_whose_map_explains_nothing_has_none():
+    """One of the experts answers at random; the others keep their maps."""
+    noise = np.random.default_rng(17)
+
+    def respond(inputs, experts, ids):
+        said = planted(inputs, experts, ids)
+        return np.where((experts == 1)[..., None], 10 * noise.normal(size=said.shape), said)
+
+    for seed in range(18, 24):  # whether chance makes a map of noise look useful depends on the text
+        one, other = text(seed, respond), text(seed + 10, respond)
+        answers = collected(one)
+        maps = fitting.fit(summed(one, answers, True), summed(other, answers, False), HIDDEN)
+        useful = maps.mix[0].any(axis=(1, 2))
+        assert useful[[0, 2]].all() and (maps.unexplained[0, [0, 2]] < 0.3).all()
+        assert useful[1] == (maps.unexplained[0, 1] < 1)
+        if not useful[1]:
+            return
+    pytest.fail("no map of noise was left out")
+
+
+def test_a_layer_without_slots_has_no_map():
+    empty = (Moments.empty(EXPERTS, HIDDEN),)
+    maps = fitting.fit(empty, empty, 2)
+    assert not maps.mix.any() and (maps.unexplained == 1).all()

@@ -1,6 +1,7 @@
 """Affine answers of a model, from the pass to the model under VAR."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -10,6 +11,10 @@ from safetensors.numpy import load_file
 
 from analysis.checkpoints import Checkpoints
 from analysis.collect.maps import first_tokens, with_maps
+from analysis.collect.passes import Share
+from analysis.collect.run import CollectSettings, analyze
+from analysis.collect.statistics import KeySettings
+from analysis.text.encoded_corpus import EncodedCorpus
 from varjax import InputError, LayerPolicy, VARConfig, VARModel, answersfile
 from varjax.checksums import write_safetensors
 from varjax.model import build_for
@@ -69,6 +74,32 @@ def test_a_resumed_fit_is_bit_for_bit_that_of_one_run(saved_model, with_inputs, 
     )
 
 
+def test_a_finished_part_of_several_keeps_its_maps_when_it_is_resumed(saved_model, even_corpus, tmp_path):
+    """Such as after an error in the report, before the checkpoints are removed."""
+    texts = [
+        EncodedCorpus(str(even_corpus), None, limit, saved_model.tokenizer, saved_model.config) for limit in (60, 20)
+    ]
+    small = CollectSettings(KeySettings((1,), 3), None, (1,), 5, answer_rank=4, batch_size=20, max_length=16)
+    run = partial(analyze, saved_model, texts[0], tmp_path, small, held_out=texts[1], progress=False)
+    assert run(share=Share(1, 2)) is None
+    read = []
+    for _ in range(2):
+        run(share=Share(0, 2))
+        read.append(answersfile.read(tmp_path / "routing_stats.answers.safetensors")[0])
+    assert read[0].affine.any()
+    jax.tree.map(np.testing.assert_array_equal, read[1].maps, read[0].maps)
+
+
+def test_an_impossible_rank_is_refused_before_anything_is_collected(saved_model, even_corpus, tmp_path):
+    corpus = EncodedCorpus(str(even_corpus), None, None, saved_model.tokenizer, saved_model.config)
+    hidden = saved_model.config.hidden_size
+    for rank, memory, said in ((hidden + 1, 1 << 30, f"at most the hidden size, {hidden}"), (9, 5_000, "allow more")):
+        settings = CollectSettings(answer_rank=rank, answer_bytes=memory)
+        with pytest.raises(InputError, match=said):
+            analyze(saved_model, corpus, tmp_path, settings, held_out=corpus)
+    assert not list(tmp_path.iterdir())
+
+
 def test_affine_answers_are_read_as_they_were_written(affine, with_inputs, tmp_path):
     path = tmp_path / "some.answers.safetensors"
     for one in (affine, with_inputs):
@@ -126,14 +157,15 @@ def test_other_policies_change_a_table_as_if_it_were_built_for_them(saved_model,
             with_policies(table, configs[1], collected.stats, given)
 
 
-def test_order_0_answers_every_token_with_affine_answers(saved_model, collected, affine):
+def test_order_0_answers_every_token_but_the_first_with_affine_answers(saved_model, collected, affine):
     """No key of order 1 or 2 lacks an answer, because that of order 0 stands in."""
     policy = LayerPolicy(experts_kept=0, ngram_orders=(0, 1, 2), entropy_threshold=10.0)
     config = VARConfig(frequency_threshold=1, cache_size=0, default=policy)
     var_model = VARModel(saved_model, config, build_for(saved_model, config, collected.stats, affine))
     out, _ = var_model(np.stack([one.ids[:16] for one in collected.held_out]), var_model.init(40))
     assert affine.useful_orders == (0, 1, 2) and collected.answers.useful_orders == (1, 2)
-    assert (np.asarray(out.routing.experts) == saved_model.config.num_experts).all()
+    dropped = np.asarray(out.routing.experts) == saved_model.config.num_experts
+    assert dropped[:, :, 1:].all() and not dropped[:, :, 0].any()  # the first token of a text is left to the router
 
 
 def test_a_maps_layer_that_adds_nothing_has_none(saved_model, collected, affine):

@@ -1,14 +1,18 @@
 """A search for the policy with the fewest experts within a budget: one price for all layers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from analysis.evaluate.losses import plain_runner, score, var_runner
-from analysis.evaluate.points import Subject
+from analysis.evaluate.points import Subject, score_point
 from analysis.evaluate.policy_search import Measured, policies, search
 from analysis.evaluate.prices import Choice
 from varjax.config import VARConfig
+from varjax.errors import InputError
 from varjax.model import VARModel
+from varjax.routing import NO_ANSWER
 from varjax.step import summary
 
 READING = {"batch_size": 20, "max_length": 16, "progress": False}
@@ -62,6 +66,20 @@ def test_the_config_that_was_chosen_does_what_was_measured(subject, found):
     experts = summary(state.counters, 2)["experts_per_token"]
     assert experts == pytest.approx(result.chosen.experts_per_token, abs=1e-2)
     assert 0 < experts < 2
+
+
+def test_a_text_without_answers_saves_nothing(subject):
+    nothing = dataclasses.replace(subject.answers, entry=np.full_like(subject.answers.entry, NO_ANSWER))
+    found = search(dataclasses.replace(subject, answers=nothing), budget=0.01)
+    assert found.chosen == Measured((), 0.0, 2.0) and len(found.path) == 1
+
+
+def test_a_search_needs_finite_losses(subject, monkeypatch):
+    plain = score_point(subject)
+    lost = dataclasses.replace(plain, nll=plain.nll * np.nan)
+    monkeypatch.setattr("analysis.evaluate.policy_search.score_point", lambda _, *policy: lost if policy else plain)
+    with pytest.raises(InputError, match="losses that are not finite"):
+        search(subject, budget=0.01)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 8])

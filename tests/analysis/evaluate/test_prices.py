@@ -42,6 +42,13 @@ def test_a_budget_is_spent_but_not_exceeded():
     assert all(tolerance > errors[-1] for tolerance, errors in zip(everything, PRICES.errors, strict=True))
 
 
+def test_nothing_is_dropped_where_no_answer_was_of_use():
+    one = dataclasses.replace(PRICES, cost=np.array([4.0, 0.0]), slots=np.array([1.0, 0.0]))
+    assert one.choices(1.0) == [Choice(0, 0.5)]
+    none = dataclasses.replace(one, cost=np.zeros(2), errors=np.zeros((2, 10)), slots=np.zeros(2))
+    assert none.within(0.01) == none.choices(none.highest) == []
+
+
 @pytest.fixture(scope="module")
 def subject(saved_model, collected):
     reading = {"batch_size": 20, "max_length": 16, "progress": False}
