@@ -1,10 +1,10 @@
 """The frontier of a model: how much of its experts' work answers save, against what that costs, on several texts.
 
     python -m benchmarks.frontier --model checkpoints/smollm2 --routing_stats S.parquet --answers A.safetensors \\
-        B.safetensors --texts books=books.txt wiki=wiki.txt --output results/frontier
+        B.safetensors --texts books=books.txt wiki=Salesforce/wikitext:wikitext-103-raw-v1 --output results/frontier
 
 For every file of answers and every budget, the policy is searched on the tune split of the embedded corpus. It is
-judged on the test split, from the same kind of text, and on the given files, which are of other kinds. Perplexity on
+judged on the test split, from the same kind of text, and on the given datasets, which are of other kinds. Perplexity on
 text like that of the tables flatters them; the divergence from the plain model does not.
 
 The policies are written too, for experiments/02_evaluate_var.py. What was measured is kept until the table is written,
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None) -> None:
     options.add_argument("--routing_stats", type=path_argument, required=True, help="statistics of the model")
     options.add_argument("--answers", type=path_argument, nargs="+", required=True, help="files of answers to compare")
     options.add_argument("--budgets", type=float, nargs="+", default=list(BUDGETS), help="budgets of the search")
-    options.add_argument("--texts", nargs="*", default=[], metavar="NAME=FILE", help="texts of other kinds")
+    options.add_argument("--texts", nargs="*", default=[], metavar="NAME=DATASET", help="texts of other kinds")
     options.add_argument("--tune_samples", type=int, default=60, help="documents of the search")
     options.add_argument("--num_samples", type=int, default=60, help="documents of each text")
     options.add_argument("--batch_size", type=int, default=8, help="windows of a batch")
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None) -> None:
     for one in args.texts:
         name, found, path = one.partition("=")
         if not found or name in texts or "/" in name:
-            raise InputError(f"--texts {one}: expected NAME=FILE, with a name that is not used yet")
+            raise InputError(f"--texts {one}: expected NAME=DATASET, with a name that is not used yet")
         texts[name] = read(path, None, args.num_samples)
     run = {
         "model": model.fingerprint,

@@ -60,7 +60,8 @@ def program(words: tuple[str, ...]) -> str:
 PYTHON = [one for one in COMMANDS if python_words(one)]
 SLOW = (
     *("olmoe", "--mode study", "results/phase3", "results/phase5", "--hidden 2048", "analysis.harness"),
-    *("benchmarks.step", "benchmarks.answers", "performance_model", "benchmarks.device", "results/roadmap"),
+    *("benchmarks.step", "benchmarks.answers", "benchmarks.device", "benchmarks.frontier"),
+    *("performance_model", "results/roadmap"),
 )
 """Words by which a command is known that takes half a minute even here."""
 
@@ -311,6 +312,12 @@ def measured(reader: Reader) -> None:
     assert {"ceilings", "experts/1", "experts/8192", "prefill", "decode/8"} <= found.keys() and found["layers"] == 2
 
 
+def drawn(reader: Reader) -> None:
+    asked = reader.arguments
+    rows = read_json(asked.output / "frontier.json")["rows"]
+    assert len(rows) == len(asked.answers) * len(asked.budgets) * (1 + len(asked.texts))
+
+
 def regrouped(reader: Reader) -> None:
     config = load_model(reader.arguments.output).config
     assert (config.num_experts, config.top_k) == (reader.arguments.groups, reader.arguments.groups)
@@ -329,6 +336,7 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "benchmarks.device": measured,
     "benchmarks.device_memory": table_of_devices,
     "benchmarks.experts": told(r"^N=(?:2048|1), D=(?:16|2048)", 2),
+    "benchmarks.frontier": drawn,
     "benchmarks.smollm2": regrouped,
     "benchmarks.step": told(r"^plain +\d+\.\d +1\.000"),
     "experiments/00_train_reference.py": trained,

@@ -29,7 +29,7 @@ from varjax.table import with_policies
 FREQUENT = 5  # occurrences that a key needs before its answers are used
 _FINEST = 1.05  # ratio of two prices between which nothing is tried
 _NEAR = 0.97  # share of the budget that is near enough
-_STRIDE = 8.0  # the largest ratio of two prices that are tried one after the other
+_STRIDE = 8.0  # the largest ratio of two predicted losses that are tried one after the other
 _MOST = 14  # prices that are tried
 
 
@@ -102,23 +102,24 @@ def search(subject: Subject, *, budget: float | None = None, frequency_threshold
                 break
         else:
             beyond = price, loss
-        price = min(_next_price(within, beyond, price, loss, budget), prices.highest)
+        price = _next_price(prices, within, beyond, price, loss, budget)
     bar.close()
     ordered = tuple(sorted(tried, key=lambda point: -point.experts_per_token))
     return Search(config_of(chosen.choices), chosen, prices, ordered)
 
 
 def _next_price(
-    within: tuple[float, float], beyond: tuple[float, float], price: float, loss: float, budget: float
+    prices: Prices, within: tuple[float, float], beyond: tuple[float, float], price: float, loss: float, budget: float
 ) -> float:
-    """The price to try after `price`, whose loss is known: losses grow about as a power of the price."""
+    """The price to try after `price`, whose loss is known."""
     aim = budget * (1 + _NEAR) / 2
-    if within[0] > 0 and beyond[0] < math.inf:
+    if within[0] > 0 and beyond[0] < math.inf:  # losses grow about as a power of the price
         known = 0 < within[1] < aim
         share = math.log(aim / within[1]) / math.log(beyond[1] / within[1]) if known else 0.5
         return within[0] * (beyond[0] / within[0]) ** min(max(share, 0.1), 0.9)
-    factor = aim / loss if loss > 0 else math.inf
-    return price * min(max(factor, 1 / _STRIDE), _STRIDE) * (1.1 if loss <= budget else 0.9)
+    wrong = aim / loss if loss > 0 else math.inf  # by which factor the prediction was
+    found = prices.at(prices.expected(price) * min(max(wrong, 1 / _STRIDE), _STRIDE))
+    return max(found, 1.1 * price) if loss <= budget else min(found, 0.9 * price)
 
 
 def config_with(subject: Subject, choices: Sequence[Choice], frequency_threshold: int = FREQUENT) -> VARConfig:

@@ -64,7 +64,7 @@ def test_a_text_needs_a_name_of_its_own(files, model_directory, tmp_path, capsys
     asked += ["--tune_samples", "1", "--num_samples", "1"]
     with pytest.raises(SystemExit) as stop:
         frontier.main(asked)
-    assert "--texts test=x: expected NAME=FILE" in str(stop.value)
+    assert "--texts test=x: expected NAME=DATASET" in str(stop.value)
 
 
 def test_files_of_answers_need_names_of_their_own(tmp_path, capsys):

@@ -35,7 +35,10 @@ def test_search_spends_the_budget_and_no_more(found):
     assert strict.chosen == Measured((), 0.0, 2.0)
     assert all(policy is None for policy in map(strict.config.policy, range(2)))
     tight = found(0.002)
-    assert 0.0015 < tight.chosen.degradation <= 0.002
+    assert tight.chosen.degradation <= 0.002 and tight.chosen.experts_per_token < 1.0
+    price = tight.chosen.choices[0].tolerance ** 2
+    beyond = [one.choices[0].tolerance ** 2 for one in tight.path if one.degradation > 0.002]
+    assert price < min(beyond) < 1.06 * price or tight.chosen.degradation >= 0.97 * 0.002
     assert generous.chosen.experts_per_token <= tight.chosen.experts_per_token
     assert all(point.experts_per_token >= tight.chosen.experts_per_token for point in tight.path[:1])
 
