@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.collect.passes import PassSums, Reading, run_pass
 from analysis.text.encoding import Encoded
-from models import Model
+from models import Model, MoEConfig
 from varjax import fitting
 from varjax.answers import Answers
 from varjax.errors import InputError
@@ -85,16 +85,36 @@ def with_maps(
     Raises:
         InputError: the answers hold no mean inputs, or `rank` is out of range or too large for the memory.
     """
-    sizes = len(answers.layers), answers.entry.shape[2], answers.mean.shape[2]
-    seen = fitting.directions_within(memory, *sizes)
-    if rank > seen:
-        raise InputError(
-            f"rank={rank}: the memory of {memory / (1 << 30):.2f} GiB holds maps of rank {seen} at most; allow more, "
-            "or fewer layers"
-        )
+    seen = directions_for(rank, memory, model.config, len(answers.layers))
     basis = fitting.leading_directions(answers, seen)
     moments = collect_moments(model, answers, documents, held_out, shrinkage, basis, **reading)
     return replace(answers, maps=fitting.fit(*moments, rank, basis))
+
+
+def directions_for(rank: int, memory: int, config: MoEConfig, num_layers: int) -> int:
+    """How many directions of the inputs are looked at when maps are fitted.
+
+    Args:
+        rank: r of the maps.
+        memory: bytes for the sums on each device.
+        config: of the model.
+        num_layers: A, which are fitted.
+
+    Returns:
+        Q, at least `rank`.
+
+    Raises:
+        InputError: maps of this rank are impossible, or their sums do not fit.
+    """
+    if rank > config.hidden_size:
+        raise InputError(f"rank={rank} of the maps: expected at most the hidden size, {config.hidden_size}")
+    seen = fitting.directions_within(memory, num_layers, config.num_experts, config.hidden_size)
+    if rank > seen:
+        raise InputError(
+            f"rank={rank} of the maps: the memory of {memory / (1 << 30):.2f} GiB holds the sums of rank {seen} at "
+            "most; allow more, or fewer layers"
+        )
+    return seen
 
 
 def first_tokens(documents: Iterable[Encoded], tokens: int) -> Iterator[Encoded]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from analysis.checkpoints import Checkpoints, note, resumed
 from analysis.collect.answers import collect_answers
-from analysis.collect.maps import first_tokens, with_maps
+from analysis.collect.maps import directions_for, first_tokens, with_maps
 from analysis.collect.passes import EVERY_DOCUMENT, SAVE_TOKENS, Reading, Share, mesh_of
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.report.output import Output
@@ -32,7 +32,6 @@ from varjax import answers, answersfile, stats, statsfile
 from varjax.config import VARConfig
 from varjax.errors import InputError
 from varjax.files import remove
-from varjax.fitting import directions_within
 from varjax.keys import ContextCounts, OrderCount
 from varjax.progress import progress_bar
 from varjax.shrinkage import likeliest
@@ -97,17 +96,6 @@ class CollectSettings:
         one = answers.bytes_a_pair(num_layers, config.num_experts, config.hidden_size, self.answer_rank > 0)
         return max(self.answer_bytes // one - config.num_experts, 0)
 
-    def _check_rank(self, config: MoEConfig, num_layers: int) -> None:
-        """Raises InputError if maps of this rank are impossible, before anything is collected for them."""
-        if self.answer_rank > config.hidden_size:
-            raise InputError(f"answer_rank={self.answer_rank}: expected at most the hidden size, {config.hidden_size}")
-        seen = directions_within(self.answer_bytes, num_layers, config.num_experts, config.hidden_size)
-        if self.answer_rank > seen:
-            raise InputError(
-                f"answer_rank={self.answer_rank}: answer_bytes={self.answer_bytes} hold the sums for rank {seen} at "
-                "most; allow more, or fewer layers"
-            )
-
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
@@ -155,7 +143,7 @@ def analyze(
     """
     layers = settings._layers_of(model)
     if settings.answer_rank:
-        settings._check_rank(model.config, len(layers))
+        directions_for(settings.answer_rank, settings.answer_bytes, model.config, len(layers))  # before any pass
         if held_out is None:
             raise InputError(f"answer_rank={settings.answer_rank}: maps need held_out documents, of another split")
     about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}

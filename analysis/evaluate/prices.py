@@ -146,10 +146,8 @@ def measure_prices(subject: Subject, everything: VARConfig, table: RouteTable) -
     Returns:
         The prices; kept on disk if the subject has a folder.
     """
-    path = (
-        subject.folder
-        and subject.folder / f"prices-{hash_json([_FORMAT, subject.digest, subject.seed, everything])[:32]}.json"
-    )
+    name = hash_json([_FORMAT, subject.digest, subject.seed, everything])[:32]
+    path = subject.folder and subject.folder / f"prices-{name}.json"
     if path is not None and path.is_file():
         saved = checksums.read_json(path, "delete it, and the prices are measured again")
         return Prices(subject.answers.layers, *(np.asarray(saved[name]) for name in _SAVED))

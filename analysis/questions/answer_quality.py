@@ -58,9 +58,8 @@ def layer_quality(answers: Answers, layer: int, shrinkage: float) -> Layer:
     ]
     left = None
     if answers.maps is not None:
-        root = answers.entry[a][
-            (answers.keys == ANY).all(axis=1)
-        ].ravel()  # order 0 sees how often each expert was chosen
+        # Order 0 sees how often each expert was chosen.
+        root = answers.entry[a][(answers.keys == ANY).all(axis=1)].ravel()
         weight = np.where(root == NO_ANSWER, 0, missed[root])
         left = float(np.average(answers.maps.unexplained[a], weights=weight)) if weight.any() else None
     outliers = int(answers.outliers[a].sum())

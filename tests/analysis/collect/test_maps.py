@@ -183,5 +183,5 @@ def test_maps_fit_the_memory(saved_model, with_inputs, affine, known, collected)
     few = with_maps(*given, memory, **READING)
     assert few.maps.read.shape == (2, hidden, 6)
     assert affine.maps.unexplained.mean() < few.maps.unexplained.mean() < 0.95
-    with pytest.raises(InputError, match=r"rank=6: the memory of 0\.00 GiB holds maps of rank 1 at most"):
+    with pytest.raises(InputError, match=r"rank=6 of the maps: the memory of 0\.00 GiB holds the sums of rank 1"):
         with_maps(*given, 1, **READING)
