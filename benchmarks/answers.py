@@ -11,6 +11,7 @@ share of the maps is paired: the time with affine answers over that with constan
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -77,7 +78,9 @@ def var_models(model: Model, documents: Sequence[np.ndarray], keys: int, rank: i
         answers = None
         if kind != "no answers":
             answers = random_answers(model, stats.keys, rank if kind == "affine" else 0)
-        found[kind] = VARModel(model, config, build_for(model, config, stats, answers, keep_shapes=True))
+        table = build_for(model, config, stats, answers, keep_shapes=True)
+        # Affine answers leave the first token of a text to the router: so do all kinds here.
+        found[kind] = VARModel(model, config, replace(table, first_open=tuple(range(model.config.num_layers))))
     return found
 
 

@@ -61,7 +61,7 @@ PYTHON = [one for one in COMMANDS if python_words(one)]
 SLOW = (
     *("olmoe", "--mode study", "results/phase3", "results/phase5", "--hidden 2048", "analysis.harness"),
     *("benchmarks.step", "benchmarks.answers", "benchmarks.device", "benchmarks.frontier"),
-    *("performance_model", "results/roadmap"),
+    *("performance_model", "results/roadmap", "results/smollm2"),
 )
 """Words by which a command is known that takes half a minute even here."""
 

@@ -126,6 +126,7 @@ def joined(arguments: list[str], devices: int) -> list[subprocess.Popen]:
     return [start([*arguments, *together, "--process_id", str(index)], devices) for index in range(2)]
 
 
+@pytest.mark.slow
 def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
     command, whole, script, model_directory, even_corpus, tmp_path
 ):
