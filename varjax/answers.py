@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -117,7 +117,7 @@ class Answers:
         """Whether the experts' mean inputs were collected, so that maps can be fitted."""
         return self.inputs.shape[-1] > 0
 
-    @property
+    @cached_property
     def affine(self) -> np.ndarray:
         """bool [A], the layers whose answers read the hidden state: those with a map that adds something."""
         if self.maps is None:

@@ -304,13 +304,13 @@ def _ridge(
     values, vectors = np.linalg.eigh(gram)  # once for all ridges
     turned = vectors.swapaxes(1, 2) @ cross
     best, least = np.zeros_like(cross), np.inf
-    chosen = RIDGES[-1] * unit + _TINY
-    for ridge in RIDGES:
-        divisor = np.maximum(values, 0) + ridge * unit + _TINY
-        maps = vectors @ (turned / divisor[..., None])
+    ridges = [factor * unit + _TINY for factor in RIDGES]
+    chosen = ridges[-1]
+    for ridge in ridges:
+        maps = vectors @ (turned / (np.maximum(values, 0) + ridge)[..., None])
         missed = sum(_missed(one, *held) for one, *held in zip(maps, *theirs, strict=True))
         if missed < least:
-            best, least, chosen = maps, missed, ridge * unit + _TINY
+            best, least, chosen = maps, missed, ridge
     return best, chosen
 
 
