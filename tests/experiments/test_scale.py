@@ -127,9 +127,7 @@ def joined(arguments: list[str], devices: int) -> list[subprocess.Popen]:
 
 
 @pytest.mark.slow
-def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
-    command, whole, script, model_directory, even_corpus, tmp_path
-):
+def test_joined_processes_go_on_after_a_kill(command, whole, tmp_path):
     run = command(tmp_path, "--mesh", "data=4,model=2")
     first, second = joined(run, devices=4)
     work = tmp_path / "routing_checkpoints" / "process-0"
@@ -140,7 +138,12 @@ def test_joined_processes_are_one_program_that_goes_on_after_a_kill(
     output, _ = first.communicate(timeout=60)
     assert first.returncode != 0
     assert "Start all of them again with the same arguments" in output or "another task died" in output
-    first, second = joined(run, devices=4)
+    finish(*joined(run, devices=4))
+    assert_equal_up_to_rounding(tmp_path / STATS, whole / STATS)
+
+
+def test_joined_processes_are_one_program(command, whole, script, model_directory, even_corpus, tmp_path):
+    first, second = joined(command(tmp_path, "--mesh", "data=4,model=2"), devices=4)
     silent, _ = second.communicate(timeout=300)
     finish(first)
     assert second.returncode == 0 and "tokens of" not in silent

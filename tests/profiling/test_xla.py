@@ -146,7 +146,7 @@ def test_the_memory_of_affine_answers_is_predicted(affine):
 
 
 def test_affine_answers_are_counted_and_xla_sees_them_too(affine):
-    texts = {"prefill": np.zeros((2, 16), np.int32)}
+    texts = {"prefill": np.zeros((2, 16), np.int32), "decode": np.zeros((2, 16), np.int32)}
     found = costs(affine, texts)
     other = costs(without_maps(affine), texts)
     for ours, theirs in zip(found, other, strict=True):

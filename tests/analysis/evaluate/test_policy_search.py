@@ -39,6 +39,7 @@ def test_search_spends_the_budget_and_no_more(found):
     price = tight.chosen.choices[0].tolerance ** 2
     beyond = [one.choices[0].tolerance ** 2 for one in tight.path if one.degradation > 0.002]
     assert price < min(beyond) < 1.06 * price or tight.chosen.degradation >= 0.97 * 0.002
+    assert 0.009 < found(0.01).chosen.degradation <= 0.01
     assert generous.chosen.experts_per_token <= tight.chosen.experts_per_token
     assert all(point.experts_per_token >= tight.chosen.experts_per_token for point in tight.path[:1])
 
