@@ -27,6 +27,7 @@ import numpy as np
 from analysis.command import name_argument, program
 from benchmarks import harness
 from models import Model, load_model
+from models.model import plain_step
 from profiling.points import NEVER, ORDERS, decoding, embedded_texts, random_stats
 from profiling.timing import compare, paired_ratio
 from varjax import LayerPolicy, RouteTable, VARConfig, VARModel, VARState
@@ -79,7 +80,7 @@ class PlainSteps:
 
     def advance(self, state: None, ids: jax.Array, mask: jax.Array, kv: Any, **_: Any) -> tuple[SimpleNamespace, None]:
         """One step, which consumes `kv`."""
-        logits, kv, _ = self.model._step(kv, None, ids, mask)
+        logits, kv = plain_step(self.model.params, kv, ids, mask, self.model.network)
         return SimpleNamespace(logits=logits, kv=kv), None
 
 

@@ -1,9 +1,10 @@
-"""Text generation with a key/value cache: one prefill, then one jitted step per token.
+"""Text generation with a key/value cache: one prefill, then several tokens with each call of a compiled loop.
 
-Letters: B sequences, T positions, V vocabulary.
+Letters: B sequences, T positions, V vocabulary, N tokens per dispatch.
 
 The decoder is run by a `Step`, so plain and adaptive routing share this loop: the loop owns sampling and the end of
-texts, the step owns the model and the state that it threads through its calls.
+texts, the step owns the model and the state that it threads through its calls. A call from Python takes as long as a
+small model's step, so the loop runs on the device, and Python looks at the texts only every N tokens.
 
 A checkpoint says which ids begin, end and pad a text, and recommends a sampling (`GenerationDefaults`). As in
 transformers, `generation_config.json` alone decides where it exists. Otherwise the ids are those of config.json with
@@ -14,6 +15,7 @@ greedy unless the caller passes `sampling`, so that a run without arguments can 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +31,7 @@ from varjax.errors import InputError, require_integer
 from varjax.transfer import passing_scalars, random_key, to_device
 
 GENERATION_FILE = "generation_config.json"
+TOKENS_PER_DISPATCH = 16  # between two looks of Python at the texts
 
 _KINDS: dict[str, Kind] = {
     "bos_token_id": TOKEN.or_null(),
@@ -178,15 +181,37 @@ def generation_to_hf(generation: GenerationDefaults) -> dict[str, Any]:
 
 
 class Step(Protocol):
-    """One jitted call of a model: `(kv, carry, ids, mask) -> (logits, kv, carry)`.
+    """One call of a model: a pure function, and a pytree whose arrays are the model.
 
-    `ids` is int32[B, T] and `mask` bool[B, T]; the logits are float32[B, V], of the last position. `kv` and `carry` are
-    donated: the loop does not use them after the call.
+    As an argument of a compiled loop it must not make it compile again, so what is not an array is static and compares
+    by value (`jax.tree_util.register_dataclass`).
     """
 
-    def __call__(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
-        """Run the next ids of each text."""
+    def __call__(
+        self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array, now: jax.Array
+    ) -> tuple[jax.Array, KVCache, Any]:
+        """Run the next ids of each text.
+
+        Args:
+            kv: the cache so far.
+            carry: the step's own state.
+            ids: int32[B, T].
+            mask: bool[B, T], true for real tokens.
+            now: int32[], what the clock said.
+
+        Returns:
+            The logits float32[B, V] of the last position, and the next `kv` and `carry`.
+        """
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """How the next token follows from the logits. Static under jit."""
+
+    sampling: Sampling  # without a seed, so that another one compiles nothing
+    end_ids: tuple[int, ...]
+    fill_id: int
 
 
 def generate(
@@ -199,6 +224,8 @@ def generate(
     sampling: Sampling,
     end_ids: tuple[int, ...],
     fill_id: int,
+    clock: Callable[[], np.int32] = np.int32,
+    tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
 ) -> tuple[np.ndarray, Any]:
     """Run the loop of `Model.generate`.
 
@@ -212,6 +239,8 @@ def generate(
         sampling: how tokens are chosen.
         end_ids: a text ends with any of these.
         fill_id: the id after the end of a text.
+        clock: gives `now` of each step. Read before a dispatch, for all of its steps.
+        tokens_per_dispatch: N.
 
     Returns:
         int32[B, T + new], and the step's last state.
@@ -219,44 +248,95 @@ def generate(
     Raises:
         InputError: the number of seeds is not the number of texts.
     """
-    key, live = _key(sampling.seed, len(ids)), _continued(mask)
-    sampling = dataclasses.replace(sampling, seed=0)  # it is static in `_pick`, where another seed compiles nothing
-    pieces = [ids]
-    for index in range(max_new_tokens):
-        logits, kv, carry = step(kv, carry, ids, mask)
+    key = _key(sampling.seed, len(ids))
+    choice = _Choice(dataclasses.replace(sampling, seed=0), end_ids, fill_id)
+    with passing_scalars():
+        token, live, kv, carry = _first(step, kv, carry, ids, mask, key, clock(), choice=choice)
+    pieces, ran, begun = [ids, token], [], 1
+    while begun < max_new_tokens and not (end_ids and not jax.device_get(live).any()):
+        count = min(tokens_per_dispatch, max_new_tokens - begun)
+        now = np.zeros(tokens_per_dispatch, np.int32)
+        now[:count] = [clock() for _ in range(count)]
+        now = to_device(now)
         with passing_scalars():
-            ids, mask, live = _pick(logits, live, key, np.int32(index), sampling, end_ids, fill_id)
-        pieces.append(ids)
-        if end_ids and not jax.device_get(live).any():
-            break
-    return np.concatenate(jax.device_get(pieces), axis=1), carry
+            tokens, done, token, live, kv, carry = _next(
+                step, kv, carry, token, live, key, np.int32(begun), np.int32(count), now, choice=choice
+            )
+        pieces.append(tokens)
+        ran.append(done)
+        begun += count
+    made, ran = jax.device_get((pieces, ran))
+    return np.concatenate(made, axis=1)[:, : ids.shape[1] + 1 + sum(ran)], carry
 
 
-@jax.jit
-def _continued(mask: jax.Array) -> jax.Array:
-    """bool[B]: the texts that are to be continued; a row that is padding from end to end is not."""
-    return mask[:, -1]
+@partial(jax.jit, static_argnames="choice", donate_argnames=("kv", "carry"))
+def _first(
+    step: Step,
+    kv: KVCache,
+    carry: Any,
+    ids: jax.Array,
+    mask: jax.Array,
+    key: jax.Array,
+    now: jax.Array,
+    *,
+    choice: _Choice,
+) -> tuple[jax.Array, jax.Array, KVCache, Any]:
+    """The first new token int32[B, 1] of texts int32[B, T], which texts continue after it bool[B], `kv` and `carry`."""
+    logits, kv, carry = step(kv, carry, ids, mask, now)
+    # A row that is padding from end to end is not continued.
+    token, live = _pick(logits, mask[:, -1], key, jnp.int32(0), choice)
+    return token, live, kv, carry
 
 
-@partial(jax.jit, static_argnames=("sampling", "end_ids", "fill_id"))
-def _pick(
-    logits: jax.Array,
+@partial(jax.jit, static_argnames="choice", donate_argnames=("kv", "carry"))
+def _next(
+    step: Step,
+    kv: KVCache,
+    carry: Any,
+    token: jax.Array,
     live: jax.Array,
     key: jax.Array,
-    index: jax.Array,
-    sampling: Sampling,
-    end_ids: tuple[int, ...],
-    fill_id: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The next token int32[B, 1], its mask bool[B, 1], and which texts continue after it bool[B].
+    begun: jax.Array,
+    count: jax.Array,
+    now: jax.Array,
+    *,
+    choice: _Choice,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, KVCache, Any]:
+    """At most `count` tokens more, after `begun` new ones of which `token` int32[B, 1] is the last.
 
-    A text that has ended is padding from then on: it runs no expert, and no tier counts or remembers it.
+    Returns the tokens int32[B, N], how many of the N steps ran, the last token int32[B, 1], which texts continue after
+    it bool[B], `kv` and `carry`. A text that has ended is padding from then on: it runs no expert, and no tier counts
+    or remembers it. `now` is int32[N].
+    """
+
+    def more(loop: Any) -> jax.Array:
+        done, _, live, *_ = loop
+        return (done < count) & live.any()
+
+    def run(loop: Any) -> Any:
+        done, tokens, live, token, kv, carry = loop
+        logits, kv, carry = step(kv, carry, token, live[:, None], now[done])
+        token, live = _pick(logits, live, key, begun + done, choice)
+        tokens = jax.lax.dynamic_update_slice_in_dim(tokens, token, done, axis=1)
+        return done + 1, tokens, live, token, kv, carry
+
+    tokens = jnp.full((len(token), len(now)), choice.fill_id, jnp.int32)
+    start = jnp.int32(0), tokens, live, token, kv, carry
+    done, tokens, live, token, kv, carry = jax.lax.while_loop(more, run, start)
+    return tokens, done, token, live, kv, carry
+
+
+def _pick(
+    logits: jax.Array, live: jax.Array, key: jax.Array, index: jax.Array, choice: _Choice
+) -> tuple[jax.Array, jax.Array]:
+    """The next token int32[B, 1] of texts of which those `live` bool[B] go on, and which go on after it bool[B].
+
+    `index` counts the new tokens before it.
     """
     fold = jax.random.fold_in if key.ndim == 0 else jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    token = jnp.where(live, _choose(logits, fold(key, index), sampling), fill_id)
-    ended = jnp.isin(token, jnp.asarray(end_ids, jnp.int32)) if end_ids else jnp.zeros_like(live)
-    live = live & ~ended
-    return token[:, None], live[:, None], live
+    token = jnp.where(live, _choose(logits, fold(key, index), choice.sampling), choice.fill_id)
+    ended = jnp.isin(token, jnp.asarray(choice.end_ids, jnp.int32)) if choice.end_ids else jnp.zeros_like(live)
+    return token[:, None], live & ~ended
 
 
 def _choose(logits: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:

@@ -91,6 +91,19 @@ class KVCache:
         return KVCache(keys, values, *placement.whole((self.mask, self.positions, self.length)))
 
 
+def roomy(positions: int) -> int:
+    """Round a capacity up, by at most a quarter, so that caches of many capacities have few shapes to compile for.
+
+    Args:
+        positions: that are needed.
+
+    Returns:
+        64 or more, a multiple of an eighth of the next larger power of two.
+    """
+    step = max((1 << (positions - 1).bit_length()) // 8, 16)
+    return max(-(-positions // step) * step, 64)
+
+
 def _zeros(shape: tuple[int, ...], dtype: Any, where: NamedSharding | None) -> jax.Array:
     """Zeros made on the device; outside of `jit` the number 0 would be sent there."""
     return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=where)(shape, jnp.dtype(dtype))

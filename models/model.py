@@ -6,6 +6,7 @@ Letters: B sequences, T positions, L layers with experts, V vocabulary, E expert
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,8 +19,16 @@ from jax.sharding import Mesh
 from models.config import MoEConfig, read_config
 from models.decoder import Network, Output
 from models.experts import Engine, get_engine
-from models.generation import GREEDY, GenerationDefaults, Sampling, Step, generate, read_generation
-from models.kv_cache import KVCache
+from models.generation import (
+    GREEDY,
+    TOKENS_PER_DISPATCH,
+    GenerationDefaults,
+    Sampling,
+    Step,
+    generate,
+    read_generation,
+)
+from models.kv_cache import KVCache, roomy
 from models.parameters import Params, prepare
 from models.placement import ONE_DEVICE, Placement
 from models.tokenizer import load_tokenizer
@@ -122,6 +131,8 @@ class Model:
         sampling: Sampling | None = None,
         step: Step | None = None,
         carry: Any = None,
+        clock: Callable[[], np.int32] = np.int32,
+        tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
     ) -> Generation:
         """Continue each text until it ends with one of `generation.end_ids`.
 
@@ -132,29 +143,29 @@ class Model:
             sampling: how tokens are chosen; None: greedy, whatever the checkpoint recommends (`generation.sampling`).
             step: runs one call of a model in place of the plain decoder (`models.generation.Step`).
             carry: the first state of `step`, which is donated.
+            clock: gives `step` the time, as an int32; it is read before a dispatch, for all of its tokens.
+            tokens_per_dispatch: how many tokens are generated between two calls from Python. More save time, and change
+                nothing else.
 
         Returns:
             `.tokens`, int32[B, T + new], which begin with `input_ids`, and `.state`, the last state of `step`.
 
         Raises:
-            InputError: fewer than one new token, or inputs that `check_inputs` refuses.
+            InputError: fewer than one new token or token per dispatch, or inputs that `check_inputs` refuses.
         """
         require_integer("max_new_tokens", max_new_tokens, least=1)
+        require_integer("tokens_per_dispatch", tokens_per_dispatch, least=1)
         ids, mask = self.check_inputs(input_ids, attention_mask, going_on=True)
         batch, length = ids.shape
         ends = self.generation.end_ids
         fills = (self.generation.pad_id, *ends)
         fill = next((token for token in fills if token is not None and token < self.config.vocab_size), 0)
-        kv = self.empty_cache(batch, length + max_new_tokens)
-        tokens, carry = generate(
-            step or self._step, kv, carry, ids, mask, max_new_tokens, sampling or GREEDY, ends, fill
-        )
+        kv = self.empty_cache(batch, roomy(length + max_new_tokens))
+        step = step or PlainStep(self.params, self.network)
+        asked = (max_new_tokens, sampling or GREEDY, ends, fill, clock, tokens_per_dispatch)
+        tokens, carry = generate(step, kv, carry, ids, mask, *asked)
         tokens[:, :length] = input_ids  # as the caller gave them: padding may have ids outside the vocabulary
         return Generation(tokens, carry)
-
-    def _step(self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, KVCache, Any]:
-        logits, kv = plain_step(self.params, kv, ids, mask, self.network)
-        return logits, kv, carry
 
     def check_inputs(
         self, input_ids: Any, attention_mask: Any | None = None, *, going_on: bool = False
@@ -204,6 +215,21 @@ def _array(name: str, value: Any) -> np.ndarray:
         return np.asarray(value)
     except ValueError:  # NumPy's, for rows of different lengths
         raise InputError(f"{name} has rows of different lengths; pad them, on the left to continue texts") from None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PlainStep:
+    """The step of generation (`models.generation.Step`) of the plain model."""
+
+    params: Params  # prepared for the engine
+    network: Network = dataclasses.field(metadata={"static": True})
+
+    def __call__(
+        self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array, now: jax.Array
+    ) -> tuple[jax.Array, KVCache | None, Any]:
+        """Run the next ids; `carry` and `now` are of no use."""
+        return *plain_step(self.params, kv, ids, mask, self.network), carry
 
 
 @partial(jax.jit, static_argnames="network", donate_argnames="kv")

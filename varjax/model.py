@@ -293,6 +293,7 @@ class VARModel:
         attention_mask: Any | None = None,
         sampling: Any | None = None,
         clock: Callable[[], float] | None = None,
+        **options: Any,
     ) -> Generation:
         """Continue each text under VAR.
 
@@ -304,7 +305,9 @@ class VARModel:
             max_new_tokens: the maximum, per text.
             attention_mask: 1 for real tokens, 0 for padding, [B, T].
             sampling: how to choose; None: the most probable token.
-            clock: gives `advance` the time of each step, seconds; None: the model's own.
+            clock: gives the time of each step, seconds; None: the model's own. It is read before each dispatch, once
+                for each token that may follow.
+            **options: `tokens_per_dispatch` of `models.Model.generate`.
 
         Returns:
             The tokens and the state behind them.
@@ -313,15 +316,18 @@ class VARModel:
             InputError: no state, though VAR is on, or inputs that `models.Model.generate` refuses.
         """
         clock = clock or self.clock
-
-        def run(kv: Any, state: VARState | None, ids: jax.Array, mask: jax.Array) -> tuple[jax.Array, Any, Any]:
-            out, state = self.advance(state, ids, mask, kv, last_logits_only=True, now=clock(), donate=True)
-            return out.logits[:, -1], out.kv, state
-
         self.model.check_inputs(input_ids, attention_mask, going_on=True)
         state = self._begin(copied(state), len(input_ids))
-        options = {"attention_mask": attention_mask, "sampling": sampling}
-        return self.model.generate(input_ids, max_new_tokens, step=run, carry=state, **options)
+        return self.model.generate(
+            input_ids,
+            max_new_tokens,
+            attention_mask=attention_mask,
+            sampling=sampling,
+            step=RoutedStep(self.model.params, self.table, self.settings, self.model.network),
+            carry=state,
+            clock=lambda: step.timestamp(clock()),
+            **options,
+        )
 
     def _begin(self, state: VARState | None, batch_size: int) -> VARState | None:
         if state is None:
@@ -452,6 +458,29 @@ def routed_forward(
     out = network.forward(params, ids, attention_mask=mask, kv=kv, plan=plan, last_logits_only=last_logits_only)
     state = step.commit(state, plan, ids, out.routing, out.router_probs, now, settings, mask)
     return _output(out, plan, last_logits_only), state
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RoutedStep:
+    """A step of generation (`models.generation.Step`) under VAR, or of the plain model without a table."""
+
+    params: Any
+    table: RouteTable | None
+    settings: Settings
+    network: Network = dataclasses.field(metadata={"static": True})
+
+    def __call__(
+        self, kv: Any, state: VARState | None, ids: jax.Array, mask: jax.Array, now: jax.Array
+    ) -> tuple[jax.Array, Any, VARState | None]:
+        """Run the next ids int32 [B, T] of each text; logits float32 [B, V], and the next `kv` and state."""
+        options = {"kv": kv, "network": self.network, "last_logits_only": True}
+        if self.table is None or state is None:
+            state = None if state is None else _follow(state, ids, mask)
+            out = _plain(self.params, ids, mask, **options)
+        else:
+            out, state = routed_forward(self.params, self.table, state, ids, mask, now, self.settings, **options)
+        return out.logits[:, -1], out.kv, state
 
 
 @partial(jax.jit, static_argnames=("network", "last_logits_only"), donate_argnames="kv")

@@ -1,15 +1,17 @@
 """Generation: what is sampled, when a text ends, what is compiled, and which inputs are refused."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import Sampling
-from models.generation import GenerationDefaults, _choose, generate
-from models.model import plain_step
+from models import Sampling, generation
+from models.generation import GenerationDefaults, _choose, _first, _next, generate
+from models.kv_cache import roomy
+from models.model import PlainStep
 from varjax.errors import InputError
 
 PROMPT = np.array([[3, 4, 5], [6, 7, 8]])
@@ -67,31 +69,60 @@ def test_generation_is_reproducible_by_seed_and_compiles_once(tiny_model):
         sampling = Sampling(temperature=1.0, seed=seed)
         return tiny_model.generate(prompt, 12, sampling=sampling)[0]
 
-    before = plain_step._cache_size()
+    def compiled():
+        return _first._cache_size(), _next._cache_size()
+
     first = run(0)
-    assert plain_step._cache_size() == before + 2  # one prefill, one decode step for all tokens
+    before = compiled()  # one prefill, one loop for all tokens
     assert (first.shape, first.dtype) == ((2, 15), np.int32)
     np.testing.assert_array_equal(first[:, :3], PROMPT)
     np.testing.assert_array_equal(run(0), first)
     assert (run(1) != first).any()
     run(0, PROMPT + 1)
-    assert plain_step._cache_size() == before + 2
+    tiny_model.generate(PROMPT, 5, sampling=Sampling(temperature=1.0))
+    assert compiled() == before
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+    """A step that says these tokens, one per call and row, and counts its calls in the carry."""
+
+    tokens: jax.Array
+
+    def __call__(self, kv, carry, ids, mask, now):
+        return jax.nn.one_hot(self.tokens[:, carry], 11), kv, carry + 1
 
 
 def scripted(*tokens_of_rows):
-    """A step that says these tokens, one per call and row, and counts its calls in the carry."""
-    script = np.asarray(tokens_of_rows)
+    return Scripted(jnp.asarray(tokens_of_rows))
 
-    def step(kv, carry, ids, mask):
-        return jax.nn.one_hot(script[:, carry], 11), kv, carry + 1
 
-    return step
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Watching:
+    """A step that notes the mask of each call after the first, and what the clock said, in the carry."""
+
+    step: PlainStep
+
+    def __call__(self, kv, carry, ids, mask, now):
+        logits, kv, _ = self.step(kv, None, ids, mask, now)
+        calls, masks, moments = carry
+        if ids.shape[1] == 1:
+            masks = masks.at[calls].set(mask[:, 0])
+        return logits, kv, (calls + 1, masks, moments.at[calls].set(now))
 
 
 def continued(step, steps, ends=(END, OTHER_END)):
     mask = jnp.ones(PROMPT.shape, bool)
-    tokens, calls = generate(step, None, 0, jnp.asarray(PROMPT), mask, steps, Sampling(), ends, FILL)
-    return tokens[:, PROMPT.shape[1] :].tolist(), calls
+    found = []
+    for several in (1, 2, 16):
+        tokens, calls = generate(
+            step, None, jnp.int32(0), jnp.asarray(PROMPT), mask, steps, Sampling(), ends, FILL, np.int32, several
+        )
+        found.append((tokens[:, PROMPT.shape[1] :].tolist(), int(calls)))
+    assert found[0] == found[1] == found[2]
+    return found[0]
 
 
 def test_a_text_ends_with_any_end_id_and_is_filled():
@@ -108,7 +139,7 @@ def test_without_end_ids_every_token_is_generated():
 def test_a_model_fills_with_its_padding_id_or_else_its_end_id(tiny_model, pad, fill):
     config = dataclasses.replace(tiny_model.config, eos_token_id=(END, OTHER_END), pad_token_id=pad)
     model = dataclasses.replace(tiny_model, config=config)
-    tokens, calls = model.generate(PROMPT, 4, step=scripted([END, 5, 5], [5, 5, OTHER_END]), carry=0)
+    tokens, calls = model.generate(PROMPT, 4, step=scripted([END, 5, 5], [5, 5, OTHER_END]), carry=jnp.int32(0))
     np.testing.assert_array_equal(tokens[:, 3:], [[END, fill, fill], [5, 5, OTHER_END]])
     assert calls == 3
 
@@ -116,7 +147,7 @@ def test_a_model_fills_with_its_padding_id_or_else_its_end_id(tiny_model, pad, f
 @pytest.mark.parametrize(("ends", "fill"), [((99, END), END), ((END, 99), END)])
 def test_an_end_id_without_an_embedding_fills_nothing(tiny_model, ends, fill):
     model = dataclasses.replace(tiny_model, generation_defaults=GenerationDefaults(None, ends, None))
-    tokens, _ = model.generate(PROMPT, 4, step=scripted([END, 5, 5], [5, 5, END]), carry=0)
+    tokens, _ = model.generate(PROMPT, 4, step=scripted([END, 5, 5], [5, 5, END]), carry=jnp.int32(0))
     np.testing.assert_array_equal(tokens[:, 3:], [[END, fill, fill], [5, 5, END]])
 
 
@@ -169,7 +200,7 @@ def test_the_checkpoints_end_ids_go_before_those_of_its_config(tiny_model):
     config = dataclasses.replace(tiny_model.config, eos_token_id=5, pad_token_id=6)
     defaults = GenerationDefaults(1, (END, OTHER_END), 99, Sampling(temperature=5.0))  # no embedding has id 99
     model = dataclasses.replace(tiny_model, config=config, generation_defaults=defaults)
-    tokens, _ = model.generate(PROMPT, 4, step=scripted([5, END, 5, 5], [7, 7, OTHER_END, 7]), carry=0)
+    tokens, _ = model.generate(PROMPT, 4, step=scripted([5, END, 5, 5], [7, 7, OTHER_END, 7]), carry=jnp.int32(0))
     np.testing.assert_array_equal(tokens[:, 3:], [[5, END, END], [7, 7, OTHER_END]])
     assert model.special_token_ids == (1, 2, 5, 6, 9, 99)
 
@@ -187,20 +218,52 @@ def test_texts_of_different_lengths_go_on_as_each_alone(make_model, padded_texts
     ids, mask = padded_texts("left")
     ends = int(model.generate(ids[:1], 1)[0][0, -1])  # so that the first text ends at once, and the others later
     model = make_model(eos_token_id=ends)
-    masks = []
-
-    def watching(kv, carry, ids, mask):
-        masks.append(np.asarray(mask))
-        return model._step(kv, carry, ids, mask)
-
-    together, _ = model.generate(ids, 12, attention_mask=mask, step=watching)
-    assert len(masks) > 2 and not any(later[0] for later in masks[1:])
+    watched = (jnp.int32(0), jnp.zeros((12, 3), bool), jnp.zeros(12, jnp.int32))
+    watching = Watching(PlainStep(model.params, model.network))
+    together, (calls, masks, _) = model.generate(ids, 12, attention_mask=mask, step=watching, carry=watched)
+    assert calls > 2 and masks[1:, 1:].any() and not masks[:, 0].any()
     for row in range(3):
         text = ids[row : row + 1, mask[row].astype(bool)]
         alone, _ = model.generate(text, 12)
         new = together[row, ids.shape[1] :]
         np.testing.assert_array_equal(new[: alone.shape[1] - text.shape[1]], alone[0, text.shape[1] :])
         assert (new[alone.shape[1] - text.shape[1] :] == ends).all()  # without a padding id, the end id fills
+
+
+@pytest.mark.parametrize("several", [1, 5, 16])
+def test_the_number_of_tokens_per_dispatch_changes_nothing_but_the_dispatches(make_model, padded_texts, several):
+    model = make_model()
+    ids, mask = padded_texts("left")
+    times, step = iter(range(100)), Watching(PlainStep(model.params, model.network))
+    watched = (jnp.int32(0), jnp.zeros((12, 3), bool), jnp.zeros(12, jnp.int32))
+    options = {"attention_mask": mask, "sampling": Sampling(temperature=1.0, seed=3)}
+    expected = model.generate(ids, 12, **options)[0]
+    again, (calls, _, moments) = model.generate(
+        ids,
+        12,
+        step=step,
+        carry=watched,
+        clock=lambda: np.int32(next(times)),
+        tokens_per_dispatch=several,
+        **options,
+    )
+    np.testing.assert_array_equal(again, expected)
+    assert calls == 12 and moments.tolist() == list(range(12))  # each step is told a time of its own
+
+
+def test_a_dispatch_makes_several_tokens(tiny_model, monkeypatch):
+    dispatched = []
+    for name, program in (("_first", _first), ("_next", _next)):
+        counted = partial(lambda run, *given, **named: (dispatched.append(run), run(*given, **named))[1], program)
+        monkeypatch.setattr(generation, name, counted)
+    tiny_model.generate(PROMPT, 65)
+    assert dispatched == [_first] + [_next] * 4
+
+
+def test_capacities_have_few_sizes_and_enough_room():
+    capacities = [roomy(positions) for positions in range(1, 5000)]
+    assert all(0 <= room - need <= max(need / 4, 63) for need, room in enumerate(capacities, start=1))
+    assert len(set(capacities)) < 30
 
 
 def test_a_row_of_padding_fills_a_batch_and_changes_nothing(tiny_model):

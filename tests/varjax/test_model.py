@@ -249,6 +249,28 @@ def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, s
     assert len(lengths) > 1  # some ended early
 
 
+@pytest.mark.parametrize("cache_size", [0, 64])
+def test_tokens_of_one_dispatch_are_those_of_one_dispatch_each(saved_model, stats_path, ids, cache_size):
+    """With left padding, and texts that end early. The state behind them is the same as well."""
+    mask = np.ones_like(ids)
+    mask[0, :5] = 0
+
+    def written(end_ids, several):
+        defaults, times = GenerationDefaults(None, end_ids, None), iter(np.arange(0, 900, 0.3))
+        model = dataclasses.replace(saved_model, generation_defaults=defaults)
+        wanted = config(stats_path, cache_size=cache_size, cache_ttl_seconds=1.0)  # four steps
+        var_model = under_var(model, stats_path, wanted)
+        options = {"attention_mask": mask, "clock": lambda: next(times), "tokens_per_dispatch": several}
+        return var_model.generate(ids, var_model.init(len(ids)), 20, **options)
+
+    endless, _ = written((), 16)
+    ends = tuple({int(endless[0, ids.shape[1] + 3]), int(endless[1, ids.shape[1] + 9])})
+    (one, state), (many, behind) = (written(ends, several) for several in (1, 16))
+    np.testing.assert_array_equal(one, many)
+    assert one.shape[1] <= endless.shape[1] and (one != endless[:, : one.shape[1]]).any()
+    jax.tree.map(np.testing.assert_array_equal, state, behind)
+
+
 def test_the_second_step_of_decoding_compiles_nothing(saved_model, stats_path, ids):
     for size in (0, 64):
         var_model = under_var(saved_model, stats_path, config(stats_path, cache_size=size))
