@@ -1,4 +1,6 @@
-"""What all commands of this project share: the look of their help, arguments that are paths, and how they fail."""
+"""What all commands of this project share: the look of their help, arguments that are paths, settings of JAX, and how
+they fail.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,17 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 import jax
 
 from varjax.errors import InputError
+from varjax.files import user_cache
 
+_OF_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # a user may set either
+_PROGRAMS_BYTES = 4 << 30  # of compiled programs, on disk
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then run the same command again")
 _ADVICE |= {
     errno.EACCES: "choose a place that you may use, or change its permissions",
@@ -89,6 +95,7 @@ def run(work: Callable[[], None]) -> None:
         SystemExit: with the message.
     """
     streams = sys.stdout, sys.stderr  # a process that joins others gives up its own
+    _set_up_jax()
     try:
         work()
     except InputError as error:
@@ -108,6 +115,21 @@ def run(work: Callable[[], None]) -> None:
         raise
     finally:
         sys.stdout, sys.stderr = streams
+
+
+def _set_up_jax() -> None:
+    """Set what suits one program that runs for long, unless the user has: memory of a GPU, and a cache of programs.
+
+    JAX would take 75% of a GPU, and compile everything anew for every run, which takes minutes for a large model.
+    """
+    if not any(name in os.environ for name in _OF_MEMORY):
+        os.environ[_OF_MEMORY[0]] = "0.95"
+    folder = user_cache() / "programs"
+    with suppress(OSError):  # where it cannot be written, only time is lost
+        folder.mkdir(parents=True, exist_ok=True)
+    if jax.config.jax_compilation_cache_dir is None and os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", _PROGRAMS_BYTES)
 
 
 def _with_notes(message: str, error: BaseException) -> str:

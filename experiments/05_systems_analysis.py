@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from analysis.command import path_argument, program
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None) -> None:
     args = options.parse_args(arguments)
     if args.plain and (args.var_config or args.routing_stats or args.answers):
         options.error("--plain analyzes the plain model; --var_config, --routing_stats and --answers are for VAR")
+    # Times are told apart by the names of scopes, which a program cached from another version may lack.
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     output = Output.of(args.output, "systems")
     with output.locked():
         _analyze(args, output)

@@ -161,9 +161,9 @@ class Model:
         fills = (self.generation.pad_id, *ends)
         fill = next((token for token in fills if token is not None and token < self.config.vocab_size), 0)
         kv = self.empty_cache(batch, roomy(length + max_new_tokens))
-        step = step or PlainStep(self.params, self.network)
+        runs: Step = step or PlainStep(self.params, self.network)
         asked = (max_new_tokens, sampling or GREEDY, ends, fill, clock, tokens_per_dispatch)
-        tokens, carry = generate(step, kv, carry, ids, mask, *asked)
+        tokens, carry = generate(runs, kv, carry, ids, mask, *asked)
         tokens[:, :length] = input_ids  # as the caller gave them: padding may have ids outside the vocabulary
         return Generation(tokens, carry)
 
@@ -227,7 +227,7 @@ class PlainStep:
 
     def __call__(
         self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array, now: jax.Array
-    ) -> tuple[jax.Array, KVCache | None, Any]:
+    ) -> tuple[jax.Array, KVCache, Any]:
         """Run the next ids; `carry` and `now` are of no use."""
         return *plain_step(self.params, kv, ids, mask, self.network), carry
 
@@ -235,7 +235,7 @@ class PlainStep:
 @partial(jax.jit, static_argnames="network", donate_argnames="kv")
 def plain_step(
     params: Params, kv: KVCache, ids: jax.Array, mask: jax.Array, network: Network
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, KVCache]:
     """Run one step of the plain model for the loops of this library, which give up the cache.
 
     Args:
@@ -249,6 +249,7 @@ def plain_step(
         Logits float32[B, V] of the last position, and the cache with the new positions.
     """
     out = network.forward(params, ids, attention_mask=mask, kv=kv, last_logits_only=True)
+    assert out.kv is not None  # one was passed
     return out.logits[:, -1], out.kv
 
 

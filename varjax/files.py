@@ -21,6 +21,15 @@ _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _CODE = re.compile(r"os[ _]error(?:_code)?\W+(\d+)")  # as safetensors and tensorstore quote the system's errors
 
 
+def user_cache() -> Path:
+    """The folder for what this user can make again: `$XDG_CACHE_HOME/varjax`, else `~/.cache/varjax`.
+
+    Returns:
+        The folder, which may not exist yet.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "varjax"
+
+
 @contextmanager
 def named_errors(path: str | Path) -> Iterator[None]:
     """Raise errors of the file system, while `path` is written inside the `with`, as an OSError that names `path`.

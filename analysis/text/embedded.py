@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from varjax.files import replacing
+from varjax.files import replacing, user_cache
 from varjax.progress import progress_bar
 
 DISTRIBUTIONS = (
@@ -143,8 +143,7 @@ def _cache_file() -> Path:
         except metadata.PackageNotFoundError:
             versions[name] = None
     key = hashlib.sha256(json.dumps(versions, sort_keys=True).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "varjax" / f"embedded-{key}.jsonl"
+    return user_cache() / f"embedded-{key}.jsonl"
 
 
 def _kept(path: Path) -> list[Row] | None:

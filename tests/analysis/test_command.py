@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from analysis.command import name_argument, path_argument, program, run
@@ -128,3 +129,32 @@ def test_a_platform_that_is_not_there_is_said():
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert said == [done.stderr.splitlines()[-1]] and said[0].startswith("error: JAX_PLATFORMS=cuda: JAX finds no such")
     assert "Traceback" not in done.stderr
+
+
+def test_a_program_takes_the_memory_of_a_gpu_and_keeps_what_it_compiles_unless_told_otherwise(tmp_path, monkeypatch):
+    names = ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    before = [getattr(jax.config, name) for name in names]
+
+    def set_up(folder: Path | None, **environment: str) -> tuple[str | None, str | None]:
+        """The share of the memory and the folder of programs behind a run."""
+        for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+            monkeypatch.setenv(name, "")  # so that it is restored
+            monkeypatch.delenv(name)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        jax.config.update(names[0], folder and str(folder))
+        run(lambda: None)
+        return os.environ.get("XLA_CLIENT_MEM_FRACTION"), jax.config.jax_compilation_cache_dir
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        assert set_up(None) == ("0.95", str(tmp_path / "varjax" / "programs"))
+        assert 0 < jax.config.jax_compilation_cache_max_size < 2**40
+        monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+        assert set_up(None) == ("0.95", None)  # there is no room for a folder
+        own = tmp_path / "own"
+        assert set_up(own, XLA_CLIENT_MEM_FRACTION="0.5") == ("0.5", str(own))
+        assert set_up(own, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5") == (None, str(own))
+    finally:
+        for name, value in zip(names, before, strict=True):
+            jax.config.update(name, value)
