@@ -20,6 +20,7 @@ from varjax.errors import InputError
 from varjax.files import user_cache
 
 _OF_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # a user may set either
+_FOR_MEMORY = "Lower --batch_size or --max_length, use --dtype bfloat16, or divide the model over devices with --mesh"
 _PROGRAMS_BYTES = 4 << 30  # of compiled programs, on disk
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then run the same command again")
 _ADVICE |= {
@@ -84,8 +85,8 @@ def program(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]
 def run(work: Callable[[], None]) -> None:
     """Do the work of a program; bad input ends it with one message instead of a traceback.
 
-    Bad input is what varjax (`InputError`) or the operating system (`OSError`) refuses, and a `JAX_PLATFORMS` that
-    names a missing device. Every other error is a fault in the program and keeps its traceback. Each of several joined
+    Bad input is what varjax (`InputError`) or the operating system (`OSError`) refuses, a `JAX_PLATFORMS` that names a
+    missing device, and a batch for which a device has too little memory. Every other error is a fault in the program and keeps its traceback. Each of several joined
     processes ends at once when another one has ended.
 
     Args:
@@ -106,6 +107,8 @@ def run(work: Callable[[], None]) -> None:
         sys.exit("interrupted")
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
+            if "RESOURCE_EXHAUSTED" in str(error):
+                sys.exit(f"error: {str(error).splitlines()[0]}\n{_FOR_MEMORY}")
             raise
         sys.stderr = streams[1]
         _leave(error)
@@ -127,7 +130,7 @@ def _set_up_jax() -> None:
     folder = user_cache() / "programs"
     with suppress(OSError):  # where it cannot be written, only time is lost
         folder.mkdir(parents=True, exist_ok=True)
-    if jax.config.jax_compilation_cache_dir is None and os.access(folder, os.W_OK):
+    if jax.config.read("jax_compilation_cache_dir") is None and os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _PROGRAMS_BYTES)
 

@@ -90,7 +90,9 @@ def main(arguments: Sequence[str] | None) -> None:
         help="directory, hub id, or 'reference', which comes with varjax",
     )
     parser.add_argument(
-        "--dtype", default="float32", choices=["float32", "bfloat16"], help="data type of the parameters"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="data type of the parameters (default: the one that the checkpoint's config.json names)",
     )
     parser.add_argument("--var_config", type=path_argument, help="VARConfig as a JSON file (default: the plain model)")
     parser.add_argument(
@@ -142,7 +144,7 @@ def _command(args: argparse.Namespace, path: Path) -> None:
     )
     asked = {"include_path": args.include_path, "limit": args.limit, "num_fewshot": args.num_fewshot}
     found = evaluate(lm, args.tasks, **asked)
-    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
+    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}
     origin = {
         "model": about,
         "config": config,

@@ -272,7 +272,7 @@ def _evaluate_on(
     result["provenance"] = provenance(
         seed=args.seed, **origin, config=config, table=files, config_sha256=var_model.digest
     )
-    facts = [("model", f"{model.name} ({args.dtype})"), ("data", f"{args.dataset}, split {args.split}")]
+    facts = [("model", f"{model.name} ({model.dtype.name})"), ("data", f"{args.dataset}, split {args.split}")]
     if args.mode == "var":
         given = str(args.var_config or f"preset {args.preset}")
         facts.append(("policy", "found under a loss budget" if found else given))
@@ -363,7 +363,7 @@ def _study_of(
     kept = {"stride": args.stride, "folder": output.other("losses")}
     subject = make_subject(args, model, config, files, documents, **kept)
     facts = [
-        ("model", f"{model.name} ({args.dtype})"),
+        ("model", f"{model.name} ({model.dtype.name})"),
         ("data", f"{args.dataset}, split {args.split}"),
         ("policy", str(args.var_config or "found on the tune split")),
         ("cached tier, where one is", subject.caching.words),

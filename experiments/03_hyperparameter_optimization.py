@@ -218,7 +218,7 @@ def _conclude(args: argparse.Namespace, output: Output, setting: _Setting, found
     origin = setting.origin | {"table": setting.files, "storage": without_password(_storage(args))}
     made = provenance(seed=args.seed, **origin, about=setting.about)
     facts = (
-        ("model", f"{subject.model.name} ({args.dtype})"),
+        ("model", f"{subject.model.name} ({subject.model.dtype.name})"),
         ("data", f"{args.dataset}, split tune, {len(subject.documents):,} documents"),
         ("search", f"{args.method}, {len(found):,} trials, seed {args.seed}"),
         ("cached tier", subject.caching.words),
@@ -256,7 +256,7 @@ def _validate(args: argparse.Namespace, output: Output) -> None:
             ),
         )
         facts = (
-            ("model", f"{calibrate.model.name} ({args.dtype})"),
+            ("model", f"{calibrate.model.name} ({calibrate.model.dtype.name})"),
             ("data", f"{args.dataset}: calibrate {len(calibrate.documents):,} documents, test {len(documents):,}"),
             ("configurations", str(args.validate)),
             ("cached tier", calibrate.caching.words),

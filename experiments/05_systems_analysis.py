@@ -93,7 +93,7 @@ def _analyze(args: argparse.Namespace, output: Output) -> None:
         experts = found.evidence[0].experts[1]
         policy = args.var_config or ("preset balanced" if config.enable_var else "none, the plain model")
         facts = (
-            ("model", f"{model.name} ({args.dtype})"),
+            ("model", f"{model.name} ({model.dtype.name})"),
             ("policy", f"{policy}: {experts:.2f} of {model.config.top_k} experts per token"),
             ("calls", ", ".join(f"{name} {ids.shape[0]} x {ids.shape[1]}" for name, ids in texts.items())),
             ("device", found.performance.ceilings.device),

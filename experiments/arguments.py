@@ -45,7 +45,11 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
         The parser.
     """
     made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    made.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="data type of the parameters")
+    made.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="data type of the parameters (default: the one that the checkpoint's config.json names)",
+    )
     add_options(
         made,
         ("model", name_argument, "reference", "model directory, hub id, or 'reference', which comes with varjax"),
@@ -177,7 +181,7 @@ def load(args: argparse.Namespace, split: str, limit: int | None) -> tuple[Model
     model = open_model(args)
     corpus = open_corpus(model, args, split, limit)
     documents = list(corpus)
-    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": args.dtype}
+    about = {"name": model.name, "fingerprint": model.fingerprint, "dtype": model.dtype.name}
     return model, documents, {"model": about, "data": corpus.about, "card": card.announced(model, args.dataset)}
 
 

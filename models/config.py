@@ -129,6 +129,22 @@ def read_config(path: Path) -> MoEConfig:
     return config_from_hf(read_object(path, ConfigError), str(path))
 
 
+def read_dtype(path: Path) -> str:
+    """Read in which dtype a checkpoint is to be computed.
+
+    Args:
+        path: a config.json.
+
+    Returns:
+        "bfloat16" if the file says so, else "float32": bfloat16 would round the numbers of a float16 checkpoint.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    fields = read_object(path, ConfigError)
+    return "bfloat16" if fields.get("dtype", fields.get("torch_dtype")) == "bfloat16" else "float32"
+
+
 def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> MoEConfig:
     """Convert the fields of a Hugging Face config of either style.
 
@@ -191,7 +207,7 @@ def config_to_hf(config: MoEConfig, dtype: str) -> dict[str, Any]:
 
     Args:
         config: the architecture.
-        dtype: of the stored weights, such as "bfloat16".
+        dtype: in which the model is to be computed, such as "bfloat16".
 
     Returns:
         The fields, with `rope_theta` and `rope_parameters`.

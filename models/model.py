@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from models.config import MoEConfig, read_config
+from models.config import MoEConfig, read_config, read_dtype
 from models.decoder import Network, Output
 from models.experts import Engine, get_engine
 from models.generation import (
@@ -255,7 +255,7 @@ def plain_step(
 
 def load_model(
     directory_or_hub_id: str | Path,
-    dtype: str = "float32",
+    dtype: str | None = None,
     implementation: str | None = None,
     mesh: Mesh | None = None,
 ) -> Model:
@@ -263,7 +263,7 @@ def load_model(
 
     Args:
         directory_or_hub_id: a directory, a hub id, or "reference" for the small model of this repository.
-        dtype: "float32" or "bfloat16", of the parameters and the activations.
+        dtype: "float32" or "bfloat16", of the parameters and the activations; None: what the checkpoint's config says.
         implementation: name of the expert engine (`models.experts.get_engine`); None: the best one for the device.
         mesh: the devices to divide the model over (`models.placement.make_mesh`); None: one device holds all of it.
 
@@ -273,15 +273,17 @@ def load_model(
     Raises:
         ConfigError: the family (`models.families.FAMILIES`) or a setting is not supported.
         CheckpointError: the weights or the tokenizer do not belong to the config, or a file is damaged.
-        InputError: an unknown dtype or engine, or a tokenizer that cannot be opened.
+        InputError: an unknown dtype or engine, parameters that do not fit into the memory, or a tokenizer that cannot
+            be opened.
         MeshError: the model cannot be divided over the mesh.
         FileNotFoundError: neither a local directory nor a hub id that can be reached.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r} is not supported; choose one of {sorted(DTYPES)}")
     engine = get_engine(implementation)
     directory = _resolve_directory(directory_or_hub_id)
     config = read_config(directory / "config.json")
+    dtype = dtype or read_dtype(directory / "config.json")
     generation = read_generation(directory, config)
     placement = Placement.of(config, mesh)
     params, fingerprint = load_params(directory, config, DTYPES[dtype], placement)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from models.config import MoEConfig
 from varjax.errors import InputError
@@ -91,12 +91,12 @@ class Placement:
     rules: tuple[tuple[str, str | None], ...] = ()  # name -> axis of the mesh; None: not divided
 
     @classmethod
-    def of(cls, config: MoEConfig, mesh: Mesh | None) -> Placement:
+    def of(cls, config: MoEConfig, mesh: Mesh | AbstractMesh | None) -> Placement:
         """Divide an architecture over a mesh.
 
         Args:
             config: the architecture.
-            mesh: with the axes `data` and `model` (`make_mesh`); None: one device.
+            mesh: with the axes `data` and `model` (`make_mesh`), abstract to find shapes only; None: one device.
 
         Returns:
             The placement.
@@ -120,7 +120,12 @@ class Placement:
         if most % size:
             faults = ", ".join(f"{field}={count}" for field, count in must.items() if count % size)
             raise MeshError(f"{MODEL}={size} does not divide {faults} of this model; give it a divisor of {most}")
-        return cls(mesh, tuple(rules.items()))
+        return cls(mesh, tuple(rules.items()))  # type: ignore[arg-type]  # an abstract one is for shapes only
+
+    @property
+    def local_devices(self) -> Sequence[jax.Device]:
+        """The devices of this process that hold arrays."""
+        return jax.local_devices()[:1] if self.mesh is None else self.mesh.local_devices
 
     def _size(self, axis: str) -> int:
         return 1 if self.mesh is None else self.mesh.shape[axis]

@@ -33,6 +33,7 @@ from models.config import MoEConfig, config_to_hf
 from models.families import COMMON_TENSORS, FAMILIES, STACKED_EXPERTS
 from models.fields import read_object, shown
 from models.generation import GENERATION_FILE, GenerationDefaults, generation_to_hf
+from models.memory import check_memory, device_bytes
 from models.parameters import Params, param_shapes, param_shardings
 from models.placement import ONE_DEVICE, Placement
 from varjax import checksums
@@ -128,8 +129,10 @@ def load_params(
 
     Raises:
         CheckpointError: tensors are missing, surplus, repeated, misshapen, unreadable or not finite.
+        InputError: the parameters are larger than the devices; no tensor was read.
     """
     places, entries = locate_tensors(read_headers(directory), config), ledger(config)
+    check_memory(config, jnp.dtype(dtype).name, placement, min(map(device_bytes, placement.local_devices)))
     shardings = jax.tree.leaves(param_shardings(config, placement), is_leaf=lambda leaf: leaf is None)
     targets = dict(zip(entries, shardings, strict=True))
     digest = hashlib.sha256(repr(_maths(config)).encode())
@@ -192,7 +195,8 @@ def save_params(
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard_bytes,
     )
-    texts: dict[str, dict[str, Any]] = {"config.json": config_to_hf(config, dtype)}
+    computed = jax.tree.leaves(params)[0].dtype.name  # opened again, the model is to compute what it computes now
+    texts: dict[str, dict[str, Any]] = {"config.json": config_to_hf(config, computed)}
     if generation not in (None, GenerationDefaults.of(config)):
         texts[GENERATION_FILE] = generation_to_hf(generation)
     if shards.is_sharded:

@@ -55,6 +55,10 @@ def test_the_programs_are_found():
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "error: x: No such file or directory"),
         (OSError(errno.ENOSPC, "No space left", "x"), "error: x: No space left; free some space, then run the same "),
         (KeyboardInterrupt(), "interrupted"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nmore"),
+            "error: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nLower --batch_size or",
+        ),
     ],
 )
 def test_bad_input_ends_with_one_message(error, message):

@@ -19,9 +19,12 @@ from analysis.text.encoding import encode
 from models import CheckpointError, ConfigError, load_model
 from models.config import config_to_hf, read_config
 from models.generation import GenerationDefaults, Sampling
+from models.memory import check_memory, device_bytes, parameter_bytes
 from models.parameters import init_params, param_shapes
+from models.placement import ONE_DEVICE
 from models.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from models.weights import ledger, load_params, save_params
+from profiling.published import PUBLISHED
 from varjax import VARConfig, VARModel, checksums
 from varjax.errors import InputError
 
@@ -434,7 +437,66 @@ def test_an_unknown_option_is_answered_with_the_choices(checkpoint, option, choi
         load_model(checkpoint, **option)
 
 
+@pytest.mark.parametrize(
+    ("named", "asked", "loaded"),
+    [
+        ({"dtype": "bfloat16"}, None, "bfloat16"),
+        ({"torch_dtype": "bfloat16"}, None, "bfloat16"),
+        ({"dtype": "float32"}, None, "float32"),
+        ({"dtype": "float16"}, None, "float32"),  # bfloat16 would round its numbers
+        ({}, None, "float32"),
+        ({"dtype": "bfloat16"}, "float32", "float32"),
+    ],
+)
+def test_parameters_have_the_dtype_that_the_checkpoint_names(checkpoint, named, asked, loaded):
+    path = checkpoint / "config.json"
+    fields = {name: value for name, value in json.loads(path.read_text()).items() if "dtype" not in name}
+    path.write_text(json.dumps(fields | named))
+    assert load_model(checkpoint, asked).dtype == loaded
+
+
+def test_a_saved_checkpoint_names_the_dtype_of_its_parameters(tiny_params, tiny_config, tmp_path):
+    """Whatever the dtype of the file: the reference model computes in float32 and takes half of that on disk."""
+    save_params(tmp_path, tiny_params, tiny_config, dtype="bfloat16")
+    assert load_model(tmp_path).dtype == "float32"
+    assert load_model("reference").dtype == "float32"
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gigabytes", "sizes", "advice"),
+    [
+        (
+            "bfloat16",
+            80,
+            "93.4 GB on each device in bfloat16.*80.0 GB",
+            r"2 devices with mesh model=2 \(46.7 GB on each\)",
+        ),
+        ("float32", 100, "186.8 GB.*100.0 GB", r"dtype bfloat16 \(93.4 GB\) or 2 devices with mesh model=2 \(93.4 GB"),
+        ("bfloat16", 2, "93.4 GB.*2.0 GB", "a device with more memory"),
+    ],
+)
+def test_the_error_for_a_small_device_names_what_fits(dtype, gigabytes, sizes, advice):
+    with pytest.raises(InputError, match=f"{sizes}; what fits: {advice}"):
+        check_memory(PUBLISHED["mixtral-8x7b"], dtype, ONE_DEVICE, gigabytes * 10**9)
+    check_memory(PUBLISHED["mixtral-8x7b"], dtype, ONE_DEVICE, 187 * 10**9)
+
+
+def test_a_model_that_is_too_large_is_refused_before_its_weights_are_read(checkpoint, monkeypatch):
+    monkeypatch.setattr("models.weights._to_device", None)  # what every tensor goes through
+    monkeypatch.setattr("models.weights.device_bytes", lambda device: 10**4)
+    with pytest.raises(InputError, match=r"the parameters take .* but it has 0\.0 GB; what fits: "):
+        load_model(checkpoint)
+
+
+def test_the_bytes_of_the_parameters_are_those_that_are_loaded(checkpoint):
+    for dtype in ("float32", "bfloat16"):
+        model = load_model(checkpoint, dtype)
+        held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+        assert parameter_bytes(model.config, dtype, ONE_DEVICE) == held <= device_bytes(jax.devices()[0])
+
 
 _PEAK = textwrap.dedent("""
     import sys
