@@ -86,8 +86,8 @@ def run(work: Callable[[], None]) -> None:
     """Do the work of a program; bad input ends it with one message instead of a traceback.
 
     Bad input is what varjax (`InputError`) or the operating system (`OSError`) refuses, a `JAX_PLATFORMS` that names a
-    missing device, and a batch for which a device has too little memory. Every other error is a fault in the program and keeps its traceback. Each of several joined
-    processes ends at once when another one has ended.
+    missing device, and a batch for which a device has too little memory. Every other error is a fault in the program
+    and keeps its traceback. Each of several joined processes ends at once when another one has ended.
 
     Args:
         work: the work.
@@ -130,7 +130,8 @@ def _set_up_jax() -> None:
     folder = user_cache() / "programs"
     with suppress(OSError):  # where it cannot be written, only time is lost
         folder.mkdir(parents=True, exist_ok=True)
-    if jax.config.read("jax_compilation_cache_dir") is None and os.access(folder, os.W_OK):
+    unset = jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]
+    if unset and os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _PROGRAMS_BYTES)
 
