@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.attention import Sight
 from models.config import MoEConfig
 from models.experts import Engine, divided, expert_outputs
 from models.kv_cache import KVCache
@@ -97,11 +98,11 @@ def forward(
     with jax.named_scope("scores"):
         if kv is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-            seen = _visible(positions, positions, mask, config.sliding_window, offset=0)
+            sight = Sight(positions, positions, mask, None, config.sliding_window)
         else:
             kv, positions = _extend(kv, mask)
             offset = kv.length - token_ids.shape[1]
-            seen = _visible(positions, kv.positions, kv.mask, config.sliding_window, offset)
+            sight = Sight(positions, kv.positions, kv.mask, offset, config.sliding_window)
 
     model = with_methods(config, params["decoder"])
     with jax.named_scope("norms"):
@@ -113,7 +114,7 @@ def forward(
         with jax.named_scope("attention"):
             with jax.named_scope("norms"):
                 normed = layer.input_norm(x)
-            attended, kv = layer.attention(normed, rotation, seen, kv, place)
+            attended, kv = layer.attention(normed, rotation, sight, kv, place)
         with jax.named_scope("norms"):
             x = x + attended
             normed = placement.constrain(layer.expert_norm(x), "batch", None, None)
@@ -197,25 +198,6 @@ def _extend(kv: KVCache, mask: jax.Array) -> tuple[KVCache, jax.Array]:
         length=kv.length + mask.shape[1],
     )
     return kv, positions
-
-
-def _visible(
-    query_positions: jax.Array,
-    key_positions: jax.Array,
-    key_mask: jax.Array,
-    window: int | None,
-    offset: jax.Array | int,
-) -> jax.Array:
-    """bool[B, T, S]: which keys a query sees. Positions are int32[B, T] and int32[B, S], `key_mask` is bool[B, S].
-
-    `window` is the number of keys that a query sees, including its own, and `offset` the slot of the first query.
-    """
-    queries, keys = query_positions.shape[1], key_positions.shape[1]
-    causal = jnp.arange(keys, dtype=jnp.int32)[None, :] <= jnp.arange(queries, dtype=jnp.int32)[:, None] + offset
-    seen = causal[None] & key_mask[:, None, :]
-    if window is not None:
-        seen &= key_positions[:, None, :] > query_positions[:, :, None] - window
-    return seen
 
 
 def _resolved(

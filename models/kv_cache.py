@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from models.config import MoEConfig
 from models.placement import ONE_DEVICE, Placement
 
-AXES = ("batch", None, "kv_heads", None)  # names of the axes of keys and values
+AXES = ("batch", "kv_heads", None, None)  # names of the axes of keys and values
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +23,8 @@ AXES = ("batch", None, "kv_heads", None)  # names of the axes of keys and values
 class KVCache:
     """Keys and values of the positions so far. All sequences fill the same slots; `mask` marks the real tokens."""
 
-    keys: list[jax.Array]  # [B, S, G, head_dim] for each layer, with experts or without, rotated
-    values: list[jax.Array]  # [B, S, G, head_dim] for each layer
+    keys: list[jax.Array]  # [B, G, S, head_dim] for each layer, with experts or without, rotated
+    values: list[jax.Array]  # [B, G, S, head_dim] for each layer
     mask: jax.Array  # bool[B, S], whether the slot holds a real token
     positions: jax.Array  # int32[B, S], the token's position in its own text
     length: jax.Array  # int32[], slots in use
@@ -50,13 +50,13 @@ class KVCache:
         Returns:
             The cache.
         """
-        shape = (batch_size, capacity, config.num_kv_heads, config.head_dim)
+        shape = (batch_size, config.num_kv_heads, capacity, config.head_dim)
         where, everywhere = placement.sharding(shape, *AXES), placement.sharding(())
         return cls(
             keys=[_zeros(shape, dtype, where) for _ in range(config.depth)],
             values=[_zeros(shape, dtype, where) for _ in range(config.depth)],
-            mask=_zeros(shape[:2], bool, everywhere),
-            positions=_zeros(shape[:2], jnp.int32, everywhere),
+            mask=_zeros((batch_size, capacity), bool, everywhere),
+            positions=_zeros((batch_size, capacity), jnp.int32, everywhere),
             length=_zeros((), jnp.int32, everywhere),
         )
 
@@ -65,14 +65,14 @@ class KVCache:
 
         Args:
             layer: position among all layers.
-            keys: [B, T, G, head_dim], rotated.
-            values: [B, T, G, head_dim].
+            keys: [B, G, T, head_dim], rotated.
+            values: [B, G, T, head_dim].
 
         Returns:
             The new cache.
         """
         nothing = jnp.int32(0)
-        start = (nothing, self.length - keys.shape[1], nothing, nothing)  # `length` already counts these slots
+        start = (nothing, nothing, self.length - keys.shape[2], nothing)  # `length` already counts these slots
         new_keys, new_values = list(self.keys), list(self.values)
         new_keys[layer] = jax.lax.dynamic_update_slice(self.keys[layer], keys, start)
         new_values[layer] = jax.lax.dynamic_update_slice(self.values[layer], values, start)

@@ -1,4 +1,4 @@
-"""The modules of the decoder: norms, projections, attention, the dense block.
+"""The modules of the decoder: norms, projections, the dense block; attention is in `models.attention`.
 
 Letters: B sequences, T positions of this call, S positions of the cache, D hidden size, H query heads, G key/value
 heads, V vocabulary.
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.attention import Sight, attend
 from models.config import MoEConfig
 from models.kv_cache import KVCache
 
@@ -71,7 +72,7 @@ class _Attention(nnx.Module):
         self,
         x: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
-        mask: jax.Array,
+        sight: Sight,
         kv: KVCache | None,
         layer: int,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -82,11 +83,11 @@ class _Attention(nnx.Module):
         with jax.named_scope("norms"):
             queries, keys = _rotate(queries, *rotation), _rotate(keys, *rotation)
         with jax.named_scope("scores"):
-            if kv is None:
-                out = _attend_causally(queries, keys, values, mask)
-            else:
+            keys, values = keys.swapaxes(1, 2), values.swapaxes(1, 2)  # [B, G, T, head_dim]
+            if kv is not None:
                 kv = kv.store(layer, keys, values)
-                out = _attend(queries, kv.keys[layer], kv.values[layer], mask)
+                keys, values = kv.keys[layer], kv.values[layer]
+            out = attend(queries, keys, values, sight)
         with jax.named_scope("projections"):
             return self.o_proj(out.reshape(batch, length, -1)), kv
 
@@ -203,25 +204,3 @@ def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotary embedding of `x` [B, T, heads, head_dim]; the halves of a head are paired, as in Hugging Face's files."""
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
-
-
-def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention [B, T, H, head_dim] to keys and values [B, S, G, head_dim]; `mask` is bool[B, T, S]."""
-    with jax.numpy_dtype_promotion("standard"):  # it mixes bfloat16 with float32 on the way
-        return jax.nn.dot_product_attention(queries, keys, values, mask=mask[:, None])
-
-
-def _attend_causally(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
-    """`_attend` over a whole text, S = T, where no query sees a later key.
-
-    Queries are processed in at most 8 blocks of at least 64, each with the keys up to its own end, so nearly half of
-    the scores are never computed.
-    """
-    length = queries.shape[1]
-    size = max(-(-length // 8), 64)
-    blocks = [
-        _attend(queries[:, start:end], keys[:, :end], values[:, :end], mask[:, start:end, :end])
-        for start in range(0, length, size)
-        for end in [min(start + size, length)]
-    ]
-    return jnp.concatenate(blocks, axis=1)

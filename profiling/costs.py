@@ -302,7 +302,7 @@ def parameters(config: MoEConfig) -> int:
 
 
 def computed_scores(workload: Workload) -> tuple[int, int]:
-    """How much attention computes for one sequence, block by block of `models.layers._attend_causally`.
+    """How much attention computes for one sequence, block by block of `models.attention.attend`.
 
     Args:
         workload: the shapes of the call.

@@ -289,8 +289,14 @@ def _cache_of(model: Model, ids: np.ndarray, cached: int, capacity: int) -> KVCa
         _, kv = plain_step(model.params, model.empty_cache(1, len(row)), jnp.asarray(row[None]), real, model.network)
         return kv
 
-    rows = [read(row) for row in ids]
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:, :capacity] if leaves[0].ndim else leaves[0], *rows)
+    def joined(*rows: Any) -> Any:
+        """Of `capacity` slots: those of keys and values are their third axis, those of the rest the second."""
+        if not rows[0].ndim:
+            return rows[0]
+        whole = np.concatenate(rows)
+        return whole[:, :, :capacity] if whole.ndim == 4 else whole[:, :capacity]
+
+    whole = jax.tree.map(joined, *map(read, ids))
     there = np.broadcast_to(np.arange(capacity) < cached, (len(ids), capacity))
     return jax.tree.map(jnp.asarray, dataclasses.replace(whole, mask=there, length=np.int32(cached)))
 

@@ -246,7 +246,7 @@ def test_other_families_and_layers_without_experts(texts, family):
     alone, model = random_model(None, **fields), random_model("data=2,model=4", **fields)
     np.testing.assert_allclose(model(texts).logits, alone(texts).logits, **CLOSE)
     over = "model" if family == "olmoe" else None
-    assert model.empty_cache(BATCH, LENGTH).keys[0].sharding.spec == PartitionSpec("data", None, over, None)
+    assert model.empty_cache(BATCH, LENGTH).keys[0].sharding.spec == PartitionSpec("data", over, None, None)
 
 
 def test_one_text_on_a_mesh_made_for_several(texts):

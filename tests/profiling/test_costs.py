@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from models.attention import Sight, attend
 from models.config import MoEConfig, read_config
-from models.decoder import _visible, forward
+from models.decoder import forward
 from models.experts import Engine, get_engine
 from models.kv_cache import KVCache
-from models.layers import _attend, _attend_causally, _Attention, _linear
+from models.layers import _Attention, _linear
 from models.parameters import init_params
 from profiling.costs import (
     COMPONENTS,
@@ -64,6 +65,13 @@ def products(traced) -> int:
     return total
 
 
+def sight(batch: int, length: int, slots: int | None = None, cached: bool = False) -> Sight:
+    """What the queries of a call see, as shapes."""
+    queries, keys = (jax.ShapeDtypeStruct((batch, count), jnp.int32) for count in (length, slots or length))
+    offset = jax.ShapeDtypeStruct((), jnp.int32) if cached else None
+    return Sight(queries, keys, jax.ShapeDtypeStruct(keys.shape, bool), offset, None)
+
+
 def check(traced, flops: float) -> None:
     """The products are exactly those; XLA, which also counts what is left out, agrees within 1 %."""
     assert products(traced) == flops
@@ -76,11 +84,10 @@ def test_attention_of_a_whole_text_agrees_with_xla(length):
     graph, state = nnx.split(nnx.eval_shape(lambda: _Attention(CONFIG, linear, nnx.Rngs(0))))
     heads = SHAPE((2, length, 1, 256))
 
-    def run(state, x, cos, sin, mask):
-        return nnx.merge(graph, state)(x, (cos, sin), mask, None, 0)[0]
+    def run(state, x, cos, sin, seen):
+        return nnx.merge(graph, state)(x, (cos, sin), seen, None, 0)[0]
 
-    mask = jax.ShapeDtypeStruct((2, length, length), bool)
-    traced = jax.jit(run).trace(state, SHAPE((2, length, 512)), heads, heads, mask)
+    traced = jax.jit(run).trace(state, SHAPE((2, length, 512)), heads, heads, sight(2, length))
     costs = component_costs(ONE_LAYER, Workload(2, length), Mix.plain(CONFIG, 2 * length), as_written=True)
     assert not analyze(traced).doubts
     check(traced, (costs["projections"] + costs["scores"]).flops)
@@ -88,16 +95,15 @@ def test_attention_of_a_whole_text_agrees_with_xla(length):
 
 @pytest.mark.parametrize("length", [1, 64, 65, 512, 513, 1000])
 def test_scores_of_a_whole_text_are_those_of_its_blocks(length):
-    queries, keys = SHAPE((1, length, 4, 256)), SHAPE((1, length, 2, 256))
-    traced = jax.jit(_attend_causally).trace(queries, keys, keys, jax.ShapeDtypeStruct((1, length, length), bool))
+    queries, keys = SHAPE((1, length, 4, 256)), SHAPE((1, 2, length, 256))
+    traced = jax.jit(attend).trace(queries, keys, keys, sight(1, length))
     costs = component_costs(ONE_LAYER, Workload(1, length), Mix.plain(CONFIG, length), as_written=True)
     assert products(traced) == costs["scores"].flops
 
 
 def test_scores_with_a_key_value_cache_agree_with_xla():
-    traced = jax.jit(_attend).trace(
-        SHAPE((3, 1, 4, 256)), SHAPE((3, 90, 2, 256)), SHAPE((3, 90, 2, 256)), jax.ShapeDtypeStruct((3, 1, 90), bool)
-    )
+    queries, keys = SHAPE((3, 1, 4, 256)), SHAPE((3, 2, 90, 256))
+    traced = jax.jit(attend).trace(queries, keys, keys, sight(3, 1, 90, cached=True))
     workload = Workload(3, 1, cached=50, capacity=90)
     check(traced, component_costs(ONE_LAYER, workload, Mix.plain(CONFIG, 3), as_written=True)["scores"].flops)
 
@@ -228,7 +234,8 @@ def _prepared(engine):
 def test_needed_scores_are_those_that_the_mask_lets_through(cached, length, window):
     config = dataclasses.replace(ONE_LAYER, sliding_window=window)
     positions = jnp.arange(cached + length)[None]
-    seen = _visible(positions[:, cached:], positions, jnp.ones(positions.shape, bool), window, cached)
+    everything = Sight(positions[:, cached:], positions, jnp.ones(positions.shape, bool), cached, window)
+    seen = everything.mask(0, length, cached + length)
     costs = component_costs(config, Workload(1, length, cached, itemsize=2), Mix.plain(config, length))["scores"]
     assert costs.flops == 4 * int(seen.sum()) * config.num_heads * config.head_dim
     queries = 2 * length * config.num_heads * config.head_dim

@@ -1,0 +1,107 @@
+"""Scaled dot-product attention with grouped key/value heads, for whole texts and for continued ones.
+
+Letters: B sequences, T queries, S keys, H query heads, G key/value heads, R = H / G query heads of each, d head_dim.
+
+Keys and values are [B, G, S, d]: each head's positions lie together, as the products want them. With positions first
+(`jax.nn.dot_product_attention`), a step of decoding would transpose the whole key/value cache. Scores and softmax are
+float32. What a query may see follows from positions and padding (`Sight`), and is found for a block of queries at a
+time, so the memory grows with the length of a text and not with its square.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_SCORES_BYTES = 1 << 28  # of one block of scores; blocks with more are computed in parts, one after the other
+_MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)  # finite, so that a row without any key stays free of NaN
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sight:
+    """Which keys the queries of a call may see."""
+
+    queries: jax.Array  # int32[B, T], the position of each in its text
+    keys: jax.Array  # int32[B, S]
+    real: jax.Array  # bool[B, S], false at padding
+    offset: Any  # int32[], the slot of the first query; None: whole texts, S = T
+    window: int | None = dataclasses.field(metadata={"static": True})  # keys that a query sees, its own included
+
+    def mask(self, start: Any, count: int, keys: int) -> jax.Array:
+        """Tell what some queries see.
+
+        Args:
+            start: the first of them, which may be traced.
+            count: how many there are.
+            keys: of how many keys, from the first one on.
+
+        Returns:
+            bool[B, count, keys].
+        """
+        slots = jnp.arange(count, dtype=jnp.int32) + start + (0 if self.offset is None else self.offset)
+        seen = (jnp.arange(keys, dtype=jnp.int32) <= slots[:, None]) & self.real[:, None, :keys]
+        if self.window is not None:
+            queries = jax.lax.dynamic_slice_in_dim(self.queries, start, count, axis=1)
+            seen &= self.keys[:, None, :keys] > queries[:, :, None] - self.window
+        return seen
+
+
+def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight) -> jax.Array:
+    """Compute attention.
+
+    The queries of a whole text are processed in at most 8 blocks of at least 64, each with the keys up to its own end,
+    so nearly half of the scores are never computed.
+
+    Args:
+        queries: [B, T, H, d], rotated.
+        keys: [B, G, S, d], rotated.
+        values: [B, G, S, d].
+        sight: what each query may see.
+
+    Returns:
+        [B, T, H, d].
+    """
+    batch, length, heads, size = queries.shape
+    grouped = queries.reshape(batch, length, keys.shape[1], -1, size)
+    whole = sight.offset is None
+    rows = max(-(-length // 8), 64) if whole else length
+    blocks = []
+    for start in range(0, length, rows):
+        end = min(start + rows, length)
+        seen = end if whole else keys.shape[2]
+        blocks.append(_block(grouped[:, start:end], keys[:, :, :seen], values[:, :, :seen], sight, start))
+    return jnp.concatenate(blocks, axis=1).reshape(batch, length, heads, size)
+
+
+def _block(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, start: int) -> jax.Array:
+    """Attention [B, t, G, R, d] of the queries from `start` on to all keys given."""
+    batch, length, groups, each, size = queries.shape
+    seen = keys.shape[2]
+    rows = min(max(_SCORES_BYTES // (4 * batch * groups * each * seen), 1), length)
+    if rows == length:
+        return _scored(queries, keys, values, sight.mask(start, length, seen))
+    parts = -(-length // rows)
+    rows = -(-length // parts)
+    # The last part may overlap with the one before, whose results it repeats.
+    starts = jnp.minimum(jnp.arange(parts, dtype=jnp.int32) * rows, length - rows)
+
+    @jax.checkpoint
+    def part(first: jax.Array) -> jax.Array:
+        own = jax.lax.dynamic_slice_in_dim(queries, first, rows, axis=1)
+        return _scored(own, keys, values, sight.mask(first + start, rows, seen))
+
+    found = jnp.moveaxis(jax.lax.map(part, starts), 0, 1)  # [B, parts, rows, G, R, d]
+    head = found[:, :-1].reshape(batch, -1, groups, each, size)
+    return jnp.concatenate([head, found[:, -1, parts * rows - length :]], axis=1)
+
+
+def _scored(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention [B, t, G, R, d] under a mask bool[B, t, S]."""
+    scores = jnp.einsum("btgrd,bgsd->bgrts", queries, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores * queries.shape[-1] ** -0.5, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return jnp.einsum("bgrts,bgsd->btgrd", weights, values)

@@ -1,0 +1,92 @@
+"""Attention against jax.nn's: whole texts and continued ones, padding, windows, blocks in parts, memory."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models import attention
+from models.attention import Sight, attend
+
+
+def random(*shape, seed=0, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def inputs(batch, length, slots, dtype=jnp.float32, heads=6, groups=2, size=8):
+    queries = random(batch, length, heads, size, dtype=dtype)
+    keys, values = (random(batch, groups, slots, size, seed=seed, dtype=dtype) for seed in (1, 2))
+    return queries, keys, values
+
+
+def sight(batch, length, slots, offset, window):
+    """With padding before the first text and after the second one."""
+    real = np.ones((batch, slots), bool)
+    real[0, :2], real[1, -2:] = False, False
+    positions = np.maximum(np.cumsum(real, axis=1) - 1, 0).astype(np.int32)
+    first = 0 if offset is None else offset
+    queries = positions[:, first : first + length]
+    at = None if offset is None else jnp.int32(offset)
+    return Sight(jnp.asarray(queries), jnp.asarray(positions), jnp.asarray(real), at, window)
+
+
+def expected(queries, keys, values, seen: Sight):
+    """What jax.nn computes under a mask that is spelled out."""
+    first = 0 if seen.offset is None else int(seen.offset)
+    slots, length = keys.shape[2], queries.shape[1]
+    mask = (np.arange(slots)[None] <= np.arange(length)[:, None] + first) & np.asarray(seen.real)[:, None]
+    if seen.window is not None:
+        mask &= np.asarray(seen.keys)[:, None] > np.asarray(seen.queries)[:, :, None] - seen.window
+    with jax.numpy_dtype_promotion("standard"):
+        out = jax.nn.dot_product_attention(
+            queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), mask=jnp.asarray(mask[:, None])
+        )
+    return np.asarray(out, np.float32), mask.any(-1)  # a query without any key has no right value
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("length", "slots", "offset"), [(7, 7, None), (150, 150, None), (1, 30, 12), (11, 30, 12)])
+def test_it_agrees_with_jax(monkeypatch, parts, window, length, slots, offset):
+    given, seen = inputs(2, length, slots), sight(2, length, slots, offset, window)
+    if parts > 1:  # of about 50 scores for each of the 12 heads
+        monkeypatch.setattr(attention, "_SCORES_BYTES", 4 * 12 * slots * max(length // parts, 1))
+    out = np.asarray(jax.jit(partial(attend))(*given, seen))
+    wanted, sees = expected(*given, seen)
+    np.testing.assert_allclose(out[sees], wanted[sees], atol=2e-6)
+    assert np.isfinite(out).all()
+
+
+def test_parts_change_neither_results_nor_gradients(monkeypatch):
+    given, seen = inputs(2, 40, 40), sight(2, 40, 40, None, 9)
+
+    def loss(queries, keys, values):
+        return jnp.sum(jnp.square(attend(queries, keys, values, seen)))
+
+    whole = jax.value_and_grad(loss, (0, 1, 2))(*given)
+    monkeypatch.setattr(attention, "_SCORES_BYTES", 4 * 12 * 40 * 7)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), jax.value_and_grad(loss, (0, 1, 2))(*given), whole
+    )
+
+
+def test_scores_are_float32_where_the_rest_is_not():
+    given, seen = inputs(2, 20, 20, jnp.bfloat16), sight(2, 20, 20, None, None)
+    wide = [one.astype(jnp.float32) for one in given]
+    (wanted, sees), out = expected(*wide, seen), attend(*given, seen)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32)[sees], wanted[sees], atol=0.03)
+
+
+@pytest.mark.parametrize("offset", [None, 0])
+def test_a_long_text_needs_memory_that_grows_with_its_length(offset):
+    """Mixtral's heads in bfloat16, compiled and not run: all scores at once would take 137 GB, and 3 are too many."""
+    length = 32768
+    shapes = [(1, length, 32, 128), (1, 8, length, 128), (1, 8, length, 128)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    positions, real = (jax.ShapeDtypeStruct((1, length), kind) for kind in (jnp.int32, bool))
+    at = None if offset is None else jax.ShapeDtypeStruct((), jnp.int32)
+    compiled = jax.jit(attend).lower(*arrays, Sight(positions, positions, real, at, None)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3e9
