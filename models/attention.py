@@ -101,7 +101,19 @@ def _block(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight,
 
 def _scored(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention [B, t, G, R, d] under a mask bool[B, t, S]."""
-    scores = jnp.einsum("btgrd,bgsd->bgrts", queries, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * queries.shape[-1] ** -0.5, _MASKED)
+    # XLA wants the first operand of a product to end in what is contracted, and the second one not to: a key/value
+    # cache in the other place would be copied by every step. Elsewhere the scores, which are larger, decide.
+    if queries.shape[1] == 1:
+        by_key = _product(keys, queries, ((3,), (4,)), ((0, 1), (0, 2)))  # [B, G, S, 1, R]
+        scores = jnp.moveaxis(by_key, 2, -1)
+    else:
+        scores = _product(queries, keys, ((4,), (3,)), ((0, 2), (0, 1)))  # [B, G, t, R, S]
+    scores = jnp.where(mask[:, None, :, None], scores * queries.shape[-1] ** -0.5, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    return jnp.einsum("bgrts,bgsd->btgrd", weights, values)
+    out = _product(weights, values, ((4,), (2,)), ((0, 1), (0, 1))).astype(values.dtype)  # [B, G, t, R, d]
+    return out.swapaxes(1, 2)
+
+
+def _product(one: jax.Array, other: jax.Array, contracted: Any, batched: Any) -> jax.Array:
+    """`lax.dot_general` that gives float32; axes of both operands are contracted, then others are batched."""
+    return jax.lax.dot_general(one, other, (contracted, batched), preferred_element_type=jnp.float32)

@@ -30,9 +30,18 @@ def _named(*axes: str | None) -> dict[str, Any]:
     return {"out_sharding": axes, "eager_sharding": False}  # sharding is applied later: a declaration has no mesh
 
 
+def _product(
+    x: jax.Array, kernel: jax.Array, axes: Any, preferred_element_type: Any = None, **options: Any
+) -> jax.Array:
+    """`lax.dot_general` that adds in float32, then rounds: for one token, XLA would round every product to bfloat16."""
+    wide = jax.lax.dot_general(x, kernel, axes, **_TO_FLOAT32, **options)
+    return wide.astype(preferred_element_type or x.dtype)
+
+
 def _linear(inner: int, outer: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
     """A projection whose kernel [inner, outer] has axes of these names; a bias has the second one."""
-    return nnx.Linear(inner, outer, kernel_metadata=_named(*axes), bias_metadata=_named(axes[1]), **options)
+    names = {"kernel_metadata": _named(*axes), "bias_metadata": _named(axes[1])}
+    return nnx.Linear(inner, outer, dot_general=_product, **names, **options)
 
 
 class _RMSNorm(nnx.Module):
