@@ -101,9 +101,9 @@ def _block(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight,
 
 def _scored(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """Attention [B, t, G, R, d] under a mask bool[B, t, S]."""
-    # XLA wants the first operand of a product to end in what is contracted, and the second one not to: a key/value
-    # cache in the other place would be copied by every step. Elsewhere the scores, which are larger, decide.
-    if queries.shape[1] == 1:
+    # For one token of one sequence, XLA on a GPU would transpose keys that come second, the whole cache in every step.
+    # Elsewhere the keys come second, so that the softmax runs along the last axis and in one kernel.
+    if queries.shape[:2] == (1, 1):
         by_key = _product(keys, queries, ((3,), (4,)), ((0, 1), (0, 2)))  # [B, G, S, 1, R]
         scores = jnp.moveaxis(by_key, 2, -1)
     else:

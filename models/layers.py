@@ -33,9 +33,23 @@ def _named(*axes: str | None) -> dict[str, Any]:
 def _product(
     x: jax.Array, kernel: jax.Array, axes: Any, preferred_element_type: Any = None, **options: Any
 ) -> jax.Array:
-    """`lax.dot_general` that adds in float32, then rounds: for one token, XLA would round every product to bfloat16."""
-    wide = jax.lax.dot_general(x, kernel, axes, **_TO_FLOAT32, **options)
+    """`lax.dot_general` that adds in float32 and then rounds."""
+    product = partial(jax.lax.dot_general, dimension_numbers=axes, **_TO_FLOAT32, **options)
+    if x.size == x.shape[-1]:  # one token
+        wide = jax.lax.platform_dependent(x, kernel, cuda=partial(_of_two, product), default=product)
+    else:
+        wide = product(x, kernel)
     return wide.astype(preferred_element_type or x.dtype)
+
+
+def _of_two(product: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The product for one token [..., D], computed for a second one too.
+
+    For one, XLA writes all products of numbers to memory before it adds them up; with two, it calls the same kernels as
+    for more, which compute 16 rows at least, and does so once for all projections of the token.
+    """
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])
+    return product(padded, kernel)[..., :1, :]
 
 
 def _linear(inner: int, outer: int, axes: tuple[str | None, str | None], **options: Any) -> nnx.Linear:
