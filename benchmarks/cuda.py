@@ -16,7 +16,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays live there; programs are compiled for the described device
@@ -133,10 +132,9 @@ def main(arguments: Sequence[str] | None) -> None:
             layers = PUBLISHED[name].num_layers
             whole = shallow.peak + (deep.peak - shallow.peak) / 2 * (layers - 2)
             each = (deep.kernels - shallow.kernels) / 2
-            lines.append(
-                f"| {name} | {title} | {whole / GB:.1f} GB | {deep.temporaries / GB:.2f} GB | {each:g} | {seconds:.0f} s |"
-            )
-            print(lines[-1], flush=True)
+            cells = (name, title, f"{whole / GB:.1f} GB", f"{deep.temporaries / GB:.2f} GB", f"{each:g}")
+            lines.append(f"| {' | '.join(cells)} |")
+            print(f"{lines[-1]} compiled in {seconds:.0f} s", flush=True)
             for check in checks:
                 said = f"  {'ok' if check.holds else 'FAILS'}: {check.name}: {check.value:g}, at most {check.most:g}"
                 print(said, flush=True)

@@ -34,7 +34,10 @@ def _product(
     x: jax.Array, kernel: jax.Array, axes: Any, preferred_element_type: Any = None, **options: Any
 ) -> jax.Array:
     """`lax.dot_general` that adds in float32 and then rounds."""
-    product = partial(jax.lax.dot_general, dimension_numbers=axes, **_TO_FLOAT32, **options)
+
+    def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, kernel, axes, **_TO_FLOAT32, **options)
+
     if x.size == x.shape[-1]:  # one token
         wide = jax.lax.platform_dependent(x, kernel, cuda=partial(_of_two, product), default=product)
     else:
