@@ -16,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models.parts import in_parts
+
 _SCORES_BYTES = 1 << 28  # of one block of scores; blocks with more are computed in parts, one after the other
 _MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)  # finite, so that a row without any key stays free of NaN
 
@@ -79,24 +81,19 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight)
 
 def _block(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, start: int) -> jax.Array:
     """Attention [B, t, G, R, d] of the queries from `start` on to all keys given."""
-    batch, length, groups, each, size = queries.shape
+    batch, length, groups, each, _ = queries.shape
     seen = keys.shape[2]
     rows = min(max(_SCORES_BYTES // (4 * batch * groups * each * seen), 1), length)
     if rows == length:
         return _scored(queries, keys, values, sight.mask(start, length, seen))
-    parts = -(-length // rows)
-    rows = -(-length // parts)
-    # The last part may overlap with the one before, whose results it repeats.
-    starts = jnp.minimum(jnp.arange(parts, dtype=jnp.int32) * rows, length - rows)
+    rows = -(-length // -(-length // rows))  # equal parts
 
     @jax.checkpoint
     def part(first: jax.Array) -> jax.Array:
         own = jax.lax.dynamic_slice_in_dim(queries, first, rows, axis=1)
         return _scored(own, keys, values, sight.mask(first + start, rows, seen))
 
-    found = jnp.moveaxis(jax.lax.map(part, starts), 0, 1)  # [B, parts, rows, G, R, d]
-    head = found[:, :-1].reshape(batch, -1, groups, each, size)
-    return jnp.concatenate([head, found[:, -1, parts * rows - length :]], axis=1)
+    return in_parts(part, queries, rows, axis=1)
 
 
 def _scored(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
 from models.experts_blocks import apply_blocks_backward, sort_by_expert
+from models.parts import in_parts
 from varjax.routing import Routing
 
 try:
@@ -53,6 +54,7 @@ _TILES = (
     (32, _Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)),
     (None, _Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)),
 )
+_HIDDEN_BYTES = 1 << 29  # of the activations [A, F] between the kernels; more tokens run in parts, one after the other
 _CAPABILITY = (8, 0)  # lowest compute capability: Ampere, which multiplies bfloat16
 
 
@@ -117,6 +119,20 @@ def apply_pallas(x: jax.Array, routing: Routing, experts: Stacked, interpret: bo
     Returns:
         [N, D] in the dtype of `x`.
     """
+    parts = -(-routing.experts.size * experts["gate"].shape[2] * x.dtype.itemsize // _HIDDEN_BYTES)
+    if parts == 1:
+        return _apply(x, routing, experts, interpret)
+    rows = -(-len(x) // parts)
+
+    def part(first: jax.Array) -> jax.Array:
+        own = partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=rows)
+        return _apply(own(x), jax.tree.map(own, routing), experts, interpret)
+
+    return in_parts(part, x, rows, axis=0)
+
+
+def _apply(x: jax.Array, routing: Routing, experts: Stacked, interpret: bool) -> jax.Array:
+    """`apply_pallas` of so few tokens that all of their hidden activations are held."""
     num_experts = len(experts["gate"])
     tiles = _choose_tiles(routing.experts.size, num_experts, x.dtype.itemsize)
     with jax.named_scope("dispatch"):

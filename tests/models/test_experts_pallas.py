@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from models import experts_pallas
 from models.experts import _default_engine, get_engine
-from models.experts_pallas import _block_table, _choose_tiles, _most_blocks, stack_experts
+from models.experts_pallas import _block_table, _choose_tiles, _most_blocks, apply_pallas, stack_experts
 from models.parameters import init_params, prepare
 from profiling.published import PUBLISHED
 from varjax.routing import Routing
@@ -50,6 +50,19 @@ def test_the_bound_on_blocks_is_reached_and_never_passed():
         worst[0] += slots - hit
         needed = [int(np.ceil(counts / rows).sum()) for counts in (*drawn, worst)]
         assert max(needed) <= most == needed[-1]
+
+
+def test_many_tokens_run_in_parts_with_the_same_result(monkeypatch):
+    """So that the activations between the kernels stay small; the last part overlaps with the one before."""
+    rng, (tokens, hidden, size) = np.random.default_rng(0), (23, 16, 32)
+    sizes = {"gate": (4, hidden, size), "up": (4, hidden, size), "down": (4, size, hidden)}
+    experts = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in sizes.items()}
+    x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.float32)
+    chosen = rng.integers(0, 5, (tokens, 2))  # 4: an unused slot
+    routing = Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(rng.random((tokens, 2)), jnp.float32))
+    whole = apply_pallas(x, routing, experts, True)
+    monkeypatch.setattr(experts_pallas, "_HIDDEN_BYTES", 2 * size * 4 * 9)  # of nine tokens
+    np.testing.assert_allclose(apply_pallas(x, routing, experts, True), whole, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax lowers for a GPU only where one is")
