@@ -16,7 +16,7 @@ CODE := varjax models analysis profiling tuning experiments benchmarks examples 
 $(shell $(BIN)/python -c '' 2>/dev/null || rm -f $(BIN)/python $(BASE) $(TEST))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint format types docs notebooks reference clean
+.PHONY: help demo test slow lint format types docs notebooks reference gpu-check clean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -27,6 +27,7 @@ help:
 	@echo "make docs    build the documentation as HTML in build/site"
 	@echo "make notebooks  run the notebooks of the documentation again"
 	@echo "make reference  make the statistics, answers and policy of the reference model again (20 minutes)"
+	@echo "make gpu-check  compile the decoder for an H100 that need not be there, and check memory, copies and kernels"
 	@echo "make clean   remove .venv and all caches"
 
 demo: $(BASE)
@@ -67,6 +68,12 @@ reference: $(BASE)
 	$(BIN)/python -c 'from varjax.config import VARConfig; from varjax.tablefiles import TableFiles; \
 	  VARConfig.load("build/reference/policy.var_config.json").save("models/reference/policy.var_config.json", \
 	  TableFiles("routing_stats.parquet", "routing_stats.answers.safetensors"))'
+
+# Of the CUDA packages only the compiler is needed, a tenth of what jax[cuda12] installs.
+gpu-check:
+	test -x build/gpu/bin/python || $(PYTHON) -m venv build/gpu
+	build/gpu/bin/python -m pip install --quiet --editable '.[gpu-check]'
+	build/gpu/bin/python -m benchmarks.cuda
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
