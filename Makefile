@@ -27,7 +27,7 @@ help:
 	@echo "make docs    build the documentation as HTML in build/site"
 	@echo "make notebooks  run the notebooks of the documentation again"
 	@echo "make reference  make the statistics, answers and policy of the reference model again (20 minutes)"
-	@echo "make gpu-check  compile the decoder for an H100 that need not be there, and check memory, copies and kernels"
+	@echo "make gpu-check  compile the decoder for an H100, without one, and check memory, copies and kernels"
 	@echo "make clean   remove .venv and all caches"
 
 demo: $(BASE)

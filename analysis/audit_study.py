@@ -121,6 +121,11 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--fault_samples", type=int, default=300, help="number of documents to monitor under each planted fault"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="data type of the parameters (default: the one that the checkpoint's config.json names)",
+    )
     parser.add_argument("--share", type=float, default=0.05, help="share of the planned tokens to compute in full")
     parser.add_argument("--repeats", type=int, default=200, help="number of random orders of the documents")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")
@@ -135,7 +140,7 @@ def main(arguments: Sequence[str] | None) -> None:
 
 def _run(args: argparse.Namespace, output: Output) -> None:
     files = table_files(find_statistics(args.routing_stats), var_config=args.var_config)
-    model = load_model(args.model)
+    model = load_model(args.model, args.dtype)
     checked = card.announced(model, args.dataset)
     config = _config(args, model.config.top_k)
     var_model = VARModel(model, config, load_table(model, config, files.routing_stats, files.answers))

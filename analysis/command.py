@@ -20,8 +20,12 @@ from varjax.errors import InputError
 from varjax.files import user_cache
 
 _OF_MEMORY = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # a user may set either
-_FOR_MEMORY = "Lower --batch_size or --max_length, use --dtype bfloat16, or divide the model over devices with --mesh"
+_FOR_MEMORY = (
+    "Lower --batch_size or --max_length or, if the command has these options, use --dtype bfloat16 or divide the model "
+    "over several devices with --mesh"
+)
 _PROGRAMS_BYTES = 4 << 30  # of compiled programs, on disk
+_UNBOUNDED = -1  # JAX's default
 _ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then run the same command again")
 _ADVICE |= {
     errno.EACCES: "choose a place that you may use, or change its permissions",
@@ -107,8 +111,8 @@ def run(work: Callable[[], None]) -> None:
         sys.exit("interrupted")
     except jax.errors.JaxRuntimeError as error:
         if not jax.distributed.is_initialized():
-            if "RESOURCE_EXHAUSTED" in str(error):
-                sys.exit(f"error: {str(error).splitlines()[0]}\n{_FOR_MEMORY}")
+            if "RESOURCE_EXHAUSTED: Out of memory" in str(error):
+                sys.exit(_with_notes(f"error: {str(error).splitlines()[0]}\n{_FOR_MEMORY}", error))
             raise
         sys.stderr = streams[1]
         _leave(error)
@@ -127,13 +131,15 @@ def _set_up_jax() -> None:
     """
     if not any(name in os.environ for name in _OF_MEMORY):
         os.environ[_OF_MEMORY[0]] = "0.95"
-    folder = user_cache() / "programs"
-    with suppress(OSError):  # where it cannot be written, only time is lost
+    if jax.config.jax_compilation_cache_dir is not None:  # type: ignore[attr-defined]
+        return
+    with suppress(OSError, RuntimeError):  # without a folder that can be written, or any home, only time is lost
+        folder = user_cache() / "programs"
         folder.mkdir(parents=True, exist_ok=True)
-    unset = jax.config.jax_compilation_cache_dir is None  # type: ignore[attr-defined]
-    if unset and os.access(folder, os.W_OK):
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_compilation_cache_max_size", _PROGRAMS_BYTES)
+        if os.access(folder, os.W_OK):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            if jax.config.jax_compilation_cache_max_size == _UNBOUNDED:  # type: ignore[attr-defined]
+                jax.config.update("jax_compilation_cache_max_size", _PROGRAMS_BYTES)
 
 
 def _with_notes(message: str, error: BaseException) -> str:

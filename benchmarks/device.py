@@ -103,9 +103,8 @@ def main(arguments: Sequence[str] | None) -> None:
         help=f"shape of the model: {', '.join(PUBLISHED)}, or a config.json",
     )
     args = options.parse_args(arguments)
-    # The memory is shared with a process of torch, and then all of it is wanted. JAX reads these when it begins.
+    # The memory is shared with a process of torch. JAX reads this when it begins.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.95")
     config = PUBLISHED[args.model] if args.model in PUBLISHED else read_config(Path(args.model))
     output = Output.of(args.output, "device", (".json",))
     with output.locked():

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None) -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         save_params(Path(folder), init_params(CONFIG, jax.random.key(0)), CONFIG)
-        ours, theirs = load_model(folder), load_huggingface(folder)
+        ours, theirs = load_model(folder, "float32"), load_huggingface(folder)
     ours = dataclasses.replace(ours, config=CONFIG)
     batch = rng.integers(3, CONFIG.vocab_size, (args.batch, args.length))
     prompt = rng.integers(3, CONFIG.vocab_size, (1, args.prompt))

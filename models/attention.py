@@ -2,10 +2,10 @@
 
 Letters: B sequences, T queries, S keys, H query heads, G key/value heads, R = H / G query heads of each, d head_dim.
 
-Keys and values are [B, G, S, d]: each head's positions lie together, as the products want them. With positions first
-(`jax.nn.dot_product_attention`), a step of decoding would transpose the whole key/value cache. Scores and softmax are
-float32. What a query may see follows from positions and padding (`Sight`), and is found for a block of queries at a
-time, so the memory grows with the length of a text and not with its square.
+Keys and values are [B, G, S, d]: the positions of each head are contiguous, as the products need them. With positions
+first (`jax.nn.dot_product_attention`), a step of decoding would transpose the whole key/value cache. Scores and softmax
+are float32. What a query may see follows from positions and padding (`Sight`). Masks and scores are computed for one
+block of queries at a time, so the memory grows with the length of a text and not with its square.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from models.parts import in_parts
 
-_SCORES_BYTES = 1 << 28  # of one block of scores; blocks with more are computed in parts, one after the other
+BLOCKS = 8  # of the queries of a whole text, at most
+SCORES_BYTES = 1 << 28  # of one block of scores; blocks with more are computed in parts, one after the other
 _MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)  # finite, so that a row without any key stays free of NaN
 
 
@@ -45,7 +46,7 @@ class Sight:
             bool[B, count, keys].
         """
         slots = jnp.arange(count, dtype=jnp.int32) + start + (0 if self.offset is None else self.offset)
-        seen = (jnp.arange(keys, dtype=jnp.int32) <= slots[:, None]) & self.real[:, None, :keys]
+        seen = (jnp.arange(keys, dtype=jnp.int32)[None] <= slots[:, None])[None] & self.real[:, None, :keys]
         if self.window is not None:
             queries = jax.lax.dynamic_slice_in_dim(self.queries, start, count, axis=1)
             seen &= self.keys[:, None, :keys] > queries[:, :, None] - self.window
@@ -70,7 +71,7 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight)
     batch, length, heads, size = queries.shape
     grouped = queries.reshape(batch, length, keys.shape[1], -1, size)
     whole = sight.offset is None
-    rows = max(-(-length // 8), 64) if whole else length
+    rows = max(-(-length // BLOCKS), 64) if whole else length
     blocks = []
     for start in range(0, length, rows):
         end = min(start + rows, length)
@@ -83,7 +84,7 @@ def _block(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight,
     """Attention [B, t, G, R, d] of the queries from `start` on to all keys given."""
     batch, length, groups, each, _ = queries.shape
     seen = keys.shape[2]
-    rows = min(max(_SCORES_BYTES // (4 * batch * groups * each * seen), 1), length)
+    rows = min(max(SCORES_BYTES // (4 * batch * groups * each * seen), 1), length)
     if rows == length:
         return _scored(queries, keys, values, sight.mask(start, length, seen))
     rows = -(-length // -(-length // rows))  # equal parts

@@ -142,7 +142,7 @@ def read_dtype(path: Path) -> str:
         ConfigError: the file is missing or damaged.
     """
     fields = read_object(path, ConfigError)
-    return "bfloat16" if fields.get("dtype", fields.get("torch_dtype")) == "bfloat16" else "float32"
+    return "bfloat16" if (fields.get("dtype") or fields.get("torch_dtype")) == "bfloat16" else "float32"
 
 
 def config_from_hf(fields: Mapping[str, Any], source: str = "config.json") -> MoEConfig:

@@ -4,7 +4,7 @@ Letters: B sequences, T positions, V vocabulary, N tokens per dispatch.
 
 The decoder is run by a `Step`, so plain and adaptive routing share this loop: the loop owns sampling and the end of
 texts, the step owns the model and the state that it threads through its calls. A call from Python takes as long as a
-small model's step, so the loop runs on the device, and Python looks at the texts only every N tokens.
+small model's step, so the loop runs on the device and returns to Python only every N tokens.
 
 A checkpoint says which ids begin, end and pad a text, and recommends a sampling (`GenerationDefaults`). As in
 transformers, `generation_config.json` alone decides where it exists. Otherwise the ids are those of config.json with
@@ -31,7 +31,7 @@ from varjax.errors import InputError, require_integer
 from varjax.transfer import passing_scalars, random_key, to_device
 
 GENERATION_FILE = "generation_config.json"
-TOKENS_PER_DISPATCH = 16  # between two looks of Python at the texts
+TOKENS_PER_DISPATCH = 16  # generated with each call from Python
 
 _KINDS: dict[str, Kind] = {
     "bos_token_id": TOKEN.or_null(),
@@ -239,7 +239,7 @@ def generate(
         sampling: how tokens are chosen.
         end_ids: a text ends with any of these.
         fill_id: the id after the end of a text.
-        clock: gives `now` of each step. Read before a dispatch, for all of its steps.
+        clock: gives `now` of each step. It is read before a dispatch, once for each step, although texts may end early.
         tokens_per_dispatch: N.
 
     Returns:
@@ -283,7 +283,7 @@ def _first(
 ) -> tuple[jax.Array, jax.Array, KVCache, Any]:
     """The first new token int32[B, 1] of texts int32[B, T], which texts continue after it bool[B], `kv` and `carry`."""
     logits, kv, carry = step(kv, carry, ids, mask, now)
-    # A row that is padding from end to end is not continued.
+    # A row of padding only is not continued.
     token, live = _pick(logits, mask[:, -1], key, jnp.int32(0), choice)
     return token, live, kv, carry
 
@@ -311,7 +311,7 @@ def _next(
 
     def more(loop: Any) -> jax.Array:
         done, _, live, *_ = loop
-        return (done < count) & live.any()
+        return (done < count) & (live.any() if choice.end_ids else True)
 
     def run(loop: Any) -> Any:
         done, tokens, live, token, kv, carry = loop
@@ -329,7 +329,7 @@ def _next(
 def _pick(
     logits: jax.Array, live: jax.Array, key: jax.Array, index: jax.Array, choice: _Choice
 ) -> tuple[jax.Array, jax.Array]:
-    """The next token int32[B, 1] of texts of which those `live` bool[B] go on, and which go on after it bool[B].
+    """The next token int32[B, 1] of the texts that are `live` bool[B], and which of them remain live bool[B].
 
     `index` counts the new tokens before it.
     """

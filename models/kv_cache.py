@@ -92,13 +92,13 @@ class KVCache:
 
 
 def roomy(positions: int) -> int:
-    """Round a capacity up, by at most a quarter, so that caches of many capacities have few shapes to compile for.
+    """Round a capacity up, so that caches of many capacities have few shapes to compile for.
 
     Args:
         positions: that are needed.
 
     Returns:
-        64 or more, a multiple of an eighth of the next larger power of two.
+        At least 64; beyond that, at most a quarter more than is needed, a multiple of an eighth of a power of two.
     """
     step = max((1 << (positions - 1).bit_length()) // 8, 16)
     return max(-(-positions // step) * step, 64)

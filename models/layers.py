@@ -46,10 +46,10 @@ def _product(
 
 
 def _of_two(product: Any, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The product for one token [..., D], computed for a second one too.
+    """The product for one token [..., D], computed with a second row of zeros.
 
-    For one, XLA writes all products of numbers to memory before it adds them up; with two, it calls the same kernels as
-    for more, which compute 16 rows at least, and does so once for all projections of the token.
+    For one row, XLA writes all elementwise products to memory before it adds them up. For two, it uses the same kernels
+    as for more, which compute at least 16 rows, and does so once for all projections of the token.
     """
     padded = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)])
     return product(padded, kernel)[..., :1, :]

@@ -1,6 +1,6 @@
-"""Whether the parameters of a model fit on its devices, told before any of them is read.
+"""Check whether the parameters of a model fit on its devices, before any are read.
 
-Nothing else is predicted here: what a forward pass needs besides depends on its batch (`benchmarks.device_memory`).
+The memory of a forward pass is not predicted here; it depends on the batch.
 """
 
 from __future__ import annotations
@@ -38,20 +38,21 @@ def parameter_bytes(config: MoEConfig, dtype: str, placement: Placement) -> int:
     return sum(map(math.prod, own)) * jnp.dtype(dtype).itemsize
 
 
-def device_bytes(device: jax.Device) -> int:
+def device_bytes(device: jax.Device) -> float:
     """How much memory a device lets JAX use.
 
     Args:
         device: any device.
 
     Returns:
-        Bytes; for a CPU, those of the machine.
+        Bytes; for a CPU, those of the machine; infinity for another device that does not tell.
     """
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    return limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device.platform == "cpu":
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
 
 
-def check_memory(config: MoEConfig, dtype: str, placement: Placement, limit: int) -> None:
+def check_memory(config: MoEConfig, dtype: str, placement: Placement, limit: float) -> None:
     """Refuse a model whose parameters are larger than its devices.
 
     Args:
@@ -80,9 +81,10 @@ def check_memory(config: MoEConfig, dtype: str, placement: Placement, limit: int
             break
     advice = " or ".join(fitting) or "a device with more memory"
     raise InputError(
-        f"the parameters take {_gb(needed)} on each device in {dtype}, but it has {_gb(limit)}; what fits: {advice}"
+        f"the parameters take {_gb(needed)} on each device in {dtype}, but the smallest device has {_gb(limit)}; what "
+        f"fits: {advice}"
     )
 
 
-def _gb(size: int) -> str:
+def _gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB"

@@ -143,9 +143,10 @@ class Model:
             sampling: how tokens are chosen; None: greedy, whatever the checkpoint recommends (`generation.sampling`).
             step: runs one call of a model in place of the plain decoder (`models.generation.Step`).
             carry: the first state of `step`, which is donated.
-            clock: gives `step` the time, as an int32; it is read before a dispatch, for all of its tokens.
-            tokens_per_dispatch: how many tokens are generated between two calls from Python. More save time, and change
-                nothing else.
+            clock: gives `step` the time, as an int32; it is read before a dispatch, once for each of its tokens, even
+                if the texts end before.
+            tokens_per_dispatch: how many tokens are generated with each call from Python. A larger number saves time
+                and gives the same tokens.
 
         Returns:
             `.tokens`, int32[B, T + new], which begin with `input_ids`, and `.state`, the last state of `step`.
@@ -228,7 +229,18 @@ class PlainStep:
     def __call__(
         self, kv: KVCache, carry: Any, ids: jax.Array, mask: jax.Array, now: jax.Array
     ) -> tuple[jax.Array, KVCache, Any]:
-        """Run the next ids; `carry` and `now` are of no use."""
+        """Run the next ids.
+
+        Args:
+            kv: the cache so far.
+            carry: returned as it is.
+            ids: int32[B, T].
+            mask: bool[B, T], true for real tokens.
+            now: not used.
+
+        Returns:
+            The logits float32[B, V] of the last position, the next cache, and `carry`.
+        """
         return *plain_step(self.params, kv, ids, mask, self.network), carry
 
 

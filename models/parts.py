@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def in_parts(part: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int, axis: int) -> jax.Array:
@@ -28,4 +29,4 @@ def in_parts(part: Callable[[jax.Array], jax.Array], x: jax.Array, rows: int, ax
         first = jnp.minimum(index * rows, length - rows)
         return jax.lax.dynamic_update_slice_in_dim(out, part(first), first, axis)
 
-    return jax.lax.fori_loop(0, -(-length // rows), add, x)
+    return jax.lax.fori_loop(np.int32(0), np.int32(-(-length // rows)), add, x)

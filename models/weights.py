@@ -132,7 +132,8 @@ def load_params(
         InputError: the parameters are larger than the devices; no tensor was read.
     """
     places, entries = locate_tensors(read_headers(directory), config), ledger(config)
-    check_memory(config, jnp.dtype(dtype).name, placement, min(map(device_bytes, placement.local_devices)))
+    limit = min(map(device_bytes, placement.local_devices), default=math.inf)
+    check_memory(config, jnp.dtype(dtype).name, placement, limit)
     shardings = jax.tree.leaves(param_shardings(config, placement), is_leaf=lambda leaf: leaf is None)
     targets = dict(zip(entries, shardings, strict=True))
     digest = hashlib.sha256(repr(_maths(config)).encode())

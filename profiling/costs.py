@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from models.attention import BLOCKS
 from models.config import MoEConfig
 from varjax.errors import InputError
 
@@ -313,7 +314,7 @@ def computed_scores(workload: Workload) -> tuple[int, int]:
     if workload.cached or workload.capacity:
         slots = workload.capacity or workload.cached + workload.length
         return workload.length * slots, slots
-    size = max(-(-workload.length // 8), 64)  # queries of a block; it sees all keys up to its own end
+    size = max(-(-workload.length // BLOCKS), 64)  # queries of a block; it sees all keys up to its own end
     starts = range(0, workload.length, size)
     ends = [min(start + size, workload.length) for start in starts]
     return sum((end - start) * end for start, end in zip(starts, ends, strict=True)), sum(ends)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.stages import Traced
 
 from analysis.report.report import Column, Section, Table
+from models.attention import BLOCKS, SCORES_BYTES
 from models.config import MoEConfig
 from profiling.calls import at_once, planned, prepare, sides, workload_and_mix
 from profiling.costs import FLOAT32, Cost, Mix, Workload, component_costs, computed_scores, parameters
@@ -199,16 +200,19 @@ def _peak_memory(
 ) -> float:
     """Predict the peak memory of a call: its arguments, its results, and the intermediate arrays of attention.
 
-    These are the scores of a layer and their softmax for all blocks of queries; the layer's keys and values in the
-    order that products need; a few arrays [N, D]; and the gathered answers [N, K, D]. What the mixes of affine answers
-    give, [N, E, r], is needed before the answers are gathered. A donated cache is updated in place.
+    These are the scores of a layer and their softmax for all blocks of queries, of which large ones are computed in
+    parts (`models.attention.SCORES_BYTES`); the layer's keys and values in the order that products need; a few arrays
+    [N, D]; and the gathered answers [N, K, D]. What the mixes of affine answers give, [N, E, r], is needed before the
+    answers are gathered. A donated cache is updated in place.
     """
     pairs, _ = computed_scores(workload)
     slots, key_values = workload.capacity or 0, 2 * config.num_kv_heads * config.head_dim
     cache = config.depth * workload.batch * slots * key_values
+    blocks = 1 if slots else BLOCKS
+    scores = 2 * min(workload.batch * config.num_heads * pairs, blocks * SCORES_BYTES // FLOAT32)
     width = max(config.top_k * config.hidden_size, config.num_experts * answer_rank) if answers else 0
     between = (
-        2 * workload.batch * config.num_heads * pairs
+        scores
         + workload.batch * (slots or workload.length) * key_values
         + (_STREAMS * config.hidden_size + width) * workload.tokens
     )

@@ -473,7 +473,18 @@ class RoutedStep:
     def __call__(
         self, kv: Any, state: VARState | None, ids: jax.Array, mask: jax.Array, now: jax.Array
     ) -> tuple[jax.Array, Any, VARState | None]:
-        """Run the next ids int32 [B, T] of each text; logits float32 [B, V], and the next `kv` and state."""
+        """Run the next ids of each text.
+
+        Args:
+            kv: the key/value cache so far.
+            state: the state so far; None only without a table.
+            ids: int32 [B, T].
+            mask: bool [B, T], False at padding.
+            now: from `varjax.step.timestamp`.
+
+        Returns:
+            The logits float32 [B, V] of the last position, and the next `kv` and state.
+        """
         options = {"kv": kv, "network": self.network, "last_logits_only": True}
         if self.table is None or state is None:
             state = None if state is None else _follow(state, ids, mask)

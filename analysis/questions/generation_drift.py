@@ -117,7 +117,9 @@ def drift(
         real = np.broadcast_to((np.arange(batch_size) < own)[:, None], prompt.shape)  # what fills up is padding
         ends = model.generation.end_ids
         plain = _ended(model.generate(prompt, new_tokens, attention_mask=real)[0][:, prompt_tokens:], ends, new_tokens)
-        written, carry = var_model.generate(prompt, carry, new_tokens, attention_mask=real)
+        now = 0.0 if carry is None else caching.now(carry)
+        clock = caching.clock(now)  # texts may have ended before the tokens for which the last one was read
+        written, carry = var_model.generate(prompt, carry, new_tokens, attention_mask=real, clock=clock)
         texts = (plain, _ended(written[:, prompt_tokens:], ends, new_tokens), document)
         scores = [_log_probability(model, prompt, text) for text in texts]
         parts.append([one[:own] for one in (_next_tokens(var_model, prompt, plain), *texts, *scores)])

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -67,7 +68,13 @@ def test_bad_input_ends_with_one_message(error, message):
     assert str(stop.value).startswith(message)
 
 
-@pytest.mark.parametrize("error", [ValueError("of NumPy"), AssertionError("a fault"), KeyError("x"), RuntimeError("y")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(ValueError("of NumPy"), AssertionError("a fault"), KeyError("x"), RuntimeError("y")),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded"),
+    ],
+)
 def test_a_fault_in_a_program_keeps_its_traceback(error):
     with pytest.raises(type(error)) as raised:
         run(raising(error))
@@ -154,6 +161,10 @@ def test_a_program_takes_the_memory_of_a_gpu_and_keeps_what_it_compiles_unless_t
     try:
         assert set_up(None) == ("0.95", str(tmp_path / "varjax" / "programs"))
         assert 0 < jax.config.jax_compilation_cache_max_size < 2**40
+        with monkeypatch.context() as homeless:
+            homeless.delenv("XDG_CACHE_HOME")
+            homeless.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+            assert set_up(None) == ("0.95", None)
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
         assert set_up(None) == ("0.95", None)  # there is no room for a folder
         own = tmp_path / "own"

@@ -23,7 +23,7 @@ ENTRY %main.1 (kv_keys_0_.1: bf16[1,8,4096,128]) -> bf16[1,8,4096,128] {
 
 
 def test_kernels_and_written_arrays_are_those_of_a_call():
-    program = Program(temporaries=0, peak=0, text=TEXT)
+    program = Program(held=0, temporaries=0, text=TEXT)
     assert [operation for _, operation in program.entry] == [
         *("parameter", "bitcast", "fusion", "fusion", "get-tuple-element", "custom-call", "copy")
     ]

@@ -26,6 +26,7 @@ from models import Model, MoEConfig, load_model, placement, weights
 from models.config import read_config
 from models.decoder import forward
 from models.experts import _pallas_engine, divided, get_engine
+from models.generation import _next
 from models.parameters import EXPERT_AXES, init_params, param_shardings, prepare
 from models.placement import MeshError, Placement, make_mesh
 from models.weights import save_params
@@ -253,6 +254,20 @@ def test_one_text_on_a_mesh_made_for_several(texts):
     """Every place along `data` runs it, but for the experts of a prefill, whose tokens are divided."""
     alone, model = random_model(None), random_model("data=2,model=4")
     np.testing.assert_array_equal(*(one.generate(texts[:1], 3)[0] for one in (alone, model)))
+
+
+def test_texts_go_on_as_on_one_device(texts):
+    """Several dispatches, with padding on the left; the second one compiles nothing."""
+    alone, model = random_model(None), random_model("data=2,model=4")
+    mask = np.ones_like(texts)
+    mask[0, :3] = 0
+    options = {"attention_mask": mask, "tokens_per_dispatch": 3}
+    expected = alone.generate(texts, 4, **options)[0]
+    np.testing.assert_array_equal(model.generate(texts, 4, **options)[0], expected)
+    compiled = _next._cache_size()
+    longer = model.generate(texts, 10, **options)[0]
+    assert _next._cache_size() == compiled
+    np.testing.assert_array_equal(longer[:, : expected.shape[1]], expected)
 
 
 def test_gradients_are_those_of_one_device(texts):

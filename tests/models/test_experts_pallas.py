@@ -62,7 +62,10 @@ def test_many_tokens_run_in_parts_with_the_same_result(monkeypatch):
     routing = Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(rng.random((tokens, 2)), jnp.float32))
     whole = apply_pallas(x, routing, experts, True)
     monkeypatch.setattr(experts_pallas, "_HIDDEN_BYTES", 2 * size * 4 * 9)  # of nine tokens
+    lengths, run = [], experts_pallas._apply
+    monkeypatch.setattr(experts_pallas, "_apply", lambda x, *rest: lengths.append(len(x)) or run(x, *rest))
     np.testing.assert_allclose(apply_pallas(x, routing, experts, True), whole, rtol=1e-5, atol=1e-5)
+    assert set(lengths) == {8}
 
 
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax lowers for a GPU only where one is")

@@ -251,6 +251,11 @@ def test_the_number_of_tokens_per_dispatch_changes_nothing_but_the_dispatches(ma
     assert calls == 12 and moments.tolist() == list(range(12))  # each step is told a time of its own
 
 
+def test_rows_of_padding_without_an_end_are_filled_to_the_last_token(tiny_model):
+    tokens, _ = tiny_model.generate(np.zeros((2, 3), int), 5, attention_mask=np.zeros((2, 3), int))
+    assert not tiny_model.generation.end_ids and tokens.tolist() == [[0] * 8] * 2
+
+
 def test_a_dispatch_makes_several_tokens(tiny_model, monkeypatch):
     dispatched = []
     for name, program in (("_first", _first), ("_next", _next)):

@@ -442,6 +442,7 @@ def test_an_unknown_option_is_answered_with_the_choices(checkpoint, option, choi
     [
         ({"dtype": "bfloat16"}, None, "bfloat16"),
         ({"torch_dtype": "bfloat16"}, None, "bfloat16"),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, None, "bfloat16"),
         ({"dtype": "float32"}, None, "float32"),
         ({"dtype": "float16"}, None, "float32"),  # bfloat16 would round its numbers
         ({}, None, "float32"),
@@ -487,7 +488,7 @@ def test_the_error_for_a_small_device_names_what_fits(dtype, gigabytes, sizes, a
 def test_a_model_that_is_too_large_is_refused_before_its_weights_are_read(checkpoint, monkeypatch):
     monkeypatch.setattr("models.weights._to_device", None)  # what every tensor goes through
     monkeypatch.setattr("models.weights.device_bytes", lambda device: 10**4)
-    with pytest.raises(InputError, match=r"the parameters take .* but it has 0\.0 GB; what fits: "):
+    with pytest.raises(InputError, match=r"the parameters take .* but the smallest device has 0\.0 GB; what fits: "):
         load_model(checkpoint)
 
 

@@ -251,7 +251,7 @@ def test_texts_of_different_lengths_go_on_as_each_alone_under_var(saved_model, s
 
 @pytest.mark.parametrize("cache_size", [0, 64])
 def test_tokens_of_one_dispatch_are_those_of_one_dispatch_each(saved_model, stats_path, ids, cache_size):
-    """With left padding, and texts that end early. The state behind them is the same as well."""
+    """With left padding, and texts that end early. The final state is the same as well."""
     mask = np.ones_like(ids)
     mask[0, :5] = 0
 
