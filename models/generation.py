@@ -27,6 +27,7 @@ import numpy as np
 from models.config import TOKEN_IDS, ConfigError, MoEConfig
 from models.fields import FLAG, INTEGER, NUMBER, TOKEN, TOKENS, Kind, read_object, without_negative_ids, wrong_types
 from models.kv_cache import KVCache
+from models.placement import ONE_DEVICE, Placement
 from varjax.errors import InputError, require_integer
 from varjax.transfer import passing_scalars, random_key, to_device
 
@@ -226,6 +227,7 @@ def generate(
     fill_id: int,
     clock: Callable[[], np.int32] = np.int32,
     tokens_per_dispatch: int = TOKENS_PER_DISPATCH,
+    placement: Placement = ONE_DEVICE,
 ) -> tuple[np.ndarray, Any]:
     """Run the loop of `Model.generate`.
 
@@ -241,6 +243,7 @@ def generate(
         fill_id: the id after the end of a text.
         clock: gives `now` of each step. It is read before a dispatch, once for each step, although texts may end early.
         tokens_per_dispatch: N.
+        placement: the devices.
 
     Returns:
         int32[B, T + new], and the step's last state.
@@ -249,9 +252,9 @@ def generate(
         InputError: the number of seeds is not the number of texts.
     """
     key = _key(sampling.seed, len(ids))
-    choice = _Choice(dataclasses.replace(sampling, seed=0), end_ids, fill_id)
+    static = {"choice": _Choice(dataclasses.replace(sampling, seed=0), end_ids, fill_id), "placement": placement}
     with passing_scalars():
-        token, live, kv, carry = _first(step, kv, carry, ids, mask, key, clock(), choice=choice)
+        token, live, kv, carry = _first(step, kv, carry, ids, mask, key, clock(), **static)
     pieces, ran, begun = [ids, token], [], 1
     while begun < max_new_tokens and not (end_ids and not jax.device_get(live).any()):
         count = min(tokens_per_dispatch, max_new_tokens - begun)
@@ -260,7 +263,7 @@ def generate(
         now = to_device(now)
         with passing_scalars():
             tokens, done, token, live, kv, carry = _next(
-                step, kv, carry, token, live, key, np.int32(begun), np.int32(count), now, choice=choice
+                step, kv, carry, token, live, key, np.int32(begun), np.int32(count), now, **static
             )
         pieces.append(tokens)
         ran.append(done)
@@ -269,7 +272,7 @@ def generate(
     return np.concatenate(made, axis=1)[:, : ids.shape[1] + 1 + sum(ran)], carry
 
 
-@partial(jax.jit, static_argnames="choice", donate_argnames=("kv", "carry"))
+@partial(jax.jit, static_argnames=("choice", "placement"), donate_argnames=("kv", "carry"))
 def _first(
     step: Step,
     kv: KVCache,
@@ -280,15 +283,16 @@ def _first(
     now: jax.Array,
     *,
     choice: _Choice,
+    placement: Placement,
 ) -> tuple[jax.Array, jax.Array, KVCache, Any]:
     """The first new token int32[B, 1] of texts int32[B, T], which texts continue after it bool[B], `kv` and `carry`."""
     logits, kv, carry = step(kv, carry, ids, mask, now)
     # A row of padding only is not continued.
     token, live = _pick(logits, mask[:, -1], key, jnp.int32(0), choice)
-    return token, live, kv, carry
+    return _placed(placement, token, live, kv, carry)
 
 
-@partial(jax.jit, static_argnames="choice", donate_argnames=("kv", "carry"))
+@partial(jax.jit, static_argnames=("choice", "placement"), donate_argnames=("kv", "carry"))
 def _next(
     step: Step,
     kv: KVCache,
@@ -301,6 +305,7 @@ def _next(
     now: jax.Array,
     *,
     choice: _Choice,
+    placement: Placement,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, KVCache, Any]:
     """At most `count` tokens more, after `begun` new ones of which `token` int32[B, 1] is the last.
 
@@ -323,7 +328,17 @@ def _next(
     tokens = jnp.full((len(token), len(now)), choice.fill_id, jnp.int32)
     start = jnp.int32(0), tokens, live, token, kv, carry
     done, tokens, live, token, kv, carry = jax.lax.while_loop(more, run, start)
-    return tokens, done, token, live, kv, carry
+    return tokens, done, *_placed(placement, token, live, kv, carry)
+
+
+def _placed(
+    placement: Placement, token: jax.Array, live: jax.Array, kv: KVCache, carry: Any
+) -> tuple[jax.Array, jax.Array, KVCache, Any]:
+    """What the next call takes, divided over the devices as the call before took it, so that nothing is compiled."""
+    if placement.mesh is None:
+        return token, live, kv, carry
+    token, live, carry = placement.whole((token, live, carry))
+    return token, live, kv.constrain(placement), carry
 
 
 def _pick(

@@ -163,7 +163,7 @@ class Model:
         fill = next((token for token in fills if token is not None and token < self.config.vocab_size), 0)
         kv = self.empty_cache(batch, roomy(length + max_new_tokens))
         runs: Step = step or PlainStep(self.params, self.network)
-        asked = (max_new_tokens, sampling or GREEDY, ends, fill, clock, tokens_per_dispatch)
+        asked = (max_new_tokens, sampling or GREEDY, ends, fill, clock, tokens_per_dispatch, self.placement)
         tokens, carry = generate(runs, kv, carry, ids, mask, *asked)
         tokens[:, :length] = input_ids  # as the caller gave them: padding may have ids outside the vocabulary
         return Generation(tokens, carry)
