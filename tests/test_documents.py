@@ -337,6 +337,7 @@ FACTS: dict[str, Callable[[Reader], None]] = {
     "benchmarks.device_memory": table_of_devices,
     "benchmarks.experts": told(r"^N=(?:2048|1), D=(?:16|2048)", 2),
     "benchmarks.frontier": drawn,
+    "benchmarks.generation": told(r"^plain +(?:1|4|16|64) +\d+\.\d{3} +\d+\.\d\dx \[", 4),
     "benchmarks.smollm2": regrouped,
     "benchmarks.step": told(r"^plain +\d+\.\d +1\.000"),
     "experiments/00_train_reference.py": trained,
