@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from analysis.command import HelpFormatter, name_argument, path_argument, program
+from analysis.command import HelpFormatter, add_dtype, name_argument, path_argument, program
 from analysis.evaluate.auditing import calibrate_from, streams_of, tally_documents
 from analysis.evaluate.losses import score, var_runner
 from analysis.inputs import STATISTICS, find_statistics, listed, table_files
@@ -121,11 +121,7 @@ def main(arguments: Sequence[str] | None) -> None:
     parser.add_argument(
         "--fault_samples", type=int, default=300, help="number of documents to monitor under each planted fault"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="data type of the parameters (default: the one that the checkpoint's config.json names)",
-    )
+    add_dtype(parser)
     parser.add_argument("--share", type=float, default=0.05, help="share of the planned tokens to compute in full")
     parser.add_argument("--repeats", type=int, default=200, help="number of random orders of the documents")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences per batch at max_length")

@@ -69,6 +69,19 @@ def name_argument(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """Add `--dtype`, as `models.load_model` takes it.
+
+    Args:
+        parser: of a program that loads a model.
+    """
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        help="data type of the parameters (default: the one that the checkpoint's config.json names)",
+    )
+
+
 def program(main: Callable[[Sequence[str] | None], None]) -> Callable[..., None]:
     """Decorate the `main` of a program, which then runs under `run`.
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.command import HelpFormatter, name_argument, path_argument, program
+from analysis.command import HelpFormatter, add_dtype, name_argument, path_argument, program
 from analysis.evaluate.harness_lm import HarnessLM  # says what to install where the harness is missing
 from analysis.evaluate.losses import Caching, add_caching_arguments
 from analysis.inputs import table_files
@@ -89,11 +89,7 @@ def main(arguments: Sequence[str] | None) -> None:
         type=name_argument,
         help="directory, hub id, or 'reference', which comes with varjax",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="data type of the parameters (default: the one that the checkpoint's config.json names)",
-    )
+    add_dtype(parser)
     parser.add_argument("--var_config", type=path_argument, help="VARConfig as a JSON file (default: the plain model)")
     parser.add_argument(
         "--routing_stats", type=path_argument, help="routing statistics (default: those that the config names)"

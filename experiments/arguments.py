@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from analysis.command import HelpFormatter, name_argument, path_argument
+from analysis.command import HelpFormatter, add_dtype, name_argument, path_argument
 from analysis.evaluate.losses import Caching
 from analysis.evaluate.points import Subject
 from analysis.inputs import STATISTICS, listed, table_files
@@ -45,11 +45,7 @@ def parser(description: str | None, default_output: str) -> argparse.ArgumentPar
         The parser.
     """
     made = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-    made.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16"],
-        help="data type of the parameters (default: the one that the checkpoint's config.json names)",
-    )
+    add_dtype(made)
     add_options(
         made,
         ("model", name_argument, "reference", "model directory, hub id, or 'reference', which comes with varjax"),

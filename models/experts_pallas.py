@@ -120,7 +120,7 @@ def apply_pallas(x: jax.Array, routing: Routing, experts: Stacked, interpret: bo
         [N, D] in the dtype of `x`.
     """
     parts = -(-routing.experts.size * experts["gate"].shape[2] * x.dtype.itemsize // _HIDDEN_BYTES)
-    if parts == 1:
+    if parts <= 1:
         return _apply(x, routing, experts, interpret)
     rows = -(-len(x) // parts)
 

@@ -166,7 +166,7 @@ def test_a_program_takes_the_memory_of_a_gpu_and_keeps_what_it_compiles_unless_t
             homeless.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
             assert set_up(None) == ("0.95", None)
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-        assert set_up(None) == ("0.95", None)  # there is no room for a folder
+        assert set_up(None) == ("0.95", None)  # it cannot hold a folder
         own = tmp_path / "own"
         assert set_up(own, XLA_CLIENT_MEM_FRACTION="0.5") == ("0.5", str(own))
         assert set_up(own, XLA_PYTHON_CLIENT_MEM_FRACTION="0.5") == (None, str(own))
