@@ -9,6 +9,10 @@ once, so unused slots cost nothing. One kernel computes `silu(x @ gate) * (x @ u
 columns, and gathers the rows itself. The other multiplies that by `down` and the gate's weight and writes each row to
 the place of its assignment. Weights are stacked: gate and up [E, D, F], down [E, F, D].
 
+Few tokens fill few blocks, and a GPU whose programs are fewer than its processors reads memory at a part of its speed.
+Tiles are then narrower, and `down` divides the depth of its product among P programs, each with a row of its own in the
+result; the sum over the slots of a token adds them up.
+
 Products accumulate in float32, at `jax_default_matmul_precision`. The kernels use the Triton backend of Pallas, which
 supports Ampere and Hopper; jax 0.11 and later call it deprecated.
 """
@@ -53,6 +57,10 @@ _TILES = (
     (4, _Tiles(rows=16, columns=128, depth=128, warps=4, stages=3)),
     (32, _Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)),
     (None, _Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)),
+)
+_LIVE = 264  # programs that a token's expert should start: two for each processor of an H100
+_NARROWEST = (
+    64  # columns of a tile; 32 of gate and of up, which are 64 bytes of a row: the least that memory reads well
 )
 _HIDDEN_BYTES = 1 << 29  # of the activations [A, F] between the kernels; more tokens run in parts, one after the other
 _CAPABILITY = (8, 0)  # lowest compute capability: Ampere, which multiplies bfloat16
@@ -133,22 +141,32 @@ def apply_pallas(x: jax.Array, routing: Routing, experts: Stacked, interpret: bo
 
 def _apply(x: jax.Array, routing: Routing, experts: Stacked, interpret: bool) -> jax.Array:
     """`apply_pallas` of so few tokens that all of their hidden activations are held."""
-    num_experts = len(experts["gate"])
+    num_experts, size, hidden_size = experts["down"].shape
     tiles = _choose_tiles(routing.experts.size, num_experts, x.dtype.itemsize)
+    live = _most_blocks(len(x), num_experts, tiles.rows)  # blocks if every token keeps one expert
     with jax.named_scope("dispatch"):
         blocks = _block_table(routing, num_experts, tiles.rows)
-    hidden = _gate_and_up(x, experts, blocks, routing.experts.shape[1], tiles, interpret)
-    slots = _down(hidden, routing.weights, experts, blocks, tiles, interpret)
+    narrow = tiles._replace(columns=_columns(tiles.columns, 2 * size, live))
+    hidden = _gate_and_up(x, experts, blocks, routing.experts.shape[1], narrow, interpret)
+    narrow = tiles._replace(columns=_columns(tiles.columns, hidden_size, live))
+    slots = _down(hidden, routing.weights, experts, blocks, narrow, live, interpret)
     with jax.named_scope("dispatch"):
         # The kernels write no rows of unused slots.
-        used = (routing.experts < num_experts)[..., None]
-        return jnp.where(used, slots.reshape(*routing.experts.shape, -1), 0).sum(1).astype(x.dtype)
+        used = (routing.experts < num_experts)[..., None, None]
+        return jnp.where(used, slots.reshape(*routing.experts.shape, -1, hidden_size), 0).sum((1, 2)).astype(x.dtype)
 
 
 def _choose_tiles(slots: int, num_experts: int, itemsize: int) -> _Tiles:
     """The tiles for N * K slots, used or not, and numbers of `itemsize` bytes."""
     tiles = next(tiles for most, tiles in _TILES if most is None or slots / num_experts <= most)
     return tiles._replace(depth=tiles.depth * 2 // itemsize)
+
+
+def _columns(most: int, size: int, live: int) -> int:
+    """The columns of a tile, of `size`: at most `most`, fewer where `live` blocks would start few programs."""
+    while most > _NARROWEST and live * pl.cdiv(size, most) < _LIVE:
+        most //= 2
+    return most
 
 
 def _block_table(routing: Routing, num_experts: int, rows: int) -> _Blocks:
@@ -204,18 +222,21 @@ def _gate_and_up(
 
 
 def _down(
-    x: jax.Array, weights: jax.Array, experts: Stacked, blocks: _Blocks, tiles: _Tiles, interpret: bool
+    x: jax.Array, weights: jax.Array, experts: Stacked, blocks: _Blocks, tiles: _Tiles, live: int, interpret: bool
 ) -> jax.Array:
-    """float32[A, D] in the order of the slots, weighted, for `x` [A, F] in the order of `blocks`.
+    """float32[A * P, D] in the order of the slots, weighted, for `x` [A, F] in the order of `blocks`.
 
-    Rows of unused slots are uninitialized.
+    The P rows of a slot add up to its output; those of unused slots are uninitialized.
     """
     num_experts, size, hidden = experts["down"].shape
     columns, depth = _fitting(tiles.columns, hidden), _fitting(tiles.depth, size)
+    steps, wanted = pl.cdiv(size, depth), pl.cdiv(_LIVE, live * pl.cdiv(hidden, columns))
+    own = max(steps // wanted, 1)  # steps along the depth of one program
+    parts = pl.cdiv(steps, own)
 
     def kernel(experts: Any, starts: Any, ends: Any, order: Any, x: Any, weights: Any, down: Any, out: Any) -> None:
         expert, start, end = (of[pl.program_id(0)] for of in (experts, starts, ends))
-        column = pl.program_id(1) * columns
+        column, part = pl.program_id(1) * columns, pl.program_id(2)
 
         @pl.when(expert < num_experts)
         def _() -> None:
@@ -227,16 +248,20 @@ def _down(
                 return total + _dot(left, _tile(down, expert, index * depth, depth, column, columns))
 
             zeros = jnp.zeros((tiles.rows, columns), jnp.float32)
-            total = jax.lax.fori_loop(0, pl.cdiv(size, depth), step, zeros)
-            _put(out, assignments, inside, column, weights[assignments][:, None] * total)
+            if parts == 1:  # constant bounds
+                total = jax.lax.fori_loop(0, steps, step, zeros)
+            else:
+                first = part * own
+                total = jax.lax.fori_loop(first, jnp.minimum(first + own, steps), step, zeros)
+            _put(out, assignments * parts + part, inside, column, weights[assignments][:, None] * total)
 
-    out = jax.ShapeDtypeStruct((len(blocks.order), hidden), jnp.float32)
-    run = _call(kernel, out, (len(blocks.experts), pl.cdiv(hidden, columns)), tiles, "down", interpret)
+    out = jax.ShapeDtypeStruct((len(blocks.order) * parts, hidden), jnp.float32)
+    run = _call(kernel, out, (len(blocks.experts), pl.cdiv(hidden, columns), parts), tiles, "down", interpret)
     return run(*blocks, x, weights.reshape(-1).astype(jnp.float32), experts["down"])
 
 
 def _call(
-    kernel: Callable[..., None], out: Any, grid: tuple[int, int], tiles: _Tiles, name: str, interpret: bool
+    kernel: Callable[..., None], out: Any, grid: tuple[int, ...], tiles: _Tiles, name: str, interpret: bool
 ) -> Callable[..., jax.Array]:
     """Calls the kernel with whole arrays. Neighboring programs of one expert read the same weights."""
     params = backend.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages)

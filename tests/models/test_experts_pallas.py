@@ -68,20 +68,61 @@ def test_many_tokens_run_in_parts_with_the_same_result(monkeypatch):
     assert set(lengths) == {8}
 
 
+def grids_of(monkeypatch, arguments) -> dict[str, tuple[int, ...]]:
+    """The programs of each kernel: blocks, tiles of columns, and parts of the depth."""
+    grids, call = {}, experts_pallas._call
+    monkeypatch.setattr(experts_pallas, "_call", lambda *rest: grids.update({rest[4]: rest[2]}) or call(*rest))
+    jax.eval_shape(lambda *given: experts_pallas._apply(*given, interpret=False), *arguments)
+    monkeypatch.setattr(experts_pallas, "_call", call)
+    return grids
+
+
+def test_few_tokens_divide_the_depth_of_down_with_the_same_result(monkeypatch):
+    rng, (hidden, size) = np.random.default_rng(0), (48, 600)  # 600: five steps of 128, the last with 88 columns
+    sizes = {"gate": (4, hidden, size), "up": (4, hidden, size), "down": (4, size, hidden)}
+    experts = {name: jnp.asarray(rng.normal(size=shape) / 10, jnp.float32) for name, shape in sizes.items()}
+    for tokens in (1, 3):
+        x = jnp.asarray(rng.normal(size=(tokens, hidden)), jnp.float32)
+        chosen = rng.integers(0, 5, (tokens, 2))  # 4: an unused slot
+        routing = Routing(jnp.asarray(chosen, jnp.int32), jnp.asarray(rng.random((tokens, 2)), jnp.float32))
+        assert grids_of(monkeypatch, (x, routing, experts))["down"][2] > 1
+        divided = experts_pallas._apply(x, routing, experts, True)
+        with monkeypatch.context() as patch:
+            patch.setattr(experts_pallas, "_LIVE", 1)
+            assert grids_of(patch, (x, routing, experts))["down"][2] == 1
+            whole = experts_pallas._apply(x, routing, experts, True)
+        np.testing.assert_allclose(divided, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "least"), [("mixtral-8x7b", (264, 264)), ("olmoe-1b-7b", (32, 256))])
+def test_one_expert_of_one_token_starts_programs_enough_for_a_gpu(monkeypatch, name, least):
+    """A product of gate and up is not divided by depth; the small experts of OLMoE have few columns."""
+    grids = grids_of(monkeypatch, arguments_of(PUBLISHED[name], 1))
+    assert all(
+        np.prod(grids[kernel][1:]) >= wanted for kernel, wanted in zip(("gate_and_up", "down"), least, strict=True)
+    )
+    prefill = grids_of(monkeypatch, arguments_of(PUBLISHED[name], 2048))
+    assert prefill["down"][2] == 1 and prefill["down"][1] == PUBLISHED[name].hidden_size // 256  # wide tiles, whole
+
+
+def arguments_of(config, tokens: int):
+    """What the engine takes, at the sizes of a model, in bfloat16."""
+    sizes, dtype = (config.num_experts, config.hidden_size, config.intermediate_size), jnp.bfloat16
+    wide, tall = (jax.ShapeDtypeStruct(shape, dtype) for shape in (sizes, (sizes[0], sizes[2], sizes[1])))
+    routing = Routing(*(jax.ShapeDtypeStruct((tokens, config.top_k), kind) for kind in (jnp.int32, jnp.float32)))
+    return jax.ShapeDtypeStruct((tokens, config.hidden_size), dtype), routing, dict(gate=wide, up=wide, down=tall)
+
+
 @pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax lowers for a GPU only where one is")
 @pytest.mark.parametrize("tokens", [1, 64, 2048])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_both_kernels_are_lowered_for_cuda_at_real_sizes(name, tokens):
     config = PUBLISHED[name]
-    sizes, dtype = (config.num_experts, config.hidden_size, config.intermediate_size), jnp.bfloat16
-    wide, tall = (jax.ShapeDtypeStruct(shape, dtype) for shape in (sizes, (sizes[0], sizes[2], sizes[1])))
-    routing = Routing(*(jax.ShapeDtypeStruct((tokens, config.top_k), kind) for kind in (jnp.int32, jnp.float32)))
-    arguments = jax.ShapeDtypeStruct((tokens, config.hidden_size), dtype), routing, dict(gate=wide, up=wide, down=tall)
-    traced = jax.jit(get_engine("pallas").apply).trace(*arguments)
+    traced = jax.jit(get_engine("pallas").apply).trace(*arguments_of(config, tokens))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("gpu.triton") == 2 and 'name = "gate_and_up"' in text and 'name = "down"' in text
     assert ("sort" in text) == (tokens > 1)
-    assert traced.out_info.shape == (tokens, config.hidden_size) and traced.out_info.dtype == dtype
+    assert traced.out_info.shape == (tokens, config.hidden_size) and traced.out_info.dtype == jnp.bfloat16
 
 
 def test_tiles_follow_the_rows_of_an_expert_and_the_bytes_of_a_number():
