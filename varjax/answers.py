@@ -28,7 +28,9 @@ nor outputs that hardly differ cost digits. The host joins windows by the formul
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -191,6 +193,21 @@ def init(answers: Answers) -> AnswerSums:
     return AnswerSums(layers=answers.layers, **window)
 
 
+def emptied(sums: AnswerSums) -> AnswerSums:
+    """Empty windows for the same pairs, made on their devices from others that were read.
+
+    Args:
+        sums: the windows of all devices, each array with a leading axis [G].
+
+    Returns:
+        The same as `init` makes of what all of them are absorbed into.
+    """
+    first = jnp.argmax(sums.typical > 0, axis=0)  # [A], the first device that has read something
+    typical = jnp.take_along_axis(sums.typical, first[None], axis=0)
+    known = {"entry": sums.entry, "typical": jnp.broadcast_to(typical, sums.typical.shape)}
+    return replace(jax.tree.map(jnp.zeros_like, sums), **known)
+
+
 @partial(jax.jit, donate_argnums=0)
 def update(
     sums: AnswerSums,
@@ -303,12 +320,16 @@ def absorb(sums: AnswerSums, answers: Answers, *, donate: bool = False) -> Answe
     m2 = np.maximum(np.asarray(sums.m2, np.float64), 0)  # rounding may leave a little less than nothing
     window, count = np.asarray(sums.mean), np.asarray(sums.count)
     read = np.asarray(sums.inputs)
-    for a in range(len(mass)):
+
+    def join(a: int) -> None:
         occurred = np.flatnonzero(count[a])
         for some in np.split(occurred, range(_JOINED, len(occurred), _JOINED)):
             ours = answers.mass[a, some], answers.mean[a, some], answers.m2[a, some]
             answers.inputs[a, some] = _mean_of_both(ours[0], answers.inputs[a, some], mass[a, some], read[a, some])
             answers.mean[a, some], answers.m2[a, some] = _joined(*ours, mass[a, some], window[a, some], m2[a, some])
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # of different layers; NumPy lets go of the interpreter's lock
+        list(threads.map(join, range(len(mass))))
     answers.mass[:] += mass
     answers.count[:] += count
     answers.nonfinite[:] += np.asarray(sums.nonfinite)

@@ -171,6 +171,18 @@ def init(moments: Sequence[Moments]) -> tuple[Moments, ...]:
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), tuple(moments))
 
 
+def emptied(sums: tuple[Moments, ...]) -> tuple[Moments, ...]:
+    """Empty windows, made on their devices from others of the same shapes.
+
+    Args:
+        sums: the windows.
+
+    Returns:
+        The same as `init` makes.
+    """
+    return jax.tree.map(jnp.zeros_like, sums)
+
+
 @partial(jax.jit, donate_argnums=0)
 def update(
     sums: tuple[Moments, ...],

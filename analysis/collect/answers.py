@@ -38,8 +38,8 @@ def collect_answers(
         keys: int32 [R, C], of order 1 and more.
         layers: the layers to collect, ascending.
         pairs: bool [A, R, E], which experts are collected at which keys; None: all. With N pairs in a layer, those of
-            order 0 included, memory is `A * (N * D + R * E)` float32 on each device, and three times that on the host
-            while a window is absorbed.
+            order 0 included, memory is `A * (N * D + R * E)` float32 on each device. The host holds as much for each
+            device while windows are absorbed, and twice as much in all.
         inputs: whether the experts' mean inputs are averaged too, which takes about as much memory again.
         reading: see `analysis.collect.passes.Reading`.
 
@@ -48,6 +48,7 @@ def collect_answers(
     """
     empty = Answers.empty(keys, layers, model.config.num_experts, model.config.hidden_size, pairs, inputs)
     absorb = partial(answers.absorb, donate=True)
-    sums = PassSums("answers", answers.init, answers.update, absorb, empty.ngram_orders, empty.layers, True)
+    of = empty.ngram_orders, empty.layers, True
+    sums = PassSums("answers", answers.init, answers.update, absorb, *of, again=answers.emptied)
     found, _ = run_pass(model, documents, empty.keys, empty, sums, **reading)
     return answers.pruned(found)

@@ -54,7 +54,8 @@ def collect_moments(
 
     def summed(name: str, text: Iterable[Encoded], own_text: bool, how: Reading) -> tuple[Moments, ...]:
         known = fitting.targets(answers, shrinkage, own_text=own_text, basis=basis)
-        sums = PassSums(name, fitting.init, fitting.update, fitting.merge, answers.ngram_orders, answers.layers, True)
+        of = answers.ngram_orders, answers.layers, True
+        sums = PassSums(name, fitting.init, fitting.update, fitting.merge, *of, again=fitting.emptied)
         return run_pass(model, text, answers.keys, empty, sums, (known,), **how)[0]
 
     own = summed("maps", documents, True, reading)

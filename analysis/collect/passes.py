@@ -3,10 +3,11 @@
 Letters: G devices, L layers, B sequences, T positions, O context orders, S special tokens.
 
 Every device runs its own rows of a batch and adds to its own window of sums; the host absorbs the windows one after the
-other. Devices therefore never wait for each other inside a step, and the result is that of one device up to rounding.
-If the model is divided over a mesh, "device" means a place along `data`: the devices there run one model together, and
-each of them has the whole window. Processes on several hosts each take their share of the documents (`Share`) and write
-results of their own.
+other, in a thread while the devices fill the next ones, unless what the host knows then decides how these begin.
+Devices never wait for each other inside a step, and the result is that of one device up to rounding. If the model is
+divided over a mesh, "device" means a place along `data`: the devices there run one model together, and each of them has
+the whole window. Processes on several hosts each take their share of the documents (`Share`) and write results of their
+own.
 
 The result depends on when windows are moved to the host, so that follows from the documents alone, and checkpoints are
 written only then: a resumed pass repeats exactly what an uninterrupted one does. It reads the documents from the start
@@ -16,6 +17,7 @@ again, without running the model on those that are done.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -93,7 +95,7 @@ class _Part:
 
 
 class PassSums(NamedTuple, Generic[Window, Total]):
-    """What a pass sums up: three functions of a file of `varjax`, and what they need from the model."""
+    """What a pass sums up: functions of a file of `varjax`, and what they need from the model."""
 
     name: str  # for the progress bar
     begin: Callable[[Total], Window]  # an empty window of one device
@@ -104,6 +106,9 @@ class PassSums(NamedTuple, Generic[Window, Total]):
     orders: tuple[int, ...]  # [O], of the keys
     layers: tuple[int, ...]
     experts: bool = False
+    # (the windows [G, ...] of all devices, which it is given) -> empty ones, equal to `begin` of the total that these
+    # are absorbed into; None: only the total says what a window begins with.
+    again: Callable[[Window], Window] | None = None
 
 
 def mesh_of(model: Model) -> Mesh:
@@ -165,19 +170,32 @@ class Devices(Generic[Window, Total]):
         )
         return self._windows
 
-    def absorb(self, total: Total) -> Total:
-        """Move the sums of all devices to the host, in the order of the mesh. `begin` must follow.
-
-        Args:
-            total: what was moved before.
+    def take(self) -> list[Window]:
+        """Move the sums of all devices to the host. `begin` or `again` must follow.
 
         Returns:
-            The total with the windows in it.
+            The windows, in the order of the mesh.
         """
-        for device in range(self.mesh.shape[DATA]):
-            total = self._sums.absorb(jax.tree.map(partial(_window, device=device), self._windows), total)
-        self._windows = None  # frees memory for the next ones
-        return total
+        every = range(self.mesh.shape[DATA])
+        return [jax.tree.map(partial(_window, device=device), self._windows) for device in every]
+
+    def again(self, total: Future[Total]) -> None:
+        """Give every device an empty window after the one that was taken.
+
+        Args:
+            total: what the windows before are absorbed into, at some time.
+        """
+        if self._sums.again is None:
+            self._windows = None  # frees memory for the next ones
+            self.begin(total.result())
+        else:
+            split = NamedSharding(self.mesh, _SPLIT)
+            self._windows = _again(self._windows, again=self._sums.again, split=split)
+
+
+@partial(jax.jit, static_argnames=("again", "split"), donate_argnums=0)
+def _again(windows: Window, *, again: Callable[[Window], Window], split: NamedSharding) -> Window:
+    return jax.lax.with_sharding_constraint(again(windows), split)
 
 
 @partial(jax.jit, static_argnames=("sums", "network", "mesh"), donate_argnums=0)
@@ -256,7 +274,19 @@ def run_pass(
     devices.begin(total)
     read_documents = unmoved = unsaved = 0
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
-    with progress_bar(documents, desc=sums.name, unit=" documents", show=progress) as read:
+
+    def absorbed(windows: list[Window], total: Total, saved: tuple[Checkpoints, int] | None = None) -> Total:
+        for window in windows:
+            total = sums.absorb(window, total)
+        if saved:
+            saved[0].save(saved[1], total)
+        return total
+
+    with (
+        ThreadPoolExecutor(1) as host,
+        progress_bar(documents, desc=sums.name, unit=" documents", show=progress) as read,
+    ):
+        pending: Future[Total] = host.submit(lambda: total)
         for number, batch in enumerate(batches(read, batch_size * devices.mesh.shape[DATA], max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:
@@ -265,13 +295,14 @@ def run_pass(
             unmoved += int(batch.mask.sum())
             if unmoved < flush_tokens:
                 continue
-            total = devices.absorb(total)
-            devices.begin(total)
             unmoved, unsaved = 0, unsaved + unmoved
+            saved = None
             if checkpoints and unsaved >= save_tokens:
-                checkpoints.save(number, total)
-                unsaved = 0
-    return devices.absorb(total), read_documents
+                saved, unsaved = (checkpoints, number), 0
+            before = pending.result()  # so that the host holds one window of each device at a time
+            pending = host.submit(absorbed, devices.take(), before, saved)
+            devices.again(pending)
+        return absorbed(devices.take(), pending.result()), read_documents
 
 
 def _window(leaf: jax.Array, device: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from varjax import answersfile
-from varjax.answers import Answers, absorb, bytes_a_pair, init, merge, pruned, update
+from varjax.answers import Answers, absorb, bytes_a_pair, emptied, init, merge, pruned, update
 from varjax.keys import ANY
 from varjax.routing import FAST, NO_ANSWER, LayerAnswers, LayerRules, Plan, Routing, resolve
 from varjax.shrinkage import shrunk
@@ -367,3 +367,18 @@ def test_what_is_typical_is_settled_by_the_first_batch():
     np.testing.assert_array_equal(alone.typical, both.typical)
     again = absorb(update(init(alone), *second), alone)
     np.testing.assert_array_equal(again.typical, alone.typical)
+
+
+def test_windows_are_emptied_on_their_devices_into_what_the_host_would_begin():
+    """Also what is typical: that of the first device that has read something, for all of them."""
+    rng, answers = np.random.default_rng(10), Answers.empty(KEYS, COLLECTED, EXPERTS, HIDDEN)
+    rows, outputs, routing, mask = random_batch(rng)
+    nothing = outputs.copy()
+    nothing[1] = np.nan  # the first device knows no typical output of the second layer
+    windows = [update(init(answers), rows, one, routing, mask) for one in (nothing, outputs)]
+    again = emptied(jax.tree.map(lambda *leaves: jnp.stack(leaves), *windows))
+    for window in windows:
+        answers = absorb(window, answers)
+    assert (answers.typical > 0).all() and windows[0].typical[1] == 0
+    for device in range(2):
+        jax.tree.map(lambda one, host, d=device: np.testing.assert_array_equal(one[d], host), again, init(answers))

@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 
 from analysis.checkpoints import CheckpointMismatchError, Checkpoints, note, resumed
+from analysis.collect import answers as collecting
 from analysis.collect.answers import collect_answers
+from analysis.collect.passes import Devices
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.batches import batches
 from analysis.text.encoded_corpus import EncodedCorpus
@@ -89,6 +91,21 @@ def test_resumed_answers_are_bit_for_bit_those_of_one_run(saved_model, documents
     assert saved.newest(uninterrupted)[0] > 0
     resumed_ones = collect_answers(saved_model, documents, *arguments, checkpoints=saved, **reading)
     jax.tree.map(np.testing.assert_array_equal, resumed_ones, uninterrupted)
+
+
+def test_answers_absorbed_while_the_device_goes_on_are_those_absorbed_in_turn(
+    saved_model, documents, keys, monkeypatch
+):
+    reading, begun = {**READING, "save_tokens": 700}, []
+    arguments = (saved_model, documents, keys.keys, (0, 1))
+    begin = Devices.begin
+    monkeypatch.setattr(Devices, "begin", lambda *given: begun.append(1) or begin(*given))
+    meanwhile = collect_answers(*arguments, inputs=True, **reading)
+    assert len(begun) == 1
+    monkeypatch.setattr(collecting.answers, "emptied", None)
+    in_turn = collect_answers(*arguments, inputs=True, **reading)
+    assert len(begun) > 3
+    jax.tree.map(np.testing.assert_array_equal, meanwhile, in_turn)
 
 
 def test_answers_equal_a_recount(saved_model, documents, whole, answers):
