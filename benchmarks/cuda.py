@@ -3,105 +3,53 @@
     make gpu-check                                        # installs jax's CUDA plugin into build/gpu, then runs this
     python -m benchmarks.cuda --output results/cuda.md    # where jax[cuda12] is installed; the table in Markdown
 
-XLA compiles for a device of which it only knows a description. Nothing runs, no weights are read, and kernels are not
-tuned to the device, so this shows memory, copies and numbers of kernels, and not how fast they are. Models have two and
-four layers; what a layer adds is the difference, and memory at full depth follows from it.
+XLA compiles for a device of which it only knows a description (`benchmarks.compiled`). Nothing runs, no weights are
+read, and kernels are not tuned to the device, so this shows memory, copies and numbers of kernels, and not how fast
+they are. Models have two and four layers; what a layer adds is the difference, and memory at full depth follows.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # arrays live there; programs are compiled for the described device
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
+import numpy as np
+from jax.sharding import NamedSharding
 
+import varjax
+from analysis.collect import passes
+from analysis.collect.passes import PassSums
 from analysis.command import path_argument, program
 from benchmarks import harness
+from benchmarks.compiled import Program, compiled, device, on_device
 from models.config import MoEConfig
 from models.decoder import Network
 from models.experts import get_engine
 from models.kv_cache import KVCache
 from models.model import plain_step
 from models.parameters import init_params, prepare
+from models.placement import make_mesh
 from profiling.published import PUBLISHED
+from varjax import Answers, RoutingStats, VARConfig, answers, stats, step
 from varjax.errors import InputError
 from varjax.files import replacing
+from varjax.keys import KeyIndex, find_rows
+from varjax.model import routed_forward
+from varjax.routing import Routing
 
 GB = 1e9
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
-  threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 12 minor: 9 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""  # of XLA's `GpuTargetConfigProto`: figures of NVIDIA's H100 SXM5 datasheet and of its CUDA limits
+SHARED = 233472 // 2  # bytes of shared memory with which two programs fit on a processor of an H100
 # Kernels that a layer starts in a step of decoding, at batch 8 and at batch 1: what is reached today.
-KERNELS = {"mixtral-8x7b": (24, 30), "olmoe-1b-7b": (26, 30.5), "qwen3-30b-a3b": (29, 31.5)}
-_FREE = {"parameter", "bitcast", "tuple", "get-tuple-element", "constant", "while"}  # instructions without a kernel
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(?[a-z]\w*\[.*?) ([a-z][a-z\-]*)\(", re.MULTILINE)
-_ARRAY = re.compile(r"\b[a-z]\w*\[([\d,]*)\]")
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program."""
-
-    held: int  # bytes of arguments and of results with memory of their own
-    temporaries: int  # bytes
-    text: str  # optimized HLO
-
-    @cached_property
-    def entry(self) -> list[tuple[str, str]]:
-        """The shape and the operation of each instruction that runs once per call."""
-        start = self.text.index("\nENTRY ")
-        return [(found[1], found[2]) for found in _INSTRUCTION.finditer(self.text, start)]
-
-    @property
-    def kernels(self) -> int:
-        """Instructions that start a kernel, at least."""
-        return sum(operation not in _FREE for _, operation in self.entry)
-
-    @property
-    def pallas_calls(self) -> int:
-        """Kernels of `models.experts_pallas`."""
-        return self.text.count('custom_call_target="__gpu$xla.gpu.triton"')
-
-    def written(self, elements: int) -> int:
-        """Arrays of at least this many elements that are written anew, updates in place excepted."""
-        lines = self.text[self.text.index("\nENTRY ") :].splitlines()
-        return sum(
-            max(map(_elements, _ARRAY.findall(found[1])), default=0) >= elements
-            for line in lines
-            if (found := _INSTRUCTION.match(line)) and found[2] not in _FREE and "dynamic_update_slice" not in line
-        )
+KERNELS = {"mixtral-8x7b": (23, 24), "olmoe-1b-7b": (24, 26), "qwen3-30b-a3b": (27, 29)}
+KEYS = 64  # of the small table that plans a step under VAR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,11 +58,26 @@ class Check:
 
     name: str
     value: float
-    most: float
+    bound: float
+    at_least: bool = False  # whether the bound is from below
 
     @property
     def holds(self) -> bool:
-        return self.value <= self.most
+        """Whether it does."""
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    def __str__(self) -> str:
+        bound = f"at {'least' if self.at_least else 'most'} {self.bound:g}"
+        return f"{'ok' if self.holds else 'FAILS'}: {self.name}: {self.value:g}, {bound}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A program of a model."""
+
+    title: str
+    lower: Callable[[MoEConfig], Any]  # for a config with fewer layers
+    checks: Callable[[Program, Program], list[Check]]  # with two and with four layers
 
 
 @program
@@ -130,17 +93,18 @@ def main(arguments: Sequence[str] | None) -> None:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     failed: list[str] = []
     for name in args.shapes:
-        for title, shallow, deep, seconds, checks in compiled(PUBLISHED[name], KERNELS[name]):
-            layers = PUBLISHED[name].num_layers
-            whole = shallow.held + (deep.held - shallow.held) / 2 * (layers - 2) + deep.temporaries
-            each = (deep.kernels - shallow.kernels) / 2
-            cells = (name, title, f"{whole / GB:.1f} GB", f"{deep.temporaries / GB:.2f} GB", f"{each:g}")
+        layers = PUBLISHED[name].num_layers
+        for title, few, many, seconds, checks in _compiled(name):
+            growth = max(many.temporaries - few.temporaries, 0) / 2
+            temporaries = many.temporaries + growth * (layers - 4)
+            whole = few.held + (many.held - few.held) / 2 * (layers - 2) + temporaries
+            each = (len(many.launches) - len(few.launches)) / 2
+            cells = (name, title, f"{whole / GB:.1f} GB", f"{temporaries / GB:.2f} GB", f"{each:g}")
             lines.append(f"| {' | '.join(cells)} |")
             print(f"{lines[-1]} compiled in {seconds:.0f} s", flush=True)
             for check in checks:
-                said = f"  {'ok' if check.holds else 'FAILS'}: {check.name}: {check.value:g}, at most {check.most:g}"
-                print(said, flush=True)
-                failed += [] if check.holds else [f"{name}, {title}: {check.name}: {check.value:g}"]
+                print(f"  {check}", flush=True)
+                failed += [] if check.holds else [f"{name}, {title}: {check}"]
     if args.output:
         with replacing(args.output) as file:
             file.write_text("\n".join(lines) + "\n")
@@ -148,75 +112,129 @@ def main(arguments: Sequence[str] | None) -> None:
         raise InputError("\n".join(["the compiled programs break a bound:", *failed]))
 
 
-def compiled(
-    config: MoEConfig, kernels: tuple[float, float]
-) -> Iterator[tuple[str, Program, Program, float, list[Check]]]:
+def _compiled(name: str) -> Iterator[tuple[str, Program, Program, float, list[Check]]]:
     """Each program with two layers and with four, the seconds that took, and what must hold for it."""
-    for title, lower, checks in programs(config, kernels):
-        shallow, deep = (dataclasses.replace(config, num_layers=layers) for layers in (2, 4))
+    for case in cases(name):
+        shallow, deep = (dataclasses.replace(PUBLISHED[name], num_layers=layers) for layers in (2, 4))
         start = time.perf_counter()
-        few, many = _program(lower(shallow)), _program(lower(deep))
-        yield title, few, many, time.perf_counter() - start, checks(few, many)
+        few, many = compiled(case.lower(shallow)), compiled(case.lower(deep))
+        yield case.title, few, many, time.perf_counter() - start, case.checks(few, many)
 
 
-def programs(
-    config: MoEConfig, kernels: tuple[float, float]
-) -> list[tuple[str, Callable[[MoEConfig], Any], Callable[[Program, Program], list[Check]]]]:
-    """Name, what lowers it for a number of layers, and its checks; `kernels` as in `KERNELS`."""
+def cases(name: str) -> list[Case]:
+    """List the programs of a published model.
+
+    Args:
+        name: of the model.
+
+    Returns:
+        Prefill and decoding, plain and under VAR, and the passes of phase 1.
+    """
+    config = PUBLISHED[name]
 
     def prefill(few: Program, many: Program) -> list[Check]:
-        return [Check("GB of temporaries", many.temporaries / GB, 3)]
+        return [Check("GB of temporaries", many.temporaries / GB, 3), _spilled(many)]
 
     def decode(batch: int, slots: int, most: float, few: Program, many: Program) -> list[Check]:
         cache = batch * slots * config.num_kv_heads * config.head_dim
-        return [
+        found = [
             Check("arrays of the size of a layer's cache that are written", many.written(cache), 0),
-            Check("kernels per layer", (many.kernels - few.kernels) / 2, most),
-            Check("Pallas calls per layer", (many.pallas_calls - few.pallas_calls) / 2, 2),
+            Check("kernels per layer", (len(many.launches) - len(few.launches)) / 2, most),
+            Check("kernels of pallas per layer", (len(many.pallas) - len(few.pallas)) / 2, 3),
+            Check("bytes of shared memory of these", max(launch.shared for launch in many.pallas), SHARED),
+            _spilled(many),
         ]
+        if batch == 1 and name == "mixtral-8x7b":  # an expert of OLMoE or Qwen3 has few columns
+            own = (launch.grid[1] * launch.grid[2] for launch in many.pallas if launch.name != "attend")
+            found.append(Check("programs of one expert of one token", min(own), 264, at_least=True))
+        return found
 
-    return [
-        ("prefill 1 x 32,768", partial(step, batch=1, length=32768, slots=32768), prefill),
-        ("decode 8 x 1 of 4,096", partial(step, batch=8, length=1, slots=4096), partial(decode, 8, 4096, kernels[0])),
-        (
-            "decode 1 x 1 of 32,768",
-            partial(step, batch=1, length=1, slots=32768),
-            partial(decode, 1, 32768, kernels[1]),
-        ),
+    def collect(few: Program, many: Program) -> list[Check]:
+        calls = Check("kernels of pallas per layer", (len(many.pallas) - len(few.pallas)) / 2, 2)
+        return [calls, _spilled(many)]
+
+    shapes = {"decode 8 x 1 of 4,096": (8, 4096), "decode 1 x 1 of 32,768": (1, 32768)}
+    found = [Case("prefill 1 x 32,768", partial(plain, batch=1, length=32768, slots=32768), prefill)]
+    for (title, (batch, slots)), most in zip(shapes.items(), KERNELS[name], strict=True):
+        checks = partial(decode, batch, slots, most)
+        found.append(Case(title, partial(plain, batch=batch, length=1, slots=slots), checks))
+        checks = partial(decode, batch, slots, most + 8)
+        found.append(Case(f"{title}, VAR", partial(routed, batch=batch, length=1, slots=slots), checks))
+    found += [
+        Case("statistics, 8 x 512", partial(collecting, experts=False), collect),
+        Case("answers, 8 x 512", partial(collecting, experts=True), collect),
     ]
+    return found
 
 
-def step(config: MoEConfig, *, batch: int, length: int, slots: int) -> Any:
+def _spilled(program: Program) -> Check:
+    return Check("bytes of registers that our kernels spill", max(program.spills.values()), 0)
+
+
+def plain(config: MoEConfig, *, batch: int, length: int, slots: int) -> Any:
     """A call of the plain model with a key/value cache, lowered."""
+    params, network = _model(config)
+    kv, ids, mask = _texts(config, batch, length, slots)
+    return plain_step.lower(*on_device((params, kv, ids, mask)), network=network)
+
+
+def routed(config: MoEConfig, *, batch: int, length: int, slots: int) -> Any:
+    """The same under VAR: a table of 64 tokens keeps one expert, and adds answers for the others."""
+    params, network = _model(config)
+    kv, ids, mask = _texts(config, batch, length, slots)
+    rng, layers = np.random.default_rng(0), range(config.num_layers)
+    keys = np.arange(KEYS, dtype=np.int32)[:, None]
+    known = RoutingStats.empty(keys, (1,), len(layers), config.num_experts)
+    said = Answers.empty(keys, layers, config.num_experts, config.hidden_size)
+    text = jnp.asarray(keys.T)
+    probs = jax.nn.softmax(jnp.asarray(rng.normal(size=(len(layers), 1, KEYS, config.num_experts)), jnp.float32))
+    weights, experts = jax.lax.top_k(probs, config.top_k)
+    outputs = [jnp.zeros((1, KEYS, config.top_k, config.hidden_size), jnp.float32)] * len(layers)
+    every = jnp.ones(text.shape, bool)
+    rows = find_rows(KeyIndex.build(known.keys), text, (1,))
+    known = stats.absorb(stats.update(stats.init(known), rows, probs, every), known)
+    rows = find_rows(KeyIndex.build(said.keys), text, said.ngram_orders)
+    said = answers.absorb(answers.update(answers.init(said), rows, outputs, Routing(experts, weights), every), said)
+    policy = varjax.LayerPolicy(experts_kept=1, ngram_orders=(1,))
+    var_config = VARConfig(frequency_threshold=1, entropy_threshold=10.0, default=policy, cache_size=0)
+    table = varjax.build_table(var_config, known, said, top_k=config.top_k)
+    state, settings = step.init(table, var_config, batch), step.Settings.of(var_config, len(layers))
+    given = on_device((params, table, state, ids, mask, step.timestamp(0.0), settings))
+    return routed_forward.lower(*given, kv=on_device(kv), network=network, last_logits_only=True)
+
+
+def collecting(config: MoEConfig, *, experts: bool, batch: int = 8, length: int = 512) -> Any:
+    """A batch of a pass of phase 1, of the statistics, or of the experts' answers."""
+    params, network = _model(config)
+    layers, keys = tuple(range(config.num_layers)), np.arange(KEYS, dtype=np.int32)[:, None]
+    sums: PassSums[Any, Any]
+    window: Any
+    if experts:
+        said = Answers.empty(keys, layers, config.num_experts, config.hidden_size)
+        keys, window = said.keys, answers.init(said)
+        sums = PassSums("answers", answers.init, answers.update, answers.absorb, said.ngram_orders, layers, True)
+    else:
+        window = stats.init(RoutingStats.empty(keys, (1,), len(layers), config.num_experts))
+        sums = PassSums("statistics", stats.init, stats.update, stats.absorb, (1,), layers)
+    mesh = make_mesh("data=1", [device()])
+    whole = on_device(((KeyIndex.build(keys), jnp.zeros(1, jnp.int32), ()), params), NamedSharding(mesh, passes._WHOLE))
+    windows = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), window)
+    ids, mask = (jax.ShapeDtypeStruct((batch, length), kind) for kind in (jnp.int32, jnp.bool))
+    windows, ids, mask = on_device((windows, ids, mask), NamedSharding(mesh, passes._SPLIT))
+    return passes._step.lower(windows, *whole, ids, mask, sums=sums, network=network, mesh=mesh)
+
+
+def _model(config: MoEConfig) -> tuple[Any, Network]:
+    """Parameters in bfloat16 as shapes, and the network that reads them."""
     engine = get_engine("pallas")
     params = jax.eval_shape(lambda: prepare(init_params(config, jax.random.key(0), jnp.bfloat16), engine))
+    return params, Network(config, engine)
+
+
+def _texts(config: MoEConfig, batch: int, length: int, slots: int) -> tuple[Any, Any, Any]:
+    """An empty cache, ids and mask, as shapes."""
     kv = jax.eval_shape(lambda: KVCache.empty(config, batch, slots, jnp.bfloat16))
-    ids, mask = (jax.ShapeDtypeStruct((batch, length), kind) for kind in (jnp.int32, jnp.bool))
-    return plain_step.lower(*on_device((params, kv, ids, mask)), network=Network(config, engine))
-
-
-def on_device(tree: Any) -> Any:
-    """Shapes of arrays on the described device."""
-    where = jax.sharding.SingleDeviceSharding(_device())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
-
-
-def _device() -> Any:
-    return topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
-
-
-def _program(lowered: Any) -> Program:
-    made = lowered.compile()
-    memory = made.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Program(held, memory.temp_size_in_bytes, made.as_text())
-
-
-def _elements(shape: str) -> int:
-    found = 1
-    for size in filter(None, shape.split(",")):
-        found *= int(size)
-    return found
+    return kv, *(jax.ShapeDtypeStruct((batch, length), kind) for kind in (jnp.int32, jnp.bool))
 
 
 if __name__ == "__main__":

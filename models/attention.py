@@ -20,7 +20,7 @@ from models.parts import in_parts
 
 BLOCKS = 8  # of the queries of a whole text, at most
 SCORES_BYTES = 1 << 28  # of one block of scores; blocks with more are computed in parts, one after the other
-_MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)  # finite, so that a row without any key stays free of NaN
+MASKED = 0.7 * float(jnp.finfo(jnp.float32).min)  # finite, so that a row without any key stays free of NaN
 
 
 @jax.tree_util.register_dataclass
@@ -106,7 +106,7 @@ def _scored(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Ar
         scores = jnp.moveaxis(by_key, 2, -1)
     else:
         scores = _product(queries, keys, ((4,), (3,)), ((0, 2), (0, 1)))  # [B, G, t, R, S]
-    scores = jnp.where(mask[:, None, :, None], scores * queries.shape[-1] ** -0.5, _MASKED)
+    scores = jnp.where(mask[:, None, :, None], scores * queries.shape[-1] ** -0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     out = _product(weights, values, ((4,), (2,)), ((0, 1), (0, 1))).astype(values.dtype)  # [B, G, t, R, d]
     return out.swapaxes(1, 2)

@@ -114,7 +114,7 @@ def forward(
         with jax.named_scope("attention"):
             with jax.named_scope("norms"):
                 normed = layer.input_norm(x)
-            attended, kv = layer.attention(normed, rotation, sight, kv, place)
+            attended, kv = layer.attention(normed, rotation, sight, kv, place, engine.attend)
         with jax.named_scope("norms"):
             x = x + attended
             normed = placement.constrain(layer.expert_norm(x), "batch", None, None)

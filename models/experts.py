@@ -23,7 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models import experts_pallas
+from models import attention_pallas, experts_pallas
+from models.attention import Sight, attend
 from models.experts_blocks import apply_blocks
 from models.placement import MODEL, Placement
 from varjax.errors import InputError
@@ -34,11 +35,12 @@ ExpertParams = Any  # a pytree in the engine's own layout
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """A way of running the experts of a layer. Hashable, so it can be static under jit."""
+    """A way of running a layer's experts, and its attention. Hashable, so it can be static under jit."""
 
     name: str
     prepare: Callable[[dict[int, dict[str, jax.Array]]], ExpertParams]
     apply: Callable[[jax.Array, Routing, ExpertParams], jax.Array]  # [N, D], [N, K], params -> [N, D]
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Sight], jax.Array] = attend  # as `models.attention.attend`
     obstacle: Callable[[Any], str | None] = lambda device: None  # why it cannot run on a jax.Device; None: it can
 
 
@@ -73,8 +75,10 @@ def _default_engine(device: Any) -> Engine:
 
 def _pallas_engine(interpret: bool = False) -> Engine:
     """The engine "pallas"; `interpret` runs its kernels as JAX operations, on any device and slowly, for tests."""
-    apply = partial(experts_pallas.apply_pallas, interpret=interpret)
-    return Engine("pallas", experts_pallas.stack_experts, apply, experts_pallas.obstacle)
+    apply, attend = (
+        partial(run, interpret=interpret) for run in (experts_pallas.apply_pallas, attention_pallas.attend)
+    )
+    return Engine("pallas", experts_pallas.stack_experts, apply, attend, experts_pallas.obstacle)
 
 
 def expert_outputs(engine: Engine, x: jax.Array, routing: Routing, params: ExpertParams) -> jax.Array:
@@ -114,7 +118,8 @@ def divided(
         return engine
     expert: Any = {name: placement.over(*names) for name, names in axes.items()}
     specs = engine.prepare(dict.fromkeys(range(num_experts), expert))
-    return dataclasses.replace(engine, apply=partial(_apply_divided, engine=engine, placement=placement, specs=specs))
+    apply = partial(_apply_divided, engine=engine, placement=placement, specs=specs)
+    return dataclasses.replace(engine, apply=apply, attend=attend)  # what XLA divides over the heads by itself
 
 
 def _apply_divided(

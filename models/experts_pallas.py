@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
@@ -58,7 +59,7 @@ _TILES = (
     (32, _Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)),
     (None, _Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)),
 )
-_LIVE = 264  # programs that a token's expert should start: two for each processor of an H100
+LIVE = 264  # programs that a token's expert should start: two for each processor of an H100
 _NARROWEST = (
     64  # columns of a tile; 32 of gate and of up, which are 64 bytes of a row: the least that memory reads well
 )
@@ -164,7 +165,7 @@ def _choose_tiles(slots: int, num_experts: int, itemsize: int) -> _Tiles:
 
 def _columns(most: int, size: int, live: int) -> int:
     """The columns of a tile, of `size`: at most `most`, fewer where `live` blocks would start few programs."""
-    while most > _NARROWEST and live * pl.cdiv(size, most) < _LIVE:
+    while most > _NARROWEST and live * pl.cdiv(size, most) < LIVE:
         most //= 2
     return most
 
@@ -173,8 +174,8 @@ def _block_table(routing: Routing, num_experts: int, rows: int) -> _Blocks:
     """The blocks of `rows` rows that hold all used slots of `routing` [N, K]."""
     slots = routing.experts.size
     if len(routing.experts) == 1:  # nothing to sort: each slot is a block
-        places = jnp.arange(slots, dtype=jnp.int32)
-        return _Blocks(routing.experts[0], places, places + 1, places)
+        places = np.arange(slots, dtype=np.int32)  # a constant, which takes no kernel of its own
+        return _Blocks(routing.experts[0], *map(jnp.asarray, (places, places + 1, places)))
     by_expert = sort_by_expert(routing, num_experts)
     blocks = (by_expert.ends - by_expert.starts + rows - 1) // rows
     last_block = jnp.cumsum(blocks, dtype=jnp.int32)
@@ -230,7 +231,7 @@ def _down(
     """
     num_experts, size, hidden = experts["down"].shape
     columns, depth = _fitting(tiles.columns, hidden), _fitting(tiles.depth, size)
-    steps, wanted = pl.cdiv(size, depth), pl.cdiv(_LIVE, live * pl.cdiv(hidden, columns))
+    steps, wanted = pl.cdiv(size, depth), pl.cdiv(LIVE, live * pl.cdiv(hidden, columns))
     own = max(steps // wanted, 1)  # steps along the depth of one program
     parts = pl.cdiv(steps, own)
 

@@ -9,6 +9,7 @@ function of a plain dict (`with_methods`). Rotary embeddings: Su et al. 2021 (ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import Sight, attend
+from models.attention import Sight
 from models.config import MoEConfig
 from models.kv_cache import KVCache
 
@@ -101,6 +102,7 @@ class _Attention(nnx.Module):
         sight: Sight,
         kv: KVCache | None,
         layer: int,
+        attend: Callable[..., jax.Array],
     ) -> tuple[jax.Array, KVCache | None]:
         """[B, T, D] for `x` [B, T, D], and the cache with this layer's keys and values; `layer` counts all layers."""
         batch, length, _ = x.shape

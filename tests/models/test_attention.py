@@ -1,5 +1,9 @@
-"""Attention against jax.nn's: whole texts and continued ones, padding, windows, blocks in parts, memory."""
+"""Attention against jax.nn's: whole texts and continued ones, padding, windows, blocks in parts, memory.
 
+The kernel for GPUs is interpreted here, and lowered.
+"""
+
+import dataclasses
 from functools import partial
 
 import jax
@@ -7,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import attention
+from models import attention, attention_pallas
 from models.attention import Sight, attend
+from models.decoder import Network
+from models.experts import _pallas_engine, get_engine
+from models.kv_cache import KVCache
+from models.parameters import init_params, prepare
 
 
 def random(*shape, seed=0, dtype=jnp.float32):
@@ -97,3 +105,62 @@ def test_a_long_text_fits(offset):
     at = None if offset is None else jax.ShapeDtypeStruct((), jnp.int32)
     compiled = jax.jit(attend).lower(*arrays, Sight(positions, positions, real, at, None)).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 3e9
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize(
+    ("batch", "slots", "offset", "heads"),
+    [(2, 30, 12, (6, 2)), (3, 300, 200, (6, 2)), (1, 300, 299, (16, 16)), (2, 200, 190, (64, 2))],
+    ids=["one block", "blocks out of use", "one query head each", "many"],
+)
+def test_the_kernel_of_one_token_agrees_with_jax(batch, slots, offset, heads, window):
+    """Parts without a slot that is seen are among them, and blocks beyond the end of the cache."""
+    given = inputs(batch, 1, slots, heads=heads[0], groups=heads[1], size=16)
+    seen = sight(batch, 1, slots, offset, window)
+    unused = (offset // attention_pallas._SLOTS + 1) * attention_pallas._SLOTS  # slots from here on are not read
+    keys, values = (one.at[:, :, unused:].set(jnp.nan) for one in given[1:])
+    out = np.asarray(jax.jit(partial(attention_pallas.attend, interpret=True))(given[0], keys, values, seen))
+    wanted, sees = expected(*given, seen)
+    np.testing.assert_allclose(out[sees], wanted[sees], atol=2e-6)
+
+
+def test_the_kernel_reads_bfloat16():
+    given, seen = inputs(2, 1, 100, jnp.bfloat16, size=16), sight(2, 1, 100, 80, None)
+    out = attention_pallas.attend(*given, seen, interpret=True)
+    (wanted, sees) = expected(*(one.astype(jnp.float32) for one in given), seen)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32)[sees], wanted[sees], atol=0.03)
+
+
+def test_the_decoder_uses_the_kernel_of_its_engine(tiny_config, monkeypatch):
+    config, calls = dataclasses.replace(tiny_config, head_dim=16), []
+    call = attention_pallas.pl.pallas_call
+    monkeypatch.setattr(
+        attention_pallas.pl, "pallas_call", lambda *given, **named: calls.append(named["name"]) or call(*given, **named)
+    )
+    params, ids = init_params(config, jax.random.key(0)), random_ids(config, 2, 9)
+    logits = []
+    for engine in (get_engine("blocks"), _pallas_engine(interpret=True)):
+        network, prepared = Network(config, engine), prepare(params, engine)
+        kv = KVCache.empty(config, 2, 64, jnp.float32)
+        kv = network.forward(prepared, ids[:, :8], kv=kv).kv
+        assert "attend" not in calls
+        logits.append(network.forward(prepared, ids[:, 8:], kv=kv).logits)
+    assert calls.count("attend") == config.num_layers
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+def random_ids(config, batch, length):
+    return jax.random.randint(jax.random.key(3), (batch, length), 0, config.vocab_size, jnp.int32)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax lowers for a GPU only where one is")
+@pytest.mark.parametrize(("heads", "groups", "size"), [(32, 8, 128), (16, 16, 128), (32, 4, 128), (9, 3, 64)])
+def test_the_kernel_is_lowered_for_cuda_at_real_sizes(heads, groups, size):
+    arrays = [(8, 1, heads, size), (8, groups, 4096, size), (8, groups, 4096, size)]
+    positions, real = (jax.ShapeDtypeStruct((8, 4096), kind) for kind in (jnp.int32, bool))
+    first = jax.ShapeDtypeStruct((8, 1), jnp.int32)
+    seen = Sight(first, positions, real, jax.ShapeDtypeStruct((), jnp.int32), None)
+    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arrays]
+    text = jax.jit(attention_pallas.attend).trace(*given, seen).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("gpu.triton") == 1 and 'name = "attend"' in text

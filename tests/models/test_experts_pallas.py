@@ -88,7 +88,7 @@ def test_few_tokens_divide_the_depth_of_down_with_the_same_result(monkeypatch):
         assert grids_of(monkeypatch, (x, routing, experts))["down"][2] > 1
         divided = experts_pallas._apply(x, routing, experts, True)
         with monkeypatch.context() as patch:
-            patch.setattr(experts_pallas, "_LIVE", 1)
+            patch.setattr(experts_pallas, "LIVE", 1)
             assert grids_of(patch, (x, routing, experts))["down"][2] == 1
             whole = experts_pallas._apply(x, routing, experts, True)
         np.testing.assert_allclose(divided, whole, rtol=1e-5, atol=1e-5)
