@@ -9,7 +9,9 @@ replay of a trace, the counters) calls it or reads what it returned.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import jax
@@ -266,7 +268,7 @@ def resolve(
         predictable = candidate.weights * error < plan.rules.tolerance
         gone |= planned & used & predictable & (answer != NO_ANSWER)
     gone &= (row == NO_ROW)[..., None] | (answer != NO_ANSWER)
-    lost = jnp.any(gone, axis=-1, keepdims=True)
+    lost = _over_slots(jnp.logical_or, gone)
 
     experts = jnp.where(gone, probs.shape[-1], candidate.experts)
     weights = jnp.where(gone, 0.0, candidate.weights)
@@ -277,9 +279,9 @@ def resolve(
         with jax.named_scope("answers"):
             moved = jnp.sum(jnp.where(answered == NO_ANSWER, 0.0, left)[..., None] * deviations, axis=-2)
     dropped = Dropped(answered, left, moved)
-    rest = jnp.sum(weights, axis=-1, keepdims=True)
+    rest = _over_slots(jnp.add, weights)
     rescale = plan.rules.renormalize & lost & (rest > 0.0)
-    scale = jnp.sum(candidate.weights, axis=-1, keepdims=True) / jnp.where(rescale, rest, 1.0)
+    scale = _over_slots(jnp.add, candidate.weights) / jnp.where(rescale, rest, 1.0)
     return Routing(experts, jnp.where(rescale, weights * scale, weights)), dropped
 
 
@@ -313,9 +315,14 @@ def _gate_of(probs: Array, experts: Array) -> Array:
 def _weighted(experts: Array, gate: Array, normalize: bool) -> Routing:
     """[..., K]: the gate's probabilities as weights."""
     if normalize:
-        total = jnp.sum(gate, axis=-1, keepdims=True)
+        total = _over_slots(jnp.add, gate)
         gate = gate / jnp.where(total > 0.0, total, 1.0)
     return Routing(experts, gate)
+
+
+def _over_slots(combine: Callable[[Array, Array], Array], slots: Array) -> Array:
+    """[..., 1]: the slots [..., K] combined one by one; a reduction would be a kernel of its own on a GPU."""
+    return reduce(combine, jnp.split(slots, slots.shape[-1], axis=-1))
 
 
 def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:

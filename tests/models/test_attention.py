@@ -17,6 +17,7 @@ from models.decoder import Network
 from models.experts import _pallas_engine, get_engine
 from models.kv_cache import KVCache
 from models.parameters import init_params, prepare
+from tests.lowering import lowered_for_cuda
 
 
 def random(*shape, seed=0, dtype=jnp.float32):
@@ -154,7 +155,7 @@ def random_ids(config, batch, length):
     return jax.random.randint(jax.random.key(3), (batch, length), 0, config.vocab_size, jnp.int32)
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax lowers for a GPU only where one is")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("heads", "groups", "size"), [(32, 8, 128), (16, 16, 128), (32, 4, 128), (9, 3, 64)])
 def test_the_kernel_is_lowered_for_cuda_at_real_sizes(heads, groups, size):
     arrays = [(8, 1, heads, size), (8, groups, 4096, size), (8, groups, 4096, size)]
@@ -162,5 +163,5 @@ def test_the_kernel_is_lowered_for_cuda_at_real_sizes(heads, groups, size):
     first = jax.ShapeDtypeStruct((8, 1), jnp.int32)
     seen = Sight(first, positions, real, jax.ShapeDtypeStruct((), jnp.int32), None)
     given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arrays]
-    text = jax.jit(attention_pallas.attend).trace(*given, seen).lower(lowering_platforms=("cuda",)).as_text()
+    _, text = lowered_for_cuda(attention_pallas.attend, *given, seen)
     assert text.count("gpu.triton") == 1 and 'name = "attend"' in text

@@ -13,6 +13,7 @@ from models.experts import _default_engine, get_engine
 from models.experts_pallas import _block_table, _choose_tiles, _most_blocks, apply_pallas, stack_experts
 from models.parameters import init_params, prepare
 from profiling.published import PUBLISHED
+from tests.lowering import lowered_for_cuda
 from varjax.routing import Routing
 
 
@@ -113,16 +114,15 @@ def arguments_of(config, tokens: int):
     return jax.ShapeDtypeStruct((tokens, config.hidden_size), dtype), routing, dict(gate=wide, up=wide, down=tall)
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this jax lowers for a GPU only where one is")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("tokens", [1, 64, 2048])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_both_kernels_are_lowered_for_cuda_at_real_sizes(name, tokens):
     config = PUBLISHED[name]
-    traced = jax.jit(get_engine("pallas").apply).trace(*arguments_of(config, tokens))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    out, text = lowered_for_cuda(get_engine("pallas").apply, *arguments_of(config, tokens))
     assert text.count("gpu.triton") == 2 and 'name = "gate_and_up"' in text and 'name = "down"' in text
     assert ("sort" in text) == (tokens > 1)
-    assert traced.out_info.shape == (tokens, config.hidden_size) and traced.out_info.dtype == jnp.bfloat16
+    assert (out.shape, out.dtype) == ((tokens, config.hidden_size), jnp.bfloat16)
 
 
 def test_tiles_follow_the_rows_of_an_expert_and_the_bytes_of_a_number():
