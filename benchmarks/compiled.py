@@ -80,6 +80,17 @@ class Program:
         """The launches of our kernels."""
         return [launch for launch in self.launches if launch.name in PALLAS]
 
+    def sums(self, operation: str) -> list[str]:
+        """The dtypes in which the program adds up.
+
+        Args:
+            operation: "dot", of matrices, or "reduce".
+
+        Returns:
+            One for each, such as "f32".
+        """
+        return re.findall(rf"= ([a-z]\w*)\[[^ ]* {operation}\(", self.text)
+
     def written(self, elements: int) -> int:
         """Count the arrays of at least this many elements that are written anew, not only updated in place."""
         lines = self.text[self.text.index("\nENTRY ") :].splitlines()

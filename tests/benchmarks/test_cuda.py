@@ -19,6 +19,8 @@ ENTRY %main.1 (kv_keys_0_.1: bf16[1,8,4096,128]) -> bf16[1,8,4096,128] {
   %pair = (f32[4]{0}, bf16[1,8,128,4096]{3,2,1,0}) fusion(%bitcast.1), kind=kInput, calls=%fused_transpose
   %get-tuple-element = f32[4]{0} get-tuple-element(%pair), index=0
   %pallas_call.0 = bf16[16,64]{1,0} custom-call(%bitcast.1), custom_call_target="__gpu$xla.gpu.triton"
+  %dot.1 = bf16[16,64]{1,0} dot(%a, %b), lhs_contracting_dims={1}
+  %reduce.1 = f32[] reduce(%dot.1, %zero), dimensions={0,1}
   ROOT %copy.1 = f32[]{:T(128)} copy(%get-tuple-element)
 }
 """
@@ -43,7 +45,8 @@ def test_arrays_that_are_written_are_told_from_updates_in_place():
     program = Program(held=0, temporaries=0, launches=launches_of(PLAN), spills={}, text=TEXT)
     assert [launch.name for launch in program.pallas] == ["attend"]
     assert program.written(8 * 4096 * 128) == 1  # of the two outputs of a fusion the larger; an update in place is none
-    assert program.written(8 * 4096 * 128 + 1) == 0 and program.written(1) == 3
+    assert program.written(8 * 4096 * 128 + 1) == 0 and program.written(1) == 5
+    assert (program.sums("dot"), program.sums("reduce")) == (["bf16"], ["f32"])
 
 
 @pytest.mark.parametrize(("value", "holds"), [(2.9, True), (3, True), (3.1, False)])
