@@ -5,7 +5,8 @@ Letters: N tokens, D hidden size, F expert size, E experts, K slots per token, A
 An expert is a SwiGLU block, `(silu(x @ gate) * (x @ up)) @ down` (Shazeer 2020, arXiv 2002.05202). An engine owns the
 layout of its weights: `prepare` converts the canonical layout of one layer, a dict
 `{expert: {"gate": [D, F], "up": [D, F], "down": [F, D]}}`, to whatever `apply` reads. Slots whose expert id is E are
-unused and cost nothing in an engine whose work follows the active assignments.
+unused and cost nothing in an engine whose work follows the active assignments. An engine may also bring an attention
+of its own.
 
 On several devices (`divided`) every device holds columns F/M of each expert's gate and up and the same rows of its
 down, M being the devices along `model`. It runs its engine on them as if they were whole experts, and the results

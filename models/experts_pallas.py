@@ -60,9 +60,7 @@ _TILES = (
     (None, _Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)),
 )
 LIVE = 264  # programs that a token's expert should start: two for each processor of an H100
-_NARROWEST = (
-    64  # columns of a tile; 32 of gate and of up, which are 64 bytes of a row: the least that memory reads well
-)
+_NARROWEST = 64  # columns of a tile: 32 of gate and 32 of up, of which each row is 64 bytes in bfloat16
 _HIDDEN_BYTES = 1 << 29  # of the activations [A, F] between the kernels; more tokens run in parts, one after the other
 _CAPABILITY = (8, 0)  # lowest compute capability: Ampere, which multiplies bfloat16
 
@@ -147,10 +145,9 @@ def _apply(x: jax.Array, routing: Routing, experts: Stacked, interpret: bool) ->
     live = _most_blocks(len(x), num_experts, tiles.rows)  # blocks if every token keeps one expert
     with jax.named_scope("dispatch"):
         blocks = _block_table(routing, num_experts, tiles.rows)
-    narrow = tiles._replace(columns=_columns(tiles.columns, 2 * size, live))
-    hidden = _gate_and_up(x, experts, blocks, routing.experts.shape[1], narrow, interpret)
-    narrow = tiles._replace(columns=_columns(tiles.columns, hidden_size, live))
-    slots = _down(hidden, routing.weights, experts, blocks, narrow, live, interpret)
+    first, second = (tiles._replace(columns=_columns(tiles.columns, of, live)) for of in (2 * size, hidden_size))
+    hidden = _gate_and_up(x, experts, blocks, routing.experts.shape[1], first, interpret)
+    slots = _down(hidden, routing.weights, experts, blocks, second, live, interpret)
     with jax.named_scope("dispatch"):
         # The kernels write no rows of unused slots.
         used = (routing.experts < num_experts)[..., None, None]
@@ -174,7 +171,7 @@ def _block_table(routing: Routing, num_experts: int, rows: int) -> _Blocks:
     """The blocks of `rows` rows that hold all used slots of `routing` [N, K]."""
     slots = routing.experts.size
     if len(routing.experts) == 1:  # nothing to sort: each slot is a block
-        places = np.arange(slots, dtype=np.int32)  # a constant, which takes no kernel of its own
+        places = np.arange(slots, dtype=np.int32)  # a constant, which XLA makes once for all layers
         return _Blocks(routing.experts[0], *map(jnp.asarray, (places, places + 1, places)))
     by_expert = sort_by_expert(routing, num_experts)
     blocks = (by_expert.ends - by_expert.starts + rows - 1) // rows

@@ -38,8 +38,8 @@ def collect_answers(
         keys: int32 [R, C], of order 1 and more.
         layers: the layers to collect, ascending.
         pairs: bool [A, R, E], which experts are collected at which keys; None: all. With N pairs in a layer, those of
-            order 0 included, memory is `A * (N * D + R * E)` float32 on each device. The host holds as much for each
-            device while windows are absorbed, and twice as much in all.
+            order 0 included, memory is `A * (N * D + R * E)` float32 on each device. The host holds twice as much in
+            all, and as much again for each device whose window it absorbs.
         inputs: whether the experts' mean inputs are averaged too, which takes about as much memory again.
         reading: see `analysis.collect.passes.Reading`.
 
