@@ -232,6 +232,7 @@ class HarnessLM(TemplateLM):
             owned = batch.documents >= 0
             np.add.at(logprob, batch.documents[owned], -losses[owned])
             np.logical_and.at(greedy, batch.documents[owned], np.asarray(_likeliest(logits, targets, scored))[owned])
+            del logits  # frees them: the next call would need memory for both
         return logprob.tolist(), greedy.tolist()
 
     def _generate(self, ids: np.ndarray, mask: np.ndarray, new_tokens: int, sampling: Sampling) -> np.ndarray:

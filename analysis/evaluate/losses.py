@@ -322,6 +322,7 @@ def score(
     for batch in batches(read, batch_size, max_length, stride, full_last, one_by_one):
         logits, carry = run(carry, batch)
         losses = to_host(token_nll(logits, *to_device((batch.targets, batch.scored)))).astype(np.float64)
+        del logits  # frees them: the next call would need memory for both
         owned = batch.documents >= 0
         np.add.at(nll, batch.documents[owned], losses.sum(1)[owned])
         np.add.at(tokens, batch.documents[owned], batch.scored.sum(1)[owned])
@@ -479,6 +480,7 @@ def token_losses(
         losses = to_host(token_nll(out.logits, *to_device((batch.targets, batch.scored))))
         answered, active = _account(out, order)
         owner = np.broadcast_to(batch.documents[:, None], batch.ids.shape)
+        del out  # frees its logits: the next call would need memory for both
         kept = (np.asarray(one)[batch.scored] for one in (losses, owner, batch.ids, answered, active))
         parts.append(tuple(kept))
     nll, document, token_id, answered_by, experts = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -113,6 +113,8 @@ def nearness(
             for total, values in zip(sums[number], _compared(teacher, logits, targets, scored), strict=True):
                 each = to_host(values).astype(np.float64).sum(axis=1)
                 np.add.at(total, batch.documents[owned], each[owned])
+            del logits  # frees them: the next call would need memory for both
+        del teacher
     most = model.config.top_k
     ran = [float(most) if one is None else summary(one.counters, most)["experts_per_token"] for one in states]
     return [
