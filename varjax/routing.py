@@ -322,14 +322,22 @@ def _weighted(experts: Array, gate: Array, normalize: bool) -> Routing:
 
 def _over_slots(combine: Callable[[Array, Array], Array], slots: Array) -> Array:
     """[..., 1]: the slots [..., K] combined one by one; a reduction would be a kernel of its own on a GPU."""
-    return reduce(combine, jnp.split(slots, slots.shape[-1], axis=-1))
+    return reduce(combine, _apart(slots))
+
+
+def _before(slots: Array) -> Array:
+    """[..., K]: the sum of the slots before each, one by one for the same reason."""
+    place = jax.lax.broadcasted_iota(jnp.int8, slots.shape, slots.ndim - 1)
+    return reduce(jnp.add, [jnp.where(place > number, one, 0.0) for number, one in enumerate(_apart(slots))])
+
+
+def _apart(slots: Array) -> list[Array]:
+    return jnp.split(slots, slots.shape[-1], axis=-1)
 
 
 def _superfluous(weights: Array, gate: Array, plan: Plan) -> Array:
     """bool [..., K]: the slots that a planned token drops by their weight, gate probability or number."""
     slot = jax.lax.broadcasted_iota(jnp.int8, weights.shape, weights.ndim - 1)
-    # The slots before each slot; a masked sum is one kernel, a running one is three.
-    before = slot[..., None, :] < slot[..., :, None]
-    covered = jnp.sum(jnp.where(before, gate[..., None, :], 0.0), axis=-1) >= plan.rules.gate_mass
+    covered = _before(gate) >= plan.rules.gate_mass
     light = weights < plan.rules.gate_ratio * weights[..., :1]
     return (slot >= plan.experts_kept[..., None]) | ((slot >= 1) & (light | covered))
