@@ -46,8 +46,9 @@ from varjax.model import routed_forward
 from varjax.routing import Routing
 
 GB = 1e9
-SHARED = 233472 // 2  # bytes of shared memory with which two programs fit on a processor of an H100
-# Kernels that a layer starts in a step of decoding at batch 8, plain and under VAR, and at batch 1: as today.
+SHARED = 233472 // 2 - 1024  # bytes with which two programs fit into an H100's shared memory; CUDA takes 1024 of each
+# Kernels that a layer starts at most in a step of decoding at batch 8, plain and under VAR, and at batch 1: what was
+# reached with jax 0.10.2.
 KERNELS = {
     "mixtral-8x7b": (22, 24.5, 24, 24.5),
     "olmoe-1b-7b": (24, 26, 26, 28),
@@ -67,7 +68,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether it does."""
+        """Whether the value is within the bound."""
         return self.value >= self.bound if self.at_least else self.value <= self.bound
 
     def __str__(self) -> str:
@@ -137,16 +138,15 @@ def cases(name: str) -> list[Case]:
     config = PUBLISHED[name]
 
     def prefill(few: Program, many: Program) -> list[Check]:
-        return [Check("GB of temporaries", many.temporaries / GB, 3), _spilled(many)]
+        return [Check("GB of temporaries", many.temporaries / GB, 3)]
 
     def decode(batch: int, slots: int, most: float, few: Program, many: Program) -> list[Check]:
         cache = batch * slots * config.num_kv_heads * config.head_dim
         found = [
             Check("arrays of the size of a layer's cache that are written", many.written(cache), 0),
             Check("kernels per layer", (len(many.launches) - len(few.launches)) / 2, most),
-            Check("kernels of pallas per layer", (len(many.pallas) - len(few.pallas)) / 2, 3),
-            Check("bytes of shared memory of these", max(launch.shared for launch in many.pallas), SHARED),
-            _spilled(many),
+            *_kernels(few, many, 3),
+            Check("bytes of shared memory of these", max((one.shared for one in many.pallas), default=0), SHARED),
             # XLA may compute the product for one token as rounded products of numbers that it then adds up.
             Check(
                 "products of matrices per layer", (len(many.sums("dot")) - len(few.sums("dot"))) / 2, 3, at_least=True
@@ -159,8 +159,7 @@ def cases(name: str) -> list[Case]:
         return found
 
     def collect(few: Program, many: Program) -> list[Check]:
-        calls = Check("kernels of pallas per layer", (len(many.pallas) - len(few.pallas)) / 2, 2)
-        return [calls, _spilled(many)]
+        return _kernels(few, many, 2)
 
     sides = [(batch, slots, lower) for batch, slots in ((8, 4096), (1, 32768)) for lower in (plain, routed)]
     decoding = [
@@ -179,8 +178,14 @@ def cases(name: str) -> list[Case]:
     ]
 
 
-def _spilled(program: Program) -> Check:
-    return Check("bytes of registers that our kernels spill", max(program.spills.values()), 0)
+def _kernels(few: Program, many: Program, wanted: int) -> list[Check]:
+    """How many of our kernels a layer starts, and what they spill."""
+    ours = (len(many.pallas) - len(few.pallas)) / 2
+    return [
+        Check("kernels of pallas per layer", ours, wanted),
+        Check("kernels of pallas per layer", ours, wanted, at_least=True),
+        Check("bytes of registers that these spill", max(many.spills.values(), default=0), 0),
+    ]
 
 
 def plain(config: MoEConfig, *, batch: int, length: int, slots: int) -> Any:

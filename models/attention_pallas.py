@@ -3,14 +3,12 @@
 Letters: B sequences, S slots of the cache, H query heads, G key/value heads, R = H / G query heads of each, d head_dim,
 P parts of the cache.
 
-A step of decoding reads every key and value once and does little with them, so what counts is that all processors of a
-GPU read, and only what is there. Each key/value head of a sequence has P programs, each with a part of the slots in use
-(split along the keys as in Flash-Decoding, Dao et al. 2023). A program keeps the largest score, the sum of the weights
-and the weighted sum of the values as it goes (online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). The parts
-are put together outside of the kernel.
+A step of decoding is limited by memory bandwidth: all processors of a GPU must read, and only slots that are in use.
+Each key/value head of a sequence has P programs, each with a part of the slots in use (split along the keys as in
+Flash-Decoding, Dao et al. 2023). A program keeps the largest score, the sum of the weights and the weighted sum of the
+values as it goes (online softmax, Milakov and Gimelshein 2018, arXiv 1805.02867). XLA puts the parts together.
 
-Scores, sums and softmax are float32, as in `models.attention`. The kernel uses the Triton backend of Pallas, like those
-of `models.experts_pallas`.
+Scores, sums and softmax are float32, as in `models.attention`.
 """
 
 from __future__ import annotations
@@ -24,14 +22,17 @@ from jax.experimental import pallas as pl
 
 from models import attention
 from models.attention import MASKED, Sight
-from models.experts_pallas import LIVE, backend
+from models.triton import PROGRAMS, backend
 
-_SLOTS = 64  # of the cache that a program reads at a time
+_TILE_BYTES = 1 << 14  # of the keys that a program reads at a time, so that three of them and as many values fit
 _ROWS = 16  # the fewest that Triton multiplies
 
 
 def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight, interpret: bool = False) -> jax.Array:
-    """Compute attention: as `models.attention.attend`, which computes all but one token over a cache.
+    """Compute attention, as `models.attention.attend` does.
+
+    The kernel is for one new token per sequence over a cache, and for heads of 16, 32, 64, ... numbers. Other calls are
+    passed on. It has no gradients.
 
     Args:
         queries: [B, T, H, d], rotated.
@@ -48,11 +49,11 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight,
     if sight.offset is None or queries.shape[1] > 1 or not fits:
         return attention.attend(queries, keys, values, sight)
     batch, slots, each = len(queries), keys.shape[2], queries.shape[2] // groups
-    rows = max(_ROWS, pl.next_power_of_2(each))
-    parts = min(pl.cdiv(LIVE, batch * groups), pl.cdiv(slots, _SLOTS))
+    rows, tile = max(_ROWS, pl.next_power_of_2(each)), _tile_of(size, keys.dtype.itemsize)
+    parts = min(pl.cdiv(PROGRAMS, batch * groups), pl.cdiv(slots, tile))
     shape = batch * groups, parts, rows
     run = pl.pallas_call(
-        partial(_kernel, groups=groups, each=each, slots=slots),
+        partial(_kernel, groups=groups, each=each, slots=slots, tile=tile),
         [jax.ShapeDtypeStruct(one, jnp.float32) for one in ((*shape, size), shape, shape)],
         grid=shape[:2],
         compiler_params=backend.CompilerParams(num_warps=4, num_stages=3),
@@ -65,6 +66,11 @@ def attend(queries: jax.Array, keys: jax.Array, values: jax.Array, sight: Sight,
     weights = jnp.exp(most - most.max(1, keepdims=True))  # of the parts
     out = jnp.sum(weights[..., None] * sums, axis=1) / jnp.sum(weights * totals, axis=1)[..., None]
     return out[:, :each].reshape(queries.shape).astype(values.dtype)
+
+
+def _tile_of(size: int, itemsize: int) -> int:
+    """The slots of the cache that a program reads at a time; Triton multiplies at least 16."""
+    return min(max(_TILE_BYTES // (size * itemsize), _ROWS), 64)
 
 
 def _kernel(
@@ -80,6 +86,7 @@ def _kernel(
     groups: int,
     each: int,
     slots: int,
+    tile: int,
 ) -> None:
     """One key/value head of a sequence, and one part of the slots in use.
 
@@ -92,15 +99,14 @@ def _kernel(
     row, column = jnp.arange(rows, dtype=jnp.int32), jnp.arange(size, dtype=jnp.int32)
     index = jnp.broadcast_to(row[:, None], (rows, size)), jnp.broadcast_to(column, (rows, size))
     query = backend.load(queries.at[head, *index], mask=index[0] < each, other=0)
-    blocks = pl.cdiv(length[0], _SLOTS)  # in use
-    share = pl.cdiv(blocks, parts)
+    blocks = pl.cdiv(length[0], tile)  # in use
 
     def step(index: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         total, weight, highest = state
-        slot = index * _SLOTS + jnp.arange(_SLOTS, dtype=jnp.int32)
+        slot = index * tile + jnp.arange(tile, dtype=jnp.int32)
         there = slot < slots
-        place = pl.ds(index * _SLOTS, _SLOTS)
-        mask = jnp.broadcast_to(there[:, None], (_SLOTS, size))
+        place = pl.ds(index * tile, tile)
+        mask = jnp.broadcast_to(there[:, None], (tile, size))
         key = backend.load(keys.at[head, place, :], mask=mask, other=0)
         scores = jnp.dot(query, key.T, preferred_element_type=jnp.float32) * size**-0.5
         visible = backend.load(seen.at[head // groups, place], mask=there, other=0) != 0
@@ -112,5 +118,5 @@ def _kernel(
         return total * shrink[:, None] + added, weight * shrink + weights.sum(1), higher
 
     start = (jnp.zeros((rows, size), jnp.float32), jnp.zeros(rows, jnp.float32), jnp.full(rows, MASKED, jnp.float32))
-    last = jnp.minimum((part + 1) * share, blocks)
-    sums[head, part], totals[head, part], most[head, part] = jax.lax.fori_loop(part * share, last, step, start)
+    first, last = part * blocks // parts, (part + 1) * blocks // parts
+    sums[head, part], totals[head, part], most[head, part] = jax.lax.fori_loop(first, last, step, start)

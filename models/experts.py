@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models import attention_pallas, experts_pallas
+from models import attention_pallas, experts_pallas, triton
 from models.attention import Sight, attend
 from models.experts_blocks import apply_blocks
 from models.placement import MODEL, Placement
@@ -79,7 +79,7 @@ def _pallas_engine(interpret: bool = False) -> Engine:
     apply, attend = (
         partial(run, interpret=interpret) for run in (experts_pallas.apply_pallas, attention_pallas.attend)
     )
-    return Engine("pallas", experts_pallas.stack_experts, apply, attend, experts_pallas.obstacle)
+    return Engine("pallas", experts_pallas.stack_experts, apply, attend, triton.obstacle)
 
 
 def expert_outputs(engine: Engine, x: jax.Array, routing: Routing, params: ExpertParams) -> jax.Array:

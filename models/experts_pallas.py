@@ -9,17 +9,15 @@ once, so unused slots cost nothing. One kernel computes `silu(x @ gate) * (x @ u
 columns, and gathers the rows itself. The other multiplies that by `down` and the gate's weight and writes each row to
 the place of its assignment. Weights are stacked: gate and up [E, D, F], down [E, F, D].
 
-Few tokens fill few blocks, and a GPU whose programs are fewer than its processors reads memory at a part of its speed.
-Tiles are then narrower, and `down` divides the depth of its product among P programs, each with a row of its own in the
-result; the sum over the slots of a token adds them up.
+Few tokens fill few blocks, and with few programs a GPU does not reach its memory bandwidth. Tiles are then narrower,
+and `down` divides the depth of its product among P programs, each with a row of its own in the result; the sum over the
+slots of a token adds them up.
 
-Products accumulate in float32, at `jax_default_matmul_precision`. The kernels use the Triton backend of Pallas, which
-supports Ampere and Hopper; jax 0.11 and later call it deprecated.
+Products accumulate in float32, at `jax_default_matmul_precision`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -32,12 +30,8 @@ from jax.sharding import PartitionSpec
 
 from models.experts_blocks import apply_blocks_backward, sort_by_expert
 from models.parts import in_parts
+from models.triton import PROGRAMS, backend
 from varjax.routing import Routing
-
-try:
-    from jax.experimental.pallas import triton as backend
-except ImportError:  # a jax without it: `obstacle` says so
-    backend = None  # type: ignore[assignment]
 
 Stacked = dict[str, jax.Array]  # gate [E, D, F], up [E, D, F], down [E, F, D]
 
@@ -59,10 +53,8 @@ _TILES = (
     (32, _Tiles(rows=32, columns=128, depth=128, warps=4, stages=3)),
     (None, _Tiles(rows=128, columns=256, depth=64, warps=8, stages=3)),
 )
-LIVE = 264  # programs that a token's expert should start: two for each processor of an H100
 _NARROWEST = 64  # columns of a tile: 32 of gate and 32 of up, of which each row is 64 bytes in bfloat16
 _HIDDEN_BYTES = 1 << 29  # of the activations [A, F] between the kernels; more tokens run in parts, one after the other
-_CAPABILITY = (8, 0)  # lowest compute capability: Ampere, which multiplies bfloat16
 
 
 class _Blocks(NamedTuple):
@@ -72,26 +64,6 @@ class _Blocks(NamedTuple):
     starts: jax.Array  # int32[S], the first of a block's places in `order`
     ends: jax.Array  # int32[S], the place after the last one of its expert
     order: jax.Array  # int32[A], assignments by expert
-
-
-def obstacle(device: Any) -> str | None:
-    """Tell why the engine cannot run on a device.
-
-    Args:
-        device: a `jax.Device`.
-
-    Returns:
-        The reason; None: it can run.
-    """
-    capability = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
-    if backend is None:
-        return f"jax {jax.__version__} has no Triton backend for Pallas"
-    if capability is None:
-        return f"{device.device_kind} is not an NVIDIA GPU"
-    if tuple(map(int, capability.groups())) < _CAPABILITY:
-        least = ".".join(map(str, _CAPABILITY))
-        return f"{device.device_kind} has compute capability {capability[0]}; it needs {least} or more"
-    return None
 
 
 def stack_experts(experts: dict[int, dict[str, Any]]) -> Stacked:
@@ -162,7 +134,7 @@ def _choose_tiles(slots: int, num_experts: int, itemsize: int) -> _Tiles:
 
 def _columns(most: int, size: int, live: int) -> int:
     """The columns of a tile, of `size`: at most `most`, fewer where `live` blocks would start few programs."""
-    while most > _NARROWEST and live * pl.cdiv(size, most) < LIVE:
+    while most > _NARROWEST and live * pl.cdiv(size, most) < PROGRAMS:
         most //= 2
     return most
 
@@ -228,7 +200,7 @@ def _down(
     """
     num_experts, size, hidden = experts["down"].shape
     columns, depth = _fitting(tiles.columns, hidden), _fitting(tiles.depth, size)
-    steps, wanted = pl.cdiv(size, depth), pl.cdiv(LIVE, live * pl.cdiv(hidden, columns))
+    steps, wanted = pl.cdiv(size, depth), pl.cdiv(PROGRAMS, live * pl.cdiv(hidden, columns))
     own = max(steps // wanted, 1)  # steps along the depth of one program
     parts = pl.cdiv(steps, own)
 

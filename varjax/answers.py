@@ -28,7 +28,6 @@ nor outputs that hardly differ cost digits. The host joins windows by the formul
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -200,7 +199,7 @@ def emptied(sums: AnswerSums) -> AnswerSums:
         sums: the windows of all devices, each array with a leading axis [G].
 
     Returns:
-        The same as `init` makes of what all of them are absorbed into.
+        Windows [G, ...], each equal to what `init` makes of the answers that all of `sums` were absorbed into.
     """
     first = jnp.argmax(sums.typical > 0, axis=0)  # [A], the first device that has read something
     typical = jnp.take_along_axis(sums.typical, first[None], axis=0)
@@ -328,7 +327,7 @@ def absorb(sums: AnswerSums, answers: Answers, *, donate: bool = False) -> Answe
             answers.inputs[a, some] = _mean_of_both(ours[0], answers.inputs[a, some], mass[a, some], read[a, some])
             answers.mean[a, some], answers.m2[a, some] = _joined(*ours, mass[a, some], window[a, some], m2[a, some])
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # of different layers; NumPy lets go of the interpreter's lock
+    with ThreadPoolExecutor() as threads:  # NumPy lets go of the interpreter's lock
         list(threads.map(join, range(len(mass))))
     answers.mass[:] += mass
     answers.count[:] += count

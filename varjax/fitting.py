@@ -178,7 +178,7 @@ def emptied(sums: tuple[Moments, ...]) -> tuple[Moments, ...]:
         sums: the windows.
 
     Returns:
-        The same as `init` makes.
+        Windows, each equal to what `init` makes.
     """
     return jax.tree.map(jnp.zeros_like, sums)
 

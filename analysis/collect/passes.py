@@ -3,7 +3,7 @@
 Letters: G devices, L layers, B sequences, T positions, O context orders, S special tokens.
 
 Every device runs its own rows of a batch and adds to its own window of sums; the host absorbs the windows one after the
-other, in a thread while the devices fill the next ones, unless what the host knows then decides how these begin.
+other, in a thread while the devices fill the next ones, unless these start from the host's total (`PassSums.again`).
 Devices never wait for each other inside a step, and the result is that of one device up to rounding. If the model is
 divided over a mesh, "device" means a place along `data`: the devices there run one model together, and each of them has
 the whole window. Processes on several hosts each take their share of the documents (`Share`) and write results of their
@@ -106,8 +106,8 @@ class PassSums(NamedTuple, Generic[Window, Total]):
     orders: tuple[int, ...]  # [O], of the keys
     layers: tuple[int, ...]
     experts: bool = False
-    # (the windows [G, ...] of all devices, which it is given) -> empty ones, equal to `begin` of the total that these
-    # are absorbed into; None: only the total says what a window begins with.
+    # (windows [G, ...] of all devices, donated) -> empty ones, each equal to `begin` of the total that these go into;
+    # None: only the total says what a window begins with.
     again: Callable[[Window], Window] | None = None
 
 
@@ -183,7 +183,7 @@ class Devices(Generic[Window, Total]):
         """Give every device an empty window after the one that was taken.
 
         Args:
-            total: what the windows before are absorbed into, at some time.
+            total: a future of the total that includes the windows that were taken.
         """
         if self._sums.again is None:
             self._windows = None  # frees memory for the next ones
@@ -193,7 +193,8 @@ class Devices(Generic[Window, Total]):
             self._windows = _again(self._windows, again=self._sums.again, split=split)
 
 
-@partial(jax.jit, static_argnames=("again", "split"), donate_argnums=0)
+# Unused arguments are kept because only what a program takes can be donated, and a window may fill much of the memory.
+@partial(jax.jit, static_argnames=("again", "split"), donate_argnums=0, keep_unused=True)
 def _again(windows: Window, *, again: Callable[[Window], Window], split: NamedSharding) -> Window:
     return jax.lax.with_sharding_constraint(again(windows), split)
 
@@ -276,8 +277,8 @@ def run_pass(
     flush_tokens = min(FLUSH_TOKENS, save_tokens)
 
     def absorbed(windows: list[Window], total: Total, saved: tuple[Checkpoints, int] | None = None) -> Total:
-        for window in windows:
-            total = sums.absorb(window, total)
+        while windows:
+            total = sums.absorb(windows.pop(0), total)
         if saved:
             saved[0].save(saved[1], total)
         return total
@@ -286,7 +287,9 @@ def run_pass(
         ThreadPoolExecutor(1) as host,
         progress_bar(documents, desc=sums.name, unit=" documents", show=progress) as read,
     ):
-        pending: Future[Total] = host.submit(lambda: total)
+        pending: Future[Total] = Future()
+        pending.set_result(total)
+        del total  # if the host absorbs into a new one, this one makes room
         for number, batch in enumerate(batches(read, batch_size * devices.mesh.shape[DATA], max_length), start=1):
             read_documents = max(read_documents, 1 + int(batch.documents.max()))
             if number <= done:
@@ -299,14 +302,19 @@ def run_pass(
             saved = None
             if checkpoints and unsaved >= save_tokens:
                 saved, unsaved = (checkpoints, number), 0
-            before = pending.result()  # so that the host holds one window of each device at a time
+            before = pending.result()  # first, so that the host holds one window of each device at a time
             pending = host.submit(absorbed, devices.take(), before, saved)
+            del before
             devices.again(pending)
-        return absorbed(devices.take(), pending.result()), read_documents
+        before = pending.result()
+        return absorbed(devices.take(), before), read_documents
 
 
 def _window(leaf: jax.Array, device: int) -> np.ndarray:
-    """Row `device` of [G, ...]; what another process holds comes over the network, one array at a time."""
+    """Row `device` of [G, ...]; what another process holds comes over the network, one array at a time.
+
+    On a CPU it may be a view of the device's memory, which JAX does not give to another array as long as there is one.
+    """
     if leaf.size == 0:
         return np.zeros(leaf.shape[1:], leaf.dtype)  # JAX does not say who holds what of nothing
     own = (shard for shard in leaf.addressable_shards if (shard.index[0].start or 0) == device)

@@ -118,11 +118,20 @@ def test_the_kernel_of_one_token_agrees_with_jax(batch, slots, offset, heads, wi
     """Parts without a slot that is seen are among them, and blocks beyond the end of the cache."""
     given = inputs(batch, 1, slots, heads=heads[0], groups=heads[1], size=16)
     seen = sight(batch, 1, slots, offset, window)
-    unused = (offset // attention_pallas._SLOTS + 1) * attention_pallas._SLOTS  # slots from here on are not read
+    tile = attention_pallas._tile_of(16, 4)
+    unused = (offset // tile + 1) * tile  # slots from here on are not read
     keys, values = (one.at[:, :, unused:].set(jnp.nan) for one in given[1:])
     out = np.asarray(jax.jit(partial(attention_pallas.attend, interpret=True))(given[0], keys, values, seen))
     wanted, sees = expected(*given, seen)
     np.testing.assert_allclose(out[sees], wanted[sees], atol=2e-6)
+
+
+def test_the_kernel_gives_numbers_where_nothing_is_seen():
+    given, seen = inputs(2, 1, 100, size=16), sight(2, 1, 100, 80, None)
+    out = attention_pallas.attend(*given, dataclasses.replace(seen, real=seen.real.at[0].set(False)), interpret=True)
+    (wanted, _) = expected(*given, seen)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[1], wanted[1], atol=2e-6)
 
 
 def test_the_kernel_reads_bfloat16():
@@ -156,12 +165,15 @@ def random_ids(config, batch, length):
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(("heads", "groups", "size"), [(32, 8, 128), (16, 16, 128), (32, 4, 128), (9, 3, 64)])
-def test_the_kernel_is_lowered_for_cuda_at_real_sizes(heads, groups, size):
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(32, 8, 128), (16, 16, 128), (16, 4, 256), (9, 3, 64)])
+def test_the_kernel_is_lowered_for_cuda_at_real_sizes(heads, groups, size, dtype):
     arrays = [(8, 1, heads, size), (8, groups, 4096, size), (8, groups, 4096, size)]
     positions, real = (jax.ShapeDtypeStruct((8, 4096), kind) for kind in (jnp.int32, bool))
     first = jax.ShapeDtypeStruct((8, 1), jnp.int32)
     seen = Sight(first, positions, real, jax.ShapeDtypeStruct((), jnp.int32), None)
-    given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in arrays]
+    given = [jax.ShapeDtypeStruct(shape, dtype) for shape in arrays]
+    stages, numbers = 3, attention_pallas._tile_of(size, given[0].dtype.itemsize) * size
+    assert stages * 2 * numbers * given[0].dtype.itemsize < 99 << 10  # of shared memory, the least of any GPU of today
     _, text = lowered_for_cuda(attention_pallas.attend, *given, seen)
     assert text.count("gpu.triton") == 1 and 'name = "attend"' in text

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from models import experts_pallas
+from models import experts_pallas, triton
 from models.experts import _default_engine, get_engine
 from models.experts_pallas import _block_table, _choose_tiles, _most_blocks, apply_pallas, stack_experts
 from models.parameters import init_params, prepare
@@ -89,7 +89,7 @@ def test_few_tokens_divide_the_depth_of_down_with_the_same_result(monkeypatch):
         assert grids_of(monkeypatch, (x, routing, experts))["down"][2] > 1
         divided = experts_pallas._apply(x, routing, experts, True)
         with monkeypatch.context() as patch:
-            patch.setattr(experts_pallas, "LIVE", 1)
+            patch.setattr(experts_pallas, "PROGRAMS", 1)
             assert grids_of(patch, (x, routing, experts))["down"][2] == 1
             whole = experts_pallas._apply(x, routing, experts, True)
         np.testing.assert_allclose(divided, whole, rtol=1e-5, atol=1e-5)
@@ -168,6 +168,6 @@ def test_a_fallback_says_why(capability, reason):
 
 
 def test_a_jax_without_the_backend_is_a_reason_too(monkeypatch):
-    monkeypatch.setattr(experts_pallas, "backend", None)
+    monkeypatch.setattr(triton, "backend", None)
     with pytest.warns(UserWarning, match="no Triton backend"):
         assert _default_engine(gpu("9.0")).name == "blocks"

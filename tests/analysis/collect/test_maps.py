@@ -15,7 +15,7 @@ from analysis.collect.passes import Share
 from analysis.collect.run import CollectSettings, analyze
 from analysis.collect.statistics import KeySettings
 from analysis.text.encoded_corpus import EncodedCorpus
-from varjax import InputError, LayerPolicy, VARConfig, VARModel, answersfile
+from varjax import InputError, LayerPolicy, VARConfig, VARModel, answersfile, fitting
 from varjax.checksums import write_safetensors
 from varjax.model import build_for
 from varjax.table import with_policies
@@ -72,6 +72,16 @@ def test_a_resumed_fit_is_bit_for_bit_that_of_one_run(saved_model, with_inputs, 
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=2e-2), resumed.maps.unexplained, affine.maps.unexplained
     )
+
+
+def test_moments_absorbed_while_the_device_goes_on_are_those_absorbed_in_turn(
+    saved_model, with_inputs, known, collected, monkeypatch
+):
+    reading, given = {**READING, "save_tokens": 700}, (collected.held_out[:20], RANK, 1.0)
+    meanwhile = with_maps(saved_model, with_inputs, known, *given, **reading)
+    monkeypatch.setattr(fitting, "emptied", None)
+    in_turn = with_maps(saved_model, with_inputs, known, *given, **reading)
+    jax.tree.map(np.testing.assert_array_equal, meanwhile.maps, in_turn.maps)
 
 
 def test_a_finished_part_of_several_keeps_its_maps_when_it_is_resumed(saved_model, even_corpus, tmp_path):

@@ -1,3 +1,5 @@
+from concurrent.futures import Future
+
 import jax
 import numpy as np
 import pytest
@@ -5,11 +7,12 @@ import pytest
 from analysis.checkpoints import CheckpointMismatchError, Checkpoints, note, resumed
 from analysis.collect import answers as collecting
 from analysis.collect.answers import collect_answers
-from analysis.collect.passes import Devices
+from analysis.collect.passes import Devices, PassSums
 from analysis.collect.statistics import KeySettings, choose_keys, collect
 from analysis.text.batches import batches
 from analysis.text.encoded_corpus import EncodedCorpus
 from models.experts import expert_outputs
+from varjax.answers import Answers, absorb, emptied, init, update
 from varjax.keys import ANY
 from varjax.routing import NO_ANSWER
 from varjax.stats import merge
@@ -106,6 +109,29 @@ def test_answers_absorbed_while_the_device_goes_on_are_those_absorbed_in_turn(
     in_turn = collect_answers(*arguments, inputs=True, **reading)
     assert len(begun) > 3
     jax.tree.map(np.testing.assert_array_equal, meanwhile, in_turn)
+
+
+def test_an_emptied_window_takes_the_memory_of_the_one_before(saved_model, documents, whole):
+    """Both at a time may be more than the device has."""
+    empty = Answers.empty(whole.keys, (0, 1), saved_model.config.num_experts, saved_model.config.hidden_size)
+    sums = PassSums("", init, update, absorb, empty.ngram_orders, empty.layers, True, emptied)
+    devices = Devices(saved_model, empty.keys, sums)
+    devices.begin(empty)
+    batch = next(batches(documents, 4, 16))
+    old = devices.add(batch.ids, batch.mask)
+    kept = jax.tree.map(np.copy, devices.take())  # views of them would keep the memory of a CPU
+    devices.again(Future())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
+    assert any(leaf.any() for leaf in jax.tree.leaves(kept))
+
+
+def test_an_error_of_the_host_ends_the_pass(saved_model, documents, keys, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("no space")
+
+    monkeypatch.setattr(collecting.answers, "absorb", fail)
+    with pytest.raises(OSError, match="no space"):
+        collect_answers(saved_model, documents, keys.keys, (0,), **{**READING, "save_tokens": 700})
 
 
 def test_answers_equal_a_recount(saved_model, documents, whole, answers):
