@@ -133,7 +133,8 @@ def model_directory(tmp_path_factory, corpus_file) -> Path:
 
 @pytest.fixture(scope="session")
 def saved_model(model_directory) -> Model:
-    return load_model(model_directory)
+    """With the engine whose programs compile in half the time of any other; `tests/models` compares all of them."""
+    return load_model(model_directory, implementation="reference")
 
 
 @pytest.fixture(scope="session")

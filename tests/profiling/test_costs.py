@@ -85,7 +85,7 @@ def test_attention_of_a_whole_text_agrees_with_xla(length):
     heads = SHAPE((2, length, 1, 256))
 
     def run(state, x, cos, sin, seen):
-        return nnx.merge(graph, state)(x, (cos, sin), seen, None, 0)[0]
+        return nnx.merge(graph, state)(x, (cos, sin), seen, None, 0, attend)[0]
 
     traced = jax.jit(run).trace(state, SHAPE((2, length, 512)), heads, heads, sight(2, length))
     costs = component_costs(ONE_LAYER, Workload(2, length), Mix.plain(CONFIG, 2 * length), as_written=True)
