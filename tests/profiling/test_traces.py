@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 from jax.profiler import ProfileData
 
+from models import load_model
 from profiling.calls import prepare
 from profiling.components import (
     OTHER,
@@ -20,6 +21,7 @@ from profiling.components import (
     _parsed,
 )
 from profiling.costs import COMPONENTS
+from varjax import VARModel
 
 MODULE = _Module(
     "jit_f",
@@ -127,9 +129,11 @@ def test_the_folder_is_one_that_tensorboard_reads(tmp_path):
 
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
-def test_every_component_of_a_var_step_is_found(small_var_model, documents, tmp_path, phase):
+def test_every_component_of_a_var_step_is_found(small_var_model, model_directory, documents, tmp_path, phase):
     ids = next(one.ids[None, :16] for one in documents if len(one.ids) >= 16)  # one row: products are rewritten
-    calls = prepare(small_var_model, ids, phase, max_calls=2)
+    dispatching = load_model(model_directory, implementation="blocks")
+    var_model = VARModel(dispatching, small_var_model.config, small_var_model.table)
+    calls = prepare(var_model, ids, phase, max_calls=2)
     module = _describe(calls.traced())
     for call in calls.each():
         call()
