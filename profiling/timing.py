@@ -130,7 +130,11 @@ def by_batch(
         var_model: a model with VAR switched on.
         documents: texts to read.
         batch_sizes: numbers of sequences; those for which there are too few documents are skipped.
-        max_length, decode_tokens, repeats, seed, seconds_per_token: as in `measure`.
+        max_length: as in `measure`, like the next four.
+        decode_tokens: tokens of a timed stretch of decoding.
+        repeats: number of timed rounds.
+        seed: of the choice of texts.
+        seconds_per_token: by which the clock of the cached tier advances.
 
     Returns:
         Per batch size, prefill and then decode.

@@ -92,7 +92,9 @@ def nearness(
         var_models: the same model under VAR, with one policy or several.
         documents: in token ids.
         caching: which documents share a cached tier.
-        batch_size, max_length, stride: as in `analysis.evaluate.losses.score`.
+        batch_size: as in `analysis.evaluate.losses.score`, like the next two.
+        max_length: tokens of a window.
+        stride: tokens between windows; None: `max_length`.
         progress: show a bar on standard error.
 
     Returns:
