@@ -61,7 +61,7 @@ class Launch:
     """One step of a program: a kernel, a copy or a loop."""
 
     name: str
-    grid: tuple[int, int, int]  # programs; (1, 1, 1) where there is no grid
+    grid: tuple[int, int, int]  # programs along each axis; a copy or a loop counts as one
     shared: int  # bytes of shared memory of each
 
 

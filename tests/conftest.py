@@ -133,7 +133,7 @@ def model_directory(tmp_path_factory, corpus_file) -> Path:
 
 @pytest.fixture(scope="session")
 def saved_model(model_directory) -> Model:
-    """With the engine whose programs compile in half the time of any other; `tests/models` compares all of them."""
+    """With the engine whose programs compile in half the default's time; `tests/models` compares all engines."""
     return load_model(model_directory, implementation="reference")
 
 

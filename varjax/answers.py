@@ -29,7 +29,6 @@ nor outputs that hardly differ cost digits. The host joins windows by the formul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -314,6 +313,8 @@ def absorb(sums: AnswerSums, answers: Answers, *, donate: bool = False) -> Answe
     Returns:
         The means of both.
     """
+    from concurrent.futures import ThreadPoolExecutor  # here, because neither jax nor NumPy has brought it in
+
     answers = answers if donate else jax.tree.map(np.copy, answers)
     mass = np.asarray(sums.mass, np.float64)
     m2 = np.maximum(np.asarray(sums.m2, np.float64), 0)  # rounding may leave a little less than nothing

@@ -185,7 +185,7 @@ class Devices(Generic[Window, Total]):
         Args:
             total: a future of the total that includes the windows that were taken.
         """
-        # Between processes, what `again` exchanges could meet what a slower device still exchanges of `take`.
+        # Between processes, runs in which `again` exchanged something failed: Gloo met exchanges of other sizes.
         if self._sums.again is None or self.mesh.is_multi_process:
             self._windows = None  # frees memory for the next ones
             self.begin(total.result())
